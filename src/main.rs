@@ -1,0 +1,2 @@
+//! The Lacuna binary.
+fn main() {}
