@@ -1,0 +1,293 @@
+//! Names of tensors: role, layer, expert, weight or bias.
+
+use std::fmt;
+use std::str::FromStr;
+
+use serde::{Deserialize, Serialize};
+
+/// What a tensor is for. The text form (`attn.q`) is what recipes and reports use.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+pub enum Role {
+    /// Token embedding, `[vocab, hidden]`.
+    #[serde(rename = "embed")]
+    Embed,
+    /// Learned positions, `[context + offset, hidden]`.
+    #[serde(rename = "positions")]
+    Positions,
+    /// Norm before attention, `[hidden]`.
+    #[serde(rename = "attn.norm")]
+    AttnNorm,
+    /// Query projection, `[heads * head_dim, hidden]`.
+    #[serde(rename = "attn.q")]
+    Q,
+    /// Key projection, `[kv_heads * head_dim, hidden]`.
+    #[serde(rename = "attn.k")]
+    K,
+    /// Value projection, `[kv_heads * head_dim, hidden]`.
+    #[serde(rename = "attn.v")]
+    V,
+    /// Output projection, `[hidden, heads * head_dim]`.
+    #[serde(rename = "attn.o")]
+    O,
+    /// Norm of each query head, `[head_dim]`.
+    #[serde(rename = "attn.q_norm")]
+    QNorm,
+    /// Norm of each key head, `[head_dim]`.
+    #[serde(rename = "attn.k_norm")]
+    KNorm,
+    /// Norm of attention's output before it is added (sandwich norms), `[hidden]`.
+    #[serde(rename = "attn.post_norm")]
+    AttnPostNorm,
+    /// Norm before the FFN, `[hidden]`.
+    #[serde(rename = "ffn.norm")]
+    FfnNorm,
+    /// Gate projection of a gated FFN, `[width, hidden]`.
+    #[serde(rename = "ffn.gate")]
+    Gate,
+    /// Up projection, `[width, hidden]`.
+    #[serde(rename = "ffn.up")]
+    Up,
+    /// Down projection, `[hidden, width]`.
+    #[serde(rename = "ffn.down")]
+    Down,
+    /// Router of a mixture of experts, `[experts, hidden]`.
+    #[serde(rename = "ffn.router")]
+    Router,
+    /// Norm of the FFN's output before it is added (sandwich norms), `[hidden]`.
+    #[serde(rename = "ffn.post_norm")]
+    FfnPostNorm,
+    /// Norm before the head, `[hidden]`.
+    #[serde(rename = "norm")]
+    FinalNorm,
+    /// Output projection to the vocabulary, `[vocab, hidden]`.
+    #[serde(rename = "head")]
+    Head,
+}
+
+impl Role {
+    /// Every role, in the order in which a token meets them.
+    pub const ALL: [Role; 18] = [
+        Role::Embed,
+        Role::Positions,
+        Role::AttnNorm,
+        Role::Q,
+        Role::K,
+        Role::V,
+        Role::O,
+        Role::QNorm,
+        Role::KNorm,
+        Role::AttnPostNorm,
+        Role::FfnNorm,
+        Role::Router,
+        Role::Gate,
+        Role::Up,
+        Role::Down,
+        Role::FfnPostNorm,
+        Role::FinalNorm,
+        Role::Head,
+    ];
+
+    /// The text form, as in recipes: `attn.q`.
+    pub fn name(self) -> &'static str {
+        match self {
+            Role::Embed => "embed",
+            Role::Positions => "positions",
+            Role::AttnNorm => "attn.norm",
+            Role::Q => "attn.q",
+            Role::K => "attn.k",
+            Role::V => "attn.v",
+            Role::O => "attn.o",
+            Role::QNorm => "attn.q_norm",
+            Role::KNorm => "attn.k_norm",
+            Role::AttnPostNorm => "attn.post_norm",
+            Role::FfnNorm => "ffn.norm",
+            Role::Gate => "ffn.gate",
+            Role::Up => "ffn.up",
+            Role::Down => "ffn.down",
+            Role::Router => "ffn.router",
+            Role::FfnPostNorm => "ffn.post_norm",
+            Role::FinalNorm => "norm",
+            Role::Head => "head",
+        }
+    }
+
+    /// Whether the weight is a matrix that multiplies activations (what compression aims at), not a norm or a table of positions.
+    pub fn is_linear(self) -> bool {
+        matches!(
+            self,
+            Role::Q | Role::K | Role::V | Role::O | Role::Gate | Role::Up | Role::Down | Role::Router | Role::Head
+        )
+    }
+
+    /// Whether the role stands in every decoder block.
+    pub fn is_in_layer(self) -> bool {
+        !matches!(self, Role::Embed | Role::Positions | Role::FinalNorm | Role::Head)
+    }
+}
+
+impl fmt::Display for Role {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.name())
+    }
+}
+
+impl FromStr for Role {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Role, String> {
+        Role::ALL.into_iter().find(|r| r.name() == s).ok_or_else(|| format!("'{s}' is no role of a tensor"))
+    }
+}
+
+/// The weight of a role, or the bias beside it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Part {
+    /// The matrix, or a norm's scale.
+    Weight,
+    /// The vector added after it.
+    Bias,
+}
+
+/// One tensor of a model. The text form is `layers.3.attn.q`, `layers.0.ffn.experts.5.up`, `embed`, with `.bias` behind a bias.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub struct Place {
+    /// The decoder block, from 0; `None` outside the blocks.
+    pub layer: Option<u32>,
+    /// What the tensor is for.
+    pub role: Role,
+    /// The expert, for gate, up and down of a mixture.
+    pub expert: Option<u32>,
+    /// Weight or bias.
+    pub part: Part,
+}
+
+impl Place {
+    /// The weight of `role` outside the blocks.
+    pub fn global(role: Role) -> Place {
+        Place { layer: None, role, expert: None, part: Part::Weight }
+    }
+
+    /// The weight of `role` in block `layer`.
+    pub fn layer(layer: usize, role: Role) -> Place {
+        Place { layer: Some(layer as u32), role, expert: None, part: Part::Weight }
+    }
+
+    /// The weight of `role` of expert `expert` in block `layer`.
+    pub fn expert(layer: usize, role: Role, expert: usize) -> Place {
+        Place { expert: Some(expert as u32), ..Place::layer(layer, role) }
+    }
+
+    /// The bias beside this weight.
+    pub fn bias(self) -> Place {
+        Place { part: Part::Bias, ..self }
+    }
+}
+
+impl fmt::Display for Place {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        if let Some(l) = self.layer {
+            write!(f, "layers.{l}.")?;
+        }
+        match self.expert {
+            Some(e) => write!(f, "ffn.experts.{e}.{}", self.role.name().trim_start_matches("ffn."))?,
+            None => f.write_str(self.role.name())?,
+        }
+        if self.part == Part::Bias { f.write_str(".bias") } else { Ok(()) }
+    }
+}
+
+impl FromStr for Place {
+    type Err = String;
+    fn from_str(s: &str) -> Result<Place, String> {
+        let bad = || format!("'{s}' names no tensor of a model");
+        let (rest, part) = match s.strip_suffix(".bias") {
+            Some(r) => (r, Part::Bias),
+            None => (s, Part::Weight),
+        };
+        let (rest, layer) = match rest.strip_prefix("layers.") {
+            Some(r) => {
+                let (n, r) = r.split_once('.').ok_or_else(bad)?;
+                (r, Some(n.parse().map_err(|_| bad())?))
+            }
+            None => (rest, None),
+        };
+        let (role, expert) = match rest.strip_prefix("ffn.experts.") {
+            Some(r) => {
+                let (n, r) = r.split_once('.').ok_or_else(bad)?;
+                (format!("ffn.{r}").parse::<Role>()?, Some(n.parse().map_err(|_| bad())?))
+            }
+            None => (rest.parse::<Role>()?, None),
+        };
+        if role.is_in_layer() != layer.is_some() {
+            return Err(bad());
+        }
+        Ok(Place { layer, role, expert, part })
+    }
+}
+
+impl Serialize for Place {
+    fn serialize<S: serde::Serializer>(&self, s: S) -> Result<S::Ok, S::Error> {
+        s.collect_str(self)
+    }
+}
+
+impl<'de> Deserialize<'de> for Place {
+    fn deserialize<D: serde::Deserializer<'de>>(d: D) -> Result<Place, D::Error> {
+        String::deserialize(d)?.parse().map_err(serde::de::Error::custom)
+    }
+}
+
+/// What a recipe aims at: a role, a family of roles or a pattern of place names, `*` standing for any run of characters.
+///
+/// `attn.*` is every linear role of attention, `ffn.down` one role, `layers.3.*` every linear matrix of one block, `embed` the embedding.
+#[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(transparent)]
+pub struct Target(pub String);
+
+impl Target {
+    /// Whether `place` (a weight) is meant. Norms, positions and biases never are.
+    pub fn matches(&self, place: &Place) -> bool {
+        if place.part == Part::Bias || !(place.role.is_linear() || place.role == Role::Embed) {
+            return false;
+        }
+        glob(&self.0, place.role.name()) || glob(&self.0, &place.to_string())
+    }
+}
+
+fn glob(pattern: &str, text: &str) -> bool {
+    match pattern.split_once('*') {
+        None => pattern == text,
+        Some((head, tail)) => {
+            let Some(rest) = text.strip_prefix(head) else { return false };
+            (0..=rest.len()).filter(|&i| rest.is_char_boundary(i)).any(|i| glob(tail, &rest[i..]))
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn names_round_trip() {
+        for role in Role::ALL {
+            assert_eq!(role.name().parse::<Role>(), Ok(role));
+            assert_eq!(serde_json::to_string(&role).unwrap(), format!("\"{role}\""));
+            let place = if role.is_in_layer() { Place::layer(12, role) } else { Place::global(role) };
+            assert_eq!(place.to_string().parse::<Place>(), Ok(place));
+            assert_eq!(place.bias().to_string().parse::<Place>(), Ok(place.bias()));
+        }
+        let e = Place::expert(0, Role::Up, 5);
+        assert_eq!(e.to_string(), "layers.0.ffn.experts.5.up");
+        assert_eq!(e.to_string().parse::<Place>(), Ok(e));
+        assert!("layers.x.attn.q".parse::<Place>().is_err() && "attn.q".parse::<Place>().is_err());
+    }
+
+    #[test]
+    fn targets() {
+        let hit = |t: &str, p: Place| Target(t.into()).matches(&p);
+        assert!(hit("attn.*", Place::layer(3, Role::Q)) && !hit("attn.*", Place::layer(3, Role::AttnNorm)));
+        assert!(hit("ffn.down", Place::expert(0, Role::Down, 2)) && hit("layers.3.*", Place::layer(3, Role::O)));
+        assert!(!hit("layers.3.*", Place::layer(30, Role::O)) && hit("embed", Place::global(Role::Embed)));
+        assert!(!hit("attn.*", Place::layer(3, Role::Q).bias()) && hit("*", Place::global(Role::Head)));
+    }
+}
