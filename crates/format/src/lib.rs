@@ -1,1 +1,39 @@
-//! lacuna-format
+//! The packed model's vocabulary: a stored matrix is a sum of terms, a term is made of pieces, a piece is a pattern x a codec.
+//!
+//! - [`Pattern`]: where values are (dense, N:M, bitmask or shared-row mask, CSR, blocks).
+//! - [`Values`]: how a value is written (floats, grouped integers, codebook, ternary, every GGUF block type).
+//! - [`Piece`]: a pattern and its values, `[rows, cols]`.
+//! - [`Term`]: a piece, or a product of two (low rank).
+//! - [`Stored`]: a sum of terms.
+//!
+//! Canonical on disk, row by row, so that any range of rows decodes alone. Kernels repack at load.
+
+pub mod gguf;
+mod mask;
+mod pattern;
+mod piece;
+mod values;
+mod weights;
+
+pub use bytes::Bytes;
+pub use gguf::GgufType;
+pub use mask::Mask;
+pub use pattern::Pattern;
+pub use piece::{Piece, Stored, Term};
+pub use values::{Float, Group, Scales, Values};
+pub use weights::{Weights, WeightsError};
+
+/// Data that do not fit their description: a wrong length, an index out of range, a scale that is no number.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("{what}")]
+pub struct FormatError {
+    /// What is wrong, with the numbers.
+    pub what: String,
+}
+
+impl FormatError {
+    /// An error that says `what`.
+    pub fn new(what: impl Into<String>) -> FormatError {
+        FormatError { what: what.into() }
+    }
+}

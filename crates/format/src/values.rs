@@ -1,0 +1,133 @@
+//! Codecs: how values are written.
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::GgufType;
+
+/// Plain floating-point codecs, little-endian.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Float {
+    /// 32 bits.
+    F32,
+    /// IEEE half.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// 8 bits, 4 of exponent (FN form).
+    F8E4m3,
+    /// 8 bits, 5 of exponent.
+    F8E5m2,
+}
+
+impl Float {
+    /// Bytes of one value.
+    pub fn bytes(self) -> usize {
+        match self {
+            Float::F32 => 4,
+            Float::F16 | Float::Bf16 => 2,
+            Float::F8E4m3 | Float::F8E5m2 => 1,
+        }
+    }
+}
+
+/// The values of a piece, in the order of its pattern: row by row, and within a row by rising column.
+///
+/// Packed codes of `bits` bits form one stream, least significant bit first, without padding between rows: the code of the piece's `i`-th
+/// stored value starts at bit `i * bits`. A grouped codec's group is found from a value's *column in the matrix* (so a sparse row and a
+/// dense one share the same scales), through [`Group`].
+#[derive(Clone, Debug, PartialEq)]
+pub enum Values {
+    /// Floats as they are.
+    Float(Float, Bytes),
+    /// `value = scale[row, group] * (code - zero[row, group])`.
+    ///
+    /// Without `zeros` the code is read as `code - 2^(bits-1)`: symmetric, stored with that offset.
+    Int {
+        /// 2 to 8.
+        bits: u8,
+        /// Codes, `bits` each.
+        codes: Bytes,
+        /// `[rows, groups]`.
+        scales: Scales,
+        /// Zero points as unsigned codes of `bits` bits, `[rows, groups]`, one stream.
+        zeros: Option<Bytes>,
+        /// Which columns share a scale.
+        group: Group,
+    },
+    /// `value = scale[row, group] * table[code]`; without scales `value = table[code]`.
+    Codebook {
+        /// 1 to 8; the table has `2^bits` entries.
+        bits: u8,
+        /// Codes, `bits` each.
+        codes: Bytes,
+        /// f32 entries, `[2^bits]`.
+        table: Vec<f32>,
+        /// `[rows, groups]` with the group they count in.
+        scales: Option<(Scales, Group)>,
+    },
+    /// -1, 0 or 1 times `scale[row, group]`; five to a byte in base 3, first value least significant, digit = value + 1; one stream.
+    Ternary {
+        /// `ceil(n / 5)` bytes for `n` stored values.
+        codes: Bytes,
+        /// `[rows, groups]`.
+        scales: Scales,
+        /// Which columns share a scale.
+        group: Group,
+    },
+    /// GGUF blocks, row after row; the dense pattern only.
+    Gguf(GgufType, Bytes),
+}
+
+/// Which columns share a scale.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub enum Group {
+    /// Runs of `n` columns; the last may be shorter. `n` = columns of the matrix: one scale a row.
+    Run(usize),
+    /// The group of each column, u16 little-endian, `[cols]`, with the number of groups (GPTQ's activation order).
+    Index {
+        /// Number of groups.
+        groups: usize,
+        /// Group of each column.
+        of: Bytes,
+    },
+}
+
+impl Group {
+    /// Number of groups over `cols` columns.
+    pub fn count(&self, cols: usize) -> usize {
+        match self {
+            Group::Run(n) => cols.div_ceil((*n).max(1)),
+            Group::Index { groups, .. } => *groups,
+        }
+    }
+
+    /// The group of column `c`.
+    pub fn of(&self, c: usize) -> usize {
+        match self {
+            Group::Run(n) => c / (*n).max(1),
+            Group::Index { of, .. } => usize::from(u16::from_le_bytes([of[2 * c], of[2 * c + 1]])),
+        }
+    }
+}
+
+/// An encoded array of scales, `[rows, groups]`, row-major.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Scales {
+    /// Floats (f32, f16 or bf16).
+    Float(Float, Bytes),
+    /// Integers with scales of their own: `scale = super_scale * code + super_min` over runs of `per` scales of a row.
+    Int {
+        /// 2 to 8.
+        bits: u8,
+        /// Scales that share a super-scale.
+        per: usize,
+        /// Codes, `[rows, groups]`, one stream.
+        codes: Bytes,
+        /// f16, `[rows, ceil(groups / per)]`.
+        super_scales: Bytes,
+        /// f16, same shape; absent: 0.
+        super_mins: Option<Bytes>,
+    },
+}
