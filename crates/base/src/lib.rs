@@ -2,11 +2,17 @@
 //!
 //! Everything here is plain arithmetic on plain data. It knows no files, models or methods.
 
+pub mod dense;
+pub mod factor;
 pub mod float;
 mod mat;
+mod mat64;
 pub mod rng;
 pub mod testkit;
 pub mod units;
 
+pub use dense::{Gram, GramError};
+pub use factor::FactorError;
 pub use mat::{Mat, MatMut, MatRef};
+pub use mat64::Mat64;
 pub use rng::Rng;

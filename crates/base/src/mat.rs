@@ -213,9 +213,8 @@ impl<'a> MatRef<'a> {
         for r0 in (0..self.rows).step_by(B) {
             for c0 in (0..self.cols).step_by(B) {
                 for r in r0..(r0 + B).min(self.rows) {
-                    let row = self.row(r);
-                    for c in c0..(c0 + B).min(self.cols) {
-                        out.data[c * self.rows + r] = row[c];
+                    for (c, &v) in self.row(r).iter().enumerate().take(c0 + B).skip(c0) {
+                        out.data[c * self.rows + r] = v;
                     }
                 }
             }
