@@ -8,15 +8,19 @@
 //!
 //! Canonical on disk, row by row, so that any range of rows decodes alone. Kernels repack at load.
 
+mod affine;
 pub mod gguf;
+mod integers;
 mod mask;
 mod pattern;
 mod piece;
 mod values;
 mod weights;
 
+pub use affine::Affine;
 pub use bytes::Bytes;
 pub use gguf::GgufType;
+pub use integers::Integers;
 pub use mask::Mask;
 pub use pattern::Pattern;
 pub use piece::{Piece, Stored, Term};

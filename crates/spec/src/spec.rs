@@ -315,10 +315,10 @@ impl Spec {
             }
             if let Some(f) = &layer.ffn {
                 dim(&format!("layer {l}: FFN width"), f.width)?;
-                if let Some(e) = f.experts {
-                    if e.count == 0 || e.count > 65536 || e.used == 0 || e.used > e.count {
-                        return fail(format!("layer {l}: {} of {} experts", e.used, e.count));
-                    }
+                if let Some(e) = f.experts
+                    && (e.count == 0 || e.count > 65536 || e.used == 0 || e.used > e.count)
+                {
+                    return fail(format!("layer {l}: {} of {} experts", e.used, e.count));
                 }
             }
         }
