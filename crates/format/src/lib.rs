@@ -9,6 +9,9 @@
 //! Canonical on disk, row by row, so that any range of rows decodes alone. Kernels repack at load.
 
 mod affine;
+pub mod bits;
+mod check;
+mod decode;
 pub mod gguf;
 mod integers;
 mod mask;

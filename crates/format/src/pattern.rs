@@ -1,5 +1,7 @@
 //! Patterns: where values are.
 
+use std::ops::Range;
+
 use bytes::Bytes;
 
 /// Which entries of a `[rows, cols]` matrix are stored; the others are exactly zero.
@@ -46,4 +48,87 @@ pub enum Pattern {
         /// Block columns, rising within a block row, u16 or u32 as in `Csr`, counted in blocks.
         columns: Bytes,
     },
+}
+
+/// The `i`-th little-endian u32.
+pub(crate) fn u32_at(bytes: &[u8], i: usize) -> usize {
+    u32::from_le_bytes([bytes[4 * i], bytes[4 * i + 1], bytes[4 * i + 2], bytes[4 * i + 3]]) as usize
+}
+
+/// Bytes of an index below `limit`: 2 where it fits, else 4.
+pub(crate) fn index_width(limit: usize) -> usize {
+    if limit <= 65536 { 2 } else { 4 }
+}
+
+/// The `i`-th index of `width` (2 or 4) bytes.
+pub(crate) fn index_at(bytes: &[u8], width: usize, i: usize) -> usize {
+    if width == 2 { usize::from(u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]])) } else { u32_at(bytes, i) }
+}
+
+impl Pattern {
+    /// Bits of a position within a run of `m` columns.
+    pub fn position_bits(m: usize) -> u8 {
+        m.max(2).next_power_of_two().trailing_zeros() as u8
+    }
+
+    /// Where the values of row `r` of a `[rows, cols]` piece lie among all stored values.
+    pub fn span(&self, r: usize, cols: usize) -> Range<usize> {
+        let (start, len) = match self {
+            Pattern::Dense => (r * cols, cols),
+            Pattern::Nm { n, m, .. } => {
+                let len = cols / usize::from(*m) * usize::from(*n);
+                (r * len, len)
+            }
+            Pattern::Mask { height, starts, .. } => {
+                let g = r / height;
+                let k = u32_at(starts, g + 1) - u32_at(starts, g);
+                (height * u32_at(starts, g) + r % height * k, k)
+            }
+            Pattern::Csr { starts, .. } => (u32_at(starts, r), u32_at(starts, r + 1) - u32_at(starts, r)),
+            Pattern::Blocks { height, width, starts, .. } => {
+                let first = u32_at(starts, r / height);
+                let len = (u32_at(starts, r / height + 1) - first) * width;
+                (first * height * width + r % height * len, len)
+            }
+        };
+        start..start + len
+    }
+
+    /// The columns of row `r`'s stored values, rising, into `out` (overwritten).
+    pub fn columns(&self, r: usize, cols: usize, out: &mut Vec<u32>) {
+        out.clear();
+        match self {
+            Pattern::Dense => out.extend(0..cols as u32),
+            Pattern::Nm { n, m, index } => {
+                let (n, m, span) = (usize::from(*n), usize::from(*m), self.span(r, cols));
+                out.resize(span.len(), 0);
+                crate::bits::unpack_map(index, Pattern::position_bits(m), span.start, out, u32::from);
+                for (run, positions) in out.chunks_exact_mut(n).enumerate() {
+                    positions.iter_mut().for_each(|p| *p += (run * m) as u32);
+                }
+            }
+            Pattern::Mask { height, bits, .. } => {
+                let width = cols.div_ceil(8);
+                let row = &bits[r / height * width..(r / height + 1) * width];
+                for (i, bytes) in row.chunks(8).enumerate() {
+                    let mut word = bytes.iter().rev().fold(0u64, |w, &b| w << 8 | u64::from(b));
+                    while word != 0 {
+                        out.push(i as u32 * 64 + word.trailing_zeros());
+                        word &= word - 1;
+                    }
+                }
+            }
+            Pattern::Csr { starts, columns } => {
+                let width = index_width(cols);
+                out.extend((u32_at(starts, r)..u32_at(starts, r + 1)).map(|i| index_at(columns, width, i) as u32));
+            }
+            Pattern::Blocks { height, width, starts, columns } => {
+                let bytes = index_width(cols / width);
+                for i in u32_at(starts, r / height)..u32_at(starts, r / height + 1) {
+                    let first = (index_at(columns, bytes, i) * width) as u32;
+                    out.extend(first..first + *width as u32);
+                }
+            }
+        }
+    }
 }

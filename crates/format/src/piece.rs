@@ -16,6 +16,8 @@ pub struct Piece {
 }
 
 /// One summand of a stored matrix.
+// A handful of terms a matrix: their size does not matter, an allocation behind each would only be in the way.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Debug, PartialEq)]
 pub enum Term {
     /// A piece as it is.
