@@ -1,0 +1,190 @@
+//! The model hub: what its own tools have cached on this machine, and downloads over HTTP.
+
+use std::collections::{BTreeMap, BTreeSet};
+use std::fs;
+use std::path::PathBuf;
+
+use serde_json::Value;
+
+use crate::cache::{self, FileEntry, Slot};
+use crate::http::{Fault, Http, Want};
+use crate::{HubRef, Progress};
+
+const ENDPOINT: &str = "https://huggingface.co";
+const INDEX: &str = "model.safetensors.index.json";
+/// What a checkpoint needs beside its weights, as far as a repository has it.
+const COMPANIONS: &[&str] = &[
+    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
+    "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+];
+
+/// How the hub's own tools are set up on this machine; their variables mean here what they mean there.
+#[derive(Debug, Clone)]
+pub(crate) struct Hub {
+    pub(crate) endpoint: String,
+    pub(crate) cache: Option<PathBuf>,
+    pub(crate) token: Option<String>,
+    pub(crate) offline: bool,
+}
+
+impl Hub {
+    pub(crate) fn new(variable: impl Fn(&str) -> Option<String>, home: Option<PathBuf>) -> Self {
+        let get = |name: &str| variable(name).map(|text| text.trim().to_string()).filter(|text| !text.is_empty());
+        let caches = get("XDG_CACHE_HOME").map(PathBuf::from).or_else(|| Some(home?.join(".cache")));
+        let hf_home = get("HF_HOME").map(PathBuf::from).or_else(|| Some(caches?.join("huggingface")));
+        let cache = get("HF_HUB_CACHE").or_else(|| get("HUGGINGFACE_HUB_CACHE")).map(PathBuf::from);
+        let token_file = get("HF_TOKEN_PATH").map(PathBuf::from).or_else(|| Some(hf_home.as_ref()?.join("token")));
+        let stored = || fs::read_to_string(token_file?).ok();
+        let token = get("HF_TOKEN").or_else(|| get("HUGGING_FACE_HUB_TOKEN")).or_else(stored);
+        Self {
+            endpoint: get("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.into()).trim_end_matches('/').into(),
+            cache: cache.or_else(|| Some(hf_home?.join("hub"))),
+            token: token.map(|text| text.trim().to_string()).filter(|text| !text.is_empty()),
+            offline: get("HF_HUB_OFFLINE").is_some_and(|on| ["1", "ON", "YES", "TRUE"].contains(&on.to_uppercase().as_str())),
+        }
+    }
+
+    /// The folder of the hub's own cache that holds everything needed, and the files' names.
+    pub(crate) fn cached(&self, model: &HubRef) -> Option<(PathBuf, Vec<String>)> {
+        let repo = self.cache.as_ref()?.join(format!("models--{}", model.repo.replace('/', "--")));
+        let revision = model.revision.as_deref().unwrap_or("main");
+        let commit = fs::read_to_string(repo.join("refs").join(revision)).unwrap_or_else(|_| revision.to_string());
+        let commit = commit.trim();
+        if !cache::is_flat_name(commit) {
+            return None;
+        }
+        let dir = repo.join("snapshots").join(commit);
+        if let Some(file) = &model.file {
+            return dir.join(file).is_file().then(|| (dir, vec![file.clone()]));
+        }
+        // A link whose target is gone, or not there yet, is not a file.
+        let entries = fs::read_dir(&dir).ok()?.flatten().filter(|entry| entry.path().is_file());
+        let names: BTreeSet<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        let files = select(&names, None, || fs::read(dir.join(INDEX)).map_err(|error| error.to_string())).ok()?;
+        // A configuration that another tool fetched alone is not a checkpoint yet.
+        let whole = files.iter().any(|name| name.starts_with("tokenizer.") || name.ends_with(".gguf"));
+        whole.then_some((dir, files))
+    }
+
+    /// Downloads what is needed and says at which commit.
+    pub(crate) fn fetch(
+        &self,
+        http: &Http,
+        model: &HubRef,
+        slot: &Slot,
+        progress: &dyn Progress,
+    ) -> Result<(String, Vec<FileEntry>), String> {
+        let token = self.token.as_deref();
+        let refused = |fault: Fault| match fault {
+            Fault::Status(401 | 403) if token.is_some() => {
+                format!("{fault}: the token given has no access to {} (is it gated? accept its terms on its page)", model.repo)
+            }
+            Fault::Status(401 | 403) => {
+                format!("{fault}: {} is private, gated or does not exist; a token in HF_TOKEN may help", model.repo)
+            }
+            Fault::Status(404) => format!("{fault}: no repository {} or no such revision or file", model.repo),
+            other => other.to_string(),
+        };
+        let revision = model.revision.as_deref().unwrap_or("main");
+        let url = format!("{}/api/models/{}/revision/{}?blobs=true", self.endpoint, model.repo, escape(revision, false));
+        let info = http.json(&url, token).map_err(refused)?;
+        let known = read_listing(&info);
+        if known.is_empty() {
+            return Err(format!("the hub's answer for {} lists no files", model.repo));
+        }
+        // One commit for all files, even if the branch moves meanwhile.
+        let commit = info["sha"].as_str().filter(|sha| sha.len() == 40 && sha.bytes().all(|c| c.is_ascii_hexdigit()));
+        let commit = commit.unwrap_or(revision);
+
+        let mut done: BTreeMap<String, FileEntry> = BTreeMap::new();
+        let get = |path: &str| -> Result<FileEntry, String> {
+            let (bytes, sha256) = known.get(path).cloned().unwrap_or_default();
+            let name = path.rsplit('/').next().unwrap_or(path);
+            if let Some(entry) = sha256.as_deref().and_then(|sha256| slot.present(name, sha256)) {
+                return Ok(entry);
+            }
+            let url = format!("{}/{}/resolve/{}/{}", self.endpoint, model.repo, escape(commit, false), escape(path, true));
+            let temporary = slot.temporary(path, sha256.as_deref());
+            let want = Want { url: &url, token, name, bytes };
+            http.download(&want, &temporary, progress).map_err(|fault| format!("{name}: {}", refused(fault)))?;
+            slot.install(&temporary, name, bytes, sha256.as_deref())
+        };
+        let names = known.keys().cloned().collect();
+        let files = select(&names, model.file.as_deref(), || {
+            done.insert(INDEX.into(), get(INDEX)?);
+            fs::read(slot.dir.join(INDEX)).map_err(|error| error.to_string())
+        })?;
+        for path in files {
+            if !done.contains_key(&path) {
+                let entry = get(&path)?;
+                done.insert(path, entry);
+            }
+        }
+        Ok((format!("hf:{}@{commit}", model.repo), done.into_values().collect()))
+    }
+}
+
+/// The repository's files with their sizes and, for the large ones, their sha256.
+fn read_listing(info: &Value) -> BTreeMap<String, (Option<u64>, Option<String>)> {
+    let files = info["siblings"].as_array().into_iter().flatten();
+    let facts = files.filter_map(|file| {
+        let name = file["rfilename"].as_str()?;
+        let sha256 = file["lfs"]["sha256"].as_str().filter(|sha| cache::is_sha256(sha)).map(str::to_string);
+        let bytes = file["lfs"]["size"].as_u64().or_else(|| file["size"].as_u64());
+        name.split('/').all(cache::is_flat_name).then(|| (name.to_string(), (bytes, sha256)))
+    });
+    facts.collect()
+}
+
+/// The files wanted of those a repository has: the one named, or else a safetensors checkpoint, or else its only GGUF file.
+fn select(
+    names: &BTreeSet<String>,
+    file: Option<&str>,
+    read_index: impl FnOnce() -> Result<Vec<u8>, String>,
+) -> Result<Vec<String>, String> {
+    let ending = |end: &str| -> Vec<String> { names.iter().filter(|name| name.ends_with(end)).cloned().collect() };
+    let ggufs = ending(".gguf");
+    if let Some(file) = file {
+        let models = [ggufs, ending(".safetensors")].concat();
+        return match names.contains(file) {
+            true => Ok(vec![file.into()]),
+            false => Err(format!("there is no file {file}; the model files there: {}", some_of(&models))),
+        };
+    }
+    let weights: Vec<String> = if names.contains(INDEX) {
+        let index: Value = serde_json::from_slice(&read_index()?).map_err(|error| format!("{INDEX}: {error}"))?;
+        let map = index["weight_map"].as_object().ok_or_else(|| format!("{INDEX} holds no weight_map"))?;
+        let shards: BTreeSet<&str> = map.values().filter_map(Value::as_str).collect();
+        if let Some(missing) = shards.iter().find(|shard| !names.contains(**shard) || !cache::is_flat_name(shard)) {
+            return Err(format!("{INDEX} names {missing}, which is not there"));
+        }
+        shards.into_iter().map(str::to_string).chain([INDEX.to_string()]).collect()
+    } else if names.contains("model.safetensors") {
+        vec!["model.safetensors".into()]
+    } else {
+        let weights: Vec<String> = ending(".safetensors").into_iter().filter(|name| !name.contains('/')).collect();
+        if weights.iter().any(|name| name.contains("-of-")) {
+            return Err(format!("the weights are in parts ({}) without {INDEX}", some_of(&weights)));
+        }
+        weights
+    };
+    if names.contains("config.json") && !weights.is_empty() {
+        let companions = COMPANIONS.iter().map(|name| name.to_string()).filter(|name| names.contains(name));
+        return Ok(companions.chain(weights).collect());
+    }
+    match ggufs.as_slice() {
+        [one] => Ok(vec![one.clone()]),
+        [] => Err("there is neither a config.json with *.safetensors nor a .gguf file".into()),
+        many => Err(format!("there are {} GGUF files; name one, as hf:org/repo:FILE: {}", many.len(), some_of(many))),
+    }
+}
+
+fn some_of(names: &[String]) -> String {
+    let more = if names.len() > 12 { format!(" and {} more", names.len() - 12) } else { String::new() };
+    if names.is_empty() { "none".into() } else { format!("{}{more}", names[..names.len().min(12)].join(", ")) }
+}
+
+fn escape(text: &str, slash: bool) -> String {
+    let plain = |c: u8| c.is_ascii_alphanumeric() || b"-._~".contains(&c) || (slash && c == b'/');
+    text.bytes().map(|c| if plain(c) { (c as char).to_string() } else { format!("%{c:02X}") }).collect()
+}
