@@ -18,7 +18,8 @@ impl Progress for Lines {
 fn main() -> Result<(), Box<dyn std::error::Error>> {
     let mut arguments = std::env::args().skip(1);
     let model = ModelRef::parse(&arguments.next().ok_or("which MODEL?")?)?;
-    let options = Options { cache_dir: arguments.next().map(Into::into), progress: Arc::new(Lines), ..Options::default() };
+    let options =
+        Options { cache_dir: arguments.next().map(Into::into), progress: Arc::new(Lines), ..Options::default() };
     let start = Instant::now();
     let pulled = pull(&model, &options).map_err(|error| error.to_string())?;
     println!("{}", pulled.path.display());

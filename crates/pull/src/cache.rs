@@ -171,14 +171,15 @@ impl Slot {
 
     /// Looks for the model and checks each file's size, and its sha256 where it has changed since that was last computed.
     pub(crate) fn lookup(&self, reference: &str, pinned: Option<&Pinned>) -> Result<Lookup, Error> {
-        let remembered = self.manifest().filter(|manifest| manifest.reference == reference).filter(|manifest| {
-            pinned.is_none_or(|model| {
-                model.files.len() == manifest.files.len()
-                    && model.files.iter().zip(&manifest.files).all(|(pin, file)| {
-                        (pin.name, pin.bytes, pin.sha256) == (&file.name, file.bytes, &file.sha256)
-                    })
-            })
-        });
+        let remembered =
+            self.manifest().filter(|manifest| manifest.reference == reference).filter(|manifest| {
+                pinned.is_none_or(|model| {
+                    model.files.len() == manifest.files.len()
+                        && model.files.iter().zip(&manifest.files).all(|(pin, file)| {
+                            (pin.name, pin.bytes, pin.sha256) == (&file.name, file.bytes, &file.sha256)
+                        })
+                })
+            });
         let known = remembered.is_some();
         let mut manifest = match (remembered, pinned) {
             (Some(manifest), _) => manifest,
@@ -293,7 +294,9 @@ impl Slot {
             }
             let found = sha256_of_file(temporary).map_err(|error| format!("{}: {error}", temporary.display()))?;
             match sha256 {
-                Some(sha256) if sha256 != found => Err(format!("{name} came with sha256 {found} and should have {sha256}")),
+                Some(sha256) if sha256 != found => {
+                    Err(format!("{name} came with sha256 {found} and should have {sha256}"))
+                }
                 _ => Ok((meta.len(), found)),
             }
         })();
@@ -323,7 +326,9 @@ impl Manifest {
 fn replace(from: &Path, to: &Path) -> io::Result<fs::Metadata> {
     File::options().write(true).open(from)?.sync_all()?;
     fs::rename(from, to)?;
-    if cfg!(unix) && let Some(dir) = to.parent() {
+    if cfg!(unix)
+        && let Some(dir) = to.parent()
+    {
         File::open(dir)?.sync_all()?;
     }
     fs::metadata(to)

@@ -153,7 +153,8 @@ impl Http {
         path: &Path,
         progress: &dyn Progress,
     ) -> Result<(), Fault> {
-        let restart = |file: &mut File| file.set_len(0).and_then(|()| file.rewind()).map_err(|error| local(path, error));
+        let restart =
+            |file: &mut File| file.set_len(0).and_then(|()| file.rewind()).map_err(|error| local(path, error));
         if want.bytes.is_some_and(|bytes| have > bytes) {
             restart(file)?;
             have = 0;
@@ -243,5 +244,8 @@ fn fault(error: ureq::Error) -> Fault {
 /// Whether a connection was there and broke.
 fn lost(kind: io::ErrorKind) -> bool {
     use io::ErrorKind as K;
-    matches!(kind, K::ConnectionReset | K::ConnectionAborted | K::BrokenPipe | K::UnexpectedEof | K::TimedOut | K::WouldBlock)
+    matches!(
+        kind,
+        K::ConnectionReset | K::ConnectionAborted | K::BrokenPipe | K::UnexpectedEof | K::TimedOut | K::WouldBlock
+    )
 }

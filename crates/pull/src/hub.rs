@@ -14,8 +14,18 @@ const ENDPOINT: &str = "https://huggingface.co";
 const INDEX: &str = "model.safetensors.index.json";
 /// What a checkpoint needs beside its weights, as far as a repository has it.
 const COMPANIONS: &[&str] = &[
-    "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "vocab.json",
-    "vocab.txt", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template.jinja", "chat_template.json",
+    "config.json",
+    "generation_config.json",
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "tokenizer.model",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
 ];
 
 /// How the hub's own tools are set up on this machine; their variables mean here what they mean there.
@@ -40,7 +50,8 @@ impl Hub {
             endpoint: get("HF_ENDPOINT").unwrap_or_else(|| ENDPOINT.into()).trim_end_matches('/').into(),
             cache: cache.or_else(|| Some(hf_home?.join("hub"))),
             token: token.map(|text| text.trim().to_string()).filter(|text| !text.is_empty()),
-            offline: get("HF_HUB_OFFLINE").is_some_and(|on| ["1", "ON", "YES", "TRUE"].contains(&on.to_uppercase().as_str())),
+            offline: get("HF_HUB_OFFLINE")
+                .is_some_and(|on| ["1", "ON", "YES", "TRUE"].contains(&on.to_uppercase().as_str())),
         }
     }
 
@@ -77,7 +88,10 @@ impl Hub {
         let token = self.token.as_deref();
         let refused = |fault: Fault| match fault {
             Fault::Status(401 | 403) if token.is_some() => {
-                format!("{fault}: the token given has no access to {} (is it gated? accept its terms on its page)", model.repo)
+                format!(
+                    "{fault}: the token given has no access to {} (is it gated? accept its terms on its page)",
+                    model.repo
+                )
             }
             Fault::Status(401 | 403) => {
                 format!("{fault}: {} is private, gated or does not exist; a token in HF_TOKEN may help", model.repo)
@@ -86,7 +100,8 @@ impl Hub {
             other => other.to_string(),
         };
         let revision = model.revision.as_deref().unwrap_or("main");
-        let url = format!("{}/api/models/{}/revision/{}?blobs=true", self.endpoint, model.repo, escape(revision, false));
+        let url =
+            format!("{}/api/models/{}/revision/{}?blobs=true", self.endpoint, model.repo, escape(revision, false));
         let info = http.json(&url, token).map_err(refused)?;
         let known = read_listing(&info);
         if known.is_empty() {
@@ -96,14 +111,15 @@ impl Hub {
         let commit = info["sha"].as_str().filter(|sha| sha.len() == 40 && sha.bytes().all(|c| c.is_ascii_hexdigit()));
         let commit = commit.unwrap_or(revision);
 
-        let mut done: BTreeMap<String, FileEntry> = BTreeMap::new();
+        let mut done: Vec<FileEntry> = Vec::new();
         let get = |path: &str| -> Result<FileEntry, String> {
             let (bytes, sha256) = known.get(path).cloned().unwrap_or_default();
             let name = path.rsplit('/').next().unwrap_or(path);
             if let Some(entry) = sha256.as_deref().and_then(|sha256| slot.present(name, sha256)) {
                 return Ok(entry);
             }
-            let url = format!("{}/{}/resolve/{}/{}", self.endpoint, model.repo, escape(commit, false), escape(path, true));
+            let url =
+                format!("{}/{}/resolve/{}/{}", self.endpoint, model.repo, escape(commit, false), escape(path, true));
             let temporary = slot.temporary(path, sha256.as_deref());
             let want = Want { url: &url, token, name, bytes };
             http.download(&want, &temporary, progress).map_err(|fault| format!("{name}: {}", refused(fault)))?;
@@ -111,16 +127,14 @@ impl Hub {
         };
         let names = known.keys().cloned().collect();
         let files = select(&names, model.file.as_deref(), || {
-            done.insert(INDEX.into(), get(INDEX)?);
+            done.push(get(INDEX)?);
             fs::read(slot.dir.join(INDEX)).map_err(|error| error.to_string())
         })?;
-        for path in files {
-            if !done.contains_key(&path) {
-                let entry = get(&path)?;
-                done.insert(path, entry);
-            }
+        for path in files.into_iter().filter(|path| done.is_empty() || path != INDEX).collect::<Vec<_>>() {
+            done.push(get(&path)?);
         }
-        Ok((format!("hf:{}@{commit}", model.repo), done.into_values().collect()))
+        done.sort_by(|a, b| a.name.cmp(&b.name));
+        Ok((format!("hf:{}@{commit}", model.repo), done))
     }
 }
 

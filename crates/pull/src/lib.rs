@@ -303,7 +303,8 @@ fn pulled(dir: &Path, files: Vec<PathBuf>, from_cache: bool, source: String) -> 
 fn local(path: &Path) -> Result<Pulled, Error> {
     let files = if path.is_dir() {
         let entries = fs::read_dir(path).map_err(io_error("read", path))?;
-        let mut files: Vec<PathBuf> = entries.flatten().map(|entry| entry.path()).filter(|path| path.is_file()).collect();
+        let mut files: Vec<PathBuf> =
+            entries.flatten().map(|entry| entry.path()).filter(|path| path.is_file()).collect();
         files.sort();
         files
     } else if path.exists() {

