@@ -1,8 +1,9 @@
-//! Development tasks: `cargo xtask check` holds the laws of the project.
+//! Development tasks: `cargo xtask check` holds the laws of the project, `cargo xtask new-method` starts a method.
 
 mod arrows;
 mod finding;
 mod method_laws;
+mod new_method;
 mod source;
 mod text_laws;
 mod tree;
@@ -14,13 +15,15 @@ use finding::Finding;
 use tree::Tree;
 
 const USAGE: &str = "\
-cargo xtask check [LAW ...]           every law, or those named: arrows methods length unsafe paths silenced fmt clippy";
+cargo xtask check [LAW ...]           every law, or those named: arrows methods length unsafe paths silenced fmt clippy
+cargo xtask new-method FAMILY NAME    the file of a new method and its recipe, in the fixed order, with a test that fails until filled";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match args[..] {
         ["check", ref laws @ ..] => check(laws),
+        ["new-method", family, name] => Tree::open().and_then(|tree| new_method::write(&tree, family, name)),
         _ => Err(anyhow::anyhow!("usage:\n{USAGE}")),
     };
     match done {
