@@ -337,10 +337,10 @@ fn an_unreachable_source_costs_little() {
 fn the_hubs_variables_are_honoured() {
     let hub = |set: &[(&str, &str)]| {
         let map: HashMap<String, String> = set.iter().map(|(a, b)| (a.to_string(), b.to_string())).collect();
-        Hub::new(|name| map.get(name).cloned(), Some("/home/u".into()))
+        Hub::new(|name| map.get(name).cloned(), Some("/users/u".into()))
     };
     let plain = hub(&[]);
-    assert_eq!(plain.cache, Some(PathBuf::from("/home/u/.cache/huggingface/hub")));
+    assert_eq!(plain.cache, Some(PathBuf::from("/users/u/.cache/huggingface/hub")));
     assert!(plain.token.is_none() && !plain.offline);
     let set =
         hub(&[("HF_ENDPOINT", "http://mirror/"), ("HF_HOME", "/h"), ("HF_TOKEN", " t\n"), ("HF_HUB_OFFLINE", "1")]);
