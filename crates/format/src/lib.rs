@@ -15,8 +15,11 @@ mod decode;
 pub mod gguf;
 mod integers;
 mod mask;
+mod pack;
 mod pattern;
 mod piece;
+mod serial;
+mod size;
 mod values;
 mod weights;
 
@@ -25,8 +28,13 @@ pub use bytes::Bytes;
 pub use gguf::GgufType;
 pub use integers::Integers;
 pub use mask::Mask;
+pub use pack::{
+    Codebook, PatternKind, ScaleCodec, Ternary, cheapest_pattern, exact_bytes, pack_codebook, pack_float,
+    pack_integers, pack_scales, pack_ternary,
+};
 pub use pattern::Pattern;
 pub use piece::{Piece, Stored, Term};
+pub use serial::{Descriptor, Elem, GroupDesc, Part, PieceDesc, ScalesDesc, TermDesc, ValuesDesc};
 pub use values::{Float, Group, Scales, Values};
 pub use weights::{Weights, WeightsError};
 

@@ -1,0 +1,349 @@
+//! A stored matrix as a small description and named buffers, and back.
+//!
+//! Suffixes follow from the description alone. A piece's buffers are
+//! `values` (floats), `blocks` (GGUF), `codes`, `table`, `scales`, `scale_codes`, `super_scales`, `super_mins`, `zeros`, `group_index`,
+//! and of its pattern `positions`, `mask`, `starts`, `columns`. A product puts `left.` and `right.` before them; the second, third...
+//! term `t1.`, `t2.`...
+
+use bytes::Bytes;
+use serde::{Deserialize, Serialize};
+
+use crate::pattern::index_width;
+use crate::{Float, FormatError, GgufType, Group, Pattern, PatternKind, Piece, Scales, Stored, Term, Values};
+
+/// Element types of buffers, those of safetensors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[allow(missing_docs, non_camel_case_types)]
+pub enum Elem {
+    F32,
+    F16,
+    BF16,
+    F8_E4M3,
+    F8_E5M2,
+    U8,
+    U16,
+    U32,
+}
+
+impl Elem {
+    /// Bytes of an element.
+    pub fn bytes(self) -> usize {
+        match self {
+            Elem::F32 | Elem::U32 => 4,
+            Elem::F16 | Elem::BF16 | Elem::U16 => 2,
+            Elem::F8_E4M3 | Elem::F8_E5M2 | Elem::U8 => 1,
+        }
+    }
+}
+
+impl From<Float> for Elem {
+    fn from(f: Float) -> Elem {
+        match f {
+            Float::F32 => Elem::F32,
+            Float::F16 => Elem::F16,
+            Float::Bf16 => Elem::BF16,
+            Float::F8E4m3 => Elem::F8_E4M3,
+            Float::F8E5m2 => Elem::F8_E5M2,
+        }
+    }
+}
+
+/// One buffer: a tensor named `<place>.<suffix>`.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Part {
+    /// Its name behind the place's.
+    pub suffix: String,
+    /// Element type.
+    pub elem: Elem,
+    /// Shape.
+    pub shape: Vec<usize>,
+    /// Little-endian elements, row-major.
+    pub bytes: Bytes,
+}
+
+/// What a stored matrix is made of, without its buffers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Descriptor {
+    /// Rows.
+    pub rows: usize,
+    /// Columns.
+    pub cols: usize,
+    /// The summands.
+    pub terms: Vec<TermDesc>,
+}
+
+/// A term without its buffers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum TermDesc {
+    /// A piece as large as the matrix.
+    Piece(PieceDesc),
+    /// A product over `rank`.
+    Product {
+        /// Columns of the left factor, rows of the right.
+        rank: usize,
+        /// `[rows, rank]`.
+        left: PieceDesc,
+        /// `[rank, cols]`.
+        right: PieceDesc,
+    },
+}
+
+/// A piece without its buffers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct PieceDesc {
+    /// Where values are.
+    pub pattern: PatternKind,
+    /// How they are written.
+    pub values: ValuesDesc,
+}
+
+/// A codec without its buffers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[allow(missing_docs)]
+pub enum ValuesDesc {
+    Float(Float),
+    Int { bits: u8, zeros: bool, scales: ScalesDesc, group: GroupDesc },
+    Codebook { bits: u8, scales: Option<(ScalesDesc, GroupDesc)> },
+    Ternary { scales: ScalesDesc, group: GroupDesc },
+    Gguf(GgufType),
+}
+
+/// Encoded scales without their buffers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[allow(missing_docs)]
+pub enum ScalesDesc {
+    Float(Float),
+    Int { bits: u8, per: usize, mins: bool },
+}
+
+/// A group: a run of columns, or the number of groups of an explicit index.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[allow(missing_docs)]
+pub enum GroupDesc {
+    Run(usize),
+    Index(usize),
+}
+
+fn prefix(term: usize) -> String {
+    if term == 0 { String::new() } else { format!("t{term}.") }
+}
+
+impl Stored {
+    /// The description and every buffer. The matrix must pass [`Stored::check`].
+    pub fn to_parts(&self) -> (Descriptor, Vec<Part>) {
+        let mut parts = Vec::new();
+        let terms = self.terms.iter().enumerate().map(|(i, term)| match term {
+            Term::Piece(p) => TermDesc::Piece(write_piece(p, &prefix(i), &mut parts)),
+            Term::Product(l, r) => TermDesc::Product {
+                rank: l.cols,
+                left: write_piece(l, &format!("{}left.", prefix(i)), &mut parts),
+                right: write_piece(r, &format!("{}right.", prefix(i)), &mut parts),
+            },
+        });
+        let terms = terms.collect();
+        (Descriptor { rows: self.rows, cols: self.cols, terms }, parts)
+    }
+
+    /// Puts a matrix together; `get` gives the element type, shape and bytes of the buffer of a suffix. Everything is checked.
+    pub fn from_parts(
+        desc: &Descriptor,
+        mut get: impl FnMut(&str) -> Option<(Elem, Vec<usize>, Bytes)>,
+    ) -> Result<Stored, FormatError> {
+        let mut shapes = Vec::new();
+        let mut take = |suffix: String, elem: Elem| {
+            let (have, shape, bytes) =
+                get(&suffix).ok_or_else(|| FormatError::new(format!("buffer '{suffix}' is missing")))?;
+            if have != elem {
+                return Err(FormatError::new(format!("buffer '{suffix}' holds {have:?}, expected {elem:?}")));
+            }
+            shapes.push((suffix, shape));
+            Ok(bytes)
+        };
+        let (rows, cols) = (desc.rows, desc.cols);
+        let mut terms = Vec::with_capacity(desc.terms.len());
+        for (i, term) in desc.terms.iter().enumerate() {
+            terms.push(match term {
+                TermDesc::Piece(p) => Term::Piece(read_piece(p, (rows, cols), &prefix(i), &mut take)?),
+                TermDesc::Product { rank, left, right } => Term::Product(
+                    read_piece(left, (rows, *rank), &format!("{}left.", prefix(i)), &mut take)?,
+                    read_piece(right, (*rank, cols), &format!("{}right.", prefix(i)), &mut take)?,
+                ),
+            });
+        }
+        let stored = Stored { rows, cols, terms };
+        stored.check()?;
+        for ((suffix, shape), part) in shapes.into_iter().zip(stored.to_parts().1) {
+            if shape != part.shape {
+                let want = part.shape;
+                return Err(FormatError::new(format!("buffer '{suffix}' has shape {shape:?}, expected {want:?}")));
+            }
+        }
+        Ok(stored)
+    }
+}
+
+// Writing and reading name the buffers of a piece in one order: `from_parts` compares shapes by place.
+
+fn write_piece(p: &Piece, prefix: &str, parts: &mut Vec<Part>) -> PieceDesc {
+    let mut put = |suffix: &str, elem: Elem, shape: &[usize], bytes: &Bytes| {
+        parts.push(Part { suffix: format!("{prefix}{suffix}"), elem, shape: shape.to_vec(), bytes: bytes.clone() });
+    };
+    let index = |limit: usize| if index_width(limit) == 2 { Elem::U16 } else { Elem::U32 };
+    match &p.pattern {
+        Pattern::Dense => {}
+        Pattern::Nm { index, .. } => put("positions", Elem::U8, &[index.len()], index),
+        Pattern::Mask { height, bits, starts } => {
+            put("mask", Elem::U8, &[p.rows.div_ceil(*height), p.cols.div_ceil(8)], bits);
+            put("starts", Elem::U32, &[starts.len() / 4], starts);
+        }
+        Pattern::Csr { starts, columns } => {
+            put("starts", Elem::U32, &[starts.len() / 4], starts);
+            put("columns", index(p.cols), &[columns.len() / index_width(p.cols)], columns);
+        }
+        Pattern::Blocks { width, starts, columns, .. } => {
+            put("starts", Elem::U32, &[starts.len() / 4], starts);
+            let limit = p.cols / width;
+            put("columns", index(limit), &[columns.len() / index_width(limit)], columns);
+        }
+    }
+    let values = match &p.values {
+        Values::Float(float, bytes) => {
+            let dense = [p.rows, p.cols];
+            let shape = if p.pattern == Pattern::Dense { &dense[..] } else { &[bytes.len() / float.bytes()] };
+            put("values", (*float).into(), shape, bytes);
+            ValuesDesc::Float(*float)
+        }
+        Values::Int { bits, codes, scales, zeros, group } => {
+            put("codes", Elem::U8, &[codes.len()], codes);
+            if let Some(z) = zeros {
+                put("zeros", Elem::U8, &[z.len()], z);
+            }
+            let (scales, group) = write_scales(scales, group, p, &mut put);
+            ValuesDesc::Int { bits: *bits, zeros: zeros.is_some(), scales, group }
+        }
+        Values::Codebook { bits, codes, table, scales } => {
+            put("codes", Elem::U8, &[codes.len()], codes);
+            let entries: Vec<u8> = table.iter().flat_map(|t| t.to_le_bytes()).collect();
+            put("table", Elem::F32, &[table.len()], &entries.into());
+            let scales = scales.as_ref().map(|(s, g)| write_scales(s, g, p, &mut put));
+            ValuesDesc::Codebook { bits: *bits, scales }
+        }
+        Values::Ternary { codes, scales, group } => {
+            put("codes", Elem::U8, &[codes.len()], codes);
+            let (scales, group) = write_scales(scales, group, p, &mut put);
+            ValuesDesc::Ternary { scales, group }
+        }
+        Values::Gguf(kind, bytes) => {
+            put("blocks", Elem::U8, &[p.rows, p.cols / kind.block() * kind.block_bytes()], bytes);
+            ValuesDesc::Gguf(*kind)
+        }
+    };
+    PieceDesc { pattern: p.pattern.kind(), values }
+}
+
+fn write_scales(
+    scales: &Scales,
+    group: &Group,
+    p: &Piece,
+    put: &mut impl FnMut(&str, Elem, &[usize], &Bytes),
+) -> (ScalesDesc, GroupDesc) {
+    let groups = group.count(p.cols);
+    let scales = match scales {
+        Scales::Float(float, bytes) => {
+            put("scales", (*float).into(), &[p.rows, groups], bytes);
+            ScalesDesc::Float(*float)
+        }
+        Scales::Int { bits, per, codes, super_scales, super_mins } => {
+            let supers = [p.rows, groups.div_ceil(*per)];
+            put("scale_codes", Elem::U8, &[codes.len()], codes);
+            put("super_scales", Elem::F16, &supers, super_scales);
+            if let Some(m) = super_mins {
+                put("super_mins", Elem::F16, &supers, m);
+            }
+            ScalesDesc::Int { bits: *bits, per: *per, mins: super_mins.is_some() }
+        }
+    };
+    let group = match group {
+        Group::Run(n) => GroupDesc::Run(*n),
+        Group::Index { groups, of } => {
+            put("group_index", Elem::U16, &[of.len() / 2], of);
+            GroupDesc::Index(*groups)
+        }
+    };
+    (scales, group)
+}
+
+type Take<'a> = &'a mut dyn FnMut(String, Elem) -> Result<Bytes, FormatError>;
+
+fn read_piece(d: &PieceDesc, (rows, cols): (usize, usize), prefix: &str, take: Take<'_>) -> Result<Piece, FormatError> {
+    let mut take = |suffix: &str, elem: Elem| take(format!("{prefix}{suffix}"), elem);
+    let index = |limit: usize| if index_width(limit) == 2 { Elem::U16 } else { Elem::U32 };
+    let pattern = match d.pattern {
+        PatternKind::Dense => Pattern::Dense,
+        PatternKind::Nm { n, m } => Pattern::Nm { n, m, index: take("positions", Elem::U8)? },
+        PatternKind::Mask { height } => {
+            Pattern::Mask { height, bits: take("mask", Elem::U8)?, starts: take("starts", Elem::U32)? }
+        }
+        PatternKind::Csr => Pattern::Csr { starts: take("starts", Elem::U32)?, columns: take("columns", index(cols))? },
+        PatternKind::Blocks { height, width } => Pattern::Blocks {
+            height,
+            width,
+            starts: take("starts", Elem::U32)?,
+            columns: take("columns", index(cols / width.max(1)))?,
+        },
+    };
+    let values = match &d.values {
+        ValuesDesc::Float(float) => Values::Float(*float, take("values", (*float).into())?),
+        ValuesDesc::Int { bits, zeros, scales, group } => {
+            let codes = take("codes", Elem::U8)?;
+            let zeros = if *zeros { Some(take("zeros", Elem::U8)?) } else { None };
+            let (scales, group) = read_scales(scales, group, &mut take)?;
+            Values::Int { bits: *bits, codes, scales, zeros, group }
+        }
+        ValuesDesc::Codebook { bits, scales } => {
+            let codes = take("codes", Elem::U8)?;
+            let entries = take("table", Elem::F32)?;
+            if entries.len() % 4 != 0 {
+                return Err(FormatError::new(format!("table: {} bytes are not whole f32", entries.len())));
+            }
+            let table = entries.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            let scales = scales.as_ref().map(|(s, g)| read_scales(s, g, &mut take)).transpose()?;
+            Values::Codebook { bits: *bits, codes, table, scales }
+        }
+        ValuesDesc::Ternary { scales, group } => {
+            let codes = take("codes", Elem::U8)?;
+            let (scales, group) = read_scales(scales, group, &mut take)?;
+            Values::Ternary { codes, scales, group }
+        }
+        ValuesDesc::Gguf(kind) => Values::Gguf(*kind, take("blocks", Elem::U8)?),
+    };
+    Ok(Piece { rows, cols, pattern, values })
+}
+
+fn read_scales(
+    scales: &ScalesDesc,
+    group: &GroupDesc,
+    take: &mut impl FnMut(&str, Elem) -> Result<Bytes, FormatError>,
+) -> Result<(Scales, Group), FormatError> {
+    let scales = match scales {
+        ScalesDesc::Float(float) => Scales::Float(*float, take("scales", (*float).into())?),
+        ScalesDesc::Int { bits, per, mins } => Scales::Int {
+            bits: *bits,
+            per: *per,
+            codes: take("scale_codes", Elem::U8)?,
+            super_scales: take("super_scales", Elem::F16)?,
+            super_mins: if *mins { Some(take("super_mins", Elem::F16)?) } else { None },
+        },
+    };
+    let group = match group {
+        GroupDesc::Run(n) => Group::Run(*n),
+        GroupDesc::Index(groups) => Group::Index { groups: *groups, of: take("group_index", Elem::U16)? },
+    };
+    Ok((scales, group))
+}

@@ -1,0 +1,267 @@
+//! A slow reference that decodes in f64, straight from the words of the layout, and random matrices of every pattern and codec.
+#![allow(dead_code)]
+
+use lacuna_base::{Mat, Rng};
+use lacuna_format::*;
+
+/// Code `i` of a stream, bit by bit.
+fn code(stream: &[u8], bits: usize, i: usize) -> usize {
+    (0..bits).map(|b| usize::from(stream[(i * bits + b) / 8] >> ((i * bits + b) % 8) & 1) << b).sum()
+}
+
+fn number(bytes: &[u8], size: usize, i: usize) -> u64 {
+    (0..size).map(|b| u64::from(bytes[i * size + b]) << (8 * b)).sum()
+}
+
+/// A small float from its fields.
+fn small(raw: u64, exponent_bits: u32, mantissa_bits: u32) -> f64 {
+    let bias = (1i32 << (exponent_bits - 1)) - 1;
+    let m = (raw & ((1 << mantissa_bits) - 1)) as f64 / f64::from(1u32 << mantissa_bits);
+    let e = (raw >> mantissa_bits & ((1 << exponent_bits) - 1)) as i32;
+    let sign = if raw >> (mantissa_bits + exponent_bits) & 1 == 1 { -1.0 } else { 1.0 };
+    sign * if e == 0 { m * 2f64.powi(1 - bias) } else { (1.0 + m) * 2f64.powi(e - bias) }
+}
+
+fn float(float: Float, bytes: &[u8], i: usize) -> f64 {
+    match float {
+        Float::F32 => f64::from(f32::from_bits(number(bytes, 4, i) as u32)),
+        Float::F16 => small(number(bytes, 2, i), 5, 10),
+        Float::Bf16 => f64::from(f32::from_bits((number(bytes, 2, i) as u32) << 16)),
+        Float::F8E4m3 => small(number(bytes, 1, i), 4, 3),
+        Float::F8E5m2 => small(number(bytes, 1, i), 5, 2),
+    }
+}
+
+fn group(g: &Group, c: usize) -> usize {
+    match g {
+        Group::Run(n) => c / n,
+        Group::Index { of, .. } => number(of, 2, c) as usize,
+    }
+}
+
+fn groups(g: &Group, cols: usize) -> usize {
+    match g {
+        Group::Run(n) => cols.div_ceil(*n),
+        Group::Index { groups, .. } => *groups,
+    }
+}
+
+fn scale(s: &Scales, groups: usize, r: usize, g: usize) -> f64 {
+    match s {
+        Scales::Float(f, bytes) => float(*f, bytes, r * groups + g),
+        Scales::Int { bits, per, codes, super_scales, super_mins } => {
+            let at = r * groups.div_ceil(*per) + g / per;
+            let min = super_mins.as_ref().map_or(0.0, |m| float(Float::F16, m, at));
+            float(Float::F16, super_scales, at) * code(codes, usize::from(*bits), r * groups + g) as f64 + min
+        }
+    }
+}
+
+/// The `i`-th stored value, which lies at `(r, c)`.
+fn value(p: &Piece, i: usize, r: usize, c: usize) -> f64 {
+    let scaled = |s: &Scales, g: &Group| scale(s, groups(g, p.cols), r, group(g, c));
+    match &p.values {
+        Values::Float(f, bytes) => float(*f, bytes, i),
+        Values::Int { bits, codes, scales, zeros, group: g } => {
+            let bits = usize::from(*bits);
+            let zero = match zeros {
+                Some(z) => code(z, bits, r * groups(g, p.cols) + group(g, c)),
+                None => 1 << (bits - 1),
+            };
+            scaled(scales, g) * (code(codes, bits, i) as f64 - zero as f64)
+        }
+        Values::Codebook { bits, codes, table, scales } => {
+            let t = f64::from(table[code(codes, usize::from(*bits), i)]);
+            scales.as_ref().map_or(t, |(s, g)| t * scaled(s, g))
+        }
+        Values::Ternary { codes, scales, group: g } => {
+            let digit = usize::from(codes[i / 5]) / [1, 3, 9, 27, 81][i % 5] % 3;
+            (digit as f64 - 1.0) * scaled(scales, g)
+        }
+        Values::Gguf(GgufType::Q8_0, b) => {
+            f64::from(b[i / 32 * 34 + 2 + i % 32] as i8) * small(number(&b[i / 32 * 34..], 2, 0), 5, 10)
+        }
+        Values::Gguf(GgufType::Q4_0, b) => {
+            let q = b[i / 32 * 18 + 2 + i % 16] >> (i % 32 / 16 * 4) & 15;
+            (f64::from(q) - 8.0) * small(number(&b[i / 32 * 18..], 2, 0), 5, 10)
+        }
+        Values::Gguf(kind, _) => panic!("no reference for {kind:?}"),
+    }
+}
+
+/// A piece in f64: walks the pattern in order and counts values as they come, whatever the starts say about where a row begins.
+fn piece(p: &Piece) -> Vec<f64> {
+    let (rows, cols) = (p.rows, p.cols);
+    let (mut out, mut next) = (vec![0.0; rows * cols], 0);
+    for r in 0..rows {
+        let stored: Vec<usize> = match &p.pattern {
+            Pattern::Dense => (0..cols).collect(),
+            Pattern::Nm { n, m, index } => {
+                let (n, m) = (usize::from(*n), usize::from(*m));
+                let bits = (0..).find(|b| 1 << b >= m).unwrap();
+                let run = |j: usize| j / n % (cols / m) * m;
+                (0..cols / m * n).map(|j| run(j) + code(index, bits, r * (cols / m * n) + j)).collect()
+            }
+            Pattern::Mask { height, bits, .. } => {
+                let bytes = cols.div_ceil(8);
+                (0..cols).filter(|c| bits[r / height * bytes + c / 8] >> (c % 8) & 1 == 1).collect()
+            }
+            Pattern::Csr { starts, columns } => {
+                let size = if cols <= 65536 { 2 } else { 4 };
+                let (a, b) = (number(starts, 4, r), number(starts, 4, r + 1));
+                (a..b).map(|i| number(columns, size, i as usize) as usize).collect()
+            }
+            Pattern::Blocks { height, width, starts, columns } => {
+                let size = if cols / width <= 65536 { 2 } else { 4 };
+                let (a, b) = (number(starts, 4, r / height), number(starts, 4, r / height + 1));
+                let first = |i| number(columns, size, i as usize) as usize * width;
+                (a..b).flat_map(|i| (0..*width).map(move |j| first(i) + j)).collect()
+            }
+        };
+        for c in stored {
+            out[r * cols + c] = value(p, next, r, c);
+            next += 1;
+        }
+    }
+    out
+}
+
+/// A stored matrix in f64, and the sum of magnitudes behind every entry (what rounding is measured against).
+pub fn decode(s: &Stored) -> (Vec<f64>, Vec<f64>) {
+    let (mut out, mut size) = (vec![0.0; s.rows * s.cols], vec![0.0; s.rows * s.cols]);
+    for term in &s.terms {
+        match term {
+            Term::Piece(p) => {
+                for (i, v) in piece(p).into_iter().enumerate() {
+                    out[i] += v;
+                    size[i] += v.abs();
+                }
+            }
+            Term::Product(l, r) => {
+                let (a, b) = (piece(l), piece(r));
+                for row in 0..s.rows {
+                    for c in 0..s.cols {
+                        for k in 0..l.cols {
+                            let v = a[row * l.cols + k] * b[k * s.cols + c];
+                            out[row * s.cols + c] += v;
+                            size[row * s.cols + c] += v.abs();
+                        }
+                    }
+                }
+            }
+        }
+    }
+    (out, size)
+}
+
+fn pick<T: Clone>(rng: &mut Rng, of: &[T]) -> T {
+    of[rng.below(of.len())].clone()
+}
+
+/// A kind that `[rows, cols]` allows, and a mask that allows it: any density, often with empty rows, sometimes nothing at all.
+pub fn kind_and_mask(rng: &mut Rng, rows: usize, cols: usize) -> (PatternKind, Option<Mask>) {
+    let keep = pick(rng, &[0.0, 0.1, 0.5, 0.9, 1.0]);
+    let mut mask = Mask::from_fn(rows, cols, |r, _| rng.f64() < keep && r % 5 != 3);
+    let kind = match rng.below(5) {
+        0 => PatternKind::Dense,
+        1 => {
+            let fits: Vec<usize> = (2..=32).filter(|&m| cols.is_multiple_of(m)).collect();
+            if fits.is_empty() {
+                return (PatternKind::Csr, Some(mask));
+            }
+            let m = pick(rng, &fits);
+            let n = 1 + rng.below(m);
+            for r in 0..rows {
+                for first in (0..cols).step_by(m) {
+                    let kept: Vec<usize> = (first..first + m).filter(|&c| mask.get(r, c)).collect();
+                    kept.iter().skip(n).for_each(|&c| mask.set(r, c, false));
+                }
+            }
+            return (PatternKind::Nm { n: n as u8, m: m as u8 }, Some(mask));
+        }
+        2 => PatternKind::Mask { height: pick(rng, &[1, 2, 8, 32]) },
+        3 => PatternKind::Csr,
+        _ => {
+            let heights: Vec<usize> = (1..=8).filter(|h| rows.is_multiple_of(*h)).collect();
+            let widths: Vec<usize> = (1..=8).filter(|w| cols.is_multiple_of(*w)).collect();
+            PatternKind::Blocks { height: pick(rng, &heights), width: pick(rng, &widths) }
+        }
+    };
+    (kind, if rng.below(4) == 0 { None } else { Some(mask) })
+}
+
+pub fn group_of(rng: &mut Rng, cols: usize) -> Group {
+    match rng.below(3) {
+        0 => Group::Run(cols.max(1)),
+        1 => Group::Run(pick(rng, &[1, 3, 8, 16, 32])),
+        _ => {
+            let groups = 1 + rng.below(5);
+            let of: Vec<u8> = (0..cols).flat_map(|_| (rng.below(groups) as u16).to_le_bytes()).collect();
+            Group::Index { groups, of: of.into() }
+        }
+    }
+}
+
+fn scales_of(rng: &mut Rng, rows: usize, group: &Group, cols: usize) -> Mat {
+    Mat::from_fn(rows, groups(group, cols), |_, _| (rng.normal() * 64.0).round() / 1024.0)
+}
+
+/// A random piece of `[rows, cols]`.
+pub fn random_piece(rng: &mut Rng, rows: usize, cols: usize) -> Piece {
+    let (kind, mask) = kind_and_mask(rng, rows, cols);
+    let scales = pick(rng, &[ScaleCodec::F32, ScaleCodec::F16, ScaleCodec::Int { bits: 6, per: 8 }]);
+    let group = group_of(rng, cols);
+    let piece = match rng.below(5) {
+        0 => {
+            let codec = pick(rng, &[Float::F32, Float::F16, Float::Bf16, Float::F8E4m3, Float::F8E5m2]);
+            let w = Mat::from_fn(rows, cols, |_, _| rng.normal());
+            pack_float(w.view(), mask.as_ref(), kind, codec)
+        }
+        1 => {
+            let bits = 2 + rng.below(7) as u8;
+            let codes = (0..rows * cols).map(|_| rng.below(1 << bits) as u8).collect();
+            let n = groups(&group, cols) * rows;
+            let zeros = (rng.below(2) == 0).then(|| (0..n).map(|_| rng.below(1 << bits) as u8).collect());
+            let q = Integers { rows, cols, bits, codes, scales: scales_of(rng, rows, &group, cols), zeros, group };
+            pack_integers(&q, mask.as_ref(), kind, scales)
+        }
+        2 => {
+            let bits = 1 + rng.below(8) as u8;
+            let codes = (0..rows * cols).map(|_| rng.below(1 << bits) as u8).collect();
+            let mut table: Vec<f32> = (0..1 << bits).map(|_| rng.normal()).collect();
+            table[rng.below(1 << bits)] = 0.0;
+            let with = (rng.below(2) == 0).then(|| (scales_of(rng, rows, &group, cols), group));
+            pack_codebook((rows, cols), &Codebook { bits, codes, table, scales: with }, mask.as_ref(), kind, scales)
+        }
+        3 => {
+            let codes = (0..rows * cols).map(|_| rng.below(3) as i8 - 1).collect();
+            let q = Ternary { codes, scales: scales_of(rng, rows, &group, cols), group };
+            pack_ternary((rows, cols), &q, mask.as_ref(), kind, scales)
+        }
+        _ if cols.is_multiple_of(32) => {
+            let codec = pick(rng, &[GgufType::Q8_0, GgufType::Q4_0]);
+            let w: Vec<f32> = (0..rows * cols).map(|_| rng.normal()).collect();
+            let values = Values::Gguf(codec, codec.encode(&w).unwrap().into());
+            Ok(Piece { rows, cols, pattern: Pattern::Dense, values })
+        }
+        _ => {
+            let w = Mat::from_fn(rows, cols, |_, _| rng.normal());
+            pack_float(w.view(), mask.as_ref(), kind, Float::F32)
+        }
+    };
+    piece.unwrap()
+}
+
+/// A random sum of up to three terms, products among them.
+pub fn random_stored(rng: &mut Rng) -> Stored {
+    let rows = pick(rng, &[0, 1, 2, 7, 8, 12, 33]);
+    let cols = pick(rng, &[1, 5, 8, 13, 32, 64, 70, 96, 160]);
+    let terms = (0..rng.below(4)).map(|_| match rng.below(3) {
+        0 => {
+            let rank = rng.below(6);
+            Term::Product(random_piece(rng, rows, rank), random_piece(rng, rank, cols))
+        }
+        _ => Term::Piece(random_piece(rng, rows, cols)),
+    });
+    Stored { rows, cols, terms: terms.collect() }
+}
