@@ -1,6 +1,9 @@
 """The two real models as GGUF files, read by other people's code: weights through the `gguf` package into transformers'
 classes, tokenizers through the `tokenizers` and `sentencepiece` libraries."""
 
+import copy
+import re
+
 import gguf
 import numpy as np
 import sentencepiece
@@ -8,7 +11,7 @@ import tokenizers
 import torch
 import transformers as tf
 from sentencepiece import sentencepiece_model_pb2
-from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import AddedToken, decoders, models, normalizers, pre_tokenizers
 
 # Token types of a GGUF vocabulary.
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED, UNUSED, BYTE = 1, 2, 3, 4, 5, 6
@@ -116,8 +119,6 @@ def load_model(path):
     rotary = type(model.model.rotary_emb)
     model.model.rotary_emb = rotary(cfg)
     if hasattr(model.model, "rotary_emb_local"):
-        import copy
-
         local = copy.deepcopy(cfg)
         local.rope_theta, local.rope_scaling = cfg.rope_local_base_freq, {"rope_type": "default"}
         model.model.rotary_emb_local = rotary(local)
@@ -185,17 +186,36 @@ class Gemma:
         proto.normalizer_spec.remove_extra_whitespaces = False
         proto.normalizer_spec.escape_whitespaces = True
         self.sp = sentencepiece.SentencePieceProcessor(model_proto=proto.SerializeToString())
+        self.types, self.scores = types, scores
         self.control = {t: i for i, (t, k) in enumerate(zip(self.tokens, types)) if k == CONTROL}
         self.bos = trainer.bos_id
 
     def encode(self, text):
-        import re
-
         ids, at = [], 0
         for found in re.finditer("|".join(map(re.escape, sorted(self.control, key=len, reverse=True))), text):
             ids += self.sp.encode(text[at:found.start()]) + [self.control[found.group()]]
             at = found.end()
         return ids + self.sp.encode(text[at:])
+
+    def as_merges(self):
+        """The same tokenizer in the form of a tokenizer.json, as the published one: BPE with merges, recovered from the
+        pieces. A second way to the same ids; nothing but `encode` is meant to be used of it."""
+        pieces = [t.replace(" ", "\u2581") if k == USER_DEFINED else t for t, k in zip(self.tokens, self.types)]
+        vocab = {p: i for i, p in enumerate(pieces)}
+        merges = []
+        for piece, kind, score in zip(pieces, self.types, self.scores):
+            if kind == NORMAL:
+                cuts = [(piece[:i], piece[i:]) for i in range(1, len(piece))]
+                merges += [(-score, vocab[a], vocab[b], a, b) for a, b in cuts if a in vocab and b in vocab]
+        merges.sort(key=lambda m: m[:3])
+        t = tokenizers.Tokenizer(models.BPE(
+            vocab, [m[3:] for m in merges], unk_token=self.tokens[self.sp.unk_id()], fuse_unk=True, byte_fallback=True))
+        t.normalizer = normalizers.Replace(" ", "\u2581")
+        t.add_tokens([
+            # A run of spaces must be found after the normalizer has turned it into underlines.
+            AddedToken(p, normalized=p.startswith("\u2581"), special=k == CONTROL)
+            for p, k in zip(pieces, self.types) if k in (CONTROL, USER_DEFINED)])
+        return t
 
     def decode(self, ids):
         raw = b""

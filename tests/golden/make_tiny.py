@@ -57,7 +57,8 @@ MODELS = {
     "llama_rope_longrope": (tf.LlamaConfig, tf.LlamaForCausalLM, base(
         original_max_position_embeddings=32,
         rope_scaling=dict(rope_type="longrope", short_factor=[1.0, 1.1, 1.3, 1.6],
-                          long_factor=[1.0, 2.0, 3.5, 4.0], factor=4.0))),
+                          long_factor=[1.0, 2.0, 3.5, 4.0], factor=4.0,
+                          original_max_position_embeddings=32))),
     # The window (10 keys, the query's own included) is shorter than both sequences.
     "mistral": (tf.MistralConfig, tf.MistralForCausalLM, base(sliding_window=10, head_dim=16)),
     "qwen2": (tf.Qwen2Config, tf.Qwen2ForCausalLM, base(tie_word_embeddings=True)),

@@ -227,6 +227,11 @@ def real(path, out):
         cases.append({"text": text, "ids": ids, "decoded": decoded})
         if theirs.encode(text, add_special_tokens=False) != ids:
             apart.append(i)
+    if isinstance(twin, gguf_twin.Gemma):
+        merges = twin.as_merges()
+        for c in cases:
+            assert merges.encode(c["text"], add_special_tokens=False).ids == c["ids"], c["text"]
+        print("BPE with recovered merges agrees with SentencePiece on every case")
     cases_lost = [c["text"] for c in cases if c["decoded"] != c["text"]]
     print(f"{os.path.basename(path)}: transformers' GGUF conversion differs on {len(apart)} of {len(HARD)}; "
           f"not decoded to the same text: {cases_lost}")
