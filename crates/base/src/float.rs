@@ -50,6 +50,11 @@ pub fn round_f16(x: f32) -> f32 {
     f16::from_f32(x).to_f32()
 }
 
+/// The nearest bf16 of a value, as f32.
+pub fn round_bf16(x: f32) -> f32 {
+    bf16::from_f32(x).to_f32()
+}
+
 #[cfg(test)]
 mod tests {
     use super::*;

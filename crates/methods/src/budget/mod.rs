@@ -1,0 +1,3 @@
+//! Budgets: how much for each place?
+
+pub(crate) mod uniform;

@@ -1,0 +1,3 @@
+//! Drops: which whole pieces go?
+
+pub(crate) mod llm_drop;

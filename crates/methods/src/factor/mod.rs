@@ -1,0 +1,4 @@
+//! Factors: thin matrices instead of one.
+
+pub(crate) mod svd;
+pub(crate) mod svd_llm;

@@ -1,0 +1,193 @@
+//! SVD-LLM: the product of a given rank whose *outputs* on calibration text are nearest.
+//!
+//! **Paper.** Xin Wang, Yu Zheng, Zhongwei Wan, Mi Zhang, "SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model
+//! Compression", 2024, arXiv 2403.07378.
+//!
+//! **Idea.** With `X Xᵀ = S Sᵀ` (Cholesky), `‖(W - W')X‖ = ‖(W - W')S‖`: truncating `W S = U Σ Vᵀ` at rank `r` loses exactly the dropped
+//! singular values, and `W' = (U_r Σ_r^½)(Σ_r^½ V_rᵀ S⁻¹)`.
+//!
+//! **Shapes and units.** `w` `[out, in]`; `XᵀX` `[in, in]`, used as `H = XᵀX / tokens + whiten · mean(diag) · 1`; `a` `[out, r]`, `b` `[r, in]`.
+//!
+//! **Cost.** `in³ / 3` for the Cholesky factor, `out · in²` for `W S`, about `20 · out · in · min(out, in)` for the singular values, all in f64;
+//! memory about 32 `in²` bytes and a few copies of the matrix in f64.
+//!
+//! **Departs.** (1) `whiten` is fixed instead of searched for when the factorization fails. (2) `update` solves for `a` once `b` is known,
+//! `a = W H bᵀ (b H bᵀ)⁻¹` with H as measured, without `whiten`: the paper's closed form on the inputs that the compressed earlier blocks
+//! produce, which are the inputs here anyway; so it moves little. Where `b H bᵀ` is singular the truncation stands.
+
+use lacuna_base::dense::{matmul_nn_f64, matmul_nt_f64};
+use lacuna_base::{Mat, Mat64, MatRef, factor};
+use lacuna_contract::{Card, Factor, Made, Method, MethodError, Needs, Stats, Verb};
+use serde::Deserialize;
+
+use super::svd::{check, halves};
+use crate::make;
+
+/// The paper's parameters.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct SvdLlm {
+    /// Added to the diagonal of H, as a fraction of its mean, so that it has a Cholesky factor; above 0.
+    whiten: f64,
+    /// Solve for the left factor once the right one is known.
+    update: bool,
+}
+
+impl Default for SvdLlm {
+    fn default() -> SvdLlm {
+        SvdLlm { whiten: 1e-6, update: false }
+    }
+}
+
+pub(crate) fn method() -> Method {
+    Method {
+        card: Card {
+            name: "svd-llm",
+            paper: "Wang, Zheng, Wan, Zhang: SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression, 2024",
+            arxiv: "2403.07378",
+            summary: "Two thin matrices whose outputs on calibration text are the nearest of their rank.",
+            verb: Verb::Factor,
+            needs: Needs { gram: true, ..Needs::default() },
+        },
+        make: |given| {
+            let p: SvdLlm = make::parameters("svd-llm", given)?;
+            if !(p.whiten > 0.0 && p.whiten.is_finite()) {
+                return Err(MethodError::new(format!("whiten is {}; it must be above 0", p.whiten)));
+            }
+            Ok(Made::Factor(Box::new(p)))
+        },
+    }
+}
+
+impl Factor for SvdLlm {
+    fn factor(&self, w: MatRef<'_>, stats: &Stats<'_>, rank: usize) -> Result<(Mat, Mat), MethodError> {
+        check(w, rank)?;
+        let gram = make::gram(stats, w.cols())?;
+        let h = gram.mean();
+        let mean = gram.mean_diag() / gram.tokens() as f64;
+        // Inputs that are all zero say nothing about any direction: then all count alike.
+        let ridge = if mean > 0.0 { self.whiten * mean } else { 1.0 };
+        let mut whitened = h.clone();
+        (0..w.cols()).for_each(|i| whitened[(i, i)] += ridge);
+        let s = factor::cholesky(&whitened).map_err(|e| {
+            MethodError::new(format!("the calibration Hessian: {e}; more samples or a larger whiten help"))
+        })?;
+        let w = Mat64::from_f32(w);
+        let (mut a, bs) = halves(&matmul_nn_f64(&w, &s), rank)?;
+        // b S = bs, solved as Sᵀ bᵀ = bsᵀ.
+        let b = factor::solve_lower_transposed(&s, &bs.transpose())
+            .map_err(|e| MethodError::new(e.to_string()))?
+            .transpose();
+        if self.update {
+            let hb = matmul_nt_f64(&h, &b);
+            if let Ok(at) = factor::spd_solve(&matmul_nn_f64(&b, &hb), &matmul_nn_f64(&w, &hb).transpose()) {
+                a = at.transpose();
+            }
+        }
+        Ok((a.to_f32(), b.to_f32()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lacuna_base::Gram;
+    use lacuna_base::testkit::random;
+
+    /// `‖(W - A B) Xᵀ‖² / tokens` token by token.
+    fn output_error(w: &Mat, a: &Mat, b: &Mat, x: &Mat) -> f64 {
+        let mut sum = 0.0;
+        for t in 0..x.rows() {
+            for r in 0..w.rows() {
+                let d: f64 = (0..w.cols())
+                    .map(|c| {
+                        let product: f64 = (0..a.cols()).map(|k| f64::from(a[(r, k)]) * f64::from(b[(k, c)])).sum();
+                        (f64::from(w[(r, c)]) - product) * f64::from(x[(t, c)])
+                    })
+                    .sum();
+                sum += d * d;
+            }
+        }
+        sum / x.rows() as f64
+    }
+
+    fn case(out: usize, cols: usize) -> (Mat, Mat, Gram) {
+        let (w, z) = (random(out, cols, 1), random(50, cols, 2));
+        let x = Mat::from_fn(50, cols, |t, c| z[(t, c)] * if c % 2 == 0 { 5.0 } else { 0.3 } + z[(t, 0)]);
+        let mut gram = Gram::new(cols);
+        gram.add(x.view());
+        (w, x, gram)
+    }
+
+    /// The best rank-r outputs, from the definition: the outputs `Y = X Wᵀ` lose the smallest eigenvalues of `YᵀY`, by Jacobi rotations.
+    fn brute_error(w: &Mat, x: &Mat, rank: usize) -> f64 {
+        let out = w.rows();
+        let y: Vec<Vec<f64>> = (0..x.rows())
+            .map(|t| {
+                (0..out).map(|r| (0..w.cols()).map(|c| f64::from(w[(r, c)]) * f64::from(x[(t, c)])).sum()).collect()
+            })
+            .collect();
+        let mut m: Vec<Vec<f64>> = (0..out)
+            .map(|i| (0..out).map(|j| y.iter().map(|v| v[i] * v[j]).sum::<f64>() / x.rows() as f64).collect())
+            .collect();
+        for _ in 0..60 {
+            for p in 0..out {
+                for q in p + 1..out {
+                    let angle = 0.5 * (2.0 * m[p][q]).atan2(m[q][q] - m[p][p]);
+                    let (s, c) = angle.sin_cos();
+                    for row in &mut m {
+                        let (a, b) = (row[p], row[q]);
+                        (row[p], row[q]) = (c * a - s * b, s * a + c * b);
+                    }
+                    let (a, b) = (m[p].clone(), m[q].clone());
+                    m[p] = a.iter().zip(&b).map(|(a, b)| c * a - s * b).collect();
+                    m[q] = a.iter().zip(&b).map(|(a, b)| s * a + c * b).collect();
+                }
+            }
+        }
+        let mut values: Vec<f64> = (0..out).map(|i| m[i][i]).collect();
+        values.sort_by(|a, b| b.total_cmp(a));
+        values[rank.min(out)..].iter().sum()
+    }
+
+    #[test]
+    fn agrees_with_brute_force_outputs() {
+        for (out, cols, rank) in [(6, 8, 3), (8, 5, 2), (1, 4, 1), (4, 1, 1), (5, 5, 5)] {
+            let (w, x, gram) = case(out, cols);
+            let stats = Stats { tokens: 50, gram: Some(&gram), squares: None };
+            let best = brute_error(&w, &x, rank);
+            for update in [false, true] {
+                let method = SvdLlm { update, ..SvdLlm::default() };
+                let (a, b) = method.factor(w.view(), &stats, rank).expect("factors");
+                let got = output_error(&w, &a, &b, &x);
+                assert!(got <= best * 1.001 + 1e-6 && got >= best * 0.999 - 1e-6, "{out} {cols} {rank}: {got} {best}");
+            }
+        }
+    }
+
+    #[test]
+    fn the_update_never_makes_outputs_worse() {
+        let (w, x, gram) = case(7, 9);
+        let stats = Stats { tokens: 50, gram: Some(&gram), squares: None };
+        for whiten in [1e-6, 0.5] {
+            let [plain, updated] = [false, true].map(|update| {
+                let (a, b) = SvdLlm { whiten, update }.factor(w.view(), &stats, 4).expect("factors");
+                output_error(&w, &a, &b, &x)
+            });
+            assert!(updated <= plain * 1.000_01, "{updated} {plain}");
+        }
+    }
+
+    #[test]
+    fn dead_inputs_and_silence_are_no_obstacle() {
+        let w = random(4, 6, 1);
+        for live in [0, 2] {
+            let x = Mat::from_fn(20, 6, |t, c| if c < live { ((t * 3 + c) as f32).sin() } else { 0.0 });
+            let mut gram = Gram::new(6);
+            gram.add(x.view());
+            let stats = Stats { tokens: 20, gram: Some(&gram), squares: None };
+            let (a, b) = SvdLlm { update: true, ..SvdLlm::default() }.factor(w.view(), &stats, 4).expect("factors");
+            assert!(output_error(&w, &a, &b, &x) < 1e-6);
+        }
+    }
+}

@@ -1,0 +1,3 @@
+//! Grids: which values may a weight take?
+
+pub(crate) mod rtn;

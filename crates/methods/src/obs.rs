@@ -1,0 +1,166 @@
+//! The walk that SparseGPT and GPTQ share: column after column of the weights is fixed, and the columns after it make up for the error.
+//!
+//! With `H⁻¹ = UᵀU`, U upper triangular, fixing column `j` of a row at `q` costs `e_j² = ((w_j - q) / U_jj)²` of calibration error and the
+//! best answer of the later columns is `w_k -= e_j U_jk` (Frantar & Alistarh 2022, Optimal Brain Compression, in the order-for-all-rows
+//! form of GPTQ). Columns are walked in blocks: within one every row goes alone, in parallel; what a block owes to the columns after it is one
+//! matrix product.
+
+use std::ops::Range;
+
+use lacuna_base::{Mat, Mat64, MatMut, dense, factor};
+use lacuna_contract::{MethodError, Stats};
+use rayon::prelude::*;
+
+use crate::make;
+
+/// The calibration Hessian, factorized for the walk.
+pub(crate) struct Hessian {
+    /// U, `[in, in]`, upper triangular, `UᵀU = H⁻¹`, its axes in the order of the walk.
+    pub u: Mat,
+    /// Positions (in the order of the walk) of inputs that were zero in every token: their weights do nothing.
+    pub dead: Vec<usize>,
+}
+
+impl Hessian {
+    /// From `H = XᵀX / tokens + damping · mean(diag) · 1` with its axes put in `order`.
+    pub fn new(stats: &Stats<'_>, order: &[usize], damping: f64) -> Result<Hessian, MethodError> {
+        let n = order.len();
+        let gram = make::gram(stats, n)?;
+        let scale = 1.0 / gram.tokens() as f64;
+        let mean = gram.mean_diag() * scale;
+        let mut h = Mat64::from_fn(n, n, |r, c| gram.at(order[r], order[c]) * scale);
+        let dead: Vec<usize> = (0..n).filter(|&j| h[(j, j)] == 0.0).collect();
+        for &j in &dead {
+            h[(j, j)] = if mean > 0.0 { mean } else { 1.0 };
+        }
+        (0..n).for_each(|j| h[(j, j)] += damping * mean);
+        let u = factor::upper_cholesky_of_inverse(&h).map_err(|e| {
+            MethodError::new(format!("the calibration Hessian: {e}; more samples or a larger damping help"))
+        })?;
+        Ok(Hessian { u: u.to_f32(), dead })
+    }
+}
+
+/// One row in the middle of its block, as a decision about a column sees it.
+pub(crate) struct Row<'a> {
+    /// The column to decide on.
+    pub at: usize,
+    values: &'a [f32],
+    errors: &'a [f32],
+    block: Range<usize>,
+    u: &'a Mat,
+}
+
+impl Row<'_> {
+    /// The weight of column `c`, at or after the current one, with everything that earlier columns owe it.
+    pub fn current(&self, c: usize) -> f32 {
+        if c < self.block.end {
+            return self.values[c];
+        }
+        let owed: f32 = self.errors.iter().enumerate().map(|(i, e)| e * self.u[(self.block.start + i, c)]).sum();
+        self.values[c] - owed
+    }
+}
+
+/// Walks `w`, `[out, in]`, and leaves in it what `decide` answered for each column of each row.
+///
+/// `states` holds whatever a row's decisions need, one for each row. `before` runs ahead of each block of `block` columns, when all weights
+/// are up to date, and sees all rows.
+pub(crate) fn walk<S: Send>(
+    w: &mut Mat,
+    u: &Mat,
+    block: usize,
+    states: &mut [S],
+    mut before: impl FnMut(&Mat, Range<usize>, &mut [S]) -> Result<(), MethodError>,
+    decide: impl Fn(&mut S, &Row<'_>) -> Result<f32, MethodError> + Sync,
+) -> Result<(), MethodError> {
+    let (m, n) = (w.rows(), w.cols());
+    assert_eq!((u.rows(), u.cols(), states.len()), (n, n, m), "a factor and states for other weights");
+    if m == 0 || n == 0 {
+        return Ok(());
+    }
+    for from in (0..n).step_by(block) {
+        let to = (from + block).min(n);
+        before(w, from..to, states)?;
+        let mut errors = Mat::zeros(m, to - from);
+        let rows =
+            w.data_mut().par_chunks_mut(n).zip(errors.data_mut().par_chunks_mut(to - from)).zip(states.par_iter_mut());
+        rows.with_min_len(8).try_for_each(|((values, errors), state)| {
+            for at in from..to {
+                let seen = Row { at, values, errors: &errors[..at - from], block: from..to, u };
+                let q = decide(state, &seen)?;
+                let e = (values[at] - q) / u[(at, at)];
+                values[at] = q;
+                errors[at - from] = e;
+                if e != 0.0 {
+                    values[at + 1..to].iter_mut().zip(&u.row(at)[at + 1..to]).for_each(|(v, u)| *v -= e * u);
+                }
+            }
+            Ok(())
+        })?;
+        if to < n {
+            let later = MatMut::with_stride(m, n - to, n, &mut w.data_mut()[to..]);
+            dense::add_matmul_nn(later, -1.0, errors.view(), u.view().rows_range(from, to).columns(to, n));
+        }
+    }
+    make::finite(w.view())
+}
+
+#[cfg(test)]
+pub(crate) mod slow {
+    //! The definition, without the triangular factor: what is left is solved anew after every column.
+
+    use lacuna_base::{Gram, Mat};
+
+    /// `H` as the methods define it, entry by entry.
+    pub fn hessian(gram: &Gram, damping: f64) -> Vec<Vec<f64>> {
+        let (n, t) = (gram.n(), gram.tokens() as f64);
+        let mean = (0..n).map(|i| gram.at(i, i) / t).sum::<f64>() / n as f64;
+        let entry = |i: usize, j: usize| match gram.at(i, j) / t {
+            _ if i != j => gram.at(i, j) / t,
+            0.0 => (if mean > 0.0 { mean } else { 1.0 }) + damping * mean,
+            d => d + damping * mean,
+        };
+        (0..n).map(|i| (0..n).map(|j| entry(i, j)).collect()).collect()
+    }
+
+    /// The inverse by Gauss and Jordan.
+    pub fn inverse(a: &[Vec<f64>]) -> Vec<Vec<f64>> {
+        let n = a.len();
+        let mut m: Vec<Vec<f64>> = (0..n)
+            .map(|i| a[i].iter().copied().chain((0..n).map(|j| if i == j { 1.0 } else { 0.0 })).collect())
+            .collect();
+        for p in 0..n {
+            let best = (p..n).max_by(|&x, &y| m[x][p].abs().total_cmp(&m[y][p].abs())).expect("rows");
+            m.swap(p, best);
+            let d = m[p][p];
+            m[p].iter_mut().for_each(|v| *v /= d);
+            for r in (0..n).filter(|&r| r != p) {
+                let (f, pivot) = (m[r][p], m[p].clone());
+                m[r].iter_mut().zip(pivot).for_each(|(v, q)| *v -= f * q);
+            }
+        }
+        m.into_iter().map(|row| row[n..].to_vec()).collect()
+    }
+
+    /// The inverse of `h` over columns `j..`: its first entry is the price of column `j`, its first row the way the others answer.
+    pub fn rest(h: &[Vec<f64>], j: usize) -> Vec<Vec<f64>> {
+        inverse(&h[j..].iter().map(|row| row[j..].to_vec()).collect::<Vec<_>>())
+    }
+
+    /// Fixes column `j` of a row at `q`.
+    pub fn fix(row: &mut [f64], inv: &[Vec<f64>], j: usize, q: f64) {
+        let e = (row[j] - q) / inv[0][0];
+        (j..row.len()).for_each(|k| row[k] -= e * inv[0][k - j]);
+        row[j] = q;
+    }
+
+    /// Inputs with correlated channels, and channel 1 (if any) always zero.
+    pub fn inputs(n: usize, tokens: usize, seed: u64) -> Gram {
+        let (a, b) = (lacuna_base::testkit::random(tokens, n, seed), lacuna_base::testkit::random(tokens, 1, seed + 1));
+        let x = Mat::from_fn(tokens, n, |t, c| if c == 1 { 0.0 } else { a[(t, c)] + 1.5 * b[(t, 0)] });
+        let mut gram = Gram::new(n);
+        gram.add(x.view());
+        gram
+    }
+}

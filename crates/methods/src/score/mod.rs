@@ -1,0 +1,4 @@
+//! Scores: how much does each weight matter?
+
+pub(crate) mod magnitude;
+pub(crate) mod wanda;

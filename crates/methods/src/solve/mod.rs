@@ -1,0 +1,4 @@
+//! Solves: choose what stays, and compensate with the rest.
+
+pub(crate) mod gptq;
+pub(crate) mod sparsegpt;
