@@ -2,6 +2,8 @@
 //!
 //! Panics only where data fail [`Stored::check`] or a shape given by the caller does not fit.
 
+use std::sync::LazyLock;
+
 use lacuna_base::float::{bf16_to_f32, f8_e4m3, f8_e5m2, f16_to_f32, f32_from_le};
 use lacuna_base::{Mat, MatMut};
 
@@ -28,16 +30,18 @@ impl Float {
             Float::F32 => f32_from_le(bytes, out),
             Float::F16 => f16_to_f32(bytes, out),
             Float::Bf16 => bf16_to_f32(bytes, out),
-            Float::F8E4m3 => eight(bytes, out, f8_e4m3),
-            Float::F8E5m2 => eight(bytes, out, f8_e5m2),
+            Float::F8E4m3 => eight(bytes, out, &E4M3),
+            Float::F8E5m2 => eight(bytes, out, &E5M2),
         }
     }
 }
 
+static E4M3: LazyLock<[f32; 256]> = LazyLock::new(|| std::array::from_fn(|b| f8_e4m3(b as u8)));
+static E5M2: LazyLock<[f32; 256]> = LazyLock::new(|| std::array::from_fn(|b| f8_e5m2(b as u8)));
+
 #[track_caller]
-fn eight(bytes: &[u8], out: &mut [f32], value: fn(u8) -> f32) {
+fn eight(bytes: &[u8], out: &mut [f32], table: &[f32; 256]) {
     assert_eq!(bytes.len(), out.len(), "one byte a value");
-    let table: [f32; 256] = std::array::from_fn(|b| value(b as u8));
     for (o, &b) in out.iter_mut().zip(bytes) {
         *o = table[usize::from(b)];
     }

@@ -93,10 +93,20 @@ pub fn pack_float(w: MatRef<'_>, mask: Option<&Mask>, kind: PatternKind, float: 
     let (rows, cols) = (w.rows(), w.cols());
     let pattern = Pattern::build(rows, cols, mask, kind)?;
     let mut out = FloatWriter::new(float);
-    walk(&pattern, rows, cols, mask, |r, c, kept| {
-        let v = if kept { w.at(r, c) } else { 0.0 };
-        out.push(v).or_else(|e| fail(format!("row {r}, column {c}: {e}")))
-    })?;
+    let (mut at, mut row) = (Vec::new(), Vec::new());
+    for r in 0..rows {
+        row.clear();
+        if pattern == Pattern::Dense && mask.is_none() {
+            row.extend_from_slice(w.row(r));
+        } else {
+            pattern.columns(r, cols, &mut at);
+            row.extend(at.iter().map(|&c| if keeps(mask, r, c as usize) { w.row(r)[c as usize] } else { 0.0 }));
+        }
+        if let Err(i) = out.extend(&row) {
+            let c = if at.is_empty() { i } else { at[i] as usize };
+            return fail(format!("row {r}, column {c}: {} is beyond {}", row[i], float.name()));
+        }
+    }
     finish(rows, cols, pattern, Values::Float(float, out.bytes.into()))
 }
 
@@ -262,11 +272,13 @@ fn scales_fit(rows: usize, groups: usize, s: &Mat) -> Result<(), FormatError> {
 pub fn pack_scales(s: &Mat, codec: ScaleCodec) -> Result<Scales, FormatError> {
     let float = |float| {
         let mut out = FloatWriter::new(float);
-        for (i, &v) in s.data().iter().enumerate() {
-            let (r, g) = (i / s.cols(), i % s.cols());
-            out.push(v).or_else(|e| fail(format!("scale of row {r}, group {g}: {e}")))?;
+        match out.extend(s.data()) {
+            Ok(()) => Ok(Scales::Float(float, out.bytes.into())),
+            Err(i) => {
+                let (v, r, g) = (s.data()[i], i / s.cols(), i % s.cols());
+                fail(format!("scale of row {r}, group {g}: {v} is beyond {}", float.name()))
+            }
         }
-        Ok(Scales::Float(float, out.bytes.into()))
     };
     let (bits, per) = match codec {
         ScaleCodec::F32 => return float(Float::F32),
@@ -283,9 +295,9 @@ pub fn pack_scales(s: &Mat, codec: ScaleCodec) -> Result<Scales, FormatError> {
             let low = run.iter().fold(f32::INFINITY, |a, &b| a.min(b));
             let high = run.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
             let (min, step) = (f16::from_f32(low).to_f32(), f16::from_f32((high - low) / top).to_f32());
-            let outside = |e| fail(format!("scales of row {r}: {e}"));
-            mins.push(low).or_else(outside)?;
-            scales.push((high - low) / top).or_else(outside)?;
+            if mins.extend(&[low]).is_err() || scales.extend(&[(high - low) / top]).is_err() {
+                return fail(format!("scales of row {r}, {low} to {high}, are beyond f16"));
+            }
             codes.extend(
                 run.iter().map(|&v| if step == 0.0 { 0 } else { ((v - min) / step).round().clamp(0.0, top) as u8 }),
             );
@@ -318,33 +330,43 @@ impl FloatWriter {
         FloatWriter { float, bytes: Vec::new(), table }
     }
 
-    fn push(&mut self, v: f32) -> Result<(), String> {
-        let ok = match self.float {
+    /// Appends values; the index of the first that the codec cannot say, if any.
+    fn extend(&mut self, values: &[f32]) -> Result<(), usize> {
+        let limit = match self.float {
             Float::F32 => {
-                self.bytes.extend(v.to_le_bytes());
-                v.is_finite()
+                self.bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));
+                f32::MAX
             }
             Float::F16 => {
-                self.bytes.extend(f16::from_f32(v).to_le_bytes());
-                f16::from_f32(v).is_finite()
+                self.bytes.extend(values.iter().flat_map(|&v| f16::from_f32(v).to_le_bytes()));
+                // Halfway to the next power of two and beyond rounds to infinity.
+                65520f32.next_down()
             }
             Float::Bf16 => {
-                self.bytes.extend(bf16::from_f32(v).to_le_bytes());
-                bf16::from_f32(v).is_finite()
+                self.bytes.extend(values.iter().flat_map(|&v| bf16::from_f32(v).to_le_bytes()));
+                f32::from_bits(0x7F7F_7FFF)
             }
             Float::F8E4m3 | Float::F8E5m2 => {
-                let (a, t) = (v.abs(), &self.table);
-                let up = t.partition_point(|&x| x < a).min(t.len() - 1);
-                let down = up.saturating_sub(1);
-                // Ties go to the even code, as everywhere in IEEE arithmetic.
-                let (below, above) = (a - t[down], t[up] - a);
-                let code = if below < above || (below == above && down % 2 == 0) { down } else { up };
-                self.bytes.push(code as u8 | u8::from(v.is_sign_negative()) << 7);
-                a <= t[t.len() - 1]
+                let codes = values.iter().map(|&v| eight_bits(&self.table, v));
+                self.bytes.extend(codes);
+                self.table[self.table.len() - 1]
             }
         };
-        if ok { Ok(()) } else { Err(format!("{v} is beyond {}", self.float.name())) }
+        values.iter().position(|v| v.is_nan() || v.abs() > limit).map_or(Ok(()), Err)
     }
+}
+
+/// The nearest of a table of rising values, as sign and code; ties go to the even code, as everywhere in IEEE arithmetic.
+fn eight_bits(table: &[f32], v: f32) -> u8 {
+    let up = table.partition_point(|&x| x < v.abs()).min(table.len() - 1);
+    let down = up.saturating_sub(1);
+    let (below, above) = (v.abs() - table[down], table[up] - v.abs());
+    let code = if below < above || (below == above && down % 2 == 0) { down } else { up };
+    code as u8 | u8::from(v.is_sign_negative()) << 7
+}
+
+fn keeps(mask: Option<&Mask>, r: usize, c: usize) -> bool {
+    mask.is_none_or(|m| m.row(r)[c / 64] >> (c % 64) & 1 == 1)
 }
 
 /// Calls `f(row, column, kept)` for every position that the pattern stores.
@@ -361,7 +383,7 @@ fn walk(
             pattern.columns(r, cols, &mut at);
         }
         for &c in &at {
-            f(r, c as usize, mask.is_none_or(|m| m.get(r, c as usize)))?;
+            f(r, c as usize, keeps(mask, r, c as usize))?;
         }
     }
     Ok(())
