@@ -1,6 +1,6 @@
 //! Small floats: 8-bit formats as f32, and bulk conversion of little-endian bytes.
 
-use half::f16;
+use half::{bf16, f16};
 use half::slice::HalfFloatSliceExt;
 
 /// F8 E4M3 (no infinities, one NaN pattern, bias 7; the "FN" form of the Open Compute Project) as f32.
