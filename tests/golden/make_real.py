@@ -77,7 +77,7 @@ def check(path, ours):
     assert a.keys() == b.keys(), a.keys() ^ b.keys()
     different = [name for name in a if not torch.equal(a[name], b[name])]
     assert not different, different
-    print(f"all {len(a)} tensors equal transformers' own reading of the file")
+    print(f"all {len(a)} tensors equal transformers' own reading of the file", flush=True)
 
 
 def short_texts(model, tokenizer):
@@ -104,6 +104,7 @@ def short_texts(model, tokenizer):
 
 
 def perplexity(model, tokenizer, path, windows, ctx):
+    """Yields what is known after each window: a long run that is stopped leaves the windows it did."""
     with open(path, encoding="utf-8", newline="") as f:
         ids = tokenizer.encode(f.read())
     bos = [] if tokenizer.bos is None else [tokenizer.bos]
@@ -113,20 +114,16 @@ def perplexity(model, tokenizer, path, windows, ctx):
         window = bos + ids[w * body:(w + 1) * body]
         assert len(window) == ctx
         logits = forward(model, window)
-        total = 0.0
-        for at in range(0, ctx - 1, 128):  # f64 logits of a 262k vocabulary are large: a few rows at a time
-            rows = logits[at:min(at + 128, ctx - 1)].double()
-            target = torch.tensor(window[at + 1:at + 1 + rows.shape[0]])
-            total += float(torch.nn.functional.cross_entropy(rows, target, reduction="sum"))
-        sums.append(total)
+        losses = torch.nn.functional.cross_entropy(logits[:-1], torch.tensor(window[1:]), reduction="none")
+        sums.append(float(losses.double().sum()))
         mean = sum(sums) / (len(sums) * (ctx - 1))
         print(f"window {w + 1}/{windows}: ppl so far {math.exp(mean):.4f} ({time.time() - started:.0f} s)", flush=True)
-    return {
-        "text_sha256": sha256(path), "text_tokens": len(ids), "first_64_ids": ids[:64],
-        "ctx": ctx, "windows": windows, "bos": bool(bos), "predicted_tokens": windows * (ctx - 1),
-        "dtype": "f32, losses summed in f64", "nll_per_window": numbers(sums),
-        "nll": number(mean), "ppl": number(math.exp(mean)),
-    }
+        yield {
+            "text_sha256": sha256(path), "text_tokens": len(ids), "first_64_ids": ids[:64],
+            "ctx": ctx, "windows": len(sums), "bos": bool(bos), "predicted_tokens": len(sums) * (ctx - 1),
+            "dtype": "f32, losses summed in f64", "nll_per_window": numbers(sums),
+            "nll": number(mean), "ppl": number(math.exp(mean)),
+        }
 
 
 def main():
@@ -144,8 +141,13 @@ def main():
     model = gguf_twin.load_model(a.model)
     if a.check:
         check(a.model, model)
-    result = perplexity(model, tokenizer, a.perplexity, a.windows, a.ctx) if a.perplexity else short_texts(model, tokenizer)
-    write_json(a.out, {"made_with": versions(), "model_sha256": sha256(a.model), **result})
+    if a.perplexity:
+        results = perplexity(model, tokenizer, a.perplexity, a.windows, a.ctx)
+    else:
+        results = [short_texts(model, tokenizer)]
+    header = {"made_with": versions(), "model_sha256": sha256(a.model)}
+    for result in results:
+        write_json(a.out, {**header, **result})
 
 
 if __name__ == "__main__":
