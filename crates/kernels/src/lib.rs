@@ -1,1 +1,28 @@
-//! lacuna-kernels
+//! The arithmetic of a forward pass, compiled for several instruction sets and chosen once at run time.
+//!
+//! - [`Linear`]: a stored matrix ready to multiply, whatever its patterns and codecs.
+//! - [`Attention`] over [`KvPage`]s, [`RopeTable`], [`norm`], [`gated_activation`], [`softmax`] and the small operations between.
+//! - [`table`]: which kernels are compiled in and which this machine uses; [`Isa`]: the instruction sets.
+//!
+//! The law of this room: a row's result depends on the row, the matrix and the instruction set alone. Not on the number of rows in a call,
+//! their place among them, or the number of threads, which come from the current rayon pool.
+//!
+//! NaN and infinity pass through like any value: they reach the results that they take part in, and panic nowhere.
+
+pub mod cpu;
+mod kv;
+mod linear;
+mod op;
+mod parallel;
+mod scratch;
+mod simd;
+pub mod table;
+mod tile;
+
+pub use cpu::Isa;
+pub use kv::{KEY_BLOCK, KvFormat, KvLayout, KvPage, KvView};
+pub use linear::Linear;
+pub use op::attention::Attention;
+pub use op::elementwise::{activation, add, add_scaled, gated_activation, softcap, softmax};
+pub use op::norm::{norm, norm_in_place};
+pub use op::rope::{RopeRows, RopeTable};

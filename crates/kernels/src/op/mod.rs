@@ -1,0 +1,8 @@
+//! Operations, each written once over [`Simd`](crate::simd::Simd).
+
+pub(crate) mod attention;
+pub(crate) mod elementwise;
+pub(crate) mod math;
+pub(crate) mod matmul;
+pub(crate) mod norm;
+pub(crate) mod rope;

@@ -1,0 +1,153 @@
+//! RMS and layer normalisation.
+
+use lacuna_base::{MatMut, MatRef};
+use lacuna_spec::{Norm, NormKind};
+
+use crate::simd::{Op, Simd, dispatch};
+use crate::{Isa, parallel};
+
+/// One row: `out = (x - mean) / sqrt(var + eps) * scale + bias`.
+struct Row<'a> {
+    norm: Norm,
+    x: *const f32,
+    out: *mut f32,
+    cols: usize,
+    scale: &'a [f32],
+    bias: Option<&'a [f32]>,
+}
+
+/// The sum of `f(x)` over a row, lanes first, then the fixed tree; columns beyond the last count as `pad`.
+#[inline(always)]
+unsafe fn total<S: Simd>(s: S, x: *const f32, cols: usize, shift: f32, square: bool) -> f32 {
+    let (mut acc, m) = (s.splat(0.0), s.splat(shift));
+    let whole = cols / S::LANES * S::LANES;
+    let mut i = 0;
+    // SAFETY: the caller's row has `cols` values; the copy of the rest has 32.
+    unsafe {
+        while i < whole {
+            let v = s.sub(s.load(x.add(i)), m);
+            acc = if square { s.fma(v, v, acc) } else { s.add(acc, v) };
+            i += S::LANES;
+        }
+        if whole < cols {
+            let mut rest = [shift; 32];
+            std::ptr::copy_nonoverlapping(x.add(whole), rest.as_mut_ptr(), cols - whole);
+            let v = s.sub(s.load(rest.as_ptr()), m);
+            acc = if square { s.fma(v, v, acc) } else { s.add(acc, v) };
+        }
+    }
+    s.sum(acc)
+}
+
+impl Op for Row<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let n = self.cols as f32;
+        // SAFETY: x and out are rows of `cols` values (they may be the same row); scale and bias have as many.
+        unsafe {
+            let mean = match self.norm.kind {
+                NormKind::Rms => 0.0,
+                NormKind::Layer => total(s, self.x, self.cols, 0.0, false) / n,
+            };
+            let inv = 1.0 / (total(s, self.x, self.cols, mean, true) / n + self.norm.eps).sqrt();
+            for c in 0..self.cols {
+                let y = (*self.x.add(c) - mean) * inv * (*self.scale.get_unchecked(c) + self.norm.offset);
+                *self.out.add(c) = match self.bias {
+                    Some(b) => y + *b.get_unchecked(c),
+                    None => y,
+                };
+            }
+        }
+    }
+}
+
+struct Shared(*const f32, *mut f32);
+// SAFETY: tasks take disjoint rows.
+unsafe impl Sync for Shared {}
+// SAFETY: see above.
+unsafe impl Send for Shared {}
+
+/// Normalises every row of `x` into `out`, of the same shape. `scale` (and `bias`) have a value for each column.
+#[track_caller]
+pub fn norm(norm: Norm, scale: &[f32], bias: Option<&[f32]>, x: MatRef<'_>, mut out: MatMut<'_>) {
+    assert_eq!((x.rows(), x.cols()), (out.rows(), out.cols()), "two shapes");
+    let stride = (x.stride(), out.stride());
+    run(
+        Isa::best(),
+        norm,
+        scale,
+        bias,
+        (x.rows(), x.cols()),
+        stride,
+        Shared(x.raw().as_ptr(), out.raw_mut().as_mut_ptr()),
+    );
+}
+
+/// Normalises every row of `x` in place.
+#[track_caller]
+pub fn norm_in_place(norm: Norm, scale: &[f32], bias: Option<&[f32]>, mut x: MatMut<'_>) {
+    let (shape, stride) = ((x.rows(), x.cols()), (x.stride(), x.stride()));
+    let p = x.raw_mut().as_mut_ptr();
+    run(Isa::best(), norm, scale, bias, shape, stride, Shared(p, p));
+}
+
+#[track_caller]
+fn run(
+    isa: Isa,
+    norm: Norm,
+    scale: &[f32],
+    bias: Option<&[f32]>,
+    (rows, cols): (usize, usize),
+    stride: (usize, usize),
+    at: Shared,
+) {
+    assert_eq!(scale.len(), cols, "one scale a column");
+    assert!(bias.is_none_or(|b| b.len() == cols), "one bias a column");
+    parallel::ranges(rows, 1, usize::MAX, 4 * cols, |from, to| {
+        let at = &at;
+        for r in from..to {
+            // SAFETY: both pointers lead to `rows` rows of `cols` values at these strides, borrowed by the caller.
+            let (x, out) = unsafe { (at.0.add(r * stride.0), at.1.add(r * stride.1)) };
+            dispatch(isa, Row { norm, x, out, cols, scale, bias });
+        }
+    });
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lacuna_base::Mat;
+    use lacuna_base::testkit::random;
+
+    #[test]
+    fn both_kinds_match_f64_on_every_isa() {
+        for isa in Isa::here() {
+            for kind in [NormKind::Rms, NormKind::Layer] {
+                for cols in [1, 5, 16, 64, 577] {
+                    let (x, scale, bias) = (random(4, cols, 1), random(1, cols, 2), random(1, cols, 3));
+                    let n = Norm { kind, eps: 1e-3, offset: 1.0 };
+                    let mut out = Mat::zeros(4, cols);
+                    let at = Shared(x.data().as_ptr(), out.data_mut().as_mut_ptr());
+                    run(isa, n, scale.data(), Some(bias.data()), (4, cols), (cols, cols), at);
+                    for r in 0..4 {
+                        let row: Vec<f64> = x.row(r).iter().map(|&v| f64::from(v)).collect();
+                        let mean = if kind == NormKind::Layer { row.iter().sum::<f64>() / cols as f64 } else { 0.0 };
+                        let var = row.iter().map(|v| (v - mean).powi(2)).sum::<f64>() / cols as f64;
+                        for c in 0..cols {
+                            let want = (row[c] - mean) / (var + 1e-3f32 as f64).sqrt()
+                                * (f64::from(scale[(0, c)]) + 1.0)
+                                + f64::from(bias[(0, c)]);
+                            assert!((f64::from(out[(r, c)]) - want).abs() < 2e-5, "{isa} {kind:?} {cols}");
+                        }
+                    }
+                    let mut again = x.clone();
+                    if isa == Isa::best() {
+                        norm_in_place(n, scale.data(), Some(bias.data()), again.view_mut());
+                        assert_eq!(again, out);
+                    }
+                }
+            }
+        }
+    }
+}

@@ -1,0 +1,52 @@
+//! The kernel rows that are compiled in and those that this machine chose.
+
+use crate::tile::AnyTile;
+use crate::{Isa, cpu};
+
+/// One compiled kernel: operation x codec x pattern x instruction set.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Row {
+    /// The operation.
+    pub op: &'static str,
+    /// How values are written.
+    pub codec: &'static str,
+    /// Where values are.
+    pub pattern: &'static str,
+    /// The instruction set it was compiled for.
+    pub isa: Isa,
+    /// Largest relative error against f64 that the conformance suite allows: `|got - exact| <= tolerance * sum |x·w|` (products), or
+    /// absolute (others).
+    pub tolerance: f32,
+}
+
+/// Relative error of a product's sum allowed by the conformance suite.
+pub(crate) const PRODUCT_TOLERANCE: f32 = 2e-6;
+
+/// Every row compiled in, whatever this machine has.
+pub fn rows() -> Vec<Row> {
+    let mut out = Vec::new();
+    for isa in Isa::ALL {
+        for codec in AnyTile::NAMES {
+            out.push(Row { op: "product", codec, pattern: "dense", isa, tolerance: PRODUCT_TOLERANCE });
+        }
+        for pattern in ["dense", "n:m", "mask", "csr", "blocks", "product"] {
+            out.push(Row { op: "product", codec: "any, decoded first", pattern, isa, tolerance: PRODUCT_TOLERANCE });
+        }
+        for codec in ["f32", "f16"] {
+            out.push(Row { op: "attention", codec, pattern: "paged", isa, tolerance: 2e-5 });
+        }
+        out.push(Row { op: "norm", codec: "f32", pattern: "dense", isa, tolerance: 2e-5 });
+        out.push(Row { op: "activation", codec: "f32", pattern: "dense", isa, tolerance: 1e-6 });
+    }
+    out
+}
+
+/// The rows that this machine uses.
+pub fn chosen() -> Vec<Row> {
+    rows().into_iter().filter(|r| r.isa == Isa::best()).collect()
+}
+
+/// The processor's features that matter here, with whether it has them.
+pub fn features() -> Vec<(&'static str, bool)> {
+    cpu::features()
+}
