@@ -1,1 +1,21 @@
-//! lacuna-model
+//! The one decoder, over a [`Spec`](lacuna_spec::Spec) and [`Weights`](lacuna_format::Weights); it knows no files.
+//!
+//! [`Decoder`] is [`Embedding`], [`Block`]s and [`Head`]; each loads alone, so that a compressor can hold one block at a time. A [`Batch`]
+//! says which rows of a call belong to which sequence and position; a [`KvStore`] keeps their keys and values; a [`Tap`] looks on.
+//!
+//! A row's result is the same bits whatever else is in the call: the prompt whole, in chunks, in a batch, or token by token.
+
+mod batch;
+mod block;
+mod decoder;
+mod error;
+mod kv;
+mod parts;
+mod tap;
+
+pub use batch::Batch;
+pub use block::Block;
+pub use decoder::{Decoder, Embedding, Head, LoadOptions};
+pub use error::ModelError;
+pub use kv::{ContiguousKv, KvStore, STEP_TOKENS};
+pub use tap::{BlockPart, NoTap, Tap, Wants};

@@ -1,0 +1,288 @@
+//! One decoder block.
+
+use lacuna_base::{Mat, MatRef};
+use lacuna_format::Weights;
+use lacuna_kernels as kernels;
+use lacuna_kernels::{Attention, RopeTable};
+use lacuna_spec::{Activation, Experts, Place, Role};
+
+use crate::parts::{NormWeights, Projection};
+use crate::{Batch, BlockPart, KvStore, ModelError, Tap};
+
+/// A decoder block, ready to compute: `x + attention(x)`, then `x + ffn(x)`.
+pub struct Block {
+    layer: usize,
+    attention: Option<AttentionPart>,
+    ffn: Option<FfnPart>,
+}
+
+struct AttentionPart {
+    norm: NormWeights,
+    q: Projection,
+    k: Projection,
+    v: Projection,
+    o: Projection,
+    qk_norm: Option<(NormWeights, NormWeights)>,
+    rope: Option<RopeTable>,
+    head_dim: usize,
+    scores: Attention,
+    post_norm: Option<NormWeights>,
+}
+
+struct FfnPart {
+    norm: NormWeights,
+    act: Activation,
+    body: Body,
+    post_norm: Option<NormWeights>,
+}
+
+enum Body {
+    Dense(Ffn),
+    Mixture { router: Projection, choice: Experts, experts: Vec<Ffn> },
+}
+
+struct Ffn {
+    gate: Option<Projection>,
+    up: Projection,
+    down: Projection,
+}
+
+impl Block {
+    /// Loads block `layer` of a model. Nothing else of it is touched.
+    pub fn load(weights: &dyn Weights, layer: usize) -> Result<Block, ModelError> {
+        let spec = weights.spec();
+        let missing = || ModelError::Missing { place: format!("layers.{layer}") };
+        let described = spec.layers.get(layer).ok_or_else(missing)?;
+        let norm = |role| NormWeights::load(weights, Place::layer(layer, role));
+        let matrix = |role| Projection::load(weights, Place::layer(layer, role));
+        let attention = match &described.attn {
+            None => None,
+            Some(a) => Some(AttentionPart {
+                norm: norm(Role::AttnNorm)?,
+                q: matrix(Role::Q)?,
+                k: matrix(Role::K)?,
+                v: matrix(Role::V)?,
+                o: matrix(Role::O)?,
+                qk_norm: if a.qk_norm { Some((norm(Role::QNorm)?, norm(Role::KNorm)?)) } else { None },
+                rope: a.rope.as_ref().map(RopeTable::new),
+                head_dim: a.head_dim,
+                scores: Attention { heads: a.heads, scale: a.scale, window: a.window, softcap: a.softcap },
+                post_norm: if a.post_norm { Some(norm(Role::AttnPostNorm)?) } else { None },
+            }),
+        };
+        let ffn = match &described.ffn {
+            None => None,
+            Some(f) => {
+                let one = |at: &dyn Fn(Role) -> Place| -> Result<Ffn, ModelError> {
+                    Ok(Ffn {
+                        gate: if f.gated { Some(Projection::load(weights, at(Role::Gate))?) } else { None },
+                        up: Projection::load(weights, at(Role::Up))?,
+                        down: Projection::load(weights, at(Role::Down))?,
+                    })
+                };
+                let body = match f.experts {
+                    None => Body::Dense(one(&|role| Place::layer(layer, role))?),
+                    Some(choice) => Body::Mixture {
+                        router: matrix(Role::Router)?,
+                        choice,
+                        experts: (0..choice.count)
+                            .map(|e| one(&|role| Place::expert(layer, role, e)))
+                            .collect::<Result<_, _>>()?,
+                    },
+                };
+                Some(FfnPart {
+                    norm: norm(Role::FfnNorm)?,
+                    act: f.act,
+                    body,
+                    post_norm: if f.post_norm { Some(norm(Role::FfnPostNorm)?) } else { None },
+                })
+            }
+        };
+        Ok(Block { layer, attention, ffn })
+    }
+
+    /// Its number in the model.
+    pub fn layer(&self) -> usize {
+        self.layer
+    }
+
+    /// Bytes of weights read for one token (of experts: those that a token uses).
+    pub fn weights_bytes(&self) -> u64 {
+        let attention =
+            self.attention.as_ref().map_or(0, |a| [&a.q, &a.k, &a.v, &a.o].map(Projection::bytes).iter().sum());
+        let ffn = self.ffn.as_ref().map_or(0, |f| match &f.body {
+            Body::Dense(f) => f.bytes(),
+            Body::Mixture { router, choice, experts } => {
+                let all: u64 = experts.iter().map(Ffn::bytes).sum();
+                router.bytes() + all * choice.used as u64 / choice.count as u64
+            }
+        });
+        attention + ffn
+    }
+
+    /// Runs the block: `x`, `[rows, hidden]`, is the residual stream of the batch's rows and becomes that after the block. Keys and values
+    /// are written to `kv`, which must hold all earlier positions.
+    pub fn forward(
+        &self,
+        x: &mut Mat,
+        batch: &Batch,
+        kv: &mut dyn KvStore,
+        tap: &mut dyn Tap,
+    ) -> Result<(), ModelError> {
+        assert_eq!(x.rows(), batch.rows(), "a row of x for each row of the batch");
+        let wants = tap.wants();
+        let start = wants.residuals.then(|| x.clone());
+        if let Some(a) = &self.attention {
+            let y = a.forward(self.layer, x.view(), batch, kv, tap, wants.inputs)?;
+            kernels::add(x.view_mut(), y.view());
+        }
+        let middle = wants.residuals.then(|| x.clone());
+        if let (Some(a), Some(b), true) = (&start, &middle, self.attention.is_some()) {
+            tap.residual(self.layer, BlockPart::Attention, a.view(), b.view());
+        }
+        if let Some(f) = &self.ffn {
+            let y = f.forward(x.view(), tap, wants.inputs);
+            kernels::add(x.view_mut(), y.view());
+        }
+        if let (Some(b), true) = (&middle, self.ffn.is_some()) {
+            tap.residual(self.layer, BlockPart::Ffn, b.view(), x.view());
+        }
+        if let Some(a) = &start {
+            tap.residual(self.layer, BlockPart::Block, a.view(), x.view());
+        }
+        Ok(())
+    }
+}
+
+impl AttentionPart {
+    fn forward(
+        &self,
+        layer: usize,
+        x: MatRef<'_>,
+        batch: &Batch,
+        kv: &mut dyn KvStore,
+        tap: &mut dyn Tap,
+        shown: bool,
+    ) -> Result<Mat, ModelError> {
+        let h = self.norm.apply(x);
+        if shown {
+            for p in [&self.q, &self.k, &self.v] {
+                tap.input(&p.place, h.view());
+            }
+        }
+        let (mut q, mut k, v) = (self.q.apply(h.view()), self.k.apply(h.view()), self.v.apply(h.view()));
+        if let Some((qn, kn)) = &self.qk_norm {
+            qn.heads_in_place(&mut q);
+            kn.heads_in_place(&mut k);
+        }
+        if let Some(rope) = &self.rope {
+            let angles = rope.rows(batch.places());
+            angles.apply(self.head_dim, q.view_mut());
+            angles.apply(self.head_dim, k.view_mut());
+        }
+        kv.write(layer, batch, k.view(), v.view())?;
+        let mut mixed = Mat::zeros(q.rows(), q.cols());
+        let width = q.cols();
+        for (sequence, rows) in batch.runs() {
+            let out = &mut mixed.data_mut()[rows.start * width..rows.end * width];
+            self.scores.run(
+                q.view().rows_range(rows.start, rows.end),
+                &batch.positions()[rows.clone()],
+                &kv.view(layer, sequence)?,
+                lacuna_base::MatMut::new(rows.len(), width, out),
+            );
+        }
+        if shown {
+            tap.input(&self.o.place, mixed.view());
+        }
+        let mut y = self.o.apply(mixed.view());
+        if let Some(n) = &self.post_norm {
+            n.in_place(&mut y);
+        }
+        Ok(y)
+    }
+}
+
+impl FfnPart {
+    fn forward(&self, x: MatRef<'_>, tap: &mut dyn Tap, shown: bool) -> Mat {
+        let h = self.norm.apply(x);
+        let mut y = match &self.body {
+            Body::Dense(f) => f.forward(self.act, h.view(), tap, shown),
+            Body::Mixture { router, choice, experts } => {
+                if shown {
+                    tap.input(&router.place, h.view());
+                }
+                let mut y = Mat::zeros(x.rows(), x.cols());
+                let routes = route(router.apply(h.view()), *choice);
+                // Experts in their order, so that a row's sum does not depend on what else is routed where.
+                for (expert, rows) in experts.iter().zip(routes) {
+                    if rows.is_empty() {
+                        continue;
+                    }
+                    let mine = Mat::from_vec(
+                        rows.len(),
+                        h.cols(),
+                        rows.iter().flat_map(|&(r, _)| h.row(r).iter().copied()).collect(),
+                    );
+                    let out = expert.forward(self.act, mine.view(), tap, shown);
+                    for (i, &(r, weight)) in rows.iter().enumerate() {
+                        kernels::add_scaled(y.row_mut(r), weight, out.row(i));
+                    }
+                }
+                y
+            }
+        };
+        if let Some(n) = &self.post_norm {
+            n.in_place(&mut y);
+        }
+        y
+    }
+}
+
+/// The rows of each expert with their weights: softmax over all experts, the largest `used` of a row (ties to the lower number).
+fn route(mut logits: Mat, choice: Experts) -> Vec<Vec<(usize, f32)>> {
+    let mut routes = vec![Vec::new(); choice.count];
+    for r in 0..logits.rows() {
+        let p = logits.row_mut(r);
+        kernels::softmax(p);
+        let mut order: Vec<usize> = (0..p.len()).collect();
+        order.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
+        order.truncate(choice.used);
+        let total: f32 = if choice.normalize { order.iter().map(|&e| p[e]).sum() } else { 1.0 };
+        for e in order {
+            routes[e].push((r, p[e] / total));
+        }
+    }
+    routes
+}
+
+impl Ffn {
+    fn forward(&self, act: Activation, x: MatRef<'_>, tap: &mut dyn Tap, shown: bool) -> Mat {
+        if shown {
+            for p in self.gate.iter().chain([&self.up]) {
+                tap.input(&p.place, x);
+            }
+        }
+        let up = self.up.apply(x);
+        let inner = match &self.gate {
+            Some(gate) => {
+                let mut g = gate.apply(x);
+                kernels::gated_activation(act, g.view_mut(), up.view());
+                g
+            }
+            None => {
+                let mut up = up;
+                kernels::activation(act, up.view_mut());
+                up
+            }
+        };
+        if shown {
+            tap.input(&self.down.place, inner.view());
+        }
+        self.down.apply(inner.view())
+    }
+
+    fn bytes(&self) -> u64 {
+        self.gate.as_ref().map_or(0, Projection::bytes) + self.up.bytes() + self.down.bytes()
+    }
+}

@@ -1,0 +1,100 @@
+//! Tensors turned into things that compute.
+
+use std::sync::Arc;
+
+use lacuna_base::{Mat, MatRef};
+use lacuna_format::{Stored, Weights};
+use lacuna_kernels as kernels;
+use lacuna_kernels::Linear;
+use lacuna_spec::{Norm, NormKind, Place};
+
+use crate::ModelError;
+
+/// The tensor at `place`, which the description must have, in the shape it says.
+pub(crate) fn tensor(weights: &dyn Weights, place: Place) -> Result<Arc<Stored>, ModelError> {
+    let missing = || ModelError::Missing { place: place.to_string() };
+    let (rows, cols) = weights.spec().shape(&place).ok_or_else(missing)?;
+    let stored = weights.get(&place)?.ok_or_else(missing)?;
+    if (stored.rows, stored.cols) != (rows, cols) {
+        return Err(ModelError::Shape {
+            place: place.to_string(),
+            have_rows: stored.rows,
+            have_cols: stored.cols,
+            rows,
+            cols,
+        });
+    }
+    Ok(stored)
+}
+
+/// A vector, decoded.
+pub(crate) fn vector(weights: &dyn Weights, place: Place) -> Result<Vec<f32>, ModelError> {
+    let stored = tensor(weights, place)?;
+    stored.check().map_err(|e| ModelError::bad(&place, e))?;
+    Ok(stored.to_mat().into_vec())
+}
+
+/// A normalisation with its constants.
+pub(crate) struct NormWeights {
+    norm: Norm,
+    scale: Vec<f32>,
+    bias: Option<Vec<f32>>,
+}
+
+impl NormWeights {
+    pub(crate) fn load(weights: &dyn Weights, place: Place) -> Result<NormWeights, ModelError> {
+        let norm = weights.spec().norm;
+        let bias = (norm.kind == NormKind::Layer).then(|| vector(weights, place.bias())).transpose()?;
+        Ok(NormWeights { norm, scale: vector(weights, place)?, bias })
+    }
+
+    pub(crate) fn apply(&self, x: MatRef<'_>) -> Mat {
+        let mut out = Mat::zeros(x.rows(), x.cols());
+        kernels::norm(self.norm, &self.scale, self.bias.as_deref(), x, out.view_mut());
+        out
+    }
+
+    pub(crate) fn in_place(&self, x: &mut Mat) {
+        kernels::norm_in_place(self.norm, &self.scale, self.bias.as_deref(), x.view_mut());
+    }
+
+    /// Normalises every head of every row on its own.
+    pub(crate) fn heads_in_place(&self, x: &mut Mat) {
+        let dim = self.scale.len();
+        let heads = x.rows() * x.cols() / dim;
+        let view = lacuna_base::MatMut::new(heads, dim, x.data_mut());
+        kernels::norm_in_place(self.norm, &self.scale, self.bias.as_deref(), view);
+    }
+}
+
+/// A matrix and the bias after it.
+pub(crate) struct Projection {
+    pub(crate) place: Place,
+    linear: Linear,
+    bias: Option<Mat>,
+}
+
+impl Projection {
+    pub(crate) fn load(weights: &dyn Weights, place: Place) -> Result<Projection, ModelError> {
+        let stored = tensor(weights, place)?;
+        let linear = Linear::pack(&stored).map_err(|e| ModelError::bad(&place, e))?;
+        let bias = match weights.spec().shape(&place.bias()) {
+            Some((_, n)) => Some(Mat::from_vec(1, n, vector(weights, place.bias())?)),
+            None => None,
+        };
+        Ok(Projection { place, linear, bias })
+    }
+
+    pub(crate) fn apply(&self, x: MatRef<'_>) -> Mat {
+        let mut out = Mat::zeros(x.rows(), self.linear.rows());
+        self.linear.forward(x, out.view_mut());
+        if let Some(b) = &self.bias {
+            kernels::add(out.view_mut(), b.view());
+        }
+        out
+    }
+
+    pub(crate) fn bytes(&self) -> u64 {
+        self.linear.weights_bytes() + self.bias.as_ref().map_or(0, |b| 4 * b.cols() as u64)
+    }
+}
