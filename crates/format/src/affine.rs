@@ -16,7 +16,7 @@ impl Affine {
             return self.zero;
         }
         let top = (1u32 << bits) as f32 - 1.0;
-        (v / self.scale + f32::from(self.zero)).round_ties_even().clamp(0.0, top) as u8
+        ((v / self.scale).round_ties_even() + f32::from(self.zero)).clamp(0.0, top) as u8
     }
 
     /// The value of a code.

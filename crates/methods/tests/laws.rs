@@ -1,0 +1,347 @@
+//! The laws that every method keeps, over the registry: a new method is held to them by being listed.
+
+use std::collections::HashSet;
+
+use lacuna_base::testkit::{max_abs_diff, random};
+use lacuna_base::{Gram, Mat, Mat64, dense};
+use lacuna_contract::{
+    Budget, DropPart, DropStats, Factor, Grid, GridAsk, Made, Outcome, PruneAsk, RoundAsk, Score, Slot, Solve,
+    SolveAsk, Solved, Sparsity, Stats,
+};
+use lacuna_format::{Float, Mask, PatternKind, ScaleCodec, pack_integers};
+use lacuna_methods::registry;
+use lacuna_spec::{Place, Role};
+
+/// Statistics of correlated inputs; input 1 is zero in every token.
+struct Inputs {
+    gram: Gram,
+    squares: Vec<f64>,
+}
+
+impl Inputs {
+    fn new(n: usize, tokens: usize, seed: u64) -> Inputs {
+        let (own, shared) = (random(tokens, n, seed), random(tokens, 2, seed + 1));
+        let x = Mat::from_fn(tokens, n, |t, c| match c {
+            1 => 0.0,
+            _ => own[(t, c)] + shared[(t, c % 2)] * (1.0 + (c % 5) as f32),
+        });
+        let mut gram = Gram::new(n);
+        gram.add(x.view());
+        Inputs { squares: gram.diag(), gram }
+    }
+
+    fn stats(&self) -> Stats<'_> {
+        Stats { tokens: self.gram.tokens(), gram: Some(&self.gram), squares: Some(&self.squares) }
+    }
+}
+
+/// `tr(ΔW H ΔWᵀ)`: the change of the outputs on the calibration tokens.
+fn output_error(old: &Mat, new: &Mat, inputs: &Inputs) -> f64 {
+    let delta = Mat64::from_fn(old.rows(), old.cols(), |r, c| f64::from(old[(r, c)]) - f64::from(new[(r, c)]));
+    let moved = dense::matmul_nn_f64(&delta, &inputs.gram.mean());
+    moved.data().iter().zip(delta.data()).map(|(a, b)| a * b).sum()
+}
+
+/// The registry's answers to one question, made with default parameters.
+macro_rules! each {
+    ($variant:ident) => {
+        registry().into_iter().filter_map(|m| match (m.make)(serde_json::Value::Null).expect("made from nothing") {
+            Made::$variant(made) => Some((m.card.name, made)),
+            _ => None,
+        })
+    };
+}
+
+fn solves() -> Vec<(&'static str, Box<dyn Solve>)> {
+    each!(Solve).collect()
+}
+
+fn grid() -> Box<dyn Grid> {
+    each!(Grid).next().expect("a grid").1
+}
+
+/// A matrix with ties, a row of zeros and a column of zeros where there is room.
+fn weights(rows: usize, cols: usize, seed: u64) -> Mat {
+    let mut w = random(rows, cols, seed);
+    if rows > 2 {
+        w.row_mut(1).fill(0.5);
+        w.row_mut(2).fill(0.0);
+    }
+    if cols > 3 {
+        (0..rows).for_each(|r| w[(r, 3)] = 0.0);
+    }
+    w
+}
+
+const SHAPES: [(usize, usize); 6] = [(1, 1), (5, 1), (1, 24), (7, 48), (40, 200), (16, 260)];
+
+fn unstructured(sparsity: f64) -> Option<PruneAsk> {
+    Some(PruneAsk { sparsity, pattern: Sparsity::Unstructured })
+}
+
+/// Whether a solver prunes; one that does not only rounds.
+fn prunes(solve: &dyn Solve) -> bool {
+    let (w, inputs) = (random(4, 8, 1), Inputs::new(8, 30, 2));
+    let ask = SolveAsk { w: w.view(), stats: &inputs.stats(), mask: None, prune: unstructured(0.5), round: None };
+    solve.solve(&ask).is_ok()
+}
+
+fn pruners() -> Vec<(&'static str, Box<dyn Solve>)> {
+    solves().into_iter().filter(|(_, solve)| prunes(solve.as_ref())).collect()
+}
+
+/// Everything a solver can do at once: rounding, and pruning where it prunes.
+fn everything(solve: &dyn Solve, w: &Mat, inputs: &Inputs, ask: GridAsk, group: usize) -> Solved {
+    let grid = grid();
+    let round = Some(RoundAsk { ask, grid: grid.as_ref(), group });
+    let prune = if prunes(solve) { unstructured(0.4) } else { None };
+    let ask = SolveAsk { w: w.view(), stats: &inputs.stats(), mask: None, prune, round };
+    solve.solve(&ask).expect("solves")
+}
+
+#[test]
+fn names_are_unique_and_unknown_keys_are_refused() {
+    let mut names = HashSet::new();
+    for m in registry() {
+        let name = m.card.name;
+        assert!(names.insert(name), "{name} twice");
+        assert!(name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-'), "{name}");
+        assert!(!m.card.summary.is_empty(), "{name}");
+        let refused = (m.make)(serde_json::json!({ "no_such_key": 1 })).expect_err("refused").what;
+        assert!(refused.contains("no_such_key") && refused.contains(name), "{refused}");
+    }
+}
+
+#[test]
+fn scores_are_finite_repeatable_and_larger_for_larger_weights() {
+    for (name, score) in each!(Score) {
+        let score: Box<dyn Score> = score;
+        for (rows, cols) in SHAPES {
+            let (w, inputs) = (weights(rows, cols, 3), Inputs::new(cols, 50, 4));
+            let s = score.score(w.view(), &inputs.stats()).expect("scores");
+            assert_eq!((s.rows(), s.cols()), (rows, cols), "{name}");
+            assert!(s.data().iter().all(|v| v.is_finite() && *v >= 0.0), "{name}");
+            assert_eq!(score.score(w.view(), &inputs.stats()), Ok(s.clone()), "{name}");
+            let twice = Mat::from_fn(rows, cols, |r, c| -2.0 * w[(r, c)]);
+            let larger = score.score(twice.view(), &inputs.stats()).expect("scores");
+            assert!(larger.data().iter().zip(s.data()).all(|(a, b)| a >= b), "{name}");
+        }
+        let bad = Mat::from_vec(1, 2, vec![f32::INFINITY, 1.0]);
+        assert!(score.score(bad.view(), &Inputs::new(2, 5, 1).stats()).is_err(), "{name}");
+    }
+}
+
+#[test]
+fn the_asked_sparsity_is_met() {
+    for (name, solve) in pruners() {
+        for (rows, cols) in SHAPES {
+            let (w, inputs) = (weights(rows, cols, 5), Inputs::new(cols, 300, 6));
+            for sparsity in [0.0, 0.3, 0.5, 0.75, 1.0] {
+                let prune = unstructured(sparsity);
+                let ask = SolveAsk { w: w.view(), stats: &inputs.stats(), mask: None, prune, round: None };
+                let solved = solve.solve(&ask).expect("solves");
+                let mask = solved.mask.expect("a mask");
+                let want = (sparsity * (rows * cols) as f64).round() as usize;
+                assert_eq!(rows * cols - mask.kept(), want, "{name} {rows} x {cols} at {sparsity}");
+                assert!((0..rows).all(|r| (0..cols).all(|c| mask.get(r, c) || solved.w[(r, c)] == 0.0)), "{name}");
+            }
+        }
+    }
+}
+
+#[test]
+fn runs_and_blocks_hold_everywhere() {
+    for (name, solve) in pruners() {
+        let (w, inputs) = (weights(8, 240, 7), Inputs::new(240, 300, 8));
+        let mask_for = |pattern| {
+            let prune = Some(PruneAsk { sparsity: 0.25, pattern });
+            let ask = SolveAsk { w: w.view(), stats: &inputs.stats(), mask: None, prune, round: None };
+            solve.solve(&ask).expect("solves").mask.expect("a mask")
+        };
+        for (n, m) in [(2, 4), (4, 8), (1, 4), (2, 3), (10, 16)] {
+            let mask = mask_for(Sparsity::Nm { n, m });
+            for r in 0..8 {
+                for run in 0..240 / m {
+                    assert_eq!((run * m..(run + 1) * m).filter(|&c| mask.get(r, c)).count(), n, "{name} {n}:{m}");
+                }
+            }
+        }
+        let mask = mask_for(Sparsity::Block { height: 2, width: 8 });
+        assert_eq!(mask.kept(), 8 * 240 * 3 / 4, "{name}");
+        assert!((0..8).all(|r| (0..240).all(|c| mask.get(r, c) == mask.get(r / 2 * 2, c / 8 * 8))), "{name}");
+    }
+}
+
+fn earlier_mask(rows: usize, cols: usize) -> Mask {
+    Mask::from_fn(rows, cols, |r, c| (r * 7 + c * 5 + r * c) % 3 != 0)
+}
+
+#[test]
+fn earlier_zeros_stay() {
+    for (name, solve) in solves() {
+        let prunes = prunes(solve.as_ref());
+        for (rows, cols) in SHAPES {
+            let (w, inputs, before) = (weights(rows, cols, 9), Inputs::new(cols, 300, 10), earlier_mask(rows, cols));
+            let grid = grid();
+            let ask = GridAsk { bits: 4, symmetric: false, scale: Float::F16 };
+            let round = (!prunes).then_some(RoundAsk { ask, grid: grid.as_ref(), group: 32 });
+            let prune = if prunes { unstructured(0.5) } else { None };
+            let ask = SolveAsk { w: w.view(), stats: &inputs.stats(), mask: Some(&before), prune, round };
+            let solved = solve.solve(&ask).expect("solves");
+            let after = solved.mask.expect("a mask");
+            for r in 0..rows {
+                for c in 0..cols {
+                    assert!(before.get(r, c) || !after.get(r, c), "{name} ({r}, {c})");
+                    assert!(after.get(r, c) || solved.w[(r, c)] == 0.0, "{name} ({r}, {c})");
+                }
+            }
+            assert!(prunes || after == before, "{name}");
+        }
+    }
+}
+
+#[test]
+fn the_same_answer_on_any_number_of_threads() {
+    let ask = GridAsk { bits: 4, symmetric: false, scale: Float::F16 };
+    for (name, solve) in solves() {
+        let (w, inputs) = (weights(150, 260, 11), Inputs::new(260, 400, 12));
+        let run = |threads: usize| {
+            let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
+            pool.install(|| everything(solve.as_ref(), &w, &inputs, ask, 64))
+        };
+        let (one, three) = (run(1), run(3));
+        assert_eq!(one.w, three.w, "{name}");
+        assert_eq!(one.mask, three.mask, "{name}");
+        assert_eq!(one.integers.map(|q| q.codes), three.integers.map(|q| q.codes), "{name}");
+    }
+}
+
+#[test]
+fn packed_codes_decode_to_the_answer() {
+    for (name, solve) in solves() {
+        for symmetric in [false, true] {
+            for group in [0, 32, 48, 300] {
+                let (w, inputs) = (weights(9, 140, 13), Inputs::new(140, 300, 14));
+                let ask = GridAsk { bits: 4, symmetric, scale: Float::F16 };
+                let solved = everything(solve.as_ref(), &w, &inputs, ask, group);
+                let kind = if solved.mask.is_some() { PatternKind::Mask { height: 1 } } else { PatternKind::Dense };
+                let integers = solved.integers.expect("rounded");
+                let piece = pack_integers(&integers, solved.mask.as_ref(), kind, ScaleCodec::F16).expect("packs");
+                assert_eq!(piece.to_mat(), solved.w, "{name} {symmetric} {group}");
+            }
+        }
+    }
+}
+
+#[test]
+fn compensation_pays_for_a_fixed_mask() {
+    for (name, solve) in pruners() {
+        for seed in 0..10 {
+            let (w, inputs, mask) = (random(24, 150, seed), Inputs::new(150, 400, seed + 50), earlier_mask(24, 150));
+            let ask = SolveAsk { w: w.view(), stats: &inputs.stats(), mask: Some(&mask), prune: None, round: None };
+            let compensated = solve.solve(&ask).expect("solves").w;
+            let bare = Mat::from_fn(24, 150, |r, c| if mask.get(r, c) { w[(r, c)] } else { 0.0 });
+            let (with, without) = (output_error(&w, &compensated, &inputs), output_error(&w, &bare, &inputs));
+            assert!(with <= without, "{name} seed {seed}: {with} {without}");
+        }
+    }
+}
+
+#[test]
+fn solved_rounding_is_no_worse_than_plain_rounding() {
+    let grid = grid();
+    for (name, solve) in solves() {
+        for seed in 0..10 {
+            for (symmetric, bits, group) in [(false, 4, 32), (true, 3, 150), (false, 2, 64)] {
+                let (w, inputs) = (random(24, 150, seed), Inputs::new(150, 400, seed + 50));
+                let ask = GridAsk { bits, symmetric, scale: Float::F32 };
+                let round = Some(RoundAsk { ask, grid: grid.as_ref(), group });
+                let asked = SolveAsk { w: w.view(), stats: &inputs.stats(), mask: None, prune: None, round };
+                let solved = solve.solve(&asked).expect("solves").w;
+                let mut plain = w.clone();
+                for r in 0..24 {
+                    for values in plain.row_mut(r).chunks_mut(group) {
+                        let fitted = grid.fit(values, &ask).expect("fits");
+                        values.iter_mut().for_each(|v| *v = fitted.value(fitted.code(*v, bits)));
+                    }
+                }
+                let (with, without) = (output_error(&w, &solved, &inputs), output_error(&w, &plain, &inputs));
+                assert!(with <= without, "{name} seed {seed} {bits} bits: {with} {without}");
+            }
+        }
+    }
+}
+
+#[test]
+fn grids_keep_zero_and_every_value_within_a_step() {
+    for (name, grid) in each!(Grid) {
+        let asks = (2..=8).flat_map(|bits| {
+            [(false, Float::F32), (true, Float::F32), (false, Float::F16), (true, Float::F16)]
+                .map(|(symmetric, scale)| GridAsk { bits, symmetric, scale })
+        });
+        for ask in asks {
+            for seed in 0..30u64 {
+                let values = random(1, 1 + seed as usize, seed).into_vec();
+                let fitted = grid.fit(&values, &ask).expect("fits");
+                assert_eq!(fitted.value(fitted.code(0.0, ask.bits)), 0.0, "{name}");
+                assert!(!ask.symmetric || u32::from(fitted.zero) == 1 << (ask.bits - 1), "{name}");
+                for v in &values {
+                    let off = (fitted.value(fitted.code(*v, ask.bits)) - v).abs();
+                    // Half a step; without zero points one step at the far end; 2^-11 of the range for the scale's own rounding.
+                    let bound = if ask.symmetric { 1.13 } else { 0.63 };
+                    assert!(off <= bound * fitted.scale.abs(), "{name}: {v} off by {off}, {fitted:?} {ask:?}");
+                }
+            }
+        }
+        let ask = GridAsk { bits: 4, symmetric: true, scale: Float::F16 };
+        assert!(grid.fit(&[f32::NAN], &ask).is_err(), "{name}");
+    }
+}
+
+#[test]
+fn a_full_rank_factor_gives_the_matrix_back() {
+    for (name, factor) in each!(Factor) {
+        let factor: Box<dyn Factor> = factor;
+        for (rows, cols) in SHAPES {
+            let (w, inputs) = (weights(rows, cols, 15), Inputs::new(cols, 300, 16));
+            let rank = rows.min(cols);
+            let (a, b) = factor.factor(w.view(), &inputs.stats(), rank).expect("factors");
+            let product = dense::matmul_nn(a.view(), b.view());
+            assert!(max_abs_diff(product.view(), w.view()) < 2e-4, "{name} {rows} x {cols}");
+            assert!(factor.factor(w.view(), &inputs.stats(), 0).is_err(), "{name}");
+            assert!(factor.factor(w.view(), &inputs.stats(), rank + 1).is_err(), "{name}");
+        }
+    }
+}
+
+#[test]
+fn drops_are_as_many_as_asked() {
+    let stats = DropStats { similarity: &[Some(0.5), None, Some(0.9), Some(0.9), Some(-0.1)] };
+    for (name, drop) in each!(Drop) {
+        for count in 0..=4 {
+            let gone = drop.as_ref().drop(DropPart::Ffn, count, &stats).expect("drops");
+            assert_eq!(gone.len(), count, "{name}");
+            assert!(gone.windows(2).all(|w| w[0] < w[1]), "{name}");
+            assert!(gone.iter().all(|&l| stats.similarity[l].is_some()), "{name}");
+        }
+        assert!(drop.as_ref().drop(DropPart::Ffn, 5, &stats).is_err(), "{name}");
+    }
+}
+
+#[test]
+fn budgets_meet_their_target_and_end() {
+    let slots: Vec<Slot> =
+        (0..6).map(|l| Slot { place: Place::layer(l, Role::Up), parameters: 100 * (1 + l as u64) }).collect();
+    let all: u64 = slots.iter().map(|slot| slot.parameters).sum();
+    for (name, budget) in each!(Budget) {
+        let mut budget: Box<dyn Budget> = budget;
+        for round in 0..=10_000 {
+            assert!(round < 10_000, "{name} does not end");
+            let Some(assignment) = budget.ask(&slots, 0.4).expect("answers") else { break };
+            let zeros: f64 = assignment.iter().zip(&slots).map(|(s, slot)| s * slot.parameters as f64).sum();
+            assert!((zeros / all as f64 - 0.4).abs() < 1e-9, "{name}");
+            assert!(assignment.iter().all(|s| (0.0..=1.0).contains(s)), "{name}");
+            budget.tell(&assignment, &Outcome { loss: 3.0 + f64::from(round), bytes: 1 });
+        }
+    }
+}
