@@ -98,7 +98,7 @@ const FAMILIES: [Family; 6] = [
 
     fn tell(&mut self, assignment: &[f64], outcome: &Outcome) {}",
         call: "ask(&[], 0.5)",
-        step: "sparsity = 0.5\n",
+        step: "step = \"prune\"\n\n[[step]]\nname = \"prune\"\nmethod = \"wanda\"\nsparsity = 0.5\n",
     },
 ];
 
@@ -248,7 +248,7 @@ mod tests {{
 
 fn recipe_text(family: &Family, name: &str) -> String {
     let verb = family.verb.to_lowercase();
-    let targets = if family.name == "drop" { "" } else { TARGETS };
+    let targets = if ["drop", "budget"].contains(&family.name) { "" } else { TARGETS };
     format!(
         "# One sentence: what the result is.
 version = 1
