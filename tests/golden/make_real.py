@@ -103,9 +103,10 @@ def short_texts(model, tokenizer):
     return {"indices": indices, "positions": POSITIONS, **texts}
 
 
-def perplexity(model, tokenizer, path, windows, ctx):
+def perplexity(model, tokenizer, path, windows, ctx, raw_line_ends):
     """Yields what is known after each window: a long run that is stopped leaves the windows it did."""
-    with open(path, encoding="utf-8", newline="") as f:
+    # Python's text mode reads CRLF as LF. WikiText-2 is often found with CRLF, and published numbers are of the LF text.
+    with open(path, encoding="utf-8", newline="" if raw_line_ends else None) as f:
         ids = tokenizer.encode(f.read())
     bos = [] if tokenizer.bos is None else [tokenizer.bos]
     body = ctx - len(bos)
@@ -119,7 +120,8 @@ def perplexity(model, tokenizer, path, windows, ctx):
         mean = sum(sums) / (len(sums) * (ctx - 1))
         print(f"window {w + 1}/{windows}: ppl so far {math.exp(mean):.4f} ({time.time() - started:.0f} s)", flush=True)
         yield {
-            "text_sha256": sha256(path), "text_tokens": len(ids), "first_64_ids": ids[:64],
+            "text_sha256": sha256(path), "line_ends": "as they are" if raw_line_ends else "CRLF read as LF",
+            "text_tokens": len(ids), "first_64_ids": ids[:64],
             "ctx": ctx, "windows": len(sums), "bos": bool(bos), "predicted_tokens": len(sums) * (ctx - 1),
             "dtype": "f32, losses summed in f64", "nll_per_window": numbers(sums),
             "nll": number(mean), "ppl": number(math.exp(mean)),
@@ -132,6 +134,7 @@ def main():
     parser.add_argument("out")
     parser.add_argument("--check", action="store_true")
     parser.add_argument("--perplexity", metavar="TEXT")
+    parser.add_argument("--raw-line-ends", action="store_true", help="keep CRLF; default: read it as LF")
     parser.add_argument("--ctx", type=int, default=1024)
     parser.add_argument("--windows", type=int, default=32)
     parser.add_argument("--threads", type=int, default=1)
@@ -142,7 +145,7 @@ def main():
     if a.check:
         check(a.model, model)
     if a.perplexity:
-        results = perplexity(model, tokenizer, a.perplexity, a.windows, a.ctx)
+        results = perplexity(model, tokenizer, a.perplexity, a.windows, a.ctx, a.raw_line_ends)
     else:
         results = [short_texts(model, tokenizer)]
     header = {"made_with": versions(), "model_sha256": sha256(a.model)}

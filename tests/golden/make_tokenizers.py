@@ -175,7 +175,7 @@ def metaspace(out):
     seed.pre_tokenizer = pre_tokenizers.Metaspace()
     # Lines stay out of the training so that, as in the real ones, no merge crosses a line's end.
     lines = [line for p in PARAGRAPHS for line in p.split("\n")]
-    seed.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=330, limit_alphabet=90, show_progress=False))
+    seed.train_from_iterator(lines, trainers.BpeTrainer(vocab_size=330, show_progress=False))
     learned = json.loads(seed.to_str())["model"]
     vocab = ["<pad>", "<eos>", "<bos>", "<unk>"] + [f"<0x{b:02X}>" for b in range(256)]
     vocab += [piece for piece, _ in sorted(learned["vocab"].items(), key=lambda x: x[1])]
