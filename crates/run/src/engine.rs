@@ -1,0 +1,179 @@
+//! A loaded model, and the state of one text that it continues.
+
+use lacuna_base::MatRef;
+use lacuna_checkpoint::{TemplateError, TokenizerError};
+use lacuna_model::{Batch, ContiguousKv, Decoder, ModelError, NoTap};
+use lacuna_spec::RopeScaling;
+
+/// Rows of a prompt computed in one call: enough to keep a processor busy, few enough to keep activations small.
+pub const DEFAULT_CHUNK: usize = 512;
+
+/// What can go wrong while running a model.
+#[derive(Debug, thiserror::Error)]
+pub enum RunError {
+    /// The model could not compute.
+    #[error(transparent)]
+    Model(#[from] ModelError),
+    /// The text could not be encoded.
+    #[error(transparent)]
+    Tokenizer(#[from] TokenizerError),
+    /// The conversation could not be rendered.
+    #[error(transparent)]
+    Template(#[from] TemplateError),
+    /// There is nothing to continue.
+    #[error("the prompt is empty; a model without a beginning token needs at least one token to continue")]
+    Empty,
+    /// The text does not fit.
+    #[error("{tokens} tokens do not fit the context of {context} tokens{hint}")]
+    Context {
+        /// Tokens there are.
+        tokens: usize,
+        /// Tokens that fit.
+        context: usize,
+        /// What to do.
+        hint: &'static str,
+    },
+    /// The model computed no numbers.
+    #[error(
+        "the logit of token {token} is {value} after {tokens} tokens: the model is broken or its weights were damaged"
+    )]
+    Logits {
+        /// The token.
+        token: usize,
+        /// The value.
+        value: f32,
+        /// Tokens before.
+        tokens: usize,
+    },
+    /// A sampling setting out of its range.
+    #[error("{setting} is {value}; it must be {range}")]
+    Setting {
+        /// Which.
+        setting: &'static str,
+        /// What it is.
+        value: f32,
+        /// What it may be.
+        range: &'static str,
+    },
+    /// A request that asks for nothing measurable.
+    #[error("{0}")]
+    Request(String),
+}
+
+/// A model ready to continue sequences.
+pub struct Engine {
+    model: Decoder,
+    context: usize,
+    chunk: usize,
+}
+
+/// One text: its tokens so far and their keys and values.
+pub struct Sequence {
+    tokens: Vec<u32>,
+    kv: ContiguousKv,
+    extent: usize,
+}
+
+impl Sequence {
+    /// The tokens that the model has read.
+    pub fn tokens(&self) -> &[u32] {
+        &self.tokens
+    }
+
+    /// Forgets everything from token `len` on.
+    pub fn truncate(&mut self, len: usize) {
+        self.tokens.truncate(len);
+        self.kv.truncate(0, len);
+    }
+
+    /// Bytes of keys and values held.
+    pub fn kv_bytes(&self) -> usize {
+        self.kv.bytes()
+    }
+}
+
+impl Engine {
+    /// An engine over a loaded model, with the model's own context.
+    pub fn new(model: Decoder) -> Engine {
+        let context = model.spec.context;
+        Engine { model, context, chunk: DEFAULT_CHUNK }
+    }
+
+    /// Another limit on a text's length. A longer one than the model was made for is the caller's risk.
+    #[must_use]
+    pub fn with_context(mut self, tokens: usize) -> Engine {
+        self.context = tokens;
+        self
+    }
+
+    /// Another number of prompt rows computed in one call, at least 1. It changes speed and memory, never a result.
+    #[must_use]
+    pub fn with_chunk(mut self, rows: usize) -> Engine {
+        self.chunk = rows.max(1);
+        self
+    }
+
+    /// The model.
+    pub fn model(&self) -> &Decoder {
+        &self.model
+    }
+
+    /// Most tokens that a text may have.
+    pub fn context(&self) -> usize {
+        self.context
+    }
+
+    /// An empty text.
+    pub fn sequence(&self) -> Sequence {
+        Sequence { tokens: Vec::new(), kv: ContiguousKv::new(&self.model.spec, 1), extent: 0 }
+    }
+
+    /// Prepares `seq` for a text that begins with `prompt` and may become `extent` tokens long: keeps what it has read of it already, short of
+    /// the last token, and forgets the rest. Returns how many tokens are kept.
+    pub fn reuse(&self, seq: &mut Sequence, prompt: &[u32], extent: usize) -> usize {
+        let same = seq.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
+        let keep = same.min(prompt.len().saturating_sub(1));
+        // LongRoPE turns a long text by other factors from its first token on, so that short keys are of no use to it.
+        let crossing = |original: usize| (extent > original) != (seq.extent > original);
+        let turned = self
+            .model
+            .spec
+            .layers
+            .iter()
+            .filter_map(|l| l.attn.as_ref()?.rope.as_ref())
+            .any(|r| matches!(r.scaling, RopeScaling::Longrope { original, .. } if crossing(original)));
+        seq.truncate(if turned { 0 } else { keep });
+        seq.extent = extent;
+        seq.tokens.len()
+    }
+
+    /// Reads `tokens` after what `seq` has, a chunk at a time, and returns the logits of what follows. On an error the sequence is as before.
+    pub fn extend(&self, seq: &mut Sequence, tokens: &[u32]) -> Result<Vec<f32>, RunError> {
+        let before = seq.tokens.len();
+        let result = self.extend_chunks(seq, tokens);
+        if result.is_err() {
+            seq.truncate(before);
+        }
+        result
+    }
+
+    fn extend_chunks(&self, seq: &mut Sequence, tokens: &[u32]) -> Result<Vec<f32>, RunError> {
+        let total = seq.tokens.len() + tokens.len();
+        if total > self.context {
+            return Err(RunError::Context { tokens: total, context: self.context, hint: "" });
+        }
+        let mut logits = Err(RunError::Empty);
+        for (i, chunk) in tokens.chunks(self.chunk).enumerate() {
+            let at = seq.tokens.len();
+            let mut batch = Batch::new();
+            batch.push_extent(0, at..at + chunk.len(), seq.extent);
+            let hidden = self.model.forward(chunk, &batch, &mut seq.kv, &mut NoTap)?;
+            seq.tokens.extend_from_slice(chunk);
+            if (i + 1) * self.chunk >= tokens.len() {
+                let last = hidden.row(hidden.rows() - 1);
+                logits = Ok(self.model.logits(MatRef::new(1, last.len(), last)).row(0).to_vec());
+            }
+        }
+        logits
+    }
+}
