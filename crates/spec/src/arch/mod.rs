@@ -1,14 +1,33 @@
-//! Architectures: each file maps one family's configuration and tensor names to a [`Spec`](crate::Spec) and back. No arithmetic.
+//! Architectures: each file maps one family's configuration and tensor names to a [`Spec`] and back. No arithmetic.
 //!
 //! A mapping never touches values. Where a file stores a tensor in another arrangement, [`Source`] says which rows of which stored
 //! tensor are meant and whether they lie transposed; the reader does the rest.
+//!
+//! An option of a configuration that would change results and that the decoder does not know is refused, never passed over.
+
+mod config;
+mod gemma;
+mod gguf;
+mod gpt2;
+mod llama;
+mod mixtral;
+mod opt;
+mod phi3;
+mod qwen;
+mod rope;
+
+use serde_json::Value;
+
+pub use gguf::GgufHead;
+
+use crate::{Place, Spec, SpecError};
 
 /// Where a tensor of the model lies in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]
 pub struct Source {
     /// The stored tensor's name.
     pub name: String,
-    /// Rows `from..to` of the stored tensor (after the transpose, if any); `None`: all.
+    /// Rows `from..to` of the stored tensor (after the transpose, if any), or entries of a stored vector; `None`: all.
     pub rows: Option<(usize, usize)>,
     /// The file keeps `[in, out]` instead of `[out, in]` (GPT-2's Conv1D).
     pub transposed: bool,
@@ -21,4 +40,120 @@ impl Source {
     pub fn whole(name: impl Into<String>) -> Source {
         Source { name: name.into(), rows: None, transposed: false, slice: None }
     }
+
+    /// Rows `from..from + n` of a tensor.
+    pub fn rows(name: impl Into<String>, from: usize, n: usize) -> Source {
+        Source { rows: Some((from, from + n)), ..Source::whole(name) }
+    }
+}
+
+/// One family of models: how its files describe a network.
+pub struct Family {
+    /// [`Spec::arch`].
+    pub name: &'static str,
+    /// `model_type` in config.json.
+    pub model_types: &'static [&'static str],
+    /// `general.architecture` in GGUF files.
+    pub gguf: &'static [&'static str],
+    /// Reads a config.json.
+    pub from_config: fn(&Value) -> Result<Spec, SpecError>,
+    /// Writes a config.json, refusing networks that such a file cannot describe.
+    pub to_config: fn(&Spec) -> Result<Value, SpecError>,
+    /// The tensor behind a place in the Hugging Face layout.
+    pub source: fn(&Spec, &Place) -> Option<Source>,
+    /// Reads a GGUF file's metadata.
+    pub from_gguf: fn(&GgufHead) -> Result<Spec, SpecError>,
+    /// The tensor behind a place in a GGUF file.
+    pub gguf_source: fn(&Spec, &Place) -> Option<Source>,
+}
+
+/// Every family. Where two answer to one GGUF name, the first does.
+pub const FAMILIES: &[Family] = &[
+    llama::LLAMA,
+    llama::MISTRAL,
+    mixtral::MIXTRAL,
+    qwen::QWEN2,
+    qwen::QWEN3,
+    qwen::QWEN3_MOE,
+    gemma::GEMMA2,
+    gemma::GEMMA3,
+    phi3::PHI3,
+    gpt2::GPT2,
+    opt::OPT,
+];
+
+fn family(spec: &Spec) -> Result<&'static Family, SpecError> {
+    FAMILIES
+        .iter()
+        .find(|f| f.name == spec.arch)
+        .ok_or_else(|| SpecError { what: format!("'{}' is no family of models that Lacuna knows", spec.arch) })
+}
+
+fn known(names: fn(&Family) -> &'static [&'static str]) -> String {
+    FAMILIES.iter().flat_map(names).copied().collect::<Vec<_>>().join(", ")
+}
+
+/// The network that a config.json describes.
+pub fn from_config(config: &Value) -> Result<Spec, SpecError> {
+    let Some(name) = config.get("model_type").and_then(Value::as_str) else {
+        return Err(SpecError { what: "config.json has no model_type".into() });
+    };
+    let Some(family) = FAMILIES.iter().find(|f| f.model_types.contains(&name)) else {
+        let known = known(|f| f.model_types);
+        return Err(SpecError { what: format!("config.json: model_type is \"{name}\"; known are {known}") });
+    };
+    let spec = (family.from_config)(config)?;
+    spec.check()?;
+    Ok(spec)
+}
+
+/// A config.json for the network, or why there can be none.
+pub fn to_config(spec: &Spec) -> Result<Value, SpecError> {
+    (family(spec)?.to_config)(spec)
+}
+
+/// The network that a GGUF file's metadata describe.
+pub fn from_gguf(head: &GgufHead) -> Result<Spec, SpecError> {
+    let name = head.str("general.architecture")?;
+    let Some(family) = FAMILIES.iter().find(|f| f.gguf.contains(&name)) else {
+        let known = known(|f| f.gguf);
+        return Err(SpecError { what: format!("general.architecture is \"{name}\"; known are {known}") });
+    };
+    let spec = (family.from_gguf)(head)?;
+    spec.check()?;
+    Ok(spec)
+}
+
+/// Where the tensor at `place` may lie in a Hugging Face checkpoint: the first name that the file has is the one. Empty where the
+/// network has no such tensor.
+///
+/// Files saved from a bare model lack the outer `model.` or `transformer.`; those of a model that also sees images wrap the names once more.
+pub fn sources(spec: &Spec, place: &Place) -> Vec<Source> {
+    let Some(first) = of_place(spec, place, |f| f.source) else { return Vec::new() };
+    let mut names = vec![format!("language_model.{}", first.name)];
+    if let Some((_, bare)) =
+        ["model.", "transformer."].iter().find_map(|p| first.name.split_once(p).filter(|s| s.0.is_empty()))
+    {
+        names.push(bare.to_owned());
+        names.push(format!("model.language_model.{bare}"));
+    }
+    let others = names.into_iter().map(|name| Source { name, ..first.clone() }).collect::<Vec<_>>();
+    [vec![first], others].concat()
+}
+
+/// Where the tensor at `place` may lie in a GGUF file, as [`sources`]: experts stacked, or one by one as older files have them.
+pub fn gguf_sources(spec: &Spec, place: &Place) -> Vec<Source> {
+    let Some(first) = of_place(spec, place, |f| f.gguf_source) else { return Vec::new() };
+    match first.slice {
+        Some(e) => {
+            let older = first.name.replace("_exps.", &format!(".{e}."));
+            vec![first, Source::whole(older)]
+        }
+        None => vec![first],
+    }
+}
+
+fn of_place(spec: &Spec, place: &Place, of: fn(&Family) -> fn(&Spec, &Place) -> Option<Source>) -> Option<Source> {
+    spec.shape(place)?;
+    of(family(spec).ok()?)(spec, place)
 }

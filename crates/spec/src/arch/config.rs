@@ -1,0 +1,315 @@
+//! Reading and writing config.json: typed access with errors that name the key, and what Llama's relatives have in common.
+
+use serde_json::{Map, Value, json};
+
+use super::Source;
+use super::rope;
+use crate::place::{Part, Place, Role};
+use crate::spec::{Activation, AttnSpec, FfnSpec, LayerSpec, Norm, NormKind, Positions, Spec, SpecError};
+
+/// An error about a key of config.json.
+pub(super) fn bad<T>(what: impl std::fmt::Display) -> Result<T, SpecError> {
+    Err(SpecError { what: format!("config.json: {what}") })
+}
+
+/// A config.json, or one of its nested objects. A null counts as absent, as everywhere in transformers.
+#[derive(Clone, Copy)]
+pub(super) struct Config<'a>(pub &'a Value);
+
+impl<'a> Config<'a> {
+    pub fn get(&self, key: &str) -> Option<&'a Value> {
+        self.0.get(key).filter(|v| !v.is_null())
+    }
+
+    fn typed<T>(&self, key: &str, want: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>, SpecError> {
+        match self.get(key) {
+            None => Ok(None),
+            Some(v) => read(v).map_or_else(|| bad(format!("{key} is {v}, not {want}")), |t| Ok(Some(t))),
+        }
+    }
+
+    pub fn opt_usize(&self, key: &str) -> Result<Option<usize>, SpecError> {
+        self.typed(key, "a whole number", |v| v.as_u64().and_then(|n| usize::try_from(n).ok()))
+    }
+
+    pub fn opt_f64(&self, key: &str) -> Result<Option<f64>, SpecError> {
+        self.typed(key, "a number", Value::as_f64)
+    }
+
+    pub fn opt_f32(&self, key: &str) -> Result<Option<f32>, SpecError> {
+        Ok(self.opt_f64(key)?.map(|x| x as f32))
+    }
+
+    pub fn opt_str(&self, key: &str) -> Result<Option<&'a str>, SpecError> {
+        self.typed(key, "a string", Value::as_str)
+    }
+
+    pub fn usize(&self, key: &str) -> Result<usize, SpecError> {
+        self.opt_usize(key)?.map_or_else(|| bad(format!("{key} is missing")), Ok)
+    }
+
+    pub fn usize_or(&self, key: &str, default: usize) -> Result<usize, SpecError> {
+        Ok(self.opt_usize(key)?.unwrap_or(default))
+    }
+
+    pub fn f64_or(&self, key: &str, default: f64) -> Result<f64, SpecError> {
+        Ok(self.opt_f64(key)?.unwrap_or(default))
+    }
+
+    pub fn bool_or(&self, key: &str, default: bool) -> Result<bool, SpecError> {
+        Ok(self.typed(key, "true or false", Value::as_bool)?.unwrap_or(default))
+    }
+
+    pub fn f32s(&self, key: &str) -> Result<Vec<f32>, SpecError> {
+        let list = self.typed(key, "a list of numbers", |v| {
+            v.as_array()?.iter().map(|x| Some(x.as_f64()? as f32)).collect::<Option<Vec<f32>>>()
+        })?;
+        list.map_or_else(|| bad(format!("{key} is missing")), Ok)
+    }
+
+    pub fn usizes(&self, key: &str) -> Result<Vec<usize>, SpecError> {
+        let list = self.typed(key, "a list of whole numbers", |v| {
+            v.as_array()?.iter().map(|x| x.as_u64().and_then(|n| usize::try_from(n).ok())).collect()
+        })?;
+        Ok(list.unwrap_or_default())
+    }
+
+    /// Refuses any value of `key` but `only` (or none): the others change results in a way the decoder does not compute.
+    pub fn only(&self, key: &str, only: Value) -> Result<(), SpecError> {
+        match self.get(key) {
+            Some(v) if *v != only => bad(format!("{key} is {v}; only {only} is supported")),
+            _ => Ok(()),
+        }
+    }
+
+    pub fn activation(&self, key: &str, default: &str) -> Result<Activation, SpecError> {
+        match self.opt_str(key)?.unwrap_or(default) {
+            "silu" | "swish" => Ok(Activation::Silu),
+            "gelu" => Ok(Activation::Gelu),
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Ok(Activation::GeluTanh),
+            "relu" => Ok(Activation::Relu),
+            other => bad(format!("{key} is \"{other}\"; supported are silu, gelu, gelu_new, gelu_pytorch_tanh, relu")),
+        }
+    }
+
+    /// Which layers see a window only. `layer_types` says so where it stands; otherwise `sliding(layer)` does.
+    pub fn windows(
+        &self,
+        layers: usize,
+        window: Option<usize>,
+        sliding: impl Fn(usize) -> bool,
+    ) -> Result<Vec<Option<usize>>, SpecError> {
+        let slides: Vec<bool> = match self.get("layer_types") {
+            None => (0..layers.min(1 << 16)).map(|l| window.is_some() && sliding(l)).collect(),
+            Some(v) => {
+                let kind = |v: &Value| match v.as_str() {
+                    Some("full_attention") => Ok(false),
+                    Some("sliding_attention") => Ok(true),
+                    _ => bad(format!("layer_types has {v}; known are \"full_attention\" and \"sliding_attention\"")),
+                };
+                let list = v.as_array().map_or_else(|| bad(format!("layer_types is {v}, not a list")), Ok)?;
+                list.iter().map(kind).collect::<Result<_, _>>()?
+            }
+        };
+        if slides.len() != layers {
+            return bad(format!("layer_types has {} entries for {layers} layers", slides.len()));
+        }
+        if slides.contains(&true) && window.is_none() {
+            return bad("layer_types has sliding_attention, but sliding_window is missing");
+        }
+        Ok(slides.into_iter().map(|s| window.filter(|_| s)).collect())
+    }
+}
+
+/// The least value of f64 that prints as `x` does and reads back as `x`: 1e-5 and not 9.99999974737875e-6.
+pub(super) fn num(x: f32) -> Value {
+    json!(x.to_string().parse::<f64>().unwrap_or(f64::from(x)))
+}
+
+/// What Llama's relatives share: RMS norms, gated SiLU, RoPE on whole heads, no biases, no windows. Families change what differs.
+pub(super) fn llama_like(c: &Config, arch: &str) -> Result<Spec, SpecError> {
+    let hidden = c.usize("hidden_size")?;
+    let heads = c.usize("num_attention_heads")?;
+    let derived = hidden.checked_div(heads).unwrap_or(0);
+    let head_dim = c.usize_or("head_dim", derived)?;
+    let layers = c.usize("num_hidden_layers")?;
+    if layers > 4096 {
+        return bad(format!("num_hidden_layers is {layers}; at most 4096 are accepted"));
+    }
+    let attn = AttnSpec {
+        heads,
+        kv_heads: c.usize_or("num_key_value_heads", heads)?,
+        head_dim,
+        scale: inverse_root(head_dim as f64),
+        window: None,
+        rope: Some(rope::from_config(c, head_dim, None)?),
+        qk_norm: false,
+        softcap: None,
+        qkv_bias: false,
+        o_bias: false,
+        post_norm: false,
+    };
+    let ffn = FfnSpec {
+        width: c.usize("intermediate_size")?,
+        gated: true,
+        act: c.activation("hidden_act", "silu")?,
+        bias: false,
+        post_norm: false,
+        experts: None,
+    };
+    Ok(Spec {
+        arch: arch.into(),
+        hidden,
+        vocab: c.usize("vocab_size")?,
+        context: c.usize("max_position_embeddings")?,
+        embed_scale: 1.0,
+        tied: c.bool_or("tie_word_embeddings", false)?,
+        positions: Positions::None,
+        norm: Norm { kind: NormKind::Rms, eps: c.f64_or("rms_norm_eps", 1e-6)? as f32, offset: 0.0 },
+        final_norm: true,
+        layers: vec![LayerSpec { attn: Some(attn), ffn: Some(ffn) }; layers],
+        logit_softcap: None,
+        logit_scale: 1.0,
+    })
+}
+
+/// `1 / sqrt(x)`, rounded once.
+pub(super) fn inverse_root(x: f64) -> f32 {
+    (1.0 / x.sqrt()) as f32
+}
+
+/// Every attention of the network.
+pub(super) fn attns(spec: &mut Spec) -> impl Iterator<Item = &mut AttnSpec> {
+    spec.layers.iter_mut().filter_map(|l| l.attn.as_mut())
+}
+
+/// Every feed-forward part of the network.
+pub(super) fn ffns(spec: &mut Spec) -> impl Iterator<Item = &mut FfnSpec> {
+    spec.layers.iter_mut().filter_map(|l| l.ffn.as_mut())
+}
+
+/// The first attention and feed-forward part, from which a configuration for all layers is written.
+pub(super) fn first(spec: &Spec) -> Result<(&AttnSpec, &FfnSpec), SpecError> {
+    match (spec.layers.iter().find_map(|l| l.attn.as_ref()), spec.layers.iter().find_map(|l| l.ffn.as_ref())) {
+        (Some(a), Some(f)) => Ok((a, f)),
+        _ => Err(SpecError { what: "no layer has attention, or none has a feed-forward part".into() }),
+    }
+}
+
+/// The keys that [`llama_like`] reads, from the first layer that has them.
+pub(super) fn to_llama_like(spec: &Spec, model_type: &str, class: &str) -> Result<Map<String, Value>, SpecError> {
+    let (a, f) = first(spec)?;
+    let mut out = Map::new();
+    let mut set = |key: &str, v: Value| out.insert(key.into(), v);
+    set("architectures", json!([class]));
+    set("model_type", json!(model_type));
+    set("vocab_size", json!(spec.vocab));
+    set("hidden_size", json!(spec.hidden));
+    set("intermediate_size", json!(f.width));
+    set("num_hidden_layers", json!(spec.layers.len()));
+    set("num_attention_heads", json!(a.heads));
+    set("num_key_value_heads", json!(a.kv_heads));
+    set("head_dim", json!(a.head_dim));
+    set("hidden_act", json!(activation_name(f.act)));
+    set("max_position_embeddings", json!(spec.context));
+    set("rms_norm_eps", num(spec.norm.eps));
+    set("tie_word_embeddings", json!(spec.tied));
+    if let Some(r) = &a.rope {
+        rope::to_config(r, a.head_dim, spec.context, &mut out)?;
+    }
+    Ok(out)
+}
+
+/// The name that transformers gives an activation.
+pub(super) fn activation_name(act: Activation) -> &'static str {
+    match act {
+        Activation::Silu => "silu",
+        Activation::Gelu => "gelu",
+        Activation::GeluTanh => "gelu_pytorch_tanh",
+        Activation::Relu => "relu",
+    }
+}
+
+/// `layer_types` as the network has them.
+pub(super) fn layer_types(spec: &Spec) -> Value {
+    let kind = |l: &LayerSpec| l.attn.as_ref().is_some_and(|a| a.window.is_some());
+    spec.layers.iter().map(|l| if kind(l) { "sliding_attention" } else { "full_attention" }).collect()
+}
+
+/// The first window there is.
+pub(super) fn window(spec: &Spec) -> Option<usize> {
+    spec.layers.iter().find_map(|l| l.attn.as_ref()?.window)
+}
+
+/// Reads a configuration just written and compares: what it cannot say (uneven layers, a missing part, ...) is refused by name.
+pub(super) fn verified(
+    spec: &Spec,
+    config: Map<String, Value>,
+    read: fn(&Value) -> Result<Spec, SpecError>,
+) -> Result<Value, SpecError> {
+    let config = Value::Object(config);
+    let fault =
+        |what: String| SpecError { what: format!("a {} config.json cannot describe this network: {what}", spec.arch) };
+    let again = read(&config).map_err(|e| fault(e.what))?;
+    if again == *spec {
+        return Ok(config);
+    }
+    let value = |s: &Spec| serde_json::to_value(s).map_err(|e| fault(e.to_string()));
+    let (have, said) = (value(spec)?, value(&again)?);
+    Err(fault(difference("", &have, &said).unwrap_or_else(|| "it is no number".into())))
+}
+
+fn difference(path: &str, have: &Value, said: &Value) -> Option<String> {
+    let at = |key: &dyn std::fmt::Display| if path.is_empty() { key.to_string() } else { format!("{path}.{key}") };
+    match (have, said) {
+        (Value::Object(a), Value::Object(b)) if a.keys().eq(b.keys()) => {
+            a.iter().find_map(|(k, v)| difference(&at(k), v, &b[k]))
+        }
+        (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
+            a.iter().zip(b).enumerate().find_map(|(i, (x, y))| difference(&at(&i), x, y))
+        }
+        (a, b) if a == b => None,
+        (a, b) => Some(format!("{path} is {a}, the file would say {b}")),
+    }
+}
+
+/// The tensor of `module` for a place, inside `model.layers.N.` or outside: `model.` and `.weight` or `.bias` are put around it.
+pub(super) fn named(place: &Place, prefix: &str, layers: &str, module: &str) -> Source {
+    let part = if place.part == Part::Bias { "bias" } else { "weight" };
+    Source::whole(match place.layer {
+        Some(l) => format!("{prefix}{layers}.{l}.{module}.{part}"),
+        None => format!("{prefix}{module}.{part}"),
+    })
+}
+
+/// Names of Llama's tensors, which most families repeat. Experts as Qwen writes them.
+pub(super) fn llama_source(_: &Spec, place: &Place) -> Option<Source> {
+    let module = match place.role {
+        Role::Head => return Some(named(place, "", "", "lm_head")),
+        Role::Embed => "embed_tokens",
+        Role::FinalNorm => "norm",
+        Role::AttnNorm => "input_layernorm",
+        Role::Q => "self_attn.q_proj",
+        Role::K => "self_attn.k_proj",
+        Role::V => "self_attn.v_proj",
+        Role::O => "self_attn.o_proj",
+        Role::QNorm => "self_attn.q_norm",
+        Role::KNorm => "self_attn.k_norm",
+        Role::FfnNorm => "post_attention_layernorm",
+        Role::Router => "mlp.gate",
+        Role::Gate | Role::Up | Role::Down => {
+            let name = match place.role {
+                Role::Gate => "gate_proj",
+                Role::Up => "up_proj",
+                _ => "down_proj",
+            };
+            let module = match place.expert {
+                Some(e) => format!("mlp.experts.{e}.{name}"),
+                None => format!("mlp.{name}"),
+            };
+            return Some(named(place, "model.", "layers", &module));
+        }
+        Role::Positions | Role::AttnPostNorm | Role::FfnPostNorm => return None,
+    };
+    Some(named(place, "model.", "layers", module))
+}

@@ -1,0 +1,237 @@
+//! Gemma 2 and 3: norms before and after each part, scaled embeddings, layers that see a window and layers that see everything.
+//!
+//! The embedding's factor is `sqrt(hidden)` as transformers applies it: rounded to the dtype that the configuration names (bf16 for the
+//! published files, which were trained so). llama.cpp keeps it in f32, and so do GGUF files here. Safetensors keep a norm's scale minus
+//! one; GGUF files keep the scale itself.
+
+use serde_json::{Map, Value, json};
+
+use super::config::{
+    Config, attns, bad, ffns, first, inverse_root, layer_types, llama_like, llama_source, num, to_llama_like,
+};
+use super::config::{named, verified, window};
+use super::gguf::{self, GgufHead};
+use super::{Family, Source, rope};
+use crate::place::{Place, Role};
+use crate::spec::{Activation, RopeScaling, RopeStyle, Spec, SpecError};
+
+/// Gemma 2.
+pub(super) const GEMMA2: Family = Family {
+    name: "gemma2",
+    model_types: &["gemma2"],
+    gguf: &["gemma2"],
+    from_config: from_gemma2,
+    to_config: to_gemma2,
+    source,
+    from_gguf: from_gguf2,
+    gguf_source: gguf::standard_source,
+};
+
+/// Gemma 3, its text part.
+pub(super) const GEMMA3: Family = Family {
+    name: "gemma3",
+    model_types: &["gemma3_text", "gemma3"],
+    gguf: &["gemma3"],
+    from_config: from_gemma3,
+    to_config: to_gemma3,
+    source,
+    from_gguf: from_gguf3,
+    gguf_source: gguf::standard_source,
+};
+
+/// `sqrt(hidden)` rounded to a dtype by its name.
+fn embed_scale(hidden: usize, dtype: &str) -> f32 {
+    let x = (hidden as f64).sqrt() as f32;
+    match dtype {
+        "bfloat16" => {
+            // To nearest, ties to even.
+            let bits = x.to_bits();
+            f32::from_bits((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff_0000)
+        }
+        "float16" => lacuna_base::float::round_f16(x),
+        _ => x,
+    }
+}
+
+/// What both share. Large files leave out whatever is the default, so the defaults stand here.
+fn common(c: &Config, arch: &str, defaults: &[(&str, Value)]) -> Result<Spec, SpecError> {
+    let mut filled = c.0.clone();
+    for (key, v) in defaults {
+        if c.get(key).is_none() {
+            filled[*key] = v.clone();
+        }
+    }
+    let c = Config(&filled);
+    c.only("use_bidirectional_attention", json!(false))?;
+    let mut spec = llama_like(&c, arch)?;
+    let dtype = c.opt_str("dtype")?.map_or_else(|| c.opt_str("torch_dtype"), |d| Ok(Some(d)))?;
+    spec.embed_scale = embed_scale(spec.hidden, dtype.unwrap_or("float32"));
+    spec.norm.offset = 1.0;
+    spec.logit_softcap = c.opt_f32("final_logit_softcapping")?;
+    let act = c.activation("hidden_activation", "gelu_pytorch_tanh")?;
+    ffns(&mut spec).for_each(|f| (f.act, f.post_norm) = (act, true));
+    let scale = inverse_root(c.f64_or("query_pre_attn_scalar", 256.0)?);
+    let (softcap, bias) = (c.opt_f32("attn_logit_softcapping")?, c.bool_or("attention_bias", false)?);
+    for a in attns(&mut spec) {
+        (a.scale, a.softcap, a.post_norm, a.qkv_bias, a.o_bias) = (scale, softcap, true, bias, bias);
+    }
+    Ok(spec)
+}
+
+fn from_gemma2(config: &Value) -> Result<Spec, SpecError> {
+    let c = Config(config);
+    let mut spec = common(&c, "gemma2", &[("head_dim", json!(256)), ("tie_word_embeddings", json!(true))])?;
+    let windows = c.windows(spec.layers.len(), Some(c.usize_or("sliding_window", 4096)?), |l| l % 2 == 0)?;
+    attns(&mut spec).zip(windows).for_each(|(a, w)| a.window = w);
+    Ok(spec)
+}
+
+fn from_gemma3(config: &Value) -> Result<Spec, SpecError> {
+    // A model that also sees images keeps its text part one level deeper.
+    let mut text = config.get("text_config").unwrap_or(config).clone();
+    if !text.is_object() {
+        return bad("text_config is no object");
+    }
+    for key in ["dtype", "torch_dtype"] {
+        if let (None, Some(v)) = (text.get(key), config.get(key)) {
+            text[key] = v.clone();
+        }
+    }
+    let c = Config(&text);
+    let theta = if c.get("rope_parameters").is_none() { json!(1e6) } else { Value::Null };
+    let defaults = [
+        ("vocab_size", json!(262_208)),
+        ("num_attention_heads", json!(8)),
+        ("num_key_value_heads", json!(4)),
+        ("head_dim", json!(256)),
+        ("max_position_embeddings", json!(131_072)),
+        ("tie_word_embeddings", json!(true)),
+        ("rope_theta", theta),
+    ];
+    // RoPE by type of layer is read below; for the common part one type will do.
+    let mut plain = text.clone();
+    let global = c.get("rope_parameters").and_then(|p| p.get("full_attention"));
+    if let Some(p) = global {
+        plain["rope_parameters"] = p.clone();
+    }
+    let mut spec = common(&Config(&plain), "gemma3", &defaults)?;
+    let pattern = c.usize_or("sliding_window_pattern", c.usize_or("_sliding_window_pattern", 6)?)?.max(1);
+    let window = Some(c.usize_or("sliding_window", 4096)?);
+    let windows = c.windows(spec.layers.len(), window, |l| !(l + 1).is_multiple_of(pattern))?;
+    let local = c.f64_or("rope_local_base_freq", 10000.0)? as f32;
+    let by_type = json!({"max_position_embeddings": spec.context, "rope_parameters": c.get("rope_parameters")});
+    for (a, w) in attns(&mut spec).zip(windows) {
+        (a.qk_norm, a.window) = (true, w);
+        if let (Some(r), Some(_)) = (&mut a.rope, w) {
+            if global.is_some() {
+                *r = rope::from_config(&Config(&by_type), a.head_dim, Some("sliding_attention"))?;
+            } else {
+                (r.theta, r.scaling) = (local, RopeScaling::Default);
+            }
+        }
+    }
+    Ok(spec)
+}
+
+fn to_common(spec: &Spec, model_type: &str, class: &str) -> Result<Map<String, Value>, SpecError> {
+    let mut out = to_llama_like(spec, model_type, class)?;
+    let (a, _) = first(spec)?;
+    let hidden_act = out.shift_remove("hidden_act");
+    let dtypes = ["float32", "bfloat16", "float16"];
+    let dtype = dtypes.into_iter().find(|d| embed_scale(spec.hidden, d) == spec.embed_scale);
+    let scalar = 1.0 / f64::from(a.scale).powi(2);
+    // The scalar is a whole number in every published file; squaring the rounded root would leave a tail of digits.
+    let scalar = if inverse_root(scalar.round()) == a.scale { scalar.round() } else { scalar };
+    let mut set = |key: &str, v: Value| out.insert(key.into(), v);
+    set("hidden_activation", json!(hidden_act));
+    set("dtype", json!(dtype.unwrap_or("float32")));
+    set("query_pre_attn_scalar", if scalar.fract() == 0.0 { json!(scalar as u64) } else { json!(scalar) });
+    set("attn_logit_softcapping", a.softcap.map_or(Value::Null, num));
+    set("final_logit_softcapping", spec.logit_softcap.map_or(Value::Null, num));
+    set("attention_bias", json!(a.qkv_bias));
+    set("sliding_window", json!(window(spec).unwrap_or(4096)));
+    set("layer_types", layer_types(spec));
+    Ok(out)
+}
+
+fn to_gemma2(spec: &Spec) -> Result<Value, SpecError> {
+    verified(spec, to_common(spec, "gemma2", "Gemma2ForCausalLM")?, from_gemma2)
+}
+
+fn to_gemma3(spec: &Spec) -> Result<Value, SpecError> {
+    let mut out = to_common(spec, "gemma3_text", "Gemma3ForCausalLM")?;
+    let attns = || spec.layers.iter().filter_map(|l| l.attn.as_ref());
+    let rope_of = |local: bool| attns().find(|a| a.window.is_some() == local).and_then(|a| Some((a, a.rope.as_ref()?)));
+    out.shift_remove("rope_scaling");
+    if let Some((a, r)) = rope_of(false) {
+        rope::to_config(r, a.head_dim, spec.context, &mut out)?;
+    }
+    if let Some((_, r)) = rope_of(true) {
+        out.insert("rope_local_base_freq".into(), num(r.theta));
+    }
+    verified(spec, out, from_gemma3)
+}
+
+fn source(spec: &Spec, place: &Place) -> Option<Source> {
+    let module = match place.role {
+        Role::AttnPostNorm => "post_attention_layernorm",
+        Role::FfnNorm => "pre_feedforward_layernorm",
+        Role::FfnPostNorm => "post_feedforward_layernorm",
+        _ => return llama_source(spec, place),
+    };
+    Some(named(place, "model.", "layers", module))
+}
+
+fn gguf_common(head: &GgufHead, arch: &str, large: usize) -> Result<Spec, SpecError> {
+    let mut spec = gguf::standard(head, arch, RopeStyle::Half)?;
+    spec.embed_scale = embed_scale(spec.hidden, "float32");
+    ffns(&mut spec).for_each(|f| (f.act, f.post_norm) = (Activation::GeluTanh, true));
+    // The files do not say it: of each generation, only the 27B model scales by its hidden width a head.
+    let (layers, hidden) = (spec.layers.len(), spec.hidden);
+    for a in attns(&mut spec) {
+        if layers == large {
+            a.scale = inverse_root((hidden / a.heads) as f64);
+        }
+        a.post_norm = true;
+    }
+    Ok(spec)
+}
+
+fn from_gguf2(head: &GgufHead) -> Result<Spec, SpecError> {
+    let mut spec = gguf_common(head, "gemma2", 46)?;
+    let softcap = head.f32("attn_logit_softcapping")?.or(Some(50.0)).filter(|c| *c != 0.0);
+    spec.logit_softcap = head.f32("final_logit_softcapping")?.or(Some(30.0)).filter(|c| *c != 0.0);
+    let window = head.usize("attention.sliding_window")?.unwrap_or(4096);
+    for (l, a) in attns(&mut spec).enumerate() {
+        a.softcap = softcap;
+        a.window = (l % 2 == 0).then_some(window);
+    }
+    Ok(spec)
+}
+
+fn from_gguf3(head: &GgufHead) -> Result<Spec, SpecError> {
+    let mut spec = gguf_common(head, "gemma3", 62)?;
+    let local = head.f32("rope.freq_base_swa")?.unwrap_or(10000.0);
+    let layers = spec.layers.len();
+    // One number is a period whose last layer sees everything; a list says for each layer whether it slides.
+    let slides: Vec<bool> = match head.each("attention.sliding_window_pattern", layers)? {
+        Some(list) if head.usize("attention.sliding_window_pattern").is_err() => list.iter().map(|s| *s == 1).collect(),
+        other => {
+            let period = other.and_then(|l| l.first().copied()).unwrap_or(6).max(1);
+            (0..layers).map(|l| !(l + 1).is_multiple_of(period)).collect()
+        }
+    };
+    if spec.layers.iter().all(|l| l.attn.as_ref().is_none_or(|a| a.window.is_none())) && slides.contains(&true) {
+        return bad("metadata: gemma3.attention.sliding_window is missing");
+    }
+    for (l, layer) in spec.layers.iter_mut().enumerate() {
+        let Some(a) = &mut layer.attn else { continue };
+        a.qk_norm = true;
+        if !slides[l] {
+            a.window = None;
+        } else if let Some(r) = &mut a.rope {
+            (r.theta, r.scaling) = (local, RopeScaling::Default);
+        }
+    }
+    Ok(spec)
+}

@@ -1,0 +1,59 @@
+//! Mixtral: Mistral with experts. Its GGUF files call themselves llama and are read there.
+
+use serde_json::{Value, json};
+
+use super::config::{
+    Config, attns, bad, ffns, first, llama_like, llama_source, named, to_llama_like, verified, window,
+};
+use super::gguf;
+use super::{Family, Source};
+use crate::place::{Place, Role};
+use crate::spec::{Experts, RopeStyle, Spec, SpecError};
+
+/// Mixtral.
+pub(super) const MIXTRAL: Family = Family {
+    name: "mixtral",
+    model_types: &["mixtral"],
+    gguf: &[],
+    from_config,
+    to_config,
+    source,
+    from_gguf: |head| gguf::standard(head, "mixtral", RopeStyle::Interleaved),
+    gguf_source: gguf::standard_source,
+};
+
+fn from_config(config: &Value) -> Result<Spec, SpecError> {
+    let c = Config(config);
+    let mut spec = llama_like(&c, "mixtral")?;
+    if c.get("rope_theta").is_none() && c.get("rope_parameters").is_none() {
+        return bad("rope_theta is missing");
+    }
+    // The softmax runs over the chosen experts only, which is the same as making the chosen ones' shares sum to 1.
+    let experts =
+        Experts { count: c.usize("num_local_experts")?, used: c.usize("num_experts_per_tok")?, normalize: true };
+    ffns(&mut spec).for_each(|f| f.experts = Some(experts));
+    let windows = c.windows(spec.layers.len(), c.opt_usize("sliding_window")?, |_| true)?;
+    attns(&mut spec).zip(windows).for_each(|(a, w)| a.window = w);
+    Ok(spec)
+}
+
+fn to_config(spec: &Spec) -> Result<Value, SpecError> {
+    let mut out = to_llama_like(spec, "mixtral", "MixtralForCausalLM")?;
+    if let Some(e) = first(spec)?.1.experts {
+        out.insert("num_local_experts".into(), json!(e.count));
+        out.insert("num_experts_per_tok".into(), json!(e.used));
+    }
+    out.insert("sliding_window".into(), json!(window(spec)));
+    verified(spec, out, from_config)
+}
+
+fn source(spec: &Spec, place: &Place) -> Option<Source> {
+    let module = match (place.role, place.expert) {
+        (Role::Router, _) => "block_sparse_moe.gate".into(),
+        (Role::Gate, Some(e)) => format!("block_sparse_moe.experts.{e}.w1"),
+        (Role::Down, Some(e)) => format!("block_sparse_moe.experts.{e}.w2"),
+        (Role::Up, Some(e)) => format!("block_sparse_moe.experts.{e}.w3"),
+        _ => return llama_source(spec, place),
+    };
+    Some(named(place, "model.", "layers", &module))
+}
