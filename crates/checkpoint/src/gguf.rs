@@ -7,6 +7,8 @@ use std::ops::Range;
 
 use lacuna_format::{Float, GgufType};
 
+use crate::tensor::{TensorInfo, TensorType};
+
 /// A file that is not GGUF as the format's description has it, or a metadata value of another type than asked for.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{what}")]
@@ -153,43 +155,6 @@ impl Metadata {
             _ => None,
         })
     }
-}
-
-/// How a GGUF tensor's values are written.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub enum TensorType {
-    /// Floats as they are.
-    Float(Float),
-    /// A block type.
-    Block(GgufType),
-    /// Known to the format and not read by Lacuna: only its name and size.
-    Other(&'static str),
-}
-
-impl TensorType {
-    /// The format's own name, as in `Q4_K`.
-    pub fn name(self) -> String {
-        match self {
-            TensorType::Float(Float::F32) => "F32".into(),
-            TensorType::Float(Float::F16) => "F16".into(),
-            TensorType::Float(_) => "BF16".into(),
-            TensorType::Block(t) => format!("{t:?}"),
-            TensorType::Other(name) => name.into(),
-        }
-    }
-}
-
-/// One row of the table of tensors.
-#[derive(Debug, Clone, PartialEq)]
-pub struct TensorInfo {
-    /// Its name.
-    pub name: String,
-    /// Its shape, slowest axis first: the reverse of the file's order.
-    pub shape: Vec<usize>,
-    /// How values are written.
-    pub dtype: TensorType,
-    /// Where they lie in the file.
-    pub bytes: Range<usize>,
 }
 
 /// A parsed GGUF header.

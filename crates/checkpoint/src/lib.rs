@@ -1,8 +1,20 @@
 //! Files in, files out: checkpoints of several formats opened as a [`Spec`](lacuna_spec::Spec) and weights by place.
+//!
+//! [`open`] takes a directory in the Hugging Face layout, a packed model, a `.gguf` or a `.safetensors` file. Files are mapped, never
+//! read whole, and everything in them is checked before it is believed.
 
 pub mod gguf;
+mod map;
+mod open;
+pub mod packed;
+pub mod safetensors;
 mod template;
+mod tensor;
 mod tokenizer;
+mod writer;
 
+pub use open::{Checkpoint, Kind, OpenError, open};
 pub use template::{ChatTemplate, Message, TemplateError};
+pub use tensor::{TensorInfo, TensorType};
 pub use tokenizer::{Decoder, HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};
+pub use writer::{PackedWriter, SaveError};

@@ -267,6 +267,12 @@ impl Spec {
         if !(self.norm.eps >= 0.0 && self.norm.eps < 1.0) {
             return fail(format!("norm.eps is {}", self.norm.eps));
         }
+        // A few bytes of a hostile file could otherwise announce a billion tensors.
+        let experts =
+            self.layers.iter().filter_map(|l| l.ffn.as_ref()?.experts).fold(0, |n: usize, e| n.saturating_add(e.count));
+        if experts > 1 << 18 {
+            return fail(format!("{experts} experts in all layers; at most {} are accepted", 1 << 18));
+        }
         for (l, layer) in self.layers.iter().enumerate() {
             if let Some(a) = &layer.attn {
                 dim(&format!("layer {l}: heads"), a.heads)?;

@@ -43,11 +43,7 @@ pub(super) const GEMMA3: Family = Family {
 fn embed_scale(hidden: usize, dtype: &str) -> f32 {
     let x = (hidden as f64).sqrt() as f32;
     match dtype {
-        "bfloat16" => {
-            // To nearest, ties to even.
-            let bits = x.to_bits();
-            f32::from_bits((bits + 0x7fff + (bits >> 16 & 1)) & 0xffff_0000)
-        }
+        "bfloat16" => lacuna_base::float::round_bf16(x),
         "float16" => lacuna_base::float::round_f16(x),
         _ => x,
     }

@@ -6,6 +6,7 @@ use serde_json::{Map, Value};
 
 use super::Source;
 use super::config::{inverse_root, named};
+use super::rope::MAX_LISTED;
 use crate::place::{Place, Role};
 use crate::spec::{
     Activation, AttnSpec, Experts, FfnSpec, LayerSpec, Norm, NormKind, Positions, Rope, RopeScaling, RopeStyle, Spec,
@@ -99,6 +100,14 @@ pub(super) fn standard(head: &GgufHead, arch: &str, style: RopeStyle) -> Result<
         {
             return bad(format!("{key} is {v}, which Lacuna does not compute"));
         }
+    }
+    if head.vocab == 0 {
+        return Err(SpecError { what: "token_embd.weight is missing or no matrix".into() });
+    }
+    if let Some((name, list)) = head.rope_lists.iter().find(|l| l.1.len() > MAX_LISTED) {
+        return Err(SpecError {
+            what: format!("{name} has {} factors; at most {MAX_LISTED} are accepted", list.len()),
+        });
     }
     let layers = head.must("block_count")?;
     if layers > 4096 {

@@ -27,6 +27,9 @@ const KEYS: &[&str] = &[
     "finetuned",
 ];
 
+/// Most channels for which a list of factors is accepted.
+pub(super) const MAX_LISTED: usize = 4096;
+
 /// RoPE of the layers of type `kind` (`None`: of all layers).
 pub(super) fn from_config(c: &Config, head_dim: usize, kind: Option<&str>) -> Result<Rope, SpecError> {
     let empty = json!({});
@@ -56,6 +59,15 @@ pub(super) fn from_config(c: &Config, head_dim: usize, kind: Option<&str>) -> Re
         None => c.f64_or("partial_rotary_factor", 1.0)?,
     };
     let dims = (head_dim as f64 * part) as usize;
+    // Before the lists are repeated for each layer: a hostile file must not turn megabytes into gigabytes.
+    for key in ["short_factor", "long_factor"] {
+        match o.get(key).and_then(Value::as_array) {
+            Some(list) if list.len() != dims / 2 || dims > MAX_LISTED => {
+                return bad(format!("{key} has {} factors for {dims} channels", list.len()));
+            }
+            _ => {}
+        }
+    }
     Ok(Rope { theta, dims, style: RopeStyle::Half, scaling: scaling(c, &o)? })
 }
 

@@ -1,0 +1,540 @@
+//! Opening a checkpoint of any format.
+
+use std::collections::{BTreeMap, HashMap, HashSet};
+use std::ops::Range;
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, OnceLock};
+
+use bytes::Bytes;
+use lacuna_format::{Descriptor, Float, FormatError, Pattern, Piece, Stored, Values, Weights, WeightsError};
+use lacuna_spec::arch::{self, GgufHead, Source};
+use lacuna_spec::{Part, Place, Role, Spec, SpecError};
+use serde_json::Value;
+
+use crate::map::Mapped;
+use crate::packed::{self, PackedConfig};
+use crate::tensor::{TensorInfo, TensorType};
+use crate::{gguf, safetensors};
+
+/// Why a checkpoint cannot be opened.
+#[derive(Debug, thiserror::Error)]
+pub enum OpenError {
+    /// A file cannot be read.
+    #[error("{file}: {source}")]
+    Io {
+        /// The file.
+        file: String,
+        /// The system's word.
+        source: std::io::Error,
+    },
+    /// A file is damaged or of no known kind.
+    #[error("{file}: {what}")]
+    Bad {
+        /// The file.
+        file: String,
+        /// What is wrong, with names and numbers.
+        what: String,
+    },
+    /// The network described is none, or none that Lacuna knows.
+    #[error("{file}: {source}")]
+    Spec {
+        /// The file.
+        file: String,
+        /// What is wrong.
+        source: SpecError,
+    },
+    /// A tensor is missing or not as it should be.
+    #[error(transparent)]
+    Tensor(#[from] WeightsError),
+}
+
+impl OpenError {
+    pub(crate) fn bad(file: &Path, what: impl Into<String>) -> OpenError {
+        OpenError::Bad { file: file.display().to_string(), what: what.into() }
+    }
+}
+
+/// The layout of an opened checkpoint.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub enum Kind {
+    /// Hugging Face: config.json and safetensors.
+    HuggingFace,
+    /// One GGUF file.
+    Gguf,
+    /// Lacuna's packed model.
+    Packed,
+}
+
+/// An opened checkpoint: a network and its weights, mapped.
+pub struct Checkpoint {
+    path: PathBuf,
+    kind: Kind,
+    spec: Spec,
+    files: Vec<Mapped>,
+    /// Every tensor and the file it lies in.
+    tensors: Vec<(usize, TensorInfo)>,
+    places: HashMap<Place, Located>,
+    metadata: Option<gguf::Metadata>,
+    packed: Option<PackedConfig>,
+}
+
+enum Located {
+    /// A part of one tensor.
+    Plain {
+        tensor: usize,
+        bytes: Range<usize>,
+        rows: usize,
+        cols: usize,
+        /// The tensor is `[cols, all]`; columns from this one on are meant.
+        transposed: Option<usize>,
+    },
+    /// Buffers of a packed matrix by suffix; put together, and checked, when first asked for.
+    Packed { desc: Descriptor, buffers: BTreeMap<String, usize>, whole: OnceLock<Arc<Stored>> },
+}
+
+/// Largest JSON file read.
+const MAX_JSON: u64 = 100_000_000;
+
+/// Opens a checkpoint: a directory (Hugging Face layout or packed), a `.gguf` file, or a `.safetensors` file with its config.json beside it.
+///
+/// Afterwards every place of the network has its tensor, of the right shape and of a type that can be decoded.
+pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint, OpenError> {
+    let path = path.as_ref();
+    let io = |source| OpenError::Io { file: path.display().to_string(), source };
+    if std::fs::metadata(path).map_err(io)?.is_dir() {
+        if path.join("config.json").is_file() {
+            return open_dir(path, path, None);
+        }
+        let mut ggufs = Vec::new();
+        for entry in std::fs::read_dir(path).map_err(io)? {
+            let p = entry.map_err(io)?.path();
+            if p.extension().is_some_and(|e| e == "gguf") {
+                ggufs.push(p);
+            }
+        }
+        return match ggufs.as_slice() {
+            [one] => open_gguf(one),
+            [] => Err(OpenError::bad(path, "neither a config.json nor a GGUF file is in this directory")),
+            many => {
+                Err(OpenError::bad(path, format!("{} GGUF files are in this directory; name one of them", many.len())))
+            }
+        };
+    }
+    match path.extension().and_then(|e| e.to_str()) {
+        Some("gguf") => open_gguf(path),
+        Some("safetensors") => open_dir(path, path.parent().unwrap_or(Path::new(".")), Some(path)),
+        _ => Err(OpenError::bad(path, "neither a directory nor a .gguf or .safetensors file")),
+    }
+}
+
+fn read_json(path: &Path) -> Result<Vec<u8>, OpenError> {
+    let io = |source| OpenError::Io { file: path.display().to_string(), source };
+    let length = std::fs::metadata(path).map_err(io)?.len();
+    if length > MAX_JSON {
+        return Err(OpenError::bad(path, format!("{length} bytes of JSON; at most {MAX_JSON} are read")));
+    }
+    std::fs::read(path).map_err(io)
+}
+
+fn open_dir(path: &Path, dir: &Path, only: Option<&Path>) -> Result<Checkpoint, OpenError> {
+    let config_path = dir.join("config.json");
+    let json = read_json(&config_path)?;
+    let config: Value = serde_json::from_slice(&json).map_err(|e| OpenError::bad(&config_path, e.to_string()))?;
+    if config.get("format").and_then(Value::as_str) == Some(packed::FORMAT) {
+        return open_packed(dir, &config_path, &json);
+    }
+    for key in ["quantization_config", "compression_config"] {
+        if let Some(q) = config.get(key).filter(|q| !q.is_null()) {
+            let method = q.get("quant_method").and_then(Value::as_str).unwrap_or("of no named method");
+            let what = format!(
+                "{key} ({method}): checkpoints quantized by other tools are not read; use the original or a GGUF file"
+            );
+            return Err(OpenError::bad(&config_path, what));
+        }
+    }
+    let file = config_path.display().to_string();
+    let spec = arch::from_config(&config).map_err(|source| OpenError::Spec { file, source })?;
+    let mut c = Checkpoint::new(path, Kind::HuggingFace, spec);
+    c.add_safetensors(dir, only)?;
+    c.locate(arch::sources)?;
+    Ok(c)
+}
+
+fn open_packed(dir: &Path, config_path: &Path, json: &[u8]) -> Result<Checkpoint, OpenError> {
+    let config = packed::parse(json).map_err(|e| OpenError::bad(config_path, e))?;
+    let mut c = Checkpoint::new(dir, Kind::Packed, config.spec.clone());
+    for name in &config.files {
+        c.add_file(&dir.join(name), |_| true)?;
+    }
+    for (place, desc) in &config.weights {
+        let located = Located::Packed { desc: desc.clone(), buffers: BTreeMap::new(), whole: OnceLock::new() };
+        c.places.insert(*place, located);
+    }
+    for (i, (_, t)) in c.tensors.iter().enumerate() {
+        // The longest beginning that names a place: `layers.0.attn.q.bias` before `layers.0.attn.q`.
+        let cuts = t.name.rmatch_indices('.').map(|(at, _)| (&t.name[..at], &t.name[at + 1..]));
+        for (place, suffix) in cuts {
+            let Some(Located::Packed { buffers, .. }) = place.parse().ok().and_then(|p: Place| c.places.get_mut(&p))
+            else {
+                continue;
+            };
+            if buffers.insert(suffix.to_owned(), i).is_some() {
+                return Err(OpenError::bad(dir, format!("tensor {} lies in two files", t.name)));
+            }
+            break;
+        }
+    }
+    let tokens = dir.join("tokenizer.gguf");
+    if tokens.is_file() {
+        let map = Mapped::open(&tokens)?;
+        c.metadata = Some(gguf::parse(map.bytes()).map_err(|e| OpenError::bad(&tokens, e.what))?.metadata);
+    }
+    c.packed = Some(config);
+    Ok(c)
+}
+
+fn open_gguf(path: &Path) -> Result<Checkpoint, OpenError> {
+    let map = Mapped::open(path)?;
+    let parsed = gguf::parse(map.bytes()).map_err(|e| OpenError::bad(path, e.what))?;
+    let splits = parsed.metadata.get_u64("split.count").map_err(|e| OpenError::bad(path, e.what))?;
+    if let Some(n) = splits.filter(|n| *n > 1) {
+        return Err(OpenError::bad(path, format!("one of {n} parts of a split GGUF file; join them first")));
+    }
+    let head = gguf_head(&parsed, map.bytes());
+    let file = path.display().to_string();
+    let spec = arch::from_gguf(&head).map_err(|source| OpenError::Spec { file, source })?;
+    let mut c = Checkpoint::new(path, Kind::Gguf, spec);
+    c.files.push(map);
+    c.tensors = parsed.tensors.into_iter().map(|t| (0, t)).collect();
+    c.metadata = Some(parsed.metadata);
+    c.locate(arch::gguf_sources)?;
+    Ok(c)
+}
+
+fn gguf_head(parsed: &gguf::Gguf, file: &[u8]) -> GgufHead {
+    let mut head = GgufHead::default();
+    for (key, value) in parsed.metadata.iter().filter(|(k, _)| !k.starts_with("tokenizer.")) {
+        head.keys.insert(key.to_owned(), json_of(value));
+    }
+    for t in &parsed.tensors {
+        if t.name == "token_embd.weight" && t.shape.len() == 2 {
+            head.vocab = t.shape[0];
+        }
+        if t.name.starts_with("rope_f") && t.dtype == TensorType::Float(Float::F32) {
+            let values = file[t.bytes.clone()].as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+            head.rope_lists.insert(t.name.clone(), values);
+        }
+        head.tensors.insert(t.name.clone());
+    }
+    head
+}
+
+fn json_of(v: &gguf::Value) -> Value {
+    match v {
+        gguf::Value::Uint(x) => (*x).into(),
+        gguf::Value::Int(x) => (*x).into(),
+        gguf::Value::Float(x) => (*x).into(),
+        gguf::Value::Bool(x) => (*x).into(),
+        gguf::Value::Str(x) => x.as_str().into(),
+        gguf::Value::Uints(x) => x.clone().into(),
+        gguf::Value::Ints(x) => x.clone().into(),
+        gguf::Value::Floats(x) => x.clone().into(),
+        gguf::Value::Bools(x) => x.clone().into(),
+        gguf::Value::Strs(x) => x.clone().into(),
+        gguf::Value::Arrays(x) => x.iter().map(json_of).collect(),
+    }
+}
+
+impl std::fmt::Debug for Checkpoint {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.debug_struct("Checkpoint").field("path", &self.path).field("kind", &self.kind).finish_non_exhaustive()
+    }
+}
+
+impl Checkpoint {
+    fn new(path: &Path, kind: Kind, spec: Spec) -> Checkpoint {
+        let (files, tensors, places) = (Vec::new(), Vec::new(), HashMap::new());
+        Checkpoint { path: path.to_owned(), kind, spec, files, tensors, places, metadata: None, packed: None }
+    }
+
+    fn add_file(&mut self, path: &Path, keep: impl Fn(&str) -> bool) -> Result<(), OpenError> {
+        let map = Mapped::open(path)?;
+        let tensors = safetensors::parse(map.bytes()).map_err(|e| OpenError::bad(path, e))?;
+        let file = self.files.len();
+        self.tensors.extend(tensors.into_iter().filter(|t| keep(&t.name)).map(|t| (file, t)));
+        self.files.push(map);
+        Ok(())
+    }
+
+    fn add_safetensors(&mut self, dir: &Path, only: Option<&Path>) -> Result<(), OpenError> {
+        let index_path = dir.join("model.safetensors.index.json");
+        if let Some(path) = only {
+            return self.add_file(path, |_| true);
+        }
+        if !index_path.is_file() {
+            let one = dir.join("model.safetensors");
+            return match one.is_file() {
+                true => self.add_file(&one, |_| true),
+                false => Err(OpenError::bad(
+                    dir,
+                    "there is no model.safetensors and no index of shards; other formats (.bin, .pth) are not read",
+                )),
+            };
+        }
+        let index = safetensors::parse_index(&read_json(&index_path)?).map_err(|e| OpenError::bad(&index_path, e))?;
+        let of: HashMap<&str, &str> = index.iter().map(|(t, f)| (t.as_str(), f.as_str())).collect();
+        let mut seen = HashSet::new();
+        for (_, name) in &index {
+            if seen.insert(name) {
+                // What the index gives to another shard is not this one's; what it does not know stays, like elsewhere.
+                self.add_file(&dir.join(name), |t| of.get(t).is_none_or(|f| f == name))?;
+            }
+        }
+        let have: HashSet<&str> = self.tensors.iter().map(|t| t.1.name.as_str()).collect();
+        if let Some((tensor, file)) = index.iter().find(|(t, _)| !have.contains(t.as_str())) {
+            return Err(OpenError::bad(&index_path, format!("tensor {tensor} should lie in {file}, which lacks it")));
+        }
+        Ok(())
+    }
+
+    fn file_of(&self, tensor: usize) -> String {
+        self.files[self.tensors[tensor].0].path.display().to_string()
+    }
+
+    /// Finds and verifies the tensor of every place.
+    fn locate(&mut self, sources: fn(&Spec, &Place) -> Vec<Source>) -> Result<(), OpenError> {
+        let mut by_name: HashMap<&str, usize> = HashMap::new();
+        for (i, (_, t)) in self.tensors.iter().enumerate() {
+            if by_name.insert(&t.name, i).is_some() {
+                return Err(OpenError::bad(&self.path, format!("tensor {} lies in two files", t.name)));
+            }
+        }
+        let mut places = HashMap::new();
+        // Rows taken from tensors that hold several matrices: all of them must be.
+        let mut taken: HashMap<usize, (usize, usize)> = HashMap::new();
+        for place in self.spec.places() {
+            let candidates = sources(&self.spec, &place);
+            let Some((source, tensor)) = candidates.iter().find_map(|s| Some((s, *by_name.get(s.name.as_str())?)))
+            else {
+                let hint = candidates.first().map_or(String::new(), |s| format!(" ({} was looked for)", s.name));
+                let file = self.path.display().to_string();
+                return Err(WeightsError::Missing { file, place: place.to_string(), hint }.into());
+            };
+            let located = self.check_place(&place, source, tensor)?;
+            if let Located::Plain { rows, cols, .. } = &located
+                && (source.rows.is_some() || source.slice.is_some())
+            {
+                let all = match (self.tensors[tensor].1.shape.as_slice(), source.transposed) {
+                    ([n], _) | ([_, n], true) => *n,
+                    (shape, _) => shape[..shape.len() - 1].iter().product(),
+                };
+                let one = self.tensors[tensor].1.shape.len() == 1;
+                let entry = taken.entry(tensor).or_insert((0, all));
+                entry.0 += if one { *cols } else { *rows };
+            }
+            places.insert(place, located);
+        }
+        for (tensor, (rows, all)) in taken {
+            let t = &self.tensors[tensor].1;
+            if rows != all {
+                let what = format!("shape {:?}, but the network uses {rows} of its {all} rows", t.shape);
+                return Err(WeightsError::bad(self.file_of(tensor), t.name.clone(), FormatError::new(what)).into());
+            }
+        }
+        self.places = places;
+        Ok(())
+    }
+
+    fn check_place(&self, place: &Place, source: &Source, tensor: usize) -> Result<Located, WeightsError> {
+        let t = &self.tensors[tensor].1;
+        let bad = |what: String| WeightsError::bad(self.file_of(tensor), t.name.clone(), FormatError::new(what));
+        let Some((rows, cols)) = self.spec.shape(place) else {
+            return Err(bad(format!("the network has no {place}")));
+        };
+        let (block, block_bytes) = match t.dtype {
+            TensorType::Float(f) => (1, f.bytes()),
+            TensorType::Block(b) => (b.block(), b.block_bytes()),
+            other => return Err(bad(format!("{} cannot be decoded as the weights of {place}", other.name()))),
+        };
+        let table = place.role.is_linear() || matches!(place.role, Role::Embed | Role::Positions);
+        let vector = !table || place.part == Part::Bias;
+        let wrong = |want: String| bad(format!("shape {:?}, but {place} is {want}", t.shape));
+        // What is stored, as [slices, rows, cols].
+        let (slices, high, wide) = match (t.shape.as_slice(), source.slice) {
+            ([n], None) if vector => (1, 1, *n),
+            ([1, n], None) if vector => (1, 1, *n),
+            ([a, b], None) if !vector => (1, *a, *b),
+            ([e, a, b], Some(_)) => (*e, *a, *b),
+            _ => return Err(wrong(format!("[{rows}, {cols}]"))),
+        };
+        let row_bytes = |n: usize| n / block * block_bytes;
+        if vector {
+            let (from, to) = source.rows.unwrap_or((0, cols));
+            if to - from != cols || to > wide || (source.rows.is_none() && wide != cols) {
+                return Err(wrong(format!("[{cols}]")));
+            }
+            if block != 1 {
+                return Err(bad(format!("{} for a vector", t.dtype.name())));
+            }
+            let start = t.bytes.start + row_bytes(from);
+            return Ok(Located::Plain {
+                tensor,
+                bytes: start..start + row_bytes(cols),
+                rows: 1,
+                cols,
+                transposed: None,
+            });
+        }
+        let (high_here, wide_here) = if source.transposed { (wide, high) } else { (high, wide) };
+        // Learned positions: the file may have more than the network asks for.
+        let rows = if place.role == Role::Positions { rows.max(high_here) } else { rows };
+        let (from, to) = source.rows.unwrap_or((0, high_here));
+        let slice = source.slice.unwrap_or(0);
+        if to - from != rows || to > high_here || wide_here != cols || slice >= slices {
+            return Err(wrong(format!("[{rows}, {cols}]")));
+        }
+        if source.transposed {
+            if block != 1 {
+                return Err(bad(format!("{} in a matrix stored the other way round", t.dtype.name())));
+            }
+            return Ok(Located::Plain { tensor, bytes: t.bytes.clone(), rows, cols, transposed: Some(from) });
+        }
+        let start = t.bytes.start + row_bytes(cols) * (slice * high + from);
+        Ok(Located::Plain { tensor, bytes: start..start + row_bytes(cols) * rows, rows, cols, transposed: None })
+    }
+
+    /// Where the checkpoint was opened.
+    pub fn path(&self) -> &Path {
+        &self.path
+    }
+
+    /// The directory that holds its files: where a tokenizer may lie.
+    pub fn dir(&self) -> &Path {
+        if self.path.is_dir() { &self.path } else { self.path.parent().unwrap_or(Path::new(".")) }
+    }
+
+    /// Its layout.
+    pub fn kind(&self) -> Kind {
+        self.kind
+    }
+
+    /// Metadata of a GGUF file, or those that a packed model carries for its tokenizer.
+    pub fn metadata(&self) -> Option<&gguf::Metadata> {
+        self.metadata.as_ref()
+    }
+
+    /// What a packed model says about itself.
+    pub fn packed(&self) -> Option<&PackedConfig> {
+        self.packed.as_ref()
+    }
+
+    /// Every tensor of the files.
+    pub fn tensors(&self) -> impl Iterator<Item = &TensorInfo> {
+        self.tensors.iter().map(|t| &t.1)
+    }
+
+    /// Sizes of all weight files together.
+    pub fn source_bytes(&self) -> u64 {
+        self.files.iter().map(|f| f.bytes().len() as u64).sum()
+    }
+
+    /// Tensors that no place of the network uses; constants that some writers put beside the weights (masks, RoPE tables) apart.
+    pub fn unused(&self) -> Vec<&TensorInfo> {
+        let mut used = HashSet::new();
+        for located in self.places.values() {
+            match located {
+                Located::Plain { tensor, .. } => drop(used.insert(*tensor)),
+                Located::Packed { buffers, .. } => used.extend(buffers.values().copied()),
+            }
+        }
+        let constant = |n: &str| {
+            let ends = ["rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
+            ends.iter().any(|e| n.ends_with(e)) || n.starts_with("rope_f")
+        };
+        let tensors = self.tensors.iter().enumerate().filter(|(i, t)| !used.contains(i) && !constant(&t.1.name));
+        tensors.map(|(_, t)| &t.1).collect()
+    }
+
+    /// The bytes of a GGUF file that holds nothing but this checkpoint's tokenizer, where that lies in GGUF metadata.
+    pub(crate) fn tokenizer_gguf(&self) -> Result<Option<Vec<u8>>, OpenError> {
+        let path = match self.kind {
+            Kind::Gguf => self.path.clone(),
+            Kind::Packed => self.path.join("tokenizer.gguf"),
+            Kind::HuggingFace => return Ok(None),
+        };
+        if !path.is_file() {
+            return Ok(None);
+        }
+        let map = Mapped::open(&path)?;
+        let parsed = gguf::parse(map.bytes()).map_err(|e| OpenError::bad(&path, e.what))?;
+        let keep = |key: &str| key.starts_with("tokenizer.") || key == "general.architecture";
+        Ok(Some(gguf::metadata_only(map.bytes(), &parsed, keep)))
+    }
+
+    fn plain(&self, tensor: usize, bytes: &Range<usize>, rows: usize, cols: usize, from: Option<usize>) -> Stored {
+        let (file, t) = &self.tensors[tensor];
+        let data = self.files[*file].bytes();
+        let values = match (t.dtype, from) {
+            (TensorType::Float(f), None) => Values::Float(f, data.slice(bytes.clone())),
+            (TensorType::Float(f), Some(from)) => {
+                Values::Float(f, transpose(&data[bytes.clone()], rows, cols, from, f.bytes()))
+            }
+            (TensorType::Block(b), _) => Values::Gguf(b, data.slice(bytes.clone())),
+            (TensorType::Uint(_) | TensorType::Other(_), _) => unreachable!("refused when the file was opened"),
+        };
+        Stored::from_piece(Piece { rows, cols, pattern: Pattern::Dense, values })
+    }
+}
+
+/// Rows `from..from + rows` of the transpose of a `[cols, all]` matrix of `size`-byte entries.
+fn transpose(data: &[u8], rows: usize, cols: usize, from: usize, size: usize) -> Bytes {
+    let all = data.len() / size / cols;
+    let mut out = Vec::with_capacity(rows * cols * size);
+    for r in from..from + rows {
+        for c in 0..cols {
+            let at = (c * all + r) * size;
+            out.extend_from_slice(&data[at..at + size]);
+        }
+    }
+    out.into()
+}
+
+impl Weights for Checkpoint {
+    fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    fn get(&self, place: &Place) -> Result<Option<Arc<Stored>>, WeightsError> {
+        match self.places.get(place) {
+            None => Ok(None),
+            Some(Located::Plain { tensor, bytes, rows, cols, transposed }) => {
+                Ok(Some(Arc::new(self.plain(*tensor, bytes, *rows, *cols, *transposed))))
+            }
+            Some(Located::Packed { desc, buffers, whole }) => {
+                if let Some(done) = whole.get() {
+                    return Ok(Some(done.clone()));
+                }
+                let stored = Stored::from_parts(desc, |suffix| {
+                    let (file, t) = &self.tensors[*buffers.get(suffix)?];
+                    Some((t.dtype.elem()?, t.shape.clone(), self.files[*file].bytes().slice(t.bytes.clone())))
+                });
+                let file = self.path.display().to_string();
+                let stored = stored.map_err(|e| WeightsError::bad(file, place.to_string(), e))?;
+                Ok(Some(whole.get_or_init(|| Arc::new(stored)).clone()))
+            }
+        }
+    }
+
+    fn release(&self, place: &Place) {
+        match self.places.get(place) {
+            Some(Located::Plain { tensor, bytes, .. }) => self.files[self.tensors[*tensor].0].release(bytes.clone()),
+            Some(Located::Packed { buffers, .. }) => {
+                for i in buffers.values() {
+                    let (file, t) = &self.tensors[*i];
+                    self.files[*file].release(t.bytes.clone());
+                }
+            }
+            None => {}
+        }
+    }
+}

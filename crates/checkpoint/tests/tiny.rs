@@ -1,0 +1,178 @@
+//! Every tiny checkpoint opens, every place has its tensor, and config.json goes there and back.
+
+use std::path::{Path, PathBuf};
+
+use lacuna_checkpoint::{Checkpoint, Kind, open};
+use lacuna_format::Weights;
+use lacuna_spec::{Place, Role, RopeScaling, arch};
+use serde_json::{Value, json};
+
+fn tiny() -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny")
+}
+
+fn all() -> Vec<PathBuf> {
+    let mut dirs: Vec<_> = std::fs::read_dir(tiny()).unwrap().map(|e| e.unwrap().path()).collect();
+    dirs.retain(|d| d.join("config.json").is_file());
+    dirs.sort();
+    assert!(dirs.len() >= 20, "{dirs:?}");
+    dirs
+}
+
+fn config(dir: &Path) -> Value {
+    serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap()
+}
+
+fn dense(c: &Checkpoint, place: Place) -> Vec<f32> {
+    let stored = c.get(&place).unwrap().unwrap_or_else(|| panic!("no {place}"));
+    stored.to_mat().into_vec()
+}
+
+#[test]
+fn every_place_has_its_tensor_and_every_tensor_its_place() {
+    for dir in all() {
+        let c = open(&dir).unwrap_or_else(|e| panic!("{e}"));
+        assert_eq!(c.kind(), Kind::HuggingFace);
+        let places = c.spec().places();
+        for place in &places {
+            let stored = c.get(place).unwrap().unwrap_or_else(|| panic!("{}: no {place}", dir.display()));
+            assert_eq!(Some((stored.rows, stored.cols)), c.spec().shape(place), "{place}");
+            stored.check().unwrap();
+            c.release(place);
+            assert_eq!(c.get(place).unwrap().unwrap(), stored, "{place} after its pages were let go");
+        }
+        assert!(c.unused().is_empty(), "{}: {:?}", dir.display(), c.unused());
+        let parameters: usize = c.tensors().map(|t| t.shape.iter().product::<usize>()).sum();
+        assert_eq!(c.spec().parameters(), parameters as u64, "{}", dir.display());
+        assert!(c.source_bytes() > 0);
+    }
+}
+
+#[test]
+fn configurations_go_there_and_back() {
+    for dir in all() {
+        let spec = arch::from_config(&config(&dir)).unwrap();
+        let written = arch::to_config(&spec).unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+        assert_eq!(arch::from_config(&written).unwrap(), spec, "{}", dir.display());
+    }
+}
+
+#[test]
+fn fused_and_transposed_matrices_come_apart() {
+    let c = open(tiny().join("gpt2")).unwrap();
+    let file = std::fs::read(tiny().join("gpt2/model.safetensors")).unwrap();
+    let st = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let floats = |name: &str| -> Vec<f32> {
+        let data = st.tensor(name).unwrap().data();
+        data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+    };
+    let fused = floats("transformer.h.1.attn.c_attn.weight");
+    let bias = floats("transformer.h.1.attn.c_attn.bias");
+    for (i, role) in [Role::Q, Role::K, Role::V].into_iter().enumerate() {
+        let m = dense(&c, Place::layer(1, role));
+        let b = dense(&c, Place::layer(1, role).bias());
+        for r in 0..32 {
+            assert_eq!(b[r], bias[32 * i + r]);
+            for col in 0..32 {
+                assert_eq!(m[r * 32 + col], fused[col * 96 + 32 * i + r]);
+            }
+        }
+    }
+    let c = open(tiny().join("phi3")).unwrap();
+    let file = std::fs::read(tiny().join("phi3/model.safetensors")).unwrap();
+    let st = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let data = st.tensor("model.layers.0.self_attn.qkv_proj.weight").unwrap().data();
+    let fused: Vec<f32> = data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    assert_eq!(dense(&c, Place::layer(0, Role::K)), fused[32 * 32..48 * 32]);
+    assert_eq!(dense(&c, Place::layer(0, Role::V)), fused[48 * 32..]);
+}
+
+#[test]
+fn shards_and_dtypes_hold_the_same_model() {
+    let whole = open(tiny().join("llama")).unwrap();
+    let shards = open(tiny().join("llama_sharded")).unwrap();
+    for place in whole.spec().places() {
+        assert_eq!(dense(&whole, place), dense(&shards, place), "{place}");
+    }
+    assert!(open(tiny().join("llama/model.safetensors")).is_ok());
+}
+
+#[test]
+fn windows_and_rope_by_layer() {
+    let spec = |name: &str| arch::from_config(&config(&tiny().join(name))).unwrap();
+    let windows =
+        |s: &lacuna_spec::Spec| -> Vec<_> { s.layers.iter().map(|l| l.attn.as_ref().unwrap().window).collect() };
+    assert_eq!(windows(&spec("mistral")), [Some(10); 2]);
+    assert_eq!(windows(&spec("gemma2")), [Some(10), None]);
+    assert_eq!(windows(&spec("gemma3")), [Some(10), None, Some(10)]);
+    let g = spec("gemma3_linear");
+    assert_eq!(windows(&g), [Some(10), None, Some(10)]);
+    let rope = |l: usize| g.layers[l].attn.as_ref().unwrap().rope.clone().unwrap();
+    assert_eq!((rope(0).theta, rope(0).scaling), (100.0, RopeScaling::Default));
+    assert_eq!((rope(1).theta, rope(1).scaling), (20000.0, RopeScaling::Linear { factor: 8.0 }));
+    assert_eq!(g.embed_scale, 32f32.sqrt());
+    assert_eq!(g.norm.offset, 1.0);
+}
+
+/// transformers 5 writes one `rope_parameters` where 4 wrote two keys.
+#[test]
+fn both_generations_of_configurations_mean_the_same() {
+    for (name, new) in [
+        ("llama", json!({"rope_type": "default", "rope_theta": 500.0})),
+        ("llama_rope_linear", json!({"rope_type": "linear", "rope_theta": 500.0, "factor": 2.5})),
+        (
+            "llama_rope_longrope",
+            json!({"rope_type": "longrope", "rope_theta": 500.0, "short_factor": [1.0, 1.1, 1.3, 1.6],
+                   "long_factor": [1.0, 2.0, 3.5, 4.0], "factor": 4.0, "original_max_position_embeddings": 32}),
+        ),
+        (
+            "gemma3_linear",
+            json!({"full_attention": {"rope_type": "linear", "rope_theta": 20000.0, "factor": 8.0},
+                   "sliding_attention": {"rope_type": "default", "rope_theta": 100.0}}),
+        ),
+    ] {
+        let old = config(&tiny().join(name));
+        let mut changed = old.clone();
+        let o = changed.as_object_mut().unwrap();
+        for key in ["rope_theta", "rope_scaling", "rope_local_base_freq", "original_max_position_embeddings"] {
+            o.remove(key);
+        }
+        o.insert("rope_parameters".into(), new);
+        assert_eq!(arch::from_config(&changed).unwrap(), arch::from_config(&old).unwrap(), "{name}");
+    }
+}
+
+#[test]
+fn what_the_decoder_would_get_wrong_is_refused_by_name() {
+    let refuse = |name: &str, key: &str, value: Value, words: &[&str]| {
+        let mut c = config(&tiny().join(name));
+        c[key] = value;
+        let e = arch::from_config(&c).unwrap_err().what;
+        assert!(words.iter().all(|w| e.contains(w)), "{e}");
+    };
+    refuse("llama", "model_type", json!("mamba"), &["mamba", "known are llama"]);
+    refuse("llama", "hidden_act", json!("xielu"), &["hidden_act", "xielu"]);
+    refuse("llama", "hidden_size", json!("32"), &["hidden_size is \"32\""]);
+    refuse("llama", "num_key_value_heads", json!(3), &["4 query heads", "3 groups"]);
+    refuse("llama", "rope_scaling", json!({"rope_type": "dynamic", "factor": 2.0}), &["dynamic"]);
+    refuse("llama", "rope_scaling", json!({"rope_type": "linear"}), &["factor is missing"]);
+    refuse("llama", "rope_scaling", json!({"rope_type": "default", "mrope_section": [1]}), &["mrope_section"]);
+    refuse("llama", "num_hidden_layers", json!(u64::MAX), &["num_hidden_layers"]);
+    refuse("opt", "do_layer_norm_before", json!(false), &["do_layer_norm_before is false"]);
+    refuse("opt", "word_embed_proj_dim", json!(16), &["word_embed_proj_dim"]);
+    refuse("gemma3", "use_bidirectional_attention", json!(true), &["use_bidirectional_attention"]);
+    refuse("gemma3", "layer_types", json!(vec!["chunked_attention"; 3]), &["chunked_attention"]);
+    refuse("gemma3", "layer_types", json!(vec!["full_attention"; 2]), &["2 entries for 3 layers"]);
+    refuse("mixtral", "num_local_experts", json!(1u64 << 40), &["experts"]);
+    refuse("llama_rope_longrope", "head_dim", json!(16), &["4 factors for 16 channels"]);
+}
+
+#[test]
+fn a_network_that_a_configuration_cannot_say_is_refused_by_layer() {
+    let mut spec = arch::from_config(&config(&tiny().join("llama"))).unwrap();
+    spec.layers[1].ffn.as_mut().unwrap().width = 40;
+    let e = arch::to_config(&spec).unwrap_err().what;
+    assert!(e.contains("layers.1.ffn.width is 40, the file would say 48"), "{e}");
+    spec.layers[1].ffn = None;
+    assert!(arch::to_config(&spec).unwrap_err().what.contains("layers.1.ffn"));
+}
