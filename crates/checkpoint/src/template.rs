@@ -11,6 +11,8 @@ use minijinja::value::{Kwargs, Value};
 use minijinja::{Environment, ErrorKind};
 use serde::Serialize;
 
+use crate::Checkpoint;
+
 /// Instructions that a template may use: a hundred times what a long conversation needs, and about a second.
 const FUEL: u64 = 10_000_000;
 
@@ -72,6 +74,16 @@ impl ChatTemplate {
     /// A template from its source.
     pub fn new(source: &str) -> Result<ChatTemplate, TemplateError> {
         ChatTemplate::named([("default".to_owned(), source.to_owned())])
+    }
+
+    /// The template of an opened checkpoint: inside it where it came from a GGUF file that has one, otherwise in the files beside the weights.
+    pub fn open(checkpoint: &Checkpoint) -> Result<ChatTemplate, TemplateError> {
+        let Some(metadata) = checkpoint.metadata() else { return ChatTemplate::from_dir(checkpoint.dir()) };
+        let source = metadata.get_str("tokenizer.chat_template").map_err(|e| TemplateError::Syntax(e.what))?;
+        match source {
+            None if checkpoint.dir().join("chat_template.jinja").exists() => ChatTemplate::from_dir(checkpoint.dir()),
+            source => ChatTemplate::from_gguf(source),
+        }
     }
 
     /// The template in the directory of a checkpoint: `chat_template.jinja`, or the one of `tokenizer_config.json`, or that of `chat_template.json`.

@@ -13,6 +13,7 @@ use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
+use crate::Checkpoint;
 pub use hf::HfFiles;
 pub use stream::Decoder;
 use stream::Pieces;
@@ -92,6 +93,14 @@ impl std::fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
+    /// The tokenizer of an opened checkpoint: inside it where it came from a GGUF file, otherwise in the files beside the weights.
+    pub fn open(checkpoint: &Checkpoint) -> Result<Tokenizer, TokenizerError> {
+        match checkpoint.metadata() {
+            Some(metadata) => Tokenizer::from_gguf(metadata),
+            None => Tokenizer::from_dir(checkpoint.dir()),
+        }
+    }
+
     /// Finishes a tokenizer: checks the ids, lists the texts, gathers the end tokens.
     /// `texts` is the table by id where the source has one (a GGUF vocabulary may hold the same text twice).
     fn assemble(
