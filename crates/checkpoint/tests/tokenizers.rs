@@ -241,3 +241,53 @@ fn templates_from_directories() {
     let missing = ChatTemplate::from_dir(Path::new("/nonexistent")).unwrap_err().to_string();
     assert!(missing.contains("chat_template.jinja"), "{missing}");
 }
+
+/// Lists that fit each other in no way at all: an answer or an error, never a panic, and what decodes at once decodes in a stream.
+#[test]
+fn random_lists_never_panic() {
+    use proptest::prelude::*;
+    let token = proptest::sample::select(vec![
+        "a", "b", "ab", "▁", "▁a", "  ", "<0x61>", "<0xE6>", "<s>", "é", "", "Ġ", "aaa", "\n", "日",
+    ]);
+    let kind = (1i64..7).prop_map(|n| TokenKind::from_number(n).unwrap());
+    let lists = (
+        proptest::collection::vec((token, kind, -3.0f32..3.0), 0..24),
+        proptest::collection::vec(proptest::sample::select(vec!["a b", "▁ a", "a aa", "x y", "", " ", "a  b"]), 0..3),
+        proptest::sample::select(vec![
+            ("llama", "default"),
+            ("gpt2", "gpt-2"),
+            ("gpt2", "qwen2"),
+            ("gpt2", "llama-bpe"),
+            ("gpt2", "default"),
+        ]),
+        (proptest::option::of(0u32..26), proptest::option::of(0u32..26), proptest::option::of(0u32..26)),
+        (proptest::option::of(any::<bool>()), proptest::option::of(any::<bool>()), proptest::option::of(any::<bool>())),
+        proptest::collection::vec(0u32..30, 0..12),
+        ".{0,12}|[ab é▁<0x61>日\n]{0,12}",
+    );
+    proptest!(ProptestConfig::with_cases(512), |((tokens, merges, (model, pre), (bos, eos, unknown), (add_bos, add_eos, prefix), stream, text) in lists)| {
+        let v = Vocabulary {
+            model: model.into(),
+            pre: Some(pre.into()),
+            tokens: tokens.iter().map(|t| t.0.to_owned()).collect(),
+            kinds: tokens.iter().map(|t| t.1).collect(),
+            scores: tokens.iter().map(|t| t.2).collect(),
+            merges: merges.iter().map(|&m| m.to_owned()).collect(),
+            bos,
+            eos,
+            more_eos: Vec::new(),
+            unknown,
+            add_bos,
+            add_eos,
+            add_space_prefix: prefix,
+        };
+        if let Ok(t) = Tokenizer::from_vocabulary(v) {
+            for special in [false, true] {
+                let ids = t.encode(&text, special);
+                prop_assert!(ids.is_ok_and(|ids| ids.iter().all(|&id| (id as usize) < t.vocab_size())));
+            }
+            prop_assert_eq!(streamed(&t, &stream), t.decode_with_special(&stream));
+            prop_assert!(t.to_json().is_ok());
+        }
+    });
+}
