@@ -144,6 +144,7 @@ impl PackedWriter {
             let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
             let number = name.strip_prefix("model-").and_then(|r| r.split_once("-of-")).map(|r| r.0.parse());
             match (name, number) {
+                _ if name.ends_with(".sealing") => fs::remove_file(&path).map_err(io_at(&path))?,
                 ("model.safetensors", _) => fs::rename(&path, self.sealed_path(1)).map_err(io_at(&path))?,
                 (_, Some(Ok(n))) => fs::rename(&path, self.sealed_path(n)).map_err(io_at(&path))?,
                 _ => {}

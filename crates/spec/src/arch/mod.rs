@@ -47,6 +47,9 @@ impl Source {
     }
 }
 
+/// Says where the tensor of a place lies.
+pub type SourceOf = fn(&Spec, &Place) -> Option<Source>;
+
 /// One family of models: how its files describe a network.
 pub struct Family {
     /// [`Spec::arch`].
@@ -60,11 +63,11 @@ pub struct Family {
     /// Writes a config.json, refusing networks that such a file cannot describe.
     pub to_config: fn(&Spec) -> Result<Value, SpecError>,
     /// The tensor behind a place in the Hugging Face layout.
-    pub source: fn(&Spec, &Place) -> Option<Source>,
+    pub source: SourceOf,
     /// Reads a GGUF file's metadata.
     pub from_gguf: fn(&GgufHead) -> Result<Spec, SpecError>,
     /// The tensor behind a place in a GGUF file.
-    pub gguf_source: fn(&Spec, &Place) -> Option<Source>,
+    pub gguf_source: SourceOf,
 }
 
 /// Every family. Where two answer to one GGUF name, the first does.
@@ -153,7 +156,7 @@ pub fn gguf_sources(spec: &Spec, place: &Place) -> Vec<Source> {
     }
 }
 
-fn of_place(spec: &Spec, place: &Place, of: fn(&Family) -> fn(&Spec, &Place) -> Option<Source>) -> Option<Source> {
+fn of_place(spec: &Spec, place: &Place, of: fn(&Family) -> SourceOf) -> Option<Source> {
     spec.shape(place)?;
     of(family(spec).ok()?)(spec, place)
 }

@@ -1,0 +1,270 @@
+//! Packed models: what is put comes back bit for bit, and a killed run goes on to the same bytes.
+
+use std::collections::BTreeMap;
+use std::fs::{self, OpenOptions};
+use std::io::Write;
+use std::path::{Path, PathBuf};
+use std::sync::Arc;
+
+use lacuna_checkpoint::{Checkpoint, Kind, PackedWriter, SaveError, open};
+use lacuna_format::{
+    Float, Group, Integers, Mask, PatternKind, Piece, ScaleCodec, Stored, Term, Weights, pack_float, pack_integers,
+};
+use lacuna_spec::{Place, Role};
+use serde_json::{Value, json};
+
+fn tiny(name: &str) -> Checkpoint {
+    open(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny").join(name)).unwrap()
+}
+
+/// Some tensors as they are, some as integers, some sparse, one of two terms, one of none.
+fn compressed(c: &Checkpoint) -> Vec<(Place, Arc<Stored>)> {
+    let pick = |place: Place| {
+        let stored = c.get(&place).unwrap().unwrap();
+        let w = stored.to_mat();
+        let (rows, cols) = (w.rows(), w.cols());
+        let ints = || {
+            let group = Group::Run(16);
+            let scales = lacuna_base::Mat::from_fn(rows, group.count(cols), |r, g| 0.1 + (r + g) as f32 / 64.0);
+            let codes = (0..rows * cols).map(|i| (i * 5 % 15) as u8).collect();
+            let q = Integers { rows, cols, bits: 4, group, codes, scales, zeros: None };
+            pack_integers(&q, None, PatternKind::Dense, ScaleCodec::F16).unwrap()
+        };
+        let sparse = |kind: PatternKind| {
+            let mask = Mask::from_fn(rows, cols, |r, c| (r * 3 + c) % 4 < 2);
+            pack_float(w.view(), Some(&mask), kind, Float::F16).unwrap()
+        };
+        let one = |p: Piece| Arc::new(Stored::from_piece(p));
+        match (place.role, place.layer) {
+            (Role::Q, _) => one(ints()),
+            (Role::K, _) => one(sparse(PatternKind::Mask { height: 1 })),
+            (Role::V, _) => one(sparse(PatternKind::Csr)),
+            (Role::O, Some(0)) => {
+                Arc::new(Stored { rows, cols, terms: vec![Term::Piece(ints()), Term::Piece(sparse(PatternKind::Csr))] })
+            }
+            (Role::O, _) => Arc::new(Stored { rows, cols, terms: vec![] }),
+            _ => stored,
+        }
+    };
+    c.spec().places().into_iter().map(|p| (p, pick(p))).collect()
+}
+
+const SHARD: u64 = 20_000;
+
+fn finish(w: PackedWriter, c: &Checkpoint) -> PathBuf {
+    let exact = vec!["weights of attn.q are int4".to_owned()];
+    w.finish(c.spec().clone(), json!({"version": 1}), json!({"name": "tiny"}), exact, Some(c)).unwrap()
+}
+
+fn files(dir: &Path) -> BTreeMap<String, Vec<u8>> {
+    let one = |e: fs::DirEntry| (e.file_name().into_string().unwrap(), fs::read(e.path()).unwrap());
+    fs::read_dir(dir).unwrap().map(|e| one(e.unwrap())).collect()
+}
+
+#[test]
+fn what_is_put_comes_back() {
+    for (name, shard) in
+        [("llama", u64::MAX), ("llama", SHARD), ("gpt2", SHARD), ("qwen3_moe", SHARD), ("llama_bf16", 1)]
+    {
+        let c = tiny(name);
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("out");
+        let mut w = PackedWriter::create(&out, false).unwrap().shard_bytes(shard);
+        let all = compressed(&c);
+        for (place, stored) in &all {
+            w.put(place, stored).unwrap();
+        }
+        assert_eq!(finish(w, &c), out);
+        let p = open(&out).unwrap();
+        assert_eq!((p.kind(), p.spec()), (Kind::Packed, c.spec()));
+        for (place, stored) in &all {
+            assert_eq!(p.get(place).unwrap().as_ref(), Some(stored), "{name}: {place}");
+            p.release(place);
+        }
+        assert!(p.unused().is_empty(), "{:?}", p.unused());
+        let config = p.packed().unwrap();
+        assert_eq!(config.approximations, ["weights of attn.q are int4"]);
+        assert_eq!(config.files.len() > 1, shard < u64::MAX, "{:?}", config.files);
+        // Other readers of safetensors agree that these are.
+        for file in &config.files {
+            safetensors::SafeTensors::deserialize(&fs::read(out.join(file)).unwrap()).unwrap();
+        }
+        assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 1, "nothing is left beside it");
+    }
+}
+
+#[test]
+fn a_killed_run_goes_on_to_the_same_bytes() {
+    let c = tiny("llama");
+    let all = compressed(&c);
+    let dir = tempfile::tempdir().unwrap();
+    let put = |w: &mut PackedWriter, range: std::ops::Range<usize>| {
+        for (place, stored) in &all[range] {
+            if !w.is_done(place) {
+                w.put(place, stored).unwrap();
+            }
+        }
+    };
+    let whole = dir.path().join("whole");
+    let mut w = PackedWriter::create(&whole, false).unwrap().shard_bytes(SHARD);
+    put(&mut w, 0..all.len());
+    let expected = files(&finish(w, &c));
+    assert!(expected.len() > 4);
+    for k in 0..=all.len() {
+        let out = dir.path().join(format!("cut{k}"));
+        let mut w = PackedWriter::create(&out, false).unwrap().shard_bytes(SHARD);
+        put(&mut w, 0..k);
+        let partial = w.dir().to_owned();
+        drop(w);
+        // What a kill in the middle of a put leaves: data without a line, and half a line.
+        for entry in fs::read_dir(&partial).unwrap() {
+            let path = entry.unwrap().path();
+            if path.extension().is_some_and(|e| e == "data") {
+                OpenOptions::new().append(true).open(&path).unwrap().write_all(&[7; 99]).unwrap();
+            }
+        }
+        let mut journal = OpenOptions::new().append(true).open(partial.join("journal")).unwrap();
+        journal.write_all(b"{\"place\":\"layers.0.at").unwrap();
+        fs::write(partial.join("shard-00001.sealing"), b"half").unwrap();
+        let mut w = PackedWriter::resume(&out, false).unwrap().shard_bytes(SHARD);
+        assert_eq!(all.iter().filter(|(p, _)| w.is_done(p)).count(), k);
+        put(&mut w, 0..all.len());
+        assert_eq!(files(&finish(w, &c)), expected, "killed after {k}");
+    }
+}
+
+#[test]
+fn data_that_never_reached_the_disk_are_written_again() {
+    let c = tiny("llama");
+    let all = compressed(&c);
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let mut w = PackedWriter::create(&out, false).unwrap();
+    for (place, stored) in &all[..5] {
+        w.put(place, stored).unwrap();
+    }
+    let data = w.dir().join("shard-00001.data");
+    drop(w);
+    let file = OpenOptions::new().write(true).open(&data).unwrap();
+    file.set_len(file.metadata().unwrap().len() - 1).unwrap();
+    let w = PackedWriter::resume(&out, false).unwrap();
+    assert!(w.is_done(&all[3].0) && !w.is_done(&all[4].0));
+}
+
+#[test]
+fn killed_within_finish() {
+    let c = tiny("llama");
+    let all = compressed(&c);
+    let dir = tempfile::tempdir().unwrap();
+    let make = |name: &str| {
+        let mut w = PackedWriter::create(&dir.path().join(name), false).unwrap().shard_bytes(SHARD);
+        all.iter().for_each(|(p, s)| w.put(p, s).unwrap());
+        w
+    };
+    let expected = files(&finish(make("whole"), &c));
+    // Make the last seal happen, then stop before the journal goes: a directory where config.json should be stops it.
+    let w = make("stopped");
+    let partial = w.dir().to_owned();
+    fs::create_dir(partial.join("config.json")).unwrap();
+    assert!(w.finish(c.spec().clone(), json!(null), json!(null), vec![], Some(&c)).is_err());
+    assert!(partial.join("journal").exists() && !partial.join("shard-00001.safetensors").exists());
+    fs::remove_dir(partial.join("config.json")).unwrap();
+    let w = PackedWriter::resume(&dir.path().join("stopped"), false).unwrap().shard_bytes(SHARD);
+    assert!(all.iter().all(|(p, _)| w.is_done(p)));
+    assert_eq!(files(&finish(w, &c)), expected);
+}
+
+#[test]
+fn nothing_is_overwritten_unasked() {
+    let c = tiny("llama");
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let make = |overwrite: bool| -> Result<PathBuf, SaveError> {
+        let mut w = PackedWriter::create(&out, overwrite)?;
+        for place in c.spec().places() {
+            w.put(&place, &c.get(&place).unwrap().unwrap())?;
+        }
+        w.finish(c.spec().clone(), json!(null), json!(null), vec![], None)
+    };
+    make(false).unwrap();
+    let e = make(false).unwrap_err().to_string();
+    assert!(e.contains("exists"), "{e}");
+    make(true).unwrap();
+    open(&out).unwrap();
+    // A directory of somebody else stays, whatever is asked.
+    fs::write(out.join("config.json"), "{}").unwrap();
+    assert!(make(true).unwrap_err().to_string().contains("will not be overwritten"));
+}
+
+#[test]
+fn an_incomplete_model_is_not_finished() {
+    let c = tiny("llama");
+    let dir = tempfile::tempdir().unwrap();
+    let mut w = PackedWriter::create(&dir.path().join("out"), false).unwrap();
+    let embed = Place::global(Role::Embed);
+    w.put(&embed, &c.get(&embed).unwrap().unwrap()).unwrap();
+    assert!(w.put(&embed, &c.get(&embed).unwrap().unwrap()).unwrap_err().to_string().contains("before"));
+    let e = w.finish(c.spec().clone(), json!(null), json!(null), vec![], None).unwrap_err().to_string();
+    assert!(e.contains("layers.0.attn.norm was never written"), "{e}");
+    assert!(!dir.path().join("out").exists());
+}
+
+#[test]
+fn damaged_packed_models_are_refused() {
+    let c = tiny("llama");
+    let dir = tempfile::tempdir().unwrap();
+    let out = dir.path().join("out");
+    let mut w = PackedWriter::create(&out, false).unwrap();
+    compressed(&c).iter().for_each(|(p, s)| w.put(p, s).unwrap());
+    finish(w, &c);
+    let good: Value = serde_json::from_slice(&fs::read(out.join("config.json")).unwrap()).unwrap();
+    // Opened and every matrix asked for; where the damage shows is not said.
+    let all = |out: &Path| -> Result<(), String> {
+        let p = open(out).map_err(|e| e.to_string())?;
+        p.spec().places().iter().try_for_each(|x| p.get(x).map(drop).map_err(|e| e.to_string()))
+    };
+    let refuse = |change: &dyn Fn(&mut Value), words: &[&str]| {
+        let mut config = good.clone();
+        change(&mut config);
+        fs::write(out.join("config.json"), config.to_string()).unwrap();
+        let e = all(&out).unwrap_err();
+        assert!(words.iter().all(|w| e.contains(w)), "{words:?} not in: {e}");
+    };
+    refuse(&|c| c["version"] = json!(2), &["config.json", "version 2"]);
+    refuse(&|c| c["files"][0] = json!("../model.safetensors"), &["config.json", "same directory"]);
+    refuse(&|c| c["files"][0] = json!("other.safetensors"), &["other.safetensors"]);
+    refuse(&|c| c["files"] = json!(["model.safetensors", "model.safetensors"]), &["two files"]);
+    refuse(&|c| c["spec"]["hidden"] = json!(64), &["config.json", "embed"]);
+    refuse(&|c| c["spec"]["hidden"] = json!(u64::MAX), &["config.json", "hidden"]);
+    refuse(&|c| drop(c["weights"].as_object_mut().unwrap().remove("embed")), &["lack embed"]);
+    refuse(&|c| c["weights"]["layers.9.attn.q"] = c["weights"]["layers.0.attn.q"].clone(), &["layers.9.attn.q"]);
+    refuse(&|c| c["weights"]["layers.0.attn.q"] = c["weights"]["layers.0.attn.k"].clone(), &["layers.0.attn.q"]);
+    refuse(&|c| c["extra"] = json!(1), &["extra"]);
+    refuse(
+        &|c| {
+            let q = &mut c["weights"]["layers.0.attn.q"];
+            *q = serde_json::from_str(&q.to_string().replace("\"bits\":4", "\"bits\":5")).unwrap();
+        },
+        &["layers.0.attn.q"],
+    );
+    let twice =
+        good.to_string().replacen("\"weights\":{", "\"weights\":{\"embed\":{\"rows\":1,\"cols\":1,\"terms\":[]},", 1);
+    fs::write(out.join("config.json"), twice).unwrap();
+    assert!(all(&out).unwrap_err().contains("twice"));
+    fs::write(out.join("config.json"), good.to_string()).unwrap();
+    all(&out).unwrap();
+    let path = out.join("model.safetensors");
+    let whole = fs::read(&path).unwrap();
+    for i in 0..16 {
+        fs::write(&path, &whole[..whole.len() * i / 16]).unwrap();
+        assert!(all(&out).unwrap_err().contains("model.safetensors"));
+    }
+    // Indices that point outside their matrix.
+    let st = safetensors::SafeTensors::deserialize(&whole).unwrap();
+    let columns = st.tensor("layers.0.attn.v.columns").unwrap().data();
+    let at = columns.as_ptr() as usize - whole.as_ptr() as usize;
+    let mut bad = whole.clone();
+    bad[at..at + 2].copy_from_slice(&[0xff, 0xff]);
+    fs::write(&path, bad).unwrap();
+    assert!(all(&out).unwrap_err().contains("layers.0.attn.v"));
+}
