@@ -116,6 +116,21 @@ pub fn matmul_tn_f64(a: &Mat64, b: &Mat64) -> Mat64 {
     c
 }
 
+/// Runs `f` on row `r` of `a`, row `r` of `b` and `states[r]` for every `r`, rows in parallel; an error of any row ends the work. Both matrices have columns.
+#[track_caller]
+pub fn each_row<S: Send, E: Send>(
+    a: &mut Mat,
+    b: &mut Mat,
+    states: &mut [S],
+    f: impl Fn(&mut [f32], &mut [f32], &mut S) -> Result<(), E> + Sync,
+) -> Result<(), E> {
+    assert_eq!((a.rows(), b.rows()), (states.len(), states.len()), "rows and states differ in number");
+    let (wide_a, wide_b) = (a.cols(), b.cols());
+    assert!(wide_a > 0 && wide_b > 0, "matrices without columns have no rows to run on");
+    let rows = a.data_mut().par_chunks_mut(wide_a).zip(b.data_mut().par_chunks_mut(wide_b)).zip(states);
+    rows.with_min_len(8).try_for_each(|((a, b), s)| f(a, b, s))
+}
+
 /// XᵀX of a matrix's inputs, `[n, n]`, summed in f64 over any number of calls. Not divided by the number of tokens.
 ///
 /// The bits depend on how the tokens were cut into calls (in multiples of 512 they do not), never on the number of threads.
@@ -324,6 +339,21 @@ mod tests {
                 assert!((c[(r, col)] - want).abs() < 1e-4, "({r}, {col})");
             }
         }
+    }
+
+    #[test]
+    fn rows_meet_their_own_state() {
+        let (mut a, mut b) = (Mat::from_fn(100, 3, |r, _| r as f32), Mat::zeros(100, 2));
+        let mut states: Vec<usize> = (0..100).collect();
+        let run = |a: &mut [f32], b: &mut [f32], s: &mut usize| {
+            b.fill(a.iter().sum());
+            *s += 1;
+            if a[0] < 1e6 { Ok(()) } else { Err("too large") }
+        };
+        assert_eq!(each_row(&mut a, &mut b, &mut states, run), Ok(()));
+        assert!((0..100).all(|r| b.row(r) == [3.0 * r as f32; 2] && states[r] == r + 1));
+        a[(50, 0)] = 1e7;
+        assert_eq!(each_row(&mut a, &mut b, &mut states, run), Err("too large"));
     }
 
     #[test]

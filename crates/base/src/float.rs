@@ -1,7 +1,7 @@
 //! Small floats: 8-bit formats as f32, and bulk conversion of little-endian bytes.
 
-use half::{bf16, f16};
 use half::slice::HalfFloatSliceExt;
+use half::{bf16, f16};
 
 /// F8 E4M3 (no infinities, one NaN pattern, bias 7; the "FN" form of the Open Compute Project) as f32.
 pub fn f8_e4m3(byte: u8) -> f32 {

@@ -9,7 +9,6 @@ use std::ops::Range;
 
 use lacuna_base::{Mat, Mat64, MatMut, dense, factor};
 use lacuna_contract::{MethodError, Stats};
-use rayon::prelude::*;
 
 use crate::make;
 
@@ -83,9 +82,7 @@ pub(crate) fn walk<S: Send>(
         let to = (from + block).min(n);
         before(w, from..to, states)?;
         let mut errors = Mat::zeros(m, to - from);
-        let rows =
-            w.data_mut().par_chunks_mut(n).zip(errors.data_mut().par_chunks_mut(to - from)).zip(states.par_iter_mut());
-        rows.with_min_len(8).try_for_each(|((values, errors), state)| {
+        dense::each_row(w, &mut errors, states, |values, errors, state| {
             for at in from..to {
                 let seen = Row { at, values, errors: &errors[..at - from], block: from..to, u };
                 let q = decide(state, &seen)?;
