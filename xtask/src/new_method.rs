@@ -27,8 +27,7 @@ const FAMILIES: [Family; 6] = [
         question: "Score",
         verb: "Prune",
         uses: &["Scope", "Stats"],
-        answer: "\
-    fn score(&self, w: MatRef<'_>, stats: &Stats<'_>) -> Result<Mat, MethodError> {
+        answer: "    fn score(&self, w: MatRef<'_>, stats: &Stats<'_>) -> Result<Mat, MethodError> {
         EMPTY
     }
 
@@ -43,8 +42,7 @@ const FAMILIES: [Family; 6] = [
         question: "Grid",
         verb: "Quantize",
         uses: &["GridAsk"],
-        answer: "\
-    fn fit(&self, values: &[f32], ask: &GridAsk) -> Result<Affine, MethodError> {
+        answer: "    fn fit(&self, values: &[f32], ask: &GridAsk) -> Result<Affine, MethodError> {
         EMPTY
     }",
         call: "fit(&[-1.0, 0.5], &GridAsk { bits: 4, symmetric: true, scale: Float::F32 })",
@@ -55,8 +53,7 @@ const FAMILIES: [Family; 6] = [
         question: "Solve",
         verb: "Prune",
         uses: &["SolveAsk", "Solved"],
-        answer: "\
-    fn solve(&self, ask: &SolveAsk<'_>) -> Result<Solved, MethodError> {
+        answer: "    fn solve(&self, ask: &SolveAsk<'_>) -> Result<Solved, MethodError> {
         EMPTY
     }",
         call: "solve(&SolveAsk { w: random(3, 4, 1).view(), stats: &Stats::default(), mask: None, prune: None, round: None })",
@@ -67,8 +64,7 @@ const FAMILIES: [Family; 6] = [
         question: "Factor",
         verb: "Factor",
         uses: &["Stats"],
-        answer: "\
-    fn factor(&self, w: MatRef<'_>, stats: &Stats<'_>, rank: usize) -> Result<(Mat, Mat), MethodError> {
+        answer: "    fn factor(&self, w: MatRef<'_>, stats: &Stats<'_>, rank: usize) -> Result<(Mat, Mat), MethodError> {
         EMPTY
     }",
         call: "factor(random(3, 4, 1).view(), &Stats::default(), 2)",
@@ -79,8 +75,7 @@ const FAMILIES: [Family; 6] = [
         question: "Drop",
         verb: "Drop",
         uses: &["DropPart", "DropStats"],
-        answer: "\
-    fn drop(&self, part: DropPart, count: usize, stats: &DropStats<'_>) -> Result<Vec<usize>, MethodError> {
+        answer: "    fn drop(&self, part: DropPart, count: usize, stats: &DropStats<'_>) -> Result<Vec<usize>, MethodError> {
         EMPTY
     }",
         call: "drop(DropPart::Block, 1, &DropStats { similarity: &[Some(0.5), Some(0.9)] })",
@@ -91,8 +86,7 @@ const FAMILIES: [Family; 6] = [
         question: "Budget",
         verb: "Budget",
         uses: &["Outcome", "Slot"],
-        answer: "\
-    fn ask(&mut self, slots: &[Slot], target: f64) -> Result<Option<Vec<f64>>, MethodError> {
+        answer: "    fn ask(&mut self, slots: &[Slot], target: f64) -> Result<Option<Vec<f64>>, MethodError> {
         EMPTY
     }
 
