@@ -1,10 +1,12 @@
-//! Development tasks: `cargo xtask check` holds the laws of the project, `cargo xtask new-method` starts a method.
+//! Development tasks: `cargo xtask check` holds the laws of the project, `cargo xtask tables` writes what is generated,
+//! `cargo xtask new-method` starts a method.
 
 mod arrows;
 mod finding;
 mod method_laws;
 mod new_method;
 mod source;
+mod tables;
 mod text_laws;
 mod tree;
 
@@ -15,7 +17,8 @@ use finding::Finding;
 use tree::Tree;
 
 const USAGE: &str = "\
-cargo xtask check [LAW ...]           every law, or those named: arrows methods length unsafe paths silenced fmt clippy
+cargo xtask check [LAW ...]           every law, or those named: arrows methods tables length unsafe paths silenced fmt clippy
+cargo xtask tables                    METHODS.md and KERNELS.md written anew
 cargo xtask new-method FAMILY NAME    the file of a new method and its recipe, in the fixed order, with a test that fails until filled";
 
 fn main() -> ExitCode {
@@ -23,6 +26,7 @@ fn main() -> ExitCode {
     let args: Vec<&str> = args.iter().map(String::as_str).collect();
     let done = match args[..] {
         ["check", ref laws @ ..] => check(laws),
+        ["tables"] => Tree::open().and_then(|tree| tables::write(&tree)),
         ["new-method", family, name] => Tree::open().and_then(|tree| new_method::write(&tree, family, name)),
         _ => Err(anyhow::anyhow!("usage:\n{USAGE}")),
     };
@@ -41,9 +45,10 @@ struct Law {
     hold: fn(&Tree) -> Result<Vec<Finding>>,
 }
 
-const LAWS: [Law; 8] = [
+const LAWS: [Law; 9] = [
     Law { name: "arrows", hold: arrows::check },
     Law { name: "methods", hold: method_laws::check },
+    Law { name: "tables", hold: tables::check },
     Law { name: "length", hold: text_laws::length },
     Law { name: "unsafe", hold: text_laws::unsafe_code },
     Law { name: "paths", hold: text_laws::machine_paths },
