@@ -1,0 +1,131 @@
+//! A model in memory: every tensor of a description, random.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use lacuna_base::Rng;
+use lacuna_format::{Bytes, Float, Pattern, Piece, Stored, Term, Values, Weights, WeightsError};
+use lacuna_spec::{
+    Activation, AttnSpec, Experts, FfnSpec, LayerSpec, Norm, NormKind, Part, Place, Positions, Role, Rope, RopeScaling,
+    RopeStyle, Spec,
+};
+
+/// Weights by place.
+pub struct Memory {
+    pub spec: Spec,
+    pub tensors: HashMap<Place, Arc<Stored>>,
+}
+
+impl Weights for Memory {
+    fn spec(&self) -> &Spec {
+        &self.spec
+    }
+    fn get(&self, place: &Place) -> Result<Option<Arc<Stored>>, WeightsError> {
+        Ok(self.tensors.get(place).cloned())
+    }
+}
+
+/// A dense f32 matrix as stored.
+pub fn stored(rows: usize, cols: usize, values: &[f32]) -> Stored {
+    let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+    let values = Values::Float(Float::F32, Bytes::from(bytes));
+    Stored { rows, cols, terms: vec![Term::Piece(Piece { rows, cols, pattern: Pattern::Dense, values })] }
+}
+
+impl Memory {
+    /// Random weights for `spec`.
+    pub fn random(spec: Spec, seed: u64) -> Memory {
+        let mut rng = Rng::new(seed);
+        let mut tensors = HashMap::new();
+        for place in spec.places() {
+            let (rows, cols) = spec.shape(&place).expect("one of its places");
+            let vector =
+                rows == 1 && place.part == Part::Weight && !place.role.is_linear() && place.role != Role::Embed;
+            let (center, spread) = if vector { (1.0, 0.3) } else { (0.0, 1.3 / (cols as f32).sqrt()) };
+            let values: Vec<f32> = (0..rows * cols).map(|_| center + spread * rng.normal()).collect();
+            tensors.insert(place, Arc::new(stored(rows, cols, &values)));
+        }
+        Memory { spec, tensors }
+    }
+}
+
+fn attention(heads: usize, kv_heads: usize, head_dim: usize) -> AttnSpec {
+    AttnSpec {
+        heads,
+        kv_heads,
+        head_dim,
+        scale: 1.0 / (head_dim as f32).sqrt(),
+        window: None,
+        rope: Some(Rope {
+            theta: 500.0,
+            dims: head_dim / 2 * 2,
+            style: RopeStyle::Half,
+            scaling: RopeScaling::Default,
+        }),
+        qk_norm: false,
+        softcap: None,
+        qkv_bias: false,
+        o_bias: false,
+        post_norm: false,
+    }
+}
+
+fn ffn(width: usize) -> FfnSpec {
+    FfnSpec { width, gated: true, act: Activation::Silu, bias: false, post_norm: false, experts: None }
+}
+
+/// Three descriptions that use everything a description can say, with uneven layers.
+pub fn specs() -> Vec<Spec> {
+    let plain = Spec {
+        arch: "test".into(),
+        hidden: 40,
+        vocab: 75,
+        context: 256,
+        embed_scale: 1.0,
+        tied: false,
+        positions: Positions::None,
+        norm: Norm { kind: NormKind::Rms, eps: 1e-5, offset: 0.0 },
+        final_norm: true,
+        layers: vec![
+            LayerSpec { attn: Some(attention(4, 2, 10)), ffn: Some(ffn(50)) },
+            LayerSpec { attn: None, ffn: Some(ffn(33)) },
+            LayerSpec { attn: Some(attention(3, 1, 16)), ffn: None },
+            LayerSpec { attn: None, ffn: None },
+        ],
+        logit_softcap: None,
+        logit_scale: 1.0,
+    };
+    let mut sandwich = plain.clone();
+    sandwich.embed_scale = 6.25;
+    sandwich.tied = true;
+    sandwich.norm.offset = 1.0;
+    sandwich.logit_softcap = Some(5.0);
+    sandwich.logit_scale = 0.5;
+    for (l, layer) in sandwich.layers.iter_mut().enumerate() {
+        if let Some(a) = &mut layer.attn {
+            (a.post_norm, a.qk_norm, a.softcap) = (true, true, Some(2.0));
+            a.window = (l == 0).then_some(9);
+            let rope = a.rope.as_mut().expect("set above");
+            rope.style = RopeStyle::Interleaved;
+            let short = vec![1.0; rope.dims / 2];
+            let long = vec![2.0; rope.dims / 2];
+            rope.scaling = RopeScaling::Longrope { short, long, attention_factor: 1.1, original: 40 };
+        }
+        if let Some(f) = &mut layer.ffn {
+            (f.post_norm, f.act) = (true, Activation::GeluTanh);
+            f.experts = Some(Experts { count: 5, used: 2, normalize: l == 0 });
+        }
+    }
+    let mut learned = plain.clone();
+    learned.norm.kind = NormKind::Layer;
+    learned.positions = Positions::Learned { offset: 2 };
+    for layer in &mut learned.layers {
+        if let Some(a) = &mut layer.attn {
+            (a.rope, a.qkv_bias, a.o_bias) = (None, true, true);
+        }
+        if let Some(f) = &mut layer.ffn {
+            (f.gated, f.bias, f.act) = (false, true, Activation::Relu);
+        }
+    }
+    vec![plain, sandwich, learned]
+}
