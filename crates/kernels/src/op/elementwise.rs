@@ -12,34 +12,33 @@ trait Zip: Copy + Sync {
     fn zip<S: Simd>(self, s: S, a: S::V, b: S::V) -> S::V;
 }
 
-/// `a[i] = f(a[i], b[i])`.
-struct Each<'a, F> {
+/// `a[i] = f(a[i], b[i])` for `i < n`; `b` may be `a`.
+struct Each<F> {
     f: F,
-    a: &'a mut [f32],
-    b: &'a [f32],
+    a: *mut f32,
+    b: *const f32,
+    n: usize,
 }
 
-impl<F: Zip> Op for Each<'_, F> {
+impl<F: Zip> Op for Each<F> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let n = self.a.len();
-        debug_assert_eq!(n, self.b.len());
+        let (a, b, n) = (self.a, self.b, self.n);
         let whole = n / S::LANES * S::LANES;
         let mut i = 0;
-        // SAFETY: both slices have n values and i + LANES <= n; the copies of the rest have LANES.
+        // SAFETY: the maker vouches for n values at both; i + LANES <= n, and the copies of the rest have LANES.
         unsafe {
-            let (a, b) = (self.a.as_mut_ptr(), self.b.as_ptr());
             while i < whole {
                 s.store(a.add(i), self.f.zip(s, s.load(a.add(i)), s.load(b.add(i))));
                 i += S::LANES;
             }
             if whole < n {
                 let (mut p, mut q) = ([0.0f32; 32], [0.0f32; 32]);
-                p[..n - whole].copy_from_slice(&self.a[whole..]);
-                q[..n - whole].copy_from_slice(&self.b[whole..]);
+                std::ptr::copy_nonoverlapping(a.add(whole), p.as_mut_ptr(), n - whole);
+                std::ptr::copy_nonoverlapping(b.add(whole), q.as_mut_ptr(), n - whole);
                 s.store(p.as_mut_ptr(), self.f.zip(s, s.load(p.as_ptr()), s.load(q.as_ptr())));
-                self.a[whole..].copy_from_slice(&p[..n - whole]);
+                std::ptr::copy_nonoverlapping(p.as_ptr(), a.add(whole), n - whole);
             }
         }
     }
@@ -118,16 +117,13 @@ fn rows<F: Zip>(isa: Isa, f: F, a: MatMut<'_>, b: Option<MatRef<'_>>, cost: usiz
     parallel::ranges(n, 1, usize::MAX, cols * cost, |from, to| {
         let base = &base;
         for r in from..to {
-            // SAFETY: tasks take disjoint rows of a matrix that this call borrows mutably.
-            let row = unsafe { std::slice::from_raw_parts_mut(base.0.add(r * stride), cols) };
-            match b {
-                Some(b) => dispatch(isa, Each { f, a: row, b: b.row(if b.rows() == 1 { 0 } else { r }) }),
-                None => {
-                    // SAFETY: read before written, lane by lane, through the same pointer: a copy keeps the two views apart.
-                    let copy = row.to_vec();
-                    dispatch(isa, Each { f, a: row, b: &copy });
-                }
-            }
+            // SAFETY: tasks take disjoint rows of a matrix that this call borrows mutably; b has rows as long, or is the row itself.
+            let a = unsafe { base.0.add(r * stride) };
+            let b = match b {
+                Some(b) => b.row(if b.rows() == 1 { 0 } else { r }).as_ptr(),
+                None => a,
+            };
+            dispatch(isa, Each { f, a, b, n: cols });
         }
     });
 }
@@ -164,7 +160,7 @@ pub fn add(x: MatMut<'_>, y: MatRef<'_>) {
 #[track_caller]
 pub fn add_scaled(x: &mut [f32], factor: f32, y: &[f32]) {
     assert_eq!(x.len(), y.len(), "two lengths");
-    dispatch(Isa::best(), Each { f: Scaled(factor), a: x, b: y });
+    dispatch(Isa::best(), Each { f: Scaled(factor), a: x.as_mut_ptr(), b: y.as_ptr(), n: x.len() });
 }
 
 /// `x = cap * tanh(x / cap)`, within 3e-7 times cap of exact.

@@ -39,6 +39,12 @@ unsafe fn total<S: Simd>(s: S, x: *const f32, cols: usize, shift: f32, square: b
     s.sum(acc)
 }
 
+/// `(x - mean) * inv * (scale + offset) + bias`.
+#[inline(always)]
+fn scaled<S: Simd>(s: S, x: S::V, [mean, inv, offset]: [S::V; 3], scale: S::V, bias: S::V) -> S::V {
+    s.add(s.mul(s.mul(s.sub(x, mean), inv), s.add(scale, offset)), bias)
+}
+
 impl Op for Row<'_> {
     type Out = ();
     #[inline(always)]
@@ -51,12 +57,32 @@ impl Op for Row<'_> {
                 NormKind::Layer => total(s, self.x, self.cols, 0.0, false) / n,
             };
             let inv = 1.0 / (total(s, self.x, self.cols, mean, true) / n + self.norm.eps).sqrt();
-            for c in 0..self.cols {
-                let y = (*self.x.add(c) - mean) * inv * (*self.scale.get_unchecked(c) + self.norm.offset);
-                *self.out.add(c) = match self.bias {
-                    Some(b) => y + *b.get_unchecked(c),
-                    None => y,
+            let (mean, inv, offset) = (s.splat(mean), s.splat(inv), s.splat(self.norm.offset));
+            let whole = self.cols / S::LANES * S::LANES;
+            let mut c = 0;
+            while c < whole {
+                let bias = match self.bias {
+                    Some(b) => s.load(b.as_ptr().add(c)),
+                    None => s.splat(0.0),
                 };
+                s.store(
+                    self.out.add(c),
+                    scaled(s, s.load(self.x.add(c)), [mean, inv, offset], s.load(self.scale.as_ptr().add(c)), bias),
+                );
+                c += S::LANES;
+            }
+            if whole < self.cols {
+                let rest = self.cols - whole;
+                let mut parts = [[0.0f32; 16]; 3];
+                std::ptr::copy_nonoverlapping(self.x.add(whole), parts[0].as_mut_ptr(), rest);
+                parts[1][..rest].copy_from_slice(&self.scale[whole..]);
+                if let Some(b) = self.bias {
+                    parts[2][..rest].copy_from_slice(&b[whole..]);
+                }
+                let [x, scale, bias] =
+                    [s.load(parts[0].as_ptr()), s.load(parts[1].as_ptr()), s.load(parts[2].as_ptr())];
+                s.store(parts[0].as_mut_ptr(), scaled(s, x, [mean, inv, offset], scale, bias));
+                std::ptr::copy_nonoverlapping(parts[0].as_ptr(), self.out.add(whole), rest);
             }
         }
     }

@@ -1,0 +1,64 @@
+//! Tiny checkpoints of every architecture against logits from transformers: see tests/golden/README.md.
+
+use std::path::{Path, PathBuf};
+
+use lacuna_model::{Batch, ContiguousKv, Decoder, LoadOptions, NoTap};
+
+/// Allowed distance of a logit: the twin's own f32 lies up to 4e-6 from its f64.
+const TOLERANCE: f32 = 1e-4;
+
+fn checkpoints() -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny");
+    let mut out: Vec<PathBuf> = std::fs::read_dir(root)
+        .expect("golden checkpoints")
+        .map(|e| e.expect("a directory entry").path())
+        .filter(|p| p.join("golden.json").is_file())
+        .collect();
+    out.sort();
+    out
+}
+
+#[test]
+fn logits_equal_those_of_transformers() {
+    let all = checkpoints();
+    assert!(all.len() >= 20, "only {} golden checkpoints", all.len());
+    let mut wrong = Vec::new();
+    for dir in all {
+        let name = dir.file_name().expect("a name").to_string_lossy().into_owned();
+        match worst(&dir) {
+            Ok(off) if off <= TOLERANCE => {}
+            Ok(off) => wrong.push(format!("{name}: off by {off}")),
+            Err(e) => wrong.push(format!("{name}: {e}")),
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// The largest distance of any logit of a checkpoint.
+fn worst(dir: &Path) -> Result<f32, Box<dyn std::error::Error>> {
+    let golden: serde_json::Value = serde_json::from_slice(&std::fs::read(dir.join("golden.json"))?)?;
+    let checkpoint = lacuna_checkpoint::open(dir)?;
+    let decoder = Decoder::load(&checkpoint, &LoadOptions::default())?;
+    let list = |v: &serde_json::Value| v.as_array().cloned().ok_or("golden.json has another shape");
+    let mut worst = 0.0f32;
+    for (ids, logits) in list(&golden["input_ids"])?.iter().zip(list(&golden["logits"])?) {
+        let ids: Vec<u32> = list(ids)?.iter().filter_map(|i| i.as_u64()).map(|i| i as u32).collect();
+        // The twin saw each sequence whole, and chose LongRoPE's factors by its length.
+        let mut batch = Batch::new();
+        batch.push_extent(0, 0..ids.len(), ids.len());
+        let mut kv = ContiguousKv::new(&decoder.spec, 1);
+        let hidden = decoder.forward(&ids, &batch, &mut kv, &mut NoTap)?;
+        let mine = decoder.logits(hidden.view());
+        let rows = list(&logits)?;
+        assert_eq!(rows.len(), ids.len(), "a row of logits for each token");
+        for (r, row) in rows.iter().enumerate() {
+            let row = list(row)?;
+            assert_eq!(row.len(), mine.cols(), "a logit for each word");
+            for (c, want) in row.iter().enumerate() {
+                let off = (f64::from(mine[(r, c)]) - want.as_f64().ok_or("a logit that is no number")?).abs();
+                worst = if off.is_nan() { f32::INFINITY } else { worst.max(off as f32) };
+            }
+        }
+    }
+    Ok(worst)
+}
