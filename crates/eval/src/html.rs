@@ -1,0 +1,322 @@
+//! A report in one HTML file: no script, no font, no image from elsewhere; light or dark as the reader's system asks.
+
+use plotters::coord::Shift;
+use plotters::prelude::*;
+
+use crate::Table;
+
+/// A report, part after part.
+#[derive(Clone, Debug, Default)]
+pub struct Report {
+    /// Its name.
+    pub title: String,
+    /// What it shows.
+    pub parts: Vec<Part>,
+}
+
+/// One part of a report. All text is plain; it is escaped here.
+#[derive(Clone, Debug)]
+pub enum Part {
+    /// A heading.
+    Heading(String),
+    /// A paragraph.
+    Text(String),
+    /// A table; the first column to the left, the others to the right.
+    Table(Table),
+    /// Lines over the layers, one a series.
+    Layers {
+        /// What is measured, with its unit.
+        y: String,
+        /// Name and a value for each layer.
+        series: Vec<(String, Vec<f64>)>,
+    },
+    /// A bar for each label.
+    Bars {
+        /// What is measured, with its unit.
+        y: String,
+        /// Label and value.
+        bars: Vec<(String, f64)>,
+    },
+    /// Size against perplexity.
+    Scatter(Vec<Point>),
+    /// Text that models wrote: who, the prompt, what followed.
+    Samples(Vec<(String, String, String)>),
+}
+
+/// A model between size and perplexity.
+#[derive(Clone, Debug)]
+pub struct Point {
+    /// Its name.
+    pub label: String,
+    /// Its size.
+    pub bytes: u64,
+    /// Its perplexity.
+    pub ppl: f64,
+    /// Whether it is a baseline (hollow) or the result (filled).
+    pub baseline: bool,
+}
+
+/// Text for HTML, in elements and attributes.
+pub fn escape(text: &str) -> String {
+    let mut out = String::with_capacity(text.len());
+    for c in text.chars() {
+        match c {
+            '&' => out.push_str("&amp;"),
+            '<' => out.push_str("&lt;"),
+            '>' => out.push_str("&gt;"),
+            '"' => out.push_str("&quot;"),
+            '\'' => out.push_str("&#39;"),
+            c if c.is_control() && c != '\n' && c != '\t' => out.push('\u{FFFD}'),
+            c => out.push(c),
+        }
+    }
+    out
+}
+
+const STYLE: &str = "\
+:root{color-scheme:light dark;--ink:#1b1b1f;--paper:#fdfdfb;--faint:#8884}\
+@media (prefers-color-scheme:dark){:root{--ink:#e4e4e0;--paper:#17181b}}\
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:52rem;margin:2rem auto;padding:0 1rem}\
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}\
+td,th{padding:.2rem .7rem;border-bottom:1px solid var(--faint);text-align:right;white-space:nowrap}\
+td:first-child,th:first-child{text-align:left}\
+svg{width:100%;height:auto;color:var(--ink)}\
+pre{white-space:pre-wrap;border-left:3px solid var(--faint);padding:.3rem 0 .3rem 1rem;overflow-wrap:anywhere}\
+.prompt{opacity:.6}";
+
+impl Report {
+    /// The whole file.
+    pub fn html(&self) -> String {
+        let title = escape(&self.title);
+        let body: String = self.parts.iter().map(Part::html).collect();
+        format!(
+            "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
+             <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
+             <style>{STYLE}</style>\n</head>\n<body>\n<h1>{title}</h1>\n{body}</body>\n</html>\n"
+        )
+    }
+}
+
+impl Part {
+    fn html(&self) -> String {
+        match self {
+            Part::Heading(t) => format!("<h2>{}</h2>\n", escape(t)),
+            Part::Text(t) => format!("<p>{}</p>\n", escape(t)),
+            Part::Table(t) => {
+                let row = |cells: &[String], tag: &str| {
+                    let cells: String = cells.iter().map(|c| format!("<{tag}>{}</{tag}>", escape(c))).collect();
+                    format!("<tr>{cells}</tr>\n")
+                };
+                let rows: String = t.rows.iter().map(|r| row(r, "td")).collect();
+                format!("<table>\n<thead>\n{}</thead>\n<tbody>\n{rows}</tbody>\n</table>\n", row(&t.head, "th"))
+            }
+            Part::Layers { y, series } => figure(|area| layers(area, y, series)),
+            Part::Bars { y, bars } => figure(|area| draw_bars(area, y, bars)),
+            Part::Scatter(points) => figure(|area| scatter(area, points)),
+            Part::Samples(samples) => samples
+                .iter()
+                .map(|(who, prompt, text)| {
+                    let (who, prompt, text) = (escape(who), escape(prompt), escape(text));
+                    format!("<h3>{who}</h3>\n<pre><span class=\"prompt\">{prompt}</span>{text}</pre>\n")
+                })
+                .collect(),
+        }
+    }
+}
+
+type Area<'a> = DrawingArea<SVGBackend<'a>, Shift>;
+type Drawn = Result<(), Box<dyn std::error::Error>>;
+
+/// Stands for the text colour while drawing and becomes `currentColor`, so that one drawing serves light and dark.
+const INK: RGBColor = RGBColor(1, 2, 3);
+const INK_HEX: &str = "#010203";
+/// Legible on white and on black.
+const SERIES: [RGBColor; 6] = [
+    RGBColor(46, 134, 222),
+    RGBColor(225, 112, 40),
+    RGBColor(50, 160, 90),
+    RGBColor(190, 80, 190),
+    RGBColor(200, 160, 20),
+    RGBColor(110, 120, 140),
+];
+
+fn figure(draw: impl FnOnce(&Area<'_>) -> Drawn) -> String {
+    let mut svg = String::new();
+    let drawn = draw(&SVGBackend::with_string(&mut svg, (800, 420)).into_drawing_area());
+    match drawn {
+        Ok(()) => format!("<figure>\n{}</figure>\n", svg.replace(INK_HEX, "currentColor")),
+        Err(e) => format!("<p>This figure could not be drawn: {}</p>\n", escape(&e.to_string())),
+    }
+}
+
+/// A range around finite values, a little wider than they are.
+fn range(values: impl Iterator<Item = f64>) -> (f64, f64) {
+    let (low, high) =
+        values.filter(|v| v.is_finite()).fold((f64::INFINITY, f64::NEG_INFINITY), |(l, h), v| (l.min(v), h.max(v)));
+    if low > high {
+        return (0.0, 1.0);
+    }
+    let air = if high > low { (high - low) * 0.06 } else { high.abs().max(1e-9) * 0.1 };
+    (low - air, high + air)
+}
+
+/// A number in as few characters as it takes to tell.
+fn short(v: &f64) -> String {
+    let a = v.abs();
+    if a != 0.0 && !(1e-3..1e5).contains(&a) {
+        format!("{v:.1e}")
+    } else {
+        format!("{:.4}", v).trim_end_matches('0').trim_end_matches('.').into()
+    }
+}
+
+fn text() -> TextStyle<'static> {
+    ("sans-serif", 14).into_font().color(&INK)
+}
+
+/// A chart with axes; `inside` draws into it.
+macro_rules! chart {
+    ($area:expr, $x:expr, $y:expr, $x_name:expr, $y_name:expr, $labels:expr, $x_text:expr) => {{
+        let mut chart = ChartBuilder::on($area)
+            .margin(12)
+            .x_label_area_size(44)
+            .y_label_area_size(74)
+            .build_cartesian_2d($x.0..$x.1, $y.0..$y.1)?;
+        chart
+            .configure_mesh()
+            .x_labels($labels)
+            .y_labels(7)
+            .x_desc($x_name)
+            .y_desc($y_name)
+            .axis_style(INK.mix(0.6))
+            .bold_line_style(INK.mix(0.15))
+            .light_line_style(TRANSPARENT)
+            .label_style(text())
+            .axis_desc_style(text())
+            .x_label_formatter($x_text)
+            .y_label_formatter(&short)
+            .draw()?;
+        chart
+    }};
+}
+
+fn layers(area: &Area<'_>, y: &str, series: &[(String, Vec<f64>)]) -> Drawn {
+    let longest = series.iter().map(|(_, v)| v.len()).max().unwrap_or(0).max(2);
+    let ys = range(series.iter().flat_map(|(_, v)| v.iter().copied()).chain([0.0]));
+    let xs = (0.0, longest as f64 - 1.0);
+    let mut chart = chart!(area, xs, ys, "layer", y, longest.min(16), &|v: &f64| format!("{v:.0}"));
+    for (i, (name, values)) in series.iter().enumerate() {
+        let colour = SERIES[i % SERIES.len()];
+        let points = values.iter().enumerate().filter(|(_, v)| v.is_finite()).map(|(l, &v)| (l as f64, v));
+        chart.draw_series(points.clone().map(|p| Circle::new(p, 3, colour.filled())))?;
+        chart
+            .draw_series(LineSeries::new(points, colour.stroke_width(2)))?
+            .label(name.clone())
+            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
+    }
+    if series.len() > 1 {
+        chart.configure_series_labels().border_style(INK.mix(0.3)).label_font(text()).draw()?;
+    }
+    area.present().map_err(Into::into)
+}
+
+fn draw_bars(area: &Area<'_>, y: &str, bars: &[(String, f64)]) -> Drawn {
+    let ys = range(bars.iter().map(|b| b.1).chain([0.0]));
+    let ys = (ys.0.min(0.0), ys.1);
+    let xs = (0.0, bars.len().max(1) as f64);
+    let mut chart = chart!(area, xs, ys, "", y, 0, &|_: &f64| String::new());
+    for (i, (label, value)) in bars.iter().enumerate().filter(|(_, b)| b.1.is_finite()) {
+        let (left, right) = (i as f64 + 0.15, i as f64 + 0.85);
+        chart.draw_series([Rectangle::new([(left, 0.0), (right, *value)], SERIES[0].filled())])?;
+        let at = chart.backend_coord(&(i as f64 + 0.5, ys.0));
+        area.draw_text(label, &text().pos(centre()), (at.0, at.1 + 6))?;
+        let top = chart.backend_coord(&(i as f64 + 0.5, value.max(0.0)));
+        area.draw_text(&short(value), &text().pos(centre()), (top.0, top.1 - 16))?;
+    }
+    area.present().map_err(Into::into)
+}
+
+fn centre() -> plotters::style::text_anchor::Pos {
+    use plotters::style::text_anchor::{HPos, Pos, VPos};
+    Pos::new(HPos::Center, VPos::Top)
+}
+
+fn scatter(area: &Area<'_>, points: &[Point]) -> Drawn {
+    let mega = |p: &Point| p.bytes as f64 / 1e6;
+    let seen: Vec<&Point> = points.iter().filter(|p| p.ppl.is_finite()).collect();
+    // Room to the right for labels.
+    let (left, right) = range(seen.iter().map(|p| mega(p)));
+    let xs = (left, right + (right - left) * 0.15);
+    let ys = range(seen.iter().map(|p| p.ppl));
+    let mut chart = chart!(area, xs, ys, "size (MB)", "perplexity", 8, &short);
+    let mut taken: Vec<(i32, i32)> = Vec::new();
+    for p in &seen {
+        let (at, colour) = ((mega(p), p.ppl), if p.baseline { SERIES[5] } else { SERIES[1] });
+        let style = if p.baseline { colour.stroke_width(2) } else { colour.filled() };
+        chart.draw_series([Circle::new(at, if p.baseline { 5 } else { 7 }, style)])?;
+        let (x, mut y) = chart.backend_coord(&at);
+        // A label that would cover another one moves up.
+        while taken.iter().any(|&(a, b)| (a - x).abs() < 110 && (b - y).abs() < 15) {
+            y -= 5;
+        }
+        taken.push((x, y));
+        area.draw_text(&p.label, &text(), (x + 10, y - 8))?;
+    }
+    area.present().map_err(Into::into)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn sample() -> Report {
+        let mut table = Table::new(["model", "ppl"]);
+        table.row(["<f16> & \"co\"", "12.3"]);
+        let point = |label: &str, bytes, ppl, baseline| Point { label: label.into(), bytes, ppl, baseline };
+        Report {
+            title: "Report of <script>alert(1)</script>".into(),
+            parts: vec![
+                Part::Heading("Layers".into()),
+                Part::Text("Errors, layer by layer.".into()),
+                Part::Table(table),
+                Part::Layers {
+                    y: "relative error".into(),
+                    series: vec![
+                        ("wanda".into(), vec![0.1, 0.2, f64::NAN, 0.15]),
+                        ("rtn".into(), vec![0.3, 0.2, 0.1, 0.2]),
+                    ],
+                },
+                Part::Layers { y: "nothing".into(), series: vec![] },
+                Part::Bars { y: "tokens/s".into(), bars: vec![("dense".into(), 40.0), ("2:4".into(), 61.5)] },
+                Part::Scatter(vec![
+                    point("f16", 269_000_000, 15.1, true),
+                    point("int8", 140_000_000, 15.11, true),
+                    point("int4 & <sparse>", 90_000_000, 17.0, false),
+                    point("broken", 90_000_000, f64::INFINITY, true),
+                ]),
+                Part::Scatter(vec![]),
+                Part::Samples(vec![("dense".into(), "Once".into(), " upon <a> time\u{0}".into())]),
+            ],
+        }
+    }
+
+    #[test]
+    fn nothing_from_elsewhere_and_no_text_becomes_markup() {
+        let html = sample().html();
+        assert!(
+            !html.contains("<script") && !html.contains("<a>") && !html.contains("<sparse>") && !html.contains('\u{0}')
+        );
+        assert!(html.contains("&lt;f16&gt; &amp; &quot;co&quot;") && html.contains("prefers-color-scheme"));
+        for outside in ["src=", "href=", "@import", "url(", "<link"] {
+            assert!(!html.contains(outside), "{outside}");
+        }
+        assert!(html.matches("http").count() == html.matches("http://www.w3.org/2000/svg").count());
+        assert_eq!(html.matches("<svg").count(), 5);
+        assert!(!html.contains("could not be drawn") && !html.contains(INK_HEX) && !html.contains("NaN"));
+        // Every element closes.
+        for tag in ["table", "svg", "figure", "pre", "p", "tr"] {
+            let open = html.matches(&format!("<{tag}>")).count() + html.matches(&format!("<{tag} ")).count();
+            assert_eq!(open, html.matches(&format!("</{tag}>")).count(), "{tag}");
+        }
+    }
+}
