@@ -1,1 +1,18 @@
-//! lacuna-compress
+//! Recipe -> plan -> calibrate -> drive -> report.
+//!
+//! A recipe is parsed against a registry of methods handed over by the binary. The walk runs its model-wide steps first, then block after
+//! block: one forward of the uncompressed block gathers the statistics that the methods asked for, the block's matrices are compressed and
+//! written, and the outputs are computed anew from their stored form.
+
+mod activations;
+mod drive;
+mod matrix;
+pub mod memory;
+mod predict;
+mod recipe;
+mod select;
+mod stats;
+
+pub use drive::{CompressError, Options, Outcomes, Progress, Quiet, TensorReport, compress};
+pub use predict::{Prediction, predict};
+pub use recipe::{Calibration, PruneKeys, QuantizeKeys, Recipe, RecipeError, Rest, Step};
