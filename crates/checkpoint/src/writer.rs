@@ -7,10 +7,10 @@
 
 use std::collections::{BTreeMap, HashSet};
 use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Write};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
-use lacuna_format::{Descriptor, Elem, FormatError, Stored};
+use lacuna_format::{Bytes, Descriptor, Elem, FormatError, Stored};
 use lacuna_spec::{Place, Spec};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
@@ -227,6 +227,34 @@ impl PackedWriter {
         self.done.insert(*place);
         self.lines.push(line);
         Ok(())
+    }
+
+    /// Reads back the matrix of `place`, if it is complete.
+    pub fn read(&self, place: &Place) -> Result<Option<Stored>, SaveError> {
+        let Some(line) = self.lines.iter().find(|l| l.place == *place) else { return Ok(None) };
+        let size: u64 = line.parts.iter().map(|p| p.3).sum();
+        let sealed = self.sealed_path(line.shard);
+        let (path, header) = if sealed.is_file() {
+            let mut n = [0; 8];
+            File::open(&sealed).and_then(|mut f| f.read_exact(&mut n)).map_err(io_at(&sealed))?;
+            (sealed, 8 + u64::from_le_bytes(n))
+        } else {
+            (self.data_path(line.shard), 0)
+        };
+        let mut file = File::open(&path).map_err(io_at(&path))?;
+        file.seek(SeekFrom::Start(header + line.end - size)).map_err(io_at(&path))?;
+        let mut buffers = Vec::with_capacity(line.parts.len());
+        for (suffix, elem, shape, bytes) in &line.parts {
+            let mut buf = vec![0; *bytes as usize];
+            file.read_exact(&mut buf).map_err(io_at(&path))?;
+            buffers.push((suffix, *elem, shape, Bytes::from(buf)));
+        }
+        let get = |name: &str| {
+            let (_, elem, shape, bytes) = buffers.iter().find(|b| b.0 == name)?;
+            Some((*elem, (*shape).clone(), bytes.clone()))
+        };
+        let stored = Stored::from_parts(&line.desc, get);
+        stored.map(Some).map_err(|source| SaveError::Matrix { place: place.to_string(), source })
     }
 
     /// Turns the current data file into a safetensors file and begins the next.
