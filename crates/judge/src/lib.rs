@@ -1,1 +1,9 @@
-//! lacuna-judge
+//! Does an omission pay? Baselines made once from the same source, measured on the same text and clock, and the rule that compares.
+
+mod baselines;
+mod gate;
+mod speed;
+
+pub use baselines::{Baseline, BaselineError, Bench, baselines, fingerprint, frequencies, measure};
+pub use gate::{Against, LOSS_SLACK, Measured, Speed, Verdict, judge};
+pub use speed::{bandwidth, time_decode};

@@ -1,0 +1,233 @@
+//! The baselines: plain rounding of the same source to 8, 6, 5, 4 and 3 bits, f16, the source as it came, and a table of word frequencies.
+//!
+//! Rounded files and losses are made once and kept in a cache.
+
+use std::collections::HashMap;
+use std::path::{Path, PathBuf};
+
+use lacuna_checkpoint::{Checkpoint, OpenError};
+use lacuna_compress::{CompressError, Options, Progress, Recipe, compress};
+use lacuna_contract::Method;
+use lacuna_eval::{Eval, EvalError};
+use lacuna_format::{Weights, WeightsError};
+use serde_json::{Value, json};
+
+use crate::gate::Measured;
+
+/// A baseline that cannot be made.
+#[derive(Debug, thiserror::Error)]
+pub enum BaselineError {
+    /// Making it failed.
+    #[error("baseline {name}: {source}")]
+    Make {
+        /// Which.
+        name: String,
+        /// Why.
+        source: CompressError,
+    },
+    /// What was made cannot be opened.
+    #[error(transparent)]
+    Open(#[from] OpenError),
+    /// A tensor cannot be had.
+    #[error(transparent)]
+    Weights(#[from] WeightsError),
+    /// It cannot be evaluated.
+    #[error(transparent)]
+    Eval(#[from] EvalError),
+    /// The cache cannot be written.
+    #[error("{path}: {source}")]
+    Cache {
+        /// The file.
+        path: String,
+        /// The system's reason.
+        source: std::io::Error,
+    },
+}
+
+/// A measured baseline, and where its file lies if it has one to be timed.
+pub struct Baseline {
+    /// Its numbers.
+    pub measured: Measured,
+    /// Its model.
+    pub path: Option<PathBuf>,
+}
+
+/// Where and on what baselines are measured.
+pub struct Bench<'a> {
+    /// The model that is compressed.
+    pub source: &'a Checkpoint,
+    /// Every method there is.
+    pub registry: &'a [Method],
+    /// Where baselines are kept.
+    pub cache: &'a Path,
+    /// Held-out tokens.
+    pub held_out: &'a [u32],
+    /// Calibration tokens, for the word frequencies alone.
+    pub calibration: &'a [u32],
+    /// How to judge.
+    pub eval: &'a Eval<'a>,
+    /// Ceiling of memory.
+    pub max_ram: Option<u64>,
+}
+
+/// Bits of the rounded baselines.
+const BITS: [u8; 5] = [8, 6, 5, 4, 3];
+
+fn recipe(bits: u8) -> String {
+    let step = |name: &str, targets: &str, bits: u8| {
+        format!(
+            "[[step]]\nname = \"{name}\"\nmethod = \"rtn\"\ntargets = [{targets}]\nbits = {bits}\ngroup = 32\nsymmetric = true\nscale = \"f16\"\n"
+        )
+    };
+    format!(
+        "version = 1\nrest = \"source\"\n{}{}",
+        step("body", "\"attn.*\", \"ffn.*\"", bits),
+        step("ends", "\"embed\", \"head\"", 8)
+    )
+}
+
+/// What a source is known by in the cache: its files' paths, sizes and times.
+pub fn fingerprint(source: &Checkpoint) -> String {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut h = DefaultHasher::new();
+    source.path().hash(&mut h);
+    let mut files = Vec::new();
+    match std::fs::read_dir(source.path()) {
+        Ok(dir) => files.extend(dir.flatten().map(|f| f.path())),
+        Err(_) => files.push(source.path().to_owned()),
+    }
+    files.sort();
+    for f in files {
+        f.hash(&mut h);
+        if let Ok(m) = std::fs::metadata(&f) {
+            m.len().hash(&mut h);
+            m.modified().ok().hash(&mut h);
+        }
+    }
+    format!("{:016x}", h.finish())
+}
+
+/// Bytes and held-out loss of a model.
+pub fn measure(
+    name: &str,
+    weights: &dyn Weights,
+    held_out: &[u32],
+    eval: &Eval<'_>,
+) -> Result<Measured, BaselineError> {
+    let judged = eval.judge(held_out, weights)?;
+    Ok(Measured { name: name.into(), bytes: bytes(weights)?, loss: judged.nll, ppl: judged.ppl, speed: None })
+}
+
+/// Bytes of every tensor as stored.
+fn bytes(weights: &dyn Weights) -> Result<u64, WeightsError> {
+    let mut sum = 0;
+    for p in weights.spec().places() {
+        if let Some(s) = weights.get(&p)? {
+            sum += s.bytes();
+        }
+        weights.release(&p);
+    }
+    Ok(sum)
+}
+
+/// The loss of a table of token frequencies of the calibration text (each count plus one), f16: what a model that reads nothing of the context
+/// reaches. A compressed model that is no better is worth no more than its two bytes a word.
+pub fn frequencies(calibration: &[u32], held_out: &[u32], vocab: usize) -> Measured {
+    let mut counts: HashMap<u32, u64> = HashMap::new();
+    for t in calibration {
+        *counts.entry(*t).or_default() += 1;
+    }
+    let all = (calibration.len() + vocab) as f64;
+    let nats = |t: &u32| -((counts.get(t).copied().unwrap_or(0) + 1) as f64 / all).ln();
+    let loss = held_out.iter().map(nats).sum::<f64>() / held_out.len().max(1) as f64;
+    Measured { name: "token frequencies".into(), bytes: 2 * vocab as u64, loss, ppl: loss.exp(), speed: None }
+}
+
+/// Makes (or finds) and measures every baseline.
+pub fn baselines(bench: &Bench<'_>, progress: &mut dyn Progress) -> Result<Vec<Baseline>, BaselineError> {
+    let dir = bench.cache.join("baselines").join(fingerprint(bench.source));
+    std::fs::create_dir_all(&dir).map_err(|source| BaselineError::Cache { path: dir.display().to_string(), source })?;
+    let key = text_key(bench);
+    let mut out = Vec::new();
+    let mut recipes: Vec<(String, String)> = BITS.iter().map(|b| (format!("int{b} g32"), recipe(*b))).collect();
+    recipes.push(("f16".into(), "version = 1\nrest = \"f16\"\n".into()));
+    for (name, text) in recipes {
+        let path = dir.join(name.replace(' ', "-"));
+        if !path.join("config.json").is_file() {
+            let fail = |source| BaselineError::Make { name: name.clone(), source };
+            let recipe = Recipe::parse(&text, bench.registry, &[]).map_err(|e| fail(e.into()))?;
+            let options = Options {
+                out: &path,
+                overwrite: true,
+                resume: false,
+                max_ram: bench.max_ram,
+                bos: None,
+                source: json!("baseline"),
+            };
+            progress.phase(&format!("baseline {name}"), 1);
+            compress(bench.source, &[], &recipe, &options, progress).map_err(fail)?;
+        }
+        let model = lacuna_checkpoint::open(&path)?;
+        let measured = cached(&dir, &name, &key, progress, || measure(&name, &model, bench.held_out, bench.eval))?;
+        out.push(Baseline { measured, path: Some(path) });
+    }
+    let name = "source as it came";
+    let measured = cached(&dir, name, &key, progress, || measure(name, bench.source, bench.held_out, bench.eval))?;
+    out.push(Baseline { measured, path: Some(bench.source.path().to_owned()) });
+    let windows = lacuna_eval::cut(bench.held_out, bench.eval.ctx, bench.eval.windows, bench.eval.bos)?;
+    let judged: Vec<u32> = windows.into_iter().flat_map(|w| w.into_iter().skip(1)).collect();
+    out.push(Baseline { measured: frequencies(bench.calibration, &judged, bench.source.spec().vocab), path: None });
+    Ok(out)
+}
+
+fn text_key(bench: &Bench<'_>) -> String {
+    use std::hash::{DefaultHasher, Hash, Hasher};
+    let mut h = DefaultHasher::new();
+    bench.held_out.hash(&mut h);
+    (bench.eval.ctx, bench.eval.windows, bench.eval.bos).hash(&mut h);
+    format!("{:016x}", h.finish())
+}
+
+/// A measurement from the cache, or made and kept.
+fn cached(
+    dir: &Path,
+    name: &str,
+    key: &str,
+    progress: &mut dyn Progress,
+    make: impl FnOnce() -> Result<Measured, BaselineError>,
+) -> Result<Measured, BaselineError> {
+    let path = dir.join(format!("{}.{key}.json", name.replace(' ', "-")));
+    if let Ok(text) = std::fs::read(&path)
+        && let Ok(m) = serde_json::from_slice::<Measured>(&text)
+    {
+        return Ok(m);
+    }
+    progress.phase(&format!("judging {name}"), 1);
+    let m = make()?;
+    progress.step(1, name);
+    let io = |source| BaselineError::Cache { path: path.display().to_string(), source };
+    let text = serde_json::to_value(&m).unwrap_or(Value::Null).to_string();
+    let tmp = path.with_extension("tmp");
+    std::fs::write(&tmp, text).and_then(|()| std::fs::rename(&tmp, &path)).map_err(io)?;
+    Ok(m)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn frequencies_of_a_known_text() {
+        let m = frequencies(&[0, 0, 1], &[0, 2], 4);
+        let want = -((3.0f64 / 7.0).ln() + (1.0f64 / 7.0).ln()) / 2.0;
+        assert!((m.loss - want).abs() < 1e-12 && m.bytes == 8);
+    }
+
+    #[test]
+    fn baseline_recipes_state_every_matrix() {
+        for b in BITS {
+            let t: toml::Table = recipe(b).parse().unwrap();
+            assert_eq!(t["step"].as_array().unwrap().len(), 2);
+        }
+    }
+}
