@@ -1,2 +1,57 @@
-//! The Lacuna binary.
-fn main() {}
+//! The Lacuna binary: one thin file a verb, and the one place where methods meet the rest.
+
+mod bench;
+mod chat;
+mod cli;
+mod common;
+mod compress;
+mod doctor;
+mod eval;
+mod generate;
+mod inspect;
+mod methods;
+mod pull;
+mod quickstart;
+mod recipes;
+mod report;
+
+use std::process::ExitCode;
+
+use clap::Parser;
+
+use cli::{Cli, Verb};
+
+fn main() -> ExitCode {
+    let cli = match Cli::try_parse() {
+        Ok(cli) => cli,
+        Err(e) => {
+            let _ = e.print();
+            return ExitCode::from(if e.use_stderr() { 2 } else { 0 });
+        }
+    };
+    common::logging(cli.global.verbose);
+    match run(&cli) {
+        Ok(code) => code,
+        Err(e) => {
+            eprintln!("error: {e:#}");
+            ExitCode::from(if e.is::<common::Usage>() { 2 } else { 1 })
+        }
+    }
+}
+
+fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
+    common::threads(cli.global.threads)?;
+    let g = &cli.global;
+    match &cli.verb {
+        Verb::Quickstart(a) => quickstart::run(g, a),
+        Verb::Pull(a) => pull::run(g, a),
+        Verb::Inspect(a) => inspect::run(g, a),
+        Verb::Methods => methods::run(g),
+        Verb::Compress(a) => compress::run(g, a),
+        Verb::Eval(a) => eval::run(g, a),
+        Verb::Generate(a) => generate::run(g, a),
+        Verb::Chat(a) => chat::run(g, a),
+        Verb::Bench(a) => bench::run(g, a),
+        Verb::Doctor => doctor::run(g),
+    }
+}

@@ -1,0 +1,292 @@
+//! The command line: verbs and flags, nothing else.
+
+use std::path::PathBuf;
+
+use clap::{Args, Parser, Subcommand, ValueEnum};
+
+/// Makes large language models smaller and faster by leaving out what they do not need, and measures what each omission costs.
+///
+/// MODEL is a pinned name (smollm2-135m-instruct, gemma-3-270m), hf:org/repo[@rev][:file], pypi:package==version, or a path to a
+/// directory or a .gguf file.
+#[derive(Debug, Parser)]
+#[command(name = "lacuna", version, about, max_term_width = 100)]
+pub struct Cli {
+    /// What to do.
+    #[command(subcommand)]
+    pub verb: Verb,
+    /// Everything else.
+    #[command(flatten)]
+    pub global: Global,
+}
+
+/// Flags of every verb.
+#[derive(Debug, Args)]
+pub struct Global {
+    /// Print one JSON object on standard output; everything else goes to standard error.
+    #[arg(long, global = true)]
+    pub json: bool,
+    /// Worker threads; by default one for each core.
+    #[arg(long, global = true, value_name = "N")]
+    pub threads: Option<usize>,
+    /// Ask the caches alone, never the network.
+    #[arg(long, global = true)]
+    pub offline: bool,
+    /// Where pulled models and baselines are kept.
+    #[arg(long, global = true, value_name = "DIR")]
+    pub cache_dir: Option<PathBuf>,
+    /// More words on standard error; twice for even more.
+    #[arg(short, long, global = true, action = clap::ArgAction::Count)]
+    pub verbose: u8,
+}
+
+/// The verbs.
+#[derive(Debug, Subcommand)]
+pub enum Verb {
+    /// The whole story in one command: pull a small real model, compress it, compare, generate, write report.html.
+    Quickstart(Quickstart),
+    /// Fetch a model into the cache, verify it, print its path; `pull list`, `pull rm NAME`.
+    Pull(Pull),
+    /// What a model is: architecture, parameters and bytes by role, formats, sparsity, anything broken.
+    Inspect(Inspect),
+    /// Every method: paper, question, what it needs, recorded evidence.
+    Methods,
+    /// Compress a model by a recipe, judge the result, save it.
+    Compress(Compress),
+    /// Perplexity, divergence from the dense model, tasks.
+    Eval(Eval),
+    /// Continue a text.
+    Generate(Generate),
+    /// Talk with a model.
+    Chat(Chat),
+    /// Tokens a second, bytes a token, share of this machine's ceiling.
+    Bench(Bench),
+    /// This machine: processor features, kernels chosen, memory bandwidth, threads.
+    Doctor,
+}
+
+/// `quickstart`
+#[derive(Debug, Args)]
+pub struct Quickstart {
+    /// The model to begin with.
+    #[arg(default_value = "smollm2-135m-instruct")]
+    pub model: String,
+    /// Where the compressed model goes.
+    #[arg(short, long, default_value = "quickstart-model")]
+    pub out: PathBuf,
+    /// Where the report goes.
+    #[arg(long, default_value = "report.html")]
+    pub report: PathBuf,
+    /// A recipe of your own instead of the default one.
+    #[arg(long)]
+    pub recipe: Option<String>,
+}
+
+/// `pull`
+#[derive(Debug, Args)]
+#[command(args_conflicts_with_subcommands = true)]
+pub struct Pull {
+    /// The model.
+    pub model: Option<String>,
+    /// Look after the cache.
+    #[command(subcommand)]
+    pub what: Option<PullWhat>,
+}
+
+/// `pull list`, `pull rm`
+#[derive(Debug, Subcommand)]
+pub enum PullWhat {
+    /// What the cache holds.
+    List,
+    /// Remove a model from the cache.
+    Rm {
+        /// Its name as `list` prints it.
+        name: String,
+    },
+}
+
+/// `inspect`
+#[derive(Debug, Args)]
+pub struct Inspect {
+    /// The model.
+    pub model: String,
+    /// A row for every tensor.
+    #[arg(long)]
+    pub tensors: bool,
+}
+
+/// How far the gate goes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Gate {
+    /// Bytes, loss and speed against every baseline.
+    Full,
+    /// Bytes and loss; nothing is timed.
+    Size,
+    /// No judging.
+    Off,
+}
+
+/// `compress`
+#[derive(Debug, Args)]
+pub struct Compress {
+    /// The model.
+    pub model: String,
+    /// A recipe: a file, or the name of one that Lacuna carries (see `methods`).
+    #[arg(short, long, default_value = "default")]
+    pub recipe: String,
+    /// Where the compressed model goes (a directory).
+    #[arg(short, long)]
+    pub out: PathBuf,
+    /// Override one value of the recipe: STEP.KEY=VALUE. May be given several times.
+    #[arg(long = "set", value_name = "STEP.KEY=VALUE")]
+    pub sets: Vec<String>,
+    /// Text to calibrate on; by default a small one that Lacuna carries.
+    #[arg(long, value_name = "FILE")]
+    pub calibration: Option<PathBuf>,
+    /// Calibration sequences.
+    #[arg(long, value_name = "N")]
+    pub samples: Option<usize>,
+    /// Tokens of a calibration sequence.
+    #[arg(long, value_name = "L")]
+    pub seq_len: Option<usize>,
+    /// Where calibration sequences are cut: 0 from the start of the text, else from random places drawn from this seed.
+    #[arg(long)]
+    pub seed: Option<u64>,
+    /// Held-out text to judge on; by default a small one that Lacuna carries.
+    #[arg(long, value_name = "FILE")]
+    pub eval: Option<PathBuf>,
+    /// Tokens of a judging window.
+    #[arg(long, default_value_t = 512)]
+    pub ctx: usize,
+    /// Judging windows at the most.
+    #[arg(long, default_value_t = 16)]
+    pub windows: usize,
+    /// How far the judging goes.
+    #[arg(long, value_enum, default_value_t = Gate::Full)]
+    pub gate: Gate,
+    /// Ceiling of memory for the whole command, e.g. 600MiB.
+    #[arg(long, value_name = "SIZE")]
+    pub max_ram: Option<String>,
+    /// Go on with an interrupted run.
+    #[arg(long)]
+    pub resume: bool,
+    /// Replace what is at OUT.
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Exit with 0 even where the result does not pay.
+    #[arg(long)]
+    pub accept: bool,
+    /// Write a report with plots.
+    #[arg(long, value_name = "FILE.html")]
+    pub report: Option<PathBuf>,
+}
+
+/// `eval`
+#[derive(Debug, Args)]
+pub struct Eval {
+    /// The model.
+    pub model: String,
+    /// Text for perplexity; by default a small held-out one that Lacuna carries.
+    #[arg(long, value_name = "FILE")]
+    pub text: Option<PathBuf>,
+    /// Tokens of a window.
+    #[arg(long, default_value_t = 1024)]
+    pub ctx: usize,
+    /// Windows at the most; by default all.
+    #[arg(long, value_name = "K")]
+    pub windows: Option<usize>,
+    /// Begin each window with the model's BOS token.
+    #[arg(long)]
+    pub bos: bool,
+    /// A dense model to compare with: KL divergence and top-1 agreement.
+    #[arg(long, value_name = "DENSE")]
+    pub against: Option<String>,
+    /// Multiple-choice files ({id, ctx, choices, label} a line) or last-word files ({text} a line).
+    #[arg(long, value_name = "FILE", num_args = 1..)]
+    pub tasks: Vec<PathBuf>,
+    /// Items of each task at the most.
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    /// Ceiling of memory for the whole command, e.g. 600MiB.
+    #[arg(long, value_name = "SIZE")]
+    pub max_ram: Option<String>,
+}
+
+/// How the next token is drawn.
+#[derive(Clone, Debug, Args)]
+pub struct Sampling {
+    /// Temperature; 0 always takes the likeliest token.
+    #[arg(long, default_value_t = 0.8)]
+    pub temp: f32,
+    /// Only the K likeliest tokens; 0: all.
+    #[arg(long, default_value_t = 40)]
+    pub top_k: usize,
+    /// Only the likeliest tokens that together have this probability.
+    #[arg(long, default_value_t = 0.95)]
+    pub top_p: f32,
+    /// Only tokens at least this likely relative to the likeliest.
+    #[arg(long, default_value_t = 0.0)]
+    pub min_p: f32,
+    /// Divides the logits of tokens that were there before; 1: off.
+    #[arg(long, default_value_t = 1.0)]
+    pub repeat_penalty: f32,
+    /// Seed of the draws.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Stop before this text. May be given several times.
+    #[arg(long, value_name = "TEXT")]
+    pub stop: Vec<String>,
+}
+
+/// `generate`
+#[derive(Debug, Args)]
+pub struct Generate {
+    /// The model.
+    pub model: String,
+    /// The text to continue; `-` reads it from standard input.
+    #[arg(short, long)]
+    pub prompt: String,
+    /// Tokens at the most.
+    #[arg(short, long, default_value_t = 128)]
+    pub n: usize,
+    /// Put the prompt into the model's chat template as a user's message.
+    #[arg(long)]
+    pub chat: bool,
+    /// How the next token is drawn.
+    #[command(flatten)]
+    pub sampling: Sampling,
+}
+
+/// `chat`
+#[derive(Debug, Args)]
+pub struct Chat {
+    /// The model.
+    pub model: String,
+    /// What the assistant is told first.
+    #[arg(long)]
+    pub system: Option<String>,
+    /// Tokens of an answer at the most.
+    #[arg(short, long, default_value_t = 512)]
+    pub n: usize,
+    /// How the next token is drawn.
+    #[command(flatten)]
+    pub sampling: Sampling,
+}
+
+/// `bench`
+#[derive(Debug, Args)]
+pub struct Bench {
+    /// The model.
+    pub model: String,
+    /// Prompt tokens for the prefill timing.
+    #[arg(long, default_value_t = 512)]
+    pub prompt: usize,
+    /// Single-token steps for the decode timing.
+    #[arg(long = "gen", value_name = "N", default_value_t = 128)]
+    pub generate: usize,
+    /// Tokens of context before the steps.
+    #[arg(long, default_value_t = 0)]
+    pub depth: usize,
+    /// Runs, of which medians are printed.
+    #[arg(long, default_value_t = 3)]
+    pub reps: usize,
+}

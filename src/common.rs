@@ -1,0 +1,221 @@
+//! What every verb shares: pulling, opening, printing, progress.
+
+use std::path::{Path, PathBuf};
+use std::sync::{Arc, Mutex};
+use std::time::Duration;
+
+use anyhow::{Context, Result};
+use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use lacuna_checkpoint::{ChatTemplate, Checkpoint, Tokenizer};
+use lacuna_model::{Decoder, LoadOptions};
+use lacuna_pull::ModelRef;
+use lacuna_run::Engine;
+use serde_json::Value;
+
+use crate::cli::Global;
+
+/// A mistake on the command line: exit status 2.
+#[derive(Debug, thiserror::Error)]
+#[error("{0}")]
+pub struct Usage(pub String);
+
+/// Words on standard error, more of them with `-v`.
+pub fn logging(verbose: u8) {
+    let level = match verbose {
+        0 => "warn",
+        1 => "info",
+        _ => "debug",
+    };
+    let _ = tracing_subscriber::fmt()
+        .with_env_filter(tracing_subscriber::EnvFilter::new(level))
+        .with_writer(std::io::stderr)
+        .without_time()
+        .try_init();
+}
+
+/// Sizes the pool of worker threads.
+pub fn threads(n: Option<usize>) -> Result<()> {
+    let Some(n) = n else { return Ok(()) };
+    if n == 0 || n > 1024 {
+        return Err(Usage(format!("--threads {n}: give 1 to 1024")).into());
+    }
+    rayon::ThreadPoolBuilder::new().num_threads(n).build_global().context("the pool of threads")
+}
+
+/// One JSON object where asked, else words.
+pub fn print(g: &Global, json: &Value, words: impl FnOnce()) {
+    if g.json { println!("{json}") } else { words() }
+}
+
+/// Says something on standard error.
+pub fn say(text: impl AsRef<str>) {
+    eprintln!("{}", text.as_ref());
+}
+
+/// The cache directory in force.
+pub fn cache_dir(g: &Global) -> Result<PathBuf> {
+    match &g.cache_dir {
+        Some(d) => Ok(d.clone()),
+        None => lacuna_pull::default_dir().context("no home directory is known; give --cache-dir"),
+    }
+}
+
+/// Brings a model's files here.
+pub fn pull(g: &Global, model: &str) -> Result<lacuna_pull::Pulled> {
+    let reference = ModelRef::parse(model)?;
+    let options = lacuna_pull::Options {
+        cache_dir: g.cache_dir.clone(),
+        offline: g.offline,
+        token: None,
+        progress: Arc::new(PullBar(Mutex::new(None))),
+    };
+    Ok(lacuna_pull::pull(&reference, &options)?)
+}
+
+/// A model opened for work.
+pub struct Model {
+    /// As the user named it.
+    pub name: String,
+    /// Its file or directory.
+    pub path: PathBuf,
+    /// Weights and network.
+    pub checkpoint: Checkpoint,
+}
+
+impl Model {
+    /// Its tokenizer, wherever the checkpoint keeps it.
+    pub fn tokenizer(&self) -> Result<Tokenizer> {
+        let made = match self.checkpoint.metadata() {
+            Some(m) => Tokenizer::from_gguf(m),
+            None => Tokenizer::from_dir(self.checkpoint.dir()),
+        };
+        made.with_context(|| format!("the tokenizer of {}", self.name))
+    }
+
+    /// Its chat template.
+    pub fn template(&self) -> Result<ChatTemplate> {
+        let made = match self.checkpoint.metadata() {
+            Some(m) => {
+                ChatTemplate::from_gguf(m.get_str("tokenizer.chat_template").map_err(|e| anyhow::anyhow!(e.what))?)
+            }
+            None => ChatTemplate::from_dir(self.checkpoint.dir()),
+        };
+        made.with_context(|| format!("the chat template of {}", self.name))
+    }
+
+    /// The engine that runs it.
+    pub fn engine(&self) -> Result<Engine> {
+        let bar = bar(0, "loading");
+        let progress = |done: usize, all: usize| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        };
+        let decoder = Decoder::load(&self.checkpoint, &LoadOptions { progress: Some(&progress) })?;
+        bar.finish_and_clear();
+        Ok(Engine::new(decoder))
+    }
+}
+
+/// Pulls if need be, and opens. What makes the model differ from its source is said.
+pub fn open(g: &Global, model: &str) -> Result<Model> {
+    let pulled = pull(g, model)?;
+    let checkpoint = lacuna_checkpoint::open(&pulled.path)?;
+    if let Some(p) = checkpoint.packed().filter(|p| !p.approximations.is_empty()) {
+        say(format!("{model} differs from its source: {}", p.approximations.join("; ")));
+    }
+    Ok(Model { name: model.to_owned(), path: pulled.path, checkpoint })
+}
+
+/// A text file whole, its lines ended by LF alone, with an error that names it.
+pub fn read_text(path: &Path) -> Result<String> {
+    let text =
+        std::fs::read_to_string(path).with_context(|| format!("{}: cannot be read as UTF-8 text", path.display()))?;
+    // Line ends as everywhere else in this field: perplexities of a file must not depend on the system that wrote it.
+    Ok(lacuna_eval::normal_lines(&text))
+}
+
+/// A size as people write it, if given.
+pub fn size(text: Option<&str>) -> Result<Option<u64>> {
+    text.map(|t| lacuna_base::units::parse_bytes(t).map_err(|e| Usage(e).into())).transpose()
+}
+
+/// A bar on a terminal, nothing elsewhere.
+pub fn bar(total: u64, name: &str) -> ProgressBar {
+    let bar = ProgressBar::with_draw_target(Some(total), ProgressDrawTarget::stderr());
+    let style = ProgressStyle::with_template("{prefix:<28} {wide_bar} {pos}/{len} {elapsed} {msg}");
+    bar.set_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()));
+    bar.set_prefix(name.to_owned());
+    bar.enable_steady_tick(Duration::from_millis(500));
+    bar
+}
+
+/// Draws what `pull` does.
+struct PullBar(Mutex<Option<ProgressBar>>);
+
+impl lacuna_pull::Progress for PullBar {
+    fn started(&self, name: &str, total: Option<u64>) {
+        let bar = ProgressBar::with_draw_target(total, ProgressDrawTarget::stderr());
+        let template = if total.is_some() {
+            "{prefix:<28} {wide_bar} {bytes}/{total_bytes} {binary_bytes_per_sec}"
+        } else {
+            "{prefix:<28} {spinner} {bytes} {elapsed}"
+        };
+        bar.set_style(ProgressStyle::with_template(template).unwrap_or_else(|_| ProgressStyle::default_bar()));
+        bar.set_prefix(name.to_owned());
+        bar.enable_steady_tick(Duration::from_millis(500));
+        if let Ok(mut slot) = self.0.lock() {
+            *slot = Some(bar);
+        }
+    }
+
+    fn advanced(&self, bytes: u64) {
+        if let Ok(slot) = self.0.lock()
+            && let Some(bar) = slot.as_ref()
+        {
+            bar.inc(bytes);
+        }
+    }
+
+    fn finished(&self) {
+        if let Ok(mut slot) = self.0.lock()
+            && let Some(bar) = slot.take()
+        {
+            bar.finish_and_clear();
+        }
+    }
+}
+
+/// Draws what a compression does.
+#[derive(Default)]
+pub struct CompressBar(Option<ProgressBar>);
+
+impl lacuna_compress::Progress for CompressBar {
+    fn phase(&mut self, name: &str, total: u64) {
+        if let Some(b) = self.0.take() {
+            b.finish_and_clear();
+        }
+        self.0 = Some(bar(total, name));
+    }
+
+    fn step(&mut self, done: u64, what: &str) {
+        if let Some(b) = &self.0 {
+            b.set_position(done);
+            b.set_message(what.to_owned());
+            if b.length() == Some(done) {
+                b.finish_and_clear();
+            }
+        }
+    }
+}
+
+/// The sampling that flags ask for.
+pub fn sampling(s: &crate::cli::Sampling) -> lacuna_run::Sampling {
+    lacuna_run::Sampling {
+        temperature: s.temp,
+        top_k: s.top_k,
+        top_p: s.top_p,
+        min_p: s.min_p,
+        repetition_penalty: s.repeat_penalty,
+        seed: s.seed,
+    }
+}

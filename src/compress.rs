@@ -1,0 +1,272 @@
+//! `compress`: recipe in, smaller model and honest report out.
+
+use std::path::{Path, PathBuf};
+use std::process::ExitCode;
+use std::time::Instant;
+
+use lacuna_base::units::show_bytes;
+use lacuna_checkpoint::Tokenizer;
+use lacuna_compress::{Options, Outcomes, Recipe, compress, memory};
+use lacuna_eval::{CALIBRATION, Eval, HELD_OUT, Judged, Room, Table};
+use lacuna_format::Weights;
+use lacuna_judge::{Bench, Measured, Verdict, baselines, judge, time_decode};
+use serde_json::{Value, json};
+
+use crate::cli::{self, Gate, Global};
+use crate::common::{self, CompressBar, Model, Usage};
+use crate::{recipes, report};
+
+/// Alternating runs of each model that is timed.
+const ROUNDS: usize = 5;
+/// Tokens of a timed run.
+const TIMED_TOKENS: usize = 48;
+
+/// What a compression came to.
+pub struct Done {
+    /// The walk's own account.
+    pub outcomes: Outcomes,
+    /// Held-out quality beside the dense model, unless judging was off.
+    pub judged: Option<Judged>,
+    /// The result's numbers.
+    pub measured: Option<Measured>,
+    /// The gate's word.
+    pub verdict: Option<Verdict>,
+    /// Bytes of the source's tensors, and of all as f16.
+    pub source_bytes: u64,
+    /// Two bytes a parameter.
+    pub bytes_f16: u64,
+    /// Parameters.
+    pub parameters: u64,
+    /// Wall time.
+    pub seconds: f64,
+}
+
+/// Runs the verb.
+pub fn run(g: &Global, a: &cli::Compress) -> anyhow::Result<ExitCode> {
+    let source = common::open(g, &a.model)?;
+    let done = work(g, a, &source)?;
+    let json = to_json(a, &done);
+    common::print(g, &json, || print!("{}", words(&done)));
+    if let Some(path) = &a.report {
+        report::write(path, &a.model, &a.recipe, &done, &[])?;
+        common::say(format!("report: {}", path.display()));
+    }
+    let pays = done.verdict.as_ref().is_none_or(|v| v.pays);
+    Ok(if pays || a.accept { ExitCode::SUCCESS } else { ExitCode::from(3) })
+}
+
+/// A text's tokens, from a file or the one carried along.
+fn tokens_of(tokenizer: &Tokenizer, path: Option<&Path>, carried: &str) -> anyhow::Result<Vec<u32>> {
+    let text = match path {
+        Some(p) => common::read_text(p)?,
+        None => carried.to_owned(),
+    };
+    Ok(tokenizer.encode(&text, false)?)
+}
+
+/// Everything but the printing.
+pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Done> {
+    let start = Instant::now();
+    let max_ram = common::size(a.max_ram.as_deref())?;
+    let registry = lacuna_methods::registry();
+    let mut sets = a.sets.clone();
+    let flags = [("samples", a.samples.map(|n| n as u64)), ("seq_len", a.seq_len.map(|n| n as u64)), ("seed", a.seed)];
+    sets.extend(flags.iter().filter_map(|(k, v)| v.map(|v| format!("calibration.{k}={v}"))));
+    let recipe = Recipe::parse(&recipes::text(&a.recipe)?, &registry, &sets)
+        .map_err(|e| Usage(format!("recipe {}: {e}", a.recipe)))?;
+    if a.ctx < 2 || a.ctx > source.checkpoint.spec().context {
+        return Err(Usage(format!("--ctx {}: give 2 to {}", a.ctx, source.checkpoint.spec().context)).into());
+    }
+    let tokenizer = source.tokenizer()?;
+    // A model made with BOS in front of every text is calibrated and judged so, too.
+    let bos = wants_bos(&tokenizer)?;
+    let calibration = tokens_of(&tokenizer, a.calibration.as_deref(), CALIBRATION)?;
+    let held_out = tokens_of(&tokenizer, a.eval.as_deref(), HELD_OUT)?;
+    let options = Options {
+        out: &a.out,
+        overwrite: a.overwrite,
+        resume: a.resume,
+        max_ram,
+        bos,
+        source: json!({ "model": source.name, "bytes": source.checkpoint.source_bytes() }),
+    };
+    plan(source, &recipe);
+    drop(tokenizer);
+    let mut bar = CompressBar::default();
+    let outcomes = compress(&source.checkpoint, &calibration, &recipe, &options, &mut bar)?;
+    for n in &outcomes.notes {
+        common::say(format!("note: {n}"));
+    }
+    let source_bytes = outcomes.tensors.iter().map(|t| t.bytes_before).sum();
+    let parameters: u64 = source.checkpoint.spec().parameters();
+    let mut done = Done {
+        outcomes,
+        judged: None,
+        measured: None,
+        verdict: None,
+        source_bytes,
+        bytes_f16: 2 * parameters,
+        parameters,
+        seconds: 0.0,
+    };
+    if a.gate != Gate::Off {
+        let bars = common::bar(0, "judging");
+        let progress = |at: usize, all: usize| {
+            bars.set_length(all as u64);
+            bars.set_position(at as u64);
+        };
+        let room = Room { max_ram, scratch: None };
+        let eval = Eval { ctx: a.ctx, windows: Some(a.windows), bos, room, progress: Some(&progress) };
+        let result = lacuna_checkpoint::open(&done.outcomes.path)?;
+        let mut reference = eval.reference(&held_out, &source.checkpoint)?;
+        let judged = eval.against(&result, &mut reference)?;
+        drop(reference);
+        bars.finish_and_clear();
+        let cache = common::cache_dir(g)?;
+        let bench = Bench {
+            source: &source.checkpoint,
+            registry: &registry,
+            cache: &cache,
+            held_out: &held_out,
+            calibration: &calibration,
+            eval: &Eval { progress: None, ..eval.clone() },
+            max_ram,
+        };
+        let mut others = baselines(&bench, &mut bar)?;
+        let mut measured = Measured {
+            name: "result".into(),
+            bytes: done.outcomes.bytes,
+            loss: judged.nll,
+            ppl: judged.ppl,
+            speed: None,
+        };
+        if a.gate == Gate::Full {
+            time(&mut measured, &result, &mut others)?;
+        }
+        let list: Vec<Measured> = others.into_iter().map(|b| b.measured).collect();
+        done.verdict = Some(judge(&measured, &list));
+        done.judged = Some(judged);
+        done.measured = Some(measured);
+    }
+    done.seconds = start.elapsed().as_secs_f64();
+    Ok(done)
+}
+
+/// Times the result beside every baseline that competes with it; the others cannot change the verdict.
+fn time(measured: &mut Measured, result: &dyn Weights, others: &mut [lacuna_judge::Baseline]) -> anyhow::Result<()> {
+    let competes = |b: &lacuna_judge::Baseline| b.measured.loss <= measured.loss + lacuna_judge::LOSS_SLACK;
+    let rivals: Vec<(usize, PathBuf)> = others
+        .iter()
+        .enumerate()
+        .filter(|(_, b)| competes(b))
+        .filter_map(|(i, b)| b.path.clone().map(|p| (i, p)))
+        .collect();
+    let opened = rivals.iter().map(|(_, p)| Ok(lacuna_checkpoint::open(p)?)).collect::<anyhow::Result<Vec<_>>>()?;
+    let mut models: Vec<&dyn Weights> = vec![result];
+    models.extend(opened.iter().map(|c| c as &dyn Weights));
+    let bar = common::bar(ROUNDS as u64, "timing in turn");
+    let speeds = time_decode(&models, ROUNDS, TIMED_TOKENS, |r| bar.set_position(r as u64))?;
+    bar.finish_and_clear();
+    measured.speed = speeds.first().copied().flatten();
+    for ((i, _), speed) in rivals.iter().zip(&speeds[1..]) {
+        others[*i].measured.speed = *speed;
+    }
+    Ok(())
+}
+
+/// Whether the model's own tokenizer puts BOS before a text, and which token that is.
+pub fn wants_bos(tokenizer: &Tokenizer) -> anyhow::Result<Option<u32>> {
+    let first = tokenizer.encode("a", true)?.first().copied();
+    Ok(tokenizer.bos().filter(|b| first == Some(*b)))
+}
+
+/// Says beforehand what the recipe will come to, as far as arithmetic knows.
+fn plan(source: &Model, recipe: &Recipe) {
+    let p = lacuna_compress::predict(source.checkpoint.spec(), recipe);
+    common::say(format!(
+        "plan: {} matrices touched, about {} of {} at 16 bits ({:.2} bits a weight); what no step touches keeps its bytes",
+        p.matrices,
+        show_bytes(p.bytes),
+        show_bytes(2 * p.parameters),
+        8.0 * p.bytes as f64 / p.parameters.max(1) as f64
+    ));
+}
+
+fn to_json(a: &cli::Compress, d: &Done) -> Value {
+    json!({
+        "model": a.model, "recipe": a.recipe, "out": d.outcomes.path, "source_bytes": d.source_bytes, "bytes_f16": d.bytes_f16,
+        "bytes_after": d.outcomes.bytes, "bits_per_weight": 8.0 * d.outcomes.bytes as f64 / d.parameters.max(1) as f64,
+        "ppl_dense": d.judged.as_ref().and_then(|j| j.against.as_ref()).map(|x| x.ppl_dense),
+        "ppl": d.judged.as_ref().map(|j| j.ppl),
+        "kl_mean": d.judged.as_ref().and_then(|j| j.against.as_ref()).map(|x| x.kl_mean),
+        "top1_agree": d.judged.as_ref().and_then(|j| j.against.as_ref()).map(|x| x.top1_agree),
+        "decode_tok_s": d.measured.as_ref().and_then(|m| m.speed).map(|s| s.median),
+        "baselines": d.verdict.as_ref().map(|v| &v.against), "pays": d.verdict.as_ref().map(|v| v.pays),
+        "calibration": { "samples": d.outcomes.calibration.0, "seq_len": d.outcomes.calibration.1 },
+        "notes": d.outcomes.notes, "tensors": d.outcomes.tensors, "seconds": d.seconds, "peak_rss_bytes": memory::peak(),
+    })
+}
+
+/// The comparison as a table.
+pub fn table(d: &Done) -> Table {
+    let mut t = Table::new(["", "size", "bits/weight", "perplexity", "decode tok/s", "verdict"]);
+    let mut row = |m: &Measured, why: &str| {
+        t.row([
+            m.name.clone(),
+            show_bytes(m.bytes),
+            format!("{:.2}", 8.0 * m.bytes as f64 / d.parameters.max(1) as f64),
+            if m.ppl < 1e5 { format!("{:.2}", m.ppl) } else { format!("{:.2e}", m.ppl) },
+            m.speed.map_or_else(String::new, |s| format!("{:.1} ±{:.0}%", s.median, 50.0 * s.spread)),
+            why.to_owned(),
+        ]);
+    };
+    if let (Some(m), Some(v)) = (&d.measured, &d.verdict) {
+        row(m, if v.pays { "pays" } else { "does not pay" });
+        for a in &v.against {
+            row(&a.baseline, &a.why);
+        }
+    }
+    t
+}
+
+/// The result in words.
+pub fn words(d: &Done) -> String {
+    let mut out = format!(
+        "{}: {} -> {} ({:.2} bits a weight), {:.0} s\n",
+        d.outcomes.path.display(),
+        show_bytes(d.source_bytes),
+        show_bytes(d.outcomes.bytes),
+        8.0 * d.outcomes.bytes as f64 / d.parameters.max(1) as f64,
+        d.seconds
+    );
+    if let Some(j) = &d.judged {
+        if let Some(x) = &j.against {
+            out += &format!(
+                "held-out perplexity {:.3} (dense {:.3}), KL {:.4} nats a token, same first choice {:.1}%\n\n",
+                j.ppl,
+                x.ppl_dense,
+                x.kl_mean,
+                100.0 * x.top1_agree
+            );
+        }
+        out += &table(d).text();
+    }
+    if let Some(v) = &d.verdict {
+        let beaten_by: Vec<&str> =
+            v.against.iter().filter(|a| a.competes && !a.beaten).map(|a| a.baseline.name.as_str()).collect();
+        out += &if v.pays {
+            "\nIt pays: smaller or faster than every baseline that is as good.\n".to_owned()
+        } else {
+            format!("\nIt does not pay: take {} instead.\n", beaten_by.first().copied().unwrap_or("the source"))
+        };
+        if source_is_coarse(d) {
+            out += "The source itself has under 9 bits a weight: comparisons with low-bit rounding on it are weak evidence.\n";
+        }
+    }
+    out
+}
+
+/// Whether the source is itself rounded to few bits.
+pub fn source_is_coarse(d: &Done) -> bool {
+    8.0 * d.source_bytes as f64 / (d.parameters.max(1) as f64) < 9.0
+}

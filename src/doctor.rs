@@ -1,0 +1,54 @@
+//! `doctor`: this machine.
+
+use std::collections::BTreeMap;
+use std::process::ExitCode;
+
+use lacuna_kernels::{Isa, table};
+use serde_json::json;
+
+use crate::cli::Global;
+use crate::common;
+
+/// Bytes streamed to measure bandwidth: far beyond any cache.
+const STREAM_BYTES: usize = 512 << 20;
+
+/// Runs the verb.
+pub fn run(g: &Global) -> anyhow::Result<ExitCode> {
+    let features = table::features();
+    let threads = rayon::current_num_threads();
+    let bandwidth = lacuna_judge::bandwidth(STREAM_BYTES);
+    let mut ops: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
+    for r in table::chosen() {
+        let codecs = ops.entry(r.op).or_default();
+        if !codecs.contains(&r.codec) {
+            codecs.push(r.codec);
+        }
+    }
+    let has: BTreeMap<_, _> = features.iter().copied().collect();
+    let out = json!({
+        "os": std::env::consts::OS, "arch": std::env::consts::ARCH, "isa": Isa::best().name(), "features": has,
+        "threads": threads, "read_bytes_per_second": bandwidth, "kernels": ops, "gpu": null,
+    });
+    common::print(g, &out, || {
+        println!("processor    {} {}", std::env::consts::OS, std::env::consts::ARCH);
+        let yes: Vec<_> = features.iter().filter(|f| f.1).map(|f| f.0).collect();
+        let no: Vec<_> = features.iter().filter(|f| !f.1).map(|f| f.0).collect();
+        println!(
+            "features     {}{}",
+            yes.join(" "),
+            if no.is_empty() { String::new() } else { format!("  (not: {})", no.join(" ")) }
+        );
+        println!("kernels      {}: the widest instruction set that this processor has", Isa::best().name());
+        for (op, codecs) in &ops {
+            println!("  {op:<12} {}", codecs.join(", "));
+        }
+        println!("threads      {threads}");
+        println!(
+            "memory       {:.1} GB/s read by all threads (best of 5 streams over {} MB)",
+            bandwidth / 1e9,
+            STREAM_BYTES >> 20
+        );
+        println!("gpu          not used by this version");
+    });
+    Ok(ExitCode::SUCCESS)
+}

@@ -1,0 +1,133 @@
+//! `eval`: perplexity, divergence, tasks.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use anyhow::Context;
+use lacuna_eval::{Eval, HELD_OUT, Room, Table, tasks};
+use lacuna_format::Weights;
+use lacuna_spec::Spec;
+use serde_json::{Map, Value, json};
+
+use crate::cli::{self, Global};
+use crate::common::{self, Usage};
+
+/// Runs the verb.
+pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
+    let start = Instant::now();
+    let m = common::open(g, &a.model)?;
+    let tokenizer = m.tokenizer()?;
+    let room = Room { max_ram: common::size(a.max_ram.as_deref())?, scratch: None };
+    let bos = match (a.bos, tokenizer.bos()) {
+        (false, _) => None,
+        (true, Some(b)) => Some(b),
+        (true, None) => return Err(Usage(format!("--bos: {} has no BOS token", a.model)).into()),
+    };
+    let mut out = Map::new();
+    out.insert("model".into(), json!(a.model));
+    let mut table = Table::new(["", ""]);
+    if a.text.is_some() || a.tasks.is_empty() {
+        let text = match &a.text {
+            Some(p) => common::read_text(p)?,
+            None => HELD_OUT.to_owned(),
+        };
+        let tokens = tokenizer.encode(&text, false)?;
+        let bar = common::bar(0, "evaluating");
+        let progress = |done: usize, all: usize| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        };
+        let eval = Eval {
+            ctx: ctx(m.checkpoint.spec(), a.ctx)?,
+            windows: a.windows,
+            bos,
+            room: room.clone(),
+            progress: Some(&progress),
+        };
+        let judged = match &a.against {
+            None => eval.judge(&tokens, &m.checkpoint)?,
+            Some(dense) => {
+                let d = common::open(g, dense)?;
+                same_vocabulary(m.checkpoint.spec(), d.checkpoint.spec())?;
+                let mut reference = eval.reference(&tokens, &d.checkpoint)?;
+                eval.against(&m.checkpoint, &mut reference)?
+            }
+        };
+        bar.finish_and_clear();
+        out.extend([
+            ("ppl".to_owned(), json!(judged.ppl)),
+            ("nll".to_owned(), json!(judged.nll)),
+            ("tokens".to_owned(), json!(judged.tokens)),
+            ("ctx".to_owned(), json!(judged.ctx)),
+            ("windows".to_owned(), json!(judged.windows)),
+            ("bos".to_owned(), json!(bos)),
+        ]);
+        table.row(["perplexity".to_owned(), format!("{:.4}", judged.ppl)]);
+        table.row(["loss".to_owned(), format!("{:.5} nats a token", judged.nll)]);
+        table.row(["tokens".to_owned(), format!("{} in {} windows of {}", judged.tokens, judged.windows, judged.ctx)]);
+        if let Some(x) = &judged.against {
+            out.extend([
+                ("kl_mean".to_owned(), json!(x.kl_mean)),
+                ("top1_agree".to_owned(), json!(x.top1_agree)),
+                ("ppl_dense".to_owned(), json!(x.ppl_dense)),
+            ]);
+            table.row(["perplexity of the dense model".to_owned(), format!("{:.4}", x.ppl_dense)]);
+            table.row(["KL(dense || model)".to_owned(), format!("{:.5} nats a token", x.kl_mean)]);
+            table.row(["same first choice".to_owned(), format!("{:.2}%", 100.0 * x.top1_agree)]);
+        }
+    }
+    let mut results = Vec::new();
+    for path in &a.tasks {
+        let mut text = common::read_text(path)?;
+        if let Some(n) = a.limit {
+            text = text.lines().take(n).flat_map(|l| [l, "\n"]).collect();
+        }
+        let encode = |t: &str| tokenizer.encode(t, false).map_err(|e| e.to_string());
+        let bar = common::bar(0, "task");
+        let progress = |done: usize, all: usize| {
+            bar.set_length(all as u64);
+            bar.set_position(done as u64);
+        };
+        let exam =
+            tasks::Exam { bos, ctx: Some(m.checkpoint.spec().context), room: room.clone(), progress: Some(&progress) };
+        let r = exam.run(&text, &encode, &m.checkpoint).with_context(|| format!("{}", path.display()))?;
+        bar.finish_and_clear();
+        let name = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
+        let cell = |x: Option<f64>| x.map_or_else(String::new, |x| format!("{:.2}%", 100.0 * x));
+        let measures = &r.measures;
+        let mut words = format!("{} of {} items", cell(measures.acc), r.items);
+        if measures.acc_norm.is_some() {
+            words += &format!(", {} by length", cell(measures.acc_norm));
+        }
+        table.row([name.clone(), words]);
+        if a.tasks.len() == 1 {
+            out.insert("acc".into(), json!(measures.acc));
+            out.insert("acc_norm".into(), json!(measures.acc_norm));
+        }
+        let mut row = serde_json::to_value(&r)?;
+        row["task"] = Value::String(name);
+        results.push(row);
+    }
+    if !results.is_empty() {
+        out.insert("tasks".into(), Value::Array(results));
+    }
+    out.insert("seconds".into(), json!(start.elapsed().as_secs_f64()));
+    out.insert("peak_rss_bytes".into(), json!(lacuna_compress::memory::peak()));
+    common::print(g, &Value::Object(out), || print!("{}", table.text()));
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The window, refused where the model cannot see that far.
+fn ctx(spec: &Spec, ctx: usize) -> anyhow::Result<usize> {
+    if ctx < 2 || ctx > spec.context {
+        return Err(Usage(format!("--ctx {ctx}: give 2 to {}, the model's context", spec.context)).into());
+    }
+    Ok(ctx)
+}
+
+fn same_vocabulary(a: &Spec, b: &Spec) -> anyhow::Result<()> {
+    if a.vocab != b.vocab {
+        return Err(Usage(format!("vocabularies of {} and {} tokens cannot be compared", a.vocab, b.vocab)).into());
+    }
+    Ok(())
+}

@@ -1,0 +1,82 @@
+//! `generate`: continue a text.
+
+use std::io::{Read, Write};
+use std::ops::ControlFlow;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use lacuna_checkpoint::{Message, Tokenizer};
+use lacuna_run::{Engine, Generated, Generation};
+use serde_json::json;
+
+use crate::cli::{Generate, Global};
+use crate::common::{self, Model};
+
+/// Runs the verb.
+pub fn run(g: &Global, a: &Generate) -> anyhow::Result<ExitCode> {
+    let m = common::open(g, &a.model)?;
+    let tokenizer = m.tokenizer()?;
+    let mut prompt = a.prompt.clone();
+    if prompt == "-" {
+        prompt.clear();
+        std::io::stdin().read_to_string(&mut prompt).context("standard input")?;
+    }
+    let engine = m.engine()?;
+    let tokens = prompt_tokens(&m, &tokenizer, &prompt, a.chat)?;
+    let generation = Generation {
+        prompt: tokens,
+        max_tokens: a.n,
+        stop: a.sampling.stop.clone(),
+        sampling: common::sampling(&a.sampling),
+        ignore_end: false,
+    };
+    if !g.json && !a.chat {
+        print!("{prompt}");
+    }
+    let done = stream(&engine, &tokenizer, &generation, !g.json)?;
+    let out = json!({
+        "text": done.text, "tokens": done.stats.tokens, "token_ids": done.tokens, "prompt_tokens": done.stats.prompt_tokens,
+        "prefill_tok_s": done.stats.prefill_tok_s, "decode_tok_s": done.stats.decode_tok_s, "stop": done.stats.stop,
+        "peak_rss_bytes": lacuna_compress::memory::peak(),
+    });
+    common::print(g, &out, || println!());
+    if !g.json {
+        tell(&done);
+    }
+    Ok(ExitCode::SUCCESS)
+}
+
+/// The prompt's tokens: the text, behind BOS where the model wants one; or the chat template's rendering of it.
+pub fn prompt_tokens(m: &Model, tokenizer: &Tokenizer, prompt: &str, chat: bool) -> anyhow::Result<Vec<u32>> {
+    if chat {
+        let text = |id: Option<u32>| id.and_then(|i| tokenizer.token_text(i)).unwrap_or_default().to_owned();
+        let messages = [Message::new("user", prompt)];
+        let rendered = m.template()?.render(&messages, true, &text(tokenizer.bos()), &text(tokenizer.eos()), None)?;
+        return Ok(tokenizer.encode(&rendered, false)?);
+    }
+    Ok(tokenizer.encode(prompt, true)?)
+}
+
+/// Generates, printing as it comes.
+pub fn stream(engine: &Engine, tokenizer: &Tokenizer, g: &Generation, show: bool) -> anyhow::Result<Generated> {
+    let mut out = std::io::stdout();
+    let mut on_text = |t: &str| {
+        // A reader that went away ends the generation.
+        if show && (out.write_all(t.as_bytes()).is_err() || out.flush().is_err()) {
+            return ControlFlow::Break(());
+        }
+        ControlFlow::Continue(())
+    };
+    let mut seq = engine.sequence();
+    Ok(engine.generate(&mut seq, tokenizer, g, &mut on_text)?)
+}
+
+/// Counts and speeds, in words.
+pub fn tell(done: &Generated) {
+    let s = &done.stats;
+    let decode = s.decode_tok_s.map_or_else(String::new, |x| format!(", {x:.1} tok/s written"));
+    common::say(format!(
+        "[{} tokens read at {:.0} tok/s, {} tokens{decode}]",
+        s.prompt_tokens, s.prefill_tok_s, s.tokens
+    ));
+}

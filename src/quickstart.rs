@@ -1,0 +1,85 @@
+//! `quickstart`: the whole story in one command.
+
+use std::process::ExitCode;
+use std::time::Instant;
+
+use lacuna_run::{Generation, Sampling};
+use serde_json::json;
+
+use crate::cli::{Compress, Gate, Global, Quickstart};
+use crate::common::{self, Model};
+use crate::{compress, generate, report};
+
+/// What both models are asked.
+const PROMPT: &str = "Explain in two sentences why the sky is blue.";
+
+/// Runs the verb. Whatever the verdict, a finished story exits with 0.
+pub fn run(g: &Global, a: &Quickstart) -> anyhow::Result<ExitCode> {
+    let start = Instant::now();
+    common::say(format!("1. pulling {}", a.model));
+    let source = common::open(g, &a.model)?;
+    let recipe = a.recipe.clone().unwrap_or_else(|| "default".into());
+    common::say(format!(
+        "2. compressing by the recipe '{recipe}', then judging on held-out text beside plain rounding"
+    ));
+    let args = Compress {
+        model: a.model.clone(),
+        recipe: recipe.clone(),
+        out: a.out.clone(),
+        sets: Vec::new(),
+        calibration: None,
+        samples: None,
+        seq_len: None,
+        seed: None,
+        eval: None,
+        ctx: 512,
+        windows: 8,
+        gate: Gate::Full,
+        max_ram: None,
+        resume: false,
+        overwrite: true,
+        accept: true,
+        report: None,
+    };
+    let done = compress::work(g, &args, &source)?;
+    if !g.json {
+        print!("{}", compress::words(&done));
+    }
+    common::say("3. the same prompt, dense and compressed");
+    let mut samples = Vec::new();
+    let result = Model {
+        name: a.out.display().to_string(),
+        path: done.outcomes.path.clone(),
+        checkpoint: lacuna_checkpoint::open(&done.outcomes.path)?,
+    };
+    for (who, model) in [("dense", &source), ("compressed", &result)] {
+        let (tokenizer, engine) = (model.tokenizer()?, model.engine()?);
+        let chat = model.template().is_ok();
+        let generation = Generation {
+            prompt: generate::prompt_tokens(model, &tokenizer, PROMPT, chat)?,
+            max_tokens: 64,
+            stop: Vec::new(),
+            sampling: Sampling::default(),
+            ignore_end: false,
+        };
+        let said = generate::stream(&engine, &tokenizer, &generation, false)?;
+        if !g.json {
+            println!("\n{who}: {}", said.text.trim());
+        }
+        generate::tell(&said);
+        samples.push((who.to_owned(), PROMPT.to_owned(), said.text));
+    }
+    report::write(&a.report, &a.model, &recipe, &done, &samples)?;
+    let out = json!({
+        "model": a.model, "out": done.outcomes.path, "report": a.report, "source_bytes": done.source_bytes,
+        "bytes_after": done.outcomes.bytes, "ppl": done.judged.as_ref().map(|j| j.ppl),
+        "pays": done.verdict.as_ref().map(|v| v.pays), "baselines": done.verdict.as_ref().map(|v| &v.against),
+        "samples": samples.iter().map(|(who, _, text)| json!({ "who": who, "text": text })).collect::<Vec<_>>(),
+        "seconds": start.elapsed().as_secs_f64(),
+    });
+    common::print(g, &out, || {
+        println!("\nreport: {}", a.report.display());
+        println!("model:  {}   (try: lacuna chat {})", a.out.display(), a.out.display());
+    });
+    Ok(ExitCode::SUCCESS)
+}
