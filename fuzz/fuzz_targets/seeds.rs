@@ -1,0 +1,145 @@
+//! Writes small valid inputs of every kind into `corpus/`, so that fuzzing starts beyond the first check.
+
+use std::fs;
+use std::path::Path;
+
+use lacuna_checkpoint::{PackedWriter, open};
+use lacuna_format::{Float, Group, Integers, Mask, PatternKind, ScaleCodec, Stored, Weights, pack_float, pack_integers};
+use serde_json::{Value, json};
+
+type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
+
+fn main() -> Result<()> {
+    let here = Path::new(env!("CARGO_MANIFEST_DIR"));
+    let corpus = here.join("corpus");
+    let tiny = here.join("../tests/golden/tiny");
+    let put = |target: &str, name: &str, bytes: &[u8]| -> Result<()> {
+        fs::create_dir_all(corpus.join(target))?;
+        Ok(fs::write(corpus.join(target).join(name), bytes)?)
+    };
+    for name in ["llama_f16", "qwen2"] {
+        let dir = tiny.join(name);
+        put("safetensors", name, &fs::read(dir.join("model.safetensors"))?)?;
+        put("packed", name, &directory(&dir)?)?;
+        let out = std::env::temp_dir().join(format!("lacuna-seed-{}-{name}", std::process::id()));
+        pack(&dir, &out)?;
+        put("packed", &format!("packed_{name}"), &directory(&out)?)?;
+        fs::remove_dir_all(&out)?;
+    }
+    put("safetensors", "index", &fs::read(tiny.join("llama_sharded/model.safetensors.index.json"))?)?;
+    for model in ["gpt2", "llama"] {
+        let bytes = gguf(model);
+        put("gguf", model, &bytes)?;
+        put("tokenizer_gguf", model, &bytes)?;
+    }
+    for file in fs::read_dir(here.join("../recipes"))? {
+        let path = file?.path();
+        let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        put("recipe", &name, &fs::read(&path)?)?;
+    }
+    println!("seeds lie in {}", corpus.display());
+    Ok(())
+}
+
+/// A directory as the target `packed` reads it.
+fn directory(dir: &Path) -> Result<Vec<u8>> {
+    let config = fs::read(dir.join("config.json"))?;
+    let mut out = u32::try_from(config.len())?.to_le_bytes().to_vec();
+    out.extend(config);
+    out.extend(fs::read(dir.join("model.safetensors"))?);
+    Ok(out)
+}
+
+/// The model in `dir` with matrices in many forms.
+fn pack(dir: &Path, out: &Path) -> Result<()> {
+    let model = open(dir)?;
+    let mut writer = PackedWriter::create(out, true)?;
+    for (i, place) in model.spec().places().into_iter().enumerate() {
+        let Some(stored) = model.get(&place)? else { continue };
+        let w = stored.to_mat();
+        let (rows, cols) = (stored.rows, stored.cols);
+        let mask = Mask::from_fn(rows, cols, |r, c| (c + r / 8) % 2 == 0);
+        let float = |kind| Ok::<_, Box<dyn std::error::Error>>(pack_float(w.view(), Some(&mask), kind, Float::F16)?);
+        let piece = match i % 6 {
+            _ if rows == 1 => None,
+            0 => Some(float(PatternKind::Mask { height: 1 })?),
+            1 => Some(float(PatternKind::Nm { n: 2, m: 4 })?),
+            2 => Some(float(PatternKind::Csr)?),
+            3 => {
+                let groups = cols.div_ceil(8);
+                let integers = Integers {
+                    rows,
+                    cols,
+                    bits: 4,
+                    codes: (0..rows * cols).map(|i| (i % 16) as u8).collect(),
+                    scales: lacuna_base::Mat::from_fn(rows, groups, |_, _| 0.5),
+                    zeros: Some((0..rows * groups).map(|i| (i % 16) as u8).collect()),
+                    group: Group::Run(8),
+                };
+                Some(pack_integers(&integers, None, PatternKind::Dense, ScaleCodec::F16)?)
+            }
+            _ => None,
+        };
+        match piece {
+            Some(piece) => writer.put(&place, &Stored::from_piece(piece))?,
+            None => writer.put(&place, &stored)?,
+        }
+    }
+    writer.finish(model.spec().clone(), Value::Null, json!({ "name": "seed" }), vec![], None)?;
+    Ok(())
+}
+
+/// A GGUF file with the tokenizer of `model` and one tensor.
+fn gguf(model: &str) -> Vec<u8> {
+    fn text(out: &mut Vec<u8>, s: &str) {
+        out.extend((s.len() as u64).to_le_bytes());
+        out.extend(s.as_bytes());
+    }
+    fn key(out: &mut Vec<u8>, name: &str, kind: u32) {
+        text(out, name);
+        out.extend(kind.to_le_bytes());
+    }
+    fn list(out: &mut Vec<u8>, name: &str, kind: u32, n: usize) {
+        key(out, name, 9);
+        out.extend(kind.to_le_bytes());
+        out.extend((n as u64).to_le_bytes());
+    }
+    let mut tokens: Vec<String> = ["<unk>", "<s>", "</s>"].map(str::to_owned).into();
+    tokens.extend((0..=255u8).map(|b| format!("<0x{b:02X}>")));
+    tokens.extend(["\u{2581}", "H", "e", "l", "o", "w", "\u{120}", "He", "ll", "Hell", "Hello"].map(str::to_owned));
+    let merges = ["H e", "l l", "He ll", "Hell o"];
+    let mut out = b"GGUF".to_vec();
+    out.extend(3u32.to_le_bytes());
+    out.extend(1u64.to_le_bytes());
+    out.extend(10u64.to_le_bytes());
+    for (name, value) in [
+        ("general.architecture", "llama"),
+        ("tokenizer.ggml.model", model),
+        ("tokenizer.ggml.pre", "smollm"),
+        ("tokenizer.chat_template", "{% for m in messages %}{{ m.content }}{% endfor %}"),
+    ] {
+        key(&mut out, name, 8);
+        text(&mut out, value);
+    }
+    list(&mut out, "tokenizer.ggml.tokens", 8, tokens.len());
+    tokens.iter().for_each(|t| text(&mut out, t));
+    list(&mut out, "tokenizer.ggml.scores", 6, tokens.len());
+    (0..tokens.len()).for_each(|i| out.extend((-(i as f32)).to_le_bytes()));
+    list(&mut out, "tokenizer.ggml.token_type", 5, tokens.len());
+    (0..tokens.len()).for_each(|i| out.extend(match i { 0 => 2i32, 1 | 2 => 3, 3..=258 => 6, _ => 1 }.to_le_bytes()));
+    list(&mut out, "tokenizer.ggml.merges", 8, merges.len());
+    merges.iter().for_each(|m| text(&mut out, m));
+    for (name, id) in [("tokenizer.ggml.bos_token_id", 1u32), ("tokenizer.ggml.eos_token_id", 2)] {
+        key(&mut out, name, 4);
+        out.extend(id.to_le_bytes());
+    }
+    text(&mut out, "token_embd.weight");
+    out.extend(2u32.to_le_bytes());
+    out.extend(32u64.to_le_bytes());
+    out.extend(2u64.to_le_bytes());
+    out.extend(2u32.to_le_bytes());
+    out.extend(0u64.to_le_bytes());
+    out.resize(out.len().next_multiple_of(32), 0);
+    out.extend([0x11; 36]);
+    out
+}
