@@ -130,10 +130,10 @@ fn slow(model: &Checkpoint, tokens: &[u32], target: usize) -> (f64, bool) {
     let h = d.forward(tokens, &Batch::one(0, 0..tokens.len()), &mut kv, &mut NoTap).unwrap();
     let logits = d.logits(h.view());
     let (mut sum, mut greedy) = (0.0, true);
-    for p in tokens.len() - target..tokens.len() {
+    for (p, &next) in tokens.iter().enumerate().skip(tokens.len() - target) {
         let row: Vec<f64> = logits.row(p - 1).iter().map(|&x| f64::from(x)).collect();
-        sum += log_softmax(&row)[tokens[p] as usize];
-        greedy &= best(&row) == tokens[p] as usize;
+        sum += log_softmax(&row)[next as usize];
+        greedy &= best(&row) == next as usize;
     }
     (sum, greedy)
 }
