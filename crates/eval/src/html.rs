@@ -81,6 +81,7 @@ table{border-collapse:collapse;font-variant-numeric:tabular-nums;display:block;o
 td,th{padding:.2rem .7rem;border-bottom:1px solid var(--faint);text-align:right;white-space:nowrap}\
 td:first-child,th:first-child{text-align:left}\
 svg{width:100%;height:auto;color:var(--ink)}\
+figure{margin:1rem 0}\
 pre{white-space:pre-wrap;border-left:3px solid var(--faint);padding:.3rem 0 .3rem 1rem;overflow-wrap:anywhere}\
 .prompt{opacity:.6}";
 
@@ -110,9 +111,9 @@ impl Part {
                 let rows: String = t.rows.iter().map(|r| row(r, "td")).collect();
                 format!("<table>\n<thead>\n{}</thead>\n<tbody>\n{rows}</tbody>\n</table>\n", row(&t.head, "th"))
             }
-            Part::Layers { y, series } => figure(|area| layers(area, y, series)),
-            Part::Bars { y, bars } => figure(|area| draw_bars(area, y, bars)),
-            Part::Scatter(points) => figure(|area| scatter(area, points)),
+            Part::Layers { y, series } => figure(&legend(series), |area| layers(area, y, series)),
+            Part::Bars { y, bars } => figure("", |area| draw_bars(area, y, bars)),
+            Part::Scatter(points) => figure("Filled: the result. Hollow: baselines.", |area| scatter(area, points)),
             Part::Samples(samples) => samples
                 .iter()
                 .map(|(who, prompt, text)| {
@@ -140,13 +141,26 @@ const SERIES: [RGBColor; 6] = [
     RGBColor(110, 120, 140),
 ];
 
-fn figure(draw: impl FnOnce(&Area<'_>) -> Drawn) -> String {
+/// A drawing with a caption, which is HTML already.
+fn figure(caption: &str, draw: impl FnOnce(&Area<'_>) -> Drawn) -> String {
     let mut svg = String::new();
     let drawn = draw(&SVGBackend::with_string(&mut svg, (800, 420)).into_drawing_area());
     match drawn {
-        Ok(()) => format!("<figure>\n{}</figure>\n", svg.replace(INK_HEX, "currentColor")),
+        Ok(()) => {
+            let svg = svg.replace(INK_HEX, "currentColor");
+            format!("<figure>\n{svg}<figcaption>{caption}</figcaption>\n</figure>\n")
+        }
         Err(e) => format!("<p>This figure could not be drawn: {}</p>\n", escape(&e.to_string())),
     }
+}
+
+/// The names of series with their colours: beside the drawing, where they cover nothing.
+fn legend(series: &[(String, Vec<f64>)]) -> String {
+    let one = |(i, (name, _)): (usize, &(String, Vec<f64>))| {
+        let RGBColor(r, g, b) = SERIES[i % SERIES.len()];
+        format!("<span style=\"color:rgb({r},{g},{b})\">&#9632;</span> {} ", escape(name))
+    };
+    series.iter().enumerate().map(one).collect()
 }
 
 /// A range around finite values, a little wider than they are.
@@ -171,7 +185,7 @@ fn short(v: &f64) -> String {
 }
 
 fn text() -> TextStyle<'static> {
-    ("sans-serif", 14).into_font().color(&INK)
+    ("sans-serif", 17).into_font().color(&INK)
 }
 
 /// A chart with axes; `inside` draws into it.
@@ -205,17 +219,11 @@ fn layers(area: &Area<'_>, y: &str, series: &[(String, Vec<f64>)]) -> Drawn {
     let ys = range(series.iter().flat_map(|(_, v)| v.iter().copied()).chain([0.0]));
     let xs = (0.0, longest as f64 - 1.0);
     let mut chart = chart!(area, xs, ys, "layer", y, longest.min(16), &|v: &f64| format!("{v:.0}"));
-    for (i, (name, values)) in series.iter().enumerate() {
+    for (i, (_, values)) in series.iter().enumerate() {
         let colour = SERIES[i % SERIES.len()];
         let points = values.iter().enumerate().filter(|(_, v)| v.is_finite()).map(|(l, &v)| (l as f64, v));
         chart.draw_series(points.clone().map(|p| Circle::new(p, 3, colour.filled())))?;
-        chart
-            .draw_series(LineSeries::new(points, colour.stroke_width(2)))?
-            .label(name.clone())
-            .legend(move |(x, y)| PathElement::new([(x, y), (x + 18, y)], colour.stroke_width(2)));
-    }
-    if series.len() > 1 {
-        chart.configure_series_labels().border_style(INK.mix(0.3)).label_font(text()).draw()?;
+        chart.draw_series(LineSeries::new(points, colour.stroke_width(2)))?;
     }
     area.present().map_err(Into::into)
 }
@@ -256,7 +264,7 @@ fn scatter(area: &Area<'_>, points: &[Point]) -> Drawn {
         chart.draw_series([Circle::new(at, if p.baseline { 5 } else { 7 }, style)])?;
         let (x, mut y) = chart.backend_coord(&at);
         // A label that would cover another one moves up.
-        while taken.iter().any(|&(a, b)| (a - x).abs() < 110 && (b - y).abs() < 15) {
+        while taken.iter().any(|&(a, b)| (a - x).abs() < 130 && (b - y).abs() < 17) {
             y -= 5;
         }
         taken.push((x, y));
