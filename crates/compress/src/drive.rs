@@ -553,7 +553,7 @@ impl Walk<'_> {
                 self.through(&overlay.spec, &block, &mut x, &mut gather, false)?;
             }
             let made = if done {
-                let writer = writer.as_ref().map(|w| &**w);
+                let writer = writer.as_deref();
                 read_back(writer, &places)?
             } else {
                 self.local_steps(&local, &overlay.spec, &places, &sources, &gather)?
@@ -645,7 +645,7 @@ impl Walk<'_> {
                 Scored { scores: s, before, sparsity: ask.sparsity }
             })
             .collect();
-        let masks = select(&list, pattern, scope).map_err(|e| at_step(step, &aimed[0], MethodError::new(e)))?;
+        let masks = select(&list, pattern, scope).map_err(|e| at_step(step, aimed[0], MethodError::new(e)))?;
         drop(list);
         for ((p, _, ask), mask) in scores.iter().zip(masks) {
             if let Some(Some(m)) = work.get_mut(p) {

@@ -141,9 +141,9 @@ fn a_killed_run_resumes_to_the_same_bytes() {
     let tokens = tokens(source.spec().vocab);
     let recipe = recipe(&text);
     let out = dir.path().join("cut");
-    let killed = std::panic::catch_unwind(|| {
+    let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
         let _ = compress(&source, &tokens, &recipe, &options(&out), &mut StopAfter(1));
-    });
+    }));
     assert!(killed.is_err() && !out.exists());
     let resume = Options { resume: true, ..options(&out) };
     let other = self::recipe(&step("method = \"sparsegpt\"\nsparsity = 0.6"));
