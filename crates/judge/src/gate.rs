@@ -78,7 +78,9 @@ pub fn judge(result: &Measured, baselines: &[Measured]) -> Verdict {
 }
 
 fn compare(result: &Measured, b: &Measured) -> Against {
-    let competes = !(b.loss > result.loss + LOSS_SLACK) && b.loss.is_finite();
+    // A result whose loss is no number is worse than nobody, so everybody competes with it.
+    let worse = b.loss > result.loss + LOSS_SLACK;
+    let competes = b.loss.is_finite() && !worse;
     let smaller = 1.0 - result.bytes as f64 / b.bytes.max(1) as f64;
     let faster = match (result.speed, b.speed) {
         (Some(r), Some(o)) => {
