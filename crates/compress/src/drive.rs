@@ -4,164 +4,22 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use lacuna_base::Mat;
 use lacuna_checkpoint::{Checkpoint, PackedWriter, SaveError};
 use lacuna_contract::{Made, MethodError, Needs, Outcome, PruneAsk, Slot, Sparsity, Stats, Verb};
-use lacuna_format::{Float, FormatError, PatternKind, Stored, Term, Weights, WeightsError, pack_float};
-use lacuna_model::{Batch, Block, ContiguousKv, Embedding, ModelError, NoTap, Tap};
+use lacuna_format::{Float, FormatError, PatternKind, Stored, Term, Weights, pack_float};
+use lacuna_model::{Block, Embedding, NoTap, Tap};
 use lacuna_spec::{Part, Place, Role, Spec};
-use serde::Serialize;
 use serde_json::{Value, json};
 
+use crate::account::{CompressError, Options, Outcomes, Progress, TensorReport};
 use crate::activations::Activations;
-use crate::matrix::{Matrix, relative_error};
+use crate::matrix::Matrix;
 use crate::memory;
-use crate::recipe::{Recipe, RecipeError, Rest, Step};
+use crate::overlay::{Overlay, forward, need, nll, read_back, release_layer, report};
+use crate::recipe::{Recipe, Rest, Step};
 use crate::select::{Scored, select};
+use crate::sequences::{cut, fingerprint};
 use crate::stats::{Gather, Similarity};
-
-/// A compression that did not come to its end.
-#[derive(Debug, thiserror::Error)]
-pub enum CompressError {
-    /// The recipe cannot be followed.
-    #[error("recipe: {0}")]
-    Recipe(#[from] RecipeError),
-    /// A weight cannot be had.
-    #[error(transparent)]
-    Weights(#[from] WeightsError),
-    /// The network cannot run.
-    #[error(transparent)]
-    Model(#[from] ModelError),
-    /// The result cannot be written.
-    #[error(transparent)]
-    Save(#[from] SaveError),
-    /// A method could not answer.
-    #[error("{place}: step '{step}': {what}")]
-    Method {
-        /// The matrix.
-        place: String,
-        /// The step.
-        step: String,
-        /// What was wrong.
-        what: String,
-    },
-    /// The scratch file failed.
-    #[error("scratch file in {dir}: {source}")]
-    Scratch {
-        /// Its directory.
-        dir: String,
-        /// The system's reason.
-        source: std::io::Error,
-    },
-    /// The ceiling is below what the work needs.
-    #[error(
-        "--max-ram {asked} is below the floor of this work, {floor} (the largest block with its statistics, one sequence, and what is \
-         already in use); give at least {floor}"
-    )]
-    Memory {
-        /// The ceiling.
-        asked: String,
-        /// The least that works.
-        floor: String,
-    },
-    /// There is nothing to calibrate on.
-    #[error("the calibration text has {tokens} tokens; at least 2 are needed")]
-    NoText {
-        /// Tokens there are.
-        tokens: usize,
-    },
-}
-
-/// What the walk is told besides the recipe.
-pub struct Options<'a> {
-    /// Where the packed model goes.
-    pub out: &'a Path,
-    /// Replace what is there.
-    pub overwrite: bool,
-    /// Go on with an interrupted run.
-    pub resume: bool,
-    /// Ceiling of the whole process in bytes.
-    pub max_ram: Option<u64>,
-    /// Put before each calibration sequence (its last token then goes), for models that need it.
-    pub bos: Option<u32>,
-    /// What the model was made from, for the saved config and to recognise an interrupted run.
-    pub source: Value,
-}
-
-/// Told as the walk goes on.
-pub trait Progress {
-    /// A phase of `total` units begins.
-    fn phase(&mut self, name: &str, total: u64);
-    /// `done` units of the phase are done; `what` is at hand.
-    fn step(&mut self, done: u64, what: &str);
-}
-
-/// No progress is shown.
-pub struct Quiet;
-
-impl Progress for Quiet {
-    fn phase(&mut self, _: &str, _: u64) {}
-    fn step(&mut self, _: u64, _: &str) {}
-}
-
-/// What became of one tensor.
-#[derive(Clone, Debug, Serialize)]
-pub struct TensorReport {
-    /// Which.
-    pub place: Place,
-    /// Entries.
-    pub parameters: u64,
-    /// Bytes in the source.
-    pub bytes_before: u64,
-    /// Bytes now.
-    pub bytes_after: u64,
-    /// How it is stored now.
-    pub codec: String,
-    /// Fraction of exact zeros by pattern.
-    pub sparsity: f64,
-    /// `‖(W - W') X‖² / ‖W X‖²` on the calibration text (without its statistics: of the weights alone); absent where nothing changed.
-    pub error: Option<f64>,
-}
-
-/// What the walk leaves behind.
-pub struct Outcomes {
-    /// The packed model's directory.
-    pub path: PathBuf,
-    /// Bytes of all its tensors.
-    pub bytes: u64,
-    /// Its network.
-    pub spec: Spec,
-    /// Tensor by tensor.
-    pub tensors: Vec<TensorReport>,
-    /// Calibration sequences and their length.
-    pub calibration: (usize, usize),
-    /// Things the user should know.
-    pub notes: Vec<String>,
-}
-
-/// Weights of the source with some tensors, and perhaps the network, replaced.
-struct Overlay<'a> {
-    base: &'a dyn Weights,
-    spec: Spec,
-    new: HashMap<Place, Arc<Stored>>,
-}
-
-impl Weights for Overlay<'_> {
-    fn spec(&self) -> &Spec {
-        &self.spec
-    }
-
-    fn get(&self, place: &Place) -> Result<Option<Arc<Stored>>, WeightsError> {
-        match self.new.get(place) {
-            Some(s) => Ok(Some(s.clone())),
-            None => self.base.get(place),
-        }
-    }
-
-    fn release(&self, place: &Place) {
-        self.base.release(place);
-    }
-}
 
 /// Compresses `source` by `recipe`, calibrating on `tokens`, into a packed model at `options.out`.
 pub fn compress(
@@ -242,47 +100,6 @@ fn approximations(recipe: &Recipe) -> Vec<String> {
             format!("{} by {} on {}", s.name, s.method.card.name, targets.join(", "))
         })
         .collect()
-}
-
-fn fingerprint(sequences: &[Vec<u32>]) -> String {
-    use sha2::Digest;
-    let mut h = sha2::Sha256::new();
-    for t in sequences.iter().flatten() {
-        h.update(t.to_le_bytes());
-    }
-    h.finalize().iter().map(|b| format!("{b:02x}")).collect()
-}
-
-/// The calibration sequences: from the start of the text, or from random places for a seed other than 0.
-fn cut(
-    tokens: &[u32],
-    recipe: &Recipe,
-    bos: Option<u32>,
-    notes: &mut Vec<String>,
-) -> Result<Vec<Vec<u32>>, CompressError> {
-    let c = &recipe.calibration;
-    if tokens.len() < 2 {
-        return Err(CompressError::NoText { tokens: tokens.len() });
-    }
-    let len = c.seq_len.min(tokens.len());
-    let samples = c.samples.min(tokens.len() / len);
-    if (samples, len) != (c.samples, c.seq_len) {
-        notes.push(format!(
-            "the calibration text has {} tokens: {samples} sequences of {len} are used instead of {} of {}",
-            tokens.len(),
-            c.samples,
-            c.seq_len
-        ));
-    }
-    let mut rng = lacuna_base::Rng::new(c.seed);
-    let one = |i: usize, rng: &mut lacuna_base::Rng| {
-        let start = if c.seed == 0 { i * len } else { rng.below(tokens.len() - len + 1) };
-        match bos {
-            None => tokens[start..start + len].to_vec(),
-            Some(b) => std::iter::once(b).chain(tokens[start..start + len - 1].iter().copied()).collect(),
-        }
-    };
-    Ok((0..samples).map(|i| one(i, &mut rng)).collect())
 }
 
 /// What a step's method, and its grid, read.
@@ -700,63 +517,4 @@ impl Walk<'_> {
 
 fn at_step(step: &Step, place: impl std::fmt::Display, e: MethodError) -> CompressError {
     CompressError::Method { place: place.to_string(), step: step.name.clone(), what: e.what }
-}
-
-fn need(weights: &dyn Weights, place: &Place) -> Result<Arc<Stored>, CompressError> {
-    weights.get(place)?.ok_or_else(|| {
-        CompressError::Weights(WeightsError::Missing {
-            file: "the model".into(),
-            place: place.to_string(),
-            hint: String::new(),
-        })
-    })
-}
-
-fn read_back(writer: Option<&PackedWriter>, places: &[Place]) -> Result<Vec<(Place, Arc<Stored>)>, CompressError> {
-    let mut out = Vec::new();
-    if let Some(w) = writer {
-        for p in places {
-            if let Some(s) = w.read(p)? {
-                out.push((*p, Arc::new(s)));
-            }
-        }
-    }
-    Ok(out)
-}
-
-fn release_layer(weights: &dyn Weights, l: usize) {
-    for p in weights.spec().layer_places(l) {
-        weights.release(&p);
-    }
-}
-
-/// One sequence through one block.
-fn forward(spec: &Spec, block: &Block, x: &mut Mat, tap: &mut dyn Tap) -> Result<(), CompressError> {
-    let batch = Batch::one(0, 0..x.rows());
-    let mut kv = ContiguousKv::new(spec, 1);
-    block.forward(x, &batch, &mut kv, tap)?;
-    Ok(())
-}
-
-/// Negative log likelihood of `target`, nats.
-fn nll(logits: &[f32], target: usize) -> f64 {
-    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|x| f64::from(x - top).exp()).sum();
-    sum.ln() - f64::from(logits[target] - top)
-}
-
-fn report(place: &Place, before: &Arc<Stored>, after: &Arc<Stored>, stats: &Stats<'_>) -> TensorReport {
-    let error = (!Arc::ptr_eq(before, after) && before.terms != after.terms).then(|| {
-        let (b, a) = (before.to_mat(), after.to_mat());
-        relative_error(b.view(), a.view(), stats)
-    });
-    TensorReport {
-        place: *place,
-        parameters: before.rows as u64 * before.cols as u64,
-        bytes_before: before.bytes(),
-        bytes_after: after.bytes(),
-        codec: after.codec_name(),
-        sparsity: after.sparsity(),
-        error,
-    }
 }

@@ -4,15 +4,19 @@
 //! block: one forward of the uncompressed block gathers the statistics that the methods asked for, the block's matrices are compressed and
 //! written, and the outputs are computed anew from their stored form.
 
+mod account;
 mod activations;
 mod drive;
 mod matrix;
 pub mod memory;
+mod overlay;
 mod predict;
 mod recipe;
 mod select;
+mod sequences;
 mod stats;
 
-pub use drive::{CompressError, Options, Outcomes, Progress, Quiet, TensorReport, compress};
+pub use account::{CompressError, Options, Outcomes, Progress, Quiet, TensorReport};
+pub use drive::compress;
 pub use predict::{Prediction, predict};
 pub use recipe::{Calibration, PruneKeys, QuantizeKeys, Recipe, RecipeError, Rest, Step};

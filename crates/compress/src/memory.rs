@@ -4,8 +4,9 @@ use lacuna_base::units::show_bytes;
 use lacuna_contract::Needs;
 use lacuna_spec::{Part, Spec};
 
+use crate::account::CompressError;
 use crate::activations::Activations;
-use crate::drive::{CompressError, step_needs};
+use crate::drive::step_needs;
 use crate::recipe::Recipe;
 use crate::stats::Gather;
 
