@@ -64,8 +64,14 @@ impl Attention {
                 for task in from..to {
                     let (head, chunk) = (task / chunks, task % chunks);
                     let (first, end) = (chunk * rows, ((chunk + 1) * rows).min(q.rows()));
-                    let t = Task { p: self, q, positions, kv, layout, out: at, head, group, first, end };
-                    dispatch(isa, t);
+                    let need = (end - first) * group * (layout.padded() + KEY_BLOCK);
+                    // The scratch is lent out here and not within: a closure would be compiled without the instruction set.
+                    scratch::with(need, |buffer| {
+                        dispatch(
+                            isa,
+                            Task { p: self, q, positions, kv, layout, out: at, head, group, first, end, buffer },
+                        );
+                    });
                 }
             },
         );
@@ -90,6 +96,8 @@ struct Task<'a> {
     group: usize,
     first: usize,
     end: usize,
+    /// Room for every query's sums and one block of weights each.
+    buffer: &'a mut [f32],
 }
 
 /// A cached element.
@@ -140,43 +148,41 @@ impl State {
 impl Op for Task<'_> {
     type Out = ();
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
+    fn run<S: Simd>(mut self, s: S) {
         let (dim, padded) = (self.layout.head_dim, self.layout.padded());
         let count = (self.end - self.first) * self.group;
-        scratch::with(count * (padded + KEY_BLOCK), |buffer| {
-            let (accs, weights) = buffer.split_at_mut(count * padded);
-            accs.fill(0.0);
-            let mut states = Vec::with_capacity(count);
-            for r in self.first..self.end {
-                let high = self.positions[r];
-                let low = self.p.window.map_or(0, |w| (high + 1).saturating_sub(w));
-                for g in 0..self.group {
-                    let i = states.len();
-                    let at = (self.head * self.group + g) * dim;
-                    states.push(State {
-                        q: self.q.row(r)[at..at + dim].as_ptr(),
-                        acc: accs[i * padded..].as_mut_ptr(),
-                        weights: weights[i * KEY_BLOCK..].as_mut_ptr(),
-                        low,
-                        high,
-                        top: f32::NEG_INFINITY,
-                        sum: 0.0,
-                    });
+        let (accs, weights) = std::mem::take(&mut self.buffer).split_at_mut(count * padded);
+        accs.fill(0.0);
+        let mut states = Vec::with_capacity(count);
+        for r in self.first..self.end {
+            let high = self.positions[r];
+            let low = self.p.window.map_or(0, |w| (high + 1).saturating_sub(w));
+            for g in 0..self.group {
+                let i = states.len();
+                let at = (self.head * self.group + g) * dim;
+                states.push(State {
+                    q: self.q.row(r)[at..at + dim].as_ptr(),
+                    acc: accs[i * padded..].as_mut_ptr(),
+                    weights: weights[i * KEY_BLOCK..].as_mut_ptr(),
+                    low,
+                    high,
+                    top: f32::NEG_INFINITY,
+                    sum: 0.0,
+                });
+            }
+        }
+        // SAFETY: the states point into this buffer and into q; run_on checked that the pages hold every visible position.
+        unsafe { self.blocks(s, &mut states) };
+        for (i, state) in states.iter().enumerate() {
+            let (r, g) = (self.first + i / self.group, i % self.group);
+            for d in 0..dim {
+                // SAFETY: `out` has this row and these columns, which belong to this task alone; `acc` has `padded` values.
+                unsafe {
+                    *self.out.0.add(r * self.out.1 + (self.head * self.group + g) * dim + d) =
+                        *state.acc.add(d) / state.sum;
                 }
             }
-            // SAFETY: the states point into this buffer and into q; run_on checked that the pages hold every visible position.
-            unsafe { self.blocks(s, &mut states) };
-            for (i, state) in states.iter().enumerate() {
-                let (r, g) = (self.first + i / self.group, i % self.group);
-                for d in 0..dim {
-                    // SAFETY: `out` has this row and these columns, which belong to this task alone; `acc` has `padded` values.
-                    unsafe {
-                        *self.out.0.add(r * self.out.1 + (self.head * self.group + g) * dim + d) =
-                            *state.acc.add(d) / state.sum;
-                    }
-                }
-            }
-        });
+        }
     }
 }
 
