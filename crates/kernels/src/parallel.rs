@@ -1,23 +1,296 @@
-//! Cutting work into tasks for the current rayon pool. No result depends on the cut.
+//! Cutting work into tasks and handing them to threads that wait close by. No result depends on the cut.
+//!
+//! Decoding a token makes hundreds of calls of some microseconds each, so the hand-over must cost about one: workers look for the next call for
+//! a moment before they sleep, and the caller never waits for a worker to wake, because every task is taken from one counter and what nobody
+//! else takes, the caller does. A call while another is at work (from a second thread or from within a task) runs alone on its thread.
 
-use rayon::prelude::*;
+use std::cell::UnsafeCell;
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
+use std::sync::{Mutex, OnceLock};
+use std::thread::Thread;
+use std::time::{Duration, Instant};
 
 /// Least arithmetic (fused multiply-adds) worth a task of its own.
 const TASK: usize = 1 << 15;
+/// How long a worker looks for the next call before it sleeps: longer than the small steps between two products of a decoder.
+const LINGER: Duration = Duration::from_micros(40);
+/// Looks between two glances at the clock; after the first batch the processor is offered to others between batches.
+const LOOKS: u32 = 64;
+/// Threads at most, the caller included.
+const MOST: usize = 256;
+
+static THREADS: AtomicUsize = AtomicUsize::new(0);
+
+/// Sets how many threads a call may use, its own included, for the whole process; 0 (as at the start): as many as the current rayon pool has.
+pub fn set_threads(n: usize) {
+    THREADS.store(n.min(MOST), Ordering::Relaxed);
+}
+
+/// How many threads a call from here may use, its own included.
+pub fn threads() -> usize {
+    match THREADS.load(Ordering::Relaxed) {
+        0 => rayon::current_num_threads().clamp(1, MOST),
+        n => n,
+    }
+}
 
 /// Calls `f(from, to)` over ranges that cover `0..n`: whole multiples of `unit` (the last one aside), at most `most` long, each worth a
 /// task at `cost` multiply-adds an item.
-pub(crate) fn ranges(n: usize, unit: usize, most: usize, cost: usize, f: impl Fn(usize, usize) + Sync) {
-    let threads = rayon::current_num_threads();
+pub(crate) fn ranges<F: Fn(usize, usize) + Sync>(n: usize, unit: usize, most: usize, cost: usize, f: F) {
+    let threads = if n * cost < 4 * TASK { 1 } else { threads() };
     let least = (TASK / cost.max(1)).max(1).next_multiple_of(unit);
     // Four tasks a thread, so that one that starts late does not hold up the rest.
     let fair = if threads == 1 { n } else { n.div_ceil(4 * threads) };
     let step = fair.max(least).next_multiple_of(unit).min(most.max(unit));
     let tasks = n.div_ceil(step.max(1));
     let call = |i: usize| f(i * step, ((i + 1) * step).min(n));
-    if threads == 1 || tasks < 2 || n * cost < 4 * TASK {
+    if threads == 1 || tasks < 2 || !POOL.share(tasks, threads.min(tasks) - 1, &call) {
         (0..tasks).for_each(call);
-    } else {
-        (0..tasks).into_par_iter().with_max_len(1).for_each(call);
+    }
+}
+
+/// A call's work as workers see it: a function of a task's number, its type forgotten.
+#[derive(Clone, Copy)]
+struct Job {
+    call: unsafe fn(*const (), usize),
+    data: *const (),
+    tasks: usize,
+}
+
+/// Set in `Pool::gate` while workers may join.
+const OPEN: usize = 1 << (usize::BITS - 1);
+/// One worker more that may join.
+const TICKET: usize = 1 << 16;
+/// Workers inside.
+const INSIDE: usize = TICKET - 1;
+
+struct Pool {
+    /// A call is at work.
+    busy: AtomicBool,
+    /// Counts calls, so that workers see a new one.
+    epoch: AtomicUsize,
+    /// `OPEN`, tickets left and workers inside: joining is one exchange, so nobody can join a call that has ended.
+    gate: AtomicUsize,
+    /// The next task to take.
+    next: AtomicUsize,
+    failed: AtomicBool,
+    job: UnsafeCell<Option<Job>>,
+    workers: [OnceLock<Worker>; MOST],
+    /// Held while workers are started.
+    starting: Mutex<usize>,
+}
+
+struct Worker {
+    thread: Thread,
+    asleep: AtomicBool,
+}
+
+// SAFETY: `job` is written by the caller that holds `busy` while the gate is shut and nobody is inside, and read by those inside.
+unsafe impl Sync for Pool {}
+
+static POOL: Pool = Pool {
+    busy: AtomicBool::new(false),
+    epoch: AtomicUsize::new(0),
+    gate: AtomicUsize::new(0),
+    next: AtomicUsize::new(0),
+    failed: AtomicBool::new(false),
+    job: UnsafeCell::new(None),
+    workers: [const { OnceLock::new() }; MOST],
+    starting: Mutex::new(0),
+};
+
+/// # Safety
+/// `data` points to an `F` that lives through the call.
+unsafe fn call_of<F: Fn(usize) + Sync>(data: *const (), task: usize) {
+    // SAFETY: as the caller promises.
+    unsafe { (*data.cast::<F>())(task) }
+}
+
+/// Shuts the gate and waits for those inside, also when the caller's own task panics: the job lives on the caller's stack.
+struct Shut;
+
+impl Drop for Shut {
+    fn drop(&mut self) {
+        POOL.gate.fetch_and(INSIDE, Ordering::AcqRel);
+        let mut looks = 0u32;
+        while POOL.gate.load(Ordering::Acquire) & INSIDE != 0 {
+            looks += 1;
+            // A worker inside may have lost its core to another process: then it needs ours more than we do.
+            if looks > 2000 { std::thread::yield_now() } else { std::hint::spin_loop() }
+        }
+        POOL.busy.store(false, Ordering::Release);
+    }
+}
+
+impl Pool {
+    /// Runs `f(0..tasks)` with up to `helpers` workers; false, and nothing done, where another call is at work.
+    fn share<F: Fn(usize) + Sync>(&'static self, tasks: usize, helpers: usize, f: &F) -> bool {
+        if self.busy.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
+            return false;
+        }
+        let helpers = helpers.min(self.started(helpers));
+        self.failed.store(false, Ordering::Relaxed);
+        self.next.store(0, Ordering::Relaxed);
+        // SAFETY: this call holds `busy` and the gate is shut with nobody inside, as the last call left it.
+        unsafe { *self.job.get() = Some(Job { call: call_of::<F>, data: (&raw const *f).cast(), tasks }) };
+        {
+            let _shut = Shut;
+            self.gate.store(OPEN | helpers * TICKET, Ordering::Release);
+            self.epoch.fetch_add(1, Ordering::SeqCst);
+            for w in self.workers[..helpers].iter().filter_map(OnceLock::get) {
+                if w.asleep.load(Ordering::SeqCst) {
+                    w.thread.unpark();
+                }
+            }
+            self.work(tasks, f);
+        }
+        assert!(!self.failed.load(Ordering::Relaxed), "a task of this call panicked on another thread");
+        true
+    }
+
+    fn work(&self, tasks: usize, f: impl Fn(usize)) {
+        loop {
+            let i = self.next.fetch_add(1, Ordering::Relaxed);
+            if i >= tasks {
+                return;
+            }
+            f(i);
+        }
+    }
+
+    /// Starts workers until there are `want`, and gives how many there are: fewer where the system refuses threads.
+    fn started(&'static self, want: usize) -> usize {
+        let mut have = self.starting.lock().unwrap_or_else(|e| e.into_inner());
+        while *have < want.min(MOST) {
+            let i = *have;
+            let made = std::thread::Builder::new().name(format!("kernels-{i}")).spawn(move || self.worker(i));
+            let Ok(handle) = made else { break };
+            let _ = self.workers[i].set(Worker { thread: handle.thread().clone(), asleep: AtomicBool::new(false) });
+            *have += 1;
+        }
+        *have
+    }
+
+    fn worker(&'static self, i: usize) {
+        let mut seen = 0;
+        loop {
+            seen = self.wait(i, seen);
+            if self.join() {
+                // SAFETY: inside the gate, the job stays until this worker has left.
+                if let Some(job) = unsafe { *self.job.get() } {
+                    // SAFETY: the job's function lives until nobody is inside.
+                    let run = || self.work(job.tasks, |t| unsafe { (job.call)(job.data, t) });
+                    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err() {
+                        self.failed.store(true, Ordering::Relaxed);
+                    }
+                }
+                self.gate.fetch_sub(1, Ordering::AcqRel);
+            }
+        }
+    }
+
+    /// Enters the gate where it is open and has a ticket left.
+    fn join(&self) -> bool {
+        let enter = |g: usize| (g & OPEN != 0 && g & !OPEN >= TICKET).then(|| g - TICKET + 1);
+        self.gate.fetch_update(Ordering::AcqRel, Ordering::Relaxed, enter).is_ok()
+    }
+
+    /// Waits until the epoch is no longer `seen` and gives the new one: awake for a moment, then asleep.
+    fn wait(&self, i: usize, seen: usize) -> usize {
+        let started = Instant::now();
+        loop {
+            for _ in 0..LOOKS {
+                let now = self.epoch.load(Ordering::Acquire);
+                if now != seen {
+                    return now;
+                }
+                std::hint::spin_loop();
+            }
+            if started.elapsed() > LINGER {
+                break;
+            }
+            std::thread::yield_now();
+        }
+        // The maker of this thread stores its handle just after it starts.
+        let me = self.workers[i].wait();
+        me.asleep.store(true, Ordering::SeqCst);
+        // Either the caller sees `asleep` after its step of the epoch, or this sees the step: never neither.
+        loop {
+            let now = self.epoch.load(Ordering::SeqCst);
+            if now != seen {
+                me.asleep.store(false, Ordering::SeqCst);
+                return now;
+            }
+            std::thread::park();
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::sync::atomic::AtomicU64;
+
+    fn sum(n: usize) -> u64 {
+        let total = AtomicU64::new(0);
+        ranges(n, 3, usize::MAX, 1 << 16, |a, b| {
+            total.fetch_add((a..b).map(|i| i as u64).sum(), Ordering::Relaxed);
+        });
+        total.into_inner()
+    }
+
+    fn on<T: Send>(threads: usize, f: impl FnOnce() -> T + Send) -> T {
+        rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap().install(f)
+    }
+
+    #[test]
+    fn every_item_once_whatever_the_threads() {
+        for threads in [1, 2, 3, 9] {
+            on(threads, || {
+                for n in [0, 1, 2, 5, 100, 1001] {
+                    for _ in 0..200 {
+                        assert_eq!(sum(n), (n as u64 * n.saturating_sub(1) as u64) / 2);
+                    }
+                }
+            });
+        }
+    }
+
+    #[test]
+    fn calls_within_calls_and_beside_calls() {
+        std::thread::scope(|scope| {
+            for _ in 0..4 {
+                scope.spawn(|| {
+                    for _ in 0..300 {
+                        let total = AtomicU64::new(0);
+                        ranges(20, 1, 1, 1 << 16, |a, _| {
+                            total.fetch_add(sum(a), Ordering::Relaxed);
+                        });
+                        assert_eq!(total.into_inner(), (0..20u64).map(|a| a * a.saturating_sub(1) / 2).sum::<u64>());
+                    }
+                });
+            }
+        });
+    }
+
+    #[test]
+    fn a_panic_reaches_the_caller_and_the_pool_lives_on() {
+        on(3, || {
+            for _ in 0..50 {
+                let run = || ranges(64, 1, 1, 1 << 16, |a, _| assert!(a != 40, "as planned"));
+                assert!(std::panic::catch_unwind(run).is_err());
+                assert_eq!(sum(10), 45);
+            }
+        });
+    }
+
+    #[test]
+    fn a_sleeping_worker_wakes() {
+        on(2, || {
+            for _ in 0..5 {
+                assert_eq!(sum(100), 4950);
+                std::thread::sleep(Duration::from_millis(2));
+            }
+        });
     }
 }
