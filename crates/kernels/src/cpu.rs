@@ -8,15 +8,17 @@ use std::sync::OnceLock;
 pub enum Isa {
     /// Plain Rust, any processor.
     Portable,
-    /// AVX2 with FMA and F16C.
+    /// AVX2 with FMA and F16C (and POPCNT, BMI1 and BMI2, which all such processors have).
     Avx2,
     /// AVX-512 F, BW, DQ and VL.
     Avx512,
+    /// The same with VNNI, VBMI and VBMI2: dot products of bytes, and bytes moved apart.
+    Avx512Vnni,
 }
 
 impl Isa {
     /// Every instruction set, weakest first.
-    pub const ALL: [Isa; 3] = [Isa::Portable, Isa::Avx2, Isa::Avx512];
+    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni];
 
     /// The name in reports.
     pub fn name(self) -> &'static str {
@@ -24,7 +26,13 @@ impl Isa {
             Isa::Portable => "portable",
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
+            Isa::Avx512Vnni => "avx512vnni",
         }
+    }
+
+    /// f32 lanes of a vector.
+    pub(crate) fn lanes(self) -> usize {
+        if self >= Isa::Avx512 { 16 } else { 8 }
     }
 
     /// Whether this processor runs it.
@@ -33,7 +41,12 @@ impl Isa {
             Isa::Portable => true,
             #[cfg(target_arch = "x86_64")]
             Isa::Avx2 => {
-                is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
+                is_x86_feature_detected!("avx2")
+                    && is_x86_feature_detected!("fma")
+                    && is_x86_feature_detected!("f16c")
+                    && is_x86_feature_detected!("popcnt")
+                    && is_x86_feature_detected!("bmi1")
+                    && is_x86_feature_detected!("bmi2")
             }
             #[cfg(target_arch = "x86_64")]
             Isa::Avx512 => {
@@ -42,6 +55,13 @@ impl Isa {
                     && is_x86_feature_detected!("avx512bw")
                     && is_x86_feature_detected!("avx512dq")
                     && is_x86_feature_detected!("avx512vl")
+            }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Avx512Vnni => {
+                Isa::Avx512.available()
+                    && is_x86_feature_detected!("avx512vnni")
+                    && is_x86_feature_detected!("avx512vbmi")
+                    && is_x86_feature_detected!("avx512vbmi2")
             }
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,

@@ -5,7 +5,7 @@
 //! - [`table`]: which kernels are compiled in and which this machine uses; [`Isa`]: the instruction sets.
 //!
 //! The law of this room: a row's result depends on the row, the matrix and the instruction set alone. Not on the number of rows in a call,
-//! their place among them, or the number of threads, which come from the current rayon pool.
+//! their place among them, or the number of threads ([`set_threads`]; by default as many as the current rayon pool has).
 //!
 //! NaN and infinity pass through like any value: they reach the results that they take part in, and panic nowhere.
 
@@ -13,16 +13,16 @@ pub mod cpu;
 mod kv;
 mod linear;
 mod op;
+mod panel;
 mod memory;
 mod parallel;
 mod scratch;
 mod simd;
 pub mod table;
-mod tile;
 
 pub use cpu::Isa;
 pub use kv::{KEY_BLOCK, KvFormat, KvLayout, KvPage, KvView};
-pub use linear::Linear;
+pub use linear::{Activations, Linear, Packing};
 pub use parallel::{set_threads, threads};
 pub use op::attention::Attention;
 pub use op::elementwise::{activation, add, add_scaled, gated_activation, softcap, softmax};

@@ -1,6 +1,5 @@
 //! The kernel rows that are compiled in and those that this machine chose.
 
-use crate::tile::AnyTile;
 use crate::{Isa, cpu};
 
 /// One compiled kernel: operation x codec x pattern x instruction set.
@@ -26,8 +25,11 @@ pub(crate) const PRODUCT_TOLERANCE: f32 = 2e-6;
 pub fn rows() -> Vec<Row> {
     let mut out = Vec::new();
     for isa in Isa::ALL {
-        for codec in AnyTile::NAMES {
+        for codec in crate::linear::FLOAT_PATH {
             out.push(Row { op: "product", codec, pattern: "dense", isa, tolerance: PRODUCT_TOLERANCE });
+        }
+        for codec in crate::linear::INTEGER_PATH {
+            out.push(Row { op: "product of bytes", codec, pattern: "dense", isa, tolerance: PRODUCT_TOLERANCE });
         }
         for pattern in ["dense", "n:m", "mask", "csr", "blocks", "product"] {
             out.push(Row { op: "product", codec: "any, decoded first", pattern, isa, tolerance: PRODUCT_TOLERANCE });

@@ -1,10 +1,11 @@
-//! The product skeleton: rows of `x` times rows of a tile.
+//! The float product: rows of `x` times panels.
 //!
-//! Lanes run along the columns. Every (row of x, output) pair owns one vector of sums, to which blocks of 32 columns are added in rising
-//! order, and one fixed tree adds its lanes at the end. How many pairs are computed side by side (`M x N`) changes speed, never a bit.
+//! Every (row of x, output) pair owns one lane. Within a span of 256 columns its products are added to it in rising order, by one chain of fused
+//! operations; the spans' sums are added in order. How many pairs are computed side by side changes speed, never a bit.
 
-use crate::simd::{Op, Simd};
-use crate::tile::{BLOCK, Plain, Tile};
+use crate::Isa;
+use crate::panel::{BLOCK, Codec, ROWS, SPAN, View};
+use crate::simd::{Op, Simd, dispatch};
 
 /// Where results go: output `(r, n)` lies at `out[r * stride + n]`.
 #[derive(Clone, Copy)]
@@ -20,244 +21,401 @@ unsafe impl Send for Out {}
 // SAFETY: see above.
 unsafe impl Sync for Out {}
 
-/// Rows of `x` and where the first starts.
-#[derive(Clone, Copy)]
-pub(crate) struct Rows {
-    pub(crate) data: *const f32,
-    pub(crate) stride: usize,
-    pub(crate) rows: usize,
-    pub(crate) cols: usize,
-}
-
-// SAFETY: it is only read.
-unsafe impl Send for Rows {}
-// SAFETY: see above.
-unsafe impl Sync for Rows {}
-
-/// Rows of f32 times all rows of x: the register-blocked product.
-pub(crate) struct Product {
-    /// The tile; its row 0 gives output column `column`.
-    pub(crate) tile: Plain,
-    pub(crate) rows: usize,
-    pub(crate) column: usize,
-    pub(crate) x: Rows,
-    pub(crate) out: Out,
-}
-
-impl Op for Product {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        // SAFETY: the maker of the product checked shapes.
-        unsafe {
-            let mut r = 0;
-            if S::LANES == 16 {
-                while r + 6 <= self.x.rows {
-                    some_rows::<S, Plain, 6>(s, &self.tile, 0, self.rows, self.x, r, self.out, self.column);
-                    r += 6;
-                }
-            }
-            while r + 3 <= self.x.rows {
-                some_rows::<S, Plain, 3>(s, &self.tile, 0, self.rows, self.x, r, self.out, self.column);
-                r += 3;
-            }
-            while r < self.x.rows {
-                some_rows::<S, Plain, 1>(s, &self.tile, 0, self.rows, self.x, r, self.out, self.column);
-                r += 1;
-            }
-        }
+impl Out {
+    /// The same from row `r` on.
+    pub(crate) fn below(self, r: usize) -> Out {
+        // SAFETY: the caller has that row.
+        Out { data: unsafe { self.data.add(r * self.stride) }, ..self }
     }
-}
 
-/// Rows `from..to` of a tile times one row of x, straight from its codes.
-pub(crate) struct Direct<'a, T> {
-    pub(crate) tile: &'a T,
-    pub(crate) from: usize,
-    pub(crate) to: usize,
-    pub(crate) x: Rows,
-    pub(crate) out: Out,
-}
-
-impl<T: Tile> Op for Direct<'_, T> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        for r in 0..self.x.rows {
-            // SAFETY: the maker checked shapes; rows from..to are the tile's.
-            unsafe {
-                some_rows::<S, T, 1>(s, self.tile, self.from, self.to - self.from, self.x, r, self.out, self.from)
-            };
-        }
+    /// The same from output `n` on.
+    pub(crate) fn beside(self, n: usize) -> Out {
+        // SAFETY: the caller has that output.
+        Out { data: unsafe { self.data.add(n) }, ..self }
     }
-}
 
-/// Decodes rows `from..from + n` of a tile to f32, `stride` values apart.
-pub(crate) struct Decode<'a, T> {
-    pub(crate) tile: &'a T,
-    pub(crate) from: usize,
-    pub(crate) n: usize,
-    pub(crate) cols: usize,
-    pub(crate) out: &'a mut [f32],
-    pub(crate) stride: usize,
-}
-
-impl<T: Tile> Op for Decode<'_, T> {
-    type Out = ();
+    /// Writes the 16 results of panel `p` in row `r`, as far as there are outputs.
+    /// # Safety
+    /// The row is there and has `rows` outputs.
     #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        assert!(
-            self.stride >= self.cols.next_multiple_of(BLOCK) && self.out.len() >= self.n * self.stride,
-            "room for a tile"
-        );
-        let whole = self.cols / BLOCK * BLOCK;
-        for r in 0..self.n {
-            let row = &mut self.out[r * self.stride..(r + 1) * self.stride];
-            // SAFETY: the maker checked that the tile has these rows of `cols` columns; the row was cut to hold them in whole blocks.
-            unsafe {
-                let mut k = 0;
-                while k < whole {
-                    let shared = self.tile.shared(s, self.from + r, k);
-                    let mut off = 0;
-                    while off < BLOCK {
-                        s.store(row.as_mut_ptr().add(k + off), self.tile.lanes(s, &shared, self.from + r, k, off));
-                        off += S::LANES;
-                    }
-                    k += BLOCK;
-                }
-            }
-            if whole < self.cols {
-                self.tile.tail(self.from + r, whole, &mut row[whole..self.cols]);
-            }
-        }
-    }
-}
-
-/// Columns of a decoded row: whole blocks, and not a multiple of 4 KiB, where rows would fight for the same cache sets.
-pub(crate) fn padded(cols: usize) -> usize {
-    let p = cols.next_multiple_of(BLOCK);
-    if p.is_multiple_of(1024) { p + BLOCK } else { p }
-}
-
-/// Rows of a decoded tile: about 256 KiB, a quarter of a typical second-level cache, and whole groups of four.
-pub(crate) fn tile_rows(cols: usize) -> usize {
-    (65_536 / padded(cols).max(1)).clamp(4, 128) & !3
-}
-
-/// `M` rows of x from `r` on times `n` tile rows, four at a time.
-/// # Safety
-/// The tile has those rows of `x.cols` columns, `x` has rows `r..r + M`, and `out` has room.
-#[inline(always)]
-#[allow(clippy::too_many_arguments)]
-unsafe fn some_rows<S: Simd, T: Tile, const M: usize>(
-    s: S,
-    tile: &T,
-    first: usize,
-    n: usize,
-    x: Rows,
-    r: usize,
-    out: Out,
-    column: usize,
-) {
-    let mut c = 0;
-    while c < n {
-        // The last group may be short: its missing rows repeat its first one and are not written.
-        let have = (n - c).min(4);
-        let mut rows = [first + c; 4];
-        let mut i = 1;
-        while i < have {
-            rows[i] = first + c + i;
-            i += 1;
-        }
+    pub(crate) unsafe fn put<S: Simd>(self, s: S, r: usize, p: usize, rows: usize, v: [S::V; 2]) {
         // SAFETY: as the caller promises.
-        let sums = unsafe { block::<S, T, M>(s, tile, rows, x, r) };
-        for (m, sums) in sums.iter().enumerate() {
-            for (i, &v) in sums.iter().enumerate().take(have) {
-                // SAFETY: the caller promises room for these outputs.
-                unsafe {
-                    let o = out.data.add((r + m) * out.stride + column + c + i);
-                    *o = if out.add { *o + v } else { v };
+        unsafe {
+            let at = self.data.add(r * self.stride + p * ROWS);
+            let have = rows - p * ROWS;
+            if have >= ROWS {
+                let mut h = 0;
+                while h < ROWS / S::LANES {
+                    let at = at.add(h * S::LANES);
+                    s.store(at, if self.add { s.add(s.load(at), v[h]) } else { v[h] });
+                    h += 1;
                 }
+                return;
             }
-        }
-        c += 4;
-    }
-}
-
-/// `M` rows of x times four tile rows.
-/// # Safety
-/// The tile has those rows of `x.cols` columns, `x` has rows `r..r + M`, and `out` has room.
-#[inline(always)]
-unsafe fn block<S: Simd, T: Tile, const M: usize>(
-    s: S,
-    tile: &T,
-    rows: [usize; 4],
-    x: Rows,
-    r: usize,
-) -> [[f32; 4]; M] {
-    let whole = x.cols / BLOCK * BLOCK;
-    let mut acc = [[s.splat(0.0); 4]; M];
-    // SAFETY: as the caller promises; the padded copies of the last columns are whole blocks.
-    unsafe {
-        let base = x.data.add(r * x.stride);
-        let mut k = 0;
-        while k < whole {
-            let mut shared = [tile.shared(s, rows[0], k); 4];
-            let mut i = 1;
-            while i < 4 {
-                shared[i] = tile.shared(s, rows[i], k);
+            let mut all = [0.0f32; ROWS];
+            let mut h = 0;
+            while h < ROWS / S::LANES {
+                s.store(all.as_mut_ptr().add(h * S::LANES), v[h]);
+                h += 1;
+            }
+            let mut i = 0;
+            while i < have {
+                *at.add(i) = if self.add { *at.add(i) + all[i] } else { all[i] };
                 i += 1;
             }
-            let mut off = 0;
-            while off < BLOCK {
-                let mut w = [tile.lanes(s, &shared[0], rows[0], k, off); 4];
-                let mut i = 1;
-                while i < 4 {
-                    w[i] = tile.lanes(s, &shared[i], rows[i], k, off);
-                    i += 1;
-                }
-                let mut m = 0;
-                while m < M {
-                    let v = s.load(base.add(m * x.stride + k + off));
-                    let mut i = 0;
-                    while i < 4 {
-                        acc[m][i] = s.fma(v, w[i], acc[m][i]);
-                        i += 1;
-                    }
-                    m += 1;
-                }
-                off += S::LANES;
-            }
-            k += BLOCK;
         }
-        if whole < x.cols {
-            let rest = x.cols - whole;
-            let mut w = [[0.0f32; BLOCK]; 4];
-            for (w, &row) in w.iter_mut().zip(&rows) {
-                tile.tail(row, whole, &mut w[..rest]);
+    }
+}
+
+/// Panels `from..to` times one row of x, straight from their codes.
+pub(crate) struct Gemv<'a, C> {
+    pub(crate) panels: View,
+    pub(crate) codec: &'a C,
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    /// Padded with zeros to whole blocks.
+    pub(crate) x: *const f32,
+    pub(crate) out: Out,
+}
+
+impl<C: Codec> Op for Gemv<'_, C> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let mut p = self.from;
+        // SAFETY: the maker has these panels, an x as long and room in `out`.
+        unsafe {
+            // Chains side by side hide the latency of each; a group that lacks panels repeats its last one and does not write it.
+            let side = if S::LANES == 16 { 8 } else { 4 };
+            while self.to - p > 2 {
+                if S::LANES == 16 { gemv::<S, C, 8>(s, &self, p) } else { gemv::<S, C, 4>(s, &self, p) }
+                p = (p + side).min(self.to);
+            }
+            while p < self.to {
+                gemv::<S, C, 1>(s, &self, p);
+                p += 1;
+            }
+        }
+    }
+}
+
+/// # Safety
+/// Panel `p` is there.
+#[inline(always)]
+unsafe fn gemv<S: Simd, C: Codec, const P: usize>(s: S, g: &Gemv<'_, C>, p: usize) {
+    let mut at = [g.panels.at(p); P];
+    let mut i = 1;
+    while i < P {
+        at[i] = g.panels.at((p + i).min(g.to - 1));
+        i += 1;
+    }
+    let mut total = [[s.splat(0.0); 2]; P];
+    let mut b = 0;
+    while b < g.panels.blocks {
+        let end = (b + SPAN / BLOCK).min(g.panels.blocks);
+        let mut acc = [[s.splat(0.0); 2]; P];
+        while b < end {
+            let mut i = 0;
+            while i < P {
+                let mut h = 0;
+                while h < ROWS / S::LANES {
+                    // SAFETY: as the caller promises; x is padded to whole blocks.
+                    unsafe {
+                        let mut block = g.codec.block(s, at[i], b, h);
+                        let mut o = 0;
+                        while o < BLOCK / 8 {
+                            let w = g.codec.eight(s, &mut block, o);
+                            let mut j = 0;
+                            while j < 8 {
+                                let x = s.splat(*g.x.add(b * BLOCK + 8 * o + j));
+                                acc[i][h] = s.fma(x, w[j], acc[i][h]);
+                                j += 1;
+                            }
+                            o += 1;
+                        }
+                    }
+                    h += 1;
+                }
+                i += 1;
+            }
+            b += 1;
+        }
+        let mut i = 0;
+        while i < P {
+            let mut h = 0;
+            while h < ROWS / S::LANES {
+                total[i][h] = s.add(total[i][h], acc[i][h]);
+                h += 1;
+            }
+            i += 1;
+        }
+    }
+    let mut i = 0;
+    while i < P && p + i < g.to {
+        // SAFETY: as the caller promises.
+        unsafe { g.out.put(s, 0, p + i, g.panels.rows, total[i]) };
+        i += 1;
+    }
+}
+
+/// Rows of x that a register block holds at most, and the panels beside them, for vectors of 16 and of 8 lanes.
+const WIDE: (usize, usize) = (12, 2);
+const NARROW: (usize, usize) = (6, 1);
+
+/// The sizes of the row tiles that cover `rows`, most first, the last one padded: what x is packed by.
+#[inline(always)]
+pub(crate) fn tiles(rows: usize, lanes: usize, mut f: impl FnMut(usize, usize)) {
+    let most = if lanes == 16 { WIDE.0 } else { NARROW.0 };
+    let mut r = 0;
+    while r < rows {
+        let m = match rows - r {
+            n if n >= most => most,
+            1 | 2 => 2,
+            3 | 4 => 4,
+            n if n <= 8 && lanes == 16 => 8,
+            _ => most,
+        };
+        f(r, m);
+        r += m;
+    }
+}
+
+/// Scratch for `batch`: panels of a span in f32, and the sums of every padded row.
+pub(crate) fn scratch(rows: usize) -> usize {
+    WIDE.1 * ROWS * (SPAN + rows + WIDE.0)
+}
+
+/// Panels `from..to` times many rows of x.
+pub(crate) struct Batch<'a, C> {
+    pub(crate) panels: View,
+    pub(crate) codec: &'a C,
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    /// Tile by tile, and within a tile of `m` rows column by column, padded with zero columns to whole blocks and with any rows.
+    pub(crate) x: *const f32,
+    pub(crate) rows: usize,
+    pub(crate) out: Out,
+    pub(crate) scratch: &'a mut [f32],
+}
+
+impl<C: Codec> Batch<'_, C> {
+    /// Runs it. Decoding a span, which knows the codec, and multiplying it, which does not, are compiled apart.
+    pub(crate) fn run(self, isa: Isa) {
+        assert!(self.scratch.len() >= scratch(self.rows), "room for a span and the sums");
+        let side = if isa.lanes() == 16 { WIDE.1 } else { NARROW.1 };
+        let (w, sums) = self.scratch.split_at_mut(side * SPAN * ROWS);
+        let (w, sums) = (w.as_mut_ptr(), sums.as_mut_ptr());
+        let Batch { panels, codec, x, rows, out, .. } = self;
+        let mut p = self.from;
+        while p < self.to {
+            let have = side.min(self.to - p);
+            let mut b = 0;
+            loop {
+                let end = (b + SPAN / BLOCK).min(panels.blocks);
+                dispatch(isa, Decode { panels, codec, p, have, from: b, to: end, w });
+                let last = (end == panels.blocks).then_some(out);
+                dispatch(isa, Tiles { w, x, panels, p, have, rows, from: b, to: end, sums, last });
+                b = end;
+                if b == panels.blocks {
+                    break;
+                }
+            }
+            p += side;
+        }
+    }
+}
+
+/// Blocks `from..to` of `have` panels from `p` on to f32.
+struct Decode<'a, C> {
+    panels: View,
+    codec: &'a C,
+    p: usize,
+    have: usize,
+    from: usize,
+    to: usize,
+    w: *mut f32,
+}
+
+impl<C: Codec> Op for Decode<'_, C> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let mut i = 0;
+        while i < self.have {
+            // SAFETY: the maker has these panels and room for a span of each.
+            unsafe {
+                decode(s, self.codec, self.panels.at(self.p + i), self.from, self.to, self.w.add(i * SPAN * ROWS));
+            }
+            i += 1;
+        }
+    }
+}
+
+/// A span of panels in f32 times all rows.
+struct Tiles {
+    w: *const f32,
+    x: *const f32,
+    panels: View,
+    p: usize,
+    have: usize,
+    rows: usize,
+    from: usize,
+    to: usize,
+    sums: *mut f32,
+    /// Where the sums go after the last span.
+    last: Option<Out>,
+}
+
+impl Op for Tiles {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        // SAFETY: the maker has an x and scratch as long, and room in `last`.
+        unsafe { if S::LANES == 16 { tiles_of::<S, { WIDE.1 }>(s, self) } else { tiles_of::<S, { NARROW.1 }>(s, self) } }
+    }
+}
+
+/// # Safety
+/// As `Tiles` promises.
+#[inline(always)]
+unsafe fn tiles_of<S: Simd, const P: usize>(s: S, g: Tiles) {
+    let cols = g.panels.blocks * BLOCK;
+    let (k, skip, first) = ((g.to - g.from) * BLOCK, g.from * BLOCK, g.from == 0);
+    let mut r = 0;
+    // The cuts of `tiles`, without a closure: it would be compiled without the instruction set.
+    while r < g.rows {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let (x, sums) = (g.x.add(r * cols), g.sums.add(r * P * ROWS));
+            let left = g.rows - r;
+            if S::LANES == 16 {
+                match left {
+                    1 | 2 => tile::<S, P, 2>(s, g.w, k, x.add(skip * 2), sums, first),
+                    3 | 4 => tile::<S, P, 4>(s, g.w, k, x.add(skip * 4), sums, first),
+                    5..=8 => tile::<S, P, 8>(s, g.w, k, x.add(skip * 8), sums, first),
+                    _ => tile::<S, P, { WIDE.0 }>(s, g.w, k, x.add(skip * WIDE.0), sums, first),
+                }
+                r += WIDE.0;
+            } else {
+                match left {
+                    1 | 2 => tile::<S, P, 2>(s, g.w, k, x.add(skip * 2), sums, first),
+                    3 | 4 => tile::<S, P, 4>(s, g.w, k, x.add(skip * 4), sums, first),
+                    _ => tile::<S, P, { NARROW.0 }>(s, g.w, k, x.add(skip * NARROW.0), sums, first),
+                }
+                r += NARROW.0;
+            }
+        }
+    }
+    let Some(out) = g.last else { return };
+    let mut r = 0;
+    while r < g.rows {
+        let mut i = 0;
+        while i < g.have {
+            let mut v = [s.splat(0.0); 2];
+            let mut h = 0;
+            // SAFETY: as the caller promises.
+            unsafe {
+                while h < ROWS / S::LANES {
+                    v[h] = s.load(g.sums.add((r * P + i) * ROWS + h * S::LANES));
+                    h += 1;
+                }
+                out.put(s, r, g.p + i, g.panels.rows, v);
+            }
+            i += 1;
+        }
+        r += 1;
+    }
+}
+
+/// Blocks `from..to` of a panel to f32, column by column.
+/// # Safety
+/// The panel has them and `out` has room.
+#[inline(always)]
+unsafe fn decode<S: Simd, C: Codec>(s: S, codec: &C, panel: *const u8, from: usize, to: usize, out: *mut f32) {
+    let mut b = from;
+    while b < to {
+        let mut h = 0;
+        while h < ROWS / S::LANES {
+            // SAFETY: as the caller promises.
+            unsafe {
+                let mut block = codec.block(s, panel, b, h);
+                let mut o = 0;
+                while o < BLOCK / 8 {
+                    let w = codec.eight(s, &mut block, o);
+                    let mut j = 0;
+                    while j < 8 {
+                        s.store(out.add(((b - from) * BLOCK + 8 * o + j) * ROWS + h * S::LANES), w[j]);
+                        j += 1;
+                    }
+                    o += 1;
+                }
+            }
+            h += 1;
+        }
+        b += 1;
+    }
+}
+
+/// `P` panels' `k` columns times a tile of `M` rows, added to `sums`, `[M][P][16]`.
+/// # Safety
+/// All are as long.
+#[inline(always)]
+unsafe fn tile<S: Simd, const P: usize, const M: usize>(
+    s: S,
+    w: *const f32,
+    k: usize,
+    x: *const f32,
+    sums: *mut f32,
+    first: bool,
+) {
+    let mut acc = [[[s.splat(0.0); 2]; P]; M];
+    let mut c = 0;
+    while c < k {
+        let mut v = [[s.splat(0.0); 2]; P];
+        // SAFETY: as the caller promises.
+        unsafe {
+            let mut i = 0;
+            while i < P {
+                let mut h = 0;
+                while h < ROWS / S::LANES {
+                    v[i][h] = s.load(w.add((i * SPAN + c) * ROWS + h * S::LANES));
+                    h += 1;
+                }
+                i += 1;
             }
             let mut m = 0;
             while m < M {
-                let mut v = [0.0f32; BLOCK];
-                std::ptr::copy_nonoverlapping(base.add(m * x.stride + whole), v.as_mut_ptr(), rest);
-                let mut off = 0;
-                while off < BLOCK {
-                    let v = s.load(v.as_ptr().add(off));
-                    let mut i = 0;
-                    while i < 4 {
-                        acc[m][i] = s.fma(v, s.load(w[i].as_ptr().add(off)), acc[m][i]);
-                        i += 1;
+                let x = s.splat(*x.add(c * M + m));
+                let mut i = 0;
+                while i < P {
+                    let mut h = 0;
+                    while h < ROWS / S::LANES {
+                        acc[m][i][h] = s.fma(x, v[i][h], acc[m][i][h]);
+                        h += 1;
                     }
-                    off += S::LANES;
+                    i += 1;
                 }
                 m += 1;
             }
         }
+        c += 1;
     }
-    let mut out = [[0.0; 4]; M];
     let mut m = 0;
     while m < M {
-        out[m] = s.sum4(acc[m]);
+        let mut i = 0;
+        while i < P {
+            let mut h = 0;
+            while h < ROWS / S::LANES {
+                // SAFETY: as the caller promises.
+                unsafe {
+                    let at = sums.add((m * P + i) * ROWS + h * S::LANES);
+                    let before = if first { s.splat(0.0) } else { s.load(at) };
+                    s.store(at, s.add(before, acc[m][i][h]));
+                }
+                h += 1;
+            }
+            i += 1;
+        }
         m += 1;
     }
-    out
 }

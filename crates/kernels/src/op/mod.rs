@@ -1,8 +1,10 @@
 //! Operations, each written once over [`Simd`](crate::simd::Simd).
 
 pub(crate) mod attention;
+pub(crate) mod dot;
 pub(crate) mod elementwise;
 pub(crate) mod math;
 pub(crate) mod matmul;
 pub(crate) mod norm;
+pub(crate) mod quantize;
 pub(crate) mod rope;

@@ -11,7 +11,7 @@ pub(crate) struct Avx2(());
 
 /// Runs `op` with these instructions enabled.
 pub(crate) fn run<O: Op>(op: O) -> O::Out {
-    #[target_feature(enable = "avx2,fma,f16c")]
+    #[target_feature(enable = "avx2,fma,f16c,popcnt,bmi1,bmi2")]
     fn inner<O: Op>(op: O, s: Avx2) -> O::Out {
         op.run(s)
     }
@@ -24,6 +24,7 @@ pub(crate) fn run<O: Op>(op: O) -> O::Out {
 impl Simd for Avx2 {
     const LANES: usize = 8;
     type V = __m256;
+    type I = __m256i;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
@@ -127,33 +128,233 @@ impl Simd for Avx2 {
         unsafe { _mm256_castsi256_ps(_mm256_slli_epi32::<16>(_mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())))) }
     }
     #[inline(always)]
-    unsafe fn load_u8(self, p: *const u8) -> __m256 {
-        // SAFETY: see above.
-        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast()))) }
+    fn fused(self, a: __m256, b: __m256, c: __m256) -> __m256 {
+        self.fma(a, b, c)
     }
     #[inline(always)]
-    unsafe fn load_i8(self, p: *const u8) -> __m256 {
-        // SAFETY: see above.
-        unsafe { _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(p.cast()))) }
-    }
-    #[inline(always)]
-    unsafe fn load_u4(self, p: *const u8) -> __m256 {
+    fn top(self, a: __m256) -> f32 {
         // SAFETY: see above.
         unsafe {
-            let b = _mm_cvtsi32_si128(p.cast::<i32>().read_unaligned());
-            let m = _mm_set1_epi8(15);
-            let lo = _mm_and_si128(b, m);
-            let hi = _mm_and_si128(_mm_srli_epi16::<4>(b), m);
-            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_unpacklo_epi8(lo, hi)))
+            let a = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
+            let a = _mm_max_ps(a, _mm_movehl_ps(a, a));
+            _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)))
         }
     }
     #[inline(always)]
-    unsafe fn load_half_bytes(self, p: *const u8, upper: bool) -> __m256 {
+    unsafe fn store_i8(self, p: *mut i8, a: __m256) {
         // SAFETY: see above.
         unsafe {
-            let b = _mm_loadl_epi64(p.cast());
-            let b = if upper { _mm_srli_epi16::<4>(b) } else { b };
-            _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_and_si128(b, _mm_set1_epi8(15))))
+            let w = _mm256_cvtps_epi32(a);
+            let w = _mm_packs_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256::<1>(w));
+            _mm_storel_epi64(p.cast(), _mm_packs_epi16(w, w));
         }
     }
+    #[inline(always)]
+    fn compress(self, a: __m256, mask: u32) -> __m256 {
+        // SAFETY: see above; the table has a row for every byte.
+        unsafe {
+            let row = COMPRESS[(mask & 255) as usize].as_ptr();
+            _mm256_permutevar8x32_ps(a, _mm256_cvtepu8_epi32(_mm_loadl_epi64(row.cast())))
+        }
+    }
+    #[inline(always)]
+    unsafe fn expand_f16(self, p: *const u8, mask: u32) -> __m256 {
+        // SAFETY: see above; the table has a row for every byte.
+        unsafe {
+            let row = _mm_loadu_si128(EXPAND_PAIRS[(mask & 255) as usize].as_ptr().cast());
+            _mm256_cvtph_ps(_mm_shuffle_epi8(_mm_loadu_si128(p.cast()), row))
+        }
+    }
+    #[inline(always)]
+    unsafe fn expand_f32(self, p: *const u8, mask: u32) -> __m256 {
+        // SAFETY: see above; the table has a row for every byte, 0x80 where a lane is empty.
+        unsafe {
+            let row = _mm256_cvtepi8_epi32(_mm_loadl_epi64(EXPAND[(mask & 255) as usize].as_ptr().cast()));
+            let v = _mm256_permutevar8x32_ps(_mm256_loadu_ps(p.cast()), row);
+            _mm256_andnot_ps(_mm256_castsi256_ps(_mm256_srai_epi32::<31>(row)), v)
+        }
+    }
+    #[inline(always)]
+    unsafe fn spread<const PAIR: bool>(self, p: *const f32) -> __m256 {
+        // SAFETY: see above.
+        unsafe {
+            if PAIR {
+                _mm256_castpd_ps(_mm256_set1_pd(p.cast::<f64>().read_unaligned()))
+            } else {
+                _mm256_set1_ps(*p)
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn lookup(self, table: *const f32, _: usize, index: __m256i) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_i32gather_ps::<4>(table, index) }
+    }
+    #[inline(always)]
+    fn splat_i(self, x: i32) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_set1_epi32(x) }
+    }
+    #[inline(always)]
+    unsafe fn spread_i<const PAIR: bool>(self, p: *const i32) -> __m256i {
+        // SAFETY: see above.
+        unsafe {
+            if PAIR {
+                _mm256_set1_epi64x(p.cast::<i64>().read_unaligned())
+            } else {
+                _mm256_set1_epi32(p.read_unaligned())
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i(self, p: *const u8) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_loadu_si256(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn widen(self, p: *const u8) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())) }
+    }
+    #[inline(always)]
+    fn and_i(self, a: __m256i, byte: u8) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_and_si256(a, _mm256_set1_epi8(byte as i8)) }
+    }
+    #[inline(always)]
+    fn or_i(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_or_si256(a, b) }
+    }
+    #[inline(always)]
+    fn shr_i(self, a: __m256i, n: u32) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_srl_epi16(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    fn shl_i(self, a: __m256i, n: u32) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_sll_epi16(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    fn byte(self, a: __m256i, j: usize) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_and_si256(_mm256_srl_epi32(a, _mm_cvtsi32_si128(8 * j as i32)), _mm256_set1_epi32(255)) }
+    }
+    #[inline(always)]
+    fn float(self, a: __m256i) -> __m256 {
+        // SAFETY: see above.
+        unsafe { _mm256_cvtepi32_ps(a) }
+    }
+    #[inline(always)]
+    fn less_product(self, a: __m256i, b: __m256i, c: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_sub_epi32(a, _mm256_mullo_epi32(b, c)) }
+    }
+    #[inline(always)]
+    unsafe fn dot8<const PAIR: bool>(self, bits: usize, acc: __m256i, c: [__m256i; 2], x: *const i8) -> __m256i {
+        // SAFETY: see above.
+        unsafe {
+            let x = [self.spread_i::<PAIR>(x.cast()), self.spread_i::<PAIR>(x.add(if PAIR { 8 } else { 4 }).cast())];
+            let one = _mm256_set1_epi16(1);
+            // Sums of two products of b bits fit 16 bits up to b = 7; four of them up to b = 6.
+            if bits <= 6 {
+                let (a, b) = pairs(c, x);
+                return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_add_epi16(a, b), one));
+            }
+            if bits == 7 {
+                let (a, b) = pairs(c, x);
+                let sum = _mm256_add_epi32(_mm256_madd_epi16(a, one), _mm256_madd_epi16(b, one));
+                return _mm256_add_epi32(acc, sum);
+            }
+            let (a, b) = pairs([self.and_i(c[0], 15), self.and_i(c[1], 15)], x);
+            let low = _mm256_madd_epi16(_mm256_add_epi16(a, b), one);
+            let (a, b) = pairs([self.and_i(self.shr_i(c[0], 4), 15), self.and_i(self.shr_i(c[1], 4), 15)], x);
+            let high = _mm256_madd_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi16(16));
+            _mm256_add_epi32(acc, _mm256_add_epi32(low, high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> __m256i {
+        // SAFETY: see above; eight bytes are read at 8 codes at most before every part, so within 4 * LANES.
+        unsafe {
+            let (mut next, mut parts, mut i) = (0, [0i64; 4], 0);
+            while i < 4 {
+                let m = (mask >> (8 * i) & 255) as usize;
+                let row = _mm_loadl_epi64(EXPAND[m].as_ptr().cast());
+                // A shuffle writes 0 where the row's top bit is set: there the fill comes in.
+                let codes = _mm_loadl_epi64(p.add(next).cast());
+                let codes = if upper { _mm_srli_epi16::<4>(codes) } else { codes };
+                let codes = _mm_and_si128(codes, _mm_set1_epi8(15));
+                let v = _mm_shuffle_epi8(codes, row);
+                parts[i] = _mm_cvtsi128_si64(_mm_blendv_epi8(v, _mm_set1_epi8(fill as i8), row));
+                next += m.count_ones() as usize;
+                i += 1;
+            }
+            _mm256_set_epi64x(parts[3], parts[2], parts[1], parts[0])
+        }
+    }
+}
+
+/// For every byte of mask: the places of its set bits.
+static COMPRESS: [[u8; 8]; 256] = {
+    let mut t = [[0u8; 8]; 256];
+    let mut m = 0;
+    while m < 256 {
+        let (mut i, mut n) = (0, 0);
+        while i < 8 {
+            if m >> i & 1 == 1 {
+                t[m][n] = i as u8;
+                n += 1;
+            }
+            i += 1;
+        }
+        m += 1;
+    }
+    t
+};
+
+/// For every byte of mask: the rank of each set bit, 0x80 for the others.
+static EXPAND: [[u8; 8]; 256] = {
+    let mut t = [[0x80u8; 8]; 256];
+    let mut m = 0;
+    while m < 256 {
+        let (mut i, mut n) = (0, 0);
+        while i < 8 {
+            if m >> i & 1 == 1 {
+                t[m][i] = n;
+                n += 1;
+            }
+            i += 1;
+        }
+        m += 1;
+    }
+    t
+};
+
+/// `EXPAND` for values of two bytes.
+static EXPAND_PAIRS: [[u8; 16]; 256] = {
+    let mut t = [[0x80u8; 16]; 256];
+    let mut m = 0;
+    while m < 256 {
+        let mut i = 0;
+        while i < 8 {
+            if EXPAND[m][i] < 8 {
+                t[m][2 * i] = 2 * EXPAND[m][i];
+                t[m][2 * i + 1] = 2 * EXPAND[m][i] + 1;
+            }
+            i += 1;
+        }
+        m += 1;
+    }
+    t
+};
+
+/// Sums of two neighbouring products each, for two vectors. A function, as a closure would be compiled without the instruction set.
+/// # Safety
+/// The processor has the instruction; sums fit 16 bits.
+#[inline(always)]
+unsafe fn pairs(c: [__m256i; 2], x: [__m256i; 2]) -> (__m256i, __m256i) {
+    // SAFETY: as the caller promises.
+    unsafe { (_mm256_maddubs_epi16(c[0], x[0]), _mm256_maddubs_epi16(c[1], x[1])) }
 }

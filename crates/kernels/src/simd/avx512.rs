@@ -5,14 +5,14 @@ use std::arch::x86_64::*;
 use super::{Op, Simd};
 use crate::Isa;
 
-/// Proof that the processor has AVX-512 F, BW, DQ and VL: made by [`run`] alone.
+/// Proof that the processor has AVX-512 F, BW, DQ and VL, and with `VNNI` also VNNI and VBMI2: made by [`run`] and [`run_vnni`] alone.
 #[derive(Clone, Copy)]
-pub(crate) struct Avx512(());
+pub(crate) struct Avx512<const VNNI: bool>(());
 
-/// Runs `op` with these instructions enabled.
+/// Runs `op` with the instructions of [`Isa::Avx512`] enabled.
 pub(crate) fn run<O: Op>(op: O) -> O::Out {
-    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c")]
-    fn inner<O: Op>(op: O, s: Avx512) -> O::Out {
+    #[target_feature(enable = "avx512f,avx512bw,avx512dq,avx512vl,avx2,fma,f16c,popcnt,bmi1,bmi2")]
+    fn inner<O: Op>(op: O, s: Avx512<false>) -> O::Out {
         op.run(s)
     }
     assert!(Isa::Avx512.available(), "this processor has no AVX-512 F, BW, DQ and VL");
@@ -20,10 +20,24 @@ pub(crate) fn run<O: Op>(op: O) -> O::Out {
     unsafe { inner(op, Avx512(())) }
 }
 
+/// Runs `op` with the instructions of [`Isa::Avx512Vnni`] enabled.
+pub(crate) fn run_vnni<O: Op>(op: O) -> O::Out {
+    #[target_feature(
+        enable = "avx512f,avx512bw,avx512dq,avx512vl,avx512vnni,avx512vbmi,avx512vbmi2,avx2,fma,f16c,popcnt,bmi1,bmi2"
+    )]
+    fn inner<O: Op>(op: O, s: Avx512<true>) -> O::Out {
+        op.run(s)
+    }
+    assert!(Isa::Avx512Vnni.available(), "this processor has no AVX-512 VNNI and VBMI2");
+    // SAFETY: the features were just checked.
+    unsafe { inner(op, Avx512(())) }
+}
+
 // SAFETY, for every block below: the token proves the instructions exist, and pointers are good for as many values as the trait asks.
-impl Simd for Avx512 {
+impl<const VNNI: bool> Simd for Avx512<VNNI> {
     const LANES: usize = 16;
     type V = __m512;
+    type I = __m512i;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -124,33 +138,174 @@ impl Simd for Avx512 {
         unsafe { _mm512_castsi512_ps(_mm512_slli_epi32::<16>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())))) }
     }
     #[inline(always)]
-    unsafe fn load_u8(self, p: *const u8) -> __m512 {
-        // SAFETY: see above.
-        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast()))) }
+    fn fused(self, a: __m512, b: __m512, c: __m512) -> __m512 {
+        self.fma(a, b, c)
     }
     #[inline(always)]
-    unsafe fn load_i8(self, p: *const u8) -> __m512 {
+    fn top(self, a: __m512) -> f32 {
         // SAFETY: see above.
-        unsafe { _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(p.cast()))) }
+        unsafe { _mm512_reduce_max_ps(a) }
     }
     #[inline(always)]
-    unsafe fn load_u4(self, p: *const u8) -> __m512 {
+    unsafe fn store_i8(self, p: *mut i8, a: __m512) {
+        // SAFETY: see above.
+        unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a))) }
+    }
+    #[inline(always)]
+    fn compress(self, a: __m512, mask: u32) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_maskz_compress_ps(mask as u16, a) }
+    }
+    #[inline(always)]
+    unsafe fn expand_f16(self, p: *const u8, mask: u32) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_maskz_expand_ps(mask as u16, _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))) }
+    }
+    #[inline(always)]
+    unsafe fn expand_f32(self, p: *const u8, mask: u32) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_maskz_expand_ps(mask as u16, _mm512_loadu_ps(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn spread<const PAIR: bool>(self, p: *const f32) -> __m512 {
         // SAFETY: see above.
         unsafe {
-            let b = _mm_loadl_epi64(p.cast());
-            let m = _mm_set1_epi8(15);
-            let lo = _mm_and_si128(b, m);
-            let hi = _mm_and_si128(_mm_srli_epi16::<4>(b), m);
-            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_unpacklo_epi8(lo, hi)))
+            if PAIR {
+                _mm512_castpd_ps(_mm512_set1_pd(p.cast::<f64>().read_unaligned()))
+            } else {
+                _mm512_set1_ps(*p)
+            }
         }
     }
     #[inline(always)]
-    unsafe fn load_half_bytes(self, p: *const u8, upper: bool) -> __m512 {
+    unsafe fn lookup(self, table: *const f32, n: usize, index: __m512i) -> __m512 {
         // SAFETY: see above.
         unsafe {
-            let b = _mm_loadu_si128(p.cast());
-            let b = if upper { _mm_srli_epi16::<4>(b) } else { b };
-            _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_and_si128(b, _mm_set1_epi8(15))))
+            if n <= 16 {
+                // A short table is loaded as far as it goes.
+                let t = _mm512_maskz_loadu_ps((0xFFFFu32 >> (16 - n)) as u16, table);
+                _mm512_permutexvar_ps(index, t)
+            } else {
+                _mm512_i32gather_ps::<4>(index, table)
+            }
         }
     }
+    #[inline(always)]
+    fn splat_i(self, x: i32) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_set1_epi32(x) }
+    }
+    #[inline(always)]
+    unsafe fn spread_i<const PAIR: bool>(self, p: *const i32) -> __m512i {
+        // SAFETY: see above.
+        unsafe {
+            if PAIR {
+                _mm512_set1_epi64(p.cast::<i64>().read_unaligned())
+            } else {
+                _mm512_set1_epi32(p.read_unaligned())
+            }
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_i(self, p: *const u8) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn widen(self, p: *const u8) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())) }
+    }
+    #[inline(always)]
+    fn and_i(self, a: __m512i, byte: u8) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_and_si512(a, _mm512_set1_epi8(byte as i8)) }
+    }
+    #[inline(always)]
+    fn or_i(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_or_si512(a, b) }
+    }
+    #[inline(always)]
+    fn shr_i(self, a: __m512i, n: u32) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_srl_epi16(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    fn shl_i(self, a: __m512i, n: u32) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_sll_epi16(a, _mm_cvtsi32_si128(n as i32)) }
+    }
+    #[inline(always)]
+    fn byte(self, a: __m512i, j: usize) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_and_si512(_mm512_srl_epi32(a, _mm_cvtsi32_si128(8 * j as i32)), _mm512_set1_epi32(255)) }
+    }
+    #[inline(always)]
+    fn float(self, a: __m512i) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtepi32_ps(a) }
+    }
+    #[inline(always)]
+    fn less_product(self, a: __m512i, b: __m512i, c: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_sub_epi32(a, _mm512_mullo_epi32(b, c)) }
+    }
+    #[inline(always)]
+    unsafe fn dot8<const PAIR: bool>(self, bits: usize, acc: __m512i, c: [__m512i; 2], x: *const i8) -> __m512i {
+        // SAFETY: see above; VNNI only where the token says so.
+        unsafe {
+            let x = [self.spread_i::<PAIR>(x.cast()), self.spread_i::<PAIR>(x.add(if PAIR { 8 } else { 4 }).cast())];
+            if VNNI {
+                return _mm512_dpbusd_epi32(_mm512_dpbusd_epi32(acc, c[0], x[0]), c[1], x[1]);
+            }
+            let one = _mm512_set1_epi16(1);
+            // Sums of two products of b bits fit 16 bits up to b = 7; four of them up to b = 6.
+            if bits <= 6 {
+                let (a, b) = pairs(c, x);
+                return _mm512_add_epi32(acc, _mm512_madd_epi16(_mm512_add_epi16(a, b), one));
+            }
+            if bits == 7 {
+                let (a, b) = pairs(c, x);
+                let sum = _mm512_add_epi32(_mm512_madd_epi16(a, one), _mm512_madd_epi16(b, one));
+                return _mm512_add_epi32(acc, sum);
+            }
+            let (a, b) = pairs([self.and_i(c[0], 15), self.and_i(c[1], 15)], x);
+            let low = _mm512_madd_epi16(_mm512_add_epi16(a, b), one);
+            let (a, b) = pairs([self.and_i(self.shr_i(c[0], 4), 15), self.and_i(self.shr_i(c[1], 4), 15)], x);
+            let high = _mm512_madd_epi16(_mm512_add_epi16(a, b), _mm512_set1_epi16(16));
+            _mm512_add_epi32(acc, _mm512_add_epi32(low, high))
+        }
+    }
+    #[inline(always)]
+    unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> __m512i {
+        // SAFETY: see above; VBMI2 only where the token says so.
+        unsafe {
+            let codes = _mm512_loadu_si512(p.cast());
+            let codes = if upper { _mm512_srli_epi16::<4>(codes) } else { codes };
+            let codes = _mm512_and_si512(codes, _mm512_set1_epi8(15));
+            if VNNI {
+                return _mm512_mask_expand_epi8(_mm512_set1_epi8(fill as i8), mask, codes);
+            }
+            let (mut from, mut to, mut next, mut i) = ([0u8; 64], [fill; 64], 0, 0);
+            _mm512_storeu_si512(from.as_mut_ptr().cast(), codes);
+            while i < 64 {
+                if mask >> i & 1 == 1 {
+                    to[i] = from[next];
+                    next += 1;
+                }
+                i += 1;
+            }
+            _mm512_loadu_si512(to.as_ptr().cast())
+        }
+    }
+}
+
+/// Sums of two neighbouring products each, for two vectors. A function, as a closure would be compiled without the instruction set.
+/// # Safety
+/// The processor has the instruction; sums fit 16 bits.
+#[inline(always)]
+unsafe fn pairs(c: [__m512i; 2], x: [__m512i; 2]) -> (__m512i, __m512i) {
+    // SAFETY: as the caller promises.
+    unsafe { (_mm512_maddubs_epi16(c[0], x[0]), _mm512_maddubs_epi16(c[1], x[1])) }
 }

@@ -12,12 +12,14 @@ mod portable;
 
 use crate::Isa;
 
-/// f32 lanes and the few integer loads that decoding needs. All methods inline into the caller's instruction set.
+/// f32 lanes, and the integer ones that codes need. All methods inline into the caller's instruction set.
 pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Lanes of a vector; divides 32.
     const LANES: usize;
-    /// A vector.
+    /// A vector of f32.
     type V: Copy;
+    /// A vector of as many 32-bit integers, or of four times as many bytes.
+    type I: Copy;
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::V;
@@ -59,22 +61,70 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` is readable for `2 * LANES` bytes.
     unsafe fn load_bf16(self, p: *const u8) -> Self::V;
+    /// `a * b + c`, rounded once on every processor, however slowly.
+    fn fused(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
+    /// The largest lane; none is NaN.
+    fn top(self, a: Self::V) -> f32;
+    /// Writes whole numbers in -128..=127 as signed bytes.
+    /// # Safety
+    /// `p` is writable for `LANES` bytes.
+    unsafe fn store_i8(self, p: *mut i8, a: Self::V);
+    /// The lanes whose bit is set, moved together from lane 0 on; the others hold anything.
+    fn compress(self, a: Self::V, mask: u32) -> Self::V;
+    /// Packed f16, one for each set bit, to the lanes of the bits; the others are 0.
+    /// # Safety
+    /// `p` is readable for `2 * LANES` bytes.
+    unsafe fn expand_f16(self, p: *const u8, mask: u32) -> Self::V;
+    /// As `expand_f16` with packed f32.
+    /// # Safety
+    /// `p` is readable for `4 * LANES` bytes.
+    unsafe fn expand_f32(self, p: *const u8, mask: u32) -> Self::V;
+    /// All lanes `*p`; with `PAIR` even lanes `p[0]` and odd lanes `p[1]`.
+    /// # Safety
+    /// `p` is readable for one value, with `PAIR` for two.
+    unsafe fn spread<const PAIR: bool>(self, p: *const f32) -> Self::V;
+    /// `table[index]`.
+    /// # Safety
+    /// Every index is below `n`, the table's length; `n` is 16 or more where it is not below.
+    unsafe fn lookup(self, table: *const f32, n: usize, index: Self::I) -> Self::V;
+
+    /// All lanes `x`.
+    fn splat_i(self, x: i32) -> Self::I;
+    /// As `spread`.
+    /// # Safety
+    /// As for `spread`.
+    unsafe fn spread_i<const PAIR: bool>(self, p: *const i32) -> Self::I;
+    /// # Safety
+    /// `p` is readable for `4 * LANES` bytes.
+    unsafe fn load_i(self, p: *const u8) -> Self::I;
     /// `LANES` unsigned bytes.
     /// # Safety
     /// `p` is readable for `LANES` bytes.
-    unsafe fn load_u8(self, p: *const u8) -> Self::V;
-    /// `LANES` signed bytes.
+    unsafe fn widen(self, p: *const u8) -> Self::I;
+    /// Every byte and `byte`.
+    fn and_i(self, a: Self::I, byte: u8) -> Self::I;
+    /// Bits of both.
+    fn or_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// Every pair of bytes, as a little-endian number, `n` bits down.
+    fn shr_i(self, a: Self::I, n: u32) -> Self::I;
+    /// Every pair of bytes `n` bits up.
+    fn shl_i(self, a: Self::I, n: u32) -> Self::I;
+    /// Byte `j` of every lane.
+    fn byte(self, a: Self::I, j: usize) -> Self::I;
+    /// Lanes as f32, rounded to nearest.
+    fn float(self, a: Self::I) -> Self::V;
+    /// `a - b * c`.
+    fn less_product(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I;
+    /// Adds to every lane the products of its four unsigned bytes in `c[0]`, and then in `c[1]`, of `bits` bits, and signed bytes of x
+    /// that lie above -128: the same four for all lanes at `x` and `x + 4`; with `PAIR` even lanes take those at `x` and `x + 8`, odd ones
+    /// those at `x + 4` and `x + 12`. Exact.
     /// # Safety
-    /// `p` is readable for `LANES` bytes.
-    unsafe fn load_i8(self, p: *const u8) -> Self::V;
-    /// `LANES` codes of 4 bits, two to a byte, lower half first.
+    /// `x` is readable for 8 bytes, with `PAIR` for 16.
+    unsafe fn dot8<const PAIR: bool>(self, bits: usize, acc: Self::I, c: [Self::I; 2], x: *const i8) -> Self::I;
+    /// Packed 4-bit codes, one a byte in its lower or `upper` half, to the bytes whose bit of `mask` is set; the others become `fill`.
     /// # Safety
-    /// `p` is readable for `LANES / 2` bytes.
-    unsafe fn load_u4(self, p: *const u8) -> Self::V;
-    /// The lower (or upper) halves of `LANES` bytes.
-    /// # Safety
-    /// `p` is readable for `LANES` bytes.
-    unsafe fn load_half_bytes(self, p: *const u8, upper: bool) -> Self::V;
+    /// `p` is readable for `4 * LANES` bytes.
+    unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> Self::I;
 
     /// The sum of all lanes, in the tree of [`Simd::sum4`].
     #[inline(always)]
@@ -88,6 +138,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 pub(crate) trait Op {
     /// What it returns.
     type Out;
+    /// Whether it uses what `Isa::Avx512Vnni` has beyond `Isa::Avx512`; if not, one compiled form serves both.
+    const INTEGER: bool = false;
     /// Runs it.
     fn run<S: Simd>(self, s: S) -> Self::Out;
 }
@@ -100,7 +152,9 @@ pub(crate) fn dispatch<O: Op>(isa: Isa, op: O) -> O::Out {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => avx2::run(op),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 => avx512::run(op),
+        Isa::Avx512Vnni if O::INTEGER => avx512::run_vnni(op),
+        #[cfg(target_arch = "x86_64")]
+        Isa::Avx512 | Isa::Avx512Vnni => avx512::run(op),
         #[cfg(not(target_arch = "x86_64"))]
         _ => panic!("{isa} is not compiled in for this processor"),
     }
@@ -110,9 +164,83 @@ pub(crate) fn dispatch<O: Op>(isa: Isa, op: O) -> O::Out {
 mod tests {
     use super::*;
 
+    fn dots<S: Simd, const BITS: usize>(s: S, bytes: &[u8]) {
+        let mut codes: Vec<u8> = bytes.iter().map(|b| b >> (8 - BITS)).collect();
+        let mut x: Vec<i8> = bytes.iter().map(|&b| (b as i8).max(-127)).collect();
+        for extreme in [false, true] {
+            if extreme {
+                codes.fill((0xFFu16 >> (8 - BITS)) as u8);
+                x.fill(-127);
+            }
+            // SAFETY: 64 bytes are there.
+            let (one, two) = unsafe {
+                let c = s.load_i(codes.as_ptr());
+                let c = [c, s.and_i(c, 0x5)];
+                let five = s.splat_i(5);
+                (s.dot8::<false>(BITS, five, c, x.as_ptr()), s.dot8::<true>(BITS, five, c, x.as_ptr()))
+            };
+            for lane in 0..S::LANES {
+                let sum = |first: usize, second: usize| {
+                    let part = |at: usize, mask: u8| -> i32 {
+                        (0..4).map(|j| i32::from(codes[4 * lane + j] & mask) * i32::from(x[at + j])).sum()
+                    };
+                    (5 + part(first, 0xFF) + part(second, 5)) as f32
+                };
+                let mut got = [[0.0; 16]; 2];
+                // SAFETY: at most 16 lanes.
+                unsafe {
+                    s.store(got[0].as_mut_ptr(), s.float(one));
+                    s.store(got[1].as_mut_ptr(), s.float(two));
+                }
+                assert_eq!(got[0][lane], sum(0, 4), "{BITS} bits");
+                assert_eq!(got[1][lane], sum(lane % 2 * 4, 8 + lane % 2 * 4), "{BITS} bits, pairs");
+            }
+        }
+    }
+
+    fn sparse<S: Simd>(s: S, bytes: &[u8]) {
+        let plain: Vec<f32> = (0..16).map(|i| 1.0 + i as f32).collect();
+        let halves: Vec<u8> = plain.iter().flat_map(|&x| half::f16::from_f32(x).to_le_bytes()).collect();
+        let mut got = [0.0; 16];
+        for mask in (0..1u32 << S::LANES).step_by(if S::LANES == 16 { 251 } else { 1 }) {
+            let set: Vec<usize> = (0..S::LANES).filter(|i| mask >> i & 1 == 1).collect();
+            let rank = |i: usize| if mask >> i & 1 == 1 { 1.0 + (mask & ((1 << i) - 1)).count_ones() as f32 } else { 0.0 };
+            let want: Vec<f32> = (0..S::LANES).map(rank).collect();
+            // SAFETY: 16 values are everywhere.
+            unsafe {
+                s.store(got.as_mut_ptr(), s.compress(s.load(plain.as_ptr()), mask));
+                assert!(set.iter().zip(&got).all(|(&i, &g)| g == plain[i]));
+                s.store(got.as_mut_ptr(), s.expand_f16(halves.as_ptr(), mask));
+                assert_eq!(got[..S::LANES], want);
+                s.store(got.as_mut_ptr(), s.expand_f32(plain.as_ptr().cast(), mask));
+                assert_eq!(got[..S::LANES], want);
+            }
+        }
+        for (mask, upper) in [(0x0F0F_1234_8001_FFFFu64, false), (!0, true), (0, true), (0xAAAA_5555_1248_FEDC, true)] {
+            // SAFETY: 64 bytes.
+            let v = unsafe { s.place(bytes.as_ptr(), upper, 9, mask) };
+            let mut next = bytes.iter();
+            for i in 0..4 * S::LANES {
+                let code = |b: &u8| if upper { b >> 4 } else { b & 15 };
+                let want = if mask >> i & 1 == 1 { code(next.next().unwrap()) } else { 9 };
+                // SAFETY: at most 16 lanes.
+                unsafe { s.store(got.as_mut_ptr(), s.float(s.byte(v, i % 4))) };
+                assert_eq!(got[i / 4], f32::from(want), "byte {i} of {mask:x}");
+            }
+        }
+        let v = [3.0f32, -7.0, 127.0, -127.0, 0.0, 5.0, -1.0, 9.0, 3.0, -7.0, 100.0, -100.0, 0.0, 5.0, -1.0, 9.0];
+        let mut out = [0i8; 16];
+        // SAFETY: 16 values.
+        unsafe { s.store_i8(out.as_mut_ptr(), s.load(v.as_ptr())) };
+        assert!(out[..S::LANES].iter().zip(&v).all(|(&o, &v)| f32::from(o) == v));
+        // SAFETY: 16 values.
+        assert_eq!(s.top(unsafe { s.load(v.as_ptr()) }), 127.0);
+    }
+
     struct All;
     impl Op for All {
         type Out = ();
+        const INTEGER: bool = true;
         #[inline(always)]
         fn run<S: Simd>(self, s: S) {
             let n = S::LANES;
@@ -123,22 +251,37 @@ mod tests {
                 unsafe { s.store(out.as_mut_ptr(), v) };
                 out
             };
-            // SAFETY: 64 bytes are there and no load reads more than 2 * 16.
+            let read_i = |v: S::I| read(s.float(v));
+            // SAFETY: 64 bytes are there and no load reads more; tables have 16 values.
             unsafe {
                 let p = bytes.as_ptr();
-                assert_eq!(read(s.load_u8(p)), bytes[..n].iter().map(|&b| f32::from(b)).collect::<Vec<_>>());
-                assert_eq!(read(s.load_i8(p)), bytes[..n].iter().map(|&b| f32::from(b as i8)).collect::<Vec<_>>());
-                let nibble = |i: usize| f32::from(bytes[i / 2] >> (4 * (i % 2)) & 15);
-                assert_eq!(read(s.load_u4(p)), (0..n).map(nibble).collect::<Vec<_>>());
-                assert_eq!(
-                    read(s.load_half_bytes(p, true)),
-                    bytes[..n].iter().map(|&b| f32::from(b >> 4)).collect::<Vec<_>>()
-                );
-                assert_eq!(
-                    read(s.load_half_bytes(p, false)),
-                    bytes[..n].iter().map(|&b| f32::from(b & 15)).collect::<Vec<_>>()
-                );
+                let v = s.load_i(p);
+                for j in 0..4 {
+                    let want: Vec<f32> = (0..n).map(|i| f32::from(bytes[4 * i + j])).collect();
+                    assert_eq!(read_i(s.byte(v, j)), want);
+                    let want: Vec<f32> = (0..n).map(|i| f32::from(bytes[4 * i + j] >> 5 & 3 | 64)).collect();
+                    let got = s.or_i(s.and_i(s.shr_i(v, 5), 3), s.shl_i(s.and_i(s.splat_i(0x0101_0101), 1), 6));
+                    assert_eq!(read_i(s.byte(got, j)), want);
+                }
+                assert_eq!(read_i(s.widen(p)), bytes[..n].iter().map(|&b| f32::from(b)).collect::<Vec<_>>());
+                let got = s.less_product(s.splat_i(7), s.widen(p), s.splat_i(-3));
+                assert_eq!(read_i(got)[1], 7.0 + 3.0 * f32::from(bytes[1]));
+                let table: Vec<f32> = (0..64).map(|i| i as f32 * 1.5).collect();
+                for small in [16, 64] {
+                    let mask = (small - 1) as u8;
+                    let index = s.byte(s.and_i(v, mask), 0);
+                    let want: Vec<f32> = (0..n).map(|i| table[usize::from(bytes[4 * i] & mask)]).collect();
+                    assert_eq!(read(s.lookup(table.as_ptr(), small, index)), want);
+                }
+                assert_eq!(read(s.spread::<true>(table.as_ptr()))[..4], [0.0, 1.5, 0.0, 1.5]);
+                assert_eq!(read(s.spread::<false>(table.as_ptr().add(1)))[..2], [1.5, 1.5]);
+                assert_eq!(read_i(s.spread_i::<true>([3, -4].as_ptr()))[..4], [3.0, -4.0, 3.0, -4.0]);
             }
+            dots::<S, 4>(s, &bytes);
+            dots::<S, 6>(s, &bytes);
+            dots::<S, 7>(s, &bytes);
+            dots::<S, 8>(s, &bytes);
+            sparse(s, &bytes);
             let mut halves = Vec::new();
             let mut brains = Vec::new();
             let plain: Vec<f32> = (0..n).map(|i| (i as f32 - 3.3) * 1.7e-3).collect();

@@ -39,6 +39,7 @@ unsafe fn bytes<const N: usize>(p: *const u8) -> [u8; N] {
 impl Simd for Portable {
     const LANES: usize = 8;
     type V = V;
+    type I = I;
 
     #[inline(always)]
     fn splat(self, x: f32) -> V {
@@ -126,27 +127,152 @@ impl Simd for Portable {
         fill(|i| bf16::from_le_bytes([b[2 * i], b[2 * i + 1]]).to_f32())
     }
     #[inline(always)]
-    unsafe fn load_u8(self, p: *const u8) -> V {
-        // SAFETY: the caller promises LANES bytes.
-        let b = unsafe { bytes::<8>(p) };
-        fill(|i| f32::from(b[i]))
+    fn fused(self, a: V, b: V, c: V) -> V {
+        fill(|i| a[i].mul_add(b[i], c[i]))
     }
     #[inline(always)]
-    unsafe fn load_i8(self, p: *const u8) -> V {
-        // SAFETY: the caller promises LANES bytes.
-        let b = unsafe { bytes::<8>(p) };
-        fill(|i| f32::from(b[i] as i8))
+    fn top(self, a: V) -> f32 {
+        a.iter().copied().fold(f32::NEG_INFINITY, f32::max)
     }
     #[inline(always)]
-    unsafe fn load_u4(self, p: *const u8) -> V {
-        // SAFETY: the caller promises LANES / 2 bytes.
-        let b = unsafe { bytes::<4>(p) };
-        fill(|i| f32::from(b[i / 2] >> (4 * (i % 2)) & 15))
+    unsafe fn store_i8(self, p: *mut i8, a: V) {
+        // SAFETY: the caller promises LANES bytes.
+        unsafe { *p.cast::<[i8; 8]>() = a.map(|x| x as i8) }
     }
     #[inline(always)]
-    unsafe fn load_half_bytes(self, p: *const u8, upper: bool) -> V {
+    fn compress(self, a: V, mask: u32) -> V {
+        let (mut o, mut n) = (a, 0);
+        for (i, &x) in a.iter().enumerate() {
+            o[n % 8] = x;
+            n += (mask >> i & 1) as usize;
+        }
+        o
+    }
+    #[inline(always)]
+    unsafe fn expand_f16(self, p: *const u8, mask: u32) -> V {
+        // SAFETY: the caller promises 2 * LANES bytes.
+        let b = unsafe { bytes::<16>(p) };
+        ranked(mask, |i| f16::from_le_bytes([b[2 * i], b[2 * i + 1]]).to_f32_const())
+    }
+    #[inline(always)]
+    unsafe fn expand_f32(self, p: *const u8, mask: u32) -> V {
+        // SAFETY: the caller promises 4 * LANES bytes.
+        let b = unsafe { bytes::<32>(p) };
+        ranked(mask, |i| f32::from_le_bytes([b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3]]))
+    }
+    #[inline(always)]
+    unsafe fn spread<const PAIR: bool>(self, p: *const f32) -> V {
+        // SAFETY: the caller promises a value, or two.
+        unsafe { if PAIR { fill(|i| *p.add(i % 2)) } else { [*p; 8] } }
+    }
+    #[inline(always)]
+    unsafe fn lookup(self, table: *const f32, _: usize, index: I) -> V {
+        // SAFETY: the caller promises indices inside.
+        fill(|i| unsafe { *table.add(index[i] as usize) })
+    }
+    #[inline(always)]
+    fn splat_i(self, x: i32) -> I {
+        [x as u32; 8]
+    }
+    #[inline(always)]
+    unsafe fn spread_i<const PAIR: bool>(self, p: *const i32) -> I {
+        // SAFETY: the caller promises a value, or two.
+        unsafe { if PAIR { map(|i| *p.add(i % 2) as u32) } else { [*p as u32; 8] } }
+    }
+    #[inline(always)]
+    unsafe fn load_i(self, p: *const u8) -> I {
+        // SAFETY: the caller promises 4 * LANES bytes.
+        let b = unsafe { bytes::<32>(p) };
+        map(|i| u32::from_le_bytes([b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3]]))
+    }
+    #[inline(always)]
+    unsafe fn widen(self, p: *const u8) -> I {
         // SAFETY: the caller promises LANES bytes.
         let b = unsafe { bytes::<8>(p) };
-        fill(|i| f32::from(if upper { b[i] >> 4 } else { b[i] & 15 }))
+        map(|i| u32::from(b[i]))
     }
+    #[inline(always)]
+    fn and_i(self, a: I, byte: u8) -> I {
+        let mask = u32::from(byte) * 0x0101_0101;
+        map(|i| a[i] & mask)
+    }
+    #[inline(always)]
+    fn or_i(self, a: I, b: I) -> I {
+        map(|i| a[i] | b[i])
+    }
+    #[inline(always)]
+    fn shr_i(self, a: I, n: u32) -> I {
+        let mask = (0xFFFFu32 >> n) * 0x1_0001;
+        map(|i| a[i] >> n & mask)
+    }
+    #[inline(always)]
+    fn shl_i(self, a: I, n: u32) -> I {
+        let mask = (0xFFFFu32 << n & 0xFFFF) * 0x1_0001;
+        map(|i| a[i] << n & mask)
+    }
+    #[inline(always)]
+    fn byte(self, a: I, j: usize) -> I {
+        map(|i| a[i] >> (8 * j) & 0xFF)
+    }
+    #[inline(always)]
+    fn float(self, a: I) -> V {
+        fill(|i| a[i] as i32 as f32)
+    }
+    #[inline(always)]
+    fn less_product(self, a: I, b: I, c: I) -> I {
+        map(|i| a[i].wrapping_sub(b[i].wrapping_mul(c[i])))
+    }
+    #[inline(always)]
+    unsafe fn dot8<const PAIR: bool>(self, _: usize, acc: I, c: [I; 2], x: *const i8) -> I {
+        let (step, wide) = if PAIR { (4, 8) } else { (0, 4) };
+        map(|i| {
+            let mut sum = acc[i] as i32;
+            for (half, c) in c.iter().enumerate() {
+                for j in 0..4 {
+                    // SAFETY: the caller promises 8 bytes, with PAIR 16.
+                    let v = unsafe { *x.add(half * wide + i % 2 * step + j) };
+                    sum += (c[i] >> (8 * j) & 0xFF) as i32 * i32::from(v);
+                }
+            }
+            sum as u32
+        })
+    }
+    #[inline(always)]
+    unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> I {
+        // SAFETY: the caller promises 4 * LANES bytes.
+        let b = unsafe { bytes::<32>(p) };
+        let (mut o, mut next) = ([0u32; 8], 0);
+        for i in 0..32 {
+            let code = if upper { b[next % 32] >> 4 } else { b[next % 32] & 15 };
+            let set = mask >> i & 1 == 1;
+            o[i / 4] |= u32::from(if set { code } else { fill }) << (8 * (i % 4));
+            next += usize::from(set);
+        }
+        o
+    }
+}
+
+type I = [u32; 8];
+
+#[inline(always)]
+fn map(f: impl Fn(usize) -> u32) -> I {
+    let mut o = [0; 8];
+    for (i, x) in o.iter_mut().enumerate() {
+        *x = f(i);
+    }
+    o
+}
+
+/// `f` of each set bit's rank; 0 elsewhere.
+#[inline(always)]
+fn ranked(mask: u32, f: impl Fn(usize) -> f32) -> V {
+    let mut next = 0;
+    let mut o = [0.0; 8];
+    for (i, x) in o.iter_mut().enumerate() {
+        if mask >> i & 1 == 1 {
+            *x = f(next);
+            next += 1;
+        }
+    }
+    o
 }

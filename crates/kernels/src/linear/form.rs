@@ -1,0 +1,290 @@
+//! The forms a piece is packed into, and their products.
+
+use std::sync::Arc;
+
+use lacuna_base::{MatMut, MatRef};
+use lacuna_format::{Float, GgufType, Pattern, Piece, Stored, Values};
+
+use super::prepare::{padded, quantized, tiled};
+use super::{Activations, Packing};
+use crate::op::dot::Dots;
+use crate::op::matmul::{self, Batch, Gemv, Out};
+use crate::panel::float::{Bf16, Dense, F16, F32, Masked};
+use crate::panel::ints::{Bytes, Ints};
+use crate::panel::{BLOCK, Codec, Panels, ROWS, View, float, ints, source};
+use crate::simd::dispatch;
+use crate::{parallel, scratch};
+
+/// A piece ready to multiply.
+#[derive(Clone)]
+pub(super) struct Form {
+    name: &'static str,
+    body: Body,
+}
+
+#[derive(Clone)]
+enum Body {
+    F32(Panels, Dense<F32>),
+    F16(Panels, Dense<F16>),
+    Bf16(Panels, Dense<Bf16>),
+    Masked32(Panels, Masked<F32>),
+    Masked16(Panels, Masked<F16>),
+    Int2(Panels, Ints<2>),
+    Int3(Panels, Ints<3>),
+    Int4(Panels, Ints<4>),
+    Int5(Panels, Ints<5>),
+    Int6(Panels, Ints<6>),
+    Int7(Panels, Ints<7>),
+    Int8(Panels, Ints<8>),
+    /// Decoded by `lacuna-format` a panel at a time.
+    Decoded(Arc<Stored>, u64),
+}
+
+/// Dense codecs that have panels of their own.
+pub(crate) const FLOAT_PATH: [&str; 20] = [
+    "f32", "f16", "bf16", "f8", "int2", "int3", "int4", "int5", "int6", "int7", "int8", "ternary", "codebook", "q4_0",
+    "q4_1", "q5_0", "q5_1", "q8_0", "q4_k, q5_k", "iq4_nl",
+];
+
+/// Those that multiply as bytes where activations are quantized.
+pub(crate) const INTEGER_PATH: [&str; 14] = [
+    "int2", "int3", "int4", "int5", "int6", "int7", "int8", "ternary", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0",
+    "q4_k, q5_k",
+];
+
+/// The same with what they do, for reports.
+const AS_BYTES: [&str; 14] = [
+    "int2 bytes",
+    "int3 bytes",
+    "int4 bytes",
+    "int5 bytes",
+    "int6 bytes",
+    "int7 bytes",
+    "int8 bytes",
+    "ternary bytes",
+    "q4_0 bytes",
+    "q4_1 bytes",
+    "q5_0 bytes",
+    "q5_1 bytes",
+    "q8_0 bytes",
+    "q4_k, q5_k bytes",
+];
+
+fn name(values: &Values) -> &'static str {
+    match values {
+        Values::Float(Float::F32, _) => "f32",
+        Values::Float(Float::F16, _) => "f16",
+        Values::Float(Float::Bf16, _) => "bf16",
+        Values::Float(..) => "f8",
+        Values::Int { bits, .. } => {
+            ["int2", "int3", "int4", "int5", "int6", "int7", "int8"][usize::from(*bits).clamp(2, 8) - 2]
+        }
+        Values::Codebook { .. } => "codebook",
+        Values::Ternary { .. } => "ternary",
+        Values::Gguf(kind, _) => match kind {
+            GgufType::Q4_0 => "q4_0",
+            GgufType::Q4_1 => "q4_1",
+            GgufType::Q5_0 => "q5_0",
+            GgufType::Q5_1 => "q5_1",
+            GgufType::Q8_0 => "q8_0",
+            GgufType::Q4_K | GgufType::Q5_K => "q4_k, q5_k",
+            _ => "iq4_nl",
+        },
+    }
+}
+
+/// Runs an expression for whichever body has panels.
+macro_rules! with_panels {
+    ($body:expr, $panels:ident, $codec:ident => $float:expr, $int:expr, $stored:ident => $decoded:expr) => {
+        match $body {
+            Body::F32($panels, $codec) => $float,
+            Body::F16($panels, $codec) => $float,
+            Body::Bf16($panels, $codec) => $float,
+            Body::Masked32($panels, $codec) => $float,
+            Body::Masked16($panels, $codec) => $float,
+            Body::Int2($panels, $codec) => $int,
+            Body::Int3($panels, $codec) => $int,
+            Body::Int4($panels, $codec) => $int,
+            Body::Int5($panels, $codec) => $int,
+            Body::Int6($panels, $codec) => $int,
+            Body::Int7($panels, $codec) => $int,
+            Body::Int8($panels, $codec) => $int,
+            Body::Decoded($stored, _) => $decoded,
+        }
+    };
+}
+
+impl Form {
+    /// The form of a piece that has passed its check.
+    pub(super) fn of(piece: &Piece) -> Form {
+        let (rows, cols) = (piece.rows, piece.cols);
+        let body = match (&piece.pattern, &piece.values) {
+            (Pattern::Dense, Values::Float(Float::F32, b)) => Some(Body::F32(float::dense(rows, cols, b, 4), Dense(F32))),
+            (Pattern::Dense, Values::Float(Float::F16, b)) => Some(Body::F16(float::dense(rows, cols, b, 2), Dense(F16))),
+            (Pattern::Dense, Values::Float(Float::Bf16, b)) => {
+                Some(Body::Bf16(float::dense(rows, cols, b, 2), Dense(Bf16)))
+            }
+            (Pattern::Dense, _) => source::of(piece).map(|source| {
+                let bits = source.bits;
+                let (panels, grid) = ints::dense(rows, cols, &source);
+                match bits {
+                    2 => Body::Int2(panels, Ints(grid)),
+                    3 => Body::Int3(panels, Ints(grid)),
+                    4 => Body::Int4(panels, Ints(grid)),
+                    5 => Body::Int5(panels, Ints(grid)),
+                    6 => Body::Int6(panels, Ints(grid)),
+                    7 => Body::Int7(panels, Ints(grid)),
+                    _ => Body::Int8(panels, Ints(grid)),
+                }
+            }),
+            (Pattern::Mask { .. } | Pattern::Nm { .. }, Values::Float(..)) => {
+                let (panels, half) = float::masked(piece);
+                let blocks = panels.blocks;
+                Some(if half {
+                    Body::Masked16(panels, Masked { _width: F16, blocks })
+                } else {
+                    Body::Masked32(panels, Masked { _width: F32, blocks })
+                })
+            }
+            _ => None,
+        };
+        let (name, body) = match body {
+            Some(body) => (name(&piece.values), body),
+            None => ("decoded", Body::Decoded(Arc::new(Stored::from_piece(piece.clone())), piece.bytes())),
+        };
+        Form { name, body }
+    }
+
+    /// The name of its codec, and how it multiplies where that is not from its own panels in f32.
+    pub(super) fn name(&self, activations: Activations) -> &'static str {
+        if activations == Activations::Exact || !self.integer() {
+            return self.name;
+        }
+        let i = INTEGER_PATH.iter().position(|n| *n == self.name);
+        i.map_or("bytes", |i| AS_BYTES[i])
+    }
+
+    /// Whether it multiplies as bytes where activations are quantized.
+    fn integer(&self) -> bool {
+        with_panels!(&self.body, _panels, codec => { let _ = codec; false }, codec.grid().table.is_none(), _stored => false)
+    }
+
+    pub(super) fn bytes(&self) -> u64 {
+        if let Body::Decoded(_, bytes) = &self.body {
+            return *bytes;
+        }
+        with_panels!(&self.body, panels, _codec => panels.bytes(), panels.bytes(), _stored => 0)
+    }
+
+    /// `out (+)= x · Wᵀ`. Shapes fit.
+    pub(super) fn multiply(&self, packing: &Packing, x: MatRef<'_>, out: Out) {
+        with_panels!(
+            &self.body, panels, codec =>
+            exact(packing, panels.view(), codec, x, out),
+            if packing.activations == Activations::Int8 && codec.grid().table.is_none() {
+                bytes(packing, panels.view(), codec, x, out);
+            } else {
+                exact(packing, panels.view(), codec, x, out);
+            },
+            stored => decoded(packing, stored, x, out)
+        );
+    }
+}
+
+/// Panels a task should be a multiple of, so that several run side by side in it.
+fn unit(count: usize) -> usize {
+    match count {
+        0..8 => 1,
+        8..32 => 4,
+        _ => 8,
+    }
+}
+
+fn exact<C: Codec>(packing: &Packing, view: View, codec: &C, x: MatRef<'_>, out: Out) {
+    let (isa, cols) = (packing.isa, view.blocks * BLOCK);
+    if x.rows() == 1 {
+        return padded(x.row(0), view.blocks, |x| {
+            let x = Shared(x);
+            parallel::ranges(view.count(), unit(view.count()), usize::MAX, ROWS * cols, |from, to| {
+                dispatch(isa, Gemv { panels: view, codec, from, to, x: x.get(), out });
+            });
+        });
+    }
+    tiled(isa, x, view.blocks, |first, rows, x| {
+        let (x, out) = (Shared(x), out.below(first));
+        parallel::ranges(view.count(), 2, usize::MAX, ROWS * cols * (rows + 4), |from, to| {
+            scratch::with(matmul::scratch(rows), |scratch| {
+                Batch { panels: view, codec, from, to, x: x.get(), rows, out, scratch }.run(isa);
+            });
+        });
+    });
+}
+
+fn bytes<C: Bytes>(packing: &Packing, view: View, codec: &C, x: MatRef<'_>, out: Out) {
+    quantized(packing.isa, x, view, codec.grid().zero, |rows| {
+        let cost = ROWS * view.blocks * BLOCK * x.rows() / 2;
+        parallel::ranges(view.count(), 1, usize::MAX, cost, |from, to| {
+            dispatch(packing.isa, Dots { panels: view, codec, from, to, x: rows, out });
+        });
+    });
+}
+
+/// As f32 panels that are made when they are needed, one at a time.
+fn decoded(packing: &Packing, stored: &Stored, x: MatRef<'_>, out: Out) {
+    let (isa, blocks, cols) = (packing.isa, stored.cols.div_ceil(BLOCK), stored.cols);
+    let count = stored.rows.div_ceil(ROWS);
+    let panel_of = |p: usize, f: &mut dyn FnMut(View, Out)| {
+        scratch::with(blocks * BLOCK * ROWS, |panel| {
+            let n = ROWS.min(stored.rows - p * ROWS);
+            scratch::with(ROWS * cols, |rows| {
+                stored.decode_rows(p * ROWS, p * ROWS + n, MatMut::new(n, cols, &mut rows[..n * cols]));
+                let panel = &mut panel[..blocks * BLOCK * ROWS];
+                panel.fill(0.0);
+                for (i, row) in rows[..n * cols].chunks_exact(cols.max(1)).enumerate() {
+                    panel[i..].iter_mut().step_by(ROWS).zip(row).for_each(|(o, v)| *o = *v);
+                }
+            });
+            let view = View { base: panel.as_ptr().cast(), stride: 0, rows: n, blocks };
+            f(view, out.beside(p * ROWS));
+        });
+    };
+    let codec = &Dense(F32);
+    if x.rows() == 1 {
+        return padded(x.row(0), blocks, |x| {
+            let x = Shared(x);
+            parallel::ranges(count, 1, usize::MAX, 8 * ROWS * cols, |from, to| {
+                for p in from..to {
+                    panel_of(p, &mut |panels, out| {
+                        dispatch(isa, Gemv { panels, codec, from: 0, to: 1, x: x.get(), out });
+                    });
+                }
+            });
+        });
+    }
+    tiled(isa, x, blocks, |first, rows, x| {
+        let x = Shared(x);
+        parallel::ranges(count, 1, usize::MAX, ROWS * cols * (rows + 8), |from, to| {
+            for p in from..to {
+                panel_of(p, &mut |panels, out| {
+                    scratch::with(matmul::scratch(rows), |scratch| {
+                        let out = out.below(first);
+                        Batch { panels, codec, from: 0, to: 1, x: x.get(), rows, out, scratch }.run(isa);
+                    });
+                });
+            }
+        });
+    });
+}
+
+/// Rows of x that tasks read.
+struct Shared(*const f32);
+// SAFETY: only read.
+unsafe impl Sync for Shared {}
+// SAFETY: see above.
+unsafe impl Send for Shared {}
+
+impl Shared {
+    fn get(&self) -> *const f32 {
+        self.0
+    }
+}

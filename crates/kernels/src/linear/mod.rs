@@ -1,0 +1,154 @@
+//! A stored matrix ready to multiply.
+
+mod form;
+mod prepare;
+#[cfg(test)]
+mod tests;
+
+use lacuna_base::{MatMut, MatRef};
+use lacuna_format::{FormatError, Piece, Stored, Term};
+
+use crate::op::matmul::Out;
+use crate::{Isa, scratch};
+use form::Form;
+pub(crate) use form::{FLOAT_PATH, INTEGER_PATH};
+
+/// How activations meet a matrix of integer codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]
+pub enum Activations {
+    /// As they are, in f32.
+    #[default]
+    Exact,
+    /// As signed bytes with a scale for every 32 columns of a row (largest magnitude / 127, to the nearest, ties to even), where the codec's
+    /// values are whole numbers times a scale; elsewhere as they are.
+    Int8,
+}
+
+/// How a matrix is made ready.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
+pub struct Packing {
+    /// The instruction set that multiplies.
+    pub isa: Isa,
+    /// How activations meet integer codes.
+    pub activations: Activations,
+}
+
+impl Default for Packing {
+    /// The best instruction set here, exact activations.
+    fn default() -> Packing {
+        Packing { isa: Isa::best(), activations: Activations::Exact }
+    }
+}
+
+/// A matrix `W`, `[outputs, inputs]`, ready to multiply: `x · Wᵀ`.
+///
+/// A result depends on its own row of `x`, on the matrix and on how it was packed: not on the other rows, their number or the threads.
+#[derive(Clone)]
+pub struct Linear {
+    rows: usize,
+    cols: usize,
+    terms: Vec<Ready>,
+    packing: Packing,
+}
+
+/// A summand ready to multiply.
+#[derive(Clone)]
+enum Ready {
+    Piece(Form),
+    /// Right factor first, then left.
+    Product {
+        left: Box<Linear>,
+        right: Box<Linear>,
+    },
+}
+
+impl Linear {
+    /// Makes a stored matrix ready for this processor, with exact activations. It is repacked: what it was read from may go.
+    pub fn pack(stored: &Stored) -> Result<Linear, FormatError> {
+        Linear::pack_with(stored, &Packing::default())
+    }
+
+    /// As [`Linear::pack`], told how. Panics later, at the product, where the processor lacks the instruction set.
+    pub fn pack_with(stored: &Stored, packing: &Packing) -> Result<Linear, FormatError> {
+        stored.check()?;
+        let one = |piece: &Piece| Stored::from_piece(piece.clone());
+        let mut terms = Vec::with_capacity(stored.terms.len());
+        for term in &stored.terms {
+            terms.push(match term {
+                Term::Piece(p) => Ready::Piece(Form::of(p)),
+                Term::Product(l, r) => Ready::Product {
+                    left: Box::new(Linear::pack_with(&one(l), packing)?),
+                    right: Box::new(Linear::pack_with(&one(r), packing)?),
+                },
+            });
+        }
+        Ok(Linear { rows: stored.rows, cols: stored.cols, terms, packing: *packing })
+    }
+
+    /// Outputs.
+    pub fn rows(&self) -> usize {
+        self.rows
+    }
+
+    /// Inputs.
+    pub fn cols(&self) -> usize {
+        self.cols
+    }
+
+    /// Bytes of weights read for one row of `x`, padding included.
+    pub fn weights_bytes(&self) -> u64 {
+        self.terms
+            .iter()
+            .map(|t| match t {
+                Ready::Piece(form) => form.bytes(),
+                Ready::Product { left, right } => left.weights_bytes() + right.weights_bytes(),
+            })
+            .sum()
+    }
+
+    /// How each term multiplies, for reports.
+    pub fn describe(&self) -> Vec<&'static str> {
+        self.terms
+            .iter()
+            .map(|t| match t {
+                Ready::Piece(form) => form.name(self.packing.activations),
+                Ready::Product { .. } => "product",
+            })
+            .collect()
+    }
+
+    /// `x · Wᵀ`: `x` is `[n, inputs]`, `out` `[n, outputs]`, overwritten. Panics where the shapes do not fit.
+    ///
+    /// A NaN or infinity in a row of `x` reaches results of that row only: those whose weights take part in it, zeros that are stored
+    /// included; with [`Activations::Int8`] all of them. One in `W` reaches its own output only.
+    #[track_caller]
+    pub fn forward(&self, x: MatRef<'_>, out: MatMut<'_>) {
+        self.run(x, out, false);
+    }
+
+    #[track_caller]
+    fn run(&self, x: MatRef<'_>, mut out: MatMut<'_>, mut add: bool) {
+        assert_eq!(x.cols(), self.cols, "x has {} columns, the matrix {}", x.cols(), self.cols);
+        assert_eq!((out.rows(), out.cols()), (x.rows(), self.rows), "the result has another shape");
+        if x.rows() == 0 || self.rows == 0 {
+            return;
+        }
+        if self.terms.is_empty() && !add {
+            (0..out.rows()).for_each(|r| out.row_mut(r).fill(0.0));
+        }
+        for term in &self.terms {
+            match term {
+                Ready::Piece(form) => {
+                    let out = Out { stride: out.stride(), data: out.raw_mut().as_mut_ptr(), add };
+                    form.multiply(&self.packing, x, out);
+                }
+                Ready::Product { left, right } => scratch::with(x.rows() * right.rows, |inner| {
+                    let inner = &mut inner[..x.rows() * right.rows];
+                    right.run(x, MatMut::new(x.rows(), right.rows, inner), false);
+                    left.run(MatRef::new(x.rows(), right.rows, inner), out.reborrow(), add);
+                }),
+            }
+            add = true;
+        }
+    }
+}

@@ -1,0 +1,101 @@
+//! Making rows of x ready: padded, in tiles, as bytes.
+
+use lacuna_base::MatRef;
+
+use crate::op::dot::{Rows, SPARE};
+use crate::op::matmul::tiles;
+use crate::op::quantize::Quantize;
+use crate::panel::ints::META;
+use crate::panel::{BLOCK, View};
+use crate::simd::dispatch;
+use crate::{Isa, parallel, scratch};
+
+/// A row padded with zeros to whole blocks; the row itself where it is as long.
+pub(super) fn padded<T>(x: &[f32], blocks: usize, f: impl FnOnce(*const f32) -> T) -> T {
+    if x.len() == blocks * BLOCK {
+        return f(x.as_ptr());
+    }
+    scratch::with(blocks * BLOCK, |room| {
+        room[..x.len()].copy_from_slice(x);
+        room[x.len()..blocks * BLOCK].fill(0.0);
+        f(room.as_ptr())
+    })
+}
+
+/// Rows of x that are packed and multiplied at a time: about a megabyte of them, which stays in the second-level cache.
+fn chunk(cols: usize) -> usize {
+    ((1 << 18) / cols.max(1)).clamp(48, 480).next_multiple_of(12)
+}
+
+/// Calls `f(first row, rows, tiles)` for chunks of x in the tiles that the float product reads.
+pub(super) fn tiled(isa: Isa, x: MatRef<'_>, blocks: usize, mut f: impl FnMut(usize, usize, *const f32)) {
+    let cols = blocks * BLOCK;
+    let step = chunk(cols);
+    for first in (0..x.rows()).step_by(step) {
+        let rows = step.min(x.rows() - first);
+        scratch::with((rows + 12) * cols, |room| {
+            let room = Room(room.as_mut_ptr());
+            // A task is a row of tiles' worth: all tiles but the last have the same number of rows.
+            let mut cuts = [(0, 0); 64 + 16];
+            let mut n = 0;
+            tiles(rows, isa.lanes(), |r, m| {
+                cuts[n] = (r, m);
+                n += 1;
+            });
+            parallel::ranges(n, 1, usize::MAX, 16 * cols, |from, to| {
+                let room = &room;
+                for &(r, m) in &cuts[from..to] {
+                    // SAFETY: tiles do not overlap, and `rows + 12` rows are there.
+                    let tile = unsafe { std::slice::from_raw_parts_mut(room.0.add(r * cols), m * cols) };
+                    fill(tile, x, first + r, m.min(rows - r), m);
+                }
+            });
+            f(first, rows, room.0);
+        });
+    }
+}
+
+/// Rows `r..r + have` of x as one tile of `m`, column by column; the rows it lacks are zeros.
+fn fill(tile: &mut [f32], x: MatRef<'_>, r: usize, have: usize, m: usize) {
+    let cols = x.cols();
+    tile[cols * m..].fill(0.0);
+    let tile = &mut tile[..cols * m];
+    for i in 0..m {
+        let places = tile[i..].iter_mut().step_by(m);
+        if i < have {
+            places.zip(x.row(r + i)).for_each(|(t, v)| *t = *v);
+        } else {
+            places.for_each(|t| *t = 0.0);
+        }
+    }
+}
+
+struct Room(*mut f32);
+// SAFETY: used for parts that do not overlap.
+unsafe impl Sync for Room {}
+// SAFETY: see above.
+unsafe impl Send for Room {}
+
+/// Lends the rows of x as signed bytes, for a matrix with this `zero`.
+pub(super) fn quantized(isa: Isa, x: MatRef<'_>, view: View, zero: u8, f: impl FnOnce(Rows)) {
+    let blocks = view.blocks;
+    // Codes first, a quarter of an f32 each, then what belongs to their blocks.
+    let (codes, meta) = (blocks * BLOCK / 4, blocks * META);
+    let rows = x.rows() + SPARE;
+    scratch::with(rows * (codes + meta), |room| {
+        let room = Room(room.as_mut_ptr());
+        parallel::ranges(x.rows(), 1, usize::MAX, 4 * x.cols(), |from, to| {
+            let room = &room;
+            for r in from..to {
+                padded(x.row(r), blocks, |row| {
+                    // SAFETY: rows do not overlap in the room, which holds all of them.
+                    let (codes, meta) = unsafe { (room.0.add(r * codes), room.0.add(rows * codes + r * meta)) };
+                    dispatch(isa, Quantize { x: row, blocks, codes: codes.cast(), meta, zero: i32::from(zero) });
+                });
+            }
+        });
+        // SAFETY: inside the room.
+        let meta = unsafe { room.0.add(rows * codes) };
+        f(Rows { codes: room.0.cast(), meta, rows: x.rows() });
+    });
+}

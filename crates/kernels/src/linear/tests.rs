@@ -1,0 +1,441 @@
+//! The conformance suite of products.
+
+use half::{bf16, f16};
+use lacuna_base::testkit::random;
+use lacuna_base::{Mat, MatRef, Rng};
+use lacuna_format::bits::{pack, pack_trits};
+use lacuna_format::{
+    Bytes, Float, FormatError, GgufType, Group, Integers, Mask, Pattern, PatternKind, Piece, ScaleCodec, Scales, Stored,
+    Term, Values, pack_float, pack_integers,
+};
+
+use super::{Activations, Linear, Packing};
+use crate::Isa;
+use crate::table::PRODUCT_TOLERANCE;
+
+fn floats(m: &Mat, float: Float) -> Bytes {
+    let one = |x: &f32| match float {
+        Float::F16 => f16::from_f32(*x).to_le_bytes().to_vec(),
+        Float::Bf16 => bf16::from_f32(*x).to_le_bytes().to_vec(),
+        Float::F32 => x.to_le_bytes().to_vec(),
+        Float::F8E4m3 | Float::F8E5m2 => vec![(x.to_bits() >> 24) as u8 & 0xB7],
+    };
+    Bytes::from(m.data().iter().flat_map(one).collect::<Vec<u8>>())
+}
+
+fn dense(rows: usize, cols: usize, values: Values) -> Stored {
+    Stored { rows, cols, terms: vec![Term::Piece(Piece { rows, cols, pattern: Pattern::Dense, values })] }
+}
+
+fn ints(rows: usize, cols: usize, bits: u8, run: usize, zeros: bool, float: Float, rng: &mut Rng) -> Stored {
+    let groups = cols.div_ceil(run);
+    let codes: Vec<u8> = (0..rows * cols).map(|_| (rng.u64() as u8) & (0xFFu16 >> (8 - bits)) as u8).collect();
+    // Every seventh group is all zeros.
+    let scales = Mat::from_fn(rows, groups, |r, g| if (r + g) % 7 == 6 { 0.0 } else { rng.normal() * 0.1 });
+    let z: Vec<u8> = (0..rows * groups).map(|_| (rng.u64() as u8) & (0xFFu16 >> (8 - bits)) as u8).collect();
+    dense(
+        rows,
+        cols,
+        Values::Int {
+            bits,
+            codes: Bytes::from(pack(&codes, bits)),
+            scales: Scales::Float(float, floats(&scales, float)),
+            zeros: zeros.then(|| Bytes::from(pack(&z, bits))),
+            group: Group::Run(run),
+        },
+    )
+}
+
+fn gguf(rows: usize, cols: usize, kind: GgufType, rng: &mut Rng) -> Stored {
+    let blocks = rows * cols / kind.block();
+    let mut bytes: Vec<u8> = (0..blocks * kind.block_bytes()).map(|_| rng.u64() as u8).collect();
+    // Wherever a block keeps its f16 scales, random bits there stay finite: the exponent's top bit off.
+    for b in bytes.chunks_mut(kind.block_bytes()) {
+        let n = b.len();
+        for at in [0, 2, n - 2, n - 4] {
+            b[at + 1] &= 0x2F;
+        }
+    }
+    dense(rows, cols, Values::Gguf(kind, Bytes::from(bytes)))
+}
+
+/// Codes of every kind that has a table or three levels.
+fn tables(rows: usize, cols: usize, run: usize, rng: &mut Rng) -> Vec<(String, Stored)> {
+    let group = || Group::Run(run);
+    let scales = Mat::from_fn(rows, cols.div_ceil(run), |_, _| rng.normal());
+    let scales = || Scales::Float(Float::F16, floats(&scales, Float::F16));
+    let mut out = Vec::new();
+    for bits in [1u8, 3, 4, 8] {
+        let codes: Vec<u8> = (0..rows * cols).map(|_| rng.u64() as u8 >> (8 - bits)).collect();
+        let table: Vec<f32> = (0..1 << bits).map(|_| rng.normal()).collect();
+        for s in [None, Some((scales(), group()))] {
+            let name = format!("codebook {bits} scales {}", s.is_some());
+            let codes = Bytes::from(pack(&codes, bits));
+            out.push((name, dense(rows, cols, Values::Codebook { bits, codes, table: table.clone(), scales: s })));
+        }
+    }
+    let trits: Vec<i8> = (0..rows * cols).map(|_| (rng.u64() % 3) as i8 - 1).collect();
+    let codes = Bytes::from(pack_trits(&trits));
+    out.push(("ternary".into(), dense(rows, cols, Values::Ternary { codes, scales: scales(), group: group() })));
+    out
+}
+
+/// Matrices under every pattern, in f16, f32, bf16 and int4.
+fn patterns(rows: usize, cols: usize, rng: &mut Rng) -> Vec<(String, Stored)> {
+    let w = random(rows, cols, rng.u64());
+    let mut kinds = vec![];
+    for height in [1, 4, 8, 16, 32] {
+        kinds.push(PatternKind::Mask { height });
+    }
+    if cols.is_multiple_of(8) {
+        kinds.extend([(2, 4), (4, 8), (1, 4), (1, 2), (2, 8)].map(|(n, m)| PatternKind::Nm { n, m }));
+        if rows.is_multiple_of(8) {
+            let sizes = [(8, 1), (16, 8), (4, 4)].into_iter().filter(|(h, _)| rows.is_multiple_of(*h));
+            kinds.extend(sizes.map(|(height, width)| PatternKind::Blocks { height, width }));
+        }
+    }
+    kinds.push(PatternKind::Csr);
+    let mut out = Vec::new();
+    for kind in kinds {
+        let keep = |r: usize, c: usize| {
+            let hash = |a: usize| (a.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 33) % 100;
+            match kind {
+                PatternKind::Nm { n, m } => c % usize::from(m) < usize::from(n) + (r % 2) && (c % usize::from(m) != 0 || r % 2 == 0),
+                // The third group of rows keeps nothing.
+                PatternKind::Mask { height } => r / height != 2 && hash(r / height * 7919 + c) < 45,
+                PatternKind::Blocks { height, width } => hash(r / height * 7919 + c / width) < 40,
+                _ => r != 1 && hash(r * 7919 + c) < 8,
+            }
+        };
+        let mask = Mask::from_fn(rows, cols, keep);
+        for float in [Float::F16, Float::F32, Float::Bf16, Float::F8E5m2] {
+            let piece = pack_float(w.view(), Some(&mask), kind, float).unwrap();
+            out.push((format!("{kind:?} {float:?}"), Stored::from_piece(piece)));
+        }
+        for (bits, run, zeros) in [(4, 32, false), (4, 64, true), (8, cols, false), (3, 32, false), (4, cols, true)] {
+            let groups = cols.div_ceil(run);
+            let any = |rng: &mut Rng, n: usize| (0..n).map(|_| rng.u64() as u8 >> (8 - bits)).collect::<Vec<u8>>();
+            let q = Integers {
+                rows,
+                cols,
+                bits,
+                codes: any(rng, rows * cols),
+                scales: Mat::from_fn(rows, groups, |_, _| rng.normal()),
+                zeros: zeros.then(|| any(rng, rows * groups)),
+                group: Group::Run(run),
+            };
+            let piece = pack_integers(&q, Some(&mask), kind, ScaleCodec::F16).unwrap();
+            out.push((format!("{kind:?} int{bits} run {run} zeros {zeros}"), Stored::from_piece(piece)));
+        }
+    }
+    out
+}
+
+fn sparse(rows: usize, cols: usize) -> Stored {
+    let mut starts = vec![0u32];
+    let (mut columns, mut values) = (Vec::new(), Vec::new());
+    for r in 0..rows {
+        // Row 1 is empty.
+        for c in (0..cols).filter(|c| r != 1 && (c * 7 + r) % 5 == 0) {
+            columns.extend((c as u16).to_le_bytes());
+            values.push((c as f32 - r as f32) * 0.1);
+        }
+        starts.push(values.len() as u32);
+    }
+    let m = Mat::from_vec(1, values.len(), values);
+    let pattern = Pattern::Csr {
+        starts: Bytes::from(starts.iter().flat_map(|s| s.to_le_bytes()).collect::<Vec<_>>()),
+        columns: Bytes::from(columns),
+    };
+    let values = Values::Float(Float::F16, floats(&m, Float::F16));
+    Stored { rows, cols, terms: vec![Term::Piece(Piece { rows, cols, pattern, values })] }
+}
+
+/// Matrices of every kind in awkward shapes.
+fn cases() -> Vec<(String, Stored)> {
+    let mut rng = Rng::new(5);
+    let mut out = Vec::new();
+    for (rows, cols) in [(1, 1), (3, 31), (7, 33), (5, 64), (130, 96), (9, 577)] {
+        for float in [Float::F32, Float::F16, Float::Bf16, Float::F8E4m3] {
+            let w = random(rows, cols, rng.u64());
+            out.push((format!("{float:?}"), dense(rows, cols, Values::Float(float, floats(&w, float)))));
+        }
+        out.push(("csr".into(), sparse(rows, cols)));
+        let piece = |m: &Mat, float| {
+            let values = Values::Float(float, floats(m, float));
+            Piece { rows: m.rows(), cols: m.cols(), pattern: Pattern::Dense, values }
+        };
+        let (l, r) = (random(rows, 3, rng.u64()), random(3, cols, rng.u64()));
+        let mut sum = sparse(rows, cols);
+        sum.terms.push(Term::Product(piece(&l, Float::F16), piece(&r, Float::F32)));
+        sum.terms.push(Term::Piece(piece(&random(rows, cols, rng.u64()), Float::F16)));
+        out.push(("csr + product + f16".into(), sum));
+        for bits in 2..=8 {
+            out.push((format!("int{bits} run 5"), ints(rows, cols, bits, 5, true, Float::F16, &mut rng)));
+        }
+    }
+    for (rows, cols) in [(1, 32), (6, 96), (133, 256), (11, 2048)] {
+        for (bits, run, zeros, float) in [
+            (4, 32, false, Float::F16),
+            (4, 64, true, Float::F32),
+            (8, 32, true, Float::Bf16),
+            (8, cols, false, Float::F16),
+            (4, 32, true, Float::F16),
+            (3, 32, false, Float::F16),
+        ] {
+            let name = format!("int{bits} run {run} zeros {zeros} {float:?}");
+            out.push((name, ints(rows, cols, bits, run, zeros, float, &mut rng)));
+        }
+        for bits in 2..=8 {
+            let name = format!("int{bits} run 32");
+            out.push((name, ints(rows, cols, bits, 32, bits % 2 == 0, Float::F16, &mut rng)));
+        }
+        out.extend(tables(rows, cols, 32, &mut rng));
+        for kind in [
+            GgufType::Q4_0,
+            GgufType::Q4_1,
+            GgufType::Q5_0,
+            GgufType::Q5_1,
+            GgufType::Q8_0,
+            GgufType::Q4_K,
+            GgufType::Q5_K,
+            GgufType::Q6_K,
+            GgufType::IQ4_NL,
+            GgufType::IQ4_XS,
+        ] {
+            if cols % kind.block() == 0 {
+                out.push((format!("{kind:?}"), gguf(rows, cols, kind, &mut rng)));
+            }
+        }
+    }
+    for (rows, cols) in [(1, 31), (40, 96), (17, 601), (64, 1024)] {
+        out.extend(patterns(rows, cols, &mut rng));
+    }
+    out.push(("nothing".into(), Stored { rows: 4, cols: 8, terms: vec![] }));
+    out.push(("no rows".into(), Stored { rows: 0, cols: 8, terms: vec![] }));
+    out
+}
+
+fn pack_for(stored: &Stored, isa: Isa, activations: Activations) -> Result<Linear, FormatError> {
+    Linear::pack_with(stored, &Packing { isa, activations })
+}
+
+fn forward(l: &Linear, x: MatRef<'_>) -> Mat {
+    let mut out = Mat::from_fn(x.rows(), l.rows(), |_, _| f32::NAN);
+    l.forward(x, out.view_mut());
+    out
+}
+
+fn bits(m: MatRef<'_>) -> Vec<u32> {
+    (0..m.rows()).flat_map(|r| m.row(r).iter().map(|x| x.to_bits()).collect::<Vec<_>>()).collect()
+}
+
+/// `forward` of parts of x gives the rows of `y`.
+fn in_any_company(l: &Linear, x: &Mat, y: &Mat, steps: &[usize], name: &str) {
+    for &step in steps {
+        let mut from = 0;
+        while from < x.rows() {
+            let to = (from + step).min(x.rows());
+            let part = forward(l, x.view().rows_range(from, to));
+            assert_eq!(bits(part.view()), bits(y.view().rows_range(from, to)), "{name} step {step}");
+            from = to;
+        }
+    }
+}
+
+#[test]
+fn every_kind_on_every_isa_against_f64_and_in_any_company() {
+    for (name, stored) in cases() {
+        let w = stored.to_mat();
+        let x = random(67, stored.cols, 9);
+        for isa in Isa::here() {
+            let l = pack_for(&stored, isa, Activations::Exact).unwrap();
+            let y = forward(&l, x.view());
+            for r in 0..x.rows() {
+                for o in 0..w.rows() {
+                    let terms = || x.row(r).iter().zip(w.row(o)).map(|(a, b)| f64::from(*a) * f64::from(*b));
+                    let (want, size) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
+                    // A sum of terms may cancel: each is as exact as its own size allows.
+                    let size = size + if stored.terms.len() > 1 { 100.0 } else { 0.0 };
+                    let off = (f64::from(y[(r, o)]) - want).abs();
+                    let bound = f64::from(PRODUCT_TOLERANCE) * size + 1e-30;
+                    assert!(off <= bound, "{name} {} x {} {isa}: {} for {want}", w.rows(), w.cols(), y[(r, o)]);
+                }
+            }
+            in_any_company(&l, &x, &y, &[1, 2, 3, 7, 16, 64], &format!("{name} {isa}"));
+        }
+    }
+}
+
+#[test]
+fn five_hundred_rows_are_five_hundred_single_ones() {
+    let mut rng = Rng::new(3);
+    let mut all = vec![
+        ints(70, 544, 4, 32, false, Float::F16, &mut rng),
+        ints(70, 544, 8, 64, true, Float::F16, &mut rng),
+        dense(70, 601, Values::Float(Float::F16, floats(&random(70, 601, 1), Float::F16))),
+    ];
+    all.extend(patterns(24, 544, &mut rng).into_iter().step_by(3).map(|(_, s)| s));
+    for stored in all {
+        let x = random(512, stored.cols, 9);
+        for isa in Isa::here().into_iter().filter(|i| *i != Isa::Portable) {
+            for activations in [Activations::Exact, Activations::Int8] {
+                let l = pack_for(&stored, isa, activations).unwrap();
+                let y = forward(&l, x.view());
+                in_any_company(&l, &x, &y, &[1, 7, 100], l.describe()[0]);
+            }
+        }
+    }
+}
+
+/// Rows in blocks of 32 columns as the definition has them: largest magnitude / 127, to the nearest, ties to even.
+fn rounded(x: &Mat) -> (Mat, Mat) {
+    let (mut q, mut half_steps) = (x.clone(), x.clone());
+    for r in 0..x.rows() {
+        for (q, h) in q.row_mut(r).chunks_mut(32).zip(half_steps.row_mut(r).chunks_mut(32)) {
+            let top = q.iter().fold(0.0f32, |t, v| t.max(v.abs()));
+            let (scale, inverse) = if top < 1e-30 { (0.0, 0.0) } else { (top / 127.0, 127.0 / top) };
+            h.fill(scale * 0.5001);
+            q.iter_mut().for_each(|v| *v = (*v * inverse).round_ties_even() * scale);
+        }
+    }
+    (q, half_steps)
+}
+
+#[test]
+fn bytes_against_f64_in_any_company_and_the_same_on_every_isa() {
+    for (name, stored) in cases() {
+        let w = stored.to_mat();
+        let mut x = random(37, stored.cols, 9);
+        x.row_mut(5).fill(0.0);
+        x.row_mut(6).iter_mut().for_each(|v| *v *= 1e-36);
+        let (q, half_steps) = rounded(&x);
+        let mut first: Option<Vec<u32>> = None;
+        for isa in Isa::here() {
+            let l = pack_for(&stored, isa, Activations::Int8).unwrap();
+            if l.terms.len() != 1 || !l.describe()[0].ends_with(" bytes") {
+                continue;
+            }
+            let gathered = l.describe()[0].contains("gathered");
+            let y = forward(&l, x.view());
+            for r in 0..x.rows() {
+                for o in 0..w.rows() {
+                    let dot = |a: &[f32]| a.iter().zip(w.row(o)).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+                    // Minima are apart from what they are added to: what cancels in a weight does not cancel in its error.
+                    let top = w.row(o).iter().fold(0.0f32, |t, v| t.max(v.abs()));
+                    let size = q.row(r).iter().map(|a| f64::from(a.abs() * top)).sum::<f64>();
+                    let (got, tight) = (f64::from(y[(r, o)]), f64::from(PRODUCT_TOLERANCE) * size + 1e-30);
+                    // Gathered columns meet in blocks of their own: the second bound is theirs, too, with the row's largest block.
+                    if !gathered {
+                        assert!((got - dot(q.row(r))).abs() <= tight, "{name} {isa}: {got} for {}", dot(q.row(r)));
+                    }
+                    let step = |c: usize| {
+                        let all = half_steps.row(r).iter().fold(0.0f32, |t, v| t.max(*v));
+                        if gathered { all } else { half_steps[(r, c)] }
+                    };
+                    let loose: f64 = (0..w.cols()).map(|c| f64::from(step(c) * w[(o, c)].abs())).sum();
+                    let want = dot(x.row(r));
+                    assert!((got - want).abs() <= loose + tight, "{name} {isa}: {got} for {want}, bound {loose}");
+                }
+            }
+            in_any_company(&l, &x, &y, &[1, 2, 7, 16], &format!("{name} {isa}"));
+            let all = bits(y.view());
+            assert!(*first.get_or_insert(all.clone()) == all, "{name} {isa}: other bits than {}", Isa::Portable);
+        }
+    }
+}
+
+#[test]
+fn what_should_multiply_as_bytes_does() {
+    let mut rng = Rng::new(2);
+    let fast = |s: &Stored| pack_for(s, Isa::best(), Activations::Int8).unwrap().describe()[0].ends_with(" bytes");
+    for bits in 2..=8 {
+        assert!(fast(&ints(3, 64, bits, 32, false, Float::F16, &mut rng)) && !fast(&ints(3, 64, bits, 5, false, Float::F16, &mut rng)));
+    }
+    for kind in [GgufType::Q4_0, GgufType::Q4_1, GgufType::Q5_0, GgufType::Q5_1, GgufType::Q8_0, GgufType::Q4_K, GgufType::Q5_K] {
+        assert!(fast(&gguf(2, 256, kind, &mut rng)), "{kind:?}");
+    }
+}
+
+#[test]
+fn tiles_decode_to_the_bits_of_the_format() {
+    for (name, stored) in cases().into_iter().filter(|(_, s)| s.terms.len() == 1) {
+        let (w, one) = (stored.to_mat(), Mat::identity(stored.cols));
+        for isa in Isa::here() {
+            let l = pack_for(&stored, isa, Activations::Exact).unwrap();
+            for step in [1, 64] {
+                for from in (0..one.rows()).step_by(step).take(40) {
+                    let to = (from + step).min(one.rows());
+                    let y = forward(&l, one.view().rows_range(from, to));
+                    for (c, o) in (from..to).flat_map(|c| (0..w.rows()).map(move |o| (c, o))) {
+                        // A sum with zeros forgets the sign of a zero and nothing else.
+                        assert_eq!(y[(c - from, o)] + 0.0, w[(o, c)] + 0.0, "{name} {isa} ({o}, {c})");
+                    }
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn threads_change_nothing() {
+    let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
+    let mut rng = Rng::new(1);
+    let w = random(700, 300, 1);
+    for stored in [
+        dense(700, 300, Values::Float(Float::F16, floats(&w, Float::F16))),
+        ints(700, 320, 4, 32, false, Float::F16, &mut rng),
+    ] {
+        let l = Linear::pack(&stored).unwrap();
+        for rows in [1, 40] {
+            let x = random(rows, stored.cols, 2);
+            let one = pool(1).install(|| forward(&l, x.view()));
+            for n in [2, 5] {
+                assert_eq!(bits(pool(n).install(|| forward(&l, x.view())).view()), bits(one.view()));
+            }
+        }
+    }
+}
+
+#[test]
+fn not_a_number_stays_in_its_row_and_output() {
+    let mut w = random(9, 70, 1);
+    w[(4, 69)] = f32::INFINITY;
+    let mut x = random(8, 70, 2);
+    x[(3, 7)] = f32::NAN;
+    for isa in Isa::here() {
+        let y = forward(
+            &pack_for(&dense(9, 70, Values::Float(Float::F32, floats(&w, Float::F32))), isa, Activations::Exact).unwrap(),
+            x.view(),
+        );
+        for r in 0..8 {
+            for o in 0..9 {
+                assert_eq!(y[(r, o)].is_finite(), r != 3 && o != 4, "{isa} ({r}, {o})");
+            }
+        }
+    }
+}
+
+#[test]
+fn bytes_and_refusals() {
+    let mut rng = Rng::new(1);
+    assert_eq!(Linear::pack(&ints(16, 64, 4, 32, false, Float::F16, &mut rng)).unwrap().weights_bytes(), 16 * (32 + 4));
+    let short = dense(2, 4, Values::Float(Float::F32, Bytes::from(vec![0; 31])));
+    assert!(Linear::pack(&short).is_err());
+}
+
+#[test]
+fn bytes_of_a_row_with_no_number_are_no_numbers() {
+    let mut rng = Rng::new(2);
+    let stored = ints(20, 96, 4, 32, true, Float::F16, &mut rng);
+    for bad in [f32::NAN, f32::INFINITY, f32::NEG_INFINITY] {
+        let mut x = random(5, 96, 2);
+        x[(3, 70)] = bad;
+        for isa in Isa::here() {
+            let y = forward(&pack_for(&stored, isa, Activations::Int8).unwrap(), x.view());
+            for (r, o) in (0..5).flat_map(|r| (0..20).map(move |o| (r, o))) {
+                assert_eq!(y[(r, o)].is_nan(), r == 3, "{isa} ({r}, {o})");
+            }
+        }
+    }
+}

@@ -1,0 +1,370 @@
+//! Panels of integer codes with their scales.
+//!
+//! A vector of codes is 16 rows of 4 consecutive columns, a byte each: what the processor's dot products of bytes take. Codes of fewer bits are
+//! kept in planes of 4, 2 and 1 bits (6 bits: a plane of 4 and one of 2) and put together in registers. A block of 32 columns is
+//! `64 * bits` bytes: its planes one after the other. The scales follow the codes of all blocks.
+
+use std::sync::Arc;
+
+use half::f16;
+
+use super::source::{Line, Source};
+use super::{BLOCK, Codec, Panels, ROWS};
+use crate::simd::Simd;
+
+/// What stands beside the codes of a group.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Kind {
+    /// f16 scales; `scale * (code - zero)` with one zero for the matrix.
+    F16,
+    /// The same with f32 scales.
+    F32,
+    /// f16 scales and a zero of 8 bits each.
+    F16Zeros,
+    /// f32 scales and a zero of 8 bits each.
+    F32Zeros,
+    /// f16 scales and minima: `scale * code + min`.
+    F16Min,
+    /// 8-bit scales and minima under an f16 scale and minimum for 8 blocks: `d * s * code - m * t`.
+    Super,
+}
+
+impl Kind {
+    /// Bytes of a group's entry.
+    fn entry(self) -> usize {
+        match self {
+            Kind::F16 | Kind::Super => 2 * ROWS,
+            Kind::F32 | Kind::F16Min => 4 * ROWS,
+            Kind::F16Zeros => 3 * ROWS,
+            Kind::F32Zeros => 5 * ROWS,
+        }
+    }
+    /// Whether the second number of a group is a minimum, to be added to the scaled code.
+    fn minima(self) -> bool {
+        matches!(self, Kind::F16Min | Kind::Super)
+    }
+    /// Whether every group has a zero of its own.
+    fn zeros(self) -> bool {
+        matches!(self, Kind::F16Zeros | Kind::F32Zeros)
+    }
+}
+
+/// How codes become values.
+#[derive(Clone)]
+pub(crate) struct Grid {
+    pub(crate) kind: Kind,
+    /// The zero of all groups, where they have none of their own.
+    pub(crate) zero: u8,
+    /// Blocks of 32 columns in a group.
+    pub(crate) per: usize,
+    /// Where the groups' entries begin in a panel.
+    pub(crate) scales_at: usize,
+    /// Where the entries over 8 blocks begin.
+    supers_at: usize,
+    /// The values of the codes, where they are not the codes themselves.
+    pub(crate) table: Option<Arc<[f32]>>,
+}
+
+impl Grid {
+    /// Scales of block `b`.
+    /// # Safety
+    /// The panel has this block.
+    #[inline(always)]
+    pub(crate) unsafe fn scale<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> S::V {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let entry = panel.add(self.scales_at + b / self.per * self.kind.entry());
+            match self.kind {
+                Kind::F16 | Kind::F16Zeros | Kind::F16Min => s.load_f16(entry.add(2 * h * S::LANES)),
+                Kind::F32 | Kind::F32Zeros => s.load(entry.add(4 * h * S::LANES).cast()),
+                Kind::Super => {
+                    let d = s.load_f16(panel.add(self.supers_at + b / 8 * 64 + 2 * h * S::LANES));
+                    s.mul(d, s.float(s.widen(entry.add(h * S::LANES))))
+                }
+            }
+        }
+    }
+
+    /// Zeros of block `b`, for kinds that have them.
+    /// # Safety
+    /// As for `scale`.
+    #[inline(always)]
+    unsafe fn zeros<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> S::I {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let entry = panel.add(self.scales_at + b / self.per * self.kind.entry());
+            let after = if self.kind == Kind::F16Zeros { 2 * ROWS } else { 4 * ROWS };
+            s.widen(entry.add(after + h * S::LANES))
+        }
+    }
+
+    /// Minima of block `b`, for kinds that have them.
+    /// # Safety
+    /// As for `scale`.
+    #[inline(always)]
+    unsafe fn minima<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> S::V {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let entry = panel.add(self.scales_at + b / self.per * self.kind.entry());
+            if self.kind == Kind::F16Min {
+                return s.load_f16(entry.add(2 * ROWS + 2 * h * S::LANES));
+            }
+            let m = s.load_f16(panel.add(self.supers_at + b / 8 * 64 + 2 * ROWS + 2 * h * S::LANES));
+            s.mul(s.sub(s.splat(0.0), m), s.float(s.widen(entry.add(ROWS + h * S::LANES))))
+        }
+    }
+}
+
+/// Where a row of quantized activations keeps what belongs to a block: its scale, minus the matrix's zero times the sum of its bytes, that
+/// sum, and the sum times the scale.
+pub(crate) const META: usize = 4;
+
+/// Codes that come as unsigned bytes, eight columns at a time, for dot products with quantized activations.
+pub(crate) trait Bytes: Send + Sync {
+    /// Bits of the largest code.
+    const BITS: usize;
+    /// How codes become values.
+    fn grid(&self) -> &Grid;
+    /// Columns `8 * o..` of block `b`.
+    /// # Safety
+    /// `panel` is a whole panel of this codec and has this block.
+    unsafe fn octet<S: Simd>(&self, s: S, panel: *const u8, b: usize, o: usize, h: usize) -> [S::I; 2];
+
+    /// A block's exact sum of `code * x`, made the sum of `(code - zero) * x`, times both scales onto `acc`. `sum` comes with the
+    /// block's `bias` (see [`META`]) in it.
+    /// # Safety
+    /// As for `octet`; `meta` leads to the block's four numbers, with `PAIR` each of them twice.
+    #[inline(always)]
+    unsafe fn close<S: Simd, const PAIR: bool>(
+        &self,
+        s: S,
+        shared: &Shared<S>,
+        sum: S::I,
+        meta: *const f32,
+        acc: S::V,
+    ) -> S::V {
+        let step = if PAIR { 2 } else { 1 };
+        // SAFETY: as the caller promises.
+        unsafe {
+            let kind = self.grid().kind;
+            let sum =
+                if kind.zeros() { s.less_product(sum, shared.zeros, s.spread_i::<PAIR>(meta.add(2 * step).cast())) } else { sum };
+            let scale = s.mul(shared.scale, s.spread::<PAIR>(meta));
+            let acc = s.fused(s.float(sum), scale, acc);
+            if kind.minima() { s.fused(shared.minima, s.spread::<PAIR>(meta.add(3 * step)), acc) } else { acc }
+        }
+    }
+
+    /// What block `b` shares.
+    /// # Safety
+    /// As for `octet`.
+    #[inline(always)]
+    unsafe fn shared<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> Shared<S> {
+        let grid = self.grid();
+        // SAFETY: as the caller promises.
+        unsafe {
+            Shared {
+                scale: grid.scale(s, panel, b, h),
+                zeros: if grid.kind.zeros() { grid.zeros(s, panel, b, h) } else { s.splat_i(0) },
+                minima: if grid.kind.minima() { grid.minima(s, panel, b, h) } else { s.splat(0.0) },
+            }
+        }
+    }
+}
+
+/// What a block's codes share.
+#[derive(Clone, Copy)]
+pub(crate) struct Shared<S: Simd> {
+    scale: S::V,
+    zeros: S::I,
+    minima: S::V,
+}
+
+/// Dense codes of `BITS` bits.
+#[derive(Clone)]
+pub(crate) struct Ints<const BITS: usize>(pub(crate) Grid);
+
+/// Bits from `from` on to `to` on, the others gone.
+#[inline(always)]
+fn moved<S: Simd>(s: S, v: S::I, from: usize, to: usize, mask: u8) -> S::I {
+    let v = match from.cmp(&to) {
+        std::cmp::Ordering::Less => s.shl_i(v, (to - from) as u32),
+        std::cmp::Ordering::Equal => v,
+        std::cmp::Ordering::Greater => s.shr_i(v, (from - to) as u32),
+    };
+    s.and_i(v, mask << to)
+}
+
+/// Columns `8 * o..` of the block of codes at `block`.
+/// # Safety
+/// The block is there; it has been moved to half `h` already.
+#[inline(always)]
+unsafe fn octet<S: Simd, const BITS: usize>(s: S, block: *const u8, o: usize) -> [S::I; 2] {
+    // SAFETY: as the caller promises.
+    unsafe {
+        if BITS == 8 {
+            return [s.load_i(block.add(128 * o)), s.load_i(block.add(128 * o + 64))];
+        }
+        let (mut out, mut at, mut to) = ([s.splat_i(0); 2], 0, 0);
+        if BITS & 4 != 0 {
+            let v = s.load_i(block.add(64 * o));
+            out = [s.and_i(v, 15), moved(s, v, 4, 0, 15)];
+            (at, to) = (256, 4);
+        }
+        if BITS & 2 != 0 {
+            let v = s.load_i(block.add(at + o / 2 * 64));
+            let first = o % 2 * 4;
+            let two = [moved(s, v, first, to, 3), moved(s, v, first + 2, to, 3)];
+            out = if BITS & 4 != 0 { [s.or_i(out[0], two[0]), s.or_i(out[1], two[1])] } else { two };
+            (at, to) = (at + 128, to + 2);
+        }
+        if BITS & 1 != 0 {
+            let v = s.load_i(block.add(at));
+            let one = [moved(s, v, 2 * o, to, 1), moved(s, v, 2 * o + 1, to, 1)];
+            out = [s.or_i(out[0], one[0]), s.or_i(out[1], one[1])];
+        }
+        out
+    }
+}
+
+/// Puts `code` of lane `lane` and column `c` of its block into the block's planes.
+pub(crate) fn put_code(block: &mut [u8], bits: usize, lane: usize, c: usize, code: u8) {
+    let (o, q, byte) = (c / 8, c % 8 / 4, 4 * lane + c % 4);
+    if bits == 8 {
+        block[64 * (2 * o + q) + byte] = code;
+        return;
+    }
+    let (mut at, mut from) = (0, 0);
+    if bits & 4 != 0 {
+        block[64 * o + byte] |= (code & 15) << (4 * q);
+        (at, from) = (256, 4);
+    }
+    if bits & 2 != 0 {
+        block[at + o / 2 * 64 + byte] |= (code >> from & 3) << (o % 2 * 4 + 2 * q);
+        (at, from) = (at + 128, from + 2);
+    }
+    if bits & 1 != 0 {
+        block[at + byte] |= (code >> from & 1) << (2 * o + q);
+    }
+}
+
+impl<const BITS: usize> Bytes for Ints<BITS> {
+    const BITS: usize = BITS;
+    #[inline(always)]
+    fn grid(&self) -> &Grid {
+        &self.0
+    }
+    #[inline(always)]
+    unsafe fn octet<S: Simd>(&self, s: S, panel: *const u8, b: usize, o: usize, h: usize) -> [S::I; 2] {
+        // SAFETY: as the caller promises.
+        unsafe { octet::<S, BITS>(s, panel.add(b * 64 * BITS + h * 4 * S::LANES), o) }
+    }
+}
+
+/// A block of codes on the way to f32.
+#[derive(Clone, Copy)]
+pub(crate) struct IntBlock<S: Simd> {
+    panel: *const u8,
+    b: usize,
+    h: usize,
+    scale: S::V,
+    /// Zero or minimum.
+    second: S::V,
+}
+
+impl<T: Bytes> Codec for T {
+    type Block<S: Simd> = IntBlock<S>;
+    #[inline(always)]
+    unsafe fn block<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> IntBlock<S> {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let shared = self.shared(s, panel, b, h);
+            let grid = self.grid();
+            let second = if grid.kind.minima() {
+                shared.minima
+            } else if grid.kind.zeros() {
+                s.float(shared.zeros)
+            } else {
+                s.splat(f32::from(grid.zero))
+            };
+            IntBlock { panel, b, h, scale: shared.scale, second }
+        }
+    }
+    #[inline(always)]
+    unsafe fn eight<S: Simd>(&self, s: S, block: &mut IntBlock<S>, o: usize) -> [S::V; 8] {
+        // SAFETY: as the caller promises; codes are below the table's length.
+        unsafe {
+            let codes = self.octet(s, block.panel, block.b, o, block.h);
+            let grid = self.grid();
+            let mut out = [s.splat(0.0); 8];
+            let mut j = 0;
+            while j < 8 {
+                let code = s.byte(codes[j / 4], j % 4);
+                // The same roundings as the format's decoder has, kind by kind.
+                out[j] = if let Some(table) = &grid.table {
+                    s.mul(s.lookup(table.as_ptr(), 1 << T::BITS, code), block.scale)
+                } else if grid.kind.minima() {
+                    s.add(s.mul(s.float(code), block.scale), block.second)
+                } else {
+                    s.mul(s.sub(s.float(code), block.second), block.scale)
+                };
+                j += 1;
+            }
+            out
+        }
+    }
+}
+
+/// The grid of `source` in panels whose codes take `codes` bytes, and the bytes of a whole panel.
+pub(crate) fn grid(source: &Source, groups: usize, per: usize, codes: usize) -> (Grid, usize) {
+    let supers_at = codes + groups * source.kind.entry();
+    let supers = if source.kind == Kind::Super { groups.div_ceil(8) * 64 } else { 0 };
+    let table = source.table.as_ref().map(|t| Arc::from(&t[..]));
+    (Grid { kind: source.kind, zero: source.zero, per, scales_at: codes, supers_at, table }, supers_at + supers)
+}
+
+/// Writes group `g`'s entry of lane `lane` from entry `from` of `line`.
+pub(crate) fn put_scale(panel: &mut [u8], grid: &Grid, lane: usize, g: usize, line: &Line, from: usize) {
+    let entry = &mut panel[grid.scales_at + g * grid.kind.entry()..][..grid.kind.entry()];
+    let scale = line.scales[from];
+    let two = |x: f32| f16::from_f32(x).to_le_bytes();
+    match grid.kind {
+        Kind::F16 | Kind::F16Zeros | Kind::F16Min => entry[2 * lane..][..2].copy_from_slice(&two(scale)),
+        Kind::F32 | Kind::F32Zeros => entry[4 * lane..][..4].copy_from_slice(&scale.to_le_bytes()),
+        Kind::Super => entry[lane] = scale as u8,
+    }
+    match grid.kind {
+        Kind::F16 | Kind::F32 => {}
+        Kind::F16Zeros => entry[2 * ROWS + lane] = line.seconds[from] as u8,
+        Kind::F32Zeros => entry[4 * ROWS + lane] = line.seconds[from] as u8,
+        Kind::F16Min => entry[2 * ROWS + 2 * lane..][..2].copy_from_slice(&two(line.seconds[from])),
+        Kind::Super => entry[ROWS + lane] = line.seconds[from] as u8,
+    }
+    if grid.kind == Kind::Super && g % 8 == 0 {
+        let over = &mut panel[grid.supers_at + g / 8 * 64..][..64];
+        over[2 * lane..][..2].copy_from_slice(&two(line.supers[from / 8]));
+        over[2 * ROWS + 2 * lane..][..2].copy_from_slice(&two(line.super_seconds[from / 8]));
+    }
+}
+
+/// Dense panels of `source`, `[rows, cols]`.
+pub(crate) fn dense(rows: usize, cols: usize, source: &Source) -> (Panels, Grid) {
+    let bits = usize::from(source.bits);
+    let blocks = cols.div_ceil(BLOCK);
+    let per = (source.run / BLOCK).clamp(1, blocks.max(1));
+    let groups = blocks.div_ceil(per);
+    let (grid, stride) = grid(source, groups, per, blocks * 64 * bits);
+    let panels = Panels::build(rows, cols, stride, |first, n, panel| {
+        let mut line = Line::default();
+        for lane in 0..n {
+            (source.read)(first + lane, &mut line);
+            for (c, &code) in line.codes[..cols].iter().enumerate() {
+                put_code(&mut panel[c / BLOCK * 64 * bits..], bits, lane, c % BLOCK, code);
+            }
+            for g in 0..groups {
+                put_scale(panel, &grid, lane, g, &line, g);
+            }
+        }
+    });
+    (panels, grid)
+}

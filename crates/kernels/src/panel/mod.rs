@@ -1,0 +1,120 @@
+//! Panels: a matrix repacked once for this processor.
+//!
+//! A panel is 16 rows (outputs) of the matrix, and its columns run inside it, so that a lane is an output and no product ever needs a sum
+//! across lanes. The layout is the same for every instruction set: those with eight lanes take a panel's vectors in two halves (`h`). Columns
+//! are padded to whole blocks of 32 and the last panel to 16 rows, with weights of zero.
+
+pub(crate) mod float;
+pub(crate) mod ints;
+pub(crate) mod source;
+
+use std::sync::Arc;
+
+use crate::memory::Memory;
+use crate::parallel;
+use crate::simd::Simd;
+
+/// Rows of a panel.
+pub(crate) const ROWS: usize = 16;
+/// Columns of a block: what shares a scale of quantized activations, and the unit of padding.
+pub(crate) const BLOCK: usize = 32;
+/// Columns of a span: sums of spans are made apart and added in order.
+pub(crate) const SPAN: usize = 256;
+
+/// Panels of equal size in one piece of memory.
+#[derive(Clone)]
+pub(crate) struct Panels {
+    memory: Arc<Memory>,
+    /// Bytes from one panel to the next.
+    pub(crate) stride: usize,
+    /// Rows of the matrix.
+    pub(crate) rows: usize,
+    /// Blocks of 32 columns.
+    pub(crate) blocks: usize,
+}
+
+impl Panels {
+    /// Panels for `rows` rows of `cols` columns, each of `stride` bytes filled by `fill(first row, rows, panel)` on whatever thread.
+    pub(crate) fn build(
+        rows: usize,
+        cols: usize,
+        stride: usize,
+        fill: impl Fn(usize, usize, &mut [u8]) + Sync,
+    ) -> Panels {
+        let stride = stride.next_multiple_of(64);
+        let count = rows.div_ceil(ROWS);
+        let mut memory = Memory::zeroed(count * stride);
+        let base = Base(memory.bytes_mut().as_mut_ptr());
+        parallel::ranges(count, 1, usize::MAX, ROWS * cols * 4, |from, to| {
+            let base = &base;
+            for p in from..to {
+                // SAFETY: panels do not overlap, and each is handed out once.
+                let panel = unsafe { std::slice::from_raw_parts_mut(base.0.add(p * stride), stride) };
+                fill(p * ROWS, ROWS.min(rows - p * ROWS), panel);
+            }
+        });
+        Panels { memory: Arc::new(memory), stride, rows, blocks: cols.div_ceil(BLOCK) }
+    }
+
+    /// What products read.
+    pub(crate) fn view(&self) -> View {
+        View { base: self.memory.ptr(), stride: self.stride, rows: self.rows, blocks: self.blocks }
+    }
+
+    /// Bytes of all panels.
+    pub(crate) fn bytes(&self) -> u64 {
+        self.memory.len() as u64
+    }
+}
+
+/// Panels where they lie.
+#[derive(Clone, Copy)]
+pub(crate) struct View {
+    pub(crate) base: *const u8,
+    /// Bytes from one panel to the next.
+    pub(crate) stride: usize,
+    /// Rows of the matrix.
+    pub(crate) rows: usize,
+    /// Blocks of 32 columns.
+    pub(crate) blocks: usize,
+}
+
+// SAFETY: only read, while what it leads to is kept.
+unsafe impl Send for View {}
+// SAFETY: see above.
+unsafe impl Sync for View {}
+
+impl View {
+    /// How many there are.
+    pub(crate) fn count(&self) -> usize {
+        self.rows.div_ceil(ROWS)
+    }
+
+    /// Where panel `p` begins.
+    #[inline(always)]
+    pub(crate) fn at(&self, p: usize) -> *const u8 {
+        debug_assert!(p < self.count());
+        // SAFETY: inside the memory.
+        unsafe { self.base.add(p * self.stride) }
+    }
+}
+
+struct Base(*mut u8);
+// SAFETY: used for panels that do not overlap.
+unsafe impl Sync for Base {}
+// SAFETY: see above.
+unsafe impl Send for Base {}
+
+/// A codec whose panels become f32 vectors, eight columns at a time.
+pub(crate) trait Codec: Send + Sync {
+    /// What a block of 32 columns needs to be read.
+    type Block<S: Simd>: Copy;
+    /// Reads what block `b` shares, for half `h` of the lanes.
+    /// # Safety
+    /// `panel` is a whole panel of this codec and has this block.
+    unsafe fn block<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> Self::Block<S>;
+    /// Columns `8 * o..8 * o + 8` of the block; called for `o` = 0, 1, 2, 3 in this order.
+    /// # Safety
+    /// As for `block`.
+    unsafe fn eight<S: Simd>(&self, s: S, block: &mut Self::Block<S>, o: usize) -> [S::V; 8];
+}

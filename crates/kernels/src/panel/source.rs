@@ -1,0 +1,227 @@
+//! Reading codes and scales out of what is stored, row by row, for panels to be made of them.
+
+use lacuna_format::bits::{unpack, unpack_trits};
+use lacuna_format::{Bytes, Float, GgufType, Group, Piece, Scales, Values};
+
+use super::BLOCK;
+use super::ints::Kind;
+
+/// One row of codes and what its groups share, in the words of the source's [`Kind`].
+#[derive(Default)]
+pub(crate) struct Line {
+    /// One code a byte, in the order of the pattern.
+    pub(crate) codes: Vec<u8>,
+    /// Scales, or their codes.
+    pub(crate) scales: Vec<f32>,
+    /// Zeros, minima, or their codes.
+    pub(crate) seconds: Vec<f32>,
+    /// Scales over 8 groups.
+    pub(crate) supers: Vec<f32>,
+    /// Minima over 8 groups.
+    pub(crate) super_seconds: Vec<f32>,
+    trits: Vec<f32>,
+}
+
+/// Reads row `r`.
+type Read<'a> = Box<dyn Fn(usize, &mut Line) + Sync + 'a>;
+
+/// A piece of integer codes whose groups are whole blocks of 32 columns.
+pub(crate) struct Source<'a> {
+    /// Bits of a code.
+    pub(crate) bits: u8,
+    pub(crate) kind: Kind,
+    /// The zero of all groups, where they have none of their own.
+    pub(crate) zero: u8,
+    /// Columns of a group, a multiple of 32.
+    pub(crate) run: usize,
+    pub(crate) table: Option<Vec<f32>>,
+    pub(crate) read: Read<'a>,
+}
+
+/// A group's columns as a multiple of 32, where it is one or spans the row.
+fn whole(group: &Group, cols: usize) -> Option<usize> {
+    match group {
+        Group::Run(n) if *n >= cols => Some(cols.next_multiple_of(BLOCK).max(BLOCK)),
+        Group::Run(n) if n.is_multiple_of(BLOCK) => Some(*n),
+        _ => None,
+    }
+}
+
+fn is_f16(scales: &Scales) -> bool {
+    matches!(scales, Scales::Float(Float::F16, _))
+}
+
+/// The source of a checked piece, where it has one.
+pub(crate) fn of(piece: &Piece) -> Option<Source<'_>> {
+    let cols = piece.cols;
+    // Where the codes of a row begin, and how many.
+    let span = move |r: usize| piece.pattern.span(r, cols);
+    let groups = |run: usize| cols.div_ceil(run);
+    match &piece.values {
+        Values::Int { bits, codes, scales, zeros, group } => {
+            let run = whole(group, cols)?;
+            let n = groups(run);
+            let kind = match (is_f16(scales), zeros.is_some()) {
+                (true, false) => Kind::F16,
+                (false, false) => Kind::F32,
+                (true, true) => Kind::F16Zeros,
+                (false, true) => Kind::F32Zeros,
+            };
+            let read = move |r: usize, line: &mut Line| {
+                let span = span(r);
+                line.codes.resize(span.len(), 0);
+                unpack(codes, *bits, span.start, &mut line.codes);
+                line.scales.resize(n, 0.0);
+                scales.row(r, &mut line.scales);
+                if let Some(z) = zeros {
+                    let mut row = vec![0; n];
+                    unpack(z, *bits, r * n, &mut row);
+                    line.seconds = row.into_iter().map(f32::from).collect();
+                }
+            };
+            let zero = if zeros.is_some() { 0 } else { 1 << (bits - 1) };
+            Some(Source { bits: *bits, kind, zero, run, table: None, read: Box::new(read) })
+        }
+        Values::Ternary { codes, scales, group } => {
+            let run = whole(group, cols)?;
+            let n = groups(run);
+            let kind = if is_f16(scales) { Kind::F16 } else { Kind::F32 };
+            let read = move |r: usize, line: &mut Line| {
+                let span = span(r);
+                line.trits.resize(span.len(), 0.0);
+                unpack_trits(codes, span.start, &mut line.trits);
+                line.codes.clear();
+                line.codes.extend(line.trits.iter().map(|t| (t + 1.0) as u8));
+                line.scales.resize(n, 0.0);
+                scales.row(r, &mut line.scales);
+            };
+            Some(Source { bits: 2, kind, zero: 1, run, table: None, read: Box::new(read) })
+        }
+        Values::Codebook { bits, codes, table, scales } => {
+            // One bit more than one is kept as two: there is no plane for a single one.
+            let wide = (*bits).max(2);
+            let mut table = table.clone();
+            table.resize(1 << wide, 0.0);
+            let (run, kind) = match scales {
+                None => (cols.next_multiple_of(BLOCK).max(BLOCK), Kind::F16),
+                Some((s, g)) => (whole(g, cols)?, if is_f16(s) { Kind::F16 } else { Kind::F32 }),
+            };
+            let n = groups(run);
+            let read = move |r: usize, line: &mut Line| {
+                let span = span(r);
+                line.codes.resize(span.len(), 0);
+                unpack(codes, *bits, span.start, &mut line.codes);
+                line.scales.clear();
+                line.scales.resize(n, 1.0);
+                if let Some((s, _)) = scales {
+                    s.row(r, &mut line.scales);
+                }
+            };
+            Some(Source { bits: wide, kind, zero: 0, run, table: Some(table), read: Box::new(read) })
+        }
+        Values::Float(float @ (Float::F8E4m3 | Float::F8E5m2), bytes) => {
+            let all: Vec<u8> = (0..=255).collect();
+            let mut table = vec![0.0; 256];
+            float.decode(&all, &mut table);
+            let read = move |r: usize, line: &mut Line| {
+                line.codes.clear();
+                line.codes.extend_from_slice(&bytes[span(r)]);
+                line.scales.clear();
+                line.scales.push(1.0);
+            };
+            let run = cols.next_multiple_of(BLOCK).max(BLOCK);
+            Some(Source { bits: 8, kind: Kind::F16, zero: 0, run, table: Some(table), read: Box::new(read) })
+        }
+        Values::Gguf(kind, bytes) => gguf(*kind, bytes, cols),
+        Values::Float(..) => None,
+    }
+}
+
+/// One block's numbers, pushed to a line.
+type Block = fn(&[u8], &mut Line);
+
+fn gguf(kind: GgufType, bytes: &Bytes, cols: usize) -> Option<Source<'_>> {
+    let (bits, scales, zero, block): (u8, Kind, u8, Block) = match kind {
+        GgufType::Q4_0 | GgufType::IQ4_NL => (4, Kind::F16, 8, |b, l| {
+            l.scales.push(f16_at(b, 0));
+            nibbles(&b[2..18], l, |_| 0);
+        }),
+        GgufType::Q4_1 => (4, Kind::F16Min, 0, |b, l| {
+            l.scales.push(f16_at(b, 0));
+            l.seconds.push(f16_at(b, 2));
+            nibbles(&b[4..20], l, |_| 0);
+        }),
+        GgufType::Q5_0 => (5, Kind::F16, 16, |b, l| {
+            l.scales.push(f16_at(b, 0));
+            nibbles(&b[6..22], l, |j| (b[2 + j / 8] >> (j % 8) & 1) << 4);
+        }),
+        GgufType::Q5_1 => (5, Kind::F16Min, 0, |b, l| {
+            l.scales.push(f16_at(b, 0));
+            l.seconds.push(f16_at(b, 2));
+            nibbles(&b[8..24], l, |j| (b[4 + j / 8] >> (j % 8) & 1) << 4);
+        }),
+        // Signed bytes, counted from -128 on.
+        GgufType::Q8_0 => (8, Kind::F16, 128, |b, l| {
+            l.scales.push(f16_at(b, 0));
+            l.codes.extend(b[2..34].iter().map(|q| q ^ 0x80));
+        }),
+        GgufType::Q4_K => (4, Kind::Super, 0, |b, l| {
+            supers(b, l);
+            for g in 0..8 {
+                l.codes.extend(b[16 + g / 2 * 32..][..32].iter().map(|q| q >> (g % 2 * 4) & 15));
+            }
+        }),
+        GgufType::Q5_K => (5, Kind::Super, 0, |b, l| {
+            supers(b, l);
+            for g in 0..8 {
+                let low = b[48 + g / 2 * 32..][..32].iter().map(|q| q >> (g % 2 * 4) & 15);
+                l.codes.extend(low.zip(&b[16..48]).map(|(q, h)| q | (h >> g & 1) << 4));
+            }
+        }),
+        _ => return None,
+    };
+    let table = (kind == GgufType::IQ4_NL).then(|| {
+        // A block of scale 1 with every code once tells the levels, so that they are written down in one place only.
+        let mut block = [0u8; 18];
+        block[..2].copy_from_slice(&half::f16::ONE.to_le_bytes());
+        (0..16).for_each(|i| block[2 + i] = i as u8);
+        let mut out = vec![0.0; 32];
+        kind.decode(&block, &mut out);
+        out[..16].to_vec()
+    });
+    let row = cols / kind.block() * kind.block_bytes();
+    let read = move |r: usize, line: &mut Line| {
+        for v in [&mut line.scales, &mut line.seconds, &mut line.supers, &mut line.super_seconds] {
+            v.clear();
+        }
+        line.codes.clear();
+        bytes[r * row..(r + 1) * row].chunks_exact(kind.block_bytes()).for_each(|b| block(b, line));
+    };
+    Some(Source { bits, kind: scales, zero, run: BLOCK, table, read: Box::new(read) })
+}
+
+fn f16_at(b: &[u8], at: usize) -> f32 {
+    half::f16::from_le_bytes([b[at], b[at + 1]]).to_f32()
+}
+
+/// 32 codes: the lower halves of 16 bytes, then the upper ones, each with its higher bits.
+fn nibbles(b: &[u8], line: &mut Line, high: impl Fn(usize) -> u8) {
+    line.codes.extend(b.iter().enumerate().map(|(j, q)| q & 15 | high(j)));
+    line.codes.extend(b.iter().enumerate().map(|(j, q)| q >> 4 | high(j + 16)));
+}
+
+/// The scales and minima of Q4_K and Q5_K: eight of 6 bits each in 12 bytes, under two f16.
+fn supers(b: &[u8], line: &mut Line) {
+    line.supers.push(f16_at(b, 0));
+    line.super_seconds.push(f16_at(b, 2));
+    let s = &b[4..16];
+    for j in 0..8 {
+        let (scale, min) = if j < 4 {
+            (s[j] & 63, s[j + 4] & 63)
+        } else {
+            (s[j + 4] & 15 | s[j - 4] >> 6 << 4, s[j + 4] >> 4 | s[j] >> 6 << 4)
+        };
+        line.scales.push(f32::from(scale));
+        line.seconds.push(f32::from(min));
+    }
+}
