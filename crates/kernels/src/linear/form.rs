@@ -8,10 +8,13 @@ use lacuna_format::{Float, GgufType, Pattern, Piece, Stored, Values};
 use super::prepare::{padded, quantized, tiled};
 use super::{Activations, Packing};
 use crate::op::dot::Dots;
+use crate::op::gather::{self, Gathered};
 use crate::op::matmul::{self, Batch, Gemv, Out};
 use crate::panel::float::{Bf16, Dense, F16, F32, Masked};
+use crate::panel::gathered::Layout;
+use crate::panel::halved::Halved;
 use crate::panel::ints::{Bytes, Ints};
-use crate::panel::{BLOCK, Codec, Panels, ROWS, View, float, ints, source};
+use crate::panel::{BLOCK, Codec, Panels, ROWS, View, float, gathered, halved, ints, source};
 use crate::simd::dispatch;
 use crate::{parallel, scratch};
 
@@ -36,6 +39,11 @@ enum Body {
     Int6(Panels, Ints<6>),
     Int7(Panels, Ints<7>),
     Int8(Panels, Ints<8>),
+    Halved(Panels, Halved),
+    Shared32(Panels, Dense<F32>, Layout),
+    Shared16(Panels, Dense<F16>, Layout),
+    SharedInt4(Panels, Ints<4>, Layout),
+    SharedInt8(Panels, Ints<8>, Layout),
     /// Decoded by `lacuna-format` a panel at a time.
     Decoded(Arc<Stored>, u64),
 }
@@ -95,7 +103,8 @@ fn name(values: &Values) -> &'static str {
 
 /// Runs an expression for whichever body has panels.
 macro_rules! with_panels {
-    ($body:expr, $panels:ident, $codec:ident => $float:expr, $int:expr, $stored:ident => $decoded:expr) => {
+    ($body:expr, $panels:ident, $codec:ident => $float:expr, $int:expr,
+     $layout:ident => $shared:expr, $shared_int:expr, $stored:ident => $decoded:expr) => {
         match $body {
             Body::F32($panels, $codec) => $float,
             Body::F16($panels, $codec) => $float,
@@ -109,9 +118,23 @@ macro_rules! with_panels {
             Body::Int6($panels, $codec) => $int,
             Body::Int7($panels, $codec) => $int,
             Body::Int8($panels, $codec) => $int,
+            Body::Halved($panels, $codec) => $int,
+            Body::Shared32($panels, $codec, $layout) => $shared,
+            Body::Shared16($panels, $codec, $layout) => $shared,
+            Body::SharedInt4($panels, $codec, $layout) => $shared_int,
+            Body::SharedInt8($panels, $codec, $layout) => $shared_int,
             Body::Decoded($stored, _) => $decoded,
         }
     };
+}
+
+/// The names of panels whose rows share columns.
+const SHARED: [&str; 2] = ["gathered", "gathered bytes"];
+
+impl Body {
+    fn gathered(&self) -> bool {
+        matches!(self, Body::Shared32(..) | Body::Shared16(..) | Body::SharedInt4(..) | Body::SharedInt8(..))
+    }
 }
 
 impl Form {
@@ -137,6 +160,31 @@ impl Form {
                     _ => Body::Int8(panels, Ints(grid)),
                 }
             }),
+            (pattern, Values::Float(..)) if gathered::fits(pattern) => {
+                let (panels, layout, half) = gathered::floats(piece);
+                Some(if half {
+                    Body::Shared16(panels, Dense(F16), layout)
+                } else {
+                    Body::Shared32(panels, Dense(F32), layout)
+                })
+            }
+            (pattern, _) if gathered::fits(pattern) => {
+                source::of(piece).filter(|s| s.table.is_none()).map(|source| {
+                    if source.bits <= 4 {
+                        let (panels, grid, layout) = gathered::ints(piece, &source, 4);
+                        Body::SharedInt4(panels, Ints(grid), layout)
+                    } else {
+                        let (panels, grid, layout) = gathered::ints(piece, &source, 8);
+                        Body::SharedInt8(panels, Ints(grid), layout)
+                    }
+                })
+            }
+            (Pattern::Nm { .. }, Values::Int { .. }) => {
+                source::of(piece).filter(|source| halved::fits(piece, source)).map(|source| {
+                    let (panels, grid) = halved::halved(piece, &source);
+                    Body::Halved(panels, Halved(grid))
+                })
+            }
             (Pattern::Mask { .. } | Pattern::Nm { .. }, Values::Float(..)) => {
                 let (panels, half) = float::masked(piece);
                 let blocks = panels.blocks;
@@ -149,7 +197,7 @@ impl Form {
             _ => None,
         };
         let (name, body) = match body {
-            Some(body) => (name(&piece.values), body),
+            Some(body) => (if body.gathered() { SHARED[0] } else { name(&piece.values) }, body),
             None => ("decoded", Body::Decoded(Arc::new(Stored::from_piece(piece.clone())), piece.bytes())),
         };
         Form { name, body }
@@ -160,20 +208,25 @@ impl Form {
         if activations == Activations::Exact || !self.integer() {
             return self.name;
         }
+        if self.body.gathered() {
+            return SHARED[1];
+        }
         let i = INTEGER_PATH.iter().position(|n| *n == self.name);
         i.map_or("bytes", |i| AS_BYTES[i])
     }
 
     /// Whether it multiplies as bytes where activations are quantized.
     fn integer(&self) -> bool {
-        with_panels!(&self.body, _panels, codec => { let _ = codec; false }, codec.grid().table.is_none(), _stored => false)
+        with_panels!(&self.body, _panels, codec => { let _ = codec; false }, codec.grid().table.is_none(),
+            _layout => { let _ = codec; false }, codec.grid().table.is_none(), _stored => false)
     }
 
     pub(super) fn bytes(&self) -> u64 {
         if let Body::Decoded(_, bytes) = &self.body {
             return *bytes;
         }
-        with_panels!(&self.body, panels, _codec => panels.bytes(), panels.bytes(), _stored => 0)
+        with_panels!(&self.body, panels, _codec => panels.bytes(), panels.bytes(),
+            layout => { let _ = panels; layout.bytes }, { let _ = panels; layout.bytes }, _stored => 0)
     }
 
     /// `out (+)= x · Wᵀ`. Shapes fit.
@@ -185,6 +238,13 @@ impl Form {
                 bytes(packing, panels.view(), codec, x, out);
             } else {
                 exact(packing, panels.view(), codec, x, out);
+            },
+            layout =>
+            shared(packing, panels.view(), codec, layout, x, out),
+            if packing.activations == Activations::Int8 {
+                shared_bytes(packing, panels.view(), codec, layout, x, out);
+            } else {
+                shared(packing, panels.view(), codec, layout, x, out);
             },
             stored => decoded(packing, stored, x, out)
         );
@@ -225,6 +285,47 @@ fn bytes<C: Bytes>(packing: &Packing, view: View, codec: &C, x: MatRef<'_>, out:
         let cost = ROWS * view.blocks * BLOCK * x.rows() / 2;
         parallel::ranges(view.count(), 1, usize::MAX, cost, |from, to| {
             dispatch(packing.isa, Dots { panels: view, codec, from, to, x: rows, out });
+        });
+    });
+}
+
+/// Rows of x in their own memory, padded to whole blocks.
+fn rows_padded(x: MatRef<'_>, blocks: usize, f: impl FnOnce(Shared)) {
+    if x.rows() == 1 {
+        return padded(x.row(0), blocks, |x| f(Shared(x)));
+    }
+    let cols = blocks * BLOCK;
+    scratch::with(x.rows() * cols, |room| {
+        for (r, row) in room.chunks_exact_mut(cols.max(1)).take(x.rows()).enumerate() {
+            row[..x.cols()].copy_from_slice(x.row(r));
+            row[x.cols()..].fill(0.0);
+        }
+        f(Shared(room.as_ptr()));
+    });
+}
+
+fn shared<C: Codec>(packing: &Packing, view: View, codec: &C, layout: &Layout, x: MatRef<'_>, out: Out) {
+    let (isa, layout, rows) = (packing.isa, *layout, x.rows());
+    rows_padded(x, view.blocks, |x| {
+        parallel::ranges(view.count(), 1, usize::MAX, ROWS * layout.octets * 8 * rows, |from, to| {
+            scratch::with(gather::scratch(&layout), |scratch| {
+                let x = x.get();
+                let g = Gathered::<C, false> { panels: view, codec, layout, zero: 0, from, to, x, rows, out, scratch };
+                dispatch(isa, g);
+            });
+        });
+    });
+}
+
+fn shared_bytes<C: Bytes>(packing: &Packing, view: View, codec: &C, layout: &Layout, x: MatRef<'_>, out: Out) {
+    let (isa, layout, rows, zero) = (packing.isa, *layout, x.rows(), i32::from(codec.grid().zero));
+    rows_padded(x, view.blocks, |x| {
+        parallel::ranges(view.count(), 1, usize::MAX, ROWS * layout.octets * 8 * rows, |from, to| {
+            scratch::with(gather::scratch(&layout), |scratch| {
+                let x = x.get();
+                let g = Gathered::<C, true> { panels: view, codec, layout, zero, from, to, x, rows, out, scratch };
+                dispatch(isa, g);
+            });
         });
     });
 }

@@ -247,7 +247,7 @@ fn in_any_company(l: &Linear, x: &Mat, y: &Mat, steps: &[usize], name: &str) {
 fn every_kind_on_every_isa_against_f64_and_in_any_company() {
     for (name, stored) in cases() {
         let w = stored.to_mat();
-        let x = random(67, stored.cols, 9);
+        let x = random(35, stored.cols, 9);
         for isa in Isa::here() {
             let l = pack_for(&stored, isa, Activations::Exact).unwrap();
             let y = forward(&l, x.view());
@@ -262,7 +262,7 @@ fn every_kind_on_every_isa_against_f64_and_in_any_company() {
                     assert!(off <= bound, "{name} {} x {} {isa}: {} for {want}", w.rows(), w.cols(), y[(r, o)]);
                 }
             }
-            in_any_company(&l, &x, &y, &[1, 2, 3, 7, 16, 64], &format!("{name} {isa}"));
+            in_any_company(&l, &x, &y, if isa == Isa::Portable { &[1, 7] } else { &[1, 2, 3, 7, 16] }, &format!("{name} {isa}"));
         }
     }
 }
@@ -306,7 +306,7 @@ fn rounded(x: &Mat) -> (Mat, Mat) {
 fn bytes_against_f64_in_any_company_and_the_same_on_every_isa() {
     for (name, stored) in cases() {
         let w = stored.to_mat();
-        let mut x = random(37, stored.cols, 9);
+        let mut x = random(19, stored.cols, 9);
         x.row_mut(5).fill(0.0);
         x.row_mut(6).iter_mut().for_each(|v| *v *= 1e-36);
         let (q, half_steps) = rounded(&x);

@@ -3,6 +3,7 @@
 pub(crate) mod attention;
 pub(crate) mod dot;
 pub(crate) mod elementwise;
+pub(crate) mod gather;
 pub(crate) mod math;
 pub(crate) mod matmul;
 pub(crate) mod norm;

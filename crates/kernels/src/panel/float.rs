@@ -84,6 +84,11 @@ impl<W: Width> Codec for Dense<W> {
         unsafe { panel.add((b * BLOCK * ROWS + h * S::LANES) * W::BYTES) }
     }
     #[inline(always)]
+    unsafe fn piece<S: Simd>(&self, s: S, panel: *const u8, at: usize, i: usize, _: usize, h: usize) -> *const u8 {
+        // SAFETY: the caller promises the piece; all but the last are whole blocks.
+        unsafe { self.block(s, panel.add(at), i, h) }
+    }
+    #[inline(always)]
     unsafe fn eight<S: Simd>(&self, s: S, block: &mut *const u8, o: usize) -> [S::V; 8] {
         let mut out = [s.splat(0.0); 8];
         let mut j = 0;
@@ -136,6 +141,9 @@ impl<W: Width> Codec for Masked<W> {
                 half: h,
             }
         }
+    }
+    unsafe fn piece<S: Simd>(&self, _: S, _: *const u8, _: usize, _: usize, _: usize, _: usize) -> Reader {
+        unreachable!("columns that rows share are not masked")
     }
     #[inline(always)]
     unsafe fn eight<S: Simd>(&self, s: S, r: &mut Reader, o: usize) -> [S::V; 8] {

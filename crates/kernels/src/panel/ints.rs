@@ -31,7 +31,7 @@ pub(crate) enum Kind {
 
 impl Kind {
     /// Bytes of a group's entry.
-    fn entry(self) -> usize {
+    pub(super) fn entry(self) -> usize {
         match self {
             Kind::F16 | Kind::Super => 2 * ROWS,
             Kind::F32 | Kind::F16Min => 4 * ROWS,
@@ -40,11 +40,11 @@ impl Kind {
         }
     }
     /// Whether the second number of a group is a minimum, to be added to the scaled code.
-    fn minima(self) -> bool {
+    pub(super) fn minima(self) -> bool {
         matches!(self, Kind::F16Min | Kind::Super)
     }
     /// Whether every group has a zero of its own.
-    fn zeros(self) -> bool {
+    pub(super) fn zeros(self) -> bool {
         matches!(self, Kind::F16Zeros | Kind::F32Zeros)
     }
 }
@@ -289,6 +289,19 @@ impl<T: Bytes> Codec for T {
             };
             IntBlock { panel, b, h, scale: shared.scale, second }
         }
+    }
+    #[inline(always)]
+    unsafe fn piece<S: Simd>(
+        &self,
+        s: S,
+        panel: *const u8,
+        at: usize,
+        i: usize,
+        octets: usize,
+        h: usize,
+    ) -> IntBlock<S> {
+        // SAFETY: as the caller promises; an octet is 16 bytes for every bit.
+        unsafe { IntBlock { panel: panel.add(at + octets * 16 * T::BITS), b: 0, ..self.block(s, panel, i, h) } }
     }
     #[inline(always)]
     unsafe fn eight<S: Simd>(&self, s: S, block: &mut IntBlock<S>, o: usize) -> [S::V; 8] {

@@ -5,6 +5,8 @@
 //! are padded to whole blocks of 32 and the last panel to 16 rows, with weights of zero.
 
 pub(crate) mod float;
+pub(crate) mod gathered;
+pub(crate) mod halved;
 pub(crate) mod ints;
 pub(crate) mod source;
 
@@ -113,6 +115,11 @@ pub(crate) trait Codec: Send + Sync {
     /// # Safety
     /// `panel` is a whole panel of this codec and has this block.
     unsafe fn block<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> Self::Block<S>;
+    /// As `block` for piece `i` of a gathered panel, whose values begin at `at` and its own `octets` octets later.
+    /// # Safety
+    /// `panel` is a whole panel of this codec and has this piece.
+    unsafe fn piece<S: Simd>(&self, s: S, panel: *const u8, at: usize, i: usize, octets: usize, h: usize)
+    -> Self::Block<S>;
     /// Columns `8 * o..8 * o + 8` of the block; called for `o` = 0, 1, 2, 3 in this order.
     /// # Safety
     /// As for `block`.
