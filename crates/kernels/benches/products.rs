@@ -3,6 +3,9 @@
 //! Criterion's statistics are about one number; what matters here is a table of minima beside each other, made quickly and alternating
 //! between sizes. Run with `cargo bench -p lacuna-kernels`; words given after `--` choose the rows whose name contains one of them.
 
+#[path = "by_hand.rs"]
+mod by_hand;
+
 use std::hint::black_box;
 use std::time::Instant;
 
@@ -58,9 +61,7 @@ fn rows() -> Vec<(&'static str, Activations, Make)> {
     let float = |f: Float| -> Make { Box::new(move |r, c| floats(r, c, f, Dense, None)) };
     let int = |bits: u8, run: usize| -> Make { Box::new(move |r, c| ints(r, c, bits, run, Dense, None)) };
     let shared = |height: usize| -> Make {
-        Box::new(move |r, c| {
-            ints(r, c, 4, c, PatternKind::Mask { height }, Some(&mask(r, c, height, 50)))
-        })
+        Box::new(move |r, c| ints(r, c, 4, c, PatternKind::Mask { height }, Some(&mask(r, c, height, 50))))
     };
     let grouped = |height: usize, run: usize| -> Make {
         Box::new(move |r, c| ints(r, c, 4, run, PatternKind::Mask { height }, Some(&mask(r, c, height, 50))))
@@ -89,9 +90,7 @@ fn rows() -> Vec<(&'static str, Activations, Make)> {
         (
             "shared 16 f16",
             Exact,
-            Box::new(|r, c| {
-                floats(r, c, Float::F16, PatternKind::Mask { height: 16 }, Some(&mask(r, c, 16, 50)))
-            }),
+            Box::new(|r, c| floats(r, c, Float::F16, PatternKind::Mask { height: 16 }, Some(&mask(r, c, 16, 50)))),
         ),
         (
             "bitmask 50% f16",
@@ -106,9 +105,7 @@ fn rows() -> Vec<(&'static str, Activations, Make)> {
         (
             "2:4 f16",
             Exact,
-            Box::new(|r, c| {
-                floats(r, c, Float::F16, PatternKind::Nm { n: 2, m: 4 }, Some(&half_of_each(r, c, 4)))
-            }),
+            Box::new(|r, c| floats(r, c, Float::F16, PatternKind::Nm { n: 2, m: 4 }, Some(&half_of_each(r, c, 4)))),
         ),
         (
             "2:4 int4 bytes",
@@ -135,12 +132,42 @@ fn shortest(budget: f64, mut call: impl FnMut()) -> f64 {
     best
 }
 
+/// The generic int4 row beside what a person would write, alternating, one thread, shortest of each; and the ratio of their times.
+#[cfg(target_arch = "x86_64")]
+fn against_hand() {
+    if !Isa::Avx2.available() {
+        return;
+    }
+    let (rows, cols) = (1024, 1024);
+    set_threads(1);
+    let packing = Packing { isa: Isa::Avx2, activations: Activations::Int8 };
+    let l = Linear::pack_with(&ints(rows, cols, 4, 32, PatternKind::Dense, None), &packing).expect("a good matrix");
+    let hand = by_hand::Matrix::new(rows, cols);
+    let x = Mat::from_fn(1, cols, |_, c| (c * 17 % 101) as f32 / 50.0 - 1.0);
+    let (mut out, mut codes, mut meta) = (Mat::zeros(1, rows), vec![0i8; cols], vec![(0.0, 0); cols / 32]);
+    let mut best = [f64::INFINITY; 2];
+    for _ in 0..10 {
+        best[0] = best[0].min(shortest(0.05, || l.forward(black_box(x.view()), out.view_mut())));
+        let call = || hand.multiply(black_box(x.data()), &mut codes, &mut meta, out.data_mut());
+        best[1] = best[1].min(shortest(0.05, call));
+    }
+    let rate = |t: f64| (rows * cols) as f64 / t / 1e9;
+    println!(
+        "int4 bytes avx2: generic {:.1} G weights/s, by hand {:.1}; time ratio {:.3}",
+        rate(best[0]),
+        rate(best[1]),
+        best[0] / best[1]
+    );
+}
+
 fn main() {
     let words: Vec<String> = std::env::args().skip(1).filter(|a| !a.starts_with('-')).collect();
     let wanted = |name: &str| words.is_empty() || words.iter().any(|w| name.contains(w.as_str()));
     let isas: Vec<Isa> = Isa::here().into_iter().filter(|i| wanted(i.name()) || *i == Isa::best()).collect();
     let all_rows = words.iter().all(|w| Isa::ALL.iter().any(|i| i.name() == w));
     println!("{:<28} {:>10} {:>12} {:>5} {:>3}  G weights/s   GB/s", "row", "isa", "shape", "rows", "thr");
+    #[cfg(target_arch = "x86_64")]
+    against_hand();
     for (name, activations, make) in rows() {
         if !(all_rows || wanted(name)) {
             continue;
@@ -159,7 +186,10 @@ fn main() {
                         let weights = (shape.0 * shape.1 * n) as f64 / t / 1e9;
                         let gb = l.weights_bytes() as f64 / t / 1e9;
                         let shape = format!("{}x{}", shape.0, shape.1);
-                        println!("{name:<28} {:>10} {shape:>12} {n:>5} {threads:>3} {weights:>12.1} {gb:>6.1}", isa.name());
+                        println!(
+                            "{name:<28} {:>10} {shape:>12} {n:>5} {threads:>3} {weights:>12.1} {gb:>6.1}",
+                            isa.name()
+                        );
                     }
                 }
             }

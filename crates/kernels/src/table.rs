@@ -25,14 +25,20 @@ pub(crate) const PRODUCT_TOLERANCE: f32 = 2e-6;
 pub fn rows() -> Vec<Row> {
     let mut out = Vec::new();
     for isa in Isa::ALL {
-        for codec in crate::linear::FLOAT_PATH {
-            out.push(Row { op: "product", codec, pattern: "dense", isa, tolerance: PRODUCT_TOLERANCE });
-        }
-        for codec in crate::linear::INTEGER_PATH {
-            out.push(Row { op: "product of bytes", codec, pattern: "dense", isa, tolerance: PRODUCT_TOLERANCE });
-        }
+        let mut product = |op: &'static str, pattern: &'static str, codecs: &[&'static str]| {
+            for codec in codecs {
+                out.push(Row { op, codec, pattern, isa, tolerance: PRODUCT_TOLERANCE });
+            }
+        };
+        product("product", "dense", &crate::linear::FLOAT_PATH);
+        product("product of bytes", "dense", &crate::linear::INTEGER_PATH);
+        product("product", "mask or blocks of 8, 16, 32 rows", &["f16", "f32", "int2 to int4", "int5 to int8"]);
+        product("product of bytes", "mask or blocks of 8, 16, 32 rows", &["int2 to int4", "int5 to int8"]);
+        product("product", "mask, n:m", &["f16", "f32"]);
+        product("product", "1:2, 2:4, 4:8", &["int4"]);
+        product("product of bytes", "1:2, 2:4, 4:8", &["int4"]);
         for pattern in ["dense", "n:m", "mask", "csr", "blocks", "product"] {
-            out.push(Row { op: "product", codec: "any, decoded first", pattern, isa, tolerance: PRODUCT_TOLERANCE });
+            product("product", pattern, &["any other, decoded first"]);
         }
         for codec in ["f32", "f16"] {
             out.push(Row { op: "attention", codec, pattern: "paged", isa, tolerance: 2e-5 });

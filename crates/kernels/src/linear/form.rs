@@ -50,13 +50,43 @@ enum Body {
 
 /// Dense codecs that have panels of their own.
 pub(crate) const FLOAT_PATH: [&str; 20] = [
-    "f32", "f16", "bf16", "f8", "int2", "int3", "int4", "int5", "int6", "int7", "int8", "ternary", "codebook", "q4_0",
-    "q4_1", "q5_0", "q5_1", "q8_0", "q4_k, q5_k", "iq4_nl",
+    "f32",
+    "f16",
+    "bf16",
+    "f8",
+    "int2",
+    "int3",
+    "int4",
+    "int5",
+    "int6",
+    "int7",
+    "int8",
+    "ternary",
+    "codebook",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q8_0",
+    "q4_k, q5_k",
+    "iq4_nl",
 ];
 
 /// Those that multiply as bytes where activations are quantized.
 pub(crate) const INTEGER_PATH: [&str; 14] = [
-    "int2", "int3", "int4", "int5", "int6", "int7", "int8", "ternary", "q4_0", "q4_1", "q5_0", "q5_1", "q8_0",
+    "int2",
+    "int3",
+    "int4",
+    "int5",
+    "int6",
+    "int7",
+    "int8",
+    "ternary",
+    "q4_0",
+    "q4_1",
+    "q5_0",
+    "q5_1",
+    "q8_0",
     "q4_k, q5_k",
 ];
 
@@ -142,8 +172,12 @@ impl Form {
     pub(super) fn of(piece: &Piece) -> Form {
         let (rows, cols) = (piece.rows, piece.cols);
         let body = match (&piece.pattern, &piece.values) {
-            (Pattern::Dense, Values::Float(Float::F32, b)) => Some(Body::F32(float::dense(rows, cols, b, 4), Dense(F32))),
-            (Pattern::Dense, Values::Float(Float::F16, b)) => Some(Body::F16(float::dense(rows, cols, b, 2), Dense(F16))),
+            (Pattern::Dense, Values::Float(Float::F32, b)) => {
+                Some(Body::F32(float::dense(rows, cols, b, 4), Dense(F32)))
+            }
+            (Pattern::Dense, Values::Float(Float::F16, b)) => {
+                Some(Body::F16(float::dense(rows, cols, b, 2), Dense(F16)))
+            }
             (Pattern::Dense, Values::Float(Float::Bf16, b)) => {
                 Some(Body::Bf16(float::dense(rows, cols, b, 2), Dense(Bf16)))
             }
@@ -168,17 +202,15 @@ impl Form {
                     Body::Shared32(panels, Dense(F32), layout)
                 })
             }
-            (pattern, _) if gathered::fits(pattern) => {
-                source::of(piece).filter(|s| s.table.is_none()).map(|source| {
-                    if source.bits <= 4 {
-                        let (panels, grid, layout) = gathered::ints(piece, &source, 4);
-                        Body::SharedInt4(panels, Ints(grid), layout)
-                    } else {
-                        let (panels, grid, layout) = gathered::ints(piece, &source, 8);
-                        Body::SharedInt8(panels, Ints(grid), layout)
-                    }
-                })
-            }
+            (pattern, _) if gathered::fits(pattern) => source::of(piece).filter(|s| s.table.is_none()).map(|source| {
+                if source.bits <= 4 {
+                    let (panels, grid, layout) = gathered::ints(piece, &source, 4);
+                    Body::SharedInt4(panels, Ints(grid), layout)
+                } else {
+                    let (panels, grid, layout) = gathered::ints(piece, &source, 8);
+                    Body::SharedInt8(panels, Ints(grid), layout)
+                }
+            }),
             (Pattern::Nm { .. }, Values::Int { .. }) => {
                 source::of(piece).filter(|source| halved::fits(piece, source)).map(|source| {
                     let (panels, grid) = halved::halved(piece, &source);

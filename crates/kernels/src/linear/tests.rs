@@ -5,8 +5,8 @@ use lacuna_base::testkit::random;
 use lacuna_base::{Mat, MatRef, Rng};
 use lacuna_format::bits::{pack, pack_trits};
 use lacuna_format::{
-    Bytes, Float, FormatError, GgufType, Group, Integers, Mask, Pattern, PatternKind, Piece, ScaleCodec, Scales, Stored,
-    Term, Values, pack_float, pack_integers,
+    Bytes, Float, FormatError, GgufType, Group, Integers, Mask, Pattern, PatternKind, Piece, ScaleCodec, Scales,
+    Stored, Term, Values, pack_float, pack_integers,
 };
 
 use super::{Activations, Linear, Packing};
@@ -100,7 +100,9 @@ fn patterns(rows: usize, cols: usize, rng: &mut Rng) -> Vec<(String, Stored)> {
         let keep = |r: usize, c: usize| {
             let hash = |a: usize| (a.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 33) % 100;
             match kind {
-                PatternKind::Nm { n, m } => c % usize::from(m) < usize::from(n) + (r % 2) && (c % usize::from(m) != 0 || r % 2 == 0),
+                PatternKind::Nm { n, m } => {
+                    c % usize::from(m) < usize::from(n) + (r % 2) && (c % usize::from(m) != 0 || r % 2 == 0)
+                }
                 // The third group of rows keeps nothing.
                 PatternKind::Mask { height } => r / height != 2 && hash(r / height * 7919 + c) < 45,
                 PatternKind::Blocks { height, width } => hash(r / height * 7919 + c / width) < 40,
@@ -262,7 +264,13 @@ fn every_kind_on_every_isa_against_f64_and_in_any_company() {
                     assert!(off <= bound, "{name} {} x {} {isa}: {} for {want}", w.rows(), w.cols(), y[(r, o)]);
                 }
             }
-            in_any_company(&l, &x, &y, if isa == Isa::Portable { &[1, 7] } else { &[1, 2, 3, 7, 16] }, &format!("{name} {isa}"));
+            in_any_company(
+                &l,
+                &x,
+                &y,
+                if isa == Isa::Portable { &[1, 7] } else { &[1, 2, 3, 7, 16] },
+                &format!("{name} {isa}"),
+            );
         }
     }
 }
@@ -320,7 +328,8 @@ fn bytes_against_f64_in_any_company_and_the_same_on_every_isa() {
             let y = forward(&l, x.view());
             for r in 0..x.rows() {
                 for o in 0..w.rows() {
-                    let dot = |a: &[f32]| a.iter().zip(w.row(o)).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
+                    let dot =
+                        |a: &[f32]| a.iter().zip(w.row(o)).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
                     // Minima are apart from what they are added to: what cancels in a weight does not cancel in its error.
                     let top = w.row(o).iter().fold(0.0f32, |t, v| t.max(v.abs()));
                     let size = q.row(r).iter().map(|a| f64::from(a.abs() * top)).sum::<f64>();
@@ -329,10 +338,8 @@ fn bytes_against_f64_in_any_company_and_the_same_on_every_isa() {
                     if !gathered {
                         assert!((got - dot(q.row(r))).abs() <= tight, "{name} {isa}: {got} for {}", dot(q.row(r)));
                     }
-                    let step = |c: usize| {
-                        let all = half_steps.row(r).iter().fold(0.0f32, |t, v| t.max(*v));
-                        if gathered { all } else { half_steps[(r, c)] }
-                    };
+                    let all = half_steps.row(r).iter().fold(0.0f32, |t, v| t.max(*v));
+                    let step = |c: usize| if gathered { all } else { half_steps[(r, c)] };
                     let loose: f64 = (0..w.cols()).map(|c| f64::from(step(c) * w[(o, c)].abs())).sum();
                     let want = dot(x.row(r));
                     assert!((got - want).abs() <= loose + tight, "{name} {isa}: {got} for {want}, bound {loose}");
@@ -350,10 +357,25 @@ fn what_should_multiply_as_bytes_does() {
     let mut rng = Rng::new(2);
     let fast = |s: &Stored| pack_for(s, Isa::best(), Activations::Int8).unwrap().describe()[0].ends_with(" bytes");
     for bits in 2..=8 {
-        assert!(fast(&ints(3, 64, bits, 32, false, Float::F16, &mut rng)) && !fast(&ints(3, 64, bits, 5, false, Float::F16, &mut rng)));
+        assert!(
+            fast(&ints(3, 64, bits, 32, false, Float::F16, &mut rng))
+                && !fast(&ints(3, 64, bits, 5, false, Float::F16, &mut rng))
+        );
     }
-    for kind in [GgufType::Q4_0, GgufType::Q4_1, GgufType::Q5_0, GgufType::Q5_1, GgufType::Q8_0, GgufType::Q4_K, GgufType::Q5_K] {
+    for kind in
+        [GgufType::Q4_0, GgufType::Q4_1, GgufType::Q5_0, GgufType::Q5_1, GgufType::Q8_0, GgufType::Q4_K, GgufType::Q5_K]
+    {
         assert!(fast(&gguf(2, 256, kind, &mut rng)), "{kind:?}");
+    }
+    for (name, stored) in patterns(40, 96, &mut rng) {
+        let shared = ["height: 8", "height: 16", "height: 32"].iter().any(|h| name.contains(h));
+        let halves = name.contains("int4 run 32 ")
+            && ["n: 2, m: 4 ", "n: 4, m: 8 ", "n: 1, m: 2 "].iter().any(|h| name.contains(h));
+        assert_eq!(fast(&stored), shared && name.contains("int") || halves, "{name}");
+        let exact = Linear::pack(&stored).unwrap().describe()[0];
+        let masked =
+            ["height: 1 ", "Mask { height: 4 ", "Nm "].iter().any(|h| name.contains(h)) && !name.contains("int");
+        assert_eq!(exact != "decoded", shared || halves || masked, "{name}");
     }
 }
 
@@ -405,7 +427,8 @@ fn not_a_number_stays_in_its_row_and_output() {
     x[(3, 7)] = f32::NAN;
     for isa in Isa::here() {
         let y = forward(
-            &pack_for(&dense(9, 70, Values::Float(Float::F32, floats(&w, Float::F32))), isa, Activations::Exact).unwrap(),
+            &pack_for(&dense(9, 70, Values::Float(Float::F32, floats(&w, Float::F32))), isa, Activations::Exact)
+                .unwrap(),
             x.view(),
         );
         for r in 0..8 {

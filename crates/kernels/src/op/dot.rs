@@ -42,29 +42,36 @@ impl<C: Bytes> Op for Dots<'_, C> {
     const INTEGER: bool = true;
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let cols = self.panels.blocks * BLOCK;
-        let chunk = (NEAR / cols.max(1)).next_multiple_of(8).max(8);
-        let mut first = 0;
-        while first < self.x.rows {
-            let end = (first + chunk).min(self.x.rows);
-            let mut p = self.from;
-            while p < self.to {
-                let mut r = first;
-                // SAFETY: the maker has these panels and rows, and room in `out`.
-                unsafe {
-                    // Rows beyond the last are computed from whatever is there, and not written.
-                    while r < end {
-                        r += match end - r {
-                            1 => rows::<S, C, 1>(s, &self, p, r, 1),
-                            n if n > 4 && S::LANES == 16 => rows::<S, C, 8>(s, &self, p, r, n.min(8)),
-                            n => rows::<S, C, 4>(s, &self, p, r, n.min(4)),
-                        };
-                    }
+        if self.codec.plain() { run::<S, C, true>(s, self) } else { run::<S, C, false>(s, self) }
+    }
+}
+
+/// The whole product, for codecs that are plain and for others.
+#[inline(always)]
+fn run<S: Simd, C: Bytes, const PLAIN: bool>(s: S, g: Dots<'_, C>) {
+    let cols = g.panels.blocks * BLOCK;
+    let chunk = (NEAR / cols.max(1)).next_multiple_of(8).max(8);
+    let mut first = 0;
+    while first < g.x.rows {
+        let end = (first + chunk).min(g.x.rows);
+        let mut p = g.from;
+        while p < g.to {
+            let mut r = first;
+            // SAFETY: the maker has these panels and rows, and room in `out`.
+            unsafe {
+                // Rows beyond the last are computed from whatever is there, and not written.
+                while r < end {
+                    r += match end - r {
+                        1 => rows::<S, C, PLAIN, 1>(s, &g, p, r, 1),
+                        n if n > 4 && S::LANES == 16 => rows::<S, C, PLAIN, 8>(s, &g, p, r, n.min(8)),
+                        n if S::LANES == 16 => rows::<S, C, PLAIN, 4>(s, &g, p, r, n.min(4)),
+                        n => rows::<S, C, PLAIN, 2>(s, &g, p, r, n.min(2)),
+                    };
                 }
-                p += 1;
             }
-            first = end;
+            p += 1;
         }
+        first = end;
     }
 }
 
@@ -72,22 +79,27 @@ impl<C: Bytes> Op for Dots<'_, C> {
 /// # Safety
 /// They are there.
 #[inline(always)]
-unsafe fn rows<S: Simd, C: Bytes, const M: usize>(s: S, g: &Dots<'_, C>, p: usize, r: usize, have: usize) -> usize {
+unsafe fn rows<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
+    s: S,
+    g: &Dots<'_, C>,
+    p: usize,
+    r: usize,
+    have: usize,
+) -> usize {
     let (panel, blocks) = (g.panels.at(p), g.panels.blocks);
     let mut out = [[s.splat(0.0); 2]; M];
-    let mut h = 0;
-    while h < ROWS / S::LANES {
-        let mut acc = [s.splat(0.0); M];
-        let mut b = 0;
-        while b < blocks {
-            // SAFETY: as the caller promises.
-            unsafe {
-                let x = g.x.codes.add((r * blocks + b) * BLOCK);
-                let meta = g.x.meta.add((r * blocks + b) * META);
-                let mut sum = [s.splat_i(0); M];
+    let mut b = 0;
+    while b < blocks {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let x = g.x.codes.add((r * blocks + b) * BLOCK);
+            let meta = g.x.meta.add((r * blocks + b) * META);
+            let mut h = 0;
+            while h < ROWS / S::LANES {
+                let mut sums = [[s.splat_i(0); 2]; M];
                 let mut m = 0;
                 while m < M {
-                    sum[m] = s.spread_i::<false>(meta.add(m * blocks * META + 1).cast());
+                    sums[m][0] = s.spread_i::<false>(meta.add(m * blocks * META + 1).cast());
                     m += 1;
                 }
                 let mut o = 0;
@@ -95,26 +107,22 @@ unsafe fn rows<S: Simd, C: Bytes, const M: usize>(s: S, g: &Dots<'_, C>, p: usiz
                     let codes = g.codec.octet(s, panel, b, o, h);
                     let mut m = 0;
                     while m < M {
-                        sum[m] = s.dot8::<false>(C::BITS, sum[m], codes, x.add(m * blocks * BLOCK + 8 * o));
+                        sums[m] = s.dot8::<false>(C::BITS, sums[m], codes, x.add(m * blocks * BLOCK + 8 * o));
                         m += 1;
                     }
                     o += 1;
                 }
-                let shared = g.codec.shared(s, panel, b, h);
+                let shared = g.codec.shared::<S, PLAIN>(s, panel, b, h);
                 let mut m = 0;
                 while m < M {
-                    acc[m] = g.codec.close::<S, false>(s, &shared, sum[m], meta.add(m * blocks * META), acc[m]);
+                    let (sum, meta) = (s.total(C::BITS, sums[m]), meta.add(m * blocks * META));
+                    out[m][h] = g.codec.close::<S, false, PLAIN>(s, &shared, sum, meta, out[m][h]);
                     m += 1;
                 }
+                h += 1;
             }
-            b += 1;
         }
-        let mut m = 0;
-        while m < M {
-            out[m][h] = acc[m];
-            m += 1;
-        }
-        h += 1;
+        b += 1;
     }
     let mut m = 0;
     while m < M && m < have {

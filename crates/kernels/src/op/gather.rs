@@ -12,7 +12,11 @@ use crate::simd::{Op, Simd};
 
 /// Scratch of a task, in f32 values: two gathered groups, the gathered row, what belongs to pieces, and their octets.
 pub(crate) fn scratch(layout: &Layout) -> usize {
-    2 * (layout.group * BLOCK + 2 * BLOCK) + 2 * (layout.octets * 8 + BLOCK) + 2 * META * layout.pieces + layout.pieces + 64
+    2 * (layout.group * BLOCK + 2 * BLOCK)
+        + 2 * (layout.octets * 8 + BLOCK)
+        + 2 * META * layout.pieces
+        + layout.pieces
+        + 64
 }
 
 /// Panels `from..to` times all rows of x.
@@ -41,32 +45,37 @@ struct Room {
     counts: *mut u32,
 }
 
-/// A codec on the way to f32.
+/// Values on the way to f32.
 impl<C: Codec> Op for Gathered<'_, C, false> {
     type Out = ();
     const INTEGER: bool = true;
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let room = room(self.scratch, &self.layout);
-        let mut p = self.from;
-        while p < self.to {
-            let mut r = 0;
-            while r < self.rows {
+        let (blocks, l) = (self.panels.blocks, self.layout);
+        let mut r = 0;
+        while r < self.rows {
+            let (mut p, mut pieces) = (self.from, 0);
+            while p < self.to {
                 // SAFETY: the maker has these panels and rows, and room in `out`.
                 unsafe {
-                    let (panel, x) = (self.panels.at(p), self.x.add(r * self.panels.blocks * BLOCK));
-                    let v = if self.layout.pair {
-                        let pieces = gather::<S, true, false>(s, panel, self.panels.blocks, &self.layout, x, 0, room);
-                        floats::<S, C, true>(s, self.codec, panel, &self.layout, pieces, room)
+                    let (panel, x) = (self.panels.at(p), self.x.add(r * blocks * BLOCK));
+                    // What the panel before gathered serves this one, too, where they share their columns.
+                    let fresh = p == self.from || p % l.share == 0;
+                    let v = if l.pair {
+                        pieces = gather::<S, true, false>(s, panel, blocks, &l, x, 0, room);
+                        floats::<S, C, true>(s, self.codec, panel, &l, pieces, room)
                     } else {
-                        let pieces = gather::<S, false, false>(s, panel, self.panels.blocks, &self.layout, x, 0, room);
-                        floats::<S, C, false>(s, self.codec, panel, &self.layout, pieces, room)
+                        if fresh {
+                            pieces = gather::<S, false, false>(s, panel, blocks, &l, x, 0, room);
+                        }
+                        floats::<S, C, false>(s, self.codec, panel, &l, pieces, room)
                     };
-                    put(s, self.out, r, p, self.panels.rows, v, self.layout.pair);
+                    put(s, self.out, r, p, self.panels.rows, v, l.pair);
                 }
-                r += 1;
+                p += 1;
             }
-            p += 1;
+            r += 1;
         }
     }
 }
@@ -78,26 +87,30 @@ impl<C: Bytes> Op for Gathered<'_, C, true> {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let room = room(self.scratch, &self.layout);
-        let (blocks, zero) = (self.panels.blocks, self.zero);
-        let mut p = self.from;
-        while p < self.to {
-            let mut r = 0;
-            while r < self.rows {
+        let (blocks, zero, l) = (self.panels.blocks, self.zero, self.layout);
+        let mut r = 0;
+        while r < self.rows {
+            let (mut p, mut pieces) = (self.from, 0);
+            while p < self.to {
                 // SAFETY: the maker has these panels and rows, and room in `out`.
                 unsafe {
                     let (panel, x) = (self.panels.at(p), self.x.add(r * blocks * BLOCK));
-                    let v = if self.layout.pair {
-                        let pieces = gather::<S, true, true>(s, panel, blocks, &self.layout, x, zero, room);
-                        bytes::<S, C, true>(s, self.codec, panel, &self.layout, pieces, room)
+                    // What the panel before gathered serves this one, too, where they share their columns.
+                    let fresh = p == self.from || p % l.share == 0;
+                    let v = if l.pair {
+                        pieces = gather::<S, true, true>(s, panel, blocks, &l, x, zero, room);
+                        bytes::<S, C, true>(s, self.codec, panel, &l, pieces, room)
                     } else {
-                        let pieces = gather::<S, false, true>(s, panel, blocks, &self.layout, x, zero, room);
-                        bytes::<S, C, false>(s, self.codec, panel, &self.layout, pieces, room)
+                        if fresh {
+                            pieces = gather::<S, false, true>(s, panel, blocks, &l, x, zero, room);
+                        }
+                        bytes::<S, C, false>(s, self.codec, panel, &l, pieces, room)
                     };
-                    put(s, self.out, r, p, self.panels.rows, v, self.layout.pair);
+                    put(s, self.out, r, p, self.panels.rows, v, l.pair);
                 }
-                r += 1;
+                p += 1;
             }
-            p += 1;
+            r += 1;
         }
     }
 }
@@ -304,16 +317,24 @@ unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool>(
             // SAFETY: as the caller promises.
             unsafe {
                 let (count, meta) = (*room.counts.add(i) as usize, room.meta.add(i * META * 2));
-                let mut sum = s.spread_i::<PAIR>(meta.add(step).cast());
+                let mut sum = [s.spread_i::<PAIR>(meta.add(step).cast()), s.splat_i(0)];
+                let (values, x) = (panel.add(layout.values_at), room.x.cast::<i8>().add(octets * 8 * step));
                 let mut o = 0;
+                if count == BLOCK / 8 {
+                    // A whole piece, as most are: a loop of known length.
+                    while o < BLOCK / 8 {
+                        let codes = codec.octet(s, values, 0, octets + o, h);
+                        sum = s.dot8::<PAIR>(C::BITS, sum, codes, x.add(o * 8 * step));
+                        o += 1;
+                    }
+                }
                 while o < count {
-                    let codes = codec.octet(s, panel.add(layout.values_at), 0, octets + o, h);
-                    let x = room.x.cast::<i8>().add((octets + o) * 8 * step);
-                    sum = s.dot8::<PAIR>(C::BITS, sum, codes, x);
+                    let codes = codec.octet(s, values, 0, octets + o, h);
+                    sum = s.dot8::<PAIR>(C::BITS, sum, codes, x.add(o * 8 * step));
                     o += 1;
                 }
-                let shared = codec.shared(s, panel, i, h);
-                acc = codec.close::<S, PAIR>(s, &shared, sum, meta, acc);
+                let shared = codec.shared::<S, false>(s, panel, i, h);
+                acc = codec.close::<S, PAIR, false>(s, &shared, s.total(C::BITS, sum), meta, acc);
                 (i, octets) = (i + 1, octets + count);
             }
         }

@@ -88,7 +88,11 @@ impl<C: Codec> Op for Gemv<'_, C> {
             // Chains side by side hide the latency of each; a group that lacks panels repeats its last one and does not write it.
             let side = if S::LANES == 16 { 8 } else { 4 };
             while self.to - p > 2 {
-                if S::LANES == 16 { gemv::<S, C, 8>(s, &self, p) } else { gemv::<S, C, 4>(s, &self, p) }
+                if S::LANES == 16 {
+                    gemv::<S, C, 8>(s, &self, p)
+                } else {
+                    gemv::<S, C, 4>(s, &self, p)
+                }
                 p = (p + side).min(self.to);
             }
             while p < self.to {
@@ -271,7 +275,9 @@ impl Op for Tiles {
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         // SAFETY: the maker has an x and scratch as long, and room in `last`.
-        unsafe { if S::LANES == 16 { tiles_of::<S, { WIDE.1 }>(s, self) } else { tiles_of::<S, { NARROW.1 }>(s, self) } }
+        unsafe {
+            if S::LANES == 16 { tiles_of::<S, { WIDE.1 }>(s, self) } else { tiles_of::<S, { NARROW.1 }>(s, self) }
+        }
     }
 }
 

@@ -18,6 +18,8 @@ use super::{BLOCK, Panels, ROWS};
 pub(crate) struct Layout {
     /// Whether halves have columns of their own.
     pub(crate) pair: bool,
+    /// Panels that share their columns.
+    pub(crate) share: usize,
     /// Columns of a scale group, in blocks of 32.
     pub(crate) group: usize,
     /// Most octets and pieces of a panel.
@@ -79,7 +81,7 @@ fn layout(piece: &Piece, group: usize, scales: impl Fn(usize) -> usize, octet: u
     }
     let masks = (if pair { 2 } else { 1 } * blocks * 4).next_multiple_of(64);
     let bytes = (all + rows.div_ceil(ROWS) * masks) as u64;
-    (Layout { pair, group, octets, pieces, values_at: 0, bytes }, masks)
+    (Layout { pair, share: (shared / ROWS).max(1), group, octets, pieces, values_at: 0, bytes }, masks)
 }
 
 /// Writes the masks and gives the slot of every kept column of every half, and the piece of every slot's octet.

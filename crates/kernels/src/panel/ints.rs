@@ -66,6 +66,12 @@ pub(crate) struct Grid {
 }
 
 impl Grid {
+    /// The group of block `b`; in 32 bits, where division is fast.
+    #[inline(always)]
+    fn group(&self, b: usize) -> usize {
+        (b as u32 / self.per as u32) as usize
+    }
+
     /// Scales of block `b`.
     /// # Safety
     /// The panel has this block.
@@ -73,7 +79,7 @@ impl Grid {
     pub(crate) unsafe fn scale<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> S::V {
         // SAFETY: as the caller promises.
         unsafe {
-            let entry = panel.add(self.scales_at + b / self.per * self.kind.entry());
+            let entry = panel.add(self.scales_at + self.group(b) * self.kind.entry());
             match self.kind {
                 Kind::F16 | Kind::F16Zeros | Kind::F16Min => s.load_f16(entry.add(2 * h * S::LANES)),
                 Kind::F32 | Kind::F32Zeros => s.load(entry.add(4 * h * S::LANES).cast()),
@@ -92,7 +98,7 @@ impl Grid {
     unsafe fn zeros<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> S::I {
         // SAFETY: as the caller promises.
         unsafe {
-            let entry = panel.add(self.scales_at + b / self.per * self.kind.entry());
+            let entry = panel.add(self.scales_at + self.group(b) * self.kind.entry());
             let after = if self.kind == Kind::F16Zeros { 2 * ROWS } else { 4 * ROWS };
             s.widen(entry.add(after + h * S::LANES))
         }
@@ -105,7 +111,7 @@ impl Grid {
     unsafe fn minima<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> S::V {
         // SAFETY: as the caller promises.
         unsafe {
-            let entry = panel.add(self.scales_at + b / self.per * self.kind.entry());
+            let entry = panel.add(self.scales_at + self.group(b) * self.kind.entry());
             if self.kind == Kind::F16Min {
                 return s.load_f16(entry.add(2 * ROWS + 2 * h * S::LANES));
             }
@@ -130,12 +136,18 @@ pub(crate) trait Bytes: Send + Sync {
     /// `panel` is a whole panel of this codec and has this block.
     unsafe fn octet<S: Simd>(&self, s: S, panel: *const u8, b: usize, o: usize, h: usize) -> [S::I; 2];
 
+    /// Whether groups are single blocks with f16 scales alone: what is worth products of its own.
+    #[inline(always)]
+    fn plain(&self) -> bool {
+        self.grid().kind == Kind::F16 && self.grid().per == 1
+    }
+
     /// A block's exact sum of `code * x`, made the sum of `(code - zero) * x`, times both scales onto `acc`. `sum` comes with the
     /// block's `bias` (see [`META`]) in it.
     /// # Safety
     /// As for `octet`; `meta` leads to the block's four numbers, with `PAIR` each of them twice.
     #[inline(always)]
-    unsafe fn close<S: Simd, const PAIR: bool>(
+    unsafe fn close<S: Simd, const PAIR: bool, const PLAIN: bool>(
         &self,
         s: S,
         shared: &Shared<S>,
@@ -146,21 +158,29 @@ pub(crate) trait Bytes: Send + Sync {
         let step = if PAIR { 2 } else { 1 };
         // SAFETY: as the caller promises.
         unsafe {
-            let kind = self.grid().kind;
-            let sum =
-                if kind.zeros() { s.less_product(sum, shared.zeros, s.spread_i::<PAIR>(meta.add(2 * step).cast())) } else { sum };
+            let kind = if PLAIN { Kind::F16 } else { self.grid().kind };
+            let sum = if kind.zeros() {
+                s.less_product(sum, shared.zeros, s.spread_i::<PAIR>(meta.add(2 * step).cast()))
+            } else {
+                sum
+            };
             let scale = s.mul(shared.scale, s.spread::<PAIR>(meta));
             let acc = s.fused(s.float(sum), scale, acc);
             if kind.minima() { s.fused(shared.minima, s.spread::<PAIR>(meta.add(3 * step)), acc) } else { acc }
         }
     }
 
-    /// What block `b` shares.
+    /// What block `b` shares; `PLAIN` where the codec is.
     /// # Safety
     /// As for `octet`.
     #[inline(always)]
-    unsafe fn shared<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> Shared<S> {
+    unsafe fn shared<S: Simd, const PLAIN: bool>(&self, s: S, panel: *const u8, b: usize, h: usize) -> Shared<S> {
         let grid = self.grid();
+        if PLAIN {
+            // SAFETY: as the caller promises.
+            let scale = unsafe { s.load_f16(panel.add(grid.scales_at + b * 2 * ROWS + 2 * h * S::LANES)) };
+            return Shared { scale, zeros: s.splat_i(0), minima: s.splat(0.0) };
+        }
         // SAFETY: as the caller promises.
         unsafe {
             Shared {
@@ -278,7 +298,7 @@ impl<T: Bytes> Codec for T {
     unsafe fn block<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> IntBlock<S> {
         // SAFETY: as the caller promises.
         unsafe {
-            let shared = self.shared(s, panel, b, h);
+            let shared = self.shared::<S, false>(s, panel, b, h);
             let grid = self.grid();
             let second = if grid.kind.minima() {
                 shared.minima

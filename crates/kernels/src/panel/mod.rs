@@ -118,8 +118,15 @@ pub(crate) trait Codec: Send + Sync {
     /// As `block` for piece `i` of a gathered panel, whose values begin at `at` and its own `octets` octets later.
     /// # Safety
     /// `panel` is a whole panel of this codec and has this piece.
-    unsafe fn piece<S: Simd>(&self, s: S, panel: *const u8, at: usize, i: usize, octets: usize, h: usize)
-    -> Self::Block<S>;
+    unsafe fn piece<S: Simd>(
+        &self,
+        s: S,
+        panel: *const u8,
+        at: usize,
+        i: usize,
+        octets: usize,
+        h: usize,
+    ) -> Self::Block<S>;
     /// Columns `8 * o..8 * o + 8` of the block; called for `o` = 0, 1, 2, 3 in this order.
     /// # Safety
     /// As for `block`.

@@ -113,11 +113,6 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    fn f16(self, bits: u16) -> f32 {
-        // SAFETY: see above.
-        unsafe { _mm_cvtss_f32(_mm_cvtph_ps(_mm_cvtsi32_si128(i32::from(bits)))) }
-    }
-    #[inline(always)]
     unsafe fn load_f16(self, p: *const u8) -> __m256 {
         // SAFETY: see above.
         unsafe { _mm256_cvtph_ps(_mm_loadu_si128(p.cast())) }
@@ -178,11 +173,7 @@ impl Simd for Avx2 {
     unsafe fn spread<const PAIR: bool>(self, p: *const f32) -> __m256 {
         // SAFETY: see above.
         unsafe {
-            if PAIR {
-                _mm256_castpd_ps(_mm256_set1_pd(p.cast::<f64>().read_unaligned()))
-            } else {
-                _mm256_set1_ps(*p)
-            }
+            if PAIR { _mm256_castpd_ps(_mm256_set1_pd(p.cast::<f64>().read_unaligned())) } else { _mm256_set1_ps(*p) }
         }
     }
     #[inline(always)]
@@ -252,26 +243,43 @@ impl Simd for Avx2 {
         unsafe { _mm256_sub_epi32(a, _mm256_mullo_epi32(b, c)) }
     }
     #[inline(always)]
-    unsafe fn dot8<const PAIR: bool>(self, bits: usize, acc: __m256i, c: [__m256i; 2], x: *const i8) -> __m256i {
+    fn total(self, bits: usize, state: [__m256i; 2]) -> __m256i {
+        if bits > 4 {
+            return state[0];
+        }
+        // SAFETY: see above.
+        unsafe { _mm256_add_epi32(state[0], _mm256_madd_epi16(state[1], _mm256_set1_epi16(1))) }
+    }
+    #[inline(always)]
+    unsafe fn dot8<const PAIR: bool>(
+        self,
+        bits: usize,
+        state: [__m256i; 2],
+        c: [__m256i; 2],
+        x: *const i8,
+    ) -> [__m256i; 2] {
         // SAFETY: see above.
         unsafe {
             let x = [self.spread_i::<PAIR>(x.cast()), self.spread_i::<PAIR>(x.add(if PAIR { 8 } else { 4 }).cast())];
             let one = _mm256_set1_epi16(1);
-            // Sums of two products of b bits fit 16 bits up to b = 7; four of them up to b = 6.
-            if bits <= 6 {
-                let (a, b) = pairs(c, x);
-                return _mm256_add_epi32(acc, _mm256_madd_epi16(_mm256_add_epi16(a, b), one));
+            // Of sums of two products of b bits, one fits 16 bits up to b = 7, two up to b = 6, and all eight of a block up to b = 4.
+            if bits == 8 {
+                let (a, b) = pairs([self.and_i(c[0], 15), self.and_i(c[1], 15)], x);
+                let low = _mm256_madd_epi16(_mm256_add_epi16(a, b), one);
+                let (a, b) = pairs([self.and_i(self.shr_i(c[0], 4), 15), self.and_i(self.shr_i(c[1], 4), 15)], x);
+                let high = _mm256_madd_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi16(16));
+                return [_mm256_add_epi32(state[0], _mm256_add_epi32(low, high)), state[1]];
             }
-            if bits == 7 {
-                let (a, b) = pairs(c, x);
-                let sum = _mm256_add_epi32(_mm256_madd_epi16(a, one), _mm256_madd_epi16(b, one));
-                return _mm256_add_epi32(acc, sum);
+            let (a, b) = pairs(c, x);
+            if bits <= 4 {
+                return [state[0], _mm256_add_epi16(state[1], _mm256_add_epi16(a, b))];
             }
-            let (a, b) = pairs([self.and_i(c[0], 15), self.and_i(c[1], 15)], x);
-            let low = _mm256_madd_epi16(_mm256_add_epi16(a, b), one);
-            let (a, b) = pairs([self.and_i(self.shr_i(c[0], 4), 15), self.and_i(self.shr_i(c[1], 4), 15)], x);
-            let high = _mm256_madd_epi16(_mm256_add_epi16(a, b), _mm256_set1_epi16(16));
-            _mm256_add_epi32(acc, _mm256_add_epi32(low, high))
+            let sum = if bits <= 6 {
+                _mm256_madd_epi16(_mm256_add_epi16(a, b), one)
+            } else {
+                _mm256_add_epi32(_mm256_madd_epi16(a, one), _mm256_madd_epi16(b, one))
+            };
+            [_mm256_add_epi32(state[0], sum), state[1]]
         }
     }
     #[inline(always)]

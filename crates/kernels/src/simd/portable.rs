@@ -111,10 +111,6 @@ impl Simd for Portable {
         o
     }
     #[inline(always)]
-    fn f16(self, bits: u16) -> f32 {
-        f16::from_bits(bits).to_f32_const()
-    }
-    #[inline(always)]
     unsafe fn load_f16(self, p: *const u8) -> V {
         // SAFETY: the caller promises 2 * LANES bytes.
         let b = unsafe { bytes::<16>(p) };
@@ -223,9 +219,14 @@ impl Simd for Portable {
         map(|i| a[i].wrapping_sub(b[i].wrapping_mul(c[i])))
     }
     #[inline(always)]
-    unsafe fn dot8<const PAIR: bool>(self, _: usize, acc: I, c: [I; 2], x: *const i8) -> I {
+    fn total(self, _: usize, state: [I; 2]) -> I {
+        state[0]
+    }
+    #[inline(always)]
+    unsafe fn dot8<const PAIR: bool>(self, _: usize, state: [I; 2], c: [I; 2], x: *const i8) -> [I; 2] {
         let (step, wide) = if PAIR { (4, 8) } else { (0, 4) };
-        map(|i| {
+        let acc = state[0];
+        let sum = map(|i| {
             let mut sum = acc[i] as i32;
             for (half, c) in c.iter().enumerate() {
                 for j in 0..4 {
@@ -235,7 +236,8 @@ impl Simd for Portable {
                 }
             }
             sum as u32
-        })
+        });
+        [sum, state[1]]
     }
     #[inline(always)]
     unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> I {
