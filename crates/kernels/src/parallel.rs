@@ -135,7 +135,7 @@ impl Pool {
         unsafe { *self.job.get() = Some(Job { call: call_of::<F>, data: (&raw const *f).cast(), tasks }) };
         {
             let _shut = Shut;
-            self.gate.store(OPEN | helpers * TICKET, Ordering::Release);
+            self.gate.store(OPEN | (helpers * TICKET), Ordering::Release);
             self.epoch.fetch_add(1, Ordering::SeqCst);
             for w in self.workers[..helpers].iter().filter_map(OnceLock::get) {
                 if w.asleep.load(Ordering::SeqCst) {

@@ -101,7 +101,8 @@ fn patterns(rows: usize, cols: usize, rng: &mut Rng) -> Vec<(String, Stored)> {
             let hash = |a: usize| (a.wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 33) % 100;
             match kind {
                 PatternKind::Nm { n, m } => {
-                    c % usize::from(m) < usize::from(n) + (r % 2) && (c % usize::from(m) != 0 || r % 2 == 0)
+                    c % usize::from(m) < usize::from(n) + (r % 2)
+                        && (!c.is_multiple_of(m.into()) || r.is_multiple_of(2))
                 }
                 // The third group of rows keeps nothing.
                 PatternKind::Mask { height } => r / height != 2 && hash(r / height * 7919 + c) < 45,

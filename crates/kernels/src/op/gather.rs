@@ -61,7 +61,7 @@ impl<C: Codec> Op for Gathered<'_, C, false> {
                 unsafe {
                     let (panel, x) = (self.panels.at(p), self.x.add(r * blocks * BLOCK));
                     // What the panel before gathered serves this one, too, where they share their columns.
-                    let fresh = p == self.from || p % l.share == 0;
+                    let fresh = p == self.from || p.is_multiple_of(l.share);
                     let v = if l.pair {
                         pieces = gather::<S, true, false>(s, panel, blocks, &l, x, 0, room);
                         floats::<S, C, true>(s, self.codec, panel, &l, pieces, room)
@@ -96,7 +96,7 @@ impl<C: Bytes> Op for Gathered<'_, C, true> {
                 unsafe {
                     let (panel, x) = (self.panels.at(p), self.x.add(r * blocks * BLOCK));
                     // What the panel before gathered serves this one, too, where they share their columns.
-                    let fresh = p == self.from || p % l.share == 0;
+                    let fresh = p == self.from || p.is_multiple_of(l.share);
                     let v = if l.pair {
                         pieces = gather::<S, true, true>(s, panel, blocks, &l, x, zero, room);
                         bytes::<S, C, true>(s, self.codec, panel, &l, pieces, room)

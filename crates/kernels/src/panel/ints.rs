@@ -373,7 +373,7 @@ pub(crate) fn put_scale(panel: &mut [u8], grid: &Grid, lane: usize, g: usize, li
         Kind::F16Min => entry[2 * ROWS + 2 * lane..][..2].copy_from_slice(&two(line.seconds[from])),
         Kind::Super => entry[ROWS + lane] = line.seconds[from] as u8,
     }
-    if grid.kind == Kind::Super && g % 8 == 0 {
+    if grid.kind == Kind::Super && g.is_multiple_of(8) {
         let over = &mut panel[grid.supers_at + g / 8 * 64..][..64];
         over[2 * lane..][..2].copy_from_slice(&two(line.supers[from / 8]));
         over[2 * ROWS + 2 * lane..][..2].copy_from_slice(&two(line.super_seconds[from / 8]));
