@@ -94,28 +94,36 @@ unsafe fn rows<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
         unsafe {
             let x = g.x.codes.add((r * blocks + b) * BLOCK);
             let meta = g.x.meta.add((r * blocks + b) * META);
-            let mut h = 0;
-            while h < ROWS / S::LANES {
-                let mut sums = [[s.splat_i(0); 2]; M];
-                let mut m = 0;
-                while m < M {
-                    sums[m][0] = s.spread_i::<false>(meta.add(m * blocks * META + 1).cast());
-                    m += 1;
-                }
-                let mut o = 0;
-                while o < BLOCK / 8 {
+            let mut sums = [[[s.splat_i(0); 2]; 2]; M];
+            let mut m = 0;
+            while m < M {
+                let bias = s.spread_i::<false>(meta.add(m * blocks * META + 1).cast());
+                sums[m][0][0] = bias;
+                sums[m][1][0] = bias;
+                m += 1;
+            }
+            let mut o = 0;
+            while o < BLOCK / 8 {
+                // Both halves of the lanes meet the same bytes of x while they are in registers.
+                let mut h = 0;
+                while h < ROWS / S::LANES {
                     let codes = g.codec.octet(s, panel, b, o, h);
                     let mut m = 0;
                     while m < M {
-                        sums[m] = s.dot8::<false>(C::BITS, sums[m], codes, x.add(m * blocks * BLOCK + 8 * o));
+                        let x = x.add(m * blocks * BLOCK + 8 * o);
+                        sums[m][h] = s.dot8::<false>(C::BITS, sums[m][h], codes, x);
                         m += 1;
                     }
-                    o += 1;
+                    h += 1;
                 }
+                o += 1;
+            }
+            let mut h = 0;
+            while h < ROWS / S::LANES {
                 let shared = g.codec.shared::<S, PLAIN>(s, panel, b, h);
                 let mut m = 0;
                 while m < M {
-                    let (sum, meta) = (s.total(C::BITS, sums[m]), meta.add(m * blocks * META));
+                    let (sum, meta) = (s.total(C::BITS, sums[m][h]), meta.add(m * blocks * META));
                     out[m][h] = g.codec.close::<S, false, PLAIN>(s, &shared, sum, meta, out[m][h]);
                     m += 1;
                 }
