@@ -18,6 +18,9 @@ use serde_json::Value;
 const MODELS: [&str; 2] = ["smollm2-135m-instruct", "gemma-3-270m"];
 const TEXTS: [&str; 3] = ["prose", "code", "dialogue"];
 
+/// The model on which the gate is tried.
+const JUDGED: &str = "smollm2-135m-instruct";
+
 /// Furthest a logit may lie from its golden value.
 const LOGIT_TOLERANCE: f32 = 1e-2;
 /// Furthest the mean loss of a text may lie from its golden value, in nats.
@@ -40,6 +43,7 @@ fn trials(name: &'static str, required: bool, only_listed: bool) -> Vec<Trial> {
     let found = if only_listed { Err("not looked for".to_owned()) } else { find(name) };
     let names = std::iter::once(format!("{name}::tokens"))
         .chain(std::iter::once(format!("{name}::any_cut_of_a_prompt_gives_the_same_bits")))
+        .chain((name == JUDGED).then(|| format!("{name}::the_gate_gives_its_known_answers")))
         .chain(TEXTS.iter().map(|text| format!("{name}::logits::{text}")));
     let path = match found {
         Ok(path) => path,
@@ -108,6 +112,7 @@ fn run(model: &Model, test: &str) -> Tested<()> {
     match test.rsplit("::").next() {
         Some("tokens") => tokens(model),
         Some("any_cut_of_a_prompt_gives_the_same_bits") => cuts(model),
+        Some("the_gate_gives_its_known_answers") => gate(model),
         Some(text) => logits(model, text),
         None => Ok(()),
     }
@@ -212,6 +217,31 @@ fn cuts(model: &Model) -> Tested<()> {
         if bits(pieces)? != whole {
             return Err(format!("cut into {pieces:?} and the rest, the logits have other bits").into());
         }
+    }
+    Ok(())
+}
+
+/// Omissions known not to pay are refused with status 3, whatever their size.
+fn gate(model: &Model) -> Tested<()> {
+    let here = Path::new(env!("CARGO_TARGET_TMPDIR"));
+    for recipe in ["f16", "magnitude-90", "rtn-2"] {
+        let out = here.join(format!("known-{recipe}"));
+        let done = std::process::Command::new(env!("CARGO_BIN_EXE_lacuna"))
+            .args(["compress", &model.path.to_string_lossy(), "-r", recipe, "--overwrite", "--json", "--gate", "size"])
+            .args(["--ctx", "256", "--windows", "2", "-o"])
+            .args([&out, Path::new("--cache-dir"), &here.join("known-cache")])
+            .output()?;
+        let said = String::from_utf8_lossy(&done.stderr);
+        if done.status.code() != Some(3) {
+            return Err(format!("{recipe}: {}, not 3: {said}", done.status).into());
+        }
+        let report: Value = serde_json::from_slice(&done.stdout)?;
+        if report["pays"] != false {
+            return Err(format!("{recipe}: pays = {}", report["pays"]).into());
+        }
+        // What was refused is there all the same.
+        open(&out)?;
+        std::fs::remove_dir_all(&out)?;
     }
     Ok(())
 }

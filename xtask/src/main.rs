@@ -2,6 +2,7 @@
 //! `cargo xtask new-method` starts a method.
 
 mod arrows;
+mod evidence;
 mod finding;
 mod method_laws;
 mod new_method;
@@ -19,6 +20,8 @@ use tree::Tree;
 const USAGE: &str = "\
 cargo xtask check [LAW ...]           every law, or those named: arrows methods tables length unsafe paths silenced fmt clippy
 cargo xtask tables                    METHODS.md and KERNELS.md written anew
+cargo xtask evidence --data DIR --record DIR [--only ROW]... [--lacuna BINARY]
+                                      the rows of bench/evidence.toml that are not recorded in DIR yet, run and recorded
 cargo xtask new-method FAMILY NAME    the file of a new method and its recipe, in the fixed order, with a test that fails until filled";
 
 fn main() -> ExitCode {
@@ -27,6 +30,7 @@ fn main() -> ExitCode {
     let done = match args[..] {
         ["check", ref laws @ ..] => check(laws),
         ["tables"] => Tree::open().and_then(|tree| tables::write(&tree)),
+        ["evidence", ref rest @ ..] => Tree::open().and_then(|tree| evidence::run(&tree, rest)),
         ["new-method", family, name] => Tree::open().and_then(|tree| new_method::write(&tree, family, name)),
         _ => Err(anyhow::anyhow!("usage:\n{USAGE}")),
     };

@@ -7,19 +7,21 @@ use anyhow::{Context, Result};
 use lacuna_contract::{Method, Needs};
 use lacuna_kernels::table::Row;
 
+use crate::evidence;
 use crate::finding::Finding;
 use crate::tree::Tree;
 
 const GENERATED: &str = "Written by `cargo xtask tables`; edit the source instead.";
 
 /// Both files as they should be.
-fn pages() -> Result<[(&'static str, String); 2]> {
-    Ok([("METHODS.md", methods(&lacuna_methods::registry())?), ("KERNELS.md", kernels(&lacuna_kernels::table::rows()))])
+fn pages(tree: &Tree) -> Result<[(&'static str, String); 2]> {
+    let methods = methods(&lacuna_methods::registry())? + &measured(tree)?;
+    Ok([("METHODS.md", methods), ("KERNELS.md", kernels(&lacuna_kernels::table::rows()))])
 }
 
 /// Writes both files.
 pub fn write(tree: &Tree) -> Result<()> {
-    for (file, text) in pages()? {
+    for (file, text) in pages(tree)? {
         std::fs::write(tree.root().join(file), text).with_context(|| format!("cannot write {file}"))?;
         println!("wrote {file}");
     }
@@ -29,7 +31,7 @@ pub fn write(tree: &Tree) -> Result<()> {
 /// Compares both files with what they should be.
 pub fn check(tree: &Tree) -> Result<Vec<Finding>> {
     let mut found = vec![];
-    for (file, want) in pages()? {
+    for (file, want) in pages(tree)? {
         let have = if tree.has(file) { tree.read(file)? } else { String::new() };
         found.extend(stale(file, &have, &want));
     }
@@ -63,6 +65,36 @@ fn methods(registry: &[Method]) -> Result<String> {
         };
         let (name, summary) = (card.name, card.summary);
         writeln!(out, "| [{name}](recipes/{name}.toml) | {made:?} | {summary} | {} | {paper} |", reads(card.needs))?;
+    }
+    Ok(out)
+}
+
+/// What was measured: rows of the last record of each, in the list's order, beside the row that each is compared with.
+fn measured(tree: &Tree) -> Result<String> {
+    let (list, recorded) = (evidence::list(tree)?, evidence::recorded(tree)?);
+    let mut out = String::from(
+        "\n## Measured\n\nPerplexity on WikiText-2 under the protocol of `bench/evidence.toml`, from recorded runs; size is of all tensors, embedding\n\
+         and head included. These models have little to spare: the same omission costs a larger one less.\n\n",
+    );
+    out += "| recipe | model | perplexity | beside | bytes | record |\n|---|---|---|---|---|---|\n";
+    for row in &list.rows {
+        let Some((folder, value)) = recorded.get(&row.name) else { continue };
+        let ppl = |v: &serde_json::Value| v["eval"]["ppl"].as_f64().map_or_else(|| "none".into(), evidence::show);
+        let beside = row.beside.as_ref().and_then(|b| recorded.get(b).map(|(_, v)| format!("{b}: {}", ppl(v))));
+        let name = match &row.recipe {
+            Some(r) => format!("[{r}](recipes/{r}.toml)"),
+            None => "none".into(),
+        };
+        let bytes = value["compress"]["bytes_after"].as_u64().map_or_else(|| "as it came".into(), |b| b.to_string());
+        writeln!(
+            out,
+            "| {name} | {} | {} | {} | {bytes} | [{}]({folder}/evidence/{}.json) |",
+            row.model,
+            ppl(value),
+            beside.unwrap_or_else(|| "-".into()),
+            folder.trim_start_matches("bench/record/"),
+            row.name
+        )?;
     }
     Ok(out)
 }
@@ -108,7 +140,7 @@ mod tests {
 
     #[test]
     fn every_method_and_every_kernel_has_its_row() {
-        let [(_, methods), (_, kernels)] = pages().unwrap();
+        let [(_, methods), (_, kernels)] = pages(&Tree::open().unwrap()).unwrap();
         for method in lacuna_methods::registry() {
             assert!(methods.contains(&format!("| [{0}](recipes/{0}.toml) |", method.card.name)));
         }

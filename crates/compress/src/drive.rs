@@ -41,12 +41,16 @@ pub fn compress(
     });
     let mut writer = begin(options, &identity)?;
     let mut walk =
-        Walk { recipe, options, progress, sequences: &sequences, spill: plan.spill, budgets: HashMap::new() };
+        Walk { recipe, options, progress, sequences: &sequences, spill: plan.spill, budgets: HashMap::new(), unreached: Vec::new() };
     walk.model_wide(&mut overlay, &mut notes)?;
     let mut tensors = Vec::new();
     walk.globals(&mut overlay, &mut writer, &[Role::Embed, Role::Positions], &mut tensors)?;
     walk.blocks(&mut overlay, Some(&mut writer), &mut tensors)?;
     walk.globals(&mut overlay, &mut writer, &[Role::FinalNorm, Role::Head], &mut tensors)?;
+    if let Some(first) = walk.unreached.first() {
+        let n = walk.unreached.len();
+        notes.push(format!("{n} matrices, {first} the first, keep what they were: no calibration token reached them"));
+    }
     let recipe_json = serde_json::to_value(&recipe.resolved).unwrap_or(Value::Null);
     let identity_path = writer.dir().join(IDENTITY);
     std::fs::remove_file(&identity_path)
@@ -115,6 +119,8 @@ struct Walk<'a> {
     spill: bool,
     /// Sparsity by prune step and place, where a budget step decided.
     budgets: HashMap<(String, Place), f64>,
+    /// Matrices (of experts) that a step left alone since no calibration token reached them.
+    unreached: Vec<Place>,
 }
 
 impl Walk<'_> {
@@ -398,17 +404,24 @@ impl Walk<'_> {
 
     /// The local steps on one block's matrices, step after step.
     fn local_steps(
-        &self,
+        &mut self,
         local: &[&Step],
         spec: &Spec,
         places: &[Place],
         sources: &HashMap<Place, Arc<Stored>>,
         gather: &Gather,
     ) -> Result<Vec<(Place, Arc<Stored>)>, CompressError> {
-        let mut work: HashMap<Place, Option<Matrix>> =
-            places.iter().map(|p| (*p, self.begin(&sources[p], p))).collect();
+        // An expert that no token reached says nothing of how its weights are used: a method that asks must not guess.
+        let blind = |step: &Step, p: &Place| step_needs(step) != Needs::default() && gather.stats(spec, p).tokens == 0;
+        let left: Vec<Place> =
+            places.iter().copied().filter(|p| local.iter().any(|s| s.aims_at(p) && blind(s, p))).collect();
+        let mut work: HashMap<Place, Option<Matrix>> = places
+            .iter()
+            .map(|p| (*p, if left.contains(p) { None } else { self.begin(&sources[p], p) }))
+            .collect();
         for step in local {
-            let aimed: Vec<Place> = places.iter().copied().filter(|p| step.aims_at(p)).collect();
+            let aimed: Vec<Place> =
+                places.iter().copied().filter(|p| step.aims_at(p) && !left.contains(p)).collect();
             if let Some(scope) = self.layer_scope(step, &aimed) {
                 self.prune_together(step, &aimed, &mut work, spec, gather, scope)?;
                 continue;
@@ -419,6 +432,7 @@ impl Walk<'_> {
                 }
             }
         }
+        self.unreached.extend(&left);
         places.iter().map(|p| Ok((*p, self.finish(work.remove(p).flatten(), &sources[p], p)?))).collect()
     }
 

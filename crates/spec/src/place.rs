@@ -244,8 +244,12 @@ impl<'de> Deserialize<'de> for Place {
 pub struct Target(pub String);
 
 impl Target {
-    /// Whether `place` (a weight) is meant. Norms, positions and biases never are.
+    /// Whether `place` (a weight) is meant. Norms, positions and biases never are; a router only by its name: it is tiny, and which experts
+    /// a token gets hangs on its last bits.
     pub fn matches(&self, place: &Place) -> bool {
+        if place.role == Role::Router && !self.0.ends_with("router") {
+            return false;
+        }
         if place.part == Part::Bias || !(place.role.is_linear() || place.role == Role::Embed) {
             return false;
         }
@@ -289,5 +293,7 @@ mod tests {
         assert!(hit("ffn.down", Place::expert(0, Role::Down, 2)) && hit("layers.3.*", Place::layer(3, Role::O)));
         assert!(!hit("layers.3.*", Place::layer(30, Role::O)) && hit("embed", Place::global(Role::Embed)));
         assert!(!hit("attn.*", Place::layer(3, Role::Q).bias()) && hit("*", Place::global(Role::Head)));
+        let router = Place::layer(0, Role::Router);
+        assert!(!hit("ffn.*", router) && !hit("*", router) && hit("ffn.router", router));
     }
 }

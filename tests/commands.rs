@@ -1,0 +1,247 @@
+//! Whole commands on a tiny model with random weights and a real tokenizer: exit statuses, JSON, files, refusals.
+
+use std::path::{Path, PathBuf};
+use std::process::{Command, Output};
+use std::sync::OnceLock;
+
+use lacuna_base::Rng;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
+use tempfile::TempDir;
+
+const HIDDEN: usize = 32;
+const FFN: usize = 48;
+const VOCAB: usize = 603;
+const CONTEXT: usize = 2048;
+
+/// A directory that lives as long as the tests, with a tiny model in it.
+fn home() -> &'static Path {
+    static HOME: OnceLock<TempDir> = OnceLock::new();
+    HOME.get_or_init(|| {
+        let dir = TempDir::new().unwrap();
+        make_model(&dir.path().join("tiny"));
+        dir
+    })
+    .path()
+}
+
+/// A Llama of two layers in the Hugging Face layout, with the golden byte-level tokenizer.
+fn make_model(dir: &Path) {
+    std::fs::create_dir_all(dir).unwrap();
+    let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden/tokenizers/bytelevel");
+    for file in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"] {
+        std::fs::copy(golden.join(file), dir.join(file)).unwrap();
+    }
+    let config = json!({
+        "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": HIDDEN, "intermediate_size": FFN,
+        "max_position_embeddings": CONTEXT, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 2, "rms_norm_eps": 1e-5,
+        "rope_theta": 10000.0, "tie_word_embeddings": true, "vocab_size": VOCAB, "torch_dtype": "float32",
+    });
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let mut rng = Rng::new(3);
+    let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = vec![];
+    let mut add = |name: String, shape: &[usize], norm: bool| {
+        let n = shape.iter().product();
+        let values = (0..n).flat_map(|_| (if norm { 1.0 } else { 0.2 * rng.normal() }).to_le_bytes()).collect();
+        tensors.push((name, shape.to_vec(), values));
+    };
+    add("model.embed_tokens.weight".into(), &[VOCAB, HIDDEN], false);
+    add("model.norm.weight".into(), &[HIDDEN], true);
+    for layer in 0..2 {
+        for (name, rows, cols) in [
+            ("self_attn.q_proj", HIDDEN, HIDDEN),
+            ("self_attn.k_proj", HIDDEN / 2, HIDDEN),
+            ("self_attn.v_proj", HIDDEN / 2, HIDDEN),
+            ("self_attn.o_proj", HIDDEN, HIDDEN),
+            ("mlp.gate_proj", FFN, HIDDEN),
+            ("mlp.up_proj", FFN, HIDDEN),
+            ("mlp.down_proj", HIDDEN, FFN),
+        ] {
+            add(format!("model.layers.{layer}.{name}.weight"), &[rows, cols], false);
+        }
+        for name in ["input_layernorm", "post_attention_layernorm"] {
+            add(format!("model.layers.{layer}.{name}.weight"), &[HIDDEN], true);
+        }
+    }
+    let views = tensors.iter().map(|(n, s, b)| (n.clone(), TensorView::new(Dtype::F32, s.clone(), b).unwrap()));
+    safetensors::serialize_to_file(views, None, &dir.join("model.safetensors")).unwrap();
+}
+
+fn tiny() -> String {
+    home().join("tiny").display().to_string()
+}
+
+fn fresh(name: &str) -> PathBuf {
+    let path = home().join(name);
+    assert!(!path.exists(), "two tests write {name}");
+    path
+}
+
+fn lacuna(args: &[&str]) -> Output {
+    let cache = home().join("cache");
+    let cache = cache.to_str().unwrap();
+    Command::new(env!("CARGO_BIN_EXE_lacuna")).args(args).args(["--cache-dir", cache, "--offline"]).output().unwrap()
+}
+
+/// What a command with `--json` printed: one object, nothing else, and the status that was expected.
+fn object(status: i32, args: &[&str]) -> Value {
+    let out = lacuna(&[args, &["--json"]].concat());
+    let said = String::from_utf8_lossy(&out.stderr);
+    assert_eq!(out.status.code(), Some(status), "{args:?}: {said}");
+    let text = String::from_utf8(out.stdout).unwrap();
+    assert_eq!(text.lines().count(), 1, "{args:?} printed {text}");
+    let value: Value = serde_json::from_str(&text).unwrap();
+    assert!(value.is_object());
+    value
+}
+
+/// What a command that must fail said.
+fn refusal(status: i32, args: &[&str]) -> String {
+    let out = lacuna(args);
+    let said = String::from_utf8(out.stderr).unwrap();
+    assert_eq!(out.status.code(), Some(status), "{args:?}: {said}");
+    assert!(out.stdout.is_empty(), "{args:?} printed {}", String::from_utf8_lossy(&out.stdout));
+    assert!(!said.contains("panicked"), "{said}");
+    said
+}
+
+fn has_numbers(value: &Value, keys: &[&str]) {
+    for key in keys {
+        assert!(value[*key].is_number(), "'{key}' in {value}");
+    }
+}
+
+#[test]
+fn compress_then_inspect_eval_generate_bench() {
+    let out = fresh("int4");
+    let out = out.to_str().unwrap();
+    let recipe = ["-r", "rtn", "--set", "quantize.group=16", "-o", out, "--gate", "off"];
+    let done = object(0, &[&["compress", &tiny()], &recipe[..]].concat());
+    has_numbers(&done, &["source_bytes", "bytes_f16", "bytes_after", "bits_per_weight", "seconds", "peak_rss_bytes"]);
+    assert!(done["pays"].is_null() && done["bytes_after"].as_u64() < done["source_bytes"].as_u64());
+
+    let seen = object(0, &["inspect", out]);
+    assert_eq!(seen["bytes"], done["bytes_after"]);
+    assert_eq!(seen["broken"], json!([]));
+    assert!(seen["approximations"][0].as_str().unwrap().contains("rtn"));
+
+    let eval = object(0, &["eval", out, "--ctx", "128", "--windows", "2", "--against", &tiny()]);
+    has_numbers(&eval, &["ppl", "nll", "tokens", "ctx", "windows", "kl_mean", "top1_agree", "seconds", "peak_rss_bytes"]);
+    assert_eq!(eval["tokens"], 2 * 127);
+    let kl = eval["kl_mean"].as_f64().unwrap();
+    assert!(kl > 0.0 && kl < 1.0, "{kl}");
+    let same = object(0, &["eval", &tiny(), "--ctx", "128", "--windows", "2", "--against", &tiny()]);
+    assert!(same["kl_mean"].as_f64().unwrap().abs() < 1e-6 && same["top1_agree"] == 1.0);
+
+    let generate = ["generate", out, "-p", "The sea", "-n", "12", "--temp", "0"];
+    let (a, b) = (object(0, &generate), object(0, &[&generate[..], &["--threads", "1"]].concat()));
+    has_numbers(&a, &["tokens", "prompt_tokens", "prefill_tok_s", "decode_tok_s"]);
+    assert!(a["text"].is_string() && a["token_ids"] == b["token_ids"]);
+
+    let bench = object(0, &["bench", out, "--prompt", "16", "--gen", "4", "--reps", "1"]);
+    let keys = ["prefill_tok_s", "decode_tok_s", "weights_bytes", "roofline_fraction", "threads", "peak_rss_bytes"];
+    has_numbers(&bench, &keys);
+}
+
+#[test]
+fn the_gate_says_no_with_status_3_and_the_model_is_there() {
+    let out = fresh("f16");
+    let out = out.to_str().unwrap();
+    let judging = ["--gate", "size", "--ctx", "128", "--windows", "2"];
+    let done = object(3, &[&["compress", &tiny(), "-r", "f16", "-o", out], &judging[..]].concat());
+    assert_eq!(done["pays"], false);
+    has_numbers(&done, &["ppl", "ppl_dense", "kl_mean"]);
+    let names: Vec<&str> =
+        done["baselines"].as_array().unwrap().iter().map(|b| b["baseline"]["name"].as_str().unwrap()).collect();
+    for name in ["int8 g32", "int6 g32", "int5 g32", "int4 g32", "int3 g32", "f16", "source as it came"] {
+        assert!(names.contains(&name), "{name} is not among {names:?}");
+    }
+    assert_eq!(object(0, &["inspect", out])["broken"], json!([]));
+    let again = [&["compress", &tiny(), "-r", "f16", "-o", out, "--overwrite", "--accept"], &judging[..]].concat();
+    assert_eq!(object(0, &again)["pays"], false);
+}
+
+#[test]
+fn what_is_there_is_not_lost() {
+    let out = fresh("precious");
+    std::fs::create_dir(&out).unwrap();
+    std::fs::write(out.join("diary.txt"), "dear").unwrap();
+    let args = ["compress", &tiny(), "-r", "rtn", "-o", out.to_str().unwrap(), "--gate", "off"];
+    let said = refusal(1, &args);
+    assert!(said.contains("precious") && said.contains("--overwrite"), "{said}");
+    assert_eq!(std::fs::read_to_string(out.join("diary.txt")).unwrap(), "dear");
+}
+
+#[test]
+fn wrong_usage_is_status_2_and_says_what_to_do() {
+    let out = fresh("never");
+    let out = out.to_str().unwrap();
+    let compress = |more: &[&str]| refusal(2, &[&["compress", &tiny(), "-o", out, "--gate", "off"], more].concat());
+    assert!(compress(&["-r", "no-such-recipe"]).contains("no-such-recipe"));
+    assert!(compress(&["-r", "rtn", "--set", "quantize.bitz=4"]).contains("bitz"));
+    assert!(compress(&["-r", "rtn", "--set", "quantize.bits=77"]).contains("77"));
+    assert!(compress(&["-r", "rtn", "--max-ram", "lots"]).contains("lots"));
+    assert!(refusal(2, &["eval", &tiny(), "--ctx", "4096"]).contains("2048"));
+    assert!(refusal(2, &["frobnicate"]).contains("frobnicate"));
+    assert!(!Path::new(out).exists());
+}
+
+#[test]
+fn bad_files_are_named() {
+    assert!(refusal(1, &["inspect", "/no/such/place"]).contains("/no/such/place"));
+    let cut = fresh("cut");
+    make_model(&cut);
+    let file = cut.join("model.safetensors");
+    let bytes = std::fs::read(&file).unwrap();
+    std::fs::write(&file, &bytes[..bytes.len() - 100]).unwrap();
+    assert!(refusal(1, &["eval", cut.to_str().unwrap()]).contains("model.safetensors"));
+    let text = home().join("latin1.txt");
+    std::fs::write(&text, b"caf\xe9").unwrap();
+    assert!(refusal(1, &["eval", &tiny(), "--text", text.to_str().unwrap()]).contains("latin1.txt"));
+}
+
+#[test]
+fn below_the_floor_memory_is_refused_with_the_floor() {
+    let out = fresh("floor");
+    let args = ["compress", &tiny(), "-r", "sparsegpt", "-o", out.to_str().unwrap(), "--gate", "off", "--max-ram", "1MiB"];
+    let said = refusal(1, &args);
+    assert!(said.contains("MB") || said.contains("MiB"), "{said}");
+    assert!(!out.exists());
+}
+
+#[test]
+fn tasks_give_accuracies() {
+    let file = home().join("items.jsonl");
+    let items = [
+        json!({ "id": 1, "ctx": "one two", "choices": [" three", " xylophone"], "label": 0 }),
+        json!({ "id": 2, "ctx": "a b", "choices": [" c", " quarrel"], "label": 1 }),
+    ];
+    std::fs::write(&file, format!("{}\n{}\n", items[0], items[1])).unwrap();
+    let done = object(0, &["eval", &tiny(), "--tasks", file.to_str().unwrap()]);
+    has_numbers(&done, &["acc", "acc_norm"]);
+    std::fs::write(&file, "{\"id\": 1, \"ctx\": \"x\", \"choices\": [\" y\"], \"label\": 7}\n").unwrap();
+    assert!(refusal(1, &["eval", &tiny(), "--tasks", file.to_str().unwrap()]).contains("items.jsonl"));
+}
+
+#[test]
+fn the_machine_the_methods_and_the_cache_are_told() {
+    let doctor = object(0, &["doctor"]);
+    has_numbers(&doctor, &["threads", "read_bytes_per_second"]);
+    let methods = object(0, &["methods"]).to_string();
+    for method in lacuna_methods::registry() {
+        assert!(methods.contains(method.card.name), "{} is not told", method.card.name);
+    }
+    assert_eq!(object(0, &["pull", "list"])["models"], json!([]));
+    assert!(refusal(1, &["pull", "smollm2-135m-instruct"]).contains("smollm2-135m-instruct"));
+}
+
+#[test]
+fn quickstart_tells_the_whole_story() {
+    let (out, report) = (fresh("quick"), fresh("report.html"));
+    let args = ["quickstart", &tiny(), "-o", out.to_str().unwrap(), "--report", report.to_str().unwrap()];
+    let done = object(0, &args);
+    assert!(done["pays"].is_boolean());
+    let page = std::fs::read_to_string(&report).unwrap();
+    assert!(page.contains("<svg") && page.contains("int4 g32") && !page.contains("http://"), "a page of its own");
+    assert_eq!(done["samples"].as_array().unwrap().len(), 2);
+}
