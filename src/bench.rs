@@ -12,7 +12,7 @@ use crate::common;
 /// Runs the verb.
 pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
     let m = common::open(g, &a.model)?;
-    let engine = m.engine()?;
+    let engine = m.engine(&a.running)?;
     let options =
         BenchOptions { prompt_tokens: a.prompt, gen_tokens: a.generate, depth: a.depth, reps: a.reps, seed: 0 };
     let bar = common::bar(a.reps as u64 + 1, "timing");
@@ -28,7 +28,7 @@ pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
         "model": a.model, "prefill_tok_s": b.prefill_tok_s, "decode_tok_s": b.decode_tok_s, "prefill_runs": b.prefill_all_tok_s,
         "decode_runs": b.decode_all_tok_s, "weights_bytes": b.weights_bytes, "kv_bytes": b.kv_bytes, "token_bytes": b.token_bytes,
         "read_bytes_per_second": ceiling, "roofline_fraction": fraction, "threads": threads, "prompt": a.prompt, "gen": a.generate,
-        "depth": a.depth, "peak_rss_bytes": lacuna_compress::memory::peak(),
+        "depth": a.depth, "activations": a.running.activations.name(), "kv": format!("{:?}", a.running.kv).to_lowercase(), "peak_rss_bytes": lacuna_compress::memory::peak(),
     });
     common::print(g, &out, || {
         if let Some(p) = b.prefill_tok_s {

@@ -14,7 +14,7 @@ use crate::generate::tell;
 /// Runs the verb.
 pub fn run(g: &Global, a: &cli::Chat) -> anyhow::Result<ExitCode> {
     let m = common::open(g, &a.model)?;
-    let (tokenizer, template, engine) = (m.tokenizer()?, m.template()?, m.engine()?);
+    let (tokenizer, template, engine) = (m.tokenizer()?, m.template()?, m.engine(&a.running)?);
     let mut chat = Chat::new(&engine, &tokenizer, &template);
     if let Some(s) = &a.system {
         chat.system(s);

@@ -180,6 +180,63 @@ pub struct Compress {
     pub report: Option<PathBuf>,
 }
 
+/// How activations meet matrices of integer codes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Activations {
+    /// As they are, in 32 bits.
+    Exact,
+    /// Rounded to 8 bits, 32 columns sharing a scale: several times faster.
+    Int8,
+}
+
+impl Activations {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Activations::Exact => "exact",
+            Activations::Int8 => "int8",
+        }
+    }
+}
+
+impl From<Activations> for lacuna_kernels::Activations {
+    fn from(a: Activations) -> lacuna_kernels::Activations {
+        match a {
+            Activations::Exact => lacuna_kernels::Activations::Exact,
+            Activations::Int8 => lacuna_kernels::Activations::Int8,
+        }
+    }
+}
+
+/// How a model is run.
+#[derive(Clone, Copy, Debug, Args)]
+pub struct Running {
+    /// How activations meet matrices of integer codes.
+    #[arg(long, value_enum, default_value_t = Activations::Int8)]
+    pub activations: Activations,
+    /// How keys and values are kept.
+    #[arg(long, value_enum, default_value_t = Cache::F16)]
+    pub kv: Cache,
+}
+
+/// How keys and values are kept.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Cache {
+    /// 32 bits: exactly what was computed.
+    F32,
+    /// 16 bits.
+    F16,
+}
+
+impl From<Cache> for lacuna_kernels::KvFormat {
+    fn from(c: Cache) -> lacuna_kernels::KvFormat {
+        match c {
+            Cache::F32 => lacuna_kernels::KvFormat::F32,
+            Cache::F16 => lacuna_kernels::KvFormat::F16,
+        }
+    }
+}
+
 /// `eval`
 #[derive(Debug, Args)]
 pub struct Eval {
@@ -203,6 +260,9 @@ pub struct Eval {
     /// Multiple-choice files ({id, ctx, choices, label} a line) or last-word files ({text} a line).
     #[arg(long, value_name = "FILE", num_args = 1..)]
     pub tasks: Vec<PathBuf>,
+    /// How activations meet matrices of integer codes; `generate` runs with int8.
+    #[arg(long, value_enum, default_value_t = Activations::Exact)]
+    pub activations: Activations,
     /// Items of each task at the most.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,
@@ -254,6 +314,9 @@ pub struct Generate {
     /// How the next token is drawn.
     #[command(flatten)]
     pub sampling: Sampling,
+    /// How the model is run.
+    #[command(flatten)]
+    pub running: Running,
 }
 
 /// `chat`
@@ -270,6 +333,9 @@ pub struct Chat {
     /// How the next token is drawn.
     #[command(flatten)]
     pub sampling: Sampling,
+    /// How the model is run.
+    #[command(flatten)]
+    pub running: Running,
 }
 
 /// `bench`
@@ -289,4 +355,7 @@ pub struct Bench {
     /// Runs, of which medians are printed.
     #[arg(long, default_value_t = 3)]
     pub reps: usize,
+    /// How the model is run.
+    #[command(flatten)]
+    pub running: Running,
 }

@@ -103,16 +103,22 @@ impl Model {
         made.with_context(|| format!("the chat template of {}", self.name))
     }
 
-    /// The engine that runs it.
-    pub fn engine(&self) -> Result<Engine> {
+    /// The engine that runs it. What it rounds to be fast is said.
+    pub fn engine(&self, running: &crate::cli::Running) -> Result<Engine> {
         let bar = bar(0, "loading");
         let progress = |done: usize, all: usize| {
             bar.set_length(all as u64);
             bar.set_position(done as u64);
         };
-        let decoder = Decoder::load(&self.checkpoint, &LoadOptions { progress: Some(&progress) })?;
+        let decoder = Decoder::load(
+            &self.checkpoint,
+            &LoadOptions { progress: Some(&progress), activations: running.activations.into() },
+        )?;
         bar.finish_and_clear();
-        Ok(Engine::new(decoder))
+        if running.activations == crate::cli::Activations::Int8 {
+            say("running with 8-bit activations where weights are integers; --activations exact keeps 32 bits");
+        }
+        Ok(Engine::new(decoder).with_kv(running.kv.into()))
     }
 }
 

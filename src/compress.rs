@@ -6,10 +6,10 @@ use std::time::Instant;
 
 use lacuna_base::units::show_bytes;
 use lacuna_checkpoint::Tokenizer;
-use lacuna_compress::{Options, Outcomes, Recipe, compress, memory};
+use lacuna_compress::{Form, Options, Outcomes, Recipe, compress, memory};
 use lacuna_eval::{CALIBRATION, Eval, HELD_OUT, Judged, Room, Table};
 use lacuna_format::Weights;
-use lacuna_judge::{Bench, Measured, Verdict, baselines, judge, time_decode};
+use lacuna_judge::{Bench, CostTable, Measured, Verdict, baselines, judge, time_decode};
 use serde_json::{Value, json};
 
 use crate::cli::{self, Gate, Global};
@@ -90,7 +90,9 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         bos,
         source: json!({ "model": source.name, "bytes": source.checkpoint.source_bytes() }),
     };
-    plan(source, &recipe);
+    if let Err(e) = plan(g, source, &recipe, max_ram.is_none()) {
+        common::say(format!("plan: not known beforehand: {e}"));
+    }
     drop(tokenizer);
     let mut bar = CompressBar::default();
     let outcomes = compress(&source.checkpoint, &calibration, &recipe, &options, &mut bar)?;
@@ -115,7 +117,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
             bars.set_length(all as u64);
             bars.set_position(at as u64);
         };
-        let room = Room { max_ram, scratch: None };
+        let room = Room { max_ram, ..Room::default() };
         let eval = Eval { ctx: a.ctx, windows: Some(a.windows), bos, room, progress: Some(&progress) };
         let result = lacuna_checkpoint::open(&done.outcomes.path)?;
         let mut reference = eval.reference(&held_out, &source.checkpoint)?;
@@ -180,16 +182,37 @@ pub fn wants_bos(tokenizer: &Tokenizer) -> anyhow::Result<Option<u32>> {
     Ok(tokenizer.bos().filter(|b| first == Some(*b)))
 }
 
-/// Says beforehand what the recipe will come to, as far as arithmetic knows.
-fn plan(source: &Model, recipe: &Recipe) {
-    let p = lacuna_compress::predict(source.checkpoint.spec(), recipe);
-    common::say(format!(
-        "plan: {} matrices touched, about {} of {} at 16 bits ({:.2} bits a weight); what no step touches keeps its bytes",
-        p.matrices,
-        show_bytes(p.bytes),
-        show_bytes(2 * p.parameters),
-        8.0 * p.bytes as f64 / p.parameters.max(1) as f64
-    ));
+/// Says beforehand what the recipe will come to: bytes by arithmetic, speed from this machine's cost table. Filling the table takes memory, so a
+/// run under a ceiling does without.
+fn plan(g: &Global, source: &Model, recipe: &Recipe, timed: bool) -> anyhow::Result<()> {
+    let forms = lacuna_compress::forms(&source.checkpoint, recipe)?;
+    let (mut matrices, mut weights, mut bytes) = (0, 0.0, 0.0);
+    for f in forms.iter().filter(|f| f.touched) {
+        matrices += f.matrices;
+        weights += f.weights as f64 * f.matrices as f64;
+        bytes += f.sample.bytes() as f64 * f.scale * f.matrices as f64;
+    }
+    let drops = recipe.steps.iter().any(|s| s.is_model_wide());
+    let mut said = format!(
+        "plan: {matrices} matrices, {} at 16 bits, become about {} ({:.2} bits a weight); what no step touches keeps its bytes{}",
+        show_bytes((2.0 * weights) as u64),
+        show_bytes(bytes as u64),
+        8.0 * bytes / f64::max(weights, 1.0),
+        if drops { "; what whole parts dropped save is not counted" } else { "" }
+    );
+    if timed {
+        let mut table = CostTable::open(&common::cache_dir(g)?);
+        let before = lacuna_compress::forms(&source.checkpoint, &Recipe::parse("version = 1", &[], &[])?)?;
+        let mut decode = |forms: &[Form]| -> anyhow::Result<f64> {
+            let times = forms.iter().filter(|f| f.used > 0.0).map(|f| Ok(table.seconds(&f.sample)? * f.scale * f.used));
+            Ok(1.0 / times.sum::<anyhow::Result<f64>>()?)
+        };
+        let (after, before) = (decode(&forms)?, decode(&before)?);
+        table.save();
+        said += &format!("; its products alone allow {after:.0} tok/s here, the source's {before:.0}");
+    }
+    common::say(said);
+    Ok(())
 }
 
 fn to_json(a: &cli::Compress, d: &Done) -> Value {

@@ -17,7 +17,7 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
     let start = Instant::now();
     let m = common::open(g, &a.model)?;
     let tokenizer = m.tokenizer()?;
-    let room = Room { max_ram: common::size(a.max_ram.as_deref())?, scratch: None };
+    let room = Room { max_ram: common::size(a.max_ram.as_deref())?, activations: a.activations.into(), ..Room::default() };
     let bos = match (a.bos, tokenizer.bos()) {
         (false, _) => None,
         (true, Some(b)) => Some(b),
@@ -61,6 +61,7 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
             ("ctx".to_owned(), json!(judged.ctx)),
             ("windows".to_owned(), json!(judged.windows)),
             ("bos".to_owned(), json!(bos)),
+            ("activations".to_owned(), json!(a.activations.name())),
         ]);
         table.row(["perplexity".to_owned(), format!("{:.4}", judged.ppl)]);
         table.row(["loss".to_owned(), format!("{:.5} nats a token", judged.nll)]);

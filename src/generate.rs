@@ -21,7 +21,7 @@ pub fn run(g: &Global, a: &Generate) -> anyhow::Result<ExitCode> {
         prompt.clear();
         std::io::stdin().read_to_string(&mut prompt).context("standard input")?;
     }
-    let engine = m.engine()?;
+    let engine = m.engine(&a.running)?;
     let tokens = prompt_tokens(&m, &tokenizer, &prompt, a.chat)?;
     let generation = Generation {
         prompt: tokens,

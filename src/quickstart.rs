@@ -6,10 +6,12 @@ use std::time::Instant;
 use lacuna_run::{Generation, Sampling};
 use serde_json::json;
 
-use crate::cli::{Compress, Gate, Global, Quickstart};
+use crate::cli::{Activations, Cache, Compress, Gate, Global, Quickstart, Running};
 use crate::common::{self, Model};
 use crate::{compress, generate, report};
 
+/// Both run as `generate` would.
+const RUNNING: Running = Running { activations: Activations::Int8, kv: Cache::F16 };
 /// What both models are asked.
 const PROMPT: &str = "Explain in two sentences why the sky is blue.";
 
@@ -53,7 +55,7 @@ pub fn run(g: &Global, a: &Quickstart) -> anyhow::Result<ExitCode> {
         checkpoint: lacuna_checkpoint::open(&done.outcomes.path)?,
     };
     for (who, model) in [("dense", &source), ("compressed", &result)] {
-        let (tokenizer, engine) = (model.tokenizer()?, model.engine()?);
+        let (tokenizer, engine) = (model.tokenizer()?, model.engine(&RUNNING)?);
         let chat = model.template().is_ok();
         let generation = Generation {
             prompt: generate::prompt_tokens(model, &tokenizer, PROMPT, chat)?,

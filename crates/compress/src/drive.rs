@@ -515,9 +515,7 @@ impl Walk<'_> {
             (Verb::Factor, Made::Factor(method)) => {
                 let Some(keep) = step.keep(place) else { return Ok(()) };
                 let (rows, cols) = (m.w().rows(), m.w().cols());
-                let rank = ((keep * (rows * cols) as f64) / (rows + cols) as f64).floor() as usize;
-                let rank = rank.clamp(1, rows.min(cols));
-                let (a, b) = method.factor(m.w(), stats, rank).map_err(|e| at_step(step, place, e))?;
+                let (a, b) = method.factor(m.w(), stats, Step::rank(keep, rows, cols)).map_err(|e| at_step(step, place, e))?;
                 m.factored(a, b).map_err(fail)
             }
             (Verb::Outliers, Made::Score(method)) => {
@@ -529,6 +527,6 @@ impl Walk<'_> {
     }
 }
 
-fn at_step(step: &Step, place: impl std::fmt::Display, e: MethodError) -> CompressError {
+pub(crate) fn at_step(step: &Step, place: impl std::fmt::Display, e: MethodError) -> CompressError {
     CompressError::Method { place: place.to_string(), step: step.name.clone(), what: e.what }
 }

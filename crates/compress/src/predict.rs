@@ -1,77 +1,135 @@
-//! Bytes that a recipe will come to, by arithmetic alone.
+//! What a recipe will come to, before any of it is done: random matrices brought into the form that each place will have.
 
-use lacuna_contract::{Sparsity, Verb};
-use lacuna_format::Float;
-use lacuna_spec::{Part, Spec};
+use std::collections::HashMap;
+use std::sync::Arc;
 
-use crate::recipe::Recipe;
+use lacuna_base::{Mat, Rng};
+use lacuna_contract::{Grid, Made, Scope, Stats, Verb};
+use lacuna_format::{Float, PatternKind, Stored, Weights, pack_float};
+use lacuna_spec::{Part, Place, Role, Spec};
 
-/// What arithmetic knows beforehand.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
-pub struct Prediction {
-    /// Matrices that a step aims at.
+use crate::CompressError;
+use crate::drive::at_step;
+use crate::matrix::Matrix;
+use crate::recipe::{Recipe, Rest, Step};
+use crate::select::{Scored, select};
+
+/// Weights of a sample at the most; of larger matrices, some rows stand for all.
+const SAMPLE: usize = 1 << 22;
+
+/// A form that matrices of the model will have.
+#[derive(Clone)]
+pub struct Form {
+    /// One of them: random values in that form, or an untouched matrix as it came.
+    pub sample: Arc<Stored>,
+    /// Rows of the matrix over rows of the sample.
+    pub scale: f64,
+    /// How many there are.
     pub matrices: usize,
-    /// Their parameters.
-    pub parameters: u64,
-    /// Their bytes afterwards.
-    pub bytes: u64,
+    /// How many of them a token is multiplied with: of experts, those it uses; of an embedding that is no head, none.
+    pub used: f64,
+    /// Whether they are written anew and not as they came.
+    pub touched: bool,
+    /// Weights of each.
+    pub weights: u64,
 }
 
-/// Predicts the bytes of every matrix that a local step aims at. Patterns cost what the cheapest of dense, N:M and a mask a row costs; steps
-/// that drop whole parts are not counted.
-pub fn predict(spec: &Spec, recipe: &Recipe) -> Prediction {
-    let mut sum = Prediction::default();
+/// The forms of all matrices of `source` after `recipe`, parts that it drops included. An error where a method refuses its own grid.
+pub fn forms(source: &dyn Weights, recipe: &Recipe) -> Result<Vec<Form>, CompressError> {
+    let spec = source.spec();
+    let mut known: HashMap<String, usize> = HashMap::new();
+    let mut out: Vec<Form> = Vec::new();
     for place in spec.places() {
-        let steps: Vec<_> = recipe.steps.iter().filter(|s| !s.is_model_wide() && s.aims_at(&place)).collect();
-        let (false, Part::Weight, Some((rows, cols))) = (steps.is_empty(), place.part, spec.shape(&place)) else {
+        let (Part::Weight, Some((rows, cols)), Some(used)) = (place.part, spec.shape(&place), uses(spec, &place)) else {
             continue;
         };
-        let all = rows as f64 * cols as f64;
-        let (mut values, mut bits, mut index, mut scales, mut extra) = (all, 16.0, 0.0, 0.0, 0.0);
-        for s in steps {
-            match s.verb {
-                Verb::Prune => {
-                    if let Some(k) = s.prune(&place) {
-                        values = all * (1.0 - k.sparsity);
-                        index = match k.pattern {
-                            Sparsity::Nm { m, .. } => values * f64::from(usize::BITS - (m - 1).leading_zeros()),
-                            Sparsity::Unstructured => all,
-                            Sparsity::Block { height, width } => all / (height * width) as f64,
-                        };
-                    }
-                }
-                Verb::Quantize => {
-                    if let Some(k) = s.quantize(&place) {
-                        bits = f64::from(k.bits);
-                        let group = if k.group == 0 { cols } else { k.group };
-                        let each =
-                            if k.scale == Float::F32 { 32.0 } else { 16.0 } + if k.symmetric { 0.0 } else { bits };
-                        scales = each
-                            * if values > all { values / group as f64 } else { (rows * cols.div_ceil(group)) as f64 };
-                        if s.quantize(&place).is_some_and(|k| k.factors == Some(true)) {
-                            scales = each * values / group as f64;
-                        }
-                    }
-                }
-                Verb::Factor => {
-                    if let Some(keep) = s.keep(&place) {
-                        values = all * keep;
-                        index = 0.0;
-                    }
-                }
-                Verb::Outliers => {
-                    if let Some(f) = s.fraction(&place) {
-                        extra += f * all * 32.0 + 32.0 * rows as f64;
-                    }
-                }
-                Verb::Drop | Verb::Budget => {}
+        let steps: Vec<&Step> = recipe.steps.iter().filter(|s| !s.is_model_wide() && s.aims_at(&place)).collect();
+        let asked = |s: &&Step| {
+            format!("{} {:?} {:?} {:?} {:?}", s.name, s.prune(&place), s.quantize(&place), s.keep(&place), s.fraction(&place))
+        };
+        let kept = steps.is_empty() && recipe.rest == Rest::Source;
+        let stored = if kept { source.get(&place)? } else { None };
+        let form = stored.as_ref().map_or_else(|| steps.iter().map(asked).collect(), |s| s.codec_name());
+        let key = format!("{rows} {cols} {kept} {form}");
+        let at = match known.get(&key) {
+            Some(&at) => at,
+            None => {
+                let (sample, scale) = match stored {
+                    Some(stored) => (stored, 1.0),
+                    None => sample(&place, &steps, rows, cols)?,
+                };
+                let touched = !kept;
+                out.push(Form { sample, scale, matrices: 0, used: 0.0, touched, weights: (rows * cols) as u64 });
+                known.insert(key, out.len() - 1);
+                out.len() - 1
             }
-        }
-        // A mask that costs more than it saves is not stored.
-        let body = (values * bits + index).min(if values < all { all * bits } else { f64::INFINITY });
-        sum.matrices += 1;
-        sum.parameters += all as u64;
-        sum.bytes += ((body + scales + extra) / 8.0).ceil() as u64;
+        };
+        out[at].matrices += 1;
+        out[at].used += used;
+        source.release(&place);
     }
-    sum
+    Ok(out)
+}
+
+/// How often a token is multiplied with a place's matrix; none for what is no matrix.
+fn uses(spec: &Spec, place: &Place) -> Option<f64> {
+    match place.role {
+        Role::Embed => Some(if spec.tied { 1.0 } else { 0.0 }),
+        role if !role.is_linear() => None,
+        _ if place.expert.is_some() => {
+            let ffn = spec.layers.get(place.layer? as usize)?.ffn.as_ref()?;
+            Some(ffn.experts.map_or(1.0, |e| e.used as f64 / e.count as f64))
+        }
+        _ => Some(1.0),
+    }
+}
+
+/// Random values in the form that `steps` give, and how many times more rows the matrix has.
+fn sample(place: &Place, steps: &[&Step], rows: usize, cols: usize) -> Result<(Arc<Stored>, f64), CompressError> {
+    let mut rng = Rng::new(0);
+    let few = rows.min((SAMPLE / cols.max(1)).next_multiple_of(64));
+    let mut random = |r, c| Mat::from_fn(r, c, |_, _| rng.normal());
+    let fail = |step: &Step, what: String| at_step(step, place, lacuna_contract::MethodError::new(what));
+    let unpacked = |what: String| CompressError::Method { place: place.to_string(), step: "pack".into(), what };
+    let plain = pack_float(random(few, cols).view(), None, PatternKind::Dense, Float::F16);
+    let mut m = Matrix::new(Arc::new(Stored::from_piece(plain.map_err(|e| unpacked(e.what))?)));
+    for &step in steps {
+        let done = match step.verb {
+            Verb::Prune => step.prune(place).map(|k| {
+                let scores = random(few, cols);
+                let one = Scored { scores: &scores, before: m.mask(), sparsity: k.sparsity };
+                m.prune_to(select(&[one], k.pattern, Scope::Row)?.remove(0), k.pattern)
+            }),
+            Verb::Quantize => match (&step.made, &step.grid) {
+                (Made::Grid(grid), _) | (_, Some(Made::Grid(grid))) => {
+                    let grid: &dyn Grid = grid.as_ref();
+                    step.quantize(place).map(|k| m.round(grid, &k))
+                }
+                _ => None,
+            },
+            Verb::Factor => step.keep(place).map(|keep| {
+                let rank = Step::rank(keep, few, cols);
+                m.factored(random(few, rank), random(rank, cols))
+            }),
+            Verb::Outliers => step.fraction(place).map(|fraction| m.extract(&Chance, &Stats::default(), fraction)),
+            Verb::Drop | Verb::Budget => None,
+        };
+        done.unwrap_or(Ok(())).map_err(|what| fail(step, what))?;
+    }
+    let stored = m.finish().map_err(unpacked)?;
+    Ok((stored, rows as f64 / few.max(1) as f64))
+}
+
+/// Scores drawn by lot.
+struct Chance;
+
+impl lacuna_contract::Score for Chance {
+    fn scope(&self) -> Scope {
+        Scope::Matrix
+    }
+
+    fn score(&self, w: lacuna_base::MatRef<'_>, _: &Stats<'_>) -> Result<Mat, lacuna_contract::MethodError> {
+        let mut rng = Rng::new(1);
+        Ok(Mat::from_fn(w.rows(), w.cols(), |_, _| rng.normal()))
+    }
 }

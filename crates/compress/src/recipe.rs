@@ -187,6 +187,12 @@ impl Step {
         Some(self.of(place)?.keep.unwrap_or(0.8))
     }
 
+    /// The rank of two thin matrices that hold the fraction `keep` of a matrix's parameters.
+    pub(crate) fn rank(keep: f64, rows: usize, cols: usize) -> usize {
+        let rank = ((keep * (rows * cols) as f64) / (rows + cols) as f64).floor() as usize;
+        rank.clamp(1, rows.min(cols))
+    }
+
     /// For an outliers step: the fraction of weights moved.
     pub fn fraction(&self, place: &Place) -> Option<f64> {
         Some(self.of(place)?.fraction.unwrap_or(0.005))

@@ -5,9 +5,9 @@ use std::path::{Path, PathBuf};
 
 use lacuna_base::Rng;
 use lacuna_checkpoint::{Checkpoint, open};
-use lacuna_compress::{CompressError, Options, Outcomes, Progress, Quiet, Recipe, compress};
+use lacuna_compress::{CompressError, Options, Outcomes, Progress, Quiet, Recipe, compress, forms};
 use lacuna_format::Weights;
-use lacuna_spec::{Place, Role};
+use lacuna_spec::{Part, Place, Role};
 use serde_json::json;
 
 fn tiny(name: &str) -> Checkpoint {
@@ -60,6 +60,14 @@ fn every_carried_recipe_saves_a_model_that_opens() {
             let out = dir.path().join(format!("{model}-{name}"));
             let done = run(&source, &text, &out).unwrap_or_else(|e| panic!("{name} on {model}: {e}"));
             let packed = open(&done.path).unwrap();
+            if done.spec.layers.len() == source.spec().layers.len() && model != "qwen3_moe" {
+                // Told beforehand: the bytes of all matrices.
+                let told = forms(&source, &recipe(&text)).unwrap();
+                let told: f64 = told.iter().map(|f| f.sample.bytes() as f64 * f.scale * f.matrices as f64).sum();
+                let matrix = |p: &&Place| p.part == Part::Weight && (p.role.is_linear() || p.role == Role::Embed);
+                let made: u64 = done.tensors.iter().filter(|t| matrix(&&t.place)).map(|t| t.bytes_after).sum();
+                assert!((told / made as f64 - 1.0).abs() < 0.05, "{name} on {model}: told {told}, made {made}");
+            }
             for place in done.spec.places() {
                 let s = packed.get(&place).unwrap().unwrap();
                 assert!(s.to_mat().data().iter().all(|x| x.is_finite()), "{name} on {model}: {place}");

@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use lacuna_base::Mat;
 use lacuna_format::Weights;
+use lacuna_kernels::Activations;
 use lacuna_model::{Batch, Block, ContiguousKv, Embedding, Head, ModelError, NoTap};
 use lacuna_spec::{Place, Role};
 use rayon::prelude::*;
@@ -20,13 +21,15 @@ const BATCH_TOKENS: usize = 2048;
 /// Bytes of logits held at once.
 const LOGITS_BYTES: u64 = 64 << 20;
 
-/// How much memory an evaluation may take, and where it puts what does not fit.
+/// How an evaluation computes: how much memory it may take, where it puts what does not fit, and how exactly.
 #[derive(Clone, Debug, Default)]
 pub struct Room {
     /// Bytes, beside what the process held before. Absent: as many as it takes.
     pub max_ram: Option<u64>,
     /// The folder for a scratch file; absent: the system's folder for temporary files.
     pub scratch: Option<PathBuf>,
+    /// How activations meet integer codes; by default as they are, which judges the weights and not this machine's shortcuts.
+    pub activations: Activations,
 }
 
 /// Rows of f32, `[rows, width]`.
@@ -81,6 +84,7 @@ pub struct Streams {
     width: usize,
     /// Where each sequence begins, and the end.
     starts: Vec<usize>,
+    activations: Activations,
 }
 
 impl Streams {
@@ -111,7 +115,7 @@ impl Streams {
         drop(embed);
         weights.release(&Place::global(Role::Embed));
         for layer in 0..spec.layers.len() {
-            let block = Block::load(weights, layer)?;
+            let block = Block::load_with(weights, layer, room.activations)?;
             for b in &batches {
                 let (from, to) = (starts[b.start], starts[b.end]);
                 let mut batch = Batch::new();
@@ -128,7 +132,7 @@ impl Streams {
             drop(block);
             release(weights, layer);
         }
-        Ok(Streams { rows, width, starts })
+        Ok(Streams { rows, width, starts, activations: room.activations })
     }
 
     /// The row of position `position` of sequence `sequence`.
@@ -230,7 +234,7 @@ pub fn score<T: Send>(
     wanted: &[usize],
     f: impl Fn(usize, &[&[f32]]) -> T + Sync,
 ) -> Result<Vec<T>, EvalError> {
-    let heads = nets.iter().map(|n| Head::load(n.0)).collect::<Result<Vec<_>, _>>()?;
+    let heads = nets.iter().map(|n| Head::load_with(n.0, n.1.activations)).collect::<Result<Vec<_>, _>>()?;
     let vocab: u64 = nets.iter().map(|n| n.0.spec().vocab as u64).sum();
     let chunk = (LOGITS_BYTES / (vocab.max(1) * 4)).clamp(1, BATCH_TOKENS as u64) as usize;
     let mut out = Vec::with_capacity(wanted.len());

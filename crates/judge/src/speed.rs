@@ -4,6 +4,7 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use lacuna_format::Weights;
+use lacuna_kernels::{Activations, KvFormat};
 use lacuna_model::{Decoder, LoadOptions};
 use lacuna_run::{BenchOptions, Engine, RunError};
 use rayon::prelude::*;
@@ -20,7 +21,11 @@ pub fn time_decode(
 ) -> Result<Vec<Option<Speed>>, RunError> {
     let engines: Vec<Engine> = models
         .iter()
-        .map(|w| Ok(Engine::new(Decoder::load(*w, &LoadOptions::default())?)))
+        .map(|w| {
+            // As `generate` runs them.
+            let options = LoadOptions { activations: Activations::Int8, ..LoadOptions::default() };
+            Ok(Engine::new(Decoder::load(*w, &options)?).with_kv(KvFormat::F16))
+        })
         .collect::<Result<_, RunError>>()?;
     let options = BenchOptions { prompt_tokens: 0, gen_tokens: tokens, depth: 0, reps: 1, seed: 0 };
     let mut runs = vec![Vec::new(); engines.len()];

@@ -3,7 +3,7 @@
 use lacuna_base::{Mat, MatRef};
 use lacuna_format::Weights;
 use lacuna_kernels as kernels;
-use lacuna_kernels::{Attention, RopeTable};
+use lacuna_kernels::{Activations, Attention, RopeTable};
 use lacuna_spec::{Activation, Experts, Place, Role};
 
 use crate::parts::{NormWeights, Projection};
@@ -48,13 +48,18 @@ struct Ffn {
 }
 
 impl Block {
-    /// Loads block `layer` of a model. Nothing else of it is touched.
+    /// Loads block `layer` of a model, for exact activations. Nothing else of it is touched.
     pub fn load(weights: &dyn Weights, layer: usize) -> Result<Block, ModelError> {
+        Block::load_with(weights, layer, Activations::Exact)
+    }
+
+    /// As [`Block::load`], told how activations meet integer codes. A router's always meet them as they are.
+    pub fn load_with(weights: &dyn Weights, layer: usize, activations: Activations) -> Result<Block, ModelError> {
         let spec = weights.spec();
         let missing = || ModelError::Missing { place: format!("layers.{layer}") };
         let described = spec.layers.get(layer).ok_or_else(missing)?;
         let norm = |role| NormWeights::load(weights, Place::layer(layer, role));
-        let matrix = |role| Projection::load(weights, Place::layer(layer, role));
+        let matrix = |role| Projection::load(weights, Place::layer(layer, role), activations);
         let attention = match &described.attn {
             None => None,
             Some(a) => Some(AttentionPart {
@@ -75,15 +80,15 @@ impl Block {
             Some(f) => {
                 let one = |at: &dyn Fn(Role) -> Place| -> Result<Ffn, ModelError> {
                     Ok(Ffn {
-                        gate: if f.gated { Some(Projection::load(weights, at(Role::Gate))?) } else { None },
-                        up: Projection::load(weights, at(Role::Up))?,
-                        down: Projection::load(weights, at(Role::Down))?,
+                        gate: if f.gated { Some(Projection::load(weights, at(Role::Gate), activations)?) } else { None },
+                        up: Projection::load(weights, at(Role::Up), activations)?,
+                        down: Projection::load(weights, at(Role::Down), activations)?,
                     })
                 };
                 let body = match f.experts {
                     None => Body::Dense(one(&|role| Place::layer(layer, role))?),
                     Some(choice) => Body::Mixture {
-                        router: matrix(Role::Router)?,
+                        router: Projection::load(weights, Place::layer(layer, Role::Router), Activations::Exact)?,
                         choice,
                         experts: (0..choice.count)
                             .map(|e| one(&|role| Place::expert(layer, role, e)))

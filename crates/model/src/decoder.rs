@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lacuna_base::{Mat, MatMut, MatRef};
 use lacuna_format::{Stored, Weights};
 use lacuna_kernels as kernels;
-use lacuna_kernels::Linear;
+use lacuna_kernels::{Activations, Linear, Packing};
 use lacuna_spec::{Place, Positions, Role, Spec};
 
 use crate::parts::{NormWeights, tensor};
@@ -84,11 +84,17 @@ pub struct Head {
 }
 
 impl Head {
-    /// Loads the final norm and the output projection (the embedding itself where they are tied).
+    /// Loads the final norm and the output projection (the embedding itself where they are tied), for exact activations.
     pub fn load(weights: &dyn Weights) -> Result<Head, ModelError> {
+        Head::load_with(weights, Activations::Exact)
+    }
+
+    /// As [`Head::load`], told how activations meet integer codes.
+    pub fn load_with(weights: &dyn Weights, activations: Activations) -> Result<Head, ModelError> {
         let spec = weights.spec();
         let place = Place::global(if spec.tied { Role::Embed } else { Role::Head });
-        let linear = Linear::pack(&*tensor(weights, place)?).map_err(|e| ModelError::bad(&place, e))?;
+        let packing = Packing { activations, ..Packing::default() };
+        let linear = Linear::pack_with(&*tensor(weights, place)?, &packing).map_err(|e| ModelError::bad(&place, e))?;
         let norm =
             if spec.final_norm { Some(NormWeights::load(weights, Place::global(Role::FinalNorm))?) } else { None };
         Ok(Head { norm, linear, scale: spec.logit_scale, softcap: spec.logit_softcap })
@@ -125,6 +131,8 @@ impl Head {
 pub struct LoadOptions<'a> {
     /// Told how many of how many parts (blocks and the two ends) are loaded.
     pub progress: Option<&'a dyn Fn(usize, usize)>,
+    /// How activations meet integer codes.
+    pub activations: Activations,
 }
 
 /// A decoder-only language model, ready to compute.
@@ -140,7 +148,7 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Loads everything. Matrices share the file's mapped bytes.
+    /// Loads everything. Matrices are repacked for the processor: the file's mapped pages are let go as they are done with.
     pub fn load(weights: &dyn Weights, options: &LoadOptions<'_>) -> Result<Decoder, ModelError> {
         let spec = weights.spec().clone();
         spec.check()?;
@@ -155,10 +163,11 @@ impl Decoder {
         tell(1);
         let mut blocks = Vec::with_capacity(spec.layers.len());
         for layer in 0..spec.layers.len() {
-            blocks.push(Block::load(weights, layer)?);
+            blocks.push(Block::load_with(weights, layer, options.activations)?);
+            weights.spec().layer_places(layer).iter().for_each(|p| weights.release(p));
             tell(layer + 2);
         }
-        let head = Head::load(weights)?;
+        let head = Head::load_with(weights, options.activations)?;
         tell(parts);
         Ok(Decoder { spec, embed, blocks, head })
     }

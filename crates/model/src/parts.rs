@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lacuna_base::{Mat, MatRef};
 use lacuna_format::{Stored, Weights};
 use lacuna_kernels as kernels;
-use lacuna_kernels::Linear;
+use lacuna_kernels::{Activations, Linear, Packing};
 use lacuna_spec::{Norm, NormKind, Place};
 
 use crate::ModelError;
@@ -75,9 +75,14 @@ pub(crate) struct Projection {
 }
 
 impl Projection {
-    pub(crate) fn load(weights: &dyn Weights, place: Place) -> Result<Projection, ModelError> {
+    pub(crate) fn load(
+        weights: &dyn Weights,
+        place: Place,
+        activations: Activations,
+    ) -> Result<Projection, ModelError> {
         let stored = tensor(weights, place)?;
-        let linear = Linear::pack(&stored).map_err(|e| ModelError::bad(&place, e))?;
+        let packing = Packing { activations, ..Packing::default() };
+        let linear = Linear::pack_with(&stored, &packing).map_err(|e| ModelError::bad(&place, e))?;
         let bias = match weights.spec().shape(&place.bias()) {
             Some((_, n)) => Some(Mat::from_vec(1, n, vector(weights, place.bias())?)),
             None => None,

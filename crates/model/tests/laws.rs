@@ -193,7 +193,7 @@ fn poisoned_weights_panic_nowhere_and_progress_is_told() {
         }
         let told = std::cell::RefCell::new(Vec::new());
         let progress = |done, of| told.borrow_mut().push((done, of));
-        let d = Decoder::load(&weights, &LoadOptions { progress: Some(&progress) }).unwrap();
+        let d = Decoder::load(&weights, &LoadOptions { progress: Some(&progress), ..LoadOptions::default() }).unwrap();
         assert_eq!(told.borrow().first(), Some(&(0, 6)));
         assert_eq!(told.borrow().last(), Some(&(6, 6)));
         assert!(d.weights_bytes() > 0);

@@ -109,12 +109,12 @@ impl Engine {
         })
     }
 
-    /// Bytes of keys and values, in f32, that the token at position `at` reads.
+    /// Bytes of keys and values that the token at position `at` reads.
     fn kv_bytes_at(&self, at: usize) -> u64 {
         let attns = self.model().spec.layers.iter().filter_map(|l| l.attn.as_ref());
         attns
             .map(|a| {
-                (2 * a.kv_heads * a.head_dim * size_of::<f32>() * (at + 1).min(a.window.unwrap_or(usize::MAX))) as u64
+                (2 * a.kv_heads * a.head_dim * self.kv_format().bytes() * (at + 1).min(a.window.unwrap_or(usize::MAX))) as u64
             })
             .sum()
     }

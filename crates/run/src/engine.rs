@@ -2,6 +2,7 @@
 
 use lacuna_base::MatRef;
 use lacuna_checkpoint::{TemplateError, TokenizerError};
+use lacuna_kernels::KvFormat;
 use lacuna_model::{Batch, ContiguousKv, Decoder, ModelError, NoTap};
 use lacuna_spec::RopeScaling;
 
@@ -65,6 +66,7 @@ pub struct Engine {
     model: Decoder,
     context: usize,
     chunk: usize,
+    kv: KvFormat,
 }
 
 /// One text: its tokens so far and their keys and values.
@@ -96,7 +98,14 @@ impl Engine {
     /// An engine over a loaded model, with the model's own context.
     pub fn new(model: Decoder) -> Engine {
         let context = model.spec.context;
-        Engine { model, context, chunk: DEFAULT_CHUNK }
+        Engine { model, context, chunk: DEFAULT_CHUNK, kv: KvFormat::F32 }
+    }
+
+    /// Another form of the cached keys and values; by default they are exactly what was computed.
+    #[must_use]
+    pub fn with_kv(mut self, kv: KvFormat) -> Engine {
+        self.kv = kv;
+        self
     }
 
     /// Another limit on a text's length. A longer one than the model was made for is the caller's risk.
@@ -113,6 +122,11 @@ impl Engine {
         self
     }
 
+    /// How keys and values are kept.
+    pub fn kv_format(&self) -> KvFormat {
+        self.kv
+    }
+
     /// The model.
     pub fn model(&self) -> &Decoder {
         &self.model
@@ -125,7 +139,7 @@ impl Engine {
 
     /// An empty text.
     pub fn sequence(&self) -> Sequence {
-        Sequence { tokens: Vec::new(), kv: ContiguousKv::new(&self.model.spec, 1), extent: 0 }
+        Sequence { tokens: Vec::new(), kv: ContiguousKv::with_format(&self.model.spec, 1, self.kv), extent: 0 }
     }
 
     /// Prepares `seq` for a text that begins with `prompt` and may become `extent` tokens long: keeps what it has read of it already, short of
