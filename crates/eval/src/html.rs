@@ -80,6 +80,7 @@ body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper)
 table{border-collapse:collapse;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}\
 td,th{padding:.2rem .7rem;border-bottom:1px solid var(--faint);text-align:right;white-space:nowrap}\
 td:first-child,th:first-child{text-align:left}\
+td:last-child:not(:first-child){text-align:left;white-space:normal;min-width:12rem}\
 svg{width:100%;height:auto;color:var(--ink)}\
 figure{margin:1rem 0}\
 pre{white-space:pre-wrap;border-left:3px solid var(--faint);padding:.3rem 0 .3rem 1rem;overflow-wrap:anywhere}\
@@ -132,13 +133,15 @@ type Drawn = Result<(), Box<dyn std::error::Error>>;
 const INK: RGBColor = RGBColor(1, 2, 3);
 const INK_HEX: &str = "#010203";
 /// Legible on white and on black.
-const SERIES: [RGBColor; 6] = [
+const SERIES: [RGBColor; 8] = [
     RGBColor(46, 134, 222),
     RGBColor(225, 112, 40),
     RGBColor(50, 160, 90),
     RGBColor(190, 80, 190),
     RGBColor(200, 160, 20),
     RGBColor(110, 120, 140),
+    RGBColor(20, 165, 175),
+    RGBColor(200, 60, 80),
 ];
 
 /// A drawing with a caption, which is HTML already.
