@@ -17,7 +17,8 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
     let start = Instant::now();
     let m = common::open(g, &a.model)?;
     let tokenizer = m.tokenizer()?;
-    let room = Room { max_ram: common::size(a.max_ram.as_deref())?, activations: a.activations.into(), ..Room::default() };
+    let room =
+        Room { max_ram: common::size(a.max_ram.as_deref())?, activations: a.activations.into(), ..Room::default() };
     let bos = match (a.bos, tokenizer.bos()) {
         (false, _) => None,
         (true, Some(b)) => Some(b),

@@ -126,7 +126,10 @@ fn compress_then_inspect_eval_generate_bench() {
     assert!(seen["approximations"][0].as_str().unwrap().contains("rtn"));
 
     let eval = object(0, &["eval", out, "--ctx", "128", "--windows", "2", "--against", &tiny()]);
-    has_numbers(&eval, &["ppl", "nll", "tokens", "ctx", "windows", "kl_mean", "top1_agree", "seconds", "peak_rss_bytes"]);
+    has_numbers(
+        &eval,
+        &["ppl", "nll", "tokens", "ctx", "windows", "kl_mean", "top1_agree", "seconds", "peak_rss_bytes"],
+    );
     assert_eq!(eval["tokens"], 2 * 127);
     let kl = eval["kl_mean"].as_f64().unwrap();
     assert!(kl > 0.0 && kl < 1.0, "{kl}");
@@ -204,7 +207,8 @@ fn bad_files_are_named() {
 #[test]
 fn below_the_floor_memory_is_refused_with_the_floor() {
     let out = fresh("floor");
-    let args = ["compress", &tiny(), "-r", "sparsegpt", "-o", out.to_str().unwrap(), "--gate", "off", "--max-ram", "1MiB"];
+    let args =
+        ["compress", &tiny(), "-r", "sparsegpt", "-o", out.to_str().unwrap(), "--gate", "off", "--max-ram", "1MiB"];
     let said = refusal(1, &args);
     assert!(said.contains("MB") || said.contains("MiB"), "{said}");
     assert!(!out.exists());

@@ -76,7 +76,8 @@ pub fn list(tree: &Tree) -> Result<List> {
 /// The recorded rows by name, with the folder of the record: of several, the one in the last folder by name (names begin with a date).
 pub fn recorded(tree: &Tree) -> Result<BTreeMap<String, (String, Value)>> {
     let mut out = BTreeMap::new();
-    let mut files: Vec<&str> = tree.files().filter(|f| f.starts_with("bench/record/") && f.ends_with(".json")).collect();
+    let mut files: Vec<&str> =
+        tree.files().filter(|f| f.starts_with("bench/record/") && f.ends_with(".json")).collect();
     files.sort_unstable();
     for file in files {
         let Some((folder, name)) = file.trim_end_matches(".json").rsplit_once("/evidence/") else { continue };
@@ -129,11 +130,18 @@ pub fn run(tree: &Tree, args: &[&str]) -> Result<()> {
             serde_json::from_str(&std::fs::read_to_string(&file)?).with_context(|| file.display().to_string())?
         } else {
             let value = measure(tree, &list, row, &a)?;
-            std::fs::write(&file, format!("{value:#}\n")).with_context(|| format!("cannot write {}", file.display()))?;
+            std::fs::write(&file, format!("{value:#}\n"))
+                .with_context(|| format!("cannot write {}", file.display()))?;
             value
         };
         let ppl = value["eval"]["ppl"].as_f64().with_context(|| format!("{}: no perplexity", file.display()))?;
-        println!("{:14} {:>12.4}   reference {:>12.4}   {:+.2}%", row.name, ppl, row.reference, 100.0 * (ppl / row.reference - 1.0));
+        println!(
+            "{:14} {:>12.4}   reference {:>12.4}   {:+.2}%",
+            row.name,
+            ppl,
+            row.reference,
+            100.0 * (ppl / row.reference - 1.0)
+        );
         if !row.holds(ppl) {
             missed.push(row.name.as_str());
         }
@@ -157,12 +165,16 @@ fn measure(tree: &Tree, list: &List, row: &Row, a: &Args) -> Result<Value> {
     let mut subject = row.model.clone();
     if let Some(recipe) = &row.recipe {
         let recipe = tree.root().join(format!("recipes/{recipe}.toml"));
-        let mut args = vec!["compress".into(), row.model.clone(), "--recipe".into(), plain(&recipe), "--calibration".into()];
+        let mut args =
+            vec!["compress".into(), row.model.clone(), "--recipe".into(), plain(&recipe), "--calibration".into()];
         args.extend([plain(&calibration), "--gate".into(), "off".into(), "--overwrite".into(), "--json".into()]);
         args.extend(["-o".into(), plain(&out)]);
         compressed = json_of(&a.lacuna, &args)?;
         // A line for every tensor is for the saved model's own report.
-        compressed.as_object_mut().context("compress printed no object")?.retain(|k, _| k != "tensors" && k != "out" && k != "recipe");
+        compressed
+            .as_object_mut()
+            .context("compress printed no object")?
+            .retain(|k, _| k != "tensors" && k != "out" && k != "recipe");
         commands.push(format!("lacuna {}", shown(&args).replace(&format!("{}/", plain(tree.root())), "")));
         subject = plain(&out);
     }
@@ -185,7 +197,11 @@ fn measure(tree: &Tree, list: &List, row: &Row, a: &Args) -> Result<Value> {
 
 fn json_of(lacuna: &Path, args: &[String]) -> Result<Value> {
     eprintln!("lacuna {}", args.join(" "));
-    let done = Command::new(lacuna).args(args).stderr(std::process::Stdio::inherit()).output().context("lacuna did not start")?;
+    let done = Command::new(lacuna)
+        .args(args)
+        .stderr(std::process::Stdio::inherit())
+        .output()
+        .context("lacuna did not start")?;
     ensure!(done.status.success(), "lacuna {} failed: {}", args[0], done.status);
     serde_json::from_slice(&done.stdout).context("lacuna printed no JSON")
 }

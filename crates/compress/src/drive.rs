@@ -40,8 +40,15 @@ pub fn compress(
         "sequences": calibration, "text": fingerprint(&sequences),
     });
     let mut writer = begin(options, &identity)?;
-    let mut walk =
-        Walk { recipe, options, progress, sequences: &sequences, spill: plan.spill, budgets: HashMap::new(), unreached: Vec::new() };
+    let mut walk = Walk {
+        recipe,
+        options,
+        progress,
+        sequences: &sequences,
+        spill: plan.spill,
+        budgets: HashMap::new(),
+        unreached: Vec::new(),
+    };
     walk.model_wide(&mut overlay, &mut notes)?;
     let mut tensors = Vec::new();
     walk.globals(&mut overlay, &mut writer, &[Role::Embed, Role::Positions], &mut tensors)?;
@@ -415,13 +422,10 @@ impl Walk<'_> {
         let blind = |step: &Step, p: &Place| step_needs(step) != Needs::default() && gather.stats(spec, p).tokens == 0;
         let left: Vec<Place> =
             places.iter().copied().filter(|p| local.iter().any(|s| s.aims_at(p) && blind(s, p))).collect();
-        let mut work: HashMap<Place, Option<Matrix>> = places
-            .iter()
-            .map(|p| (*p, if left.contains(p) { None } else { self.begin(&sources[p], p) }))
-            .collect();
+        let mut work: HashMap<Place, Option<Matrix>> =
+            places.iter().map(|p| (*p, if left.contains(p) { None } else { self.begin(&sources[p], p) })).collect();
         for step in local {
-            let aimed: Vec<Place> =
-                places.iter().copied().filter(|p| step.aims_at(p) && !left.contains(p)).collect();
+            let aimed: Vec<Place> = places.iter().copied().filter(|p| step.aims_at(p) && !left.contains(p)).collect();
             if let Some(scope) = self.layer_scope(step, &aimed) {
                 self.prune_together(step, &aimed, &mut work, spec, gather, scope)?;
                 continue;
@@ -515,7 +519,8 @@ impl Walk<'_> {
             (Verb::Factor, Made::Factor(method)) => {
                 let Some(keep) = step.keep(place) else { return Ok(()) };
                 let (rows, cols) = (m.w().rows(), m.w().cols());
-                let (a, b) = method.factor(m.w(), stats, Step::rank(keep, rows, cols)).map_err(|e| at_step(step, place, e))?;
+                let (a, b) =
+                    method.factor(m.w(), stats, Step::rank(keep, rows, cols)).map_err(|e| at_step(step, place, e))?;
                 m.factored(a, b).map_err(fail)
             }
             (Verb::Outliers, Made::Score(method)) => {

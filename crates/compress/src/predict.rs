@@ -40,12 +40,20 @@ pub fn forms(source: &dyn Weights, recipe: &Recipe) -> Result<Vec<Form>, Compres
     let mut known: HashMap<String, usize> = HashMap::new();
     let mut out: Vec<Form> = Vec::new();
     for place in spec.places() {
-        let (Part::Weight, Some((rows, cols)), Some(used)) = (place.part, spec.shape(&place), uses(spec, &place)) else {
+        let (Part::Weight, Some((rows, cols)), Some(used)) = (place.part, spec.shape(&place), uses(spec, &place))
+        else {
             continue;
         };
         let steps: Vec<&Step> = recipe.steps.iter().filter(|s| !s.is_model_wide() && s.aims_at(&place)).collect();
         let asked = |s: &&Step| {
-            format!("{} {:?} {:?} {:?} {:?}", s.name, s.prune(&place), s.quantize(&place), s.keep(&place), s.fraction(&place))
+            format!(
+                "{} {:?} {:?} {:?} {:?}",
+                s.name,
+                s.prune(&place),
+                s.quantize(&place),
+                s.keep(&place),
+                s.fraction(&place)
+            )
         };
         let kept = steps.is_empty() && recipe.rest == Rest::Source;
         let stored = if kept { source.get(&place)? } else { None };

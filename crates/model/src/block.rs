@@ -80,7 +80,11 @@ impl Block {
             Some(f) => {
                 let one = |at: &dyn Fn(Role) -> Place| -> Result<Ffn, ModelError> {
                     Ok(Ffn {
-                        gate: if f.gated { Some(Projection::load(weights, at(Role::Gate), activations)?) } else { None },
+                        gate: if f.gated {
+                            Some(Projection::load(weights, at(Role::Gate), activations)?)
+                        } else {
+                            None
+                        },
                         up: Projection::load(weights, at(Role::Up), activations)?,
                         down: Projection::load(weights, at(Role::Down), activations)?,
                     })

@@ -114,7 +114,8 @@ impl Engine {
         let attns = self.model().spec.layers.iter().filter_map(|l| l.attn.as_ref());
         attns
             .map(|a| {
-                (2 * a.kv_heads * a.head_dim * self.kv_format().bytes() * (at + 1).min(a.window.unwrap_or(usize::MAX))) as u64
+                (2 * a.kv_heads * a.head_dim * self.kv_format().bytes() * (at + 1).min(a.window.unwrap_or(usize::MAX)))
+                    as u64
             })
             .sum()
     }
