@@ -21,7 +21,20 @@ use clap::Parser;
 
 use cli::{Cli, Verb};
 
+/// A reader that has seen enough and went away (`lacuna methods | head`) is no failure: standard output's panic ends the program in silence.
+fn leave_quietly_when_nobody_reads() {
+    let other = std::panic::take_hook();
+    std::panic::set_hook(Box::new(move |info| {
+        let what = info.payload().downcast_ref::<String>();
+        if what.is_some_and(|w| w.starts_with("failed printing to stdout") && w.contains("Broken pipe")) {
+            std::process::exit(0);
+        }
+        other(info);
+    }));
+}
+
 fn main() -> ExitCode {
+    leave_quietly_when_nobody_reads();
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
         Err(e) => {

@@ -241,6 +241,16 @@ fn the_machine_the_methods_and_the_cache_are_told() {
 }
 
 #[test]
+fn a_reader_that_goes_away_is_no_failure() {
+    let mut child = Command::new(env!("CARGO_BIN_EXE_lacuna"));
+    let child = child.arg("methods").stdout(std::process::Stdio::piped()).stderr(std::process::Stdio::piped());
+    let mut child = child.spawn().unwrap();
+    drop(child.stdout.take());
+    let out = child.wait_with_output().unwrap();
+    assert!(out.status.success() && out.stderr.is_empty(), "{}", String::from_utf8_lossy(&out.stderr));
+}
+
+#[test]
 fn quickstart_tells_the_whole_story() {
     let (out, report) = (fresh("quick"), fresh("report.html"));
     let args = ["quickstart", &tiny(), "-o", out.to_str().unwrap(), "--report", report.to_str().unwrap()];
