@@ -143,7 +143,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
             speed: None,
         };
         if a.gate == Gate::Full {
-            time(&mut measured, &result, &mut others)?;
+            time(&mut measured, &result, &mut others, max_ram)?;
         }
         let list: Vec<Measured> = others.into_iter().map(|b| b.measured).collect();
         done.verdict = Some(judge(&measured, &list));
@@ -154,8 +154,14 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
     Ok(done)
 }
 
-/// Times the result beside every baseline that competes with it; the others cannot change the verdict.
-fn time(measured: &mut Measured, result: &dyn Weights, others: &mut [lacuna_judge::Baseline]) -> anyhow::Result<()> {
+/// Times the result beside every baseline that competes with it; the others cannot change the verdict. The models run in turn and so are in
+/// memory together: where they would break the ceiling nothing is timed, which is said, and bytes alone count.
+fn time(
+    measured: &mut Measured,
+    result: &dyn Weights,
+    others: &mut [lacuna_judge::Baseline],
+    max_ram: Option<u64>,
+) -> anyhow::Result<()> {
     let competes = |b: &lacuna_judge::Baseline| b.measured.loss <= measured.loss + lacuna_judge::LOSS_SLACK;
     let rivals: Vec<(usize, PathBuf)> = others
         .iter()
@@ -163,6 +169,20 @@ fn time(measured: &mut Measured, result: &dyn Weights, others: &mut [lacuna_judg
         .filter(|(_, b)| competes(b))
         .filter_map(|(i, b)| b.path.clone().map(|p| (i, p)))
         .collect();
+    if let Some(max) = max_ram {
+        let stored = measured.bytes + rivals.iter().map(|(i, _)| others[*i].measured.bytes).sum::<u64>();
+        // Each is there twice for a moment, mapped and repacked, block by block; a quarter covers padding and the block.
+        let need = memory::resident().unwrap_or(0) + stored + stored / 4;
+        if need > max {
+            common::say(format!(
+                "not timed: {} models run in turn would take {}, above the ceiling of {}; bytes alone are compared",
+                rivals.len() + 1,
+                show_bytes(need),
+                show_bytes(max)
+            ));
+            return Ok(());
+        }
+    }
     let opened = rivals.iter().map(|(_, p)| Ok(lacuna_checkpoint::open(p)?)).collect::<anyhow::Result<Vec<_>>>()?;
     let mut models: Vec<&dyn Weights> = vec![result];
     models.extend(opened.iter().map(|c| c as &dyn Weights));
