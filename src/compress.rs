@@ -41,6 +41,10 @@ pub struct Done {
     pub seconds: f64,
 }
 
+/// What the clock ran with and the losses did not, said wherever both are shown.
+pub const TIMED_AS: &str = "Speeds are those of `generate`: 8-bit activations where weights are integers, keys and values in 16 bits. Perplexities \
+                            are of exact activations.";
+
 /// Runs the verb.
 pub fn run(g: &Global, a: &cli::Compress) -> anyhow::Result<ExitCode> {
     let source = common::open(g, &a.model)?;
@@ -293,6 +297,9 @@ pub fn words(d: &Done) -> String {
             );
         }
         out += &table(d).text();
+        if timed(d) {
+            out += &format!("{TIMED_AS}\n");
+        }
     }
     if let Some(v) = &d.verdict {
         let beaten_by: Vec<&str> =
@@ -307,6 +314,11 @@ pub fn words(d: &Done) -> String {
         }
     }
     out
+}
+
+/// Whether speeds were taken.
+pub fn timed(d: &Done) -> bool {
+    d.measured.as_ref().is_some_and(|m| m.speed.is_some())
 }
 
 /// Whether the source is itself rounded to few bits.

@@ -5,7 +5,7 @@ use std::path::Path;
 use anyhow::Context;
 use lacuna_eval::html::{Part, Point, Report};
 
-use crate::compress::{Done, source_is_coarse, table};
+use crate::compress::{Done, TIMED_AS, source_is_coarse, table, timed};
 
 /// Writes the report; `samples` are (who, prompt, what followed).
 pub fn write(
@@ -35,6 +35,9 @@ pub fn write(
             ));
         }
         parts.push(Part::Table(table(d)));
+        if timed(d) {
+            parts.push(Part::Text(TIMED_AS.into()));
+        }
         let mut points: Vec<Point> = v
             .against
             .iter()

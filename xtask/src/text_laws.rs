@@ -158,7 +158,8 @@ mod tests {
         let home = ["see /ho", "me/me/model.gguf"].concat();
         let found = names_a_machine("README.md", &format!("fine\n{home}\n"));
         assert_eq!(at(&found), [2]);
-        assert!(names_a_machine("README.md", "docs/home/index.html and https://example.org/work/x").is_empty());
+        let elsewhere = ["docs/ho", "me/index.html and https://example.org/wo", "rk/x"].concat();
+        assert!(names_a_machine("README.md", &elsewhere).is_empty());
         assert_eq!(at(&names_a_machine("a", &["(\"/wo", "rk/x\")"].concat())), [1]);
     }
 

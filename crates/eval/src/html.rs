@@ -21,7 +21,7 @@ pub enum Part {
     Heading(String),
     /// A paragraph.
     Text(String),
-    /// A table; the first column to the left, the others to the right.
+    /// A table; the first column and the last (words) to the left, the numbers between to the right.
     Table(Table),
     /// Lines over the layers, one a series.
     Layers {
