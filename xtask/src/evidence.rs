@@ -75,7 +75,11 @@ pub fn list(tree: &Tree) -> Result<List> {
     let list: List = toml::from_str(&tree.read(LIST)?).with_context(|| LIST.to_owned())?;
     ensure!(list.version == 1, "{LIST}: version {} is not known", list.version);
     for row in &list.rows {
-        ensure!(row.reference > 0.0 && (row.magnitude || row.within > 0.0 || row.spread.is_some()), "{LIST}: {} has no tolerance", row.name);
+        ensure!(
+            row.reference > 0.0 && (row.magnitude || row.within > 0.0 || row.spread.is_some()),
+            "{LIST}: {} has no tolerance",
+            row.name
+        );
         if let Some(beside) = &row.beside {
             ensure!(list.rows.iter().any(|r| r.name == *beside), "{LIST}: {} stands beside no row {beside}", row.name);
         }
