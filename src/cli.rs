@@ -226,6 +226,8 @@ pub enum Cache {
     F32,
     /// 16 bits.
     F16,
+    /// Signed bytes, with a factor for each position and head.
+    Q8,
 }
 
 impl From<Cache> for lacuna_kernels::KvFormat {
@@ -233,6 +235,7 @@ impl From<Cache> for lacuna_kernels::KvFormat {
         match c {
             Cache::F32 => lacuna_kernels::KvFormat::F32,
             Cache::F16 => lacuna_kernels::KvFormat::F16,
+            Cache::Q8 => lacuna_kernels::KvFormat::Q8,
         }
     }
 }

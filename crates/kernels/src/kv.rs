@@ -1,6 +1,9 @@
 //! Pages of keys and values, in the layout that attention reads.
 
+use std::sync::Arc;
+
 use half::f16;
+use half::slice::HalfFloatSliceExt;
 
 /// Keys are handled in blocks of this many absolute positions; a page holds whole blocks.
 pub const KEY_BLOCK: usize = 32;
@@ -24,7 +27,13 @@ impl KvLayout {
 
     /// Bytes of one page at `format`.
     pub fn page_bytes(&self, format: KvFormat) -> usize {
-        self.kv_heads * self.page_tokens * (self.head_dim + self.padded()) * format.bytes()
+        let values = self.head_dim + self.padded();
+        self.kv_heads * self.page_tokens * (values * format.value_bytes() + format.scale_bytes())
+    }
+
+    /// Bytes that reading one position at `format` touches.
+    pub fn token_bytes(&self, format: KvFormat) -> usize {
+        self.kv_heads * (2 * self.head_dim * format.value_bytes() + format.scale_bytes())
     }
 }
 
@@ -35,15 +44,23 @@ pub enum KvFormat {
     F32,
     /// IEEE half.
     F16,
+    /// Signed bytes under one f32 factor for each position's key, and one for its value, in each head: `max |x| / 127`.
+    Q8,
 }
 
 impl KvFormat {
     /// Bytes of one value.
-    pub fn bytes(self) -> usize {
+    fn value_bytes(self) -> usize {
         match self {
             KvFormat::F32 => 4,
             KvFormat::F16 => 2,
+            KvFormat::Q8 => 1,
         }
+    }
+
+    /// Bytes of a position's factors in one head.
+    fn scale_bytes(self) -> usize {
+        if self == KvFormat::Q8 { 8 } else { 0 }
     }
 }
 
@@ -60,7 +77,17 @@ pub struct KvPage {
 pub(crate) enum Data {
     F32(Vec<f32>, Vec<f32>),
     F16(Vec<f16>, Vec<f16>),
+    /// Factors lie `[kv_heads][page_tokens]`.
+    Q8 {
+        k: Vec<i8>,
+        v: Vec<i8>,
+        k_scales: Vec<f32>,
+        v_scales: Vec<f32>,
+    },
 }
+
+/// Values of a head that are converted together.
+const PIECE: usize = 128;
 
 impl KvPage {
     /// An empty page. Panics where `page_tokens` is no multiple of [`KEY_BLOCK`].
@@ -76,6 +103,9 @@ impl KvPage {
         let data = match format {
             KvFormat::F32 => Data::F32(vec![0.0; k], vec![0.0; v]),
             KvFormat::F16 => Data::F16(vec![f16::ZERO; k], vec![f16::ZERO; v]),
+            KvFormat::Q8 => {
+                Data::Q8 { k: vec![0; k], v: vec![0; v], k_scales: vec![0.0; tokens], v_scales: vec![0.0; tokens] }
+            }
         };
         KvPage { layout, data }
     }
@@ -91,9 +121,34 @@ impl KvPage {
         let l = self.layout;
         assert!(slot < l.page_tokens, "position {slot} of a page of {}", l.page_tokens);
         assert!(key.len() == l.kv_heads * l.head_dim && value.len() == key.len(), "heads of another shape");
-        match &mut self.data {
-            Data::F32(k, v) => put(l, k, v, slot, key, value, |x| x),
-            Data::F16(k, v) => put(l, k, v, slot, key, value, f16::from_f32),
+        for (h, (key, value)) in key.chunks_exact(l.head_dim).zip(value.chunks_exact(l.head_dim)).enumerate() {
+            let (k_at, v_at) = (key_at(l, h, slot, 0), value_at(l, h, slot, 0));
+            match &mut self.data {
+                Data::F32(k, v) => {
+                    scatter(&mut k[k_at..], key);
+                    v[v_at..v_at + l.head_dim].copy_from_slice(value);
+                }
+                Data::F16(k, v) => {
+                    let mut halves = [f16::ZERO; PIECE];
+                    for (i, piece) in key.chunks(PIECE).enumerate() {
+                        let halves = &mut halves[..piece.len()];
+                        halves.convert_from_f32_slice(piece);
+                        scatter(&mut k[k_at + i * PIECE * KEY_BLOCK..], halves);
+                    }
+                    v[v_at..v_at + l.head_dim].convert_from_f32_slice(value);
+                }
+                Data::Q8 { k, v, k_scales, v_scales } => {
+                    let (mut bytes, row) = ([0i8; PIECE], h * l.page_tokens + slot);
+                    let inverse = scale(key, &mut k_scales[row]);
+                    for (i, piece) in key.chunks(PIECE).enumerate() {
+                        let bytes = &mut bytes[..piece.len()];
+                        bytes.iter_mut().zip(piece).for_each(|(b, x)| *b = byte(x * inverse));
+                        scatter(&mut k[k_at + i * PIECE * KEY_BLOCK..], bytes);
+                    }
+                    let inverse = scale(value, &mut v_scales[row]);
+                    v[v_at..].iter_mut().zip(value).for_each(|(b, x)| *b = byte(x * inverse));
+                }
+            }
         }
     }
 
@@ -108,6 +163,10 @@ impl KvPage {
                 (key[h * l.head_dim + d], value[h * l.head_dim + d]) = match &self.data {
                     Data::F32(ks, vs) => (ks[k], vs[v]),
                     Data::F16(ks, vs) => (ks[k].to_f32(), vs[v].to_f32()),
+                    Data::Q8 { k: ks, v: vs, k_scales, v_scales } => {
+                        let row = h * l.page_tokens + slot;
+                        (f32::from(ks[k]) * k_scales[row], f32::from(vs[v]) * v_scales[row])
+                    }
                 };
             }
         }
@@ -122,20 +181,29 @@ fn value_at(l: KvLayout, head: usize, slot: usize, d: usize) -> usize {
     (head * l.page_tokens + slot) * l.padded() + d
 }
 
-fn put<T>(l: KvLayout, k: &mut [T], v: &mut [T], slot: usize, key: &[f32], value: &[f32], f: impl Fn(f32) -> T) {
-    for h in 0..l.kv_heads {
-        for d in 0..l.head_dim {
-            k[key_at(l, h, slot, d)] = f(key[h * l.head_dim + d]);
-            v[value_at(l, h, slot, d)] = f(value[h * l.head_dim + d]);
-        }
-    }
+/// One value to each key block's row.
+fn scatter<T: Copy>(to: &mut [T], from: &[T]) {
+    to.iter_mut().step_by(KEY_BLOCK).zip(from).for_each(|(to, from)| *to = *from);
+}
+
+/// Sets the factor of a head's values and gives its inverse; NaN and infinity make it NaN, and every value with it.
+fn scale(values: &[f32], factor: &mut f32) -> f32 {
+    let finite = values.iter().all(|x| x.is_finite());
+    let top = if finite { values.iter().fold(0.0f32, |top, x| top.max(x.abs())) } else { f32::NAN };
+    *factor = top / 127.0;
+    if top < 1e-30 { 0.0 } else { 127.0 / top }
+}
+
+/// To the nearest whole number, ties to even.
+fn byte(x: f32) -> i8 {
+    x.round_ties_even() as i8
 }
 
 /// What attention reads of one sequence in one layer: its pages in order, all of one layout, and how many positions are written.
-#[derive(Clone, Debug)]
+#[derive(Clone, Copy, Debug)]
 pub struct KvView<'a> {
     /// Pages, the one of position 0 first.
-    pub pages: Vec<&'a KvPage>,
+    pub pages: &'a [Arc<KvPage>],
     /// Positions written.
     pub tokens: usize,
 }

@@ -40,7 +40,7 @@ pub fn rows() -> Vec<Row> {
         for pattern in ["dense", "n:m", "mask", "csr", "blocks", "product"] {
             product("product", pattern, &["any other, decoded first"]);
         }
-        for codec in ["f32", "f16"] {
+        for codec in ["f32", "f16", "q8"] {
             out.push(Row { op: "attention", codec, pattern: "paged", isa, tolerance: 2e-5 });
         }
         out.push(Row { op: "norm", codec: "f32", pattern: "dense", isa, tolerance: 2e-5 });

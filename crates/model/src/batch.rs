@@ -56,19 +56,17 @@ impl Batch {
     }
 
     /// Position and extent of every row.
-    pub(crate) fn places(&self) -> impl ExactSizeIterator<Item = (usize, usize)> {
+    pub(crate) fn places(&self) -> impl ExactSizeIterator<Item = (usize, usize)> + Clone {
         self.position.iter().copied().zip(self.extent.iter().copied())
     }
 
     /// Runs of rows of one sequence: the sequence and its rows.
-    pub fn runs(&self) -> Vec<(usize, Range<usize>)> {
-        let mut out: Vec<(usize, Range<usize>)> = Vec::new();
-        for (r, &s) in self.sequence.iter().enumerate() {
-            match out.last_mut() {
-                Some((last, range)) if *last == s => range.end = r + 1,
-                _ => out.push((s, r..r + 1)),
-            }
-        }
-        out
+    pub fn runs(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let mut from = 0;
+        self.sequence.chunk_by(|a, b| a == b).map(move |run| {
+            let rows = from..from + run.len();
+            from = rows.end;
+            (run[0], rows)
+        })
     }
 }

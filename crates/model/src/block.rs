@@ -4,9 +4,11 @@ use lacuna_base::{Mat, MatRef};
 use lacuna_format::Weights;
 use lacuna_kernels as kernels;
 use lacuna_kernels::{Activations, Attention, RopeTable};
-use lacuna_spec::{Activation, Experts, Place, Role};
+use lacuna_spec::{Activation, Experts, Place, Role, Rope};
 
+use crate::lent::Lent;
 use crate::parts::{NormWeights, Projection};
+use crate::profile::span;
 use crate::{Batch, BlockPart, KvStore, ModelError, Tap};
 
 /// A decoder block, ready to compute: `x + attention(x)`, then `x + ffn(x)`.
@@ -115,6 +117,17 @@ impl Block {
         self.layer
     }
 
+    /// Takes over a table of the same rope, or leaves its own to the blocks after it: angles are then worked out once for all of them.
+    pub(crate) fn share_rope(&mut self, described: Option<&Rope>, tables: &mut Vec<(Rope, RopeTable)>) {
+        let (Some(described), Some(mine)) = (described, self.attention.as_mut().and_then(|a| a.rope.as_mut())) else {
+            return;
+        };
+        match tables.iter().find(|(rope, _)| rope == described) {
+            Some((_, table)) => *mine = table.clone(),
+            None => tables.push((described.clone(), mine.clone())),
+        }
+    }
+
     /// Bytes of weights read for one token (of experts: those that a token uses).
     pub fn weights_bytes(&self) -> u64 {
         let attention =
@@ -143,7 +156,7 @@ impl Block {
         let start = wants.residuals.then(|| x.clone());
         if let Some(a) = &self.attention {
             let y = a.forward(self.layer, x.view(), batch, kv, tap, wants.inputs)?;
-            kernels::add(x.view_mut(), y.view());
+            span("add", || kernels::add(x.view_mut(), y.view()));
         }
         let middle = wants.residuals.then(|| x.clone());
         if let (Some(a), Some(b), true) = (&start, &middle, self.attention.is_some()) {
@@ -151,7 +164,7 @@ impl Block {
         }
         if let Some(f) = &self.ffn {
             let y = f.forward(x.view(), tap, wants.inputs);
-            kernels::add(x.view_mut(), y.view());
+            span("add", || kernels::add(x.view_mut(), y.view()));
         }
         if let (Some(b), true) = (&middle, self.ffn.is_some()) {
             tap.residual(self.layer, BlockPart::Ffn, b.view(), x.view());
@@ -172,34 +185,40 @@ impl AttentionPart {
         kv: &mut dyn KvStore,
         tap: &mut dyn Tap,
         shown: bool,
-    ) -> Result<Mat, ModelError> {
+    ) -> Result<Lent, ModelError> {
         let h = self.norm.apply(x);
         if shown {
             for p in [&self.q, &self.k, &self.v] {
                 tap.input(&p.place, h.view());
             }
         }
-        let (mut q, mut k, v) = (self.q.apply(h.view()), self.k.apply(h.view()), self.v.apply(h.view()));
+        let [mut q, mut k, v] = Projection::together([&self.q, &self.k, &self.v], h.view());
         if let Some((qn, kn)) = &self.qk_norm {
             qn.heads_in_place(&mut q);
             kn.heads_in_place(&mut k);
         }
         if let Some(rope) = &self.rope {
-            let angles = rope.rows(batch.places());
-            angles.apply(self.head_dim, q.view_mut());
-            angles.apply(self.head_dim, k.view_mut());
+            span("rope", || {
+                rope.with(batch.places(), |angles| {
+                    angles.apply(self.head_dim, q.view_mut());
+                    angles.apply(self.head_dim, k.view_mut());
+                });
+            });
         }
-        kv.write(layer, batch, k.view(), v.view())?;
-        let mut mixed = Mat::zeros(q.rows(), q.cols());
+        span("keys and values written", || kv.write(layer, batch, k.view(), v.view()))?;
+        let mut mixed = Lent::new(q.rows(), q.cols());
         let width = q.cols();
         for (sequence, rows) in batch.runs() {
             let out = &mut mixed.data_mut()[rows.start * width..rows.end * width];
-            self.scores.run(
-                q.view().rows_range(rows.start, rows.end),
-                &batch.positions()[rows.clone()],
-                &kv.view(layer, sequence)?,
-                lacuna_base::MatMut::new(rows.len(), width, out),
-            );
+            let view = kv.view(layer, sequence)?;
+            span("attention", || {
+                self.scores.run(
+                    q.view().rows_range(rows.start, rows.end),
+                    &batch.positions()[rows.clone()],
+                    &view,
+                    lacuna_base::MatMut::new(rows.len(), width, out),
+                );
+            });
         }
         if shown {
             tap.input(&self.o.place, mixed.view());
@@ -213,7 +232,7 @@ impl AttentionPart {
 }
 
 impl FfnPart {
-    fn forward(&self, x: MatRef<'_>, tap: &mut dyn Tap, shown: bool) -> Mat {
+    fn forward(&self, x: MatRef<'_>, tap: &mut dyn Tap, shown: bool) -> Lent {
         let h = self.norm.apply(x);
         let mut y = match &self.body {
             Body::Dense(f) => f.forward(self.act, h.view(), tap, shown),
@@ -221,8 +240,9 @@ impl FfnPart {
                 if shown {
                     tap.input(&router.place, h.view());
                 }
-                let mut y = Mat::zeros(x.rows(), x.cols());
-                let routes = route(router.apply(h.view()), *choice);
+                let mut y = Lent::new(x.rows(), x.cols());
+                y.data_mut().fill(0.0);
+                let routes = route(&mut router.apply(h.view()), *choice);
                 // Experts in their order, so that a row's sum does not depend on what else is routed where.
                 for (expert, rows) in experts.iter().zip(routes) {
                     if rows.is_empty() {
@@ -249,7 +269,7 @@ impl FfnPart {
 }
 
 /// The rows of each expert with their weights: softmax over all experts, the largest `used` of a row (ties to the lower number).
-fn route(mut logits: Mat, choice: Experts) -> Vec<Vec<(usize, f32)>> {
+fn route(logits: &mut Mat, choice: Experts) -> Vec<Vec<(usize, f32)>> {
     let mut routes = vec![Vec::new(); choice.count];
     for r in 0..logits.rows() {
         let p = logits.row_mut(r);
@@ -266,22 +286,21 @@ fn route(mut logits: Mat, choice: Experts) -> Vec<Vec<(usize, f32)>> {
 }
 
 impl Ffn {
-    fn forward(&self, act: Activation, x: MatRef<'_>, tap: &mut dyn Tap, shown: bool) -> Mat {
+    fn forward(&self, act: Activation, x: MatRef<'_>, tap: &mut dyn Tap, shown: bool) -> Lent {
         if shown {
             for p in self.gate.iter().chain([&self.up]) {
                 tap.input(&p.place, x);
             }
         }
-        let up = self.up.apply(x);
         let inner = match &self.gate {
             Some(gate) => {
-                let mut g = gate.apply(x);
-                kernels::gated_activation(act, g.view_mut(), up.view());
+                let [mut g, up] = Projection::together([gate, &self.up], x);
+                span("activation", || kernels::gated_activation(act, g.view_mut(), up.view()));
                 g
             }
             None => {
-                let mut up = up;
-                kernels::activation(act, up.view_mut());
+                let mut up = self.up.apply(x);
+                span("activation", || kernels::activation(act, up.view_mut()));
                 up
             }
         };

@@ -9,6 +9,7 @@ use lacuna_kernels::{Activations, Linear, Packing};
 use lacuna_spec::{Place, Positions, Role, Spec};
 
 use crate::parts::{NormWeights, tensor};
+use crate::profile::span;
 use crate::{Batch, Block, KvStore, ModelError, Tap};
 
 /// Tokens to the residual stream. Rows are decoded when asked for, never the whole table.
@@ -102,22 +103,33 @@ impl Head {
 
     /// What multiplies the output projection: the normalised residual stream, `[rows, hidden]`.
     pub fn input(&self, x: MatRef<'_>) -> Mat {
-        self.norm.as_ref().map_or_else(|| x.to_mat(), |n| n.apply(x))
+        self.norm.as_ref().map_or_else(|| x.to_mat(), |n| Mat::clone(&n.apply(x)))
     }
 
     /// Logits of the residual stream's rows, `[rows, vocab]`. A long context times a large vocabulary is gigabytes: hand in some rows at
     /// a time.
     pub fn logits(&self, x: MatRef<'_>) -> Mat {
-        let h = self.input(x);
-        let mut out = Mat::zeros(h.rows(), self.linear.rows());
-        self.linear.forward(h.view(), out.view_mut());
+        let mut out = Mat::zeros(x.rows(), self.linear.rows());
+        self.logits_into(x, &mut out);
+        out
+    }
+
+    /// As [`Head::logits`], into `out`.
+    #[track_caller]
+    pub fn logits_into(&self, x: MatRef<'_>, out: &mut Mat) {
+        match &self.norm {
+            Some(norm) => {
+                let h = norm.apply(x);
+                span("head", || self.linear.forward(h.view(), out.view_mut()));
+            }
+            None => span("head", || self.linear.forward(x, out.view_mut())),
+        }
         if self.scale != 1.0 {
             out.data_mut().iter_mut().for_each(|x| *x *= self.scale);
         }
         if let Some(c) = self.softcap {
             kernels::softcap(c, out.view_mut());
         }
-        out
     }
 
     /// Bytes of weights read for one token.
@@ -161,9 +173,11 @@ impl Decoder {
         tell(0);
         let embed = Embedding::load(weights)?;
         tell(1);
-        let mut blocks = Vec::with_capacity(spec.layers.len());
+        let (mut blocks, mut ropes) = (Vec::with_capacity(spec.layers.len()), Vec::new());
         for layer in 0..spec.layers.len() {
-            blocks.push(Block::load_with(weights, layer, options.activations)?);
+            let mut block = Block::load_with(weights, layer, options.activations)?;
+            block.share_rope(spec.layers[layer].attn.as_ref().and_then(|a| a.rope.as_ref()), &mut ropes);
+            blocks.push(block);
             weights.spec().layer_places(layer).iter().for_each(|p| weights.release(p));
             tell(layer + 2);
         }
@@ -180,7 +194,7 @@ impl Decoder {
         kv: &mut dyn KvStore,
         tap: &mut dyn Tap,
     ) -> Result<Mat, ModelError> {
-        let mut x = self.embed.rows(tokens, batch.positions())?;
+        let mut x = span("embedding", || self.embed.rows(tokens, batch.positions()))?;
         for block in &self.blocks {
             block.forward(&mut x, batch, kv, tap)?;
         }

@@ -1,5 +1,7 @@
 //! Where keys and values are kept.
 
+use std::sync::Arc;
+
 use lacuna_base::MatRef;
 use lacuna_kernels::{KvFormat, KvLayout, KvPage, KvView};
 use lacuna_spec::Spec;
@@ -29,7 +31,7 @@ pub struct ContiguousKv {
 
 #[derive(Clone, Debug)]
 struct Sequence {
-    layers: Vec<Vec<KvPage>>,
+    layers: Vec<Vec<Arc<KvPage>>>,
     /// Positions written, by layer.
     tokens: Vec<usize>,
 }
@@ -117,9 +119,10 @@ impl KvStore for ContiguousKv {
             let s = &mut self.sequences[sequence];
             let pages = &mut s.layers[layer];
             if position / STEP_TOKENS == pages.len() {
-                pages.push(KvPage::new(layout, self.format));
+                pages.push(Arc::new(KvPage::new(layout, self.format)));
             }
-            pages[position / STEP_TOKENS].write(position % STEP_TOKENS, keys.row(r), values.row(r));
+            // A page that a copy of this store shares is copied before it changes.
+            Arc::make_mut(&mut pages[position / STEP_TOKENS]).write(position % STEP_TOKENS, keys.row(r), values.row(r));
             s.tokens[layer] = have.max(position + 1);
         }
         Ok(())
@@ -127,6 +130,6 @@ impl KvStore for ContiguousKv {
 
     fn view(&self, layer: usize, sequence: usize) -> Result<KvView<'_>, ModelError> {
         let (s, _) = self.sequence(layer, sequence)?;
-        Ok(KvView { pages: s.layers[layer].iter().collect(), tokens: s.tokens[layer] })
+        Ok(KvView { pages: &s.layers[layer], tokens: s.tokens[layer] })
     }
 }

@@ -10,7 +10,9 @@ mod block;
 mod decoder;
 mod error;
 mod kv;
+mod lent;
 mod parts;
+mod profile;
 mod tap;
 
 pub use batch::Batch;
@@ -18,4 +20,5 @@ pub use block::Block;
 pub use decoder::{Decoder, Embedding, Head, LoadOptions};
 pub use error::ModelError;
 pub use kv::{ContiguousKv, KvStore, STEP_TOKENS};
+pub use profile::{end_profile, start_profile};
 pub use tap::{BlockPart, NoTap, Tap, Wants};

@@ -6,9 +6,11 @@ use lacuna_base::{Mat, MatRef};
 use lacuna_format::{Stored, Weights};
 use lacuna_kernels as kernels;
 use lacuna_kernels::{Activations, Linear, Packing};
-use lacuna_spec::{Norm, NormKind, Place};
+use lacuna_spec::{Norm, NormKind, Place, Role};
 
 use crate::ModelError;
+use crate::lent::Lent;
+use crate::profile::span;
 
 /// The tensor at `place`, which the description must have, in the shape it says.
 pub(crate) fn tensor(weights: &dyn Weights, place: Place) -> Result<Arc<Stored>, ModelError> {
@@ -48,9 +50,9 @@ impl NormWeights {
         Ok(NormWeights { norm, scale: vector(weights, place)?, bias })
     }
 
-    pub(crate) fn apply(&self, x: MatRef<'_>) -> Mat {
-        let mut out = Mat::zeros(x.rows(), x.cols());
-        kernels::norm(self.norm, &self.scale, self.bias.as_deref(), x, out.view_mut());
+    pub(crate) fn apply(&self, x: MatRef<'_>) -> Lent {
+        let mut out = Lent::new(x.rows(), x.cols());
+        span("norm", || kernels::norm(self.norm, &self.scale, self.bias.as_deref(), x, out.view_mut()));
         out
     }
 
@@ -70,6 +72,8 @@ impl NormWeights {
 /// A matrix and the bias after it.
 pub(crate) struct Projection {
     pub(crate) place: Place,
+    /// In profiles.
+    name: &'static str,
     linear: Linear,
     bias: Option<Mat>,
 }
@@ -87,14 +91,32 @@ impl Projection {
             Some((_, n)) => Some(Mat::from_vec(1, n, vector(weights, place.bias())?)),
             None => None,
         };
-        Ok(Projection { place, linear, bias })
+        let name = match place.role {
+            Role::Q | Role::K | Role::V => "attn.q, k, v",
+            Role::O => "attn.o",
+            Role::Gate | Role::Up => "ffn.gate, up",
+            Role::Down => "ffn.down",
+            _ => "other products",
+        };
+        Ok(Projection { place, name, linear, bias })
     }
 
-    pub(crate) fn apply(&self, x: MatRef<'_>) -> Mat {
-        let mut out = Mat::zeros(x.rows(), self.linear.rows());
-        self.linear.forward(x, out.view_mut());
-        if let Some(b) = &self.bias {
-            kernels::add(out.view_mut(), b.view());
+    pub(crate) fn apply(&self, x: MatRef<'_>) -> Lent {
+        let [out] = Projection::together([self], x);
+        out
+    }
+
+    /// Several projections of the same rows, in one go.
+    pub(crate) fn together<const N: usize>(all: [&Projection; N], x: MatRef<'_>) -> [Lent; N] {
+        let mut out = all.map(|p| Lent::new(x.rows(), p.linear.rows()));
+        span(all[0].name, || {
+            let mut views = out.each_mut().map(|o| o.view_mut());
+            Linear::forward_all(all.map(|p| &p.linear), x, &mut views);
+        });
+        for (p, out) in all.iter().zip(&mut out) {
+            if let Some(b) = &p.bias {
+                kernels::add(out.view_mut(), b.view());
+            }
         }
         out
     }

@@ -34,7 +34,7 @@ fn whole(d: &Decoder, tokens: &[u32], format: KvFormat) -> Mat {
 fn whole_in_chunks_in_a_batch_and_one_by_one() {
     for (i, spec) in specs().into_iter().enumerate() {
         let d = Decoder::load(&Memory::random(spec, i as u64), &LoadOptions::default()).unwrap();
-        for format in [KvFormat::F32, KvFormat::F16] {
+        for format in [KvFormat::F32, KvFormat::F16, KvFormat::Q8] {
             let (a, b) = (tokens(150, 1), tokens(61, 2));
             let (la, lb) = (whole(&d, &a, format), whole(&d, &b, format));
             assert!(la.data().iter().all(|x| x.is_finite()));

@@ -3,6 +3,8 @@
 use std::time::Instant;
 
 use lacuna_base::Rng;
+use lacuna_kernels::KvLayout;
+use lacuna_model::STEP_TOKENS;
 use serde::Serialize;
 
 use crate::{Engine, RunError};
@@ -114,8 +116,8 @@ impl Engine {
         let attns = self.model().spec.layers.iter().filter_map(|l| l.attn.as_ref());
         attns
             .map(|a| {
-                (2 * a.kv_heads * a.head_dim * self.kv_format().bytes() * (at + 1).min(a.window.unwrap_or(usize::MAX)))
-                    as u64
+                let layout = KvLayout { kv_heads: a.kv_heads, head_dim: a.head_dim, page_tokens: STEP_TOKENS };
+                (layout.token_bytes(self.kv_format()) * (at + 1).min(a.window.unwrap_or(usize::MAX))) as u64
             })
             .sum()
     }

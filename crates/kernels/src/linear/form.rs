@@ -7,7 +7,7 @@ use lacuna_format::{Float, GgufType, Pattern, Piece, Stored, Values};
 
 use super::prepare::{padded, quantized, tiled};
 use super::{Activations, Packing};
-use crate::op::dot::Dots;
+use crate::op::dot::{Dots, Rows};
 use crate::op::gather::{self, Gathered};
 use crate::op::matmul::{self, Batch, Gemv, Out};
 use crate::panel::float::{Bf16, Dense, F16, F32, Masked};
@@ -16,7 +16,7 @@ use crate::panel::halved::Halved;
 use crate::panel::ints::{Bytes, Ints};
 use crate::panel::{BLOCK, Codec, Panels, ROWS, View, float, gathered, halved, ints, source};
 use crate::simd::dispatch;
-use crate::{parallel, scratch};
+use crate::{Isa, parallel, scratch};
 
 /// A piece ready to multiply.
 #[derive(Clone)]
@@ -283,6 +283,91 @@ impl Form {
     }
 }
 
+/// What several forms must agree on to share rows made ready once.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) enum Plan {
+    /// Rows as bytes, for matrices with this zero and so many blocks.
+    Bytes { zero: u8, blocks: usize },
+    /// One row as it is.
+    Row { blocks: usize },
+}
+
+/// Rows made ready by a [`Plan`].
+#[derive(Clone, Copy)]
+enum Given {
+    Bytes(Rows),
+    Row(*const f32),
+}
+
+// SAFETY: only read.
+unsafe impl Sync for Given {}
+
+impl Form {
+    /// How it could share `rows` rows with others, if at all.
+    pub(super) fn plan(&self, packing: &Packing, rows: usize) -> Option<Plan> {
+        let row = |panels: &Panels| (rows == 1).then_some(Plan::Row { blocks: panels.blocks });
+        with_panels!(
+            &self.body, panels, codec =>
+            { let _ = codec; row(panels) },
+            if packing.activations == Activations::Int8 && codec.grid().table.is_none() {
+                Some(Plan::Bytes { zero: codec.grid().zero, blocks: panels.blocks })
+            } else {
+                row(panels)
+            },
+            _layout => { let _ = (panels, codec); None }, { let _ = (panels, codec); None },
+            _stored => None
+        )
+    }
+
+    /// Panels of the matrix; none where it has none of its own.
+    fn count(&self) -> usize {
+        with_panels!(&self.body, panels, _codec => panels.view().count(), panels.view().count(),
+            _layout => panels.view().count(), panels.view().count(), _stored => 0)
+    }
+
+    /// Panels `from..to` times rows that a plan of this form made ready.
+    fn some(&self, isa: Isa, (from, to): (usize, usize), given: Given, out: Out) {
+        with_panels!(
+            &self.body, panels, codec =>
+            if let Given::Row(x) = given {
+                dispatch(isa, Gemv { panels: panels.view(), codec, from, to, x, out });
+            },
+            match given {
+                Given::Bytes(x) => dispatch(isa, Dots { panels: panels.view(), codec, from, to, x, out }),
+                Given::Row(x) => dispatch(isa, Gemv { panels: panels.view(), codec, from, to, x, out }),
+            },
+            _layout => { let _ = (panels, codec); }, { let _ = (panels, codec); }, _stored => {}
+        );
+    }
+}
+
+/// Several forms of one plan times the same rows.
+pub(super) fn together<const N: usize>(packing: &Packing, plan: Plan, parts: [(&Form, Out); N], x: MatRef<'_>) {
+    let counts = parts.map(|(form, _)| form.count());
+    let share = |blocks: usize, given: Given| {
+        let (unit, cost) = match given {
+            Given::Bytes(_) => (1, ROWS * blocks * BLOCK * x.rows() / 2),
+            Given::Row(_) => (8, ROWS * blocks * BLOCK),
+        };
+        parallel::ranges(counts.iter().sum(), unit, usize::MAX, cost, |from, to| {
+            let mut first = 0;
+            for ((form, out), count) in parts.iter().zip(counts) {
+                let (from, to) = (from.clamp(first, first + count) - first, to.clamp(first, first + count) - first);
+                if from < to {
+                    form.some(packing.isa, (from, to), given, *out);
+                }
+                first += count;
+            }
+        });
+    };
+    match plan {
+        Plan::Bytes { zero, blocks } => {
+            quantized(packing.isa, x, blocks, zero, |rows| share(blocks, Given::Bytes(rows)));
+        }
+        Plan::Row { blocks } => padded(x.row(0), blocks, |row| share(blocks, Given::Row(row))),
+    }
+}
+
 /// Panels a task should be a multiple of, so that several run side by side in it.
 fn unit(count: usize) -> usize {
     match count {
@@ -313,7 +398,7 @@ fn exact<C: Codec>(packing: &Packing, view: View, codec: &C, x: MatRef<'_>, out:
 }
 
 fn bytes<C: Bytes>(packing: &Packing, view: View, codec: &C, x: MatRef<'_>, out: Out) {
-    quantized(packing.isa, x, view, codec.grid().zero, |rows| {
+    quantized(packing.isa, x, view.blocks, codec.grid().zero, |rows| {
         let cost = ROWS * view.blocks * BLOCK * x.rows() / 2;
         parallel::ranges(view.count(), 1, usize::MAX, cost, |from, to| {
             dispatch(packing.isa, Dots { panels: view, codec, from, to, x: rows, out });

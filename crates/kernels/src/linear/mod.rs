@@ -126,6 +126,33 @@ impl Linear {
         self.run(x, out, false);
     }
 
+    /// As [`Linear::forward`] for several matrices and the same rows: their rows are made ready once, and the work is shared out as one.
+    #[track_caller]
+    pub fn forward_all<const N: usize>(all: [&Linear; N], x: MatRef<'_>, out: &mut [MatMut<'_>; N]) {
+        for (l, out) in all.iter().zip(out.iter()) {
+            assert_eq!(x.cols(), l.cols, "x has {} columns, the matrix {}", x.cols(), l.cols);
+            assert_eq!((out.rows(), out.cols()), (x.rows(), l.rows), "the result has another shape");
+        }
+        let single = |l: &Linear| match &l.terms[..] {
+            [Ready::Piece(form)] if l.rows > 0 => form.plan(&l.packing, x.rows()),
+            _ => None,
+        };
+        let plan = single(all[0]);
+        let same = |l: &&Linear| l.packing == all[0].packing && single(l) == plan;
+        let (Some(plan), true) = (plan, N > 1 && x.rows() > 0 && all.iter().all(same)) else {
+            for (l, out) in all.iter().zip(out) {
+                l.run(x, out.reborrow(), false);
+            }
+            return;
+        };
+        let parts: [(&Form, Out); N] = std::array::from_fn(|i| {
+            let out = Out { stride: out[i].stride(), data: out[i].raw_mut().as_mut_ptr(), add: false };
+            let [Ready::Piece(form)] = &all[i].terms[..] else { unreachable!("a plan is for one piece") };
+            (form, out)
+        });
+        form::together(&all[0].packing, plan, parts, x);
+    }
+
     #[track_caller]
     fn run(&self, x: MatRef<'_>, mut out: MatMut<'_>, mut add: bool) {
         assert_eq!(x.cols(), self.cols, "x has {} columns, the matrix {}", x.cols(), self.cols);

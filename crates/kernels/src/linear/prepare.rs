@@ -6,7 +6,7 @@ use crate::op::dot::{Rows, SPARE};
 use crate::op::matmul::tiles;
 use crate::op::quantize::Quantize;
 use crate::panel::ints::META;
-use crate::panel::{BLOCK, View};
+use crate::panel::BLOCK;
 use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
 
@@ -77,8 +77,7 @@ unsafe impl Sync for Room {}
 unsafe impl Send for Room {}
 
 /// Lends the rows of x as signed bytes, for a matrix with this `zero`.
-pub(super) fn quantized(isa: Isa, x: MatRef<'_>, view: View, zero: u8, f: impl FnOnce(Rows)) {
-    let blocks = view.blocks;
+pub(super) fn quantized(isa: Isa, x: MatRef<'_>, blocks: usize, zero: u8, f: impl FnOnce(Rows)) {
     // Codes first, a quarter of an f32 each, then what belongs to their blocks.
     let (codes, meta) = (blocks * BLOCK / 4, blocks * META);
     let rows = x.rows() + SPARE;

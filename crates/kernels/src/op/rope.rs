@@ -1,12 +1,18 @@
 //! Rotary positions.
 
+use std::sync::{Arc, Mutex};
+
 use lacuna_base::MatMut;
 use lacuna_spec::{Rope, RopeScaling, RopeStyle};
 
-/// The frequencies of a [`Rope`], worked out once.
+use crate::simd::{Op, Simd, dispatch};
+use crate::{Isa, parallel};
+
+/// The frequencies of a [`Rope`], worked out once. Clones share the angles of the rows that they were last asked for: the blocks of a model
+/// ask for the same ones in turn.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
-    style: RopeStyle,
+    last: Arc<Mutex<Last>>,
     dims: usize,
     /// Angle per position of each channel pair, `[dims / 2]`.
     short: Vec<f32>,
@@ -73,7 +79,8 @@ impl RopeTable {
             }
             RopeScaling::Factors { factors } => divided(factors),
         };
-        RopeTable { style: rope.style, dims: rope.dims, short, long, attention_factor }
+        let last = Last { at: Vec::new(), rows: RopeRows { style: rope.style, half: pairs, cos: Vec::new(), sin: Vec::new() } };
+        RopeTable { last: Arc::new(Mutex::new(last)), dims: rope.dims, short, long, attention_factor }
     }
 
     /// cos and sin of every pair at `position` of a sequence that will be `extent` tokens long, `[dims / 2]` each.
@@ -92,16 +99,43 @@ impl RopeTable {
         }
     }
 
-    /// cos and sin for many rows: `[rows, dims / 2]` each, from (position, extent) of every row.
-    pub fn rows(&self, at: impl ExactSizeIterator<Item = (usize, usize)>) -> RopeRows {
+    /// Calls `f` with the cos and sin of many rows, from (position, extent) of every row.
+    pub fn with<T>(&self, at: impl ExactSizeIterator<Item = (usize, usize)> + Clone, f: impl FnOnce(&RopeRows) -> T) -> T {
+        let mut last = self.last.lock().unwrap_or_else(|e| e.into_inner());
         let half = self.dims / 2;
-        let (mut cos, mut sin) = (vec![0.0; at.len() * half], vec![0.0; at.len() * half]);
-        for ((p, e), (c, s)) in at.zip(cos.chunks_mut(half).zip(sin.chunks_mut(half))) {
-            self.angles(p, e, c, s);
+        if !last.at.iter().copied().eq(at.clone()) {
+            let Last { at: known, rows } = &mut *last;
+            known.clear();
+            known.extend(at);
+            rows.cos.resize(known.len() * half, 0.0);
+            rows.sin.resize(known.len() * half, 0.0);
+            let (cos, sin) = (Shared(rows.cos.as_mut_ptr()), Shared(rows.sin.as_mut_ptr()));
+            parallel::ranges(known.len(), 1, usize::MAX, 64 * half, |from, to| {
+                let (cos, sin) = (&cos, &sin);
+                for (r, &(p, e)) in known.iter().enumerate().take(to).skip(from) {
+                    // SAFETY: rows do not overlap, and both have room for all of them.
+                    let of = |x: &Shared| unsafe { std::slice::from_raw_parts_mut(x.0.add(r * half), half) };
+                    self.angles(p, e, of(cos), of(sin));
+                }
+            });
         }
-        RopeRows { style: self.style, half, cos, sin }
+        f(&last.rows)
     }
 }
+
+/// The angles that were last asked for.
+#[derive(Debug)]
+struct Last {
+    /// Position and extent of every row.
+    at: Vec<(usize, usize)>,
+    rows: RopeRows,
+}
+
+struct Shared(*mut f32);
+// SAFETY: used for disjoint rows only.
+unsafe impl Sync for Shared {}
+// SAFETY: see above.
+unsafe impl Send for Shared {}
 
 /// cos and sin of the rows of one call.
 #[derive(Clone, Debug)]
@@ -119,22 +153,61 @@ impl RopeRows {
         let h = self.half;
         assert!(head_dim >= 2 * h && x.cols().is_multiple_of(head_dim), "{} columns in heads of {head_dim}", x.cols());
         assert!(x.rows() * h <= self.cos.len(), "angles for {} rows, got {}", self.cos.len() / h.max(1), x.rows());
-        for r in 0..x.rows() {
-            let (cos, sin) = (&self.cos[r * h..(r + 1) * h], &self.sin[r * h..(r + 1) * h]);
-            for head in x.row_mut(r).chunks_exact_mut(head_dim) {
-                match self.style {
-                    RopeStyle::Half => {
-                        let (a, b) = head[..2 * h].split_at_mut(h);
-                        for (((a, b), c), s) in a.iter_mut().zip(b).zip(cos).zip(sin) {
-                            (*a, *b) = (*a * c - *b * s, *b * c + *a * s);
-                        }
-                    }
-                    RopeStyle::Interleaved => {
-                        for ((p, c), s) in head[..2 * h].chunks_exact_mut(2).zip(cos).zip(sin) {
-                            (p[0], p[1]) = (p[0] * c - p[1] * s, p[1] * c + p[0] * s);
+        let (isa, rows, cols, stride) = (Isa::best(), x.rows(), x.cols(), x.stride());
+        let base = Shared(x.raw_mut().as_mut_ptr());
+        parallel::ranges(rows, 1, usize::MAX, 2 * cols, |from, to| {
+            let base = &base;
+            for r in from..to {
+                for at in (0..cols).step_by(head_dim) {
+                    // SAFETY: tasks take disjoint rows of a matrix that this call borrows mutably; a head has two halves.
+                    let head = unsafe { base.0.add(r * stride + at) };
+                    let (cos, sin) = (self.cos[r * h..].as_ptr(), self.sin[r * h..].as_ptr());
+                    match self.style {
+                        RopeStyle::Half => dispatch(isa, Turn { head, cos, sin, half: h }),
+                        RopeStyle::Interleaved => {
+                            // SAFETY: as above.
+                            let head = unsafe { std::slice::from_raw_parts_mut(head, 2 * h) };
+                            let (cos, sin) = (&self.cos[r * h..][..h], &self.sin[r * h..][..h]);
+                            for ((p, c), s) in head.chunks_exact_mut(2).zip(cos).zip(sin) {
+                                (p[0], p[1]) = (p[0] * c - p[1] * s, p[1] * c + p[0] * s);
+                            }
                         }
                     }
                 }
+            }
+        });
+    }
+}
+
+/// Turns the pairs `(i, i + half)` of one head.
+struct Turn {
+    head: *mut f32,
+    cos: *const f32,
+    sin: *const f32,
+    half: usize,
+}
+
+impl Op for Turn {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let whole = self.half / S::LANES * S::LANES;
+        let mut i = 0;
+        // SAFETY: the maker has a head of two halves, and as many cos and sin as pairs.
+        unsafe {
+            while i < whole {
+                let (a, b) = (s.load(self.head.add(i)), s.load(self.head.add(self.half + i)));
+                let (cos, sin) = (s.load(self.cos.add(i)), s.load(self.sin.add(i)));
+                s.store(self.head.add(i), s.sub(s.mul(a, cos), s.mul(b, sin)));
+                s.store(self.head.add(self.half + i), s.add(s.mul(b, cos), s.mul(a, sin)));
+                i += S::LANES;
+            }
+            while i < self.half {
+                let (a, b) = (*self.head.add(i), *self.head.add(self.half + i));
+                let (cos, sin) = (*self.cos.add(i), *self.sin.add(i));
+                *self.head.add(i) = a * cos - b * sin;
+                *self.head.add(self.half + i) = b * cos + a * sin;
+                i += 1;
             }
         }
     }
@@ -156,11 +229,11 @@ mod tests {
         let inter = RopeTable::new(&rope(RopeStyle::Interleaved, RopeScaling::Default));
         let at = || [0usize, 1, 7, 100, 5000].into_iter().map(|p| (p, 0));
         let mut a = x.clone();
-        half.rows(at()).apply(12, a.view_mut());
+        half.with(at(), |rows| rows.apply(12, a.view_mut()));
         // The same vector with its channels reordered: pair (i, i + 4) becomes (2i, 2i + 1).
         let order = |c: usize| (c / 12) * 12 + if c % 12 < 8 { (c % 12 % 2) * 4 + c % 12 / 2 } else { c % 12 };
         let mut b = lacuna_base::Mat::from_fn(5, 24, |r, c| x[(r, order(c))]);
-        inter.rows(at()).apply(12, b.view_mut());
+        inter.with(at(), |rows| rows.apply(12, b.view_mut()));
         for r in 0..5 {
             for c in 0..24 {
                 assert_eq!(b[(r, c)], a[(r, order(c))]);

@@ -59,6 +59,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` is readable for `2 * LANES` bytes.
     unsafe fn load_bf16(self, p: *const u8) -> Self::V;
+    /// `LANES` signed bytes.
+    /// # Safety
+    /// `p` is readable for `LANES` bytes.
+    unsafe fn load_i8(self, p: *const i8) -> Self::V;
     /// `a * b + c`, rounded once on every processor, however slowly.
     fn fused(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The largest lane; none is NaN.
@@ -242,6 +246,9 @@ mod tests {
         // SAFETY: 16 values.
         unsafe { s.store_i8(out.as_mut_ptr(), s.load(v.as_ptr())) };
         assert!(out[..S::LANES].iter().zip(&v).all(|(&o, &v)| f32::from(o) == v));
+        // SAFETY: 16 values.
+        unsafe { s.store(got.as_mut_ptr(), s.load_i8(out.as_ptr())) };
+        assert_eq!(got[..S::LANES], v[..S::LANES]);
         // SAFETY: 16 values.
         assert_eq!(s.top(unsafe { s.load(v.as_ptr()) }), 127.0);
     }

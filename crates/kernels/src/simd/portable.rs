@@ -123,6 +123,12 @@ impl Simd for Portable {
         fill(|i| bf16::from_le_bytes([b[2 * i], b[2 * i + 1]]).to_f32())
     }
     #[inline(always)]
+    unsafe fn load_i8(self, p: *const i8) -> V {
+        // SAFETY: the caller promises LANES bytes.
+        let b = unsafe { bytes::<8>(p.cast()) };
+        fill(|i| f32::from(b[i] as i8))
+    }
+    #[inline(always)]
     fn fused(self, a: V, b: V, c: V) -> V {
         fill(|i| a[i].mul_add(b[i], c[i]))
     }
