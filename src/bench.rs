@@ -1,40 +1,60 @@
-//! `bench`: speeds, beside what this machine's memory allows.
+//! `bench`: speeds, beside what this machine's memory and arithmetic allow.
 
 use std::process::ExitCode;
 
+use anyhow::Context;
 use lacuna_base::units::show_bytes;
-use lacuna_run::BenchOptions;
+use lacuna_compress::{Recipe, Shaped};
+use lacuna_run::{BenchOptions, Engine, Spent};
 use serde_json::json;
 
 use crate::cli::{self, Global};
-use crate::common;
+use crate::{common, recipes, shapes};
+
+/// Bytes streamed to measure bandwidth: far beyond any cache.
+const STREAM_BYTES: usize = 512 << 20;
 
 /// Runs the verb.
 pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
-    let m = common::open(g, &a.model)?;
-    let engine = m.engine(&a.running)?;
-    let options =
-        BenchOptions { prompt_tokens: a.prompt, gen_tokens: a.generate, depth: a.depth, reps: a.reps, seed: 0 };
+    let (name, engine) = engine(g, a)?;
+    let options = BenchOptions {
+        prompt_tokens: a.prompt,
+        gen_tokens: a.generate,
+        depth: a.depth,
+        reps: a.reps,
+        seed: 0,
+        profile: a.profile,
+    };
     let bar = common::bar(a.reps as u64 + 1, "timing");
     let b = engine.bench(&options, &mut |done, all| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
-    let ceiling = lacuna_judge::bandwidth(512 << 20);
-    let fraction = b.decode_tok_s.map(|t| t * b.token_bytes as f64 / ceiling);
-    let threads = rayon::current_num_threads();
+    let bandwidth = lacuna_kernels::ceiling::bandwidth(STREAM_BYTES);
+    let (floats, bytes) = lacuna_kernels::ceiling::arithmetic();
+    let of_memory = b.decode_tok_s.map(|t| t * b.token_bytes as f64 / bandwidth);
+    let [on_floats, on_bytes] = engine.model().work().map(|w| w as f64);
+    let of_arithmetic = b.prefill_tok_s.map(|t| t * (on_floats / floats + on_bytes / bytes));
+    let threads = lacuna_kernels::threads();
     let out = json!({
-        "model": a.model, "prefill_tok_s": b.prefill_tok_s, "decode_tok_s": b.decode_tok_s, "prefill_runs": b.prefill_all_tok_s,
+        "model": name, "prefill_tok_s": b.prefill_tok_s, "decode_tok_s": b.decode_tok_s, "prefill_runs": b.prefill_all_tok_s,
         "decode_runs": b.decode_all_tok_s, "weights_bytes": b.weights_bytes, "kv_bytes": b.kv_bytes, "token_bytes": b.token_bytes,
-        "read_bytes_per_second": ceiling, "roofline_fraction": fraction, "threads": threads, "prompt": a.prompt, "gen": a.generate,
-        "depth": a.depth, "activations": a.running.activations.name(), "kv": format!("{:?}", a.running.kv).to_lowercase(), "peak_rss_bytes": lacuna_compress::memory::peak(),
+        "read_bytes_per_second": bandwidth, "roofline_fraction": of_memory, "f32_multiply_adds_per_second": floats,
+        "int8_multiply_adds_per_second": bytes, "arithmetic_fraction": of_arithmetic, "threads": threads, "prompt": a.prompt,
+        "gen": a.generate, "depth": a.depth, "activations": a.running.activations.name(),
+        "kv": format!("{:?}", a.running.kv).to_lowercase(), "peak_rss_bytes": lacuna_compress::memory::peak(),
+        "prefill_profile": b.prefill_profile, "decode_profile": b.decode_profile,
     });
     common::print(g, &out, || {
-        if let Some(p) = b.prefill_tok_s {
-            println!("prefill  {p:>8.1} tok/s  ({} tokens)", a.prompt);
+        if let (Some(p), Some(f)) = (b.prefill_tok_s, of_arithmetic) {
+            println!(
+                "prefill  {p:>8.1} tok/s  ({} tokens): {:.0}% of the multiply-adds that {threads} threads can do out of registers",
+                a.prompt,
+                100.0 * f
+            );
         }
-        if let (Some(d), Some(f)) = (b.decode_tok_s, fraction) {
+        if let (Some(d), Some(f)) = (b.decode_tok_s, of_memory) {
             println!("decode   {d:>8.1} tok/s  ({} tokens at depth {})", a.generate, a.depth);
             println!(
                 "bytes    {:>8} a token ({} weights, {} cache): {:.0}% of the {:.1} GB/s that memory gives {threads} threads",
@@ -42,9 +62,37 @@ pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
                 show_bytes(b.weights_bytes),
                 show_bytes(b.kv_bytes),
                 100.0 * f,
-                ceiling / 1e9
+                bandwidth / 1e9
             );
         }
+        table("prefill", &b.prefill_profile);
+        table("decode", &b.decode_profile);
     });
     Ok(ExitCode::SUCCESS)
+}
+
+/// The model of the command line, ready to run.
+fn engine(g: &Global, a: &cli::Bench) -> anyhow::Result<(String, Engine)> {
+    if let Some(shape) = &a.shape {
+        let registry = lacuna_methods::registry();
+        let text = a.recipe.as_deref().map_or_else(|| Ok("version = 1".to_owned()), recipes::text)?;
+        let recipe = Recipe::parse(&text, &registry, &a.set).map_err(|e| common::Usage(format!("the recipe: {e}")))?;
+        let weights = Shaped::new(shapes::spec(shape)?, &recipe)?;
+        let name = a.recipe.as_ref().map_or_else(|| shape.clone(), |r| format!("{shape}, {r}"));
+        return Ok((name, common::engine(&weights, &a.running)?));
+    }
+    let name = a.model.as_deref().context("a model or --shape")?;
+    Ok((name.to_owned(), common::open(g, name)?.engine(&a.running)?))
+}
+
+/// Where the time of a run went.
+fn table(of: &str, spent: &[Spent]) {
+    let whole: f64 = spent.iter().map(|s| s.seconds).sum();
+    if spent.is_empty() {
+        return;
+    }
+    println!("\n{of:<26} {:>8} {:>10} {:>7}", "calls", "ms", "share");
+    for s in spent {
+        println!("  {:<24} {:>8} {:>10.2} {:>6.1}%", s.name, s.calls, 1e3 * s.seconds, 100.0 * s.seconds / whole);
+    }
 }

@@ -344,8 +344,22 @@ pub struct Chat {
 /// `bench`
 #[derive(Debug, Args)]
 pub struct Bench {
-    /// The model.
-    pub model: String,
+    /// The model; left out where --shape names one.
+    #[arg(required_unless_present = "shape")]
+    pub model: Option<String>,
+    /// Random weights in a published model's shape instead of a file: llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, qwen3-0.6b,
+    /// smollm2-135m, smollm2-360m.
+    #[arg(long, value_name = "NAME", conflicts_with = "model")]
+    pub shape: Option<String>,
+    /// With --shape: the recipe whose forms the matrices have; without one, f16.
+    #[arg(long, short, value_name = "FILE or NAME", requires = "shape")]
+    pub recipe: Option<String>,
+    /// With --recipe: overrides, as for compress.
+    #[arg(long = "set", value_name = "STEP.KEY=VALUE", requires = "recipe")]
+    pub set: Vec<String>,
+    /// Time every operation, and print where the time goes.
+    #[arg(long)]
+    pub profile: bool,
     /// Prompt tokens for the prefill timing.
     #[arg(long, default_value_t = 512)]
     pub prompt: usize,

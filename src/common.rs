@@ -7,6 +7,7 @@ use std::time::Duration;
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lacuna_checkpoint::{ChatTemplate, Checkpoint, Tokenizer};
+use lacuna_format::Weights;
 use lacuna_model::{Decoder, LoadOptions};
 use lacuna_pull::ModelRef;
 use lacuna_run::Engine;
@@ -105,21 +106,24 @@ impl Model {
 
     /// The engine that runs it. What it rounds to be fast is said.
     pub fn engine(&self, running: &crate::cli::Running) -> Result<Engine> {
-        let bar = bar(0, "loading");
-        let progress = |done: usize, all: usize| {
-            bar.set_length(all as u64);
-            bar.set_position(done as u64);
-        };
-        let decoder = Decoder::load(
-            &self.checkpoint,
-            &LoadOptions { progress: Some(&progress), activations: running.activations.into() },
-        )?;
-        bar.finish_and_clear();
-        if running.activations == crate::cli::Activations::Int8 {
-            say("running with 8-bit activations where weights are integers; --activations exact keeps 32 bits");
-        }
-        Ok(Engine::new(decoder).with_kv(running.kv.into()))
+        engine(&self.checkpoint, running)
     }
+}
+
+/// An engine over weights, wherever they come from. What it rounds to be fast is said.
+pub fn engine(weights: &dyn Weights, running: &crate::cli::Running) -> Result<Engine> {
+    let bar = bar(0, "loading");
+    let progress = |done: usize, all: usize| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    };
+    let options = LoadOptions { progress: Some(&progress), activations: running.activations.into() };
+    let decoder = Decoder::load(weights, &options)?;
+    bar.finish_and_clear();
+    if running.activations == crate::cli::Activations::Int8 {
+        say("running with 8-bit activations where weights are integers; --activations exact keeps 32 bits");
+    }
+    Ok(Engine::new(decoder).with_kv(running.kv.into()))
 }
 
 /// Pulls if need be, and opens. What makes the model differ from its source is said.

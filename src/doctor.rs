@@ -16,7 +16,8 @@ const STREAM_BYTES: usize = 512 << 20;
 pub fn run(g: &Global) -> anyhow::Result<ExitCode> {
     let features = table::features();
     let threads = rayon::current_num_threads();
-    let bandwidth = lacuna_judge::bandwidth(STREAM_BYTES);
+    let bandwidth = lacuna_kernels::ceiling::bandwidth(STREAM_BYTES);
+    let (floats, bytes) = lacuna_kernels::ceiling::arithmetic();
     let mut ops: BTreeMap<&str, Vec<&str>> = BTreeMap::new();
     for r in table::chosen() {
         let codecs = ops.entry(r.op).or_default();
@@ -27,7 +28,7 @@ pub fn run(g: &Global) -> anyhow::Result<ExitCode> {
     let has: BTreeMap<_, _> = features.iter().copied().collect();
     let out = json!({
         "os": std::env::consts::OS, "arch": std::env::consts::ARCH, "isa": Isa::best().name(), "features": has,
-        "threads": threads, "read_bytes_per_second": bandwidth, "kernels": ops, "gpu": null,
+        "threads": threads, "read_bytes_per_second": bandwidth, "f32_multiply_adds_per_second": floats, "int8_multiply_adds_per_second": bytes, "kernels": ops, "gpu": null,
     });
     common::print(g, &out, || {
         println!("processor    {} {}", std::env::consts::OS, std::env::consts::ARCH);
@@ -44,9 +45,14 @@ pub fn run(g: &Global) -> anyhow::Result<ExitCode> {
         }
         println!("threads      {threads}");
         println!(
-            "memory       {:.1} GB/s read by all threads (best of 5 streams over {} MB)",
+            "memory       {:.1} GB/s read by all threads (best of 7 streams over {} MB)",
             bandwidth / 1e9,
             STREAM_BYTES >> 20
+        );
+        println!(
+            "arithmetic   {:.0} G multiply-adds/s on f32, {:.0} on 8-bit codes, by all threads out of registers",
+            floats / 1e9,
+            bytes / 1e9
         );
         println!("gpu          not used by this version");
     });

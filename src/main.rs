@@ -14,6 +14,7 @@ mod pull;
 mod quickstart;
 mod recipes;
 mod report;
+mod shapes;
 
 use std::process::ExitCode;
 

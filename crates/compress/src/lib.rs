@@ -18,5 +18,5 @@ mod stats;
 
 pub use account::{CompressError, Options, Outcomes, Progress, Quiet, TensorReport};
 pub use drive::compress;
-pub use predict::{Form, forms};
+pub use predict::{Form, Shaped, forms};
 pub use recipe::{Calibration, PruneKeys, QuantizeKeys, Recipe, RecipeError, Rest, Step};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use lacuna_base::{Mat, Rng};
 use lacuna_contract::{Grid, Made, Scope, Stats, Verb};
-use lacuna_format::{Float, PatternKind, Stored, Weights, pack_float};
+use lacuna_format::{Float, PatternKind, Stored, Weights, WeightsError, pack_float};
 use lacuna_spec::{Part, Place, Role, Spec};
 
 use crate::CompressError;
@@ -45,19 +45,9 @@ pub fn forms(source: &dyn Weights, recipe: &Recipe) -> Result<Vec<Form>, Compres
             continue;
         };
         let steps: Vec<&Step> = recipe.steps.iter().filter(|s| !s.is_model_wide() && s.aims_at(&place)).collect();
-        let asked = |s: &&Step| {
-            format!(
-                "{} {:?} {:?} {:?} {:?}",
-                s.name,
-                s.prune(&place),
-                s.quantize(&place),
-                s.keep(&place),
-                s.fraction(&place)
-            )
-        };
         let kept = steps.is_empty() && recipe.rest == Rest::Source;
         let stored = if kept { source.get(&place)? } else { None };
-        let form = stored.as_ref().map_or_else(|| steps.iter().map(asked).collect(), |s| s.codec_name());
+        let form = stored.as_ref().map_or_else(|| steps.iter().map(|s| asked(s, &place)).collect(), |s| s.codec_name());
         let key = format!("{rows} {cols} {kept} {form}");
         let at = match known.get(&key) {
             Some(&at) => at,
@@ -92,15 +82,75 @@ fn uses(spec: &Spec, place: &Place) -> Option<f64> {
     }
 }
 
+/// Random weights in a network's shape, every matrix in the form that a recipe gives it: for clocks, which see bytes and not values.
+pub struct Shaped {
+    spec: Spec,
+    tensors: HashMap<Place, Arc<Stored>>,
+}
+
+impl Shaped {
+    /// Weights for `spec`; f16 where no step of the recipe aims. Matrices of one form share their values. An error where a method refuses its
+    /// own grid.
+    pub fn new(spec: Spec, recipe: &Recipe) -> Result<Shaped, CompressError> {
+        let mut known: HashMap<String, Arc<Stored>> = HashMap::new();
+        let mut tensors = HashMap::new();
+        for place in spec.places() {
+            let Some((rows, cols)) = spec.shape(&place) else { continue };
+            if place.part != Part::Weight || !(place.role.is_linear() || place.role == Role::Embed) {
+                let ones = Mat::from_fn(rows, cols, |_, _| if place.part == Part::Weight { 1.0 } else { 0.0 });
+                let made = pack_float(ones.view(), None, PatternKind::Dense, Float::F32);
+                let made = made.map_err(|e| unpacked(&place, e.what))?;
+                tensors.insert(place, Arc::new(Stored::from_piece(made)));
+                continue;
+            }
+            let steps: Vec<&Step> = recipe.steps.iter().filter(|s| !s.is_model_wide() && s.aims_at(&place)).collect();
+            let key = format!("{rows} {cols} {}", steps.iter().map(|s| asked(s, &place)).collect::<String>());
+            let stored = match known.get(&key) {
+                Some(stored) => stored.clone(),
+                None => {
+                    let made = sampled(&place, &steps, rows, cols)?;
+                    known.insert(key, made.clone());
+                    made
+                }
+            };
+            tensors.insert(place, stored);
+        }
+        Ok(Shaped { spec, tensors })
+    }
+}
+
+impl Weights for Shaped {
+    fn spec(&self) -> &Spec {
+        &self.spec
+    }
+
+    fn get(&self, place: &Place) -> Result<Option<Arc<Stored>>, WeightsError> {
+        Ok(self.tensors.get(place).cloned())
+    }
+}
+
+/// What a step asks of a place, as text that tells forms apart.
+fn asked(s: &Step, place: &Place) -> String {
+    format!("{} {:?} {:?} {:?} {:?}", s.name, s.prune(place), s.quantize(place), s.keep(place), s.fraction(place))
+}
+
+fn unpacked(place: &Place, what: String) -> CompressError {
+    CompressError::Method { place: place.to_string(), step: "pack".into(), what }
+}
+
 /// Random values in the form that `steps` give, and how many times more rows the matrix has.
 fn sample(place: &Place, steps: &[&Step], rows: usize, cols: usize) -> Result<(Arc<Stored>, f64), CompressError> {
-    let mut rng = Rng::new(0);
     let few = rows.min((SAMPLE / cols.max(1)).next_multiple_of(64));
+    Ok((sampled(place, steps, few, cols)?, rows as f64 / few.max(1) as f64))
+}
+
+/// The same, `few` rows of it and no more.
+fn sampled(place: &Place, steps: &[&Step], few: usize, cols: usize) -> Result<Arc<Stored>, CompressError> {
+    let mut rng = Rng::new(0);
     let mut random = |r, c| Mat::from_fn(r, c, |_, _| rng.normal());
     let fail = |step: &Step, what: String| at_step(step, place, lacuna_contract::MethodError::new(what));
-    let unpacked = |what: String| CompressError::Method { place: place.to_string(), step: "pack".into(), what };
     let plain = pack_float(random(few, cols).view(), None, PatternKind::Dense, Float::F16);
-    let mut m = Matrix::new(Arc::new(Stored::from_piece(plain.map_err(|e| unpacked(e.what))?)));
+    let mut m = Matrix::new(Arc::new(Stored::from_piece(plain.map_err(|e| unpacked(place, e.what))?)));
     for &step in steps {
         let done = match step.verb {
             Verb::Prune => step.prune(place).map(|k| {
@@ -124,8 +174,7 @@ fn sample(place: &Place, steps: &[&Step], rows: usize, cols: usize) -> Result<(A
         };
         done.unwrap_or(Ok(())).map_err(|what| fail(step, what))?;
     }
-    let stored = m.finish().map_err(unpacked)?;
-    Ok((stored, rows as f64 / few.max(1) as f64))
+    m.finish().map_err(|what| unpacked(place, what))
 }
 
 /// Scores drawn by lot.

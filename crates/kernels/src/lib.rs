@@ -2,6 +2,7 @@
 //!
 //! - [`Linear`]: a stored matrix ready to multiply, whatever its patterns and codecs.
 //! - [`Attention`] over [`KvPage`]s, [`RopeTable`], [`norm`], [`gated_activation`], [`softmax`] and the small operations between.
+//! - [`ceiling`]: what this machine's memory and arithmetic allow.
 //! - [`table`]: which kernels are compiled in and which this machine uses; [`Isa`]: the instruction sets.
 //!
 //! The law of this room: a row's result depends on the row, the matrix and the instruction set alone. Not on the number of rows in a call,
@@ -9,6 +10,7 @@
 //!
 //! NaN and infinity pass through like any value: they reach the results that they take part in, and panic nowhere.
 
+pub mod ceiling;
 pub mod cpu;
 mod kv;
 mod linear;

@@ -142,6 +142,26 @@ impl Block {
         attention + ffn
     }
 
+    /// Multiply-adds of one token's products, were every matrix dense: on f32, and on 8-bit activations. Of experts, those that a token uses.
+    pub fn work(&self) -> [u64; 2] {
+        let mut all = [0; 2];
+        let mut add = |p: &Projection, num: u64, den: u64| {
+            all.iter_mut().zip(p.work()).for_each(|(all, w)| *all += w * num / den);
+        };
+        if let Some(a) = &self.attention {
+            [&a.q, &a.k, &a.v, &a.o].into_iter().for_each(|p| add(p, 1, 1));
+        }
+        match self.ffn.as_ref().map(|f| &f.body) {
+            Some(Body::Dense(f)) => f.all().for_each(|p| add(p, 1, 1)),
+            Some(Body::Mixture { router, choice, experts }) => {
+                add(router, 1, 1);
+                experts.iter().flat_map(Ffn::all).for_each(|p| add(p, choice.used as u64, choice.count as u64));
+            }
+            None => {}
+        }
+        all
+    }
+
     /// Runs the block: `x`, `[rows, hidden]`, is the residual stream of the batch's rows and becomes that after the block. Keys and values
     /// are written to `kv`, which must hold all earlier positions.
     pub fn forward(
@@ -310,7 +330,11 @@ impl Ffn {
         self.down.apply(inner.view())
     }
 
+    fn all(&self) -> impl Iterator<Item = &Projection> {
+        self.gate.iter().chain([&self.up, &self.down])
+    }
+
     fn bytes(&self) -> u64 {
-        self.gate.as_ref().map_or(0, Projection::bytes) + self.up.bytes() + self.down.bytes()
+        self.all().map(Projection::bytes).sum()
     }
 }

@@ -206,6 +206,11 @@ impl Decoder {
         self.head.logits(hidden)
     }
 
+    /// Multiply-adds of one token's products in the blocks, were every matrix dense: on f32, and on 8-bit activations.
+    pub fn work(&self) -> [u64; 2] {
+        self.blocks.iter().map(Block::work).fold([0; 2], |[a, b], [c, d]| [a + c, b + d])
+    }
+
     /// Bytes of weights read for one token.
     pub fn weights_bytes(&self) -> u64 {
         self.blocks.iter().map(Block::weights_bytes).sum::<u64>() + self.head.weights_bytes()

@@ -121,6 +121,10 @@ impl Projection {
         out
     }
 
+    pub(crate) fn work(&self) -> [u64; 2] {
+        self.linear.work()
+    }
+
     pub(crate) fn bytes(&self) -> u64 {
         self.linear.weights_bytes() + self.bias.as_ref().map_or(0, |b| 4 * b.cols() as u64)
     }

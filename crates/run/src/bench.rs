@@ -22,11 +22,13 @@ pub struct BenchOptions {
     pub reps: usize,
     /// Seed of the random tokens.
     pub seed: u64,
+    /// Run once more with every operation timed.
+    pub profile: bool,
 }
 
 impl Default for BenchOptions {
     fn default() -> BenchOptions {
-        BenchOptions { prompt_tokens: 512, gen_tokens: 128, depth: 0, reps: 5, seed: 0 }
+        BenchOptions { prompt_tokens: 512, gen_tokens: 128, depth: 0, reps: 5, seed: 0, profile: false }
     }
 }
 
@@ -47,6 +49,36 @@ pub struct Bench {
     pub kv_bytes: u64,
     /// Both: what a token must move through memory.
     pub token_bytes: u64,
+    /// Where the time of one reading goes, if asked.
+    pub prefill_profile: Vec<Spent>,
+    /// Where the time of the steps goes, if asked.
+    pub decode_profile: Vec<Spent>,
+}
+
+/// An operation's share of a run.
+#[derive(Clone, Debug, Serialize)]
+pub struct Spent {
+    /// The operation.
+    pub name: &'static str,
+    /// Its calls.
+    pub calls: u64,
+    /// Seconds of all of them.
+    pub seconds: f64,
+}
+
+/// What `f` spends on each operation, and on all that is none of them.
+fn profiled(f: impl FnOnce() -> Result<(), RunError>) -> Result<Vec<Spent>, RunError> {
+    lacuna_model::start_profile();
+    let start = Instant::now();
+    let done = f();
+    let whole = start.elapsed().as_secs_f64();
+    let mut all: Vec<Spent> = lacuna_model::end_profile()
+        .into_iter()
+        .map(|(name, calls, time)| Spent { name, calls, seconds: time.as_secs_f64() })
+        .collect();
+    let named: f64 = all.iter().map(|s| s.seconds).sum();
+    all.push(Spent { name: "everything else", calls: 1, seconds: (whole - named).max(0.0) });
+    done.map(|()| all)
 }
 
 impl Engine {
@@ -68,6 +100,7 @@ impl Engine {
         let (mut prefill, mut decode) = (Vec::new(), Vec::new());
 
         let mut seq = self.sequence();
+        let (mut prefill_profile, mut decode_profile) = (Vec::new(), Vec::new());
         if o.prompt_tokens > 0 {
             for rep in 0..=reps {
                 self.reuse(&mut seq, &[], longest);
@@ -79,6 +112,10 @@ impl Engine {
                     prefill.push(speed);
                 }
                 progress(rep, 2 * reps);
+            }
+            if o.profile {
+                self.reuse(&mut seq, &[], longest);
+                prefill_profile = profiled(|| self.extend(&mut seq, &text[..o.prompt_tokens]).map(drop))?;
             }
         }
         let mut kv_bytes = 0;
@@ -97,6 +134,12 @@ impl Engine {
                 }
                 progress(reps + rep, 2 * reps);
             }
+            if o.profile {
+                seq.truncate(depth);
+                let steps = &text[depth..depth + o.gen_tokens];
+                decode_profile =
+                    profiled(|| steps.iter().try_for_each(|t| self.extend(&mut seq, std::slice::from_ref(t)).map(drop)))?;
+            }
             kv_bytes = (depth..depth + o.gen_tokens).map(|at| self.kv_bytes_at(at)).sum::<u64>() / o.gen_tokens as u64;
         }
         let weights_bytes = self.model().weights_bytes();
@@ -108,6 +151,8 @@ impl Engine {
             weights_bytes,
             kv_bytes,
             token_bytes: weights_bytes + kv_bytes,
+            prefill_profile,
+            decode_profile,
         })
     }
 

@@ -9,7 +9,7 @@ mod engine;
 mod generate;
 mod sampler;
 
-pub use bench::{Bench, BenchOptions};
+pub use bench::{Bench, BenchOptions, Spent};
 pub use chat::Chat;
 pub use engine::{DEFAULT_CHUNK, Engine, RunError, Sequence};
 pub use generate::{Generated, Generation, Stats, Stop};

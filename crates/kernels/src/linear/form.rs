@@ -248,7 +248,7 @@ impl Form {
     }
 
     /// Whether it multiplies as bytes where activations are quantized.
-    fn integer(&self) -> bool {
+    pub(super) fn integer(&self) -> bool {
         with_panels!(&self.body, _panels, codec => { let _ = codec; false }, codec.grid().table.is_none(),
             _layout => { let _ = codec; false }, codec.grid().table.is_none(), _stored => false)
     }

@@ -106,6 +106,25 @@ impl Linear {
             .sum()
     }
 
+    /// Multiply-adds of one row of `x`, were every stored matrix dense: those on f32, and those on 8-bit activations.
+    pub fn work(&self) -> [u64; 2] {
+        let mut all = [0; 2];
+        for t in &self.terms {
+            match t {
+                Ready::Piece(form) => {
+                    let int8 = self.packing.activations == Activations::Int8 && form.integer();
+                    all[usize::from(int8)] += (self.rows * self.cols) as u64;
+                }
+                Ready::Product { left, right } => {
+                    for (all, (l, r)) in all.iter_mut().zip(left.work().iter().zip(right.work())) {
+                        *all += l + r;
+                    }
+                }
+            }
+        }
+        all
+    }
+
     /// How each term multiplies, for reports.
     pub fn describe(&self) -> Vec<&'static str> {
         self.terms

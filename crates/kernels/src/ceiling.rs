@@ -1,0 +1,169 @@
+//! What this machine allows at most: bytes read and multiply-adds done a second by all threads, measured.
+
+use std::hint::black_box;
+use std::time::Instant;
+
+use crate::memory::Memory;
+use crate::simd::{Op, Simd, dispatch};
+use crate::{Isa, parallel};
+
+/// Runs of which the best counts.
+const RUNS: usize = 7;
+/// Bytes of a task of the stream.
+const TASK: usize = 1 << 20;
+
+/// Bytes a second of the best of several read-only streams over `bytes`, at least a few hundred megabytes to be beyond caches, by all
+/// [`crate::threads`], in the same kind of pages as packed weights.
+pub fn bandwidth(bytes: usize) -> f64 {
+    let memory = Memory::zeroed(bytes.next_multiple_of(TASK));
+    let base = Start(memory.ptr());
+    let isa = Isa::best();
+    let mut best = 0.0f64;
+    for _ in 0..RUNS {
+        let start = Instant::now();
+        parallel::ranges(memory.len() / TASK, 1, usize::MAX, TASK, |from, to| {
+            let at = base.get().wrapping_add(from * TASK);
+            black_box(dispatch(isa, Stream { at, bytes: (to - from) * TASK }));
+        });
+        best = best.max(memory.len() as f64 / start.elapsed().as_secs_f64());
+    }
+    best
+}
+
+/// Multiply-adds a second on f32, and on 8-bit codes and activations, by all threads, out of registers.
+pub fn arithmetic() -> (f64, f64) {
+    const STEPS: usize = 1 << 16;
+    let isa = Isa::best();
+    let tasks = 8 * parallel::threads();
+    let (mut floats, mut bytes) = (0.0f64, 0.0f64);
+    for _ in 0..RUNS {
+        let timed = |per_step: usize, run: &(dyn Fn() + Sync)| {
+            let start = Instant::now();
+            parallel::ranges(tasks, 1, 1, STEPS * per_step, |from, to| (from..to).for_each(|_| run()));
+            (tasks * STEPS * per_step) as f64 / start.elapsed().as_secs_f64()
+        };
+        floats = floats.max(timed(CHAINS * isa.lanes(), &|| {
+            black_box(dispatch(isa, Floats(STEPS)));
+        }));
+        bytes = bytes.max(timed(CHAINS * isa.lanes() * 8, &|| {
+            black_box(dispatch(isa, Dots(STEPS)));
+        }));
+    }
+    (floats, bytes)
+}
+
+struct Start(*const u8);
+// SAFETY: only read.
+unsafe impl Sync for Start {}
+
+impl Start {
+    fn get(&self) -> *const u8 {
+        self.0
+    }
+}
+
+/// Sums memory as vectors.
+struct Stream {
+    at: *const u8,
+    /// A multiple of [`TASK`].
+    bytes: usize,
+}
+
+impl Op for Stream {
+    type Out = f32;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let mut acc = [s.splat(0.0); 8];
+        let mut at = self.at.cast::<f32>();
+        let mut left = self.bytes / 4;
+        while left > 0 {
+            let mut i = 0;
+            while i < 8 {
+                // SAFETY: the maker has these bytes, a multiple of eight vectors.
+                acc[i] = s.add(acc[i], unsafe { s.load(at.add(i * S::LANES)) });
+                i += 1;
+            }
+            at = at.wrapping_add(8 * S::LANES);
+            left -= 8 * S::LANES;
+        }
+        let mut all = s.splat(0.0);
+        let mut i = 0;
+        while i < 8 {
+            all = s.add(all, acc[i]);
+            i += 1;
+        }
+        s.sum(all)
+    }
+}
+
+/// Sums side by side: enough to hide the latency of each.
+const CHAINS: usize = 12;
+
+/// So many steps of [`CHAINS`] fused multiply-adds of vectors.
+struct Floats(usize);
+
+impl Op for Floats {
+    type Out = f32;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let mut acc = [s.splat(1.0); CHAINS];
+        let (a, b) = (s.splat(black_box(0.999)), s.splat(black_box(0.001)));
+        let mut step = 0;
+        while step < self.0 {
+            let mut i = 0;
+            while i < CHAINS {
+                acc[i] = s.fma(acc[i], a, b);
+                i += 1;
+            }
+            step += 1;
+        }
+        let mut total = 0.0;
+        let mut i = 0;
+        while i < CHAINS {
+            total += s.sum(acc[i]);
+            i += 1;
+        }
+        total
+    }
+}
+
+/// So many steps of [`CHAINS`] dot products of eight bytes in each lane.
+struct Dots(usize);
+
+impl Op for Dots {
+    type Out = f32;
+    const INTEGER: bool = true;
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) -> f32 {
+        let x = black_box([1i8; 16]);
+        let codes = [s.splat_i(black_box(0x0102_0304)), s.splat_i(black_box(0x0403_0201))];
+        let mut acc = [[s.splat_i(0); 2]; CHAINS];
+        let mut step = 0;
+        while step < self.0 {
+            let mut i = 0;
+            while i < CHAINS {
+                // SAFETY: x has 16 bytes.
+                acc[i] = unsafe { s.dot8::<false>(4, acc[i], codes, x.as_ptr()) };
+                i += 1;
+            }
+            step += 1;
+        }
+        let mut total = 0.0;
+        let mut i = 0;
+        while i < CHAINS {
+            total += s.sum(s.float(s.total(4, acc[i])));
+            i += 1;
+        }
+        total
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    #[test]
+    fn ceilings_are_some_number() {
+        let (floats, bytes) = super::arithmetic();
+        assert!(floats.is_finite() && floats > 1e6 && bytes.is_finite() && bytes > 1e6);
+        assert!(super::bandwidth(4 << 20) > 1e6);
+    }
+}
