@@ -7,7 +7,14 @@ use crate::common::Usage;
 
 /// Names and the configurations' numbers, as published.
 fn all() -> [(&'static str, Value); 6] {
-    let llama = |hidden: u32, width: u32, layers: u32, heads: [u32; 2], head_dim: u32, vocab: u32, tied: bool, theta: f64| {
+    let llama = |hidden: u32,
+                 width: u32,
+                 layers: u32,
+                 heads: [u32; 2],
+                 head_dim: u32,
+                 vocab: u32,
+                 tied: bool,
+                 theta: f64| {
         json!({
             "model_type": "llama", "architectures": ["LlamaForCausalLM"], "hidden_size": hidden, "intermediate_size": width,
             "num_hidden_layers": layers, "num_attention_heads": heads[0], "num_key_value_heads": heads[1], "head_dim": head_dim,
@@ -48,7 +55,8 @@ mod tests {
     fn every_shape_is_a_network_of_its_size() {
         for (name, _) in all() {
             let spec = spec(name).unwrap();
-            let weights: f64 = spec.places().iter().filter_map(|p| spec.shape(p)).map(|(r, c)| r as f64 * c as f64).sum();
+            let weights: f64 =
+                spec.places().iter().filter_map(|p| spec.shape(p)).map(|(r, c)| r as f64 * c as f64).sum();
             let said: f64 = name.rsplit('-').next().unwrap().trim_end_matches(['b', 'm']).parse().unwrap();
             let said = if name.ends_with('m') { said * 1e6 } else { said * 1e9 };
             assert!((weights / said - 1.0).abs() < 0.3, "{name}: {weights}");

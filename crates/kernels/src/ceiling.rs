@@ -15,7 +15,9 @@ const TASK: usize = 1 << 20;
 /// Bytes a second of the best of several read-only streams over `bytes`, at least a few hundred megabytes to be beyond caches, by all
 /// [`crate::threads`], in the same kind of pages as packed weights.
 pub fn bandwidth(bytes: usize) -> f64 {
-    let memory = Memory::zeroed(bytes.next_multiple_of(TASK));
+    let mut memory = Memory::zeroed(bytes.next_multiple_of(TASK));
+    // Pages that nobody wrote are all one page.
+    memory.bytes_mut().fill(1);
     let base = Start(memory.ptr());
     let isa = Isa::best();
     let mut best = 0.0f64;

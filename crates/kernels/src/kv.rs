@@ -1,9 +1,14 @@
 //! Pages of keys and values, in the layout that attention reads.
 
+use std::fmt;
+use std::marker::PhantomData;
+use std::ops::{Deref, DerefMut};
 use std::sync::Arc;
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
+
+use crate::memory::Memory;
 
 /// Keys are handled in blocks of this many absolute positions; a page holds whole blocks.
 pub const KEY_BLOCK: usize = 32;
@@ -75,15 +80,51 @@ pub struct KvPage {
 
 #[derive(Clone, Debug)]
 pub(crate) enum Data {
-    F32(Vec<f32>, Vec<f32>),
-    F16(Vec<f16>, Vec<f16>),
+    F32(Values<f32>, Values<f32>),
+    F16(Values<f16>, Values<f16>),
     /// Factors lie `[kv_heads][page_tokens]`.
     Q8 {
-        k: Vec<i8>,
-        v: Vec<i8>,
-        k_scales: Vec<f32>,
-        v_scales: Vec<f32>,
+        k: Values<i8>,
+        v: Values<i8>,
+        k_scales: Values<f32>,
+        v_scales: Values<f32>,
     },
+}
+
+/// Values in memory of large pages, all of whose bits mean something, zero at first.
+pub(crate) struct Values<T>(Memory, PhantomData<T>);
+
+impl<T: bytemuck::Pod> Values<T> {
+    fn zeroed(n: usize) -> Values<T> {
+        Values(Memory::zeroed(n * size_of::<T>()), PhantomData)
+    }
+}
+
+impl<T: bytemuck::Pod> Deref for Values<T> {
+    type Target = [T];
+    fn deref(&self) -> &[T] {
+        bytemuck::cast_slice(self.0.bytes())
+    }
+}
+
+impl<T: bytemuck::Pod> DerefMut for Values<T> {
+    fn deref_mut(&mut self) -> &mut [T] {
+        bytemuck::cast_slice_mut(self.0.bytes_mut())
+    }
+}
+
+impl<T: bytemuck::Pod> Clone for Values<T> {
+    fn clone(&self) -> Values<T> {
+        let mut new = Values::zeroed(self.len());
+        new.copy_from_slice(self);
+        new
+    }
+}
+
+impl<T: bytemuck::Pod> fmt::Debug for Values<T> {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        write!(f, "{} values", self.len())
+    }
 }
 
 /// Values of a head that are converted together.
@@ -101,11 +142,14 @@ impl KvPage {
         let tokens = layout.kv_heads * layout.page_tokens;
         let (k, v) = (tokens * layout.head_dim, tokens * layout.padded());
         let data = match format {
-            KvFormat::F32 => Data::F32(vec![0.0; k], vec![0.0; v]),
-            KvFormat::F16 => Data::F16(vec![f16::ZERO; k], vec![f16::ZERO; v]),
-            KvFormat::Q8 => {
-                Data::Q8 { k: vec![0; k], v: vec![0; v], k_scales: vec![0.0; tokens], v_scales: vec![0.0; tokens] }
-            }
+            KvFormat::F32 => Data::F32(Values::zeroed(k), Values::zeroed(v)),
+            KvFormat::F16 => Data::F16(Values::zeroed(k), Values::zeroed(v)),
+            KvFormat::Q8 => Data::Q8 {
+                k: Values::zeroed(k),
+                v: Values::zeroed(v),
+                k_scales: Values::zeroed(tokens),
+                v_scales: Values::zeroed(tokens),
+            },
         };
         KvPage { layout, data }
     }

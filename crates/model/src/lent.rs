@@ -18,7 +18,8 @@ impl Lent {
         let len = rows * cols;
         let mut data = FREE.with_borrow_mut(|free| {
             // The smallest that is large enough; else the largest, which grows.
-            let fit = |v: &Vec<f32>| if v.capacity() >= len { (0, v.capacity()) } else { (1, usize::MAX - v.capacity()) };
+            let fit =
+                |v: &Vec<f32>| if v.capacity() >= len { (0, v.capacity()) } else { (1, usize::MAX - v.capacity()) };
             let best = (0..free.len()).min_by_key(|&i| fit(&free[i]));
             best.map(|i| free.swap_remove(i)).unwrap_or_default()
         });

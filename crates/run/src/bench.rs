@@ -137,8 +137,9 @@ impl Engine {
             if o.profile {
                 seq.truncate(depth);
                 let steps = &text[depth..depth + o.gen_tokens];
-                decode_profile =
-                    profiled(|| steps.iter().try_for_each(|t| self.extend(&mut seq, std::slice::from_ref(t)).map(drop)))?;
+                decode_profile = profiled(|| {
+                    steps.iter().try_for_each(|t| self.extend(&mut seq, std::slice::from_ref(t)).map(drop))
+                })?;
             }
             kv_bytes = (depth..depth + o.gen_tokens).map(|at| self.kv_bytes_at(at)).sum::<u64>() / o.gen_tokens as u64;
         }

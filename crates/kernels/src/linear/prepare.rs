@@ -5,8 +5,8 @@ use lacuna_base::MatRef;
 use crate::op::dot::{Rows, SPARE};
 use crate::op::matmul::tiles;
 use crate::op::quantize::Quantize;
-use crate::panel::ints::META;
 use crate::panel::BLOCK;
+use crate::panel::ints::META;
 use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
 

@@ -9,6 +9,7 @@ use lacuna_base::{MatMut, MatRef};
 
 use super::math;
 use crate::kv::{Data, KEY_BLOCK, KvLayout, KvView};
+use crate::panel::fetch;
 use crate::simd::{Op, Simd, dispatch};
 use crate::{Isa, parallel, scratch};
 
@@ -240,6 +241,8 @@ struct Tile<E> {
     values: [*const E; SUBS],
     /// Factors of every position's keys and values, where the cache has them.
     scales: Option<[[*const f32; SUBS]; 2]>,
+    /// Keys of the tile after it, null where there are none.
+    next: [*const u8; SUBS],
 }
 
 /// What a query carries from tile to tile.
@@ -537,7 +540,7 @@ impl Task<'_> {
     ) -> Tile<E> {
         let l = self.layout;
         let none = std::ptr::null();
-        let mut tile = Tile { keys: [none; SUBS], values: [none; SUBS], scales: None };
+        let mut tile = Tile { keys: [none; SUBS], values: [none; SUBS], scales: None, next: [std::ptr::null(); SUBS] };
         for i in subs.0..subs.1 {
             let at = start + i * KEY_BLOCK;
             let (page, slot) = (&self.kv.pages[at / l.page_tokens], at % l.page_tokens);
@@ -547,6 +550,11 @@ impl Task<'_> {
             unsafe {
                 tile.keys[i] = k.add(row * l.head_dim);
                 tile.values[i] = v.add(row * l.padded());
+                let later = at + TILE;
+                if later < self.kv.tokens {
+                    let (page, slot) = (&self.kv.pages[later / l.page_tokens], later % l.page_tokens);
+                    tile.next[i] = parts(&page.data).0.add((self.head * l.page_tokens + slot) * l.head_dim).cast();
+                }
                 if let Some([ks, vs]) = scales {
                     let all = tile.scales.get_or_insert([[std::ptr::null(); SUBS]; 2]);
                     all[0][i] = ks.add(row);
@@ -570,7 +578,8 @@ impl Task<'_> {
         let (k, v) = (KEY_BLOCK * self.layout.head_dim, KEY_BLOCK * self.layout.padded());
         assert!(wide.len() >= SUBS * (k + v), "room for a tile");
         let none = std::ptr::null();
-        let mut out = Tile { keys: [none; SUBS], values: [none; SUBS], scales: tile.scales };
+        let mut out =
+            Tile { keys: [none; SUBS], values: [none; SUBS], scales: tile.scales, next: [std::ptr::null(); SUBS] };
         let mut at = wide.as_mut_ptr();
         for i in subs.0..subs.1 {
             (out.keys[i], out.values[i]) = (at, at.wrapping_add(k));
@@ -636,7 +645,7 @@ impl Task<'_> {
         for (m, state) in states.iter().enumerate() {
             (q[m], acc[m]) = (state.q, state.acc);
         }
-        dispatch(isa, Scores { q, keys: tile.keys, subs, dim, weights });
+        dispatch(isa, Scores { q, keys: tile.keys, values: tile.values, subs, dim, weights });
         // Key blocks that all of the queries see whole.
         let mut whole = subs;
         for (m, state) in states.iter_mut().enumerate() {
@@ -778,6 +787,8 @@ struct Scores<E, const M: usize> {
     q: [*const f32; M],
     /// `[dim][32]` each.
     keys: [*const E; SUBS],
+    /// What is needed next: asked for meanwhile.
+    values: [*const E; SUBS],
     subs: (usize, usize),
     dim: usize,
     weights: *mut f32,
@@ -790,6 +801,7 @@ impl<E: Element, const M: usize> Op for Scores<E, M> {
         let mut i = self.subs.0;
         while i < self.subs.1 {
             let keys = self.keys[i];
+            let values = self.values[i].cast::<u8>();
             let mut j = 0;
             while j < KEY_BLOCK {
                 let mut acc = [[s.splat(0.0); 2]; M];
@@ -797,6 +809,9 @@ impl<E: Element, const M: usize> Op for Scores<E, M> {
                 // SAFETY: the maker has queries of `dim` values, these key blocks, and room for a tile of each query's weights.
                 unsafe {
                     while d < self.dim {
+                        if M <= 4 && size_of::<E>() < 4 && j == 0 {
+                            fetch(values.wrapping_add(d * KEY_BLOCK * size_of::<E>()));
+                        }
                         let k = keys.add(d * KEY_BLOCK + j);
                         let k = [E::lanes(s, k), E::lanes(s, k.add(S::LANES))];
                         let mut m = 0;
@@ -874,6 +889,11 @@ impl<E: Element, const M: usize> Mix<E, M> {
                 let (values, w) = (self.tile.values[i].add(d), self.weights.add(i * KEY_BLOCK));
                 let mut j = self.js.0;
                 while j < self.js.1 {
+                    if M <= 4 && size_of::<E>() < 4 && !self.tile.next[i].is_null() {
+                        // As many bytes as the columns at hand have: all of a key block in the end.
+                        let bytes = C * S::LANES * size_of::<E>();
+                        fetch(self.tile.next[i].wrapping_add((j * self.padded + d) * size_of::<E>() / bytes * bytes));
+                    }
                     let mut v = [s.splat(0.0); C];
                     let mut c = 0;
                     while c < C {

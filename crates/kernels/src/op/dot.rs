@@ -87,9 +87,13 @@ unsafe fn rows<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
     have: usize,
 ) -> usize {
     let (panel, blocks) = (g.panels.at(p), g.panels.blocks);
+    let ahead = g.panels.ahead(1);
     let mut out = [[s.splat(0.0); 2]; M];
     let mut b = 0;
     while b < blocks {
+        if M == 1 {
+            ahead.fetch(panel, b);
+        }
         // SAFETY: as the caller promises.
         unsafe {
             let x = g.x.codes.add((r * blocks + b) * BLOCK);

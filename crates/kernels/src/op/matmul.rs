@@ -113,6 +113,7 @@ unsafe fn gemv<S: Simd, C: Codec, const P: usize>(s: S, g: &Gemv<'_, C>, p: usiz
         at[i] = g.panels.at((p + i).min(g.to - 1));
         i += 1;
     }
+    let ahead = g.panels.ahead(P);
     let mut total = [[s.splat(0.0); 2]; P];
     let mut b = 0;
     while b < g.panels.blocks {
@@ -121,6 +122,7 @@ unsafe fn gemv<S: Simd, C: Codec, const P: usize>(s: S, g: &Gemv<'_, C>, p: usiz
         while b < end {
             let mut i = 0;
             while i < P {
+                ahead.fetch(at[i], b);
                 let mut h = 0;
                 while h < ROWS / S::LANES {
                     // SAFETY: as the caller promises; x is padded to whole blocks.

@@ -79,7 +79,10 @@ impl RopeTable {
             }
             RopeScaling::Factors { factors } => divided(factors),
         };
-        let last = Last { at: Vec::new(), rows: RopeRows { style: rope.style, half: pairs, cos: Vec::new(), sin: Vec::new() } };
+        let last = Last {
+            at: Vec::new(),
+            rows: RopeRows { style: rope.style, half: pairs, cos: Vec::new(), sin: Vec::new() },
+        };
         RopeTable { last: Arc::new(Mutex::new(last)), dims: rope.dims, short, long, attention_factor }
     }
 
@@ -100,7 +103,11 @@ impl RopeTable {
     }
 
     /// Calls `f` with the cos and sin of many rows, from (position, extent) of every row.
-    pub fn with<T>(&self, at: impl ExactSizeIterator<Item = (usize, usize)> + Clone, f: impl FnOnce(&RopeRows) -> T) -> T {
+    pub fn with<T>(
+        &self,
+        at: impl ExactSizeIterator<Item = (usize, usize)> + Clone,
+        f: impl FnOnce(&RopeRows) -> T,
+    ) -> T {
         let mut last = self.last.lock().unwrap_or_else(|e| e.into_inner());
         let half = self.dims / 2;
         if !last.at.iter().copied().eq(at.clone()) {

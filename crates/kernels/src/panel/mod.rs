@@ -101,6 +101,56 @@ impl View {
     }
 }
 
+/// How far ahead of what is being read panels are asked for, at most; of smaller ones the next is asked for.
+const FETCH: usize = 8192;
+
+/// How panels that are read once, from memory, are asked for ahead of time: what the processor's own guesses miss at every page.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    /// Bytes of a block, about.
+    block: usize,
+    /// Bytes of a panel.
+    stride: usize,
+    /// How far ahead.
+    far: usize,
+    /// Bytes passed over where one panel ends: others are read beside it.
+    jump: usize,
+}
+
+impl View {
+    /// For panels read `side` at a time.
+    #[inline(always)]
+    pub(crate) fn ahead(&self, side: usize) -> Ahead {
+        let stride = self.stride;
+        Ahead { block: stride / self.blocks.max(1), stride, far: stride.min(FETCH), jump: (side - 1) * stride }
+    }
+}
+
+impl Ahead {
+    /// While block `b` of `panel` is read.
+    #[inline(always)]
+    pub(crate) fn fetch(&self, panel: *const u8, b: usize) {
+        let mut at = b * self.block + self.far;
+        let to = at + self.block;
+        while at < to {
+            fetch(panel.wrapping_add(if at < self.stride { at } else { at + self.jump }));
+            at += 64;
+        }
+    }
+}
+
+/// Asks for the cache line at `p`, whatever is there.
+#[inline(always)]
+pub(crate) fn fetch(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint that touches nothing.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T0 }>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
 struct Base(*mut u8);
 // SAFETY: used for panels that do not overlap.
 unsafe impl Sync for Base {}
