@@ -17,6 +17,7 @@ import platform
 import statistics
 import subprocess
 import sys
+from importlib.metadata import version
 
 HERE = os.path.dirname(os.path.abspath(__file__))
 TYPES = ["q4_0", "q8_0", "f16"]
@@ -29,13 +30,21 @@ def call(*command):
     return json.loads(done.stdout)
 
 
+def processor():
+    if os.path.exists("/proc/cpuinfo"):
+        for line in open("/proc/cpuinfo"):
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return platform.machine()
+
+
 class Bench:
     def __init__(self, a):
         self.a = a
         self.rows = []
 
     def peer(self, verb, *rest):
-        return call(sys.executable, os.path.join(HERE, "llama_cpp.py"), verb, *map(str, rest))
+        return call(sys.executable, os.path.join(HERE, "peer.py"), verb, *map(str, rest))
 
     def ours(self, verb, *rest):
         return call(self.a.lacuna, verb, *map(str, rest), "--json")
@@ -43,13 +52,14 @@ class Bench:
     def case(self, name, path, threads, prompt=0, steps=0, depth=0):
         ours, theirs = [], {0: [], 1: []}
         flashes = (0, 1) if depth else (1,)
+        reps = 1 if max(depth, prompt) > 2048 else 2
         ceiling = []
         for _ in range(self.a.rounds):
-            b = self.ours("bench", path, "--threads", threads, "--prompt", prompt, "--gen", steps, "--depth", depth, "--reps", 2)
+            b = self.ours("bench", path, "--threads", threads, "--prompt", prompt, "--gen", steps, "--depth", depth, "--reps", reps)
             ours.append(b["decode_tok_s"] if steps else b["prefill_tok_s"])
             ceiling.append((b["read_bytes_per_second"], b["roofline_fraction"], b["arithmetic_fraction"], b["token_bytes"]))
             for flash in flashes:
-                options = ("--threads", threads, "--prompt", prompt, "--steps", steps, "--depth", depth, "--flash", flash, "--reps", 2)
+                options = ("--threads", threads, "--prompt", prompt, "--steps", steps, "--depth", depth, "--flash", flash, "--reps", reps)
                 theirs[flash].append(self.peer("speed", path, *options)["tok_s"])
         median = statistics.median(ours)
         peer = {flash: statistics.median(theirs[flash]) for flash in flashes}
@@ -76,9 +86,11 @@ class Bench:
 
     def save(self):
         os.makedirs(self.a.record, exist_ok=True)
-        about = {"processor": platform.processor() or platform.machine(), "cores": os.cpu_count(), "rounds": self.a.rounds,
-                 "command": " ".join(["bench/side_by_side.py", *sys.argv[1:]]), "peer": "llama-cpp-python", "rows": self.rows}
-        with open(os.path.join(self.a.record, "side_by_side.json"), "w") as f:
+        a = self.a
+        about = {"processor": processor(), "cores": os.cpu_count(), "rounds": a.rounds, "types": a.types, "threads": a.threads,
+                 "prompts": a.prompts, "depths": a.depths, "peer": f"llama.cpp in llama-cpp-python {version('llama-cpp-python')}",
+                 "rows": self.rows}
+        with open(os.path.join(a.record, f"{a.name}.json"), "w") as f:
             json.dump(about, f, indent=1)
             f.write("\n")
 
@@ -94,6 +106,7 @@ def main():
     p.add_argument("--types", nargs="+", default=TYPES, choices=TYPES)
     p.add_argument("--prompts", type=int, nargs="*", default=[512, 2048])
     p.add_argument("--depths", type=int, nargs="*", default=[0, 4096, 8192 - 65])
+    p.add_argument("--name", default="side_by_side", help="of the file in the record")
     p.add_argument("--text")
     a = p.parse_args()
     bench = Bench(a)

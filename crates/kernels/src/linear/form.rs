@@ -8,7 +8,7 @@ use lacuna_format::{Float, GgufType, Pattern, Piece, Stored, Values};
 use super::prepare::{padded, quantized, tiled};
 use super::{Activations, Packing};
 use crate::op::dot::{Dots, Rows};
-use crate::op::gather::{self, Gathered};
+use crate::op::gather::{self, Gathered, GatheredBytes};
 use crate::op::matmul::{self, Batch, Gemv, Out};
 use crate::panel::float::{Bf16, Dense, F16, F32, Masked};
 use crate::panel::gathered::Layout;
@@ -362,7 +362,7 @@ pub(super) fn together<const N: usize>(packing: &Packing, plan: Plan, parts: [(&
     };
     match plan {
         Plan::Bytes { zero, blocks } => {
-            quantized(packing.isa, x, blocks, zero, |rows| share(blocks, Given::Bytes(rows)));
+            quantized(packing.isa, x, blocks, 1, zero, |rows| share(blocks, Given::Bytes(rows)));
         }
         Plan::Row { blocks } => padded(x.row(0), blocks, |row| share(blocks, Given::Row(row))),
     }
@@ -398,7 +398,7 @@ fn exact<C: Codec>(packing: &Packing, view: View, codec: &C, x: MatRef<'_>, out:
 }
 
 fn bytes<C: Bytes>(packing: &Packing, view: View, codec: &C, x: MatRef<'_>, out: Out) {
-    quantized(packing.isa, x, view.blocks, codec.grid().zero, |rows| {
+    quantized(packing.isa, x, view.blocks, 1, codec.grid().zero, |rows| {
         let cost = ROWS * view.blocks * BLOCK * x.rows() / 2;
         parallel::ranges(view.count(), 1, usize::MAX, cost, |from, to| {
             dispatch(packing.isa, Dots { panels: view, codec, from, to, x: rows, out });
@@ -424,24 +424,22 @@ fn rows_padded(x: MatRef<'_>, blocks: usize, f: impl FnOnce(Shared)) {
 fn shared<C: Codec>(packing: &Packing, view: View, codec: &C, layout: &Layout, x: MatRef<'_>, out: Out) {
     let (isa, layout, rows) = (packing.isa, *layout, x.rows());
     rows_padded(x, view.blocks, |x| {
-        parallel::ranges(view.count(), 1, usize::MAX, ROWS * layout.octets * 8 * rows, |from, to| {
+        parallel::ranges(view.count(), layout.share, usize::MAX, ROWS * layout.octets * 8 * rows, |from, to| {
             scratch::with(gather::scratch(&layout), |scratch| {
                 let x = x.get();
-                let g = Gathered::<C, false> { panels: view, codec, layout, zero: 0, from, to, x, rows, out, scratch };
-                dispatch(isa, g);
+                dispatch(isa, Gathered { panels: view, codec, layout, from, to, x, rows, out, scratch });
             });
         });
     });
 }
 
 fn shared_bytes<C: Bytes>(packing: &Packing, view: View, codec: &C, layout: &Layout, x: MatRef<'_>, out: Out) {
-    let (isa, layout, rows, zero) = (packing.isa, *layout, x.rows(), i32::from(codec.grid().zero));
-    rows_padded(x, view.blocks, |x| {
-        parallel::ranges(view.count(), 1, usize::MAX, ROWS * layout.octets * 8 * rows, |from, to| {
+    let (isa, layout, rows, zero) = (packing.isa, *layout, x.rows(), codec.grid().zero);
+    quantized(isa, x, view.blocks, layout.group, zero, |x| {
+        parallel::ranges(view.count(), layout.share, usize::MAX, ROWS * layout.octets * 8 * rows, |from, to| {
             scratch::with(gather::scratch(&layout), |scratch| {
-                let x = x.get();
-                let g = Gathered::<C, true> { panels: view, codec, layout, zero, from, to, x, rows, out, scratch };
-                dispatch(isa, g);
+                let zero = i32::from(zero);
+                dispatch(isa, GatheredBytes { panels: view, codec, layout, zero, from, to, x, rows, out, scratch });
             });
         });
     });

@@ -20,7 +20,8 @@ pub enum Activations {
     #[default]
     Exact,
     /// As signed bytes with a scale for every 32 columns of a row (largest magnitude / 127, to the nearest, ties to even), where the codec's
-    /// values are whole numbers times a scale; elsewhere as they are.
+    /// values are whole numbers times a scale; elsewhere as they are. Where 8 rows or more share a mask: with a scale for every scale group of
+    /// the weights, or 128 columns of a larger one.
     Int8,
 }
 

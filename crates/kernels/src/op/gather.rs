@@ -1,13 +1,14 @@
 //! Products with panels whose rows share their columns: x is gathered to a panel's columns, and what remains is dense.
 //!
 //! Rows of x are taken one by one, so that a row's result cannot depend on others. In f32 every output has four chains of fused operations,
-//! for the four columns of each quad, which are added in the end; in bytes, pieces in rising order as in [`super::dot`].
+//! for the four columns of each quad, which are added in the end; in bytes, pieces in rising order as in [`super::dot`]. Bytes are quantized
+//! before they are gathered, once for all panels.
 
+use super::dot::Rows;
 use super::matmul::Out;
-use super::quantize;
 use crate::panel::gathered::{Layout, cut};
 use crate::panel::ints::{Bytes, META};
-use crate::panel::{BLOCK, Codec, ROWS, View};
+use crate::panel::{Ahead, BLOCK, Codec, ROWS, View};
 use crate::simd::{Op, Simd};
 
 /// Scratch of a task, in f32 values: two gathered groups, the gathered row, what belongs to pieces, and their octets.
@@ -20,7 +21,21 @@ pub(crate) fn scratch(layout: &Layout) -> usize {
 }
 
 /// Panels `from..to` times all rows of x.
-pub(crate) struct Gathered<'a, C, const INT: bool> {
+pub(crate) struct Gathered<'a, C> {
+    pub(crate) panels: View,
+    pub(crate) codec: &'a C,
+    pub(crate) layout: Layout,
+    pub(crate) from: usize,
+    pub(crate) to: usize,
+    /// Padded with zeros to whole blocks, `blocks * 32` apart.
+    pub(crate) x: *const f32,
+    pub(crate) rows: usize,
+    pub(crate) out: Out,
+    pub(crate) scratch: &'a mut [f32],
+}
+
+/// The same with quantized rows, every scale group of the layout with one scale.
+pub(crate) struct GatheredBytes<'a, C> {
     pub(crate) panels: View,
     pub(crate) codec: &'a C,
     pub(crate) layout: Layout,
@@ -28,8 +43,7 @@ pub(crate) struct Gathered<'a, C, const INT: bool> {
     pub(crate) zero: i32,
     pub(crate) from: usize,
     pub(crate) to: usize,
-    /// Padded with zeros to whole blocks, `blocks * 32` apart.
-    pub(crate) x: *const f32,
+    pub(crate) x: Rows,
     pub(crate) rows: usize,
     pub(crate) out: Out,
     pub(crate) scratch: &'a mut [f32],
@@ -46,13 +60,14 @@ struct Room {
 }
 
 /// Values on the way to f32.
-impl<C: Codec> Op for Gathered<'_, C, false> {
+impl<C: Codec> Op for Gathered<'_, C> {
     type Out = ();
     const INTEGER: bool = true;
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let room = room(self.scratch, &self.layout);
         let (blocks, l) = (self.panels.blocks, self.layout);
+        let ahead = self.panels.ahead_of(l.pieces);
         let mut r = 0;
         while r < self.rows {
             let (mut p, mut pieces) = (self.from, 0);
@@ -63,13 +78,13 @@ impl<C: Codec> Op for Gathered<'_, C, false> {
                     // What the panel before gathered serves this one, too, where they share their columns.
                     let fresh = p == self.from || p.is_multiple_of(l.share);
                     let v = if l.pair {
-                        pieces = gather::<S, true, false>(s, panel, blocks, &l, x, 0, room);
-                        floats::<S, C, true>(s, self.codec, panel, &l, pieces, room)
+                        pieces = gather::<S, true>(s, panel, blocks, &l, x, room);
+                        floats::<S, C, true>(s, self.codec, panel, &l, (pieces, ahead), room)
                     } else {
                         if fresh {
-                            pieces = gather::<S, false, false>(s, panel, blocks, &l, x, 0, room);
+                            pieces = gather::<S, false>(s, panel, blocks, &l, x, room);
                         }
-                        floats::<S, C, false>(s, self.codec, panel, &l, pieces, room)
+                        floats::<S, C, false>(s, self.codec, panel, &l, (pieces, ahead), room)
                     };
                     put(s, self.out, r, p, self.panels.rows, v, l.pair);
                 }
@@ -81,30 +96,33 @@ impl<C: Codec> Op for Gathered<'_, C, false> {
 }
 
 /// Codes against quantized activations.
-impl<C: Bytes> Op for Gathered<'_, C, true> {
+impl<C: Bytes> Op for GatheredBytes<'_, C> {
     type Out = ();
     const INTEGER: bool = true;
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let room = room(self.scratch, &self.layout);
         let (blocks, zero, l) = (self.panels.blocks, self.zero, self.layout);
+        let ahead = self.panels.ahead_of(l.pieces);
         let mut r = 0;
         while r < self.rows {
             let (mut p, mut pieces) = (self.from, 0);
             while p < self.to {
                 // SAFETY: the maker has these panels and rows, and room in `out`.
                 unsafe {
-                    let (panel, x) = (self.panels.at(p), self.x.add(r * blocks * BLOCK));
+                    let panel = self.panels.at(p);
+                    let x = self.x.codes.add(r * blocks * BLOCK);
+                    let meta = self.x.meta.add(r * blocks.div_ceil(l.group) * META);
                     // What the panel before gathered serves this one, too, where they share their columns.
                     let fresh = p == self.from || p.is_multiple_of(l.share);
                     let v = if l.pair {
-                        pieces = gather::<S, true, true>(s, panel, blocks, &l, x, zero, room);
-                        bytes::<S, C, true>(s, self.codec, panel, &l, pieces, room)
+                        pieces = gather_bytes::<S, true>(s, panel, blocks, &l, (x, meta), zero, room);
+                        bytes::<S, C, true>(s, self.codec, panel, &l, (pieces, ahead), room)
                     } else {
                         if fresh {
-                            pieces = gather::<S, false, true>(s, panel, blocks, &l, x, zero, room);
+                            pieces = gather_bytes::<S, false>(s, panel, blocks, &l, (x, meta), zero, room);
                         }
-                        bytes::<S, C, false>(s, self.codec, panel, &l, pieces, room)
+                        bytes::<S, C, false>(s, self.codec, panel, &l, (pieces, ahead), room)
                     };
                     put(s, self.out, r, p, self.panels.rows, v, l.pair);
                 }
@@ -130,17 +148,16 @@ fn room(scratch: &mut [f32], l: &Layout) -> Room {
     }
 }
 
-/// Gathers x to the panel's columns, in f32 or, with `INT`, as bytes; gives the number of pieces.
+/// Gathers x to the panel's columns; gives the number of pieces.
 /// # Safety
 /// The panel and x are as long as `blocks` says, the room as `layout` does.
 #[inline(always)]
-unsafe fn gather<S: Simd, const PAIR: bool, const INT: bool>(
+unsafe fn gather<S: Simd, const PAIR: bool>(
     s: S,
     panel: *const u8,
     blocks: usize,
     layout: &Layout,
     x: *const f32,
-    zero: i32,
     room: Room,
 ) -> usize {
     let (mut pieces, mut octets, mut b) = (0, 0, 0);
@@ -161,22 +178,15 @@ unsafe fn gather<S: Simd, const PAIR: bool, const INT: bool>(
             while i < parts {
                 let at = octets + 4 * i;
                 *room.counts.add(pieces + i) = (count - 4 * i).min(4) as u32;
-                if INT {
-                    let to = room.x.cast::<i8>().add(8 * at * if PAIR { 2 } else { 1 });
-                    let first = room.groups[0].add(BLOCK * i);
-                    let second = room.groups[1].add(BLOCK * i);
-                    piece::<S, PAIR>(s, first, second, to, room.meta.add((pieces + i) * META * 2), zero);
-                } else {
-                    let mut j = 0;
-                    while j < BLOCK {
-                        if PAIR {
-                            *room.x.add(2 * (8 * at + j)) = *room.groups[0].add(BLOCK * i + j);
-                            *room.x.add(2 * (8 * at + j) + 1) = *room.groups[1].add(BLOCK * i + j);
-                            j += 1;
-                        } else {
-                            s.store(room.x.add(8 * at + j), s.load(room.groups[0].add(BLOCK * i + j)));
-                            j += S::LANES;
-                        }
+                let mut j = 0;
+                while j < BLOCK {
+                    if PAIR {
+                        *room.x.add(2 * (8 * at + j)) = *room.groups[0].add(BLOCK * i + j);
+                        *room.x.add(2 * (8 * at + j) + 1) = *room.groups[1].add(BLOCK * i + j);
+                        j += 1;
+                    } else {
+                        s.store(room.x.add(8 * at + j), s.load(room.groups[0].add(BLOCK * i + j)));
+                        j += S::LANES;
                     }
                 }
                 i += 1;
@@ -187,41 +197,91 @@ unsafe fn gather<S: Simd, const PAIR: bool, const INT: bool>(
     pieces
 }
 
-/// Quantizes one piece of 32, of one half or of two; what belongs to it stands twice in a pair.
+/// The same with codes of x, whose units are the layout's groups.
 /// # Safety
-/// All are as long.
+/// As for [`gather`]; `x` are the row's codes and what belongs to its units.
 #[inline(always)]
-unsafe fn piece<S: Simd, const PAIR: bool>(
+unsafe fn gather_bytes<S: Simd, const PAIR: bool>(
     s: S,
-    first: *const f32,
-    second: *const f32,
-    to: *mut i8,
-    meta: *mut f32,
+    panel: *const u8,
+    blocks: usize,
+    layout: &Layout,
+    (x, units): (*const i8, *const f32),
     zero: i32,
-) {
-    // SAFETY: as the caller promises.
-    unsafe {
-        if !PAIR {
-            meta.cast::<[f32; META]>().write_unaligned(quantize::block(s, first, to, zero));
-            return;
-        }
-        let mut codes = [[0i8; BLOCK]; 2];
-        let a = quantize::block(s, first, codes[0].as_mut_ptr(), zero);
-        let b = quantize::block(s, second, codes[1].as_mut_ptr(), zero);
-        let quads = [codes[0].as_ptr().cast::<u32>(), codes[1].as_ptr().cast::<u32>()];
-        let mut q = 0;
-        while q < BLOCK / 4 {
-            let both = u64::from(quads[0].add(q).read_unaligned()) | u64::from(quads[1].add(q).read_unaligned()) << 32;
-            to.cast::<u64>().add(q).write_unaligned(both);
-            q += 1;
-        }
-        let mut i = 0;
-        while i < META {
-            *meta.add(2 * i) = a[i];
-            *meta.add(2 * i + 1) = b[i];
-            i += 1;
+    room: Room,
+) -> usize {
+    let (mut pieces, mut octets, mut b, mut u) = (0, 0, 0, 0);
+    let halves = [room.groups[0].cast::<i8>(), room.groups[1].cast::<i8>()];
+    while b < blocks {
+        let end = (b + layout.group).min(blocks);
+        // SAFETY: as the caller promises.
+        unsafe {
+            let scale = *units.add(u * META);
+            let to = room.x.cast::<i8>().add(8 * octets * if PAIR { 2 } else { 1 });
+            // Of one half the bytes go to their place at once.
+            let first = if PAIR { halves[0] } else { to };
+            let mut n = group_bytes(s, panel, x, b, end, first);
+            if PAIR {
+                let m = group_bytes(s, panel.add(blocks * 4), x, b, end, halves[1]);
+                let (short, from, to) = if m < n { (1, m, n) } else { (0, n, m) };
+                halves[short].add(from).write_bytes(0, to + BLOCK - from);
+                n = n.max(m);
+            }
+            let (count, parts) = cut(n);
+            let mut i = 0;
+            while i < parts {
+                *room.counts.add(pieces + i) = (count - 4 * i).min(4) as u32;
+                let meta = room.meta.add((pieces + i) * META * 2);
+                let a = of_piece(scale, s.sum_bytes(first.add(BLOCK * i)), zero);
+                if PAIR {
+                    let both = of_piece(scale, s.sum_bytes(halves[1].add(BLOCK * i)), zero);
+                    let mut k = 0;
+                    while k < META {
+                        *meta.add(2 * k) = a[k];
+                        *meta.add(2 * k + 1) = both[k];
+                        k += 1;
+                    }
+                    let quads = [halves[0].add(BLOCK * i).cast::<u32>(), halves[1].add(BLOCK * i).cast::<u32>()];
+                    let to = to.add(2 * BLOCK * i).cast::<u64>();
+                    let mut q = 0;
+                    while q < BLOCK / 4 {
+                        let (a, b) = (quads[0].add(q).read_unaligned(), quads[1].add(q).read_unaligned());
+                        to.add(q).write_unaligned(u64::from(a) | u64::from(b) << 32);
+                        q += 1;
+                    }
+                } else {
+                    meta.cast::<[f32; META]>().write_unaligned(a);
+                }
+                i += 1;
+            }
+            (octets, pieces, b, u) = (octets + count, pieces + parts, end, u + 1);
         }
     }
+    pieces
+}
+
+/// What belongs to a piece of this scale and sum, see [`META`]. A scale of NaN makes every result of the row NaN.
+#[inline(always)]
+fn of_piece(scale: f32, sum: i32, zero: i32) -> [f32; META] {
+    [scale, f32::from_bits((-zero * sum) as u32), f32::from_bits(sum as u32), scale * sum as f32]
+}
+
+/// Moves the bytes of blocks `from..to` whose bit is set together, with 32 zeros after them; gives how many.
+/// # Safety
+/// The bits, x and `out` are as long.
+#[inline(always)]
+unsafe fn group_bytes<S: Simd>(s: S, bits: *const u8, x: *const i8, from: usize, to: usize, out: *mut i8) -> usize {
+    let (mut n, mut b) = (0, from);
+    // SAFETY: as the caller promises.
+    unsafe {
+        while b < to {
+            let mask = bits.add(4 * b).cast::<u32>().read_unaligned();
+            n += s.compress_bytes(x.add(b * BLOCK), mask, out.add(n));
+            b += 1;
+        }
+        out.add(n).write_bytes(0, BLOCK);
+    }
+    n
 }
 
 /// Moves the columns of blocks `from..to` whose bit is set together, with 32 zeros after them; gives how many.
@@ -265,7 +325,7 @@ unsafe fn floats<S: Simd, C: Codec, const PAIR: bool>(
     codec: &C,
     panel: *const u8,
     layout: &Layout,
-    pieces: usize,
+    (pieces, ahead): (usize, Ahead),
     room: Room,
 ) -> [S::V; 2] {
     let step = if PAIR { 2 } else { 1 };
@@ -275,6 +335,7 @@ unsafe fn floats<S: Simd, C: Codec, const PAIR: bool>(
         // SAFETY: as the caller promises.
         unsafe {
             let count = *room.counts.add(i) as usize;
+            ahead.fetch(panel, i);
             let mut h = 0;
             while h < ROWS / S::LANES {
                 let mut block = codec.piece(s, panel, layout.values_at, i, octets, h);
@@ -305,7 +366,7 @@ unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool>(
     codec: &C,
     panel: *const u8,
     layout: &Layout,
-    pieces: usize,
+    (pieces, ahead): (usize, Ahead),
     room: Room,
 ) -> [S::V; 2] {
     let step = if PAIR { 2 } else { 1 };
@@ -317,6 +378,9 @@ unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool>(
             // SAFETY: as the caller promises.
             unsafe {
                 let (count, meta) = (*room.counts.add(i) as usize, room.meta.add(i * META * 2));
+                if h == 0 {
+                    ahead.fetch(panel, i);
+                }
                 let mut sum = [s.spread_i::<PAIR>(meta.add(step).cast()), s.splat_i(0)];
                 let (values, x) = (panel.add(layout.values_at), room.x.cast::<i8>().add(octets * 8 * step));
                 let mut o = 0;

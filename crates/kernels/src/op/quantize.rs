@@ -1,4 +1,4 @@
-//! Activations as signed bytes: each block of 32 columns of a row with a scale of its own.
+//! Activations as signed bytes: each block of 32 columns of a row with a scale of its own, or a few blocks together with one.
 //!
 //! `scale = max |x| / 127`, codes to the nearest, ties to even; a block whose largest magnitude is below 1e-30 becomes zeros. A block with a
 //! NaN or an infinity gets the scale NaN, so that every result of its row is NaN. The same bits on every instruction set.
@@ -14,9 +14,11 @@ const LEAST: f32 = 1e-30;
 pub(crate) struct Quantize {
     pub(crate) x: *const f32,
     pub(crate) blocks: usize,
+    /// Blocks that share a scale.
+    pub(crate) unit: usize,
     /// `[blocks * 32]`.
     pub(crate) codes: *mut i8,
-    /// `[blocks]` of [`META`] numbers.
+    /// [`META`] numbers for each unit.
     pub(crate) meta: *mut f32,
     /// The matrix's zero.
     pub(crate) zero: i32,
@@ -26,30 +28,35 @@ impl Op for Quantize {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let mut b = 0;
-        while b < self.blocks {
+        let mut u = 0;
+        while u * self.unit < self.blocks {
+            let b = u * self.unit;
             // SAFETY: the maker has rows as long.
             unsafe {
-                let (codes, meta) = (self.codes.add(b * BLOCK), self.meta.add(b * META));
-                let m = block(s, self.x.add(b * BLOCK), codes, self.zero);
-                meta.cast::<[f32; META]>().write_unaligned(m);
+                let (x, codes) = (self.x.add(b * BLOCK), self.codes.add(b * BLOCK));
+                let m = if self.unit == 1 {
+                    block(s, x, codes, self.zero, BLOCK)
+                } else {
+                    block(s, x, codes, self.zero, BLOCK * self.unit.min(self.blocks - b))
+                };
+                self.meta.add(u * META).cast::<[f32; META]>().write_unaligned(m);
             }
-            b += 1;
+            u += 1;
         }
     }
 }
 
-/// Quantizes 32 values and gives what belongs to the block.
+/// Quantizes `n` values, whole blocks and few, and gives what belongs to them.
 /// # Safety
-/// Both pointers are good for 32 values.
+/// Both pointers are good for `n` values.
 #[inline(always)]
-pub(crate) unsafe fn block<S: Simd>(s: S, x: *const f32, codes: *mut i8, zero: i32) -> [f32; META] {
+unsafe fn block<S: Simd>(s: S, x: *const f32, codes: *mut i8, zero: i32, n: usize) -> [f32; META] {
     let none = s.splat(0.0);
     let mut top = none;
     // SAFETY: as the caller promises.
     unsafe {
         let mut i = 0;
-        while i < BLOCK {
+        while i < n {
             let v = s.load(x.add(i));
             top = s.max(s.max(v, s.sub(none, v)), top);
             i += S::LANES;
@@ -59,16 +66,16 @@ pub(crate) unsafe fn block<S: Simd>(s: S, x: *const f32, codes: *mut i8, zero: i
         let inverse = s.splat(if top < LEAST { 0.0 } else { 127.0 / top });
         let mut total = none;
         let mut i = 0;
-        while i < BLOCK {
+        while i < n {
             let v = s.round(s.mul(s.load(x.add(i)), inverse));
             total = s.add(total, v);
             s.store_i8(codes.add(i), v);
             i += S::LANES;
         }
-        // Whole numbers below 2^12: exact in any order, and NaN where any value is not finite.
+        // Whole numbers below 2^24: exact in any order, and NaN where any value is not finite.
         let sum = s.sum(total);
         if sum.is_nan() {
-            codes.write_bytes(0, BLOCK);
+            codes.write_bytes(0, n);
             return [f32::NAN, 0.0, 0.0, f32::NAN];
         }
         let scale = if top < LEAST { 0.0 } else { scale };

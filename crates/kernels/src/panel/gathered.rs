@@ -4,8 +4,8 @@
 //! odd lanes those of the second, and x comes in pairs.
 //!
 //! The kept columns of each scale group lie together, in pieces of 32, the last one cut to whole octets; in a pair, both halves are as long as the
-//! longer. A piece is what has one scale of the weights and one of quantized activations, which are quantized after they are gathered: a result
-//! still depends on its row and the matrix alone.
+//! longer. A piece is what has one scale of the weights and one of quantized activations, which share one for a scale group, or for 128 columns of
+//! a larger one.
 
 use lacuna_format::{Float, Pattern, Piece, Values};
 
@@ -35,6 +35,9 @@ pub(crate) struct Layout {
 pub(crate) fn fits(pattern: &Pattern) -> bool {
     matches!(pattern, Pattern::Mask { height, .. } | Pattern::Blocks { height, .. } if height.is_multiple_of(8))
 }
+
+/// Blocks of quantized activations that share a scale, at most.
+const UNIT: usize = 4;
 
 /// Octets of `n` kept columns of a group, and their pieces.
 #[inline(always)]
@@ -145,8 +148,10 @@ pub(crate) fn floats(piece: &Piece) -> (Panels, Layout, bool) {
 pub(crate) fn ints(piece: &Piece, source: &Source, wide: usize) -> (Panels, Grid, Layout) {
     let blocks = piece.cols.div_ceil(BLOCK);
     let group = (source.run / BLOCK).clamp(1, blocks.max(1));
+    // Columns that share a scale of the weights share one of x, too, but not too many.
+    let unit = if group >= blocks { UNIT } else { (1..=UNIT).rev().find(|u| group % u == 0).unwrap_or(1) };
     let entry = source.kind.entry();
-    let (mut layout, masks_end) = layout(piece, group, |pieces| pieces * entry, 16 * wide);
+    let (mut layout, masks_end) = layout(piece, unit, |pieces| pieces * entry, 16 * wide);
     let (mut grid, scales_end) = grid(source, layout.pieces, 1, masks_end);
     layout.values_at = scales_end.next_multiple_of(64);
     grid.scales_at = masks_end;

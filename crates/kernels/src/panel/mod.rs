@@ -126,6 +126,14 @@ impl View {
     }
 }
 
+impl View {
+    /// For panels of `pieces` pieces instead of blocks, read one at a time.
+    #[inline(always)]
+    pub(crate) fn ahead_of(&self, pieces: usize) -> Ahead {
+        Ahead { block: self.stride / pieces.max(1), stride: self.stride, far: self.stride.min(FETCH), jump: 0 }
+    }
+}
+
 impl Ahead {
     /// While block `b` of `panel` is read.
     #[inline(always)]

@@ -288,6 +288,16 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn compress_bytes(self, p: *const i8, mask: u32, out: *mut i8) -> usize {
+        // SAFETY: see above.
+        unsafe { compress_bytes(p, mask, out) }
+    }
+    #[inline(always)]
+    unsafe fn sum_bytes(self, p: *const i8) -> i32 {
+        // SAFETY: see above.
+        unsafe { sum_bytes(p) }
+    }
+    #[inline(always)]
     unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> __m256i {
         // SAFETY: see above; eight bytes are read at 8 codes at most before every part, so within 4 * LANES.
         unsafe {
@@ -306,6 +316,41 @@ impl Simd for Avx2 {
             }
             _mm256_set_epi64x(parts[3], parts[2], parts[1], parts[0])
         }
+    }
+}
+
+/// See [`Simd::compress_bytes`].
+/// # Safety
+/// As there; the processor has AVX2 and POPCNT.
+#[inline(always)]
+pub(super) unsafe fn compress_bytes(p: *const i8, mask: u32, out: *mut i8) -> usize {
+    let (mut n, mut i) = (0, 0);
+    // SAFETY: as the caller promises: the last of the eight bytes that are written lies before `8 * i + 8`.
+    unsafe {
+        while i < 4 {
+            let m = (mask >> (8 * i) & 255) as usize;
+            let order = _mm_loadl_epi64(COMPRESS[m].as_ptr().cast());
+            let v = _mm_shuffle_epi8(_mm_loadl_epi64(p.add(8 * i).cast()), order);
+            _mm_storel_epi64(out.add(n).cast(), v);
+            n += m.count_ones() as usize;
+            i += 1;
+        }
+    }
+    n
+}
+
+/// See [`Simd::sum_bytes`].
+/// # Safety
+/// As there; the processor has AVX2.
+#[inline(always)]
+pub(super) unsafe fn sum_bytes(p: *const i8) -> i32 {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let lifted = _mm256_xor_si256(_mm256_loadu_si256(p.cast()), _mm256_set1_epi8(i8::MIN));
+        let sums = _mm256_sad_epu8(lifted, _mm256_setzero_si256());
+        let two = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
+        let one = _mm_add_epi64(two, _mm_unpackhi_epi64(two, two));
+        _mm_cvtsi128_si32(one) - 32 * 128
     }
 }
 

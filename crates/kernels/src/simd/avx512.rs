@@ -291,6 +291,23 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         }
     }
     #[inline(always)]
+    unsafe fn compress_bytes(self, p: *const i8, mask: u32, out: *mut i8) -> usize {
+        // SAFETY: see above; VBMI2 only where the token says so.
+        unsafe {
+            if VNNI {
+                let kept = _mm256_maskz_compress_epi8(mask, _mm256_loadu_si256(p.cast()));
+                _mm256_storeu_si256(out.cast(), kept);
+                return mask.count_ones() as usize;
+            }
+            super::avx2::compress_bytes(p, mask, out)
+        }
+    }
+    #[inline(always)]
+    unsafe fn sum_bytes(self, p: *const i8) -> i32 {
+        // SAFETY: see above.
+        unsafe { super::avx2::sum_bytes(p) }
+    }
+    #[inline(always)]
     unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> __m512i {
         // SAFETY: see above; VBMI2 only where the token says so.
         unsafe {

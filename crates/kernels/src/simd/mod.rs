@@ -73,6 +73,14 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn store_i8(self, p: *mut i8, a: Self::V);
     /// The lanes whose bit is set, moved together from lane 0 on; the others hold anything.
     fn compress(self, a: Self::V, mask: u32) -> Self::V;
+    /// The bytes of 32 whose bit is set, moved together to `out`; what follows them, up to 32 in all, is anything. Gives how many.
+    /// # Safety
+    /// `p` is readable for 32 bytes, `out` writable.
+    unsafe fn compress_bytes(self, p: *const i8, mask: u32, out: *mut i8) -> usize;
+    /// The sum of 32 signed bytes.
+    /// # Safety
+    /// `p` is readable for 32 bytes.
+    unsafe fn sum_bytes(self, p: *const i8) -> i32;
     /// Packed f16, one for each set bit, to the lanes of the bits; the others are 0.
     /// # Safety
     /// `p` is readable for `2 * LANES` bytes.
@@ -241,6 +249,16 @@ mod tests {
                 assert_eq!(got[i / 4], f32::from(want), "byte {i} of {mask:x}");
             }
         }
+        for mask in [0u32, !0, 0x8000_0001, 0x0F0F_1234, 0xA5A5_5A5A, 0xFFFF_0000, 0xFFFF] {
+            let mut out = [99i8; 64];
+            // SAFETY: 32 bytes are there, twice as many in `out`.
+            let n = unsafe { s.compress_bytes(bytes.as_ptr().cast(), mask, out.as_mut_ptr()) };
+            let want: Vec<i8> = (0..32).filter(|i| mask >> i & 1 == 1).map(|i| bytes[i] as i8).collect();
+            assert_eq!((&out[..n], &out[32..]), (&want[..], &[99i8; 32][..]), "{mask:x}");
+        }
+        // SAFETY: 32 bytes.
+        let sum = unsafe { s.sum_bytes(bytes.as_ptr().cast()) };
+        assert_eq!(sum, bytes[..32].iter().map(|&b| i32::from(b as i8)).sum::<i32>());
         let v = [3.0f32, -7.0, 127.0, -127.0, 0.0, 5.0, -1.0, 9.0, 3.0, -7.0, 100.0, -100.0, 0.0, 5.0, -1.0, 9.0];
         let mut out = [0i8; 16];
         // SAFETY: 16 values.

@@ -246,6 +246,25 @@ impl Simd for Portable {
         [sum, state[1]]
     }
     #[inline(always)]
+    unsafe fn compress_bytes(self, p: *const i8, mask: u32, out: *mut i8) -> usize {
+        // SAFETY: the caller promises 32 bytes.
+        let b = unsafe { bytes::<32>(p.cast()) };
+        let mut n = 0;
+        for (i, &b) in b.iter().enumerate() {
+            if mask >> i & 1 == 1 {
+                // SAFETY: the caller promises room for 32.
+                unsafe { *out.add(n) = b as i8 };
+                n += 1;
+            }
+        }
+        n
+    }
+    #[inline(always)]
+    unsafe fn sum_bytes(self, p: *const i8) -> i32 {
+        // SAFETY: the caller promises 32 bytes.
+        unsafe { bytes::<32>(p.cast()) }.iter().map(|&b| i32::from(b as i8)).sum()
+    }
+    #[inline(always)]
     unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> I {
         // SAFETY: the caller promises 4 * LANES bytes.
         let b = unsafe { bytes::<32>(p) };

@@ -1,10 +1,10 @@
 #!/usr/bin/env python3
 """What `side_by_side.py` asks of llama.cpp, through the C interface in the llama-cpp-python package. Prints one JSON object.
 
-    llama_cpp.py make SOURCE.gguf OUT.gguf f16|q8_0|q4_0            another encoding of a model
-    llama_cpp.py speed MODEL.gguf --threads 2 --prompt 512          tokens a second read in one go, logits of the last only
-    llama_cpp.py speed MODEL.gguf --threads 2 --steps 64 --depth 0  single-token steps after so many tokens of context
-    llama_cpp.py perplexity MODEL.gguf TEXT --windows 8             over windows of 1024 tokens, each begun with BOS where the model wants it
+    peer.py make SOURCE.gguf OUT.gguf f16|q8_0|q4_0            another encoding of a model
+    peer.py speed MODEL.gguf --threads 2 --prompt 512          tokens a second read in one go, logits of the last only
+    peer.py speed MODEL.gguf --threads 2 --steps 64 --depth 0  single-token steps after so many tokens of context
+    peer.py perplexity MODEL.gguf TEXT --windows 8             over windows of 1024 tokens, each begun with BOS where the model wants it
 """
 
 import argparse
