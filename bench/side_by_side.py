@@ -52,7 +52,7 @@ class Bench:
     def case(self, name, path, threads, prompt=0, steps=0, depth=0):
         ours, theirs = [], {0: [], 1: []}
         flashes = (0, 1) if depth else (1,)
-        reps = 1 if max(depth, prompt) > 2048 else 2
+        reps = 1 if max(depth, prompt) >= 2048 else 2
         ceiling = []
         for _ in range(self.a.rounds):
             b = self.ours("bench", path, "--threads", threads, "--prompt", prompt, "--gen", steps, "--depth", depth, "--reps", reps)
@@ -93,6 +93,24 @@ class Bench:
         with open(os.path.join(a.record, f"{a.name}.json"), "w") as f:
             json.dump(about, f, indent=1)
             f.write("\n")
+        with open(os.path.join(a.record, f"{a.name}.md"), "w") as f:
+            f.write(table(about))
+
+
+def table(about):
+    """The record as a page."""
+    out = f"# {about['processor']}, {about['cores']} cores, {about['peer']}\n\nMedians of {about['rounds']} alternating runs each, tokens a second.\n\n"
+    out += "| file | threads | work | Lacuna | llama.cpp | ratio | share of the ceiling | memory, GB/s |\n|---|---|---|---|---|---|---|---|\n"
+    for r in (r for r in about["rows"] if "ratio" in r):
+        work = f"decode at depth {r['depth']}" if r["steps"] else f"prefill {r['prompt']}"
+        out += (f"| {r['file']} | {r['threads']} | {work} | {r['lacuna_tok_s']:.1f} | {r['llama_cpp_tok_s']:.1f} | **{r['ratio']:.2f}** "
+                f"| {100 * r['fraction_of_ceiling']:.0f}% | {r['read_bytes_per_second'] / 1e9:.1f} |\n")
+    judged = [r for r in about["rows"] if "ppl_exact" in r]
+    if judged:
+        out += "\n| file | perplexity, Lacuna exact | with 8-bit activations | llama.cpp |\n|---|---|---|---|\n"
+        for r in judged:
+            out += f"| {r['file']} | {r['ppl_exact']:.3f} | {r['ppl_int8']:.3f} | {r['ppl_llama_cpp']:.3f} |\n"
+    return out
 
 
 def main():

@@ -5,7 +5,9 @@ use std::ops::ControlFlow;
 use std::process::ExitCode;
 
 use anyhow::Context;
+use lacuna_base::units::show_bytes;
 use lacuna_checkpoint::{Message, Tokenizer};
+use lacuna_compress::memory;
 use lacuna_run::{Engine, Generated, Generation};
 use serde_json::json;
 
@@ -15,7 +17,9 @@ use crate::common::{self, Model};
 /// Runs the verb.
 pub fn run(g: &Global, a: &Generate) -> anyhow::Result<ExitCode> {
     let m = common::open(g, &a.model)?;
+    let before = memory::resident().unwrap_or_default();
     let tokenizer = m.tokenizer()?;
+    let tokenizer_bytes = memory::resident().unwrap_or_default().saturating_sub(before);
     let mut prompt = a.prompt.clone();
     if prompt == "-" {
         prompt.clear();
@@ -37,11 +41,21 @@ pub fn run(g: &Global, a: &Generate) -> anyhow::Result<ExitCode> {
     let out = json!({
         "text": done.text, "tokens": done.stats.tokens, "token_ids": done.tokens, "prompt_tokens": done.stats.prompt_tokens,
         "prefill_tok_s": done.stats.prefill_tok_s, "decode_tok_s": done.stats.decode_tok_s, "stop": done.stats.stop,
-        "peak_rss_bytes": lacuna_compress::memory::peak(),
+        "peak_rss_bytes": memory::peak(), "weights_bytes": engine.model().weights_bytes(), "kv_bytes": done.stats.kv_bytes,
+        "tokenizer_bytes": tokenizer_bytes,
     });
     common::print(g, &out, || println!());
     if !g.json {
         tell(&done);
+        if let Some(peak) = memory::peak() {
+            common::say(format!(
+                "[{} of memory at the most: weights {}, keys and values {}, tokenizer {}]",
+                show_bytes(peak),
+                show_bytes(engine.model().weights_bytes()),
+                show_bytes(done.stats.kv_bytes),
+                show_bytes(tokenizer_bytes)
+            ));
+        }
     }
     Ok(ExitCode::SUCCESS)
 }

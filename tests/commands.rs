@@ -138,12 +138,24 @@ fn compress_then_inspect_eval_generate_bench() {
 
     let generate = ["generate", out, "-p", "The sea", "-n", "12", "--temp", "0"];
     let (a, b) = (object(0, &generate), object(0, &[&generate[..], &["--threads", "1"]].concat()));
-    has_numbers(&a, &["tokens", "prompt_tokens", "prefill_tok_s", "decode_tok_s"]);
+    let numbers =
+        ["tokens", "prompt_tokens", "prefill_tok_s", "decode_tok_s", "weights_bytes", "kv_bytes", "tokenizer_bytes"];
+    has_numbers(&a, &numbers);
     assert!(a["text"].is_string() && a["token_ids"] == b["token_ids"]);
 
-    let bench = object(0, &["bench", out, "--prompt", "16", "--gen", "4", "--reps", "1"]);
-    let keys = ["prefill_tok_s", "decode_tok_s", "weights_bytes", "roofline_fraction", "threads", "peak_rss_bytes"];
+    let bench = object(0, &["bench", out, "--prompt", "16", "--gen", "4", "--reps", "1", "--profile", "--kv", "q8"]);
+    let keys =
+        ["prefill_tok_s", "decode_tok_s", "weights_bytes", "roofline_fraction", "arithmetic_fraction", "threads"];
     has_numbers(&bench, &keys);
+    for profile in ["prefill_profile", "decode_profile"] {
+        let named: Vec<&str> = bench[profile].as_array().unwrap().iter().map(|s| s["name"].as_str().unwrap()).collect();
+        for name in ["attn.q, k, v", "attention", "head", "everything else"] {
+            assert!(named.contains(&name), "{name} is not among {named:?}");
+        }
+    }
+    let said = refusal(2, &["bench", "--shape", "gpt-17"]);
+    assert!(said.contains("gpt-17") && said.contains("llama-3.2-1b"), "{said}");
+    assert!(refusal(2, &["bench"]).contains("MODEL"));
 }
 
 #[test]

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use lacuna_base::Rng;
 use lacuna_checkpoint::{Checkpoint, open};
-use lacuna_compress::{CompressError, Options, Outcomes, Progress, Quiet, Recipe, compress, forms};
+use lacuna_compress::{CompressError, Options, Outcomes, Progress, Quiet, Recipe, Shaped, compress, forms};
 use lacuna_format::Weights;
 use lacuna_spec::{Part, Place, Role};
 use serde_json::json;
@@ -77,6 +77,23 @@ fn every_carried_recipe_saves_a_model_that_opens() {
                 done.bytes,
                 done.spec.places().iter().map(|p| packed.get(p).unwrap().unwrap().bytes()).sum::<u64>()
             );
+        }
+    }
+}
+
+#[test]
+fn random_weights_in_a_shape_have_the_recipes_forms() {
+    for model in ["llama", "qwen3_moe", "gpt2"] {
+        let spec = tiny(model).spec().clone();
+        let text =
+            step("method = \"rtn\"\ntargets = [\"ffn.*\"]\nbits = 4\ngroup = 8\nsymmetric = true\nscale = \"f16\"");
+        let shaped = Shaped::new(spec.clone(), &recipe(&text)).unwrap();
+        for place in spec.places() {
+            let s = shaped.get(&place).unwrap().unwrap();
+            assert_eq!(Some((s.rows, s.cols)), spec.shape(&place), "{model}: {place}");
+            let touched = place.part == Part::Weight && matches!(place.role, Role::Gate | Role::Up | Role::Down);
+            assert_eq!(s.codec_name().contains("int4"), touched, "{model}: {place} is {}", s.codec_name());
+            assert!(s.to_mat().data().iter().all(|x| x.is_finite()));
         }
     }
 }

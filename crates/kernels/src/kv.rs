@@ -154,6 +154,16 @@ impl KvPage {
         KvPage { layout, data }
     }
 
+    /// An empty page of this one's layout and format.
+    pub(crate) fn empty(&self) -> KvPage {
+        let format = match self.data {
+            Data::F32(..) => KvFormat::F32,
+            Data::F16(..) => KvFormat::F16,
+            Data::Q8 { .. } => KvFormat::Q8,
+        };
+        KvPage::new(self.layout, format)
+    }
+
     /// Its shape.
     pub fn layout(&self) -> KvLayout {
         self.layout
@@ -196,6 +206,30 @@ impl KvPage {
         }
     }
 
+    /// Takes over position `at` of another page of this layout and format as position `slot`, bit for bit. Panics where they differ.
+    #[track_caller]
+    pub(crate) fn copy(&mut self, slot: usize, from: &KvPage, at: usize) {
+        let l = self.layout;
+        assert!(l == from.layout && slot < l.page_tokens && at < l.page_tokens, "position {at} to {slot} of {l:?}");
+        for h in 0..l.kv_heads {
+            let (k, v) =
+                ((key_at(l, h, slot, 0), key_at(l, h, at, 0)), (value_at(l, h, slot, 0), value_at(l, h, at, 0)));
+            match (&mut self.data, &from.data) {
+                (Data::F32(ks, vs), Data::F32(ks2, vs2)) => head(l, (ks, ks2), (vs, vs2), k, v),
+                (Data::F16(ks, vs), Data::F16(ks2, vs2)) => head(l, (ks, ks2), (vs, vs2), k, v),
+                (
+                    Data::Q8 { k: ks, v: vs, k_scales, v_scales },
+                    Data::Q8 { k: ks2, v: vs2, k_scales: k_scales2, v_scales: v_scales2 },
+                ) => {
+                    head(l, (ks, ks2), (vs, vs2), k, v);
+                    let (to, from) = (h * l.page_tokens + slot, h * l.page_tokens + at);
+                    (k_scales[to], v_scales[to]) = (k_scales2[from], v_scales2[from]);
+                }
+                _ => panic!("pages of two formats"),
+            }
+        }
+    }
+
     /// Reads back the key and value of position `slot`, `[kv_heads * head_dim]` each.
     #[track_caller]
     pub fn read(&self, slot: usize, key: &mut [f32], value: &mut [f32]) {
@@ -223,6 +257,14 @@ fn key_at(l: KvLayout, head: usize, slot: usize, d: usize) -> usize {
 
 fn value_at(l: KvLayout, head: usize, slot: usize, d: usize) -> usize {
     (head * l.page_tokens + slot) * l.padded() + d
+}
+
+/// Copies one head of one position.
+fn head<T: Copy>(l: KvLayout, ks: (&mut [T], &[T]), vs: (&mut [T], &[T]), k: (usize, usize), v: (usize, usize)) {
+    for d in 0..l.head_dim {
+        ks.0[k.0 + d * KEY_BLOCK] = ks.1[k.1 + d * KEY_BLOCK];
+    }
+    vs.0[v.0..v.0 + l.head_dim].copy_from_slice(&vs.1[v.1..v.1 + l.head_dim]);
 }
 
 /// One value to each key block's row.

@@ -39,7 +39,7 @@ struct FfnPart {
 }
 
 enum Body {
-    Dense(Ffn),
+    Dense(Box<Ffn>),
     Mixture { router: Projection, choice: Experts, experts: Vec<Ffn> },
 }
 
@@ -92,7 +92,7 @@ impl Block {
                     })
                 };
                 let body = match f.experts {
-                    None => Body::Dense(one(&|role| Place::layer(layer, role))?),
+                    None => Body::Dense(Box::new(one(&|role| Place::layer(layer, role))?)),
                     Some(choice) => Body::Mixture {
                         router: Projection::load(weights, Place::layer(layer, Role::Router), Activations::Exact)?,
                         choice,

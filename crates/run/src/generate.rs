@@ -54,6 +54,8 @@ pub struct Stats {
     pub decode_tok_s: Option<f64>,
     /// Why it ended.
     pub stop: Stop,
+    /// Bytes of keys and values held at the end.
+    pub kv_bytes: u64,
 }
 
 /// A finished generation.
@@ -146,6 +148,7 @@ impl Engine {
             prefill_tok_s: read as f64 / prefill_s.max(1e-9),
             decode_tok_s: (steps > 0).then(|| steps as f64 / decode_s.max(1e-9)),
             stop,
+            kv_bytes: seq.kv_bytes() as u64,
         };
         Ok(Generated { text, tokens, stats })
     }

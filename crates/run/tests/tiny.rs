@@ -171,7 +171,7 @@ fn a_conversation_reuses_what_was_said_and_refuses_what_does_not_fit() {
 #[test]
 fn a_bench_counts_its_bytes() {
     let e = engine("gemma3");
-    let o = BenchOptions { prompt_tokens: 32, gen_tokens: 8, depth: 16, reps: 3, seed: 0 };
+    let o = BenchOptions { prompt_tokens: 32, gen_tokens: 8, depth: 16, reps: 3, seed: 0, profile: false };
     let mut last = (0, 0);
     let b = e.bench(&o, &mut |done, of| last = (done, of)).unwrap();
     assert_eq!((b.prefill_all_tok_s.len(), b.decode_all_tok_s.len(), last), (3, 3, (6, 6)));

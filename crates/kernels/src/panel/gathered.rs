@@ -149,7 +149,7 @@ pub(crate) fn ints(piece: &Piece, source: &Source, wide: usize) -> (Panels, Grid
     let blocks = piece.cols.div_ceil(BLOCK);
     let group = (source.run / BLOCK).clamp(1, blocks.max(1));
     // Columns that share a scale of the weights share one of x, too, but not too many.
-    let unit = if group >= blocks { UNIT } else { (1..=UNIT).rev().find(|u| group % u == 0).unwrap_or(1) };
+    let unit = if group >= blocks { UNIT } else { (1..=UNIT).rev().find(|u| group.is_multiple_of(*u)).unwrap_or(1) };
     let entry = source.kind.entry();
     let (mut layout, masks_end) = layout(piece, unit, |pieces| pieces * entry, 16 * wide);
     let (mut grid, scales_end) = grid(source, layout.pieces, 1, masks_end);

@@ -4,14 +4,16 @@
 //! query's segments, tiles, its bounds in them and every order of summation follow from its own position: its result is the same bits in any
 //! company, alone, in a chunk of any size, with any number of threads.
 
-use half::f16;
+mod ops;
+
+use std::sync::Arc;
+
 use lacuna_base::{MatMut, MatRef};
 
-use super::math;
-use crate::kv::{Data, KEY_BLOCK, KvLayout, KvView};
-use crate::panel::fetch;
-use crate::simd::{Op, Simd, dispatch};
+use crate::kv::{Data, KEY_BLOCK, KvLayout, KvPage, KvView};
+use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
+use ops::{Element, Finish, Merge, Mix, Scores, Soften, Tile, Widen};
 
 /// What attention does with scores.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -123,6 +125,45 @@ impl Attention {
         });
     }
 
+    /// As [`Attention::run`] for nodes of a tree that continues a text of `base` tokens, such as drafts to be verified: the key of node `i` lies at
+    /// position `base + i` of `kv`, and row `r` of `q` sees the text and the nodes `paths[r]`, the tree's root first, itself last. The same bits as if
+    /// the text had gone on with that path alone.
+    #[track_caller]
+    pub fn run_tree(&self, q: MatRef<'_>, base: usize, paths: &[&[usize]], kv: &KvView<'_>, out: MatMut<'_>) {
+        self.run_tree_on(Isa::best(), q, base, paths, kv, out);
+    }
+
+    #[track_caller]
+    fn run_tree_on(
+        &self,
+        isa: Isa,
+        q: MatRef<'_>,
+        base: usize,
+        paths: &[&[usize]],
+        kv: &KvView<'_>,
+        mut out: MatMut<'_>,
+    ) {
+        assert_eq!(q.rows(), paths.len(), "a path for each row");
+        for (r, path) in paths.iter().enumerate() {
+            assert!(path.iter().all(|node| base + node < kv.tokens), "path {path:?} after {base} of {}", kv.tokens);
+            let Some(last) = (base + path.len()).checked_sub(1) else { panic!("row {r} sees nothing") };
+            // The page that the text ends in, and what follows, as if only the path had been written.
+            let layout = kv.pages[0].layout();
+            let (whole, n) = (base / layout.page_tokens, layout.page_tokens);
+            let mut pages: Vec<Arc<KvPage>> = kv.pages[..whole].to_vec();
+            let mut tail: Vec<KvPage> = (whole..last / n + 1).map(|_| kv.pages[0].empty()).collect();
+            let text = (whole * n..base).map(|p| (p, p));
+            for (to, from) in text.chain(path.iter().enumerate().map(|(i, node)| (base + i, base + node))) {
+                tail[to / n - whole].copy(to % n, &kv.pages[from / n], from % n);
+            }
+            pages.extend(tail.into_iter().map(Arc::new));
+            let view = KvView { pages: &pages, tokens: last + 1 };
+            let width = q.cols();
+            let row = MatMut::new(1, width, out.row_mut(r));
+            self.run_on(isa, q.rows_range(r, r + 1), &[last], &view, row);
+        }
+    }
+
     /// The first position that a query at `p` sees.
     fn low(&self, p: usize) -> usize {
         self.window.map_or(0, |w| (p + 1).saturating_sub(w))
@@ -201,48 +242,6 @@ struct Run<'a> {
     segments: std::ops::Range<usize>,
     into: Into,
     buffer: &'a mut [f32],
-}
-
-/// A cached element.
-trait Element: Copy + Send + Sync {
-    /// # Safety
-    /// `p` is readable for LANES elements.
-    unsafe fn lanes<S: Simd>(s: S, p: *const Self) -> S::V;
-}
-
-impl Element for f32 {
-    #[inline(always)]
-    unsafe fn lanes<S: Simd>(s: S, p: *const f32) -> S::V {
-        // SAFETY: as the caller promises.
-        unsafe { s.load(p) }
-    }
-}
-
-impl Element for f16 {
-    #[inline(always)]
-    unsafe fn lanes<S: Simd>(s: S, p: *const f16) -> S::V {
-        // SAFETY: as the caller promises.
-        unsafe { s.load_f16(p.cast()) }
-    }
-}
-
-impl Element for i8 {
-    #[inline(always)]
-    unsafe fn lanes<S: Simd>(s: S, p: *const i8) -> S::V {
-        // SAFETY: as the caller promises.
-        unsafe { s.load_i8(p) }
-    }
-}
-
-/// A tile where it lies, key block by key block; those that nobody sees are dangling.
-#[derive(Clone, Copy)]
-struct Tile<E> {
-    keys: [*const E; SUBS],
-    values: [*const E; SUBS],
-    /// Factors of every position's keys and values, where the cache has them.
-    scales: Option<[[*const f32; SUBS]; 2]>,
-    /// Keys of the tile after it, null where there are none.
-    next: [*const u8; SUBS],
 }
 
 /// What a query carries from tile to tile.
@@ -363,75 +362,6 @@ impl State {
             unsafe { std::ptr::copy_nonoverlapping(self.acc, self.total, padded) };
         }
     }
-}
-
-/// Adds a segment to those before; gives their largest score and sum.
-struct Merge {
-    /// Largest score and sum of those before, and of this one.
-    both: [(f32, f32); 2],
-    total: *mut f32,
-    seen: *const f32,
-    padded: usize,
-}
-
-impl Op for Merge {
-    type Out = (f32, f32);
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> (f32, f32) {
-        let [(top, sum), (seen_top, seen_sum)] = self.both;
-        let most = if seen_top > top { seen_top } else { top };
-        let before = lane(s, math::exp(s, s.splat(top - most)));
-        let now = lane(s, math::exp(s, s.splat(seen_top - most)));
-        let mut d = 0;
-        while d < self.padded {
-            // SAFETY: the maker has as many values in both.
-            unsafe {
-                let v = s.mul(s.load(self.total.add(d)), s.splat(before));
-                s.store(self.total.add(d), s.fma(s.load(self.seen.add(d)), s.splat(now), v));
-            }
-            d += S::LANES;
-        }
-        (most, sum * before + seen_sum * now)
-    }
-}
-
-/// Sums over their sum, to the output.
-struct Finish {
-    total: *const f32,
-    sum: f32,
-    out: *mut f32,
-    dim: usize,
-}
-
-impl Op for Finish {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let mut d = 0;
-        while d < self.dim {
-            // SAFETY: the maker has room for `dim` values, and as many sums, padded.
-            unsafe {
-                let v = s.div(s.load(self.total.add(d)), s.splat(self.sum));
-                if d + S::LANES <= self.dim {
-                    s.store(self.out.add(d), v);
-                } else {
-                    let mut rest = [0.0f32; 16];
-                    s.store(rest.as_mut_ptr(), v);
-                    std::ptr::copy_nonoverlapping(rest.as_ptr(), self.out.add(d), self.dim - d);
-                }
-            }
-            d += S::LANES;
-        }
-    }
-}
-
-/// One lane of a vector whose lanes are equal.
-#[inline(always)]
-fn lane<S: Simd>(s: S, v: S::V) -> f32 {
-    let mut all = [0.0f32; 16];
-    // SAFETY: 16 lanes at most.
-    unsafe { s.store(all.as_mut_ptr(), v) };
-    all[0]
 }
 
 /// Adds up a query's partial results, segment by segment, as [`Run`] does; the first one's place holds the totals.
@@ -676,397 +606,5 @@ impl Task<'_> {
     }
 }
 
-/// Turns a query's raw scores of a tile into weights, brings its sums to the new largest score, and gives that and the sum of weights.
-struct Soften<'a> {
-    p: &'a Attention,
-    top: f32,
-    sum: f32,
-    acc: *mut f32,
-    padded: usize,
-    /// What it sees of the tile.
-    bounds: (usize, usize),
-    /// The key blocks of that.
-    subs: (usize, usize),
-    scales: Option<[[*const f32; SUBS]; 2]>,
-    /// Raw scores of those key blocks.
-    w: *mut f32,
-}
-
-impl Op for Soften<'_> {
-    type Out = (f32, f32);
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) -> (f32, f32) {
-        let Soften { p, top: before, mut sum, acc, padded, bounds: (lo, hi), subs, scales, w } = self;
-        let (from, to) = (subs.0 * KEY_BLOCK, subs.1 * KEY_BLOCK);
-        // SAFETY: weights hold a tile, acc `padded` values.
-        unsafe {
-            let none = s.splat(f32::NEG_INFINITY);
-            let mut top = none;
-            let mut j = from;
-            while j < to {
-                let mut v = s.mul(s.load(w.add(j)), s.splat(p.scale));
-                if let Some([keys, _]) = scales {
-                    v = s.mul(v, s.load(keys[j / KEY_BLOCK].add(j % KEY_BLOCK)));
-                }
-                if let Some(c) = p.softcap {
-                    v = s.mul(s.splat(c), math::tanh(s, s.div(v, s.splat(c))));
-                }
-                if j < lo || j + S::LANES > hi {
-                    let at = s.load(COUNT.0.as_ptr().add(j));
-                    v = s.select_lt(at, s.splat(lo as f32), none, v);
-                    v = s.select_lt(at, s.splat(hi as f32), v, none);
-                }
-                // The second where one is NaN: a NaN never becomes the largest.
-                top = s.max(v, top);
-                s.store(w.add(j), v);
-                j += S::LANES;
-            }
-            let top = s.top(top);
-            let top = if top > before { top } else { before };
-            let mut total = s.splat(0.0);
-            let mut j = from;
-            while j < to {
-                let mut v = math::exp(s, s.sub(s.load(w.add(j)), s.splat(top)));
-                total = s.add(total, v);
-                if let Some([_, values]) = scales {
-                    v = s.mul(v, s.load(values[j / KEY_BLOCK].add(j % KEY_BLOCK)));
-                }
-                s.store(w.add(j), v);
-                j += S::LANES;
-            }
-            if top > before {
-                // The first time both the sums and the factor are zero.
-                let shrink = lane(s, math::exp(s, s.splat(before - top)));
-                sum *= shrink;
-                let mut d = 0;
-                while d < padded {
-                    s.store(acc.add(d), s.mul(s.load(acc.add(d)), s.splat(shrink)));
-                    d += S::LANES;
-                }
-            }
-            (top, sum + s.sum(total))
-        }
-    }
-}
-
-/// 0, 1, 2, ...
-#[repr(align(64))]
-struct Count([f32; TILE]);
-static COUNT: Count = {
-    let mut all = [0.0; TILE];
-    let mut i = 0;
-    while i < TILE {
-        all[i] = i as f32;
-        i += 1;
-    }
-    Count(all)
-};
-
-/// Writes `n` elements, a multiple of 16, as f32.
-struct Widen<E> {
-    from: *const E,
-    to: *mut f32,
-    n: usize,
-}
-
-impl<E: Element> Op for Widen<E> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let mut i = 0;
-        while i < self.n {
-            // SAFETY: the maker has as many in both.
-            unsafe { s.store(self.to.add(i), E::lanes(s, self.from.add(i))) };
-            i += S::LANES;
-        }
-    }
-}
-
-/// Raw scores of `M` queries against key blocks `subs`, those of query `m` to `weights[m * 128..]`.
-struct Scores<E, const M: usize> {
-    q: [*const f32; M],
-    /// `[dim][32]` each.
-    keys: [*const E; SUBS],
-    /// What is needed next: asked for meanwhile.
-    values: [*const E; SUBS],
-    subs: (usize, usize),
-    dim: usize,
-    weights: *mut f32,
-}
-
-impl<E: Element, const M: usize> Op for Scores<E, M> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let mut i = self.subs.0;
-        while i < self.subs.1 {
-            let keys = self.keys[i];
-            let values = self.values[i].cast::<u8>();
-            let mut j = 0;
-            while j < KEY_BLOCK {
-                let mut acc = [[s.splat(0.0); 2]; M];
-                let mut d = 0;
-                // SAFETY: the maker has queries of `dim` values, these key blocks, and room for a tile of each query's weights.
-                unsafe {
-                    while d < self.dim {
-                        if M <= 4 && size_of::<E>() < 4 && j == 0 {
-                            fetch(values.wrapping_add(d * KEY_BLOCK * size_of::<E>()));
-                        }
-                        let k = keys.add(d * KEY_BLOCK + j);
-                        let k = [E::lanes(s, k), E::lanes(s, k.add(S::LANES))];
-                        let mut m = 0;
-                        while m < M {
-                            let q = s.splat(*self.q[m].add(d));
-                            acc[m][0] = s.fma(q, k[0], acc[m][0]);
-                            acc[m][1] = s.fma(q, k[1], acc[m][1]);
-                            m += 1;
-                        }
-                        d += 1;
-                    }
-                    let mut m = 0;
-                    while m < M {
-                        let at = self.weights.add(m * TILE + i * KEY_BLOCK + j);
-                        s.store(at, acc[m][0]);
-                        s.store(at.add(S::LANES), acc[m][1]);
-                        m += 1;
-                    }
-                }
-                j += 2 * S::LANES;
-            }
-            i += 1;
-        }
-    }
-}
-
-/// Adds the weighted values of positions `js` of each of key blocks `subs` to `M` queries' sums.
-struct Mix<E, const M: usize> {
-    /// `padded` values each.
-    acc: [*mut f32; M],
-    tile: Tile<E>,
-    subs: (usize, usize),
-    js: (usize, usize),
-    padded: usize,
-    /// A tile for each query.
-    weights: *const f32,
-}
-
-impl<E: Element, const M: usize> Op for Mix<E, M> {
-    type Out = ();
-    #[inline(always)]
-    fn run<S: Simd>(self, s: S) {
-        let mut d = 0;
-        // `padded` is a multiple of 16 and so of LANES.
-        while d < self.padded {
-            if d + 2 * S::LANES <= self.padded {
-                self.columns::<S, 2>(s, d);
-                d += 2 * S::LANES;
-            } else {
-                self.columns::<S, 1>(s, d);
-                d += S::LANES;
-            }
-        }
-    }
-}
-
-impl<E: Element, const M: usize> Mix<E, M> {
-    /// `C` vectors of columns from `d` on.
-    #[inline(always)]
-    fn columns<S: Simd, const C: usize>(&self, s: S, d: usize) {
-        // SAFETY: the maker has sums and values of `padded` columns, these key blocks and their weights.
-        unsafe {
-            let mut acc = [[s.splat(0.0); C]; M];
-            let mut m = 0;
-            while m < M {
-                let mut c = 0;
-                while c < C {
-                    acc[m][c] = s.load(self.acc[m].add(d + c * S::LANES));
-                    c += 1;
-                }
-                m += 1;
-            }
-            let mut i = self.subs.0;
-            while i < self.subs.1 {
-                let (values, w) = (self.tile.values[i].add(d), self.weights.add(i * KEY_BLOCK));
-                let mut j = self.js.0;
-                while j < self.js.1 {
-                    if M <= 4 && size_of::<E>() < 4 && !self.tile.next[i].is_null() {
-                        // As many bytes as the columns at hand have: all of a key block in the end.
-                        let bytes = C * S::LANES * size_of::<E>();
-                        fetch(self.tile.next[i].wrapping_add((j * self.padded + d) * size_of::<E>() / bytes * bytes));
-                    }
-                    let mut v = [s.splat(0.0); C];
-                    let mut c = 0;
-                    while c < C {
-                        v[c] = E::lanes(s, values.add(j * self.padded + c * S::LANES));
-                        c += 1;
-                    }
-                    let mut m = 0;
-                    while m < M {
-                        let w = s.splat(*w.add(m * TILE + j));
-                        let mut c = 0;
-                        while c < C {
-                            acc[m][c] = s.fma(w, v[c], acc[m][c]);
-                            c += 1;
-                        }
-                        m += 1;
-                    }
-                    j += 1;
-                }
-                i += 1;
-            }
-            let mut m = 0;
-            while m < M {
-                let mut c = 0;
-                while c < C {
-                    s.store(self.acc[m].add(d + c * S::LANES), acc[m][c]);
-                    c += 1;
-                }
-                m += 1;
-            }
-        }
-    }
-}
-
 #[cfg(test)]
-mod tests {
-    use std::sync::Arc;
-
-    use super::*;
-    use crate::kv::{KvFormat, KvPage};
-    use lacuna_base::Mat;
-    use lacuna_base::testkit::{max_abs_diff, random};
-
-    fn pages(layout: KvLayout, format: KvFormat, k: &Mat, v: &Mat) -> Vec<Arc<KvPage>> {
-        let mut pages: Vec<KvPage> =
-            (0..k.rows().div_ceil(layout.page_tokens)).map(|_| KvPage::new(layout, format)).collect();
-        for p in 0..k.rows() {
-            pages[p / layout.page_tokens].write(p % layout.page_tokens, k.row(p), v.row(p));
-        }
-        pages.into_iter().map(Arc::new).collect()
-    }
-
-    fn reference(a: &Attention, kv_heads: usize, q: &Mat, positions: &[usize], k: &Mat, v: &Mat) -> Mat {
-        let dim = k.cols() / kv_heads;
-        let mut out = Mat::zeros(q.rows(), q.cols());
-        for (r, &p) in positions.iter().enumerate() {
-            for h in 0..a.heads {
-                let g = h / (a.heads / kv_heads);
-                let low = a.window.map_or(0, |w| (p + 1).saturating_sub(w));
-                let scores: Vec<f64> = (low..=p)
-                    .map(|t| {
-                        let dot: f64 =
-                            (0..dim).map(|d| f64::from(q[(r, h * dim + d)]) * f64::from(k[(t, g * dim + d)])).sum();
-                        let x = dot * f64::from(a.scale);
-                        a.softcap.map_or(x, |c| f64::from(c) * (x / f64::from(c)).tanh())
-                    })
-                    .collect();
-                let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-                let total: f64 = scores.iter().map(|x| (x - top).exp()).sum();
-                for d in 0..dim {
-                    let y: f64 = scores
-                        .iter()
-                        .enumerate()
-                        .map(|(i, x)| (x - top).exp() * f64::from(v[(low + i, g * dim + d)]))
-                        .sum();
-                    out[(r, h * dim + d)] = (y / total) as f32;
-                }
-            }
-        }
-        out
-    }
-
-    #[test]
-    fn matches_f64_and_does_not_see_its_company() {
-        for (heads, kv_heads, dim, tokens, window, softcap) in [
-            (1, 1, 1, 1, None, None),
-            (3, 1, 5, 40, None, None),
-            (4, 2, 16, 100, Some(10), Some(3.0)),
-            (9, 3, 64, 130, None, None),
-            (2, 2, 80, 97, Some(33), None),
-            (8, 1, 36, 70, None, Some(1.0)),
-            (3, 1, 8, 1300, None, None),
-            (100, 1, 4, 600, Some(520), None),
-        ] {
-            let a = Attention { heads, scale: 0.3, window, softcap };
-            let layout = KvLayout { kv_heads, head_dim: dim, page_tokens: 64 };
-            let (q, k, v) =
-                (random(tokens, heads * dim, 1), random(tokens, kv_heads * dim, 2), random(tokens, kv_heads * dim, 3));
-            let all: Vec<usize> = (0..tokens).collect();
-            for format in [KvFormat::F32, KvFormat::F16, KvFormat::Q8] {
-                let pages = pages(layout, format, &k, &v);
-                let view = KvView { pages: &pages, tokens };
-                // Exact attention over what the cache holds.
-                let (mut held_k, mut held_v) = (k.clone(), v.clone());
-                for p in 0..tokens {
-                    pages[p / 64].read(p % 64, held_k.row_mut(p), held_v.row_mut(p));
-                }
-                let coarse = max_abs_diff(held_k.view(), k.view()).max(max_abs_diff(held_v.view(), v.view()));
-                assert!(
-                    coarse
-                        <= match format {
-                            KvFormat::F32 => 0.0,
-                            KvFormat::F16 => 2e-3,
-                            KvFormat::Q8 => 2e-2,
-                        }
-                );
-                let want = reference(&a, kv_heads, &q, &all, &held_k, &held_v);
-                for isa in Isa::here() {
-                    let mut whole = Mat::zeros(tokens, heads * dim);
-                    a.run_on(isa, q.view(), &all, &view, whole.view_mut());
-                    let off = max_abs_diff(whole.view(), want.view());
-                    assert!(off < 2e-5, "{isa} {format:?} {heads} {dim}: {off}");
-                    for step in [1, 7, 33] {
-                        // Of a long text only the end alone: it has every part that the rest has.
-                        let mut from = if step == 1 { tokens.saturating_sub(40) } else { 0 };
-                        while from < tokens {
-                            let to = (from + step).min(tokens);
-                            let mut part = Mat::zeros(to - from, heads * dim);
-                            a.run_on(isa, q.view().rows_range(from, to), &all[from..to], &view, part.view_mut());
-                            assert_eq!(
-                                part.view().to_mat(),
-                                whole.view().rows_range(from, to).to_mat(),
-                                "{isa} step {step}"
-                            );
-                            from = to;
-                        }
-                    }
-                }
-            }
-        }
-    }
-
-    #[test]
-    fn later_positions_cannot_leak() {
-        let a = Attention { heads: 2, scale: 1.0, window: None, softcap: None };
-        let layout = KvLayout { kv_heads: 1, head_dim: 16, page_tokens: 32 };
-        let (q, k, v) = (random(20, 32, 1), random(20, 16, 2), random(20, 16, 3));
-        let (mut k2, mut v2) = (k.clone(), v.clone());
-        k2.row_mut(19).fill(f32::NAN);
-        v2.row_mut(19).fill(f32::NAN);
-        let run = |k: &Mat, v: &Mat| {
-            let pages = pages(layout, KvFormat::F32, k, v);
-            let mut out = Mat::zeros(20, 32);
-            let view = KvView { pages: &pages, tokens: 20 };
-            a.run(q.view(), &(0..20).collect::<Vec<_>>(), &view, out.view_mut());
-            out
-        };
-        let (clean, dirty) = (run(&k, &v), run(&k2, &v2));
-        assert_eq!(clean.view().rows_range(0, 19).to_mat(), dirty.view().rows_range(0, 19).to_mat());
-        assert!(dirty.row(19).iter().all(|x| x.is_nan()));
-    }
-
-    #[test]
-    fn pages_read_back() {
-        let layout = KvLayout { kv_heads: 3, head_dim: 5, page_tokens: 64 };
-        let (k, v) = (random(64, 15, 1), random(64, 15, 2));
-        let pages = pages(layout, KvFormat::F32, &k, &v);
-        let (mut a, mut b) = (vec![0.0; 15], vec![0.0; 15]);
-        for p in 0..64 {
-            pages[0].read(p, &mut a, &mut b);
-            assert_eq!((&a[..], &b[..]), (k.row(p), v.row(p)));
-        }
-        assert_eq!(layout.page_bytes(KvFormat::F16), 2 * 3 * 64 * (5 + 16));
-        assert_eq!(layout.page_bytes(KvFormat::Q8), 3 * 64 * (5 + 16 + 8));
-        assert_eq!((layout.token_bytes(KvFormat::F16), layout.token_bytes(KvFormat::Q8)), (60, 54));
-    }
-}
+mod tests;
