@@ -43,8 +43,6 @@ pub struct Row {
     within: f64,
     #[serde(default)]
     magnitude: bool,
-    /// Where perplexities lie of which exact arithmetic would make one.
-    spread: Option<[f64; 2]>,
     pub beside: Option<String>,
 }
 
@@ -53,19 +51,8 @@ impl Row {
     fn holds(&self, ppl: f64) -> bool {
         if self.magnitude {
             (ppl / self.reference).log10().abs() <= 1.0
-        } else if let Some([low, high]) = self.spread {
-            (low..=high).contains(&ppl)
         } else {
             (ppl / self.reference - 1.0).abs() <= self.within
-        }
-    }
-
-    /// What `holds` asks, for a table.
-    fn allowed(&self) -> String {
-        match self.spread {
-            _ if self.magnitude => "order of magnitude".into(),
-            Some([low, high]) => format!("{} to {}", show(low), show(high)),
-            None => format!("{:.1}%", 100.0 * self.within),
         }
     }
 }
@@ -75,11 +62,7 @@ pub fn list(tree: &Tree) -> Result<List> {
     let list: List = toml::from_str(&tree.read(LIST)?).with_context(|| LIST.to_owned())?;
     ensure!(list.version == 1, "{LIST}: version {} is not known", list.version);
     for row in &list.rows {
-        ensure!(
-            row.reference > 0.0 && (row.magnitude || row.within > 0.0 || row.spread.is_some()),
-            "{LIST}: {} has no tolerance",
-            row.name
-        );
+        ensure!(row.reference > 0.0 && (row.magnitude || row.within > 0.0), "{LIST}: {} has no tolerance", row.name);
         if let Some(beside) = &row.beside {
             ensure!(list.rows.iter().any(|r| r.name == *beside), "{LIST}: {} stands beside no row {beside}", row.name);
         }
@@ -237,13 +220,13 @@ fn table(list: &List, folder: &Path) -> Result<String> {
         let v: Value = serde_json::from_str(&text).with_context(|| file.display().to_string())?;
         let ppl = v["eval"]["ppl"].as_f64().unwrap_or(f64::NAN);
         let number = |v: &Value, digits: usize| v.as_f64().map_or_else(String::new, |x| format!("{x:.digits$}"));
+        let allowed = if row.magnitude { "order of magnitude".into() } else { format!("{:.1}%", 100.0 * row.within) };
         out += &format!(
-            "| {} | {} | {} | {:+.2}% | {} | {} | {} | {} |\n",
+            "| {} | {} | {} | {:+.2}% | {allowed} | {} | {} | {} |\n",
             row.name,
             show(ppl),
             show(row.reference),
             100.0 * (ppl / row.reference - 1.0),
-            row.allowed(),
             number(&v["compress"]["bytes_after"], 0),
             number(&v["compress"]["seconds"], 0),
             number(&v["eval"]["seconds"], 0),
@@ -266,8 +249,6 @@ mod tests {
         let list = list(&Tree::open().unwrap()).unwrap();
         let dense = list.rows.iter().find(|r| r.name == "dense").unwrap();
         assert!(dense.holds(24.03) && !dense.holds(24.04));
-        let gptq = list.rows.iter().find(|r| r.name == "gptq-3bit").unwrap();
-        assert!(gptq.holds(76.4) && !gptq.holds(73.0) && !gptq.holds(87.0));
         let svd = list.rows.iter().find(|r| r.name == "svd").unwrap();
         assert!(svd.holds(1e7) && svd.holds(5e8) && !svd.holds(1e6) && !svd.holds(1e9));
     }

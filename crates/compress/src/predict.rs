@@ -90,8 +90,12 @@ pub struct Shaped {
 
 impl Shaped {
     /// Weights for `spec`; f16 where no step of the recipe aims. Matrices of one form share their values. An error where a method refuses its
-    /// own grid.
+    /// own grid, or a step drops or budgets whole parts, which takes a real model.
     pub fn new(spec: Spec, recipe: &Recipe) -> Result<Shaped, CompressError> {
+        if let Some(step) = recipe.steps.iter().find(|s| s.is_model_wide()) {
+            let what = "drops or budgets by what a real model does; random weights have nothing to say to it".into();
+            return Err(CompressError::Method { place: "the whole model".into(), step: step.name.clone(), what });
+        }
         let mut known: HashMap<String, Arc<Stored>> = HashMap::new();
         let mut tensors = HashMap::new();
         for place in spec.places() {

@@ -95,6 +95,10 @@ fn random_weights_in_a_shape_have_the_recipes_forms() {
             assert_eq!(s.codec_name().contains("int4"), touched, "{model}: {place} is {}", s.codec_name());
             assert!(s.to_mat().data().iter().all(|x| x.is_finite()));
         }
+        // What would be left out of the clock in silence is refused.
+        let drop = recipe(&step("name = \"away\"\nmethod = \"llm-drop\"\npart = \"block\"\ncount = 1"));
+        let said = Shaped::new(spec, &drop).err().expect("refused").to_string();
+        assert!(said.contains("away") && said.contains("real model"), "{said}");
     }
 }
 

@@ -182,6 +182,8 @@ impl Decoder {
             tell(layer + 2);
         }
         let head = Head::load_with(weights, options.activations)?;
+        // A tied table is read row by row from here on.
+        weights.release(&Place::global(if spec.tied { Role::Embed } else { Role::Head }));
         tell(parts);
         Ok(Decoder { spec, embed, blocks, head })
     }
