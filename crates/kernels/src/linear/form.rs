@@ -13,7 +13,7 @@ use crate::op::matmul::{self, Batch, Gemv, Out};
 use crate::panel::float::{Bf16, Dense, F16, F32, Masked};
 use crate::panel::gathered::Layout;
 use crate::panel::halved::Halved;
-use crate::panel::ints::{Bytes, Ints};
+use crate::panel::ints::{Bytes, Grid, Ints};
 use crate::panel::{BLOCK, Codec, Panels, ROWS, View, float, gathered, halved, ints, source};
 use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
@@ -306,15 +306,14 @@ impl Form {
     /// How it could share `rows` rows with others, if at all.
     pub(super) fn plan(&self, packing: &Packing, rows: usize) -> Option<Plan> {
         let row = |panels: &Panels| (rows == 1).then_some(Plan::Row { blocks: panels.blocks });
+        let int = |panels: &Panels, grid: &Grid| match packing.activations {
+            Activations::Int8 if grid.table.is_none() => Some(Plan::Bytes { zero: grid.zero, blocks: panels.blocks }),
+            _ => row(panels),
+        };
         with_panels!(
             &self.body, panels, codec =>
-            { let _ = codec; row(panels) },
-            if packing.activations == Activations::Int8 && codec.grid().table.is_none() {
-                Some(Plan::Bytes { zero: codec.grid().zero, blocks: panels.blocks })
-            } else {
-                row(panels)
-            },
-            _layout => { let _ = (panels, codec); None }, { let _ = (panels, codec); None },
+            { let _ = codec; row(panels) }, int(panels, codec.grid()),
+            _layout => { let _ = codec; row(panels) }, int(panels, codec.grid()),
             _stored => None
         )
     }
@@ -336,7 +335,15 @@ impl Form {
                 Given::Bytes(x) => dispatch(isa, Dots { panels: panels.view(), codec, from, to, x, out }),
                 Given::Row(x) => dispatch(isa, Gemv { panels: panels.view(), codec, from, to, x, out }),
             },
-            _layout => { let _ = (panels, codec); }, { let _ = (panels, codec); }, _stored => {}
+            layout =>
+            if let Given::Row(x) = given {
+                gather_floats(isa, panels.view(), codec, layout, (from, to), (x, 1), out);
+            },
+            match given {
+                Given::Bytes(x) => gather_bytes(isa, panels.view(), codec, layout, (from, to), x, out),
+                Given::Row(x) => gather_floats(isa, panels.view(), codec, layout, (from, to), (x, 1), out),
+            },
+            _stored => {}
         );
     }
 }
@@ -362,7 +369,7 @@ pub(super) fn together<const N: usize>(packing: &Packing, plan: Plan, parts: [(&
     };
     match plan {
         Plan::Bytes { zero, blocks } => {
-            quantized(packing.isa, x, blocks, 1, zero, |rows| share(blocks, Given::Bytes(rows)));
+            quantized(packing.isa, x, blocks, zero, |rows| share(blocks, Given::Bytes(rows)));
         }
         Plan::Row { blocks } => padded(x.row(0), blocks, |row| share(blocks, Given::Row(row))),
     }
@@ -398,7 +405,7 @@ fn exact<C: Codec>(packing: &Packing, view: View, codec: &C, x: MatRef<'_>, out:
 }
 
 fn bytes<C: Bytes>(packing: &Packing, view: View, codec: &C, x: MatRef<'_>, out: Out) {
-    quantized(packing.isa, x, view.blocks, 1, codec.grid().zero, |rows| {
+    quantized(packing.isa, x, view.blocks, codec.grid().zero, |rows| {
         let cost = ROWS * view.blocks * BLOCK * x.rows() / 2;
         parallel::ranges(view.count(), 1, usize::MAX, cost, |from, to| {
             dispatch(packing.isa, Dots { panels: view, codec, from, to, x: rows, out });
@@ -422,26 +429,50 @@ fn rows_padded(x: MatRef<'_>, blocks: usize, f: impl FnOnce(Shared)) {
 }
 
 fn shared<C: Codec>(packing: &Packing, view: View, codec: &C, layout: &Layout, x: MatRef<'_>, out: Out) {
-    let (isa, layout, rows) = (packing.isa, *layout, x.rows());
+    let (isa, rows) = (packing.isa, x.rows());
     rows_padded(x, view.blocks, |x| {
         parallel::ranges(view.count(), layout.share, usize::MAX, ROWS * layout.octets * 8 * rows, |from, to| {
-            scratch::with(gather::scratch(&layout), |scratch| {
-                let x = x.get();
-                dispatch(isa, Gathered { panels: view, codec, layout, from, to, x, rows, out, scratch });
-            });
+            gather_floats(isa, view, codec, layout, (from, to), (x.get(), rows), out);
         });
     });
 }
 
 fn shared_bytes<C: Bytes>(packing: &Packing, view: View, codec: &C, layout: &Layout, x: MatRef<'_>, out: Out) {
-    let (isa, layout, rows, zero) = (packing.isa, *layout, x.rows(), codec.grid().zero);
-    quantized(isa, x, view.blocks, layout.group, zero, |x| {
-        parallel::ranges(view.count(), layout.share, usize::MAX, ROWS * layout.octets * 8 * rows, |from, to| {
-            scratch::with(gather::scratch(&layout), |scratch| {
-                let zero = i32::from(zero);
-                dispatch(isa, GatheredBytes { panels: view, codec, layout, zero, from, to, x, rows, out, scratch });
-            });
+    let isa = packing.isa;
+    quantized(isa, x, view.blocks, codec.grid().zero, |x| {
+        parallel::ranges(view.count(), layout.share, usize::MAX, ROWS * layout.octets * 8 * x.rows, |from, to| {
+            gather_bytes(isa, view, codec, layout, (from, to), x, out);
         });
+    });
+}
+
+/// Panels `from..to` times rows of x, `blocks * 32` apart.
+fn gather_floats<C: Codec>(
+    isa: Isa,
+    panels: View,
+    codec: &C,
+    layout: &Layout,
+    (from, to): (usize, usize),
+    (x, rows): (*const f32, usize),
+    out: Out,
+) {
+    scratch::with(gather::scratch(layout), |scratch| {
+        dispatch(isa, Gathered { panels, codec, layout: *layout, from, to, x, rows, out, scratch });
+    });
+}
+
+/// Panels `from..to` times quantized rows.
+fn gather_bytes<C: Bytes>(
+    isa: Isa,
+    panels: View,
+    codec: &C,
+    layout: &Layout,
+    (from, to): (usize, usize),
+    x: Rows,
+    out: Out,
+) {
+    scratch::with(gather::scratch(layout), |scratch| {
+        dispatch(isa, GatheredBytes { panels, codec, layout: *layout, from, to, x, out, scratch });
     });
 }
 

@@ -20,8 +20,7 @@ pub enum Activations {
     #[default]
     Exact,
     /// As signed bytes with a scale for every 32 columns of a row (largest magnitude / 127, to the nearest, ties to even), where the codec's
-    /// values are whole numbers times a scale; elsewhere as they are. Where 8 rows or more share a mask: with a scale for every scale group of
-    /// the weights, or 128 columns of a larger one.
+    /// values are whole numbers times a scale; elsewhere as they are.
     Int8,
 }
 
@@ -140,7 +139,7 @@ impl Linear {
     /// `x · Wᵀ`: `x` is `[n, inputs]`, `out` `[n, outputs]`, overwritten. Panics where the shapes do not fit.
     ///
     /// A NaN or infinity in a row of `x` reaches results of that row only: those whose weights take part in it, zeros that are stored
-    /// included; with [`Activations::Int8`] all of them. One in `W` reaches its own output only.
+    /// included; with [`Activations::Int8`] all that have a stored weight within its 32 columns. One in `W` reaches its own output only.
     #[track_caller]
     pub fn forward(&self, x: MatRef<'_>, out: MatMut<'_>) {
         self.run(x, out, false);

@@ -1,23 +1,22 @@
 //! Products with panels whose rows share their columns: x is gathered to a panel's columns, and what remains is dense.
 //!
-//! Rows of x are taken one by one, so that a row's result cannot depend on others. In f32 every output has four chains of fused operations,
-//! for the four columns of each quad, which are added in the end; in bytes, pieces in rising order as in [`super::dot`]. Bytes are quantized
-//! before they are gathered, once for all panels.
+//! Every row of x is gathered for itself, so that its result cannot depend on others. In f32 every output has four chains of fused operations,
+//! for the four columns of each quad, which are added in the end. Bytes are quantized before they are gathered, once for all panels; an octet
+//! of columns is summed exactly, and its sum times both scales added to the output, octets in rising order.
 
 use super::dot::Rows;
 use super::matmul::Out;
-use crate::panel::gathered::{Layout, cut};
+use crate::panel::gathered::Layout;
 use crate::panel::ints::{Bytes, META};
-use crate::panel::{Ahead, BLOCK, Codec, ROWS, View};
+use crate::panel::{BLOCK, Codec, FETCH, ROWS, View, fetch, fetch_far};
 use crate::simd::{Op, Simd};
 
-/// Scratch of a task, in f32 values: two gathered groups, the gathered row, what belongs to pieces, and their octets.
+/// Room after a gathered row that is written without being meant.
+const OVER: usize = 2 * BLOCK;
+
+/// Scratch of a task, in f32 values: two gathered runs, the gathered row, the group and the scale of every octet.
 pub(crate) fn scratch(layout: &Layout) -> usize {
-    2 * (layout.group * BLOCK + 2 * BLOCK)
-        + 2 * (layout.octets * 8 + BLOCK)
-        + 2 * META * layout.pieces
-        + layout.pieces
-        + 64
+    2 * (layout.run * BLOCK + OVER) + 2 * (layout.octets * 8 + OVER) + 2 * (layout.octets + 8)
 }
 
 /// Panels `from..to` times all rows of x.
@@ -34,17 +33,14 @@ pub(crate) struct Gathered<'a, C> {
     pub(crate) scratch: &'a mut [f32],
 }
 
-/// The same with quantized rows, every scale group of the layout with one scale.
+/// The same with quantized rows.
 pub(crate) struct GatheredBytes<'a, C> {
     pub(crate) panels: View,
     pub(crate) codec: &'a C,
     pub(crate) layout: Layout,
-    /// The matrix's zero.
-    pub(crate) zero: i32,
     pub(crate) from: usize,
     pub(crate) to: usize,
     pub(crate) x: Rows,
-    pub(crate) rows: usize,
     pub(crate) out: Out,
     pub(crate) scratch: &'a mut [f32],
 }
@@ -52,11 +48,68 @@ pub(crate) struct GatheredBytes<'a, C> {
 /// Where a task's scratch is cut.
 #[derive(Clone, Copy)]
 struct Room {
-    groups: [*mut f32; 2],
+    /// The columns of a run that each half keeps.
+    halves: [*mut f32; 2],
+    /// The gathered row; in bytes, its codes, and the sum of every quad of them.
     x: *mut f32,
-    meta: *mut f32,
-    /// Octets of each piece.
-    counts: *mut u32,
+    sums: *mut i32,
+    /// Each octet's scale group.
+    groups: *mut u32,
+    /// Each octet's scale of x.
+    scales: *mut f32,
+}
+
+fn room(scratch: &mut [f32], l: &Layout) -> Room {
+    assert!(scratch.len() >= self::scratch(l), "room for a gathered row");
+    let (a, rest) = scratch.split_at_mut(l.run * BLOCK + OVER);
+    let (b, rest) = rest.split_at_mut(l.run * BLOCK + OVER);
+    let (x, rest) = rest.split_at_mut(2 * (l.octets * 8 + OVER));
+    let (groups, scales) = rest.split_at_mut(l.octets + 8);
+    let x = x.as_mut_ptr();
+    // Codes take a quarter of their part of x, sums another.
+    let sums = x.wrapping_add((l.octets * 8 + OVER) / 2).cast();
+    let halves = [a.as_mut_ptr(), b.as_mut_ptr()];
+    Room { halves, x, sums, groups: groups.as_mut_ptr().cast(), scales: scales.as_mut_ptr() }
+}
+
+/// Asks for what follows octet `o` of the values at `values`, into the next panel where the panel ends.
+#[inline(always)]
+fn ahead(values: *const u8, o: usize, octet_bytes: usize) {
+    let mut at = o * octet_bytes + FETCH;
+    let to = at + octet_bytes;
+    while at < to {
+        fetch(values.wrapping_add(at));
+        at += 64;
+    }
+}
+
+/// Asks for the beginning of the values at `values`, two lines a block, while x is gathered: memory would have nothing to do.
+#[inline(always)]
+fn ahead_of_gather(values: *const u8, b: usize) {
+    fetch_far(values.wrapping_add(128 * b));
+    fetch_far(values.wrapping_add(128 * b + 64));
+}
+
+/// Calls `$one(panel, row, fresh)` for panels that share their columns side by side, and rows of x within them: `fresh` where the row has not been
+/// gathered to these columns yet.
+macro_rules! walk {
+    ($g:expr, $rows:expr, |$p:ident, $r:ident, $fresh:ident| $one:expr) => {
+        let mut first = $g.from;
+        while first < $g.to {
+            let end = (first + $g.layout.share - first % $g.layout.share).min($g.to);
+            let mut $r = 0;
+            while $r < $rows {
+                let mut $p = first;
+                while $p < end {
+                    let $fresh = $p == first;
+                    $one;
+                    $p += 1;
+                }
+                $r += 1;
+            }
+            first = end;
+        }
+    };
 }
 
 /// Values on the way to f32.
@@ -65,34 +118,26 @@ impl<C: Codec> Op for Gathered<'_, C> {
     const INTEGER: bool = true;
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let room = room(self.scratch, &self.layout);
-        let (blocks, l) = (self.panels.blocks, self.layout);
-        let ahead = self.panels.ahead_of(l.pieces);
-        let mut r = 0;
-        while r < self.rows {
-            let (mut p, mut pieces) = (self.from, 0);
-            while p < self.to {
-                // SAFETY: the maker has these panels and rows, and room in `out`.
-                unsafe {
-                    let (panel, x) = (self.panels.at(p), self.x.add(r * blocks * BLOCK));
-                    // What the panel before gathered serves this one, too, where they share their columns.
-                    let fresh = p == self.from || p.is_multiple_of(l.share);
-                    let v = if l.pair {
-                        pieces = gather::<S, true>(s, panel, blocks, &l, x, room);
-                        floats::<S, C, true>(s, self.codec, panel, &l, (pieces, ahead), room)
-                    } else {
-                        if fresh {
-                            pieces = gather::<S, false>(s, panel, blocks, &l, x, room);
-                        }
-                        floats::<S, C, false>(s, self.codec, panel, &l, (pieces, ahead), room)
-                    };
-                    put(s, self.out, r, p, self.panels.rows, v, l.pair);
-                }
-                p += 1;
-            }
-            r += 1;
-        }
+        if self.layout.pair { floats_all::<S, C, true>(s, self) } else { floats_all::<S, C, false>(s, self) }
     }
+}
+
+#[inline(always)]
+fn floats_all<S: Simd, C: Codec, const PAIR: bool>(s: S, g: Gathered<'_, C>) {
+    let room = room(g.scratch, &g.layout);
+    let (blocks, l) = (g.panels.blocks, g.layout);
+    let mut octets = 0;
+    walk!(g, g.rows, |p, r, fresh| {
+        // SAFETY: the maker has these panels and rows, and room in `out`.
+        unsafe {
+            let panel = g.panels.at(p);
+            if fresh {
+                octets = gather::<S, PAIR>(s, panel, blocks, &l, g.x.add(r * blocks * BLOCK), room);
+            }
+            let v = floats::<S, C, PAIR>(s, g.codec, panel, &l, octets, room);
+            put::<S, PAIR>(s, g.out, r, p, g.panels.rows, v);
+        }
+    });
 }
 
 /// Codes against quantized activations.
@@ -101,54 +146,37 @@ impl<C: Bytes> Op for GatheredBytes<'_, C> {
     const INTEGER: bool = true;
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let room = room(self.scratch, &self.layout);
-        let (blocks, zero, l) = (self.panels.blocks, self.zero, self.layout);
-        let ahead = self.panels.ahead_of(l.pieces);
-        let mut r = 0;
-        while r < self.rows {
-            let (mut p, mut pieces) = (self.from, 0);
-            while p < self.to {
-                // SAFETY: the maker has these panels and rows, and room in `out`.
-                unsafe {
-                    let panel = self.panels.at(p);
-                    let x = self.x.codes.add(r * blocks * BLOCK);
-                    let meta = self.x.meta.add(r * blocks.div_ceil(l.group) * META);
-                    // What the panel before gathered serves this one, too, where they share their columns.
-                    let fresh = p == self.from || p.is_multiple_of(l.share);
-                    let v = if l.pair {
-                        pieces = gather_bytes::<S, true>(s, panel, blocks, &l, (x, meta), zero, room);
-                        bytes::<S, C, true>(s, self.codec, panel, &l, (pieces, ahead), room)
-                    } else {
-                        if fresh {
-                            pieces = gather_bytes::<S, false>(s, panel, blocks, &l, (x, meta), zero, room);
-                        }
-                        bytes::<S, C, false>(s, self.codec, panel, &l, (pieces, ahead), room)
-                    };
-                    put(s, self.out, r, p, self.panels.rows, v, l.pair);
-                }
-                p += 1;
-            }
-            r += 1;
+        match (self.layout.pair, self.codec.plain()) {
+            (false, false) => bytes_all::<S, C, false, false>(s, self),
+            (false, true) => bytes_all::<S, C, false, true>(s, self),
+            (true, false) => bytes_all::<S, C, true, false>(s, self),
+            (true, true) => bytes_all::<S, C, true, true>(s, self),
         }
     }
 }
 
-fn room(scratch: &mut [f32], l: &Layout) -> Room {
-    assert!(scratch.len() >= self::scratch(l), "room for a gathered row");
-    let group = l.group * BLOCK + 2 * BLOCK;
-    let (a, rest) = scratch.split_at_mut(group);
-    let (b, rest) = rest.split_at_mut(group);
-    let (x, rest) = rest.split_at_mut(2 * (l.octets * 8 + BLOCK));
-    let (meta, counts) = rest.split_at_mut(2 * META * l.pieces);
-    Room {
-        groups: [a.as_mut_ptr(), b.as_mut_ptr()],
-        x: x.as_mut_ptr(),
-        meta: meta.as_mut_ptr(),
-        counts: counts.as_mut_ptr().cast(),
-    }
+#[inline(always)]
+fn bytes_all<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(s: S, g: GatheredBytes<'_, C>) {
+    let room = room(g.scratch, &g.layout);
+    let (blocks, l, grid) = (g.panels.blocks, g.layout, g.codec.grid());
+    // What sums are for: the zero of all groups is taken off at once, others ask for the sums themselves.
+    let by = if grid.kind.zeros() || grid.kind.minima() { 1 } else { -i32::from(grid.zero) };
+    let mut octets = 0;
+    walk!(g, g.x.rows, |p, r, fresh| {
+        // SAFETY: the maker has these panels and rows, and room in `out`.
+        unsafe {
+            let panel = g.panels.at(p);
+            if fresh {
+                let x = (g.x.codes.add(r * blocks * BLOCK), g.x.meta.add(r * blocks * META));
+                octets = gather_bytes::<S, PAIR>(s, panel, blocks, &l, x, by, room);
+            }
+            let v = bytes::<S, C, PAIR, PLAIN>(s, g.codec, panel, &l, octets, room);
+            put::<S, PAIR>(s, g.out, r, p, g.panels.rows, v);
+        }
+    });
 }
 
-/// Gathers x to the panel's columns; gives the number of pieces.
+/// Gathers x to the panel's columns; gives the number of octets.
 /// # Safety
 /// The panel and x are as long as `blocks` says, the room as `layout` does.
 #[inline(always)]
@@ -160,139 +188,101 @@ unsafe fn gather<S: Simd, const PAIR: bool>(
     x: *const f32,
     room: Room,
 ) -> usize {
-    let (mut pieces, mut octets, mut b) = (0, 0, 0);
+    let (mut octets, mut b, values) = (0, 0, panel.wrapping_add(layout.values_at));
     while b < blocks {
-        let end = (b + layout.group).min(blocks);
+        let end = (b + layout.run).min(blocks);
         // SAFETY: as the caller promises.
         unsafe {
-            let mut n = group(s, panel, x, b, end, room.groups[0]);
-            if PAIR {
-                let m = group(s, panel.add(blocks * 4), x, b, end, room.groups[1]);
+            let to = room.x.add(8 * octets * if PAIR { 2 } else { 1 });
+            let n = if PAIR {
+                let n = run(s, panel, values, x, b, end, room.halves[0]);
+                let m = run(s, panel.add(blocks * 4), values, x, b, end, room.halves[1]);
                 // The shorter half must be zeros as far as the longer goes.
-                let (short, from, to) = if m < n { (1, m, n) } else { (0, n, m) };
-                zeros(s, room.groups[short].add(from), to + BLOCK - from);
-                n = n.max(m);
-            }
-            let (count, parts) = cut(n);
-            let mut i = 0;
-            while i < parts {
-                let at = octets + 4 * i;
-                *room.counts.add(pieces + i) = (count - 4 * i).min(4) as u32;
-                let mut j = 0;
-                while j < BLOCK {
-                    if PAIR {
-                        *room.x.add(2 * (8 * at + j)) = *room.groups[0].add(BLOCK * i + j);
-                        *room.x.add(2 * (8 * at + j) + 1) = *room.groups[1].add(BLOCK * i + j);
-                        j += 1;
-                    } else {
-                        s.store(room.x.add(8 * at + j), s.load(room.groups[0].add(BLOCK * i + j)));
-                        j += S::LANES;
-                    }
+                let (short, from, most) = if m < n { (1, m, n) } else { (0, n, m) };
+                zeros(s, room.halves[short].add(from), most + BLOCK - from);
+                let mut c = 0;
+                while c < most {
+                    let [low, high] = s.interleave(s.load(room.halves[0].add(c)), s.load(room.halves[1].add(c)));
+                    s.store(to.add(2 * c), low);
+                    s.store(to.add(2 * c + S::LANES), high);
+                    c += S::LANES;
                 }
+                most
+            } else {
+                run(s, panel, values, x, b, end, to)
+            };
+            let count = n.div_ceil(8);
+            let (mut i, group) = (0, (b / layout.per) as u32);
+            while i < count {
+                *room.groups.add(octets + i) = group;
                 i += 1;
             }
-            (octets, pieces, b) = (octets + count, pieces + parts, end);
+            (octets, b) = (octets + count, end);
         }
     }
-    pieces
+    octets
 }
 
-/// The same with codes of x, whose units are the layout's groups.
+/// Gathers codes of x to the panel's columns, block by block; gives the number of octets.
 /// # Safety
-/// As for [`gather`]; `x` are the row's codes and what belongs to its units.
+/// As for [`gather`]; `x` are the row's codes and what belongs to its blocks.
 #[inline(always)]
 unsafe fn gather_bytes<S: Simd, const PAIR: bool>(
     s: S,
     panel: *const u8,
     blocks: usize,
     layout: &Layout,
-    (x, units): (*const i8, *const f32),
-    zero: i32,
+    (x, meta): (*const i8, *const f32),
+    by: i32,
     room: Room,
 ) -> usize {
-    let (mut pieces, mut octets, mut b, mut u) = (0, 0, 0, 0);
-    let halves = [room.groups[0].cast::<i8>(), room.groups[1].cast::<i8>()];
+    let step = if PAIR { 2 } else { 1 };
+    let (codes, masks) = (room.x.cast::<i8>(), panel.cast::<u32>());
+    let (per, values) = (layout.per, panel.wrapping_add(layout.values_at));
+    let (mut octets, mut b, mut group, mut left) = (0usize, 0, 0u32, per);
     while b < blocks {
-        let end = (b + layout.group).min(blocks);
         // SAFETY: as the caller promises.
         unsafe {
-            let scale = *units.add(u * META);
-            let to = room.x.cast::<i8>().add(8 * octets * if PAIR { 2 } else { 1 });
-            // Of one half the bytes go to their place at once.
-            let first = if PAIR { halves[0] } else { to };
-            let mut n = group_bytes(s, panel, x, b, end, first);
-            if PAIR {
-                let m = group_bytes(s, panel.add(blocks * 4), x, b, end, halves[1]);
-                let (short, from, to) = if m < n { (1, m, n) } else { (0, n, m) };
-                halves[short].add(from).write_bytes(0, to + BLOCK - from);
-                n = n.max(m);
+            if 64 * b < FETCH {
+                fetch(values.wrapping_add(64 * b));
             }
-            let (count, parts) = cut(n);
-            let mut i = 0;
-            while i < parts {
-                *room.counts.add(pieces + i) = (count - 4 * i).min(4) as u32;
-                let meta = room.meta.add((pieces + i) * META * 2);
-                let a = of_piece(scale, s.sum_bytes(first.add(BLOCK * i)), zero);
-                if PAIR {
-                    let both = of_piece(scale, s.sum_bytes(halves[1].add(BLOCK * i)), zero);
-                    let mut k = 0;
-                    while k < META {
-                        *meta.add(2 * k) = a[k];
-                        *meta.add(2 * k + 1) = both[k];
-                        k += 1;
-                    }
-                    let quads = [halves[0].add(BLOCK * i).cast::<u32>(), halves[1].add(BLOCK * i).cast::<u32>()];
-                    let to = to.add(2 * BLOCK * i).cast::<u64>();
-                    let mut q = 0;
-                    while q < BLOCK / 4 {
-                        let (a, b) = (quads[0].add(q).read_unaligned(), quads[1].add(q).read_unaligned());
-                        to.add(q).write_unaligned(u64::from(a) | u64::from(b) << 32);
-                        q += 1;
-                    }
-                } else {
-                    meta.cast::<[f32; META]>().write_unaligned(a);
-                }
-                i += 1;
-            }
-            (octets, pieces, b, u) = (octets + count, pieces + parts, end, u + 1);
+            let mine = masks.add(b).read_unaligned();
+            let other = if PAIR { masks.add(blocks + b).read_unaligned() } else { 0 };
+            let (to, sums) = (codes.add(8 * step * octets), room.sums.add(2 * step * octets));
+            s.gather::<PAIR>(x.add(b * BLOCK), [mine, other], by, to, sums);
+            // A block has four octets at most; those it lacks are written over by the next.
+            room.scales.add(octets).cast::<[f32; 4]>().write_unaligned([*meta.add(b * META); 4]);
+            room.groups.add(octets).cast::<[u32; 4]>().write_unaligned([group; 4]);
+            octets += mine.count_ones().max(other.count_ones()).div_ceil(8) as usize;
+            let last = left == 1;
+            group += u32::from(last);
+            left = if last { per } else { left - 1 };
         }
+        b += 1;
     }
-    pieces
-}
-
-/// What belongs to a piece of this scale and sum, see [`META`]. A scale of NaN makes every result of the row NaN.
-#[inline(always)]
-fn of_piece(scale: f32, sum: i32, zero: i32) -> [f32; META] {
-    [scale, f32::from_bits((-zero * sum) as u32), f32::from_bits(sum as u32), scale * sum as f32]
-}
-
-/// Moves the bytes of blocks `from..to` whose bit is set together, with 32 zeros after them; gives how many.
-/// # Safety
-/// The bits, x and `out` are as long.
-#[inline(always)]
-unsafe fn group_bytes<S: Simd>(s: S, bits: *const u8, x: *const i8, from: usize, to: usize, out: *mut i8) -> usize {
-    let (mut n, mut b) = (0, from);
-    // SAFETY: as the caller promises.
-    unsafe {
-        while b < to {
-            let mask = bits.add(4 * b).cast::<u32>().read_unaligned();
-            n += s.compress_bytes(x.add(b * BLOCK), mask, out.add(n));
-            b += 1;
-        }
-        out.add(n).write_bytes(0, BLOCK);
-    }
-    n
+    octets
 }
 
 /// Moves the columns of blocks `from..to` whose bit is set together, with 32 zeros after them; gives how many.
 /// # Safety
 /// The bits, x and `out` are as long.
 #[inline(always)]
-unsafe fn group<S: Simd>(s: S, bits: *const u8, x: *const f32, from: usize, to: usize, out: *mut f32) -> usize {
+unsafe fn run<S: Simd>(
+    s: S,
+    bits: *const u8,
+    values: *const u8,
+    x: *const f32,
+    from: usize,
+    to: usize,
+    out: *mut f32,
+) -> usize {
     let (mut n, mut c) = (0, from * BLOCK);
     // SAFETY: as the caller promises.
     unsafe {
         while c < to * BLOCK {
+            if c.is_multiple_of(BLOCK) {
+                ahead_of_gather(values, c / BLOCK);
+            }
             let at = bits.add(c / 8);
             let mask = if S::LANES == 16 { u32::from(at.cast::<u16>().read_unaligned()) } else { u32::from(*at) };
             s.store(out.add(n), s.compress(s.load(x.add(c)), mask));
@@ -325,35 +315,31 @@ unsafe fn floats<S: Simd, C: Codec, const PAIR: bool>(
     codec: &C,
     panel: *const u8,
     layout: &Layout,
-    (pieces, ahead): (usize, Ahead),
+    octets: usize,
     room: Room,
 ) -> [S::V; 2] {
     let step = if PAIR { 2 } else { 1 };
     let mut acc = [[s.splat(0.0); 4]; 2];
-    let (mut i, mut octets) = (0, 0);
-    while i < pieces {
+    let mut o = 0;
+    while o < octets {
         // SAFETY: as the caller promises.
         unsafe {
-            let count = *room.counts.add(i) as usize;
-            ahead.fetch(panel, i);
+            let values = panel.add(layout.values_at);
+            ahead(values, o, layout.octet_bytes);
+            let x = room.x.add(o * 8 * step);
             let mut h = 0;
             while h < ROWS / S::LANES {
-                let mut block = codec.piece(s, panel, layout.values_at, i, octets, h);
-                let mut o = 0;
-                while o < count {
-                    let w = codec.eight(s, &mut block, o);
-                    let x = room.x.add((octets + o) * 8 * step);
-                    let mut j = 0;
-                    while j < 8 {
-                        acc[h][j % 4] = s.fma(s.spread::<PAIR>(x.add(j * step)), w[j], acc[h][j % 4]);
-                        j += 1;
-                    }
-                    o += 1;
+                let group = *room.groups.add(o) as usize;
+                let w = codec.gathered(s, panel, values.add(o * layout.octet_bytes), group, h);
+                let mut j = 0;
+                while j < 8 {
+                    acc[h][j % 4] = s.fma(s.spread::<PAIR>(x.add(j * step)), w[j], acc[h][j % 4]);
+                    j += 1;
                 }
                 h += 1;
             }
-            (i, octets) = (i + 1, octets + count);
         }
+        o += 1;
     }
     [0, 1].map(|h: usize| s.add(s.add(acc[h][0], acc[h][1]), s.add(acc[h][2], acc[h][3])))
 }
@@ -361,49 +347,35 @@ unsafe fn floats<S: Simd, C: Codec, const PAIR: bool>(
 /// # Safety
 /// The room holds x gathered to the panel, as bytes.
 #[inline(always)]
-unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool>(
+unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(
     s: S,
     codec: &C,
     panel: *const u8,
     layout: &Layout,
-    (pieces, ahead): (usize, Ahead),
+    octets: usize,
     room: Room,
 ) -> [S::V; 2] {
     let step = if PAIR { 2 } else { 1 };
     let mut out = [s.splat(0.0); 2];
-    let mut h = 0;
-    while h < ROWS / S::LANES {
-        let (mut i, mut octets, mut acc) = (0, 0, s.splat(0.0));
-        while i < pieces {
-            // SAFETY: as the caller promises.
-            unsafe {
-                let (count, meta) = (*room.counts.add(i) as usize, room.meta.add(i * META * 2));
-                if h == 0 {
-                    ahead.fetch(panel, i);
-                }
-                let mut sum = [s.spread_i::<PAIR>(meta.add(step).cast()), s.splat_i(0)];
-                let (values, x) = (panel.add(layout.values_at), room.x.cast::<i8>().add(octets * 8 * step));
-                let mut o = 0;
-                if count == BLOCK / 8 {
-                    // A whole piece, as most are: a loop of known length.
-                    while o < BLOCK / 8 {
-                        let codes = codec.octet(s, values, 0, octets + o, h);
-                        sum = s.dot8::<PAIR>(C::BITS, sum, codes, x.add(o * 8 * step));
-                        o += 1;
-                    }
-                }
-                while o < count {
-                    let codes = codec.octet(s, values, 0, octets + o, h);
-                    sum = s.dot8::<PAIR>(C::BITS, sum, codes, x.add(o * 8 * step));
-                    o += 1;
-                }
-                let shared = codec.shared::<S, false>(s, panel, i, h);
-                acc = codec.close::<S, PAIR, false>(s, &shared, s.total(C::BITS, sum), meta, acc);
-                (i, octets) = (i + 1, octets + count);
+    let mut o = 0;
+    while o < octets {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let values = panel.add(layout.values_at);
+            ahead(values, o, 16 * C::BITS);
+            let (x, sums) = (room.x.cast::<i8>().add(o * 8 * step), room.sums.add(2 * o * step));
+            let group = *room.groups.add(o) as usize;
+            let mut h = 0;
+            while h < ROWS / S::LANES {
+                let codes = codec.octet(s, values, 0, o, h);
+                let given = s.add_i(s.spread_i::<PAIR>(sums), s.spread_i::<PAIR>(sums.add(step)));
+                let shared = codec.shared::<S, PLAIN>(s, panel, group, h);
+                let scale = room.scales.add(o);
+                out[h] = codec.close_octet::<S, PAIR, PLAIN>(s, &shared, codes, (x, given, *scale), out[h]);
+                h += 1;
             }
         }
-        out[h] = acc;
-        h += 1;
+        o += 1;
     }
     out
 }
@@ -412,11 +384,11 @@ unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool>(
 /// # Safety
 /// As for [`Out::put`].
 #[inline(always)]
-unsafe fn put<S: Simd>(s: S, out: Out, r: usize, p: usize, rows: usize, v: [S::V; 2], pair: bool) {
+unsafe fn put<S: Simd, const PAIR: bool>(s: S, out: Out, r: usize, p: usize, rows: usize, v: [S::V; 2]) {
     let mut v = v;
     // SAFETY: as the caller promises.
     unsafe {
-        if pair {
+        if PAIR {
             let (mut mixed, mut sorted) = ([0.0f32; ROWS], [0.0f32; ROWS]);
             let mut h = 0;
             while h < ROWS / S::LANES {

@@ -80,20 +80,16 @@ pub(crate) struct Gemv<'a, C> {
 
 impl<C: Codec> Op for Gemv<'_, C> {
     type Out = ();
+    const INTEGER: bool = C::EXPANDS;
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
         let mut p = self.from;
         // SAFETY: the maker has these panels, an x as long and room in `out`.
         unsafe {
             // Chains side by side hide the latency of each; a group that lacks panels repeats its last one and does not write it.
-            let side = if S::LANES == 16 { 8 } else { 4 };
             while self.to - p > 2 {
-                if S::LANES == 16 {
-                    gemv::<S, C, 8>(s, &self, p)
-                } else {
-                    gemv::<S, C, 4>(s, &self, p)
-                }
-                p = (p + side).min(self.to);
+                gemv::<S, C, 4>(s, &self, p);
+                p = (p + 4).min(self.to);
             }
             while p < self.to {
                 gemv::<S, C, 1>(s, &self, p);
@@ -120,29 +116,39 @@ unsafe fn gemv<S: Simd, C: Codec, const P: usize>(s: S, g: &Gemv<'_, C>, p: usiz
         let end = (b + SPAN / BLOCK).min(g.panels.blocks);
         let mut acc = [[s.splat(0.0); 2]; P];
         while b < end {
-            let mut i = 0;
-            while i < P {
-                ahead.fetch(at[i], b);
-                let mut h = 0;
-                while h < ROWS / S::LANES {
-                    // SAFETY: as the caller promises; x is padded to whole blocks.
-                    unsafe {
-                        let mut block = g.codec.block(s, at[i], b, h);
-                        let mut o = 0;
-                        while o < BLOCK / 8 {
-                            let w = g.codec.eight(s, &mut block, o);
+            // SAFETY: as the caller promises; x is padded to whole blocks.
+            unsafe {
+                let mut blocks = [[g.codec.block(s, at[0], b, 0); 2]; P];
+                let mut i = 0;
+                while i < P {
+                    ahead.fetch(at[i], b);
+                    let mut h = 0;
+                    while h < ROWS / S::LANES {
+                        blocks[i][h] = g.codec.block(s, at[i], b, h);
+                        h += 1;
+                    }
+                    i += 1;
+                }
+                // Octet by octet, so that the chains of all panels are near enough to run side by side.
+                let mut o = 0;
+                while o < BLOCK / 8 {
+                    let x = g.x.add(b * BLOCK + 8 * o);
+                    let mut i = 0;
+                    while i < P {
+                        let mut h = 0;
+                        while h < ROWS / S::LANES {
+                            let w = g.codec.eight(s, &mut blocks[i][h], o);
                             let mut j = 0;
                             while j < 8 {
-                                let x = s.splat(*g.x.add(b * BLOCK + 8 * o + j));
-                                acc[i][h] = s.fma(x, w[j], acc[i][h]);
+                                acc[i][h] = s.fma(s.splat(*x.add(j)), w[j], acc[i][h]);
                                 j += 1;
                             }
-                            o += 1;
+                            h += 1;
                         }
+                        i += 1;
                     }
-                    h += 1;
+                    o += 1;
                 }
-                i += 1;
             }
             b += 1;
         }

@@ -1,4 +1,4 @@
-//! Activations as signed bytes: each block of 32 columns of a row with a scale of its own, or a few blocks together with one.
+//! Activations as signed bytes, each block of 32 columns of a row with a scale of its own.
 //!
 //! `scale = max |x| / 127`, codes to the nearest, ties to even; a block whose largest magnitude is below 1e-30 becomes zeros. A block with a
 //! NaN or an infinity gets the scale NaN, so that every result of its row is NaN. The same bits on every instruction set.
@@ -14,11 +14,9 @@ const LEAST: f32 = 1e-30;
 pub(crate) struct Quantize {
     pub(crate) x: *const f32,
     pub(crate) blocks: usize,
-    /// Blocks that share a scale.
-    pub(crate) unit: usize,
     /// `[blocks * 32]`.
     pub(crate) codes: *mut i8,
-    /// [`META`] numbers for each unit.
+    /// [`META`] numbers for each block.
     pub(crate) meta: *mut f32,
     /// The matrix's zero.
     pub(crate) zero: i32,
@@ -28,35 +26,29 @@ impl Op for Quantize {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let mut u = 0;
-        while u * self.unit < self.blocks {
-            let b = u * self.unit;
+        let mut b = 0;
+        while b < self.blocks {
             // SAFETY: the maker has rows as long.
             unsafe {
-                let (x, codes) = (self.x.add(b * BLOCK), self.codes.add(b * BLOCK));
-                let m = if self.unit == 1 {
-                    block(s, x, codes, self.zero, BLOCK)
-                } else {
-                    block(s, x, codes, self.zero, BLOCK * self.unit.min(self.blocks - b))
-                };
-                self.meta.add(u * META).cast::<[f32; META]>().write_unaligned(m);
+                let m = block(s, self.x.add(b * BLOCK), self.codes.add(b * BLOCK), self.zero);
+                self.meta.add(b * META).cast::<[f32; META]>().write_unaligned(m);
             }
-            u += 1;
+            b += 1;
         }
     }
 }
 
-/// Quantizes `n` values, whole blocks and few, and gives what belongs to them.
+/// Quantizes a block and gives what belongs to it.
 /// # Safety
-/// Both pointers are good for `n` values.
+/// Both pointers are good for 32 values.
 #[inline(always)]
-unsafe fn block<S: Simd>(s: S, x: *const f32, codes: *mut i8, zero: i32, n: usize) -> [f32; META] {
+unsafe fn block<S: Simd>(s: S, x: *const f32, codes: *mut i8, zero: i32) -> [f32; META] {
     let none = s.splat(0.0);
     let mut top = none;
     // SAFETY: as the caller promises.
     unsafe {
         let mut i = 0;
-        while i < n {
+        while i < BLOCK {
             let v = s.load(x.add(i));
             top = s.max(s.max(v, s.sub(none, v)), top);
             i += S::LANES;
@@ -66,7 +58,7 @@ unsafe fn block<S: Simd>(s: S, x: *const f32, codes: *mut i8, zero: i32, n: usiz
         let inverse = s.splat(if top < LEAST { 0.0 } else { 127.0 / top });
         let mut total = none;
         let mut i = 0;
-        while i < n {
+        while i < BLOCK {
             let v = s.round(s.mul(s.load(x.add(i)), inverse));
             total = s.add(total, v);
             s.store_i8(codes.add(i), v);
@@ -75,7 +67,7 @@ unsafe fn block<S: Simd>(s: S, x: *const f32, codes: *mut i8, zero: i32, n: usiz
         // Whole numbers below 2^24: exact in any order, and NaN where any value is not finite.
         let sum = s.sum(total);
         if sum.is_nan() {
-            codes.write_bytes(0, n);
+            codes.write_bytes(0, BLOCK);
             return [f32::NAN, 0.0, 0.0, f32::NAN];
         }
         let scale = if top < LEAST { 0.0 } else { scale };

@@ -17,10 +17,19 @@ pub(crate) trait Width: Send + Sync + Clone + Copy {
     /// # Safety
     /// `p` is readable for `LANES` of them.
     unsafe fn expand<S: Simd>(s: S, p: *const u8, mask: u32) -> S::V;
+    /// As `expand` for two columns of 16 rows, one after the other, where a vector has 16 lanes.
+    /// # Safety
+    /// `p` is readable for 32 of them.
+    #[inline(always)]
+    unsafe fn expand_two<S: Simd>(s: S, p: *const u8, mask: u32) -> [S::V; 2] {
+        let first = (mask & 0xFFFF).count_ones() as usize;
+        // SAFETY: as the caller promises.
+        unsafe { [Self::expand(s, p, mask & 0xFFFF), Self::expand(s, p.add(first * Self::BYTES), mask >> 16)] }
+    }
 }
 
 macro_rules! width {
-    ($(#[$doc:meta])* $name:ident, $bytes:literal, $load:ident, $expand:ident) => {
+    ($(#[$doc:meta])* $name:ident, $bytes:literal, $load:ident, $expand:ident $(, $two:ident)?) => {
         $(#[$doc])*
         #[derive(Clone, Copy)]
         pub(crate) struct $name;
@@ -37,6 +46,13 @@ macro_rules! width {
                 // SAFETY: as the caller promises.
                 unsafe { s.$expand(p, mask) }
             }
+            $(
+                #[inline(always)]
+                unsafe fn expand_two<S: Simd>(s: S, p: *const u8, mask: u32) -> [S::V; 2] {
+                    // SAFETY: as the caller promises.
+                    unsafe { s.$two(p, mask) }
+                }
+            )?
         }
     };
 }
@@ -53,7 +69,8 @@ width!(
     F16,
     2,
     load_f16,
-    expand_f16
+    expand_f16,
+    expand_two_f16
 );
 
 /// bfloat16, dense only.
@@ -84,9 +101,9 @@ impl<W: Width> Codec for Dense<W> {
         unsafe { panel.add((b * BLOCK * ROWS + h * S::LANES) * W::BYTES) }
     }
     #[inline(always)]
-    unsafe fn piece<S: Simd>(&self, s: S, panel: *const u8, at: usize, i: usize, _: usize, h: usize) -> *const u8 {
-        // SAFETY: the caller promises the piece; all but the last are whole blocks.
-        unsafe { self.block(s, panel.add(at), i, h) }
+    unsafe fn gathered<S: Simd>(&self, s: S, _: *const u8, octet: *const u8, _: usize, h: usize) -> [S::V; 8] {
+        // SAFETY: the caller promises the octet, which reads as the first one of a block.
+        unsafe { self.eight(s, &mut self.block(s, octet, 0, h), 0) }
     }
     #[inline(always)]
     unsafe fn eight<S: Simd>(&self, s: S, block: &mut *const u8, o: usize) -> [S::V; 8] {
@@ -129,6 +146,7 @@ impl<W: Width> Masked<W> {
 }
 
 impl<W: Width> Codec for Masked<W> {
+    const EXPANDS: bool = true;
     type Block<S: Simd> = Reader;
     #[inline(always)]
     unsafe fn block<S: Simd>(&self, _: S, panel: *const u8, b: usize, h: usize) -> Reader {
@@ -142,23 +160,30 @@ impl<W: Width> Codec for Masked<W> {
             }
         }
     }
-    unsafe fn piece<S: Simd>(&self, _: S, _: *const u8, _: usize, _: usize, _: usize, _: usize) -> Reader {
+    unsafe fn gathered<S: Simd>(&self, _: S, _: *const u8, _: *const u8, _: usize, _: usize) -> [S::V; 8] {
         unreachable!("columns that rows share are not masked")
     }
     #[inline(always)]
     unsafe fn eight<S: Simd>(&self, s: S, r: &mut Reader, o: usize) -> [S::V; 8] {
         let mut out = [s.splat(0.0); 8];
         let mut j = 0;
-        while j < 8 {
-            // SAFETY: the caller promises the block; after the last value of the last panel there is room for a vector's overhang.
-            unsafe {
-                let mask = u32::from(r.masks.add(2 * (8 * o + j)).cast::<u16>().read_unaligned());
+        // SAFETY: the caller promises the block; after the last value of the last panel there is room for a vector's overhang.
+        unsafe {
+            while j < 8 {
+                let masks = r.masks.add(2 * (8 * o + j));
+                if S::LANES == 16 {
+                    let mask = masks.cast::<u32>().read_unaligned();
+                    [out[j], out[j + 1]] = W::expand_two(s, r.values, mask);
+                    r.values = r.values.add(mask.count_ones() as usize * W::BYTES);
+                    j += 2;
+                    continue;
+                }
+                let mask = u32::from(masks.cast::<u16>().read_unaligned());
                 let first = if r.half == 0 { 0 } else { (mask & 255).count_ones() as usize };
-                let mine = if S::LANES == 16 { mask } else { mask >> (8 * r.half) & 255 };
-                out[j] = W::expand(s, r.values.add(first * W::BYTES), mine);
+                out[j] = W::expand(s, r.values.add(first * W::BYTES), mask >> (8 * r.half) & 255);
                 r.values = r.values.add(mask.count_ones() as usize * W::BYTES);
+                j += 1;
             }
-            j += 1;
         }
         out
     }

@@ -40,11 +40,11 @@ impl Kind {
         }
     }
     /// Whether the second number of a group is a minimum, to be added to the scaled code.
-    pub(super) fn minima(self) -> bool {
+    pub(crate) fn minima(self) -> bool {
         matches!(self, Kind::F16Min | Kind::Super)
     }
     /// Whether every group has a zero of its own.
-    pub(super) fn zeros(self) -> bool {
+    pub(crate) fn zeros(self) -> bool {
         matches!(self, Kind::F16Zeros | Kind::F32Zeros)
     }
 }
@@ -168,6 +168,30 @@ pub(crate) trait Bytes: Send + Sync {
             let acc = s.fused(s.float(sum), scale, acc);
             if kind.minima() { s.fused(shared.minima, s.spread::<PAIR>(meta.add(3 * step)), acc) } else { acc }
         }
+    }
+
+    /// An octet's exact sum of `code * x`, made the sum of `(code - zero) * x`, times both scales onto `acc`. `given` is the octet's sum of x, times
+    /// minus the zero of all groups where there is one for all.
+    /// # Safety
+    /// As for [`Simd::dot8`].
+    #[inline(always)]
+    unsafe fn close_octet<S: Simd, const PAIR: bool, const PLAIN: bool>(
+        &self,
+        s: S,
+        shared: &Shared<S>,
+        codes: [S::I; 2],
+        (x, given, scale): (*const i8, S::I, f32),
+        acc: S::V,
+    ) -> S::V {
+        let kind = if PLAIN { Kind::F16 } else { self.grid().kind };
+        let begin = if kind.zeros() || kind.minima() { s.splat_i(0) } else { given };
+        // SAFETY: as the caller promises.
+        let sum = unsafe { s.dot8::<PAIR>(Self::BITS, [begin, s.splat_i(0)], codes, x) };
+        let sum = s.total(Self::BITS, sum);
+        let sum = if kind.zeros() { s.less_product(sum, shared.zeros, given) } else { sum };
+        let scale = s.splat(scale);
+        let acc = s.fused(s.float(sum), s.mul(shared.scale, scale), acc);
+        if kind.minima() { s.fused(shared.minima, s.mul(s.float(given), scale), acc) } else { acc }
     }
 
     /// What block `b` shares; `PLAIN` where the codec is.
@@ -311,17 +335,12 @@ impl<T: Bytes> Codec for T {
         }
     }
     #[inline(always)]
-    unsafe fn piece<S: Simd>(
-        &self,
-        s: S,
-        panel: *const u8,
-        at: usize,
-        i: usize,
-        octets: usize,
-        h: usize,
-    ) -> IntBlock<S> {
-        // SAFETY: as the caller promises; an octet is 16 bytes for every bit.
-        unsafe { IntBlock { panel: panel.add(at + octets * 16 * T::BITS), b: 0, ..self.block(s, panel, i, h) } }
+    unsafe fn gathered<S: Simd>(&self, s: S, panel: *const u8, octet: *const u8, group: usize, h: usize) -> [S::V; 8] {
+        // SAFETY: as the caller promises: an octet reads as the first one of a block.
+        unsafe {
+            let mut block = IntBlock { panel: octet, b: 0, ..self.block(s, panel, group, h) };
+            self.eight(s, &mut block, 0)
+        }
     }
     #[inline(always)]
     unsafe fn eight<S: Simd>(&self, s: S, block: &mut IntBlock<S>, o: usize) -> [S::V; 8] {

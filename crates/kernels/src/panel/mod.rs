@@ -102,7 +102,7 @@ impl View {
 }
 
 /// How far ahead of what is being read panels are asked for, at most; of smaller ones the next is asked for.
-const FETCH: usize = 8192;
+pub(crate) const FETCH: usize = 8192;
 
 /// How panels that are read once, from memory, are asked for ahead of time: what the processor's own guesses miss at every page.
 #[derive(Clone, Copy)]
@@ -123,14 +123,6 @@ impl View {
     pub(crate) fn ahead(&self, side: usize) -> Ahead {
         let stride = self.stride;
         Ahead { block: stride / self.blocks.max(1), stride, far: stride.min(FETCH), jump: (side - 1) * stride }
-    }
-}
-
-impl View {
-    /// For panels of `pieces` pieces instead of blocks, read one at a time.
-    #[inline(always)]
-    pub(crate) fn ahead_of(&self, pieces: usize) -> Ahead {
-        Ahead { block: self.stride / pieces.max(1), stride: self.stride, far: self.stride.min(FETCH), jump: 0 }
     }
 }
 
@@ -159,6 +151,18 @@ pub(crate) fn fetch(p: *const u8) {
     let _ = p;
 }
 
+/// As `fetch`, no nearer than the second-level cache.
+#[inline(always)]
+pub(crate) fn fetch_far(p: *const u8) {
+    #[cfg(target_arch = "x86_64")]
+    // SAFETY: a hint that touches nothing.
+    unsafe {
+        std::arch::x86_64::_mm_prefetch::<{ std::arch::x86_64::_MM_HINT_T1 }>(p.cast());
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = p;
+}
+
 struct Base(*mut u8);
 // SAFETY: used for panels that do not overlap.
 unsafe impl Sync for Base {}
@@ -167,24 +171,18 @@ unsafe impl Send for Base {}
 
 /// A codec whose panels become f32 vectors, eight columns at a time.
 pub(crate) trait Codec: Send + Sync {
+    /// Whether reading it uses what `Isa::Avx512Vnni` has beyond `Isa::Avx512`.
+    const EXPANDS: bool = false;
     /// What a block of 32 columns needs to be read.
     type Block<S: Simd>: Copy;
     /// Reads what block `b` shares, for half `h` of the lanes.
     /// # Safety
     /// `panel` is a whole panel of this codec and has this block.
     unsafe fn block<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> Self::Block<S>;
-    /// As `block` for piece `i` of a gathered panel, whose values begin at `at` and its own `octets` octets later.
+    /// The octet of a gathered panel whose values lie at `octet`, in scale group `group`.
     /// # Safety
-    /// `panel` is a whole panel of this codec and has this piece.
-    unsafe fn piece<S: Simd>(
-        &self,
-        s: S,
-        panel: *const u8,
-        at: usize,
-        i: usize,
-        octets: usize,
-        h: usize,
-    ) -> Self::Block<S>;
+    /// `panel` is a whole gathered panel of this codec and has this octet and group.
+    unsafe fn gathered<S: Simd>(&self, s: S, panel: *const u8, octet: *const u8, group: usize, h: usize) -> [S::V; 8];
     /// Columns `8 * o..8 * o + 8` of the block; called for `o` = 0, 1, 2, 3 in this order.
     /// # Safety
     /// As for `block`.

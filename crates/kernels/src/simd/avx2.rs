@@ -243,6 +243,11 @@ impl Simd for Avx2 {
         unsafe { _mm256_cvtepi32_ps(a) }
     }
     #[inline(always)]
+    fn add_i(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_add_epi32(a, b) }
+    }
+    #[inline(always)]
     fn less_product(self, a: __m256i, b: __m256i, c: __m256i) -> __m256i {
         // SAFETY: see above.
         unsafe { _mm256_sub_epi32(a, _mm256_mullo_epi32(b, c)) }
@@ -288,14 +293,17 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn compress_bytes(self, p: *const i8, mask: u32, out: *mut i8) -> usize {
+    fn interleave(self, a: __m256, b: __m256) -> [__m256; 2] {
         // SAFETY: see above.
-        unsafe { compress_bytes(p, mask, out) }
+        unsafe {
+            let (low, high) = (_mm256_unpacklo_ps(a, b), _mm256_unpackhi_ps(a, b));
+            [_mm256_permute2f128_ps::<0x20>(low, high), _mm256_permute2f128_ps::<0x31>(low, high)]
+        }
     }
     #[inline(always)]
-    unsafe fn sum_bytes(self, p: *const i8) -> i32 {
+    unsafe fn gather<const PAIR: bool>(self, x: *const i8, masks: [u32; 2], by: i32, out: *mut i8, sums: *mut i32) {
         // SAFETY: see above.
-        unsafe { sum_bytes(p) }
+        unsafe { gather::<PAIR>(x, masks, by, out, sums) }
     }
     #[inline(always)]
     unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> __m256i {
@@ -319,44 +327,65 @@ impl Simd for Avx2 {
     }
 }
 
-/// See [`Simd::compress_bytes`].
+/// See [`Simd::gather`].
 /// # Safety
 /// As there; the processor has AVX2 and POPCNT.
 #[inline(always)]
-pub(super) unsafe fn compress_bytes(p: *const i8, mask: u32, out: *mut i8) -> usize {
-    let (mut n, mut i) = (0, 0);
+pub(super) unsafe fn gather<const PAIR: bool>(x: *const i8, masks: [u32; 2], by: i32, out: *mut i8, sums: *mut i32) {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let a = kept(x, masks[0]);
+        if !PAIR {
+            _mm256_storeu_si256(out.cast(), a);
+            return _mm256_storeu_si256(sums.cast(), quads(a, by));
+        }
+        let b = kept(x, masks[1]);
+        let (low, high) = (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+        let turns = [_mm256_permute2x128_si256::<0x20>(low, high), _mm256_permute2x128_si256::<0x31>(low, high)];
+        let mut i = 0;
+        while i < 2 {
+            _mm256_storeu_si256(out.add(32 * i).cast(), turns[i]);
+            _mm256_storeu_si256(sums.add(8 * i).cast(), quads(turns[i], by));
+            i += 1;
+        }
+    }
+}
+
+/// The bytes of 32 whose bit is set, moved together, zeros after them.
+/// # Safety
+/// `p` is readable for 32 bytes; the processor has AVX2 and POPCNT.
+#[inline(always)]
+unsafe fn kept(p: *const i8, mask: u32) -> __m256i {
+    let (mut out, mut n, mut i) = ([0i8; 32], 0, 0);
     // SAFETY: as the caller promises: the last of the eight bytes that are written lies before `8 * i + 8`.
     unsafe {
         while i < 4 {
             let m = (mask >> (8 * i) & 255) as usize;
             let order = _mm_loadl_epi64(COMPRESS[m].as_ptr().cast());
             let v = _mm_shuffle_epi8(_mm_loadl_epi64(p.add(8 * i).cast()), order);
-            _mm_storel_epi64(out.add(n).cast(), v);
+            _mm_storel_epi64(out.as_mut_ptr().add(n).cast(), v);
             n += m.count_ones() as usize;
             i += 1;
         }
+        _mm256_loadu_si256(out.as_ptr().cast())
     }
-    n
 }
 
-/// See [`Simd::sum_bytes`].
+/// The sum of every four signed bytes above -128, times `by`, which lies in -128..=128.
 /// # Safety
-/// As there; the processor has AVX2.
+/// The processor has AVX2.
 #[inline(always)]
-pub(super) unsafe fn sum_bytes(p: *const i8) -> i32 {
-    // SAFETY: as the caller promises.
+unsafe fn quads(v: __m256i, by: i32) -> __m256i {
+    // SAFETY: as the caller promises; two products of 128 and 127 fit 16 bits.
     unsafe {
-        let lifted = _mm256_xor_si256(_mm256_loadu_si256(p.cast()), _mm256_set1_epi8(i8::MIN));
-        let sums = _mm256_sad_epu8(lifted, _mm256_setzero_si256());
-        let two = _mm_add_epi64(_mm256_castsi256_si128(sums), _mm256_extracti128_si256::<1>(sums));
-        let one = _mm_add_epi64(two, _mm_unpackhi_epi64(two, two));
-        _mm_cvtsi128_si32(one) - 32 * 128
+        let twos = _mm256_maddubs_epi16(_mm256_set1_epi8(by.unsigned_abs() as i8), v);
+        _mm256_sign_epi32(_mm256_madd_epi16(twos, _mm256_set1_epi16(1)), _mm256_set1_epi32(by))
     }
 }
 
-/// For every byte of mask: the places of its set bits.
+/// For every byte of mask: the places of its set bits, then 0x80.
 static COMPRESS: [[u8; 8]; 256] = {
-    let mut t = [[0u8; 8]; 256];
+    let mut t = [[0x80u8; 8]; 256];
     let mut m = 0;
     while m < 256 {
         let (mut i, mut n) = (0, 0);

@@ -162,6 +162,19 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         unsafe { _mm512_maskz_expand_ps(mask as u16, _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))) }
     }
     #[inline(always)]
+    unsafe fn expand_two_f16(self, p: *const u8, mask: u32) -> [__m512; 2] {
+        // SAFETY: see above; VBMI2 only where the token says so.
+        unsafe {
+            if VNNI {
+                let both = _mm512_maskz_expand_epi16(mask, _mm512_loadu_si512(p.cast()));
+                let then = _mm512_extracti64x4_epi64::<1>(both);
+                return [_mm512_cvtph_ps(_mm512_castsi512_si256(both)), _mm512_cvtph_ps(then)];
+            }
+            let then = p.add(2 * (mask & 0xFFFF).count_ones() as usize);
+            [self.expand_f16(p, mask & 0xFFFF), self.expand_f16(then, mask >> 16)]
+        }
+    }
+    #[inline(always)]
     unsafe fn expand_f32(self, p: *const u8, mask: u32) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_maskz_expand_ps(mask as u16, _mm512_loadu_ps(p.cast())) }
@@ -243,6 +256,11 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         unsafe { _mm512_cvtepi32_ps(a) }
     }
     #[inline(always)]
+    fn add_i(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_add_epi32(a, b) }
+    }
+    #[inline(always)]
     fn less_product(self, a: __m512i, b: __m512i, c: __m512i) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_sub_epi32(a, _mm512_mullo_epi32(b, c)) }
@@ -291,21 +309,37 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         }
     }
     #[inline(always)]
-    unsafe fn compress_bytes(self, p: *const i8, mask: u32, out: *mut i8) -> usize {
-        // SAFETY: see above; VBMI2 only where the token says so.
+    fn interleave(self, a: __m512, b: __m512) -> [__m512; 2] {
+        // SAFETY: see above.
         unsafe {
-            if VNNI {
-                let kept = _mm256_maskz_compress_epi8(mask, _mm256_loadu_si256(p.cast()));
-                _mm256_storeu_si256(out.cast(), kept);
-                return mask.count_ones() as usize;
-            }
-            super::avx2::compress_bytes(p, mask, out)
+            let low = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            let high = _mm512_add_epi32(low, _mm512_set1_epi32(8));
+            [_mm512_permutex2var_ps(a, low, b), _mm512_permutex2var_ps(a, high, b)]
         }
     }
     #[inline(always)]
-    unsafe fn sum_bytes(self, p: *const i8) -> i32 {
-        // SAFETY: see above.
-        unsafe { super::avx2::sum_bytes(p) }
+    unsafe fn gather<const PAIR: bool>(self, x: *const i8, masks: [u32; 2], by: i32, out: *mut i8, sums: *mut i32) {
+        // SAFETY: see above; VBMI2 and VNNI only where the token says so.
+        unsafe {
+            if !VNNI {
+                return super::avx2::gather::<PAIR>(x, masks, by, out, sums);
+            }
+            let (x, times) = (_mm256_loadu_si256(x.cast()), by.unsigned_abs() as i8);
+            let a = _mm256_maskz_compress_epi8(masks[0], x);
+            if !PAIR {
+                let sum = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(times), a);
+                _mm256_storeu_si256(out.cast(), a);
+                _mm256_storeu_si256(sums.cast(), _mm256_sign_epi32(sum, _mm256_set1_epi32(by)));
+                return;
+            }
+            let b = _mm256_maskz_compress_epi8(masks[1], x);
+            let turns = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
+            let both = _mm512_permutex2var_epi32(_mm512_castsi256_si512(a), turns, _mm512_castsi256_si512(b));
+            let sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(times), both);
+            let negative = if by < 0 { !0 } else { 0 };
+            _mm512_storeu_si512(out.cast(), both);
+            _mm512_storeu_si512(sums.cast(), _mm512_mask_sub_epi32(sum, negative, _mm512_setzero_si512(), sum));
+        }
     }
     #[inline(always)]
     unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> __m512i {

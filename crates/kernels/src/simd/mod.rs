@@ -73,18 +73,29 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn store_i8(self, p: *mut i8, a: Self::V);
     /// The lanes whose bit is set, moved together from lane 0 on; the others hold anything.
     fn compress(self, a: Self::V, mask: u32) -> Self::V;
-    /// The bytes of 32 whose bit is set, moved together to `out`; what follows them, up to 32 in all, is anything. Gives how many.
+    /// `a[0], b[0], a[1], b[1]` and so on.
+    fn interleave(self, a: Self::V, b: Self::V) -> [Self::V; 2];
+    /// Of the 32 bytes at `x`, which lie above -128, those whose bit is set in `masks[0]`, moved together, zeros after them: 32 bytes to `out`. With
+    /// `PAIR` also those of `masks[1]`, and four of the first take turns with four of the second: 64 bytes. To `sums` the sum of every four
+    /// bytes of `out`, times `by`, which lies in -128..=128.
     /// # Safety
-    /// `p` is readable for 32 bytes, `out` writable.
-    unsafe fn compress_bytes(self, p: *const i8, mask: u32, out: *mut i8) -> usize;
-    /// The sum of 32 signed bytes.
-    /// # Safety
-    /// `p` is readable for 32 bytes.
-    unsafe fn sum_bytes(self, p: *const i8) -> i32;
+    /// `x` is readable for 32 bytes, `out` writable for 32, `sums` for 8 numbers, with `PAIR` for twice as many.
+    unsafe fn gather<const PAIR: bool>(self, x: *const i8, masks: [u32; 2], by: i32, out: *mut i8, sums: *mut i32);
     /// Packed f16, one for each set bit, to the lanes of the bits; the others are 0.
     /// # Safety
     /// `p` is readable for `2 * LANES` bytes.
     unsafe fn expand_f16(self, p: *const u8, mask: u32) -> Self::V;
+    /// As `expand_f16` for two columns one after the other, 16 bits of mask each, in vectors of 16 lanes only.
+    /// # Safety
+    /// `p` is readable for 64 bytes.
+    #[inline(always)]
+    unsafe fn expand_two_f16(self, p: *const u8, mask: u32) -> [Self::V; 2] {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let then = p.add(2 * (mask & 0xFFFF).count_ones() as usize);
+            [self.expand_f16(p, mask & 0xFFFF), self.expand_f16(then, mask >> 16)]
+        }
+    }
     /// As `expand_f16` with packed f32.
     /// # Safety
     /// `p` is readable for `4 * LANES` bytes.
@@ -123,6 +134,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn byte(self, a: Self::I, j: usize) -> Self::I;
     /// Lanes as f32, rounded to nearest.
     fn float(self, a: Self::I) -> Self::V;
+    /// `a + b`.
+    fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// `a - b * c`.
     fn less_product(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I;
     /// Adds to every lane the products of its four unsigned bytes in `c[0]`, and then in `c[1]`, of `bits` bits, and signed bytes of x
@@ -237,6 +250,22 @@ mod tests {
                 assert_eq!(got[..S::LANES], want);
             }
         }
+        if S::LANES == 16 {
+            let more: Vec<u8> = [&halves[..], &halves[..]].concat();
+            for mask in [0u32, !0, 0x1234_FFFF, 0xFFFF_0001, 0xA5A5_5A5A, 0x8000_0000] {
+                // SAFETY: 64 bytes.
+                let two = unsafe { s.expand_two_f16(more.as_ptr(), mask) };
+                let mut next = plain.iter().cycle();
+                for (column, v) in two.into_iter().enumerate() {
+                    // SAFETY: 16 values.
+                    unsafe { s.store(got.as_mut_ptr(), v) };
+                    let want = |i: usize, next: &mut dyn Iterator<Item = &f32>| {
+                        if mask >> (16 * column + i) & 1 == 1 { *next.next().unwrap() } else { 0.0 }
+                    };
+                    assert!((0..16).all(|i| got[i] == want(i, &mut next)), "{mask:x}");
+                }
+            }
+        }
         for (mask, upper) in [(0x0F0F_1234_8001_FFFFu64, false), (!0, true), (0, true), (0xAAAA_5555_1248_FEDC, true)] {
             // SAFETY: 64 bytes.
             let v = unsafe { s.place(bytes.as_ptr(), upper, 9, mask) };
@@ -249,16 +278,42 @@ mod tests {
                 assert_eq!(got[i / 4], f32::from(want), "byte {i} of {mask:x}");
             }
         }
-        for mask in [0u32, !0, 0x8000_0001, 0x0F0F_1234, 0xA5A5_5A5A, 0xFFFF_0000, 0xFFFF] {
-            let mut out = [99i8; 64];
-            // SAFETY: 32 bytes are there, twice as many in `out`.
-            let n = unsafe { s.compress_bytes(bytes.as_ptr().cast(), mask, out.as_mut_ptr()) };
-            let want: Vec<i8> = (0..32).filter(|i| mask >> i & 1 == 1).map(|i| bytes[i] as i8).collect();
-            assert_eq!((&out[..n], &out[32..]), (&want[..], &[99i8; 32][..]), "{mask:x}");
+        let x: Vec<i8> = bytes.iter().map(|&b| (b as i8).max(-127)).collect();
+        let masks = [0u32, !0, 0x8000_0001, 0x0F0F_1234, 0xA5A5_5A5A, 0xFFFF_0000, 0xFFFF];
+        for (mask, other) in masks.iter().flat_map(|&m| masks.map(|o| (m, o))) {
+            let kept = |mask: u32| {
+                let mut all: Vec<i8> = (0..32).filter(|i| mask >> i & 1 == 1).map(|i| x[i]).collect();
+                all.resize(32, 0);
+                all
+            };
+            let (a, b) = (kept(mask), kept(other));
+            let turns: Vec<i8> = a.chunks(4).zip(b.chunks(4)).flat_map(|(a, b)| [a, b].concat()).collect();
+            for by in [-128, -8, 0, 1] {
+                let (mut out, mut sums) = ([99i8; 80], [99i32; 20]);
+                let sum = |all: &[i8]| {
+                    all.chunks(4).map(|q| by * q.iter().map(|&v| i32::from(v)).sum::<i32>()).collect::<Vec<_>>()
+                };
+                // SAFETY: 32 bytes are there, and room for 64 and their sums.
+                unsafe { s.gather::<false>(x.as_ptr(), [mask, 0], by, out.as_mut_ptr(), sums.as_mut_ptr()) };
+                assert_eq!(
+                    (&out[..33], &sums[..9]),
+                    (&[&a[..], &[99]].concat()[..], &[&sum(&a)[..], &[99]].concat()[..]),
+                    "{mask:x}"
+                );
+                // SAFETY: as above.
+                unsafe { s.gather::<true>(x.as_ptr(), [mask, other], by, out.as_mut_ptr(), sums.as_mut_ptr()) };
+                assert_eq!((&out[..64], &sums[..16]), (&turns[..], &sum(&turns)[..]), "{mask:x} {other:x}");
+                assert_eq!((&out[64..], &sums[16..]), (&[99i8; 16][..], &[99i32; 4][..]));
+            }
         }
-        // SAFETY: 32 bytes.
-        let sum = unsafe { s.sum_bytes(bytes.as_ptr().cast()) };
-        assert_eq!(sum, bytes[..32].iter().map(|&b| i32::from(b as i8)).sum::<i32>());
+        // SAFETY: 16 values.
+        let turns = unsafe { s.interleave(s.load(plain.as_ptr()), s.mul(s.load(plain.as_ptr()), s.splat(-1.0))) };
+        for (half, v) in turns.into_iter().enumerate() {
+            // SAFETY: 16 values.
+            unsafe { s.store(got.as_mut_ptr(), v) };
+            let want = |i: usize| plain[(half * S::LANES + i) / 2] * if i % 2 == 1 { -1.0 } else { 1.0 };
+            assert!((0..S::LANES).all(|i| got[i] == want(i)));
+        }
         let v = [3.0f32, -7.0, 127.0, -127.0, 0.0, 5.0, -1.0, 9.0, 3.0, -7.0, 100.0, -100.0, 0.0, 5.0, -1.0, 9.0];
         let mut out = [0i8; 16];
         // SAFETY: 16 values.

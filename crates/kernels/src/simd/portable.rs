@@ -221,6 +221,10 @@ impl Simd for Portable {
         fill(|i| a[i] as i32 as f32)
     }
     #[inline(always)]
+    fn add_i(self, a: I, b: I) -> I {
+        map(|i| a[i].wrapping_add(b[i]))
+    }
+    #[inline(always)]
     fn less_product(self, a: I, b: I, c: I) -> I {
         map(|i| a[i].wrapping_sub(b[i].wrapping_mul(c[i])))
     }
@@ -246,23 +250,37 @@ impl Simd for Portable {
         [sum, state[1]]
     }
     #[inline(always)]
-    unsafe fn compress_bytes(self, p: *const i8, mask: u32, out: *mut i8) -> usize {
-        // SAFETY: the caller promises 32 bytes.
-        let b = unsafe { bytes::<32>(p.cast()) };
-        let mut n = 0;
-        for (i, &b) in b.iter().enumerate() {
-            if mask >> i & 1 == 1 {
-                // SAFETY: the caller promises room for 32.
-                unsafe { *out.add(n) = b as i8 };
-                n += 1;
-            }
+    fn interleave(self, a: V, b: V) -> [V; 2] {
+        let (mut low, mut high) = (a, b);
+        for i in 0..4 {
+            (low[2 * i], low[2 * i + 1]) = (a[i], b[i]);
+            (high[2 * i], high[2 * i + 1]) = (a[4 + i], b[4 + i]);
         }
-        n
+        [low, high]
     }
     #[inline(always)]
-    unsafe fn sum_bytes(self, p: *const i8) -> i32 {
+    unsafe fn gather<const PAIR: bool>(self, x: *const i8, masks: [u32; 2], by: i32, out: *mut i8, sums: *mut i32) {
         // SAFETY: the caller promises 32 bytes.
-        unsafe { bytes::<32>(p.cast()) }.iter().map(|&b| i32::from(b as i8)).sum()
+        let x = unsafe { bytes::<32>(x.cast()) };
+        let halves = if PAIR { 2 } else { 1 };
+        for (half, mask) in masks.into_iter().enumerate().take(halves) {
+            let (mut kept, mut n) = ([0i8; 32], 0);
+            for (i, &b) in x.iter().enumerate() {
+                if mask >> i & 1 == 1 {
+                    kept[n] = b as i8;
+                    n += 1;
+                }
+            }
+            for (q, four) in kept.chunks_exact(4).enumerate() {
+                let sum: i32 = four.iter().map(|&v| i32::from(v)).sum();
+                // SAFETY: the caller promises room for eight quads and their sums, or twice as many.
+                unsafe {
+                    let at = q * halves + half;
+                    out.add(4 * at).copy_from_nonoverlapping(four.as_ptr(), 4);
+                    *sums.add(at) = by * sum;
+                }
+            }
+        }
     }
     #[inline(always)]
     unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> I {
