@@ -153,7 +153,7 @@ impl Walk<'_> {
         let embed = Embedding::load(weights)?;
         for (i, s) in self.sequences.iter().enumerate() {
             let positions: Vec<usize> = (0..s.len()).collect();
-            x.put(i, embed.rows(s, &positions)?).map_err(self.scratch_error())?;
+            x.put(i, embed.rows(s, &positions)?.into_mat()).map_err(self.scratch_error())?;
         }
         Ok(x)
     }

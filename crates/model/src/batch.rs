@@ -18,6 +18,13 @@ impl Batch {
         Batch::default()
     }
 
+    /// No rows any more.
+    pub fn clear(&mut self) {
+        self.sequence.clear();
+        self.position.clear();
+        self.extent.clear();
+    }
+
     /// One sequence's positions `positions`.
     pub fn one(sequence: usize, positions: Range<usize>) -> Batch {
         let mut b = Batch::new();

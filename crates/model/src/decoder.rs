@@ -10,7 +10,7 @@ use lacuna_spec::{Place, Positions, Role, Spec};
 
 use crate::parts::{NormWeights, tensor};
 use crate::profile::span;
-use crate::{Batch, Block, KvStore, ModelError, Tap};
+use crate::{Batch, Block, KvStore, Lent, ModelError, Tap};
 
 /// Tokens to the residual stream. Rows are decoded when asked for, never the whole table.
 pub struct Embedding {
@@ -48,11 +48,11 @@ impl Embedding {
     }
 
     /// The residual stream of `tokens` at `positions` before the first block, `[tokens, hidden]`.
-    pub fn rows(&self, tokens: &[u32], positions: &[usize]) -> Result<Mat, ModelError> {
+    pub fn rows(&self, tokens: &[u32], positions: &[usize]) -> Result<Lent, ModelError> {
         assert_eq!(tokens.len(), positions.len(), "a position for each token");
         let hidden = self.table.cols;
-        let mut out = Mat::zeros(tokens.len(), hidden);
-        let mut learned = vec![0.0; hidden];
+        let mut out = Lent::new(tokens.len(), hidden);
+        let mut learned = Lent::new(1, if self.positions.is_some() { hidden } else { 0 });
         for (r, (&token, &position)) in tokens.iter().zip(positions).enumerate() {
             let t = token as usize;
             if t >= self.table.rows {
@@ -68,8 +68,8 @@ impl Embedding {
                 if p >= table.rows {
                     return Err(ModelError::Position { position, rows: table.rows.saturating_sub(*offset) });
                 }
-                table.decode_rows(p, p + 1, MatMut::new(1, hidden, &mut learned));
-                row.iter_mut().zip(&learned).for_each(|(x, y)| *x += y);
+                table.decode_rows(p, p + 1, learned.view_mut());
+                row.iter_mut().zip(learned.data()).for_each(|(x, y)| *x += y);
             }
         }
         Ok(out)
@@ -95,7 +95,9 @@ impl Head {
         let spec = weights.spec();
         let place = Place::global(if spec.tied { Role::Embed } else { Role::Head });
         let packing = Packing { activations, ..Packing::default() };
-        let linear = Linear::pack_with(&*tensor(weights, place)?, &packing).map_err(|e| ModelError::bad(&place, e))?;
+        // By far the largest matrix of a small model.
+        let linear = Linear::pack_releasing(&*tensor(weights, place)?, &packing, &|| weights.release(&place))
+            .map_err(|e| ModelError::bad(&place, e))?;
         let norm =
             if spec.final_norm { Some(NormWeights::load(weights, Place::global(Role::FinalNorm))?) } else { None };
         Ok(Head { norm, linear, scale: spec.logit_scale, softcap: spec.logit_softcap })
@@ -103,13 +105,13 @@ impl Head {
 
     /// What multiplies the output projection: the normalised residual stream, `[rows, hidden]`.
     pub fn input(&self, x: MatRef<'_>) -> Mat {
-        self.norm.as_ref().map_or_else(|| x.to_mat(), |n| Mat::clone(&n.apply(x)))
+        self.norm.as_ref().map_or_else(|| x.to_mat(), |n| n.apply(x).into_mat())
     }
 
     /// Logits of the residual stream's rows, `[rows, vocab]`. A long context times a large vocabulary is gigabytes: hand in some rows at
     /// a time.
-    pub fn logits(&self, x: MatRef<'_>) -> Mat {
-        let mut out = Mat::zeros(x.rows(), self.linear.rows());
+    pub fn logits(&self, x: MatRef<'_>) -> Lent {
+        let mut out = Lent::new(x.rows(), self.linear.rows());
         self.logits_into(x, &mut out);
         out
     }
@@ -195,7 +197,7 @@ impl Decoder {
         batch: &Batch,
         kv: &mut dyn KvStore,
         tap: &mut dyn Tap,
-    ) -> Result<Mat, ModelError> {
+    ) -> Result<Lent, ModelError> {
         let mut x = span("embedding", || self.embed.rows(tokens, batch.positions()))?;
         for block in &self.blocks {
             block.forward(&mut x, batch, kv, tap)?;
@@ -204,7 +206,7 @@ impl Decoder {
     }
 
     /// Logits of rows of [`Decoder::forward`]'s result, `[rows, vocab]`.
-    pub fn logits(&self, hidden: MatRef<'_>) -> Mat {
+    pub fn logits(&self, hidden: MatRef<'_>) -> Lent {
         self.head.logits(hidden)
     }
 

@@ -9,12 +9,12 @@ thread_local! {
     static FREE: RefCell<Vec<Vec<f32>>> = const { RefCell::new(Vec::new()) };
 }
 
-/// A matrix whose memory goes back to this thread's store when it is dropped.
-pub(crate) struct Lent(Mat);
+/// A matrix whose memory goes back to its thread's store when it is dropped.
+pub struct Lent(Mat);
 
 impl Lent {
     /// `[rows, cols]` of unspecified content.
-    pub(crate) fn new(rows: usize, cols: usize) -> Lent {
+    pub fn new(rows: usize, cols: usize) -> Lent {
         let len = rows * cols;
         let mut data = FREE.with_borrow_mut(|free| {
             // The smallest that is large enough; else the largest, which grows.
@@ -30,11 +30,19 @@ impl Lent {
         data.resize(len, 0.0);
         Lent(Mat::from_vec(rows, cols, data))
     }
+
+    /// The matrix itself, to keep.
+    pub fn into_mat(mut self) -> Mat {
+        std::mem::take(&mut self.0)
+    }
 }
 
 impl Drop for Lent {
     fn drop(&mut self) {
         let data = std::mem::take(&mut self.0).into_vec();
+        if data.capacity() == 0 {
+            return;
+        }
         // A thread that ends has no store any more.
         let _ = FREE.try_with(|free| free.borrow_mut().push(data));
     }

@@ -20,5 +20,6 @@ pub use block::Block;
 pub use decoder::{Decoder, Embedding, Head, LoadOptions};
 pub use error::ModelError;
 pub use kv::{ContiguousKv, KvStore, STEP_TOKENS};
+pub use lent::Lent;
 pub use profile::{end_profile, start_profile};
 pub use tap::{BlockPart, NoTap, Tap, Wants};

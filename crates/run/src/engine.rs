@@ -74,6 +74,9 @@ pub struct Sequence {
     tokens: Vec<u32>,
     kv: ContiguousKv,
     extent: usize,
+    /// The rows of the last call, and the logits after it.
+    batch: Batch,
+    logits: Vec<f32>,
 }
 
 impl Sequence {
@@ -139,7 +142,13 @@ impl Engine {
 
     /// An empty text.
     pub fn sequence(&self) -> Sequence {
-        Sequence { tokens: Vec::new(), kv: ContiguousKv::with_format(&self.model.spec, 1, self.kv), extent: 0 }
+        Sequence {
+            tokens: Vec::new(),
+            kv: ContiguousKv::with_format(&self.model.spec, 1, self.kv),
+            extent: 0,
+            batch: Batch::new(),
+            logits: Vec::new(),
+        }
     }
 
     /// Prepares `seq` for a text that begins with `prompt` and may become `extent` tokens long: keeps what it has read of it already, short of
@@ -158,36 +167,43 @@ impl Engine {
             .any(|r| matches!(r.scaling, RopeScaling::Longrope { original, .. } if crossing(original)));
         seq.truncate(if turned { 0 } else { keep });
         seq.extent = extent;
+        seq.tokens.reserve(extent.min(self.context).saturating_sub(seq.tokens.len()));
         seq.tokens.len()
     }
 
     /// Reads `tokens` after what `seq` has, a chunk at a time, and returns the logits of what follows. On an error the sequence is as before.
-    pub fn extend(&self, seq: &mut Sequence, tokens: &[u32]) -> Result<Vec<f32>, RunError> {
+    pub fn extend<'s>(&self, seq: &'s mut Sequence, tokens: &[u32]) -> Result<&'s [f32], RunError> {
         let before = seq.tokens.len();
-        let result = self.extend_chunks(seq, tokens);
-        if result.is_err() {
-            seq.truncate(before);
+        match self.extend_chunks(seq, tokens) {
+            Ok(()) => Ok(&seq.logits),
+            Err(e) => {
+                seq.truncate(before);
+                Err(e)
+            }
         }
-        result
     }
 
-    fn extend_chunks(&self, seq: &mut Sequence, tokens: &[u32]) -> Result<Vec<f32>, RunError> {
+    fn extend_chunks(&self, seq: &mut Sequence, tokens: &[u32]) -> Result<(), RunError> {
         let total = seq.tokens.len() + tokens.len();
+        if tokens.is_empty() {
+            return Err(RunError::Empty);
+        }
         if total > self.context {
             return Err(RunError::Context { tokens: total, context: self.context, hint: "" });
         }
-        let mut logits = Err(RunError::Empty);
         for (i, chunk) in tokens.chunks(self.chunk).enumerate() {
             let at = seq.tokens.len();
-            let mut batch = Batch::new();
-            batch.push_extent(0, at..at + chunk.len(), seq.extent);
-            let hidden = self.model.forward(chunk, &batch, &mut seq.kv, &mut NoTap)?;
+            seq.batch.clear();
+            seq.batch.push_extent(0, at..at + chunk.len(), seq.extent);
+            let hidden = self.model.forward(chunk, &seq.batch, &mut seq.kv, &mut NoTap)?;
             seq.tokens.extend_from_slice(chunk);
             if (i + 1) * self.chunk >= tokens.len() {
                 let last = hidden.row(hidden.rows() - 1);
-                logits = Ok(self.model.logits(MatRef::new(1, last.len(), last)).row(0).to_vec());
+                let logits = self.model.logits(MatRef::new(1, last.len(), last));
+                seq.logits.clear();
+                seq.logits.extend_from_slice(logits.row(0));
             }
         }
-        logits
+        Ok(())
     }
 }

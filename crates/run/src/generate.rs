@@ -98,7 +98,7 @@ impl Engine {
         let mut steps = 0usize;
 
         let start = Instant::now();
-        let mut logits = if g.max_tokens == 0 { Vec::new() } else { self.extend(seq, &g.prompt[reused..])? };
+        let mut logits: &[f32] = if g.max_tokens == 0 { &[] } else { self.extend(seq, &g.prompt[reused..])? };
         let prefill_s = start.elapsed().as_secs_f64();
         let start = Instant::now();
         let stop = loop {
@@ -113,7 +113,7 @@ impl Engine {
                 logits = self.extend(seq, &all[all.len() - 1..])?;
                 steps += 1;
             }
-            let token = sampler.pick(&logits, &all)?;
+            let token = sampler.pick(logits, &all)?;
             if !g.ignore_end && tokenizer.eos_set().contains(&token) {
                 break Stop::EndToken(token);
             }

@@ -5,7 +5,7 @@ use std::path::Path;
 
 use lacuna_checkpoint::{ChatTemplate, TokenKind, Tokenizer, Vocabulary};
 use lacuna_model::{Decoder, LoadOptions};
-use lacuna_run::{BenchOptions, Chat, Engine, Generated, Generation, RunError, Sampling, Stop};
+use lacuna_run::{BenchOptions, Chat, Engine, Generated, Generation, RunError, Sampler, Sampling, Stop};
 
 fn engine(name: &str) -> Engine {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny").join(name);
@@ -51,6 +51,24 @@ fn drawn(seed: u64) -> Generation {
     Generation { sampling, ..request(24) }
 }
 
+/// Room for keys and values comes in steps of 128 positions; between them nothing is asked of the system.
+#[test]
+fn a_step_allocates_nothing() {
+    for name in ["llama", "gemma3", "gpt2", "phi3", "qwen2", "opt"] {
+        let e = engine(name);
+        let mut seq = e.sequence();
+        e.reuse(&mut seq, &[], 60);
+        let mut sampler = Sampler::new(&drawn(1).sampling).unwrap();
+        let mut step = |token: u32| {
+            let logits = e.extend(&mut seq, &[token]).unwrap();
+            sampler.pick(logits, &[]).unwrap();
+        };
+        (5..9).for_each(&mut step);
+        let seen = allocation_counter::measure(|| (9..30).for_each(step));
+        assert_eq!(seen.count_total, 0, "{name}: {} bytes", seen.bytes_total);
+    }
+}
+
 #[test]
 fn same_request_same_answer() {
     for name in ["llama", "gemma3", "gpt2", "llama_rope_longrope", "qwen3_moe"] {
@@ -69,7 +87,7 @@ fn chunks_and_reuse_change_nothing() {
     for name in ["llama", "gemma3", "gpt2", "llama_rope_longrope", "qwen3_moe"] {
         let whole = engine(name);
         let expected = run(&whole, &drawn(3)).tokens;
-        let logits = whole.extend(&mut whole.sequence(), &request(0).prompt).unwrap();
+        let logits = whole.extend(&mut whole.sequence(), &request(0).prompt).unwrap().to_vec();
         for chunk in [1, 7, 39, 40] {
             let e = engine(name).with_chunk(chunk);
             assert_eq!(run(&e, &drawn(3)).tokens, expected, "{name} in chunks of {chunk}");
@@ -139,7 +157,7 @@ fn generation_ends_where_it_should() {
     let mut seq = e.sequence();
     assert!(e.extend(&mut seq, &[5, 6, 7]).is_ok() && e.extend(&mut seq, &[8, 4000]).is_err());
     assert_eq!(seq.tokens(), [5, 6, 7]);
-    let logits = e.extend(&mut e.sequence(), &[5, 6, 7, 8]).unwrap();
+    let logits = e.extend(&mut e.sequence(), &[5, 6, 7, 8]).unwrap().to_vec();
     assert_eq!(e.extend(&mut seq, &[8]).unwrap(), logits);
 }
 

@@ -168,22 +168,22 @@ impl Body {
 }
 
 impl Form {
-    /// The form of a piece that has passed its check.
-    pub(super) fn of(piece: &Piece) -> Form {
+    /// The form of a piece that has passed its check. `read`: see [`Panels::build`].
+    pub(super) fn of(piece: &Piece, read: &dyn Fn()) -> Form {
         let (rows, cols) = (piece.rows, piece.cols);
         let body = match (&piece.pattern, &piece.values) {
             (Pattern::Dense, Values::Float(Float::F32, b)) => {
-                Some(Body::F32(float::dense(rows, cols, b, 4), Dense(F32)))
+                Some(Body::F32(float::dense(rows, cols, b, 4, read), Dense(F32)))
             }
             (Pattern::Dense, Values::Float(Float::F16, b)) => {
-                Some(Body::F16(float::dense(rows, cols, b, 2), Dense(F16)))
+                Some(Body::F16(float::dense(rows, cols, b, 2, read), Dense(F16)))
             }
             (Pattern::Dense, Values::Float(Float::Bf16, b)) => {
-                Some(Body::Bf16(float::dense(rows, cols, b, 2), Dense(Bf16)))
+                Some(Body::Bf16(float::dense(rows, cols, b, 2, read), Dense(Bf16)))
             }
             (Pattern::Dense, _) => source::of(piece).map(|source| {
                 let bits = source.bits;
-                let (panels, grid) = ints::dense(rows, cols, &source);
+                let (panels, grid) = ints::dense(rows, cols, &source, read);
                 match bits {
                     2 => Body::Int2(panels, Ints(grid)),
                     3 => Body::Int3(panels, Ints(grid)),
@@ -195,7 +195,7 @@ impl Form {
                 }
             }),
             (pattern, Values::Float(..)) if gathered::fits(pattern) => {
-                let (panels, layout, half) = gathered::floats(piece);
+                let (panels, layout, half) = gathered::floats(piece, read);
                 Some(if half {
                     Body::Shared16(panels, Dense(F16), layout)
                 } else {
@@ -204,21 +204,21 @@ impl Form {
             }
             (pattern, _) if gathered::fits(pattern) => source::of(piece).filter(|s| s.table.is_none()).map(|source| {
                 if source.bits <= 4 {
-                    let (panels, grid, layout) = gathered::ints(piece, &source, 4);
+                    let (panels, grid, layout) = gathered::ints(piece, &source, 4, read);
                     Body::SharedInt4(panels, Ints(grid), layout)
                 } else {
-                    let (panels, grid, layout) = gathered::ints(piece, &source, 8);
+                    let (panels, grid, layout) = gathered::ints(piece, &source, 8, read);
                     Body::SharedInt8(panels, Ints(grid), layout)
                 }
             }),
             (Pattern::Nm { .. }, Values::Int { .. }) => {
                 source::of(piece).filter(|source| halved::fits(piece, source)).map(|source| {
-                    let (panels, grid) = halved::halved(piece, &source);
+                    let (panels, grid) = halved::halved(piece, &source, read);
                     Body::Halved(panels, Halved(grid))
                 })
             }
             (Pattern::Mask { .. } | Pattern::Nm { .. }, Values::Float(..)) => {
-                let (panels, half) = float::masked(piece);
+                let (panels, half) = float::masked(piece, read);
                 let blocks = panels.blocks;
                 Some(if half {
                     Body::Masked16(panels, Masked { _width: F16, blocks })

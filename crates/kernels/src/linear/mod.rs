@@ -70,15 +70,22 @@ impl Linear {
 
     /// As [`Linear::pack`], told how. Panics later, at the product, where the processor lacks the instruction set.
     pub fn pack_with(stored: &Stored, packing: &Packing) -> Result<Linear, FormatError> {
+        Linear::pack_releasing(stored, packing, &|| ())
+    }
+
+    /// As [`Linear::pack_with`]; `release` is called whenever a few megabytes have been repacked, so that the pages of what they were read from
+    /// can leave memory: matrix and source are never there as a whole together.
+    pub fn pack_releasing(stored: &Stored, packing: &Packing, release: &dyn Fn()) -> Result<Linear, FormatError> {
         stored.check()?;
+        release();
         let one = |piece: &Piece| Stored::from_piece(piece.clone());
         let mut terms = Vec::with_capacity(stored.terms.len());
         for term in &stored.terms {
             terms.push(match term {
-                Term::Piece(p) => Ready::Piece(Form::of(p)),
+                Term::Piece(p) => Ready::Piece(Form::of(p, release)),
                 Term::Product(l, r) => Ready::Product {
-                    left: Box::new(Linear::pack_with(&one(l), packing)?),
-                    right: Box::new(Linear::pack_with(&one(r), packing)?),
+                    left: Box::new(Linear::pack_releasing(&one(l), packing, release)?),
+                    right: Box::new(Linear::pack_releasing(&one(r), packing, release)?),
                 },
             });
         }

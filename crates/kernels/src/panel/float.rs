@@ -195,8 +195,8 @@ pub(crate) fn dense_stride(cols: usize, bytes: usize) -> usize {
 }
 
 /// Dense panels of a row-major float buffer, values moved and not read.
-pub(crate) fn dense(rows: usize, cols: usize, bytes: &[u8], width: usize) -> Panels {
-    Panels::build(rows, cols, dense_stride(cols, width), |first, n, panel| {
+pub(crate) fn dense(rows: usize, cols: usize, bytes: &[u8], width: usize, read: &dyn Fn()) -> Panels {
+    Panels::build(rows, cols, dense_stride(cols, width), read, |first, n, panel| {
         for i in 0..n {
             let row = &bytes[(first + i) * cols * width..][..cols * width];
             for (k, v) in row.chunks_exact(width).enumerate() {
@@ -207,14 +207,14 @@ pub(crate) fn dense(rows: usize, cols: usize, bytes: &[u8], width: usize) -> Pan
 }
 
 /// Masked panels of a sparse float piece, in f16 where that is exactly what is stored, else in f32; gives whether it is f16.
-pub(crate) fn masked(piece: &Piece) -> (Panels, bool) {
+pub(crate) fn masked(piece: &Piece, read: &dyn Fn()) -> (Panels, bool) {
     let half = matches!(piece.values, lacuna_format::Values::Float(Float::F16, _));
     let width = if half { 2 } else { 4 };
     let (rows, cols, blocks) = (piece.rows, piece.cols, piece.cols.div_ceil(BLOCK));
     let kept = |p: usize| (p..rows.min(p + ROWS)).map(|r| piece.pattern.span(r, cols).len()).sum::<usize>();
     let most = (0..rows).step_by(ROWS).map(kept).max().unwrap_or(0);
     let head = (4 + 2 * BLOCK) * blocks;
-    let panels = Panels::build(rows, cols, head + most * width, |first, n, panel| {
+    let panels = Panels::build(rows, cols, head + most * width, read, |first, n, panel| {
         let mut lines = vec![vec![0.0f32; cols]; n];
         let mut there = vec![0u16; blocks * BLOCK];
         for (i, line) in lines.iter_mut().enumerate() {

@@ -109,14 +109,14 @@ fn place(pair: bool, i: usize) -> (usize, usize) {
 }
 
 /// Panels of a float piece that fits: f16 as it is, everything else as f32.
-pub(crate) fn floats(piece: &Piece) -> (Panels, Layout, bool) {
+pub(crate) fn floats(piece: &Piece, read: &dyn Fn()) -> (Panels, Layout, bool) {
     let f16 = matches!(piece.values, Values::Float(Float::F16, _));
     let width = if f16 { 2 } else { 4 };
     let blocks = piece.cols.div_ceil(BLOCK);
     let (mut layout, masks_end) = layout(piece, blocks.max(1), blocks.max(1), 0, 8 * ROWS * width);
     layout.values_at = masks_end;
     let stride = masks_end + layout.octets * layout.octet_bytes;
-    let panels = Panels::build(piece.rows, piece.cols, stride, |first, n, panel| {
+    let panels = Panels::build(piece.rows, piece.cols, stride, read, |first, n, panel| {
         let slots = masks(panel, &columns(piece, layout.pair, first), &layout, blocks);
         for i in 0..n {
             let (lane, half) = place(layout.pair, i);
@@ -136,7 +136,7 @@ pub(crate) fn floats(piece: &Piece) -> (Panels, Layout, bool) {
 }
 
 /// Panels of codes of 4 or 8 bits (`wide`), whatever fewer the source has.
-pub(crate) fn ints(piece: &Piece, source: &Source, wide: usize) -> (Panels, Grid, Layout) {
+pub(crate) fn ints(piece: &Piece, source: &Source, wide: usize, read: &dyn Fn()) -> (Panels, Grid, Layout) {
     let blocks = piece.cols.div_ceil(BLOCK);
     let per = (source.run / BLOCK).clamp(1, blocks.max(1));
     let groups = blocks.div_ceil(per);
@@ -145,7 +145,7 @@ pub(crate) fn ints(piece: &Piece, source: &Source, wide: usize) -> (Panels, Grid
     let (grid, scales_end) = grid(source, groups, 1, masks_end);
     layout.values_at = scales_end.next_multiple_of(64);
     let stride = layout.values_at + layout.octets * layout.octet_bytes;
-    let panels = Panels::build(piece.rows, piece.cols, stride, |first, n, panel| {
+    let panels = Panels::build(piece.rows, piece.cols, stride, read, |first, n, panel| {
         let halves = columns(piece, layout.pair, first);
         let slots = masks(panel, &halves, &layout, blocks);
         let mut line = Line::default();

@@ -50,12 +50,12 @@ pub(crate) fn fits(piece: &Piece, source: &Source) -> bool {
 }
 
 /// Panels of a piece that fits.
-pub(crate) fn halved(piece: &Piece, source: &Source) -> (Panels, Grid) {
+pub(crate) fn halved(piece: &Piece, source: &Source, read: &dyn Fn()) -> (Panels, Grid) {
     let (cols, blocks) = (piece.cols, piece.cols.div_ceil(BLOCK));
     let per = (source.run / BLOCK).clamp(1, blocks.max(1));
     let groups = blocks.div_ceil(per);
     let (grid, stride) = grid(source, groups, per, blocks * BYTES);
-    let panels = Panels::build(piece.rows, cols, stride, |first, n, panel| {
+    let panels = Panels::build(piece.rows, cols, stride, read, |first, n, panel| {
         let (mut line, mut columns) = (Line::default(), Vec::new());
         let mut codes = vec![None; 16 * blocks * BLOCK];
         for lane in 0..n {

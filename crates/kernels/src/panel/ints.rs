@@ -400,13 +400,13 @@ pub(crate) fn put_scale(panel: &mut [u8], grid: &Grid, lane: usize, g: usize, li
 }
 
 /// Dense panels of `source`, `[rows, cols]`.
-pub(crate) fn dense(rows: usize, cols: usize, source: &Source) -> (Panels, Grid) {
+pub(crate) fn dense(rows: usize, cols: usize, source: &Source, read: &dyn Fn()) -> (Panels, Grid) {
     let bits = usize::from(source.bits);
     let blocks = cols.div_ceil(BLOCK);
     let per = (source.run / BLOCK).clamp(1, blocks.max(1));
     let groups = blocks.div_ceil(per);
     let (grid, stride) = grid(source, groups, per, blocks * 64 * bits);
-    let panels = Panels::build(rows, cols, stride, |first, n, panel| {
+    let panels = Panels::build(rows, cols, stride, read, |first, n, panel| {
         let mut line = Line::default();
         for lane in 0..n {
             (source.read)(first + lane, &mut line);

@@ -23,6 +23,9 @@ pub(crate) const BLOCK: usize = 32;
 /// Columns of a span: sums of spans are made apart and added in order.
 pub(crate) const SPAN: usize = 256;
 
+/// Bytes of panels that are filled between two calls of `read`.
+const STRIP: usize = 16 << 20;
+
 /// Panels of equal size in one piece of memory.
 #[derive(Clone)]
 pub(crate) struct Panels {
@@ -36,25 +39,31 @@ pub(crate) struct Panels {
 }
 
 impl Panels {
-    /// Panels for `rows` rows of `cols` columns, each of `stride` bytes filled by `fill(first row, rows, panel)` on whatever thread.
+    /// Panels for `rows` rows of `cols` columns, each of `stride` bytes filled by `fill(first row, rows, panel)` on whatever thread. `read` is called
+    /// from time to time: what was filled before is no longer needed in its old form.
     pub(crate) fn build(
         rows: usize,
         cols: usize,
         stride: usize,
+        read: &dyn Fn(),
         fill: impl Fn(usize, usize, &mut [u8]) + Sync,
     ) -> Panels {
         let stride = stride.next_multiple_of(64);
         let count = rows.div_ceil(ROWS);
         let mut memory = Memory::zeroed(count * stride);
         let base = Base(memory.bytes_mut().as_mut_ptr());
-        parallel::ranges(count, 1, usize::MAX, ROWS * cols * 4, |from, to| {
-            let base = &base;
-            for p in from..to {
-                // SAFETY: panels do not overlap, and each is handed out once.
-                let panel = unsafe { std::slice::from_raw_parts_mut(base.0.add(p * stride), stride) };
-                fill(p * ROWS, ROWS.min(rows - p * ROWS), panel);
-            }
-        });
+        let strip = (STRIP / stride.max(1)).max(1);
+        for first in (0..count).step_by(strip) {
+            parallel::ranges(strip.min(count - first), 1, usize::MAX, ROWS * cols * 4, |from, to| {
+                let base = &base;
+                for p in first + from..first + to {
+                    // SAFETY: panels do not overlap, and each is handed out once.
+                    let panel = unsafe { std::slice::from_raw_parts_mut(base.0.add(p * stride), stride) };
+                    fill(p * ROWS, ROWS.min(rows - p * ROWS), panel);
+                }
+            });
+            read();
+        }
         Panels { memory: Arc::new(memory), stride, rows, blocks: cols.div_ceil(BLOCK) }
     }
 
