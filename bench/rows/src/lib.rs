@@ -2,8 +2,8 @@
 
 use lacuna_base::{Mat, Rng};
 use lacuna_format::{
-    Float, Group, Integers, Mask, PatternKind, Piece, ScaleCodec, Stored, Term, Ternary, pack_float, pack_integers,
-    pack_ternary,
+    Float, GgufType, Group, Integers, Mask, Pattern, PatternKind, Piece, ScaleCodec, Stored, Term, Ternary, Values,
+    pack_float, pack_integers, pack_ternary,
 };
 use lacuna_kernels::{Activations, Linear, Packing};
 
@@ -41,6 +41,7 @@ pub const ROWS: &[Row] = &[
     Row { name: "int6 g32", dense: None, make: |r, c| ints(r, c, 6, None) },
     Row { name: "int8 g32", dense: None, make: |r, c| ints(r, c, 8, None) },
     Row { name: "ternary g32", dense: None, make: ternary },
+    Row { name: "q6_k", dense: None, make: q6_k },
     Row { name: "f16, bitmask 50%", dense: Some("f16"), make: |r, c| float(r, c, Float::F16, Some((1, 0.5))) },
     Row { name: "f16, bitmask 70%", dense: Some("f16"), make: |r, c| float(r, c, Float::F16, Some((1, 0.7))) },
     Row { name: "f16, 8x1 50%", dense: Some("f16"), make: |r, c| float(r, c, Float::F16, Some((8, 0.5))) },
@@ -50,6 +51,8 @@ pub const ROWS: &[Row] = &[
     Row { name: "int4 g32, 8x1 50%", dense: Some("int4 g32"), make: |r, c| ints(r, c, 4, Some(8)) },
     Row { name: "int4 g32, 16x1 50%", dense: Some("int4 g32"), make: |r, c| ints(r, c, 4, Some(16)) },
     Row { name: "int4 g32, 32x1 50%", dense: Some("int4 g32"), make: |r, c| ints(r, c, 4, Some(32)) },
+    Row { name: "int4 g32, mask 50%", dense: Some("int4 g32"), make: |r, c| ints(r, c, 4, Some(1)) },
+    Row { name: "f16, lists 1%", dense: Some("f16"), make: lists },
     Row { name: "low rank 25%, int4 g32", dense: Some("int4 g32"), make: low_rank },
 ];
 
@@ -108,6 +111,21 @@ fn ternary(rows: usize, cols: usize) -> Stored {
         group: Group::Run(32),
     };
     one(pack_ternary((rows, cols), &q, None, PatternKind::Dense, ScaleCodec::F16).expect("packs"))
+}
+
+/// Random bytes but for the scale over each block.
+fn q6_k(rows: usize, cols: usize) -> Stored {
+    let mut rng = Rng::new(5);
+    let blocks = rows * cols.div_ceil(256);
+    let mut bytes: Vec<u8> = (0..blocks * GgufType::Q6_K.block_bytes()).map(|_| rng.u64() as u8).collect();
+    for block in bytes.chunks_exact_mut(GgufType::Q6_K.block_bytes()) {
+        block[208..].copy_from_slice(&half::f16::from_f32(1e-4).to_le_bytes());
+    }
+    one(Piece { rows, cols, pattern: Pattern::Dense, values: Values::Gguf(GgufType::Q6_K, bytes.into()) })
+}
+
+fn lists(rows: usize, cols: usize) -> Stored {
+    one(pack_float(random(rows, cols).view(), Some(&chosen(rows, cols, 1, 0.99)), PatternKind::Csr, Float::F16).expect("packs"))
 }
 
 fn low_rank(rows: usize, cols: usize) -> Stored {

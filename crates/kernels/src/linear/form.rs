@@ -2,21 +2,22 @@
 
 use std::sync::Arc;
 
-use lacuna_base::{MatMut, MatRef};
+use lacuna_base::MatRef;
 use lacuna_format::{Float, GgufType, Pattern, Piece, Stored, Values};
 
-use super::prepare::{padded, quantized, tiled};
+use super::prepare::{padded, quantized};
+use super::products::{bytes, decoded, exact, gather_bytes, gather_floats, shared, shared_bytes, sparse};
 use super::{Activations, Packing};
 use crate::op::dot::{Dots, Rows};
-use crate::op::gather::{self, Gathered, GatheredBytes};
-use crate::op::matmul::{self, Batch, Gemv, Out};
+use crate::op::matmul::{Gemv, Out};
 use crate::panel::float::{Bf16, Dense, F16, F32, Masked};
 use crate::panel::gathered::Layout;
 use crate::panel::halved::Halved;
-use crate::panel::ints::{Bytes, Grid, Ints};
-use crate::panel::{BLOCK, Codec, Panels, ROWS, View, float, gathered, halved, ints, source};
+use crate::panel::ints::{Bytes, Grid, Halves, Ints, Kind};
+use crate::panel::slices::slices;
+use crate::panel::{BLOCK, Panels, ROWS, float, gathered, halved, ints, source};
 use crate::simd::dispatch;
-use crate::{Isa, parallel, scratch};
+use crate::{Isa, parallel};
 
 /// A piece ready to multiply.
 #[derive(Clone)]
@@ -39,17 +40,22 @@ enum Body {
     Int6(Panels, Ints<6>),
     Int7(Panels, Ints<7>),
     Int8(Panels, Ints<8>),
+    Halves3(Panels, Halves<3>),
+    Halves6(Panels, Halves<6>),
     Halved(Panels, Halved),
     Shared32(Panels, Dense<F32>, Layout),
     Shared16(Panels, Dense<F16>, Layout),
     SharedInt4(Panels, Ints<4>, Layout),
     SharedInt8(Panels, Ints<8>, Layout),
+    /// Lists of entries, f32 or f16, and their bytes.
+    Sparse32(Panels, u64),
+    Sparse16(Panels, u64),
     /// Decoded by `lacuna-format` a panel at a time.
     Decoded(Arc<Stored>, u64),
 }
 
 /// Dense codecs that have panels of their own.
-pub(crate) const FLOAT_PATH: [&str; 20] = [
+pub(crate) const FLOAT_PATH: [&str; 21] = [
     "f32",
     "f16",
     "bf16",
@@ -69,11 +75,12 @@ pub(crate) const FLOAT_PATH: [&str; 20] = [
     "q5_1",
     "q8_0",
     "q4_k, q5_k",
-    "iq4_nl",
+    "q3_k, q6_k",
+    "iq4_nl, iq4_xs",
 ];
 
 /// Those that multiply as bytes where activations are quantized.
-pub(crate) const INTEGER_PATH: [&str; 14] = [
+pub(crate) const INTEGER_PATH: [&str; 15] = [
     "int2",
     "int3",
     "int4",
@@ -88,10 +95,11 @@ pub(crate) const INTEGER_PATH: [&str; 14] = [
     "q5_1",
     "q8_0",
     "q4_k, q5_k",
+    "q3_k, q6_k",
 ];
 
 /// The same with what they do, for reports.
-const AS_BYTES: [&str; 14] = [
+const AS_BYTES: [&str; 15] = [
     "int2 bytes",
     "int3 bytes",
     "int4 bytes",
@@ -106,6 +114,7 @@ const AS_BYTES: [&str; 14] = [
     "q5_1 bytes",
     "q8_0 bytes",
     "q4_k, q5_k bytes",
+    "q3_k, q6_k bytes",
 ];
 
 fn name(values: &Values) -> &'static str {
@@ -126,7 +135,8 @@ fn name(values: &Values) -> &'static str {
             GgufType::Q5_1 => "q5_1",
             GgufType::Q8_0 => "q8_0",
             GgufType::Q4_K | GgufType::Q5_K => "q4_k, q5_k",
-            _ => "iq4_nl",
+            GgufType::Q3_K | GgufType::Q6_K => "q3_k, q6_k",
+            _ => "iq4_nl, iq4_xs",
         },
     }
 }
@@ -134,7 +144,7 @@ fn name(values: &Values) -> &'static str {
 /// Runs an expression for whichever body has panels.
 macro_rules! with_panels {
     ($body:expr, $panels:ident, $codec:ident => $float:expr, $int:expr,
-     $layout:ident => $shared:expr, $shared_int:expr, $stored:ident => $decoded:expr) => {
+     $layout:ident => $shared:expr, $shared_int:expr, $other:ident => $rest:expr) => {
         match $body {
             Body::F32($panels, $codec) => $float,
             Body::F16($panels, $codec) => $float,
@@ -148,14 +158,35 @@ macro_rules! with_panels {
             Body::Int6($panels, $codec) => $int,
             Body::Int7($panels, $codec) => $int,
             Body::Int8($panels, $codec) => $int,
+            Body::Halves3($panels, $codec) => $int,
+            Body::Halves6($panels, $codec) => $int,
             Body::Halved($panels, $codec) => $int,
             Body::Shared32($panels, $codec, $layout) => $shared,
             Body::Shared16($panels, $codec, $layout) => $shared,
             Body::SharedInt4($panels, $codec, $layout) => $shared_int,
             Body::SharedInt8($panels, $codec, $layout) => $shared_int,
-            Body::Decoded($stored, _) => $decoded,
+            $other @ (Body::Sparse32(..) | Body::Sparse16(..) | Body::Decoded(..)) => $rest,
         }
     };
+}
+
+/// The name of lists of entries.
+const LISTS: &str = "lists";
+
+/// Dense panels of codes.
+fn dense_ints(rows: usize, cols: usize, source: &source::Source, read: &dyn Fn()) -> Body {
+    let (panels, grid) = ints::dense(rows, cols, source, read);
+    match source.bits {
+        3 if grid.kind == Kind::Sixteens => Body::Halves3(panels, Halves(grid)),
+        6 if grid.kind == Kind::Sixteens => Body::Halves6(panels, Halves(grid)),
+        2 => Body::Int2(panels, Ints(grid)),
+        3 => Body::Int3(panels, Ints(grid)),
+        4 => Body::Int4(panels, Ints(grid)),
+        5 => Body::Int5(panels, Ints(grid)),
+        6 => Body::Int6(panels, Ints(grid)),
+        7 => Body::Int7(panels, Ints(grid)),
+        _ => Body::Int8(panels, Ints(grid)),
+    }
 }
 
 /// The names of panels whose rows share columns.
@@ -181,19 +212,7 @@ impl Form {
             (Pattern::Dense, Values::Float(Float::Bf16, b)) => {
                 Some(Body::Bf16(float::dense(rows, cols, b, 2, read), Dense(Bf16)))
             }
-            (Pattern::Dense, _) => source::of(piece).map(|source| {
-                let bits = source.bits;
-                let (panels, grid) = ints::dense(rows, cols, &source, read);
-                match bits {
-                    2 => Body::Int2(panels, Ints(grid)),
-                    3 => Body::Int3(panels, Ints(grid)),
-                    4 => Body::Int4(panels, Ints(grid)),
-                    5 => Body::Int5(panels, Ints(grid)),
-                    6 => Body::Int6(panels, Ints(grid)),
-                    7 => Body::Int7(panels, Ints(grid)),
-                    _ => Body::Int8(panels, Ints(grid)),
-                }
-            }),
+            (Pattern::Dense, _) => source::of(piece).map(|source| dense_ints(rows, cols, &source, read)),
             (pattern, Values::Float(..)) if gathered::fits(pattern) => {
                 let (panels, layout, half) = gathered::floats(piece, read);
                 Some(if half {
@@ -211,13 +230,11 @@ impl Form {
                     Body::SharedInt8(panels, Ints(grid), layout)
                 }
             }),
-            (Pattern::Nm { .. }, Values::Int { .. }) => {
-                source::of(piece).filter(|source| halved::fits(piece, source)).map(|source| {
-                    let (panels, grid) = halved::halved(piece, &source, read);
-                    Body::Halved(panels, Halved(grid))
-                })
+            (Pattern::Csr { .. }, Values::Float(..)) => {
+                let (panels, half, bytes) = slices(piece, read);
+                Some(if half { Body::Sparse16(panels, bytes) } else { Body::Sparse32(panels, bytes) })
             }
-            (Pattern::Mask { .. } | Pattern::Nm { .. }, Values::Float(..)) => {
+            (_, Values::Float(..)) => {
                 let (panels, half) = float::masked(piece, read);
                 let blocks = panels.blocks;
                 Some(if half {
@@ -226,10 +243,19 @@ impl Form {
                     Body::Masked32(panels, Masked { _width: F32, blocks })
                 })
             }
-            _ => None,
+            // Of codes only halves are cheaper to place than to have in full, with zeros where nothing is.
+            _ => source::of(piece).and_then(|source| {
+                if halved::fits(piece, &source) {
+                    let (panels, grid) = halved::halved(piece, &source, read);
+                    return Some(Body::Halved(panels, Halved(grid)));
+                }
+                source::filled(piece, source).map(|source| dense_ints(rows, cols, &source, read))
+            }),
         };
         let (name, body) = match body {
-            Some(body) => (if body.gathered() { SHARED[0] } else { name(&piece.values) }, body),
+            Some(body) if body.gathered() => (SHARED[0], body),
+            Some(body @ (Body::Sparse32(..) | Body::Sparse16(..))) => (LISTS, body),
+            Some(body) => (name(&piece.values), body),
             None => ("decoded", Body::Decoded(Arc::new(Stored::from_piece(piece.clone())), piece.bytes())),
         };
         Form { name, body }
@@ -250,15 +276,15 @@ impl Form {
     /// Whether it multiplies as bytes where activations are quantized.
     pub(super) fn integer(&self) -> bool {
         with_panels!(&self.body, _panels, codec => { let _ = codec; false }, codec.grid().table.is_none(),
-            _layout => { let _ = codec; false }, codec.grid().table.is_none(), _stored => false)
+            _layout => { let _ = codec; false }, codec.grid().table.is_none(), _other => false)
     }
 
     pub(super) fn bytes(&self) -> u64 {
-        if let Body::Decoded(_, bytes) = &self.body {
+        if let Body::Sparse32(_, bytes) | Body::Sparse16(_, bytes) | Body::Decoded(_, bytes) = &self.body {
             return *bytes;
         }
         with_panels!(&self.body, panels, _codec => panels.bytes(), panels.bytes(),
-            layout => { let _ = panels; layout.bytes }, { let _ = panels; layout.bytes }, _stored => 0)
+            layout => { let _ = panels; layout.bytes }, { let _ = panels; layout.bytes }, _other => 0)
     }
 
     /// `out (+)= x · Wᵀ`. Shapes fit.
@@ -278,7 +304,12 @@ impl Form {
             } else {
                 shared(packing, panels.view(), codec, layout, x, out);
             },
-            stored => decoded(packing, stored, x, out)
+            other => match other {
+                Body::Sparse32(panels, _) => sparse(packing, panels.view(), F32, x, out),
+                Body::Sparse16(panels, _) => sparse(packing, panels.view(), F16, x, out),
+                Body::Decoded(stored, _) => decoded(packing, stored, x, out),
+                _ => unreachable!("all others have codecs"),
+            }
         );
     }
 }
@@ -287,7 +318,7 @@ impl Form {
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Plan {
     /// Rows as bytes, for matrices with this zero and so many blocks.
-    Bytes { zero: u8, blocks: usize },
+    Bytes { zero: u8, sixteens: bool, blocks: usize },
     /// One row as it is.
     Row { blocks: usize },
 }
@@ -307,21 +338,24 @@ impl Form {
     pub(super) fn plan(&self, packing: &Packing, rows: usize) -> Option<Plan> {
         let row = |panels: &Panels| (rows == 1).then_some(Plan::Row { blocks: panels.blocks });
         let int = |panels: &Panels, grid: &Grid| match packing.activations {
-            Activations::Int8 if grid.table.is_none() => Some(Plan::Bytes { zero: grid.zero, blocks: panels.blocks }),
+            Activations::Int8 if grid.table.is_none() => {
+                let sixteens = grid.kind == Kind::Sixteens;
+                Some(Plan::Bytes { zero: grid.zero, sixteens, blocks: panels.blocks })
+            }
             _ => row(panels),
         };
         with_panels!(
             &self.body, panels, codec =>
             { let _ = codec; row(panels) }, int(panels, codec.grid()),
             _layout => { let _ = codec; row(panels) }, int(panels, codec.grid()),
-            _stored => None
+            _other => None
         )
     }
 
     /// Panels of the matrix; none where it has none of its own.
     fn count(&self) -> usize {
         with_panels!(&self.body, panels, _codec => panels.view().count(), panels.view().count(),
-            _layout => panels.view().count(), panels.view().count(), _stored => 0)
+            _layout => panels.view().count(), panels.view().count(), _other => 0)
     }
 
     /// Panels `from..to` times rows that a plan of this form made ready.
@@ -343,7 +377,7 @@ impl Form {
                 Given::Bytes(x) => gather_bytes(isa, panels.view(), codec, layout, (from, to), x, out),
                 Given::Row(x) => gather_floats(isa, panels.view(), codec, layout, (from, to), (x, 1), out),
             },
-            _stored => {}
+            _other => {}
         );
     }
 }
@@ -368,170 +402,9 @@ pub(super) fn together<const N: usize>(packing: &Packing, plan: Plan, parts: [(&
         });
     };
     match plan {
-        Plan::Bytes { zero, blocks } => {
-            quantized(packing.isa, x, blocks, zero, |rows| share(blocks, Given::Bytes(rows)));
+        Plan::Bytes { zero, sixteens, blocks } => {
+            quantized(packing.isa, x, blocks, (zero, sixteens), |rows| share(blocks, Given::Bytes(rows)));
         }
         Plan::Row { blocks } => padded(x.row(0), blocks, |row| share(blocks, Given::Row(row))),
-    }
-}
-
-/// Panels a task should be a multiple of, so that several run side by side in it.
-fn unit(count: usize) -> usize {
-    match count {
-        0..8 => 1,
-        8..32 => 4,
-        _ => 8,
-    }
-}
-
-fn exact<C: Codec>(packing: &Packing, view: View, codec: &C, x: MatRef<'_>, out: Out) {
-    let (isa, cols) = (packing.isa, view.blocks * BLOCK);
-    if x.rows() == 1 {
-        return padded(x.row(0), view.blocks, |x| {
-            let x = Shared(x);
-            parallel::ranges(view.count(), unit(view.count()), usize::MAX, ROWS * cols, |from, to| {
-                dispatch(isa, Gemv { panels: view, codec, from, to, x: x.get(), out });
-            });
-        });
-    }
-    tiled(isa, x, view.blocks, |first, rows, x| {
-        let (x, out) = (Shared(x), out.below(first));
-        parallel::ranges(view.count(), 2, usize::MAX, ROWS * cols * (rows + 4), |from, to| {
-            scratch::with(matmul::scratch(rows), |scratch| {
-                Batch { panels: view, codec, from, to, x: x.get(), rows, out, scratch }.run(isa);
-            });
-        });
-    });
-}
-
-fn bytes<C: Bytes>(packing: &Packing, view: View, codec: &C, x: MatRef<'_>, out: Out) {
-    quantized(packing.isa, x, view.blocks, codec.grid().zero, |rows| {
-        let cost = ROWS * view.blocks * BLOCK * x.rows() / 2;
-        parallel::ranges(view.count(), 1, usize::MAX, cost, |from, to| {
-            dispatch(packing.isa, Dots { panels: view, codec, from, to, x: rows, out });
-        });
-    });
-}
-
-/// Rows of x in their own memory, padded to whole blocks.
-fn rows_padded(x: MatRef<'_>, blocks: usize, f: impl FnOnce(Shared)) {
-    if x.rows() == 1 {
-        return padded(x.row(0), blocks, |x| f(Shared(x)));
-    }
-    let cols = blocks * BLOCK;
-    scratch::with(x.rows() * cols, |room| {
-        for (r, row) in room.chunks_exact_mut(cols.max(1)).take(x.rows()).enumerate() {
-            row[..x.cols()].copy_from_slice(x.row(r));
-            row[x.cols()..].fill(0.0);
-        }
-        f(Shared(room.as_ptr()));
-    });
-}
-
-fn shared<C: Codec>(packing: &Packing, view: View, codec: &C, layout: &Layout, x: MatRef<'_>, out: Out) {
-    let (isa, rows) = (packing.isa, x.rows());
-    rows_padded(x, view.blocks, |x| {
-        parallel::ranges(view.count(), layout.share, usize::MAX, ROWS * layout.octets * 8 * rows, |from, to| {
-            gather_floats(isa, view, codec, layout, (from, to), (x.get(), rows), out);
-        });
-    });
-}
-
-fn shared_bytes<C: Bytes>(packing: &Packing, view: View, codec: &C, layout: &Layout, x: MatRef<'_>, out: Out) {
-    let isa = packing.isa;
-    quantized(isa, x, view.blocks, codec.grid().zero, |x| {
-        parallel::ranges(view.count(), layout.share, usize::MAX, ROWS * layout.octets * 8 * x.rows, |from, to| {
-            gather_bytes(isa, view, codec, layout, (from, to), x, out);
-        });
-    });
-}
-
-/// Panels `from..to` times rows of x, `blocks * 32` apart.
-fn gather_floats<C: Codec>(
-    isa: Isa,
-    panels: View,
-    codec: &C,
-    layout: &Layout,
-    (from, to): (usize, usize),
-    (x, rows): (*const f32, usize),
-    out: Out,
-) {
-    scratch::with(gather::scratch(layout), |scratch| {
-        dispatch(isa, Gathered { panels, codec, layout: *layout, from, to, x, rows, out, scratch });
-    });
-}
-
-/// Panels `from..to` times quantized rows.
-fn gather_bytes<C: Bytes>(
-    isa: Isa,
-    panels: View,
-    codec: &C,
-    layout: &Layout,
-    (from, to): (usize, usize),
-    x: Rows,
-    out: Out,
-) {
-    scratch::with(gather::scratch(layout), |scratch| {
-        dispatch(isa, GatheredBytes { panels, codec, layout: *layout, from, to, x, out, scratch });
-    });
-}
-
-/// As f32 panels that are made when they are needed, one at a time.
-fn decoded(packing: &Packing, stored: &Stored, x: MatRef<'_>, out: Out) {
-    let (isa, blocks, cols) = (packing.isa, stored.cols.div_ceil(BLOCK), stored.cols);
-    let count = stored.rows.div_ceil(ROWS);
-    let panel_of = |p: usize, f: &mut dyn FnMut(View, Out)| {
-        scratch::with(blocks * BLOCK * ROWS, |panel| {
-            let n = ROWS.min(stored.rows - p * ROWS);
-            scratch::with(ROWS * cols, |rows| {
-                stored.decode_rows(p * ROWS, p * ROWS + n, MatMut::new(n, cols, &mut rows[..n * cols]));
-                let panel = &mut panel[..blocks * BLOCK * ROWS];
-                panel.fill(0.0);
-                for (i, row) in rows[..n * cols].chunks_exact(cols.max(1)).enumerate() {
-                    panel[i..].iter_mut().step_by(ROWS).zip(row).for_each(|(o, v)| *o = *v);
-                }
-            });
-            let view = View { base: panel.as_ptr().cast(), stride: 0, rows: n, blocks };
-            f(view, out.beside(p * ROWS));
-        });
-    };
-    let codec = &Dense(F32);
-    if x.rows() == 1 {
-        return padded(x.row(0), blocks, |x| {
-            let x = Shared(x);
-            parallel::ranges(count, 1, usize::MAX, 8 * ROWS * cols, |from, to| {
-                for p in from..to {
-                    panel_of(p, &mut |panels, out| {
-                        dispatch(isa, Gemv { panels, codec, from: 0, to: 1, x: x.get(), out });
-                    });
-                }
-            });
-        });
-    }
-    tiled(isa, x, blocks, |first, rows, x| {
-        let x = Shared(x);
-        parallel::ranges(count, 1, usize::MAX, ROWS * cols * (rows + 8), |from, to| {
-            for p in from..to {
-                panel_of(p, &mut |panels, out| {
-                    scratch::with(matmul::scratch(rows), |scratch| {
-                        let out = out.below(first);
-                        Batch { panels, codec, from: 0, to: 1, x: x.get(), rows, out, scratch }.run(isa);
-                    });
-                });
-            }
-        });
-    });
-}
-
-/// Rows of x that tasks read.
-struct Shared(*const f32);
-// SAFETY: only read.
-unsafe impl Sync for Shared {}
-// SAFETY: see above.
-unsafe impl Send for Shared {}
-
-impl Shared {
-    fn get(&self) -> *const f32 {
-        self.0
     }
 }

@@ -2,6 +2,7 @@
 
 mod form;
 mod prepare;
+mod products;
 #[cfg(test)]
 mod tests;
 

@@ -76,8 +76,8 @@ unsafe impl Sync for Room {}
 // SAFETY: see above.
 unsafe impl Send for Room {}
 
-/// Lends the rows of x as signed bytes, for a matrix with this `zero`.
-pub(super) fn quantized(isa: Isa, x: MatRef<'_>, blocks: usize, zero: u8, f: impl FnOnce(Rows)) {
+/// Lends the rows of x as signed bytes, for a matrix with this zero and, where `sixteens`, two scales a block.
+pub(super) fn quantized(isa: Isa, x: MatRef<'_>, blocks: usize, (zero, sixteens): (u8, bool), f: impl FnOnce(Rows)) {
     // Codes first, a quarter of an f32 each, then what belongs to their blocks.
     let (codes, meta) = (blocks * BLOCK / 4, blocks * META);
     let rows = x.rows() + SPARE;
@@ -90,7 +90,7 @@ pub(super) fn quantized(isa: Isa, x: MatRef<'_>, blocks: usize, zero: u8, f: imp
                     // SAFETY: rows do not overlap in the room, which holds all of them.
                     let (codes, meta) = unsafe { (room.0.add(r * codes), room.0.add(rows * codes + r * meta)) };
                     let codes = codes.cast();
-                    dispatch(isa, Quantize { x: row, blocks, codes, meta, zero: i32::from(zero) });
+                    dispatch(isa, Quantize { x: row, blocks, codes, meta, zero: i32::from(zero), sixteens });
                 });
             }
         });

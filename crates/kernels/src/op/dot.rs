@@ -42,7 +42,7 @@ impl<C: Bytes> Op for Dots<'_, C> {
     const INTEGER: bool = true;
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        if self.codec.plain() { run::<S, C, true>(s, self) } else { run::<S, C, false>(s, self) }
+        if !C::SIXTEENS && self.codec.plain() { run::<S, C, true>(s, self) } else { run::<S, C, false>(s, self) }
     }
 }
 
@@ -98,40 +98,50 @@ unsafe fn rows<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
         unsafe {
             let x = g.x.codes.add((r * blocks + b) * BLOCK);
             let meta = g.x.meta.add((r * blocks + b) * META);
-            let mut sums = [[[s.splat_i(0); 2]; 2]; M];
-            let mut m = 0;
-            while m < M {
-                let bias = s.spread_i::<false>(meta.add(m * blocks * META + 1).cast());
-                sums[m][0][0] = bias;
-                sums[m][1][0] = bias;
-                m += 1;
-            }
-            let mut o = 0;
-            while o < BLOCK / 8 {
-                // Both halves of the lanes meet the same bytes of x while they are in registers.
+            // A block is summed as a whole, or in the two parts that have scales of their own.
+            let parts = if C::SIXTEENS { 2 } else { 1 };
+            let mut part = 0;
+            while part < parts {
+                let mut sums = [[[s.splat_i(0); 2]; 2]; M];
+                let mut m = 0;
+                while m < M {
+                    let bias = s.spread_i::<false>(meta.add(m * blocks * META + 1 + part).cast());
+                    sums[m][0][0] = bias;
+                    sums[m][1][0] = bias;
+                    m += 1;
+                }
+                let mut o = part * (BLOCK / 8) / parts;
+                while o < (part + 1) * (BLOCK / 8) / parts {
+                    // Both halves of the lanes meet the same bytes of x while they are in registers.
+                    let mut h = 0;
+                    while h < ROWS / S::LANES {
+                        let codes = g.codec.octet(s, panel, b, o, h);
+                        let mut m = 0;
+                        while m < M {
+                            let x = x.add(m * blocks * BLOCK + 8 * o);
+                            sums[m][h] = s.dot8::<false>(C::BITS, sums[m][h], codes, x);
+                            m += 1;
+                        }
+                        h += 1;
+                    }
+                    o += 1;
+                }
                 let mut h = 0;
                 while h < ROWS / S::LANES {
-                    let codes = g.codec.octet(s, panel, b, o, h);
+                    let shared = if C::SIXTEENS {
+                        g.codec.shared_half(s, panel, b, part, h)
+                    } else {
+                        g.codec.shared::<S, PLAIN>(s, panel, b, h)
+                    };
                     let mut m = 0;
                     while m < M {
-                        let x = x.add(m * blocks * BLOCK + 8 * o);
-                        sums[m][h] = s.dot8::<false>(C::BITS, sums[m][h], codes, x);
+                        let (sum, meta) = (s.total(C::BITS, sums[m][h]), meta.add(m * blocks * META));
+                        out[m][h] = g.codec.close::<S, false, PLAIN>(s, &shared, sum, meta, out[m][h]);
                         m += 1;
                     }
                     h += 1;
                 }
-                o += 1;
-            }
-            let mut h = 0;
-            while h < ROWS / S::LANES {
-                let shared = g.codec.shared::<S, PLAIN>(s, panel, b, h);
-                let mut m = 0;
-                while m < M {
-                    let (sum, meta) = (s.total(C::BITS, sums[m][h]), meta.add(m * blocks * META));
-                    out[m][h] = g.codec.close::<S, false, PLAIN>(s, &shared, sum, meta, out[m][h]);
-                    m += 1;
-                }
-                h += 1;
+                part += 1;
             }
         }
         b += 1;

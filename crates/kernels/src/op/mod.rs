@@ -9,3 +9,4 @@ pub(crate) mod matmul;
 pub(crate) mod norm;
 pub(crate) mod quantize;
 pub(crate) mod rope;
+pub(crate) mod sparse;

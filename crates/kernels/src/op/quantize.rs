@@ -20,6 +20,8 @@ pub(crate) struct Quantize {
     pub(crate) meta: *mut f32,
     /// The matrix's zero.
     pub(crate) zero: i32,
+    /// Whether its blocks have two scales each.
+    pub(crate) sixteens: bool,
 }
 
 impl Op for Quantize {
@@ -30,7 +32,7 @@ impl Op for Quantize {
         while b < self.blocks {
             // SAFETY: the maker has rows as long.
             unsafe {
-                let m = block(s, self.x.add(b * BLOCK), self.codes.add(b * BLOCK), self.zero);
+                let m = block(s, self.x.add(b * BLOCK), self.codes.add(b * BLOCK), self.zero, self.sixteens);
                 self.meta.add(b * META).cast::<[f32; META]>().write_unaligned(m);
             }
             b += 1;
@@ -42,7 +44,7 @@ impl Op for Quantize {
 /// # Safety
 /// Both pointers are good for 32 values.
 #[inline(always)]
-unsafe fn block<S: Simd>(s: S, x: *const f32, codes: *mut i8, zero: i32) -> [f32; META] {
+unsafe fn block<S: Simd>(s: S, x: *const f32, codes: *mut i8, zero: i32, sixteens: bool) -> [f32; META] {
     let none = s.splat(0.0);
     let mut top = none;
     // SAFETY: as the caller promises.
@@ -56,22 +58,32 @@ unsafe fn block<S: Simd>(s: S, x: *const f32, codes: *mut i8, zero: i32) -> [f32
         let top = s.top(top);
         let scale = top / 127.0;
         let inverse = s.splat(if top < LEAST { 0.0 } else { 127.0 / top });
-        let mut total = none;
+        let mut totals = [none; 2];
         let mut i = 0;
         while i < BLOCK {
             let v = s.round(s.mul(s.load(x.add(i)), inverse));
-            total = s.add(total, v);
+            let part = i / (BLOCK / 2);
+            totals[part] = s.add(totals[part], v);
             s.store_i8(codes.add(i), v);
             i += S::LANES;
         }
         // Whole numbers below 2^24: exact in any order, and NaN where any value is not finite.
-        let sum = s.sum(total);
+        let sum = s.sum(s.add(totals[0], totals[1]));
         if sum.is_nan() {
             codes.write_bytes(0, BLOCK);
             return [f32::NAN, 0.0, 0.0, f32::NAN];
         }
         let scale = if top < LEAST { 0.0 } else { scale };
         let whole = sum as i32;
+        if sixteens {
+            let first = s.sum(totals[0]) as i32;
+            return [
+                scale,
+                f32::from_bits((-zero * first) as u32),
+                f32::from_bits((-zero * (whole - first)) as u32),
+                0.0,
+            ];
+        }
         [scale, f32::from_bits((-zero * whole) as u32), f32::from_bits(whole as u32), scale * sum]
     }
 }

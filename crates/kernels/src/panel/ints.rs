@@ -27,13 +27,15 @@ pub(crate) enum Kind {
     F16Min,
     /// 8-bit scales and minima under an f16 scale and minimum for 8 blocks: `d * s * code - m * t`.
     Super,
+    /// Two signed 8-bit scales, for 16 columns each, under an f16 scale for 8 blocks: `d * s * (code - zero)`.
+    Sixteens,
 }
 
 impl Kind {
     /// Bytes of a group's entry.
     pub(super) fn entry(self) -> usize {
         match self {
-            Kind::F16 | Kind::Super => 2 * ROWS,
+            Kind::F16 | Kind::Super | Kind::Sixteens => 2 * ROWS,
             Kind::F32 | Kind::F16Min => 4 * ROWS,
             Kind::F16Zeros => 3 * ROWS,
             Kind::F32Zeros => 5 * ROWS,
@@ -42,6 +44,10 @@ impl Kind {
     /// Whether the second number of a group is a minimum, to be added to the scaled code.
     pub(crate) fn minima(self) -> bool {
         matches!(self, Kind::F16Min | Kind::Super)
+    }
+    /// Whether groups lie under others, eight blocks each.
+    fn supers(self) -> bool {
+        matches!(self, Kind::Super | Kind::Sixteens)
     }
     /// Whether every group has a zero of its own.
     pub(crate) fn zeros(self) -> bool {
@@ -87,7 +93,20 @@ impl Grid {
                     let d = s.load_f16(panel.add(self.supers_at + b / 8 * 64 + 2 * h * S::LANES));
                     s.mul(d, s.float(s.widen(entry.add(h * S::LANES))))
                 }
+                Kind::Sixteens => self.sixteen(s, panel, b, 0, h),
             }
+        }
+    }
+
+    /// Scales of the first or second (`part`) sixteen columns of block `b`, for the kind that has them.
+    /// # Safety
+    /// As for `scale`.
+    #[inline(always)]
+    unsafe fn sixteen<S: Simd>(&self, s: S, panel: *const u8, b: usize, part: usize, h: usize) -> S::V {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let entry = panel.add(self.scales_at + b * 2 * ROWS + part * ROWS + h * S::LANES);
+            s.mul(s.load_f16(panel.add(self.supers_at + b / 8 * 64 + 2 * h * S::LANES)), s.load_i8(entry.cast()))
         }
     }
 
@@ -122,13 +141,15 @@ impl Grid {
 }
 
 /// Where a row of quantized activations keeps what belongs to a block: its scale, minus the matrix's zero times the sum of its bytes, that
-/// sum, and the sum times the scale.
+/// sum, and the sum times the scale. Where a block has two scales: its scale, and the second of these for each sixteen of its columns.
 pub(crate) const META: usize = 4;
 
 /// Codes that come as unsigned bytes, eight columns at a time, for dot products with quantized activations.
 pub(crate) trait Bytes: Send + Sync {
     /// Bits of the largest code.
     const BITS: usize;
+    /// Whether a block has two scales, for 16 columns each.
+    const SIXTEENS: bool = false;
     /// How codes become values.
     fn grid(&self) -> &Grid;
     /// Columns `8 * o..` of block `b`.
@@ -192,6 +213,16 @@ pub(crate) trait Bytes: Send + Sync {
         let scale = s.splat(scale);
         let acc = s.fused(s.float(sum), s.mul(shared.scale, scale), acc);
         if kind.minima() { s.fused(shared.minima, s.mul(s.float(given), scale), acc) } else { acc }
+    }
+
+    /// What the first or second (`part`) sixteen columns of block `b` share, for codecs with two scales.
+    /// # Safety
+    /// As for `octet`.
+    #[inline(always)]
+    unsafe fn shared_half<S: Simd>(&self, s: S, panel: *const u8, b: usize, part: usize, h: usize) -> Shared<S> {
+        // SAFETY: as the caller promises.
+        let scale = unsafe { self.grid().sixteen(s, panel, b, part, h) };
+        Shared { scale, zeros: s.splat_i(0), minima: s.splat(0.0) }
     }
 
     /// What block `b` shares; `PLAIN` where the codec is.
@@ -305,6 +336,24 @@ impl<const BITS: usize> Bytes for Ints<BITS> {
     }
 }
 
+/// Dense codes of `BITS` bits with two scales a block.
+#[derive(Clone)]
+pub(crate) struct Halves<const BITS: usize>(pub(crate) Grid);
+
+impl<const BITS: usize> Bytes for Halves<BITS> {
+    const BITS: usize = BITS;
+    const SIXTEENS: bool = true;
+    #[inline(always)]
+    fn grid(&self) -> &Grid {
+        &self.0
+    }
+    #[inline(always)]
+    unsafe fn octet<S: Simd>(&self, s: S, panel: *const u8, b: usize, o: usize, h: usize) -> [S::I; 2] {
+        // SAFETY: as the caller promises.
+        unsafe { octet::<S, BITS>(s, panel.add(b * 64 * BITS + h * 4 * S::LANES), o) }
+    }
+}
+
 /// A block of codes on the way to f32.
 #[derive(Clone, Copy)]
 pub(crate) struct IntBlock<S: Simd> {
@@ -312,7 +361,7 @@ pub(crate) struct IntBlock<S: Simd> {
     b: usize,
     h: usize,
     scale: S::V,
-    /// Zero or minimum.
+    /// Zero or minimum; the scale of the second sixteen columns where there are two.
     second: S::V,
 }
 
@@ -324,7 +373,9 @@ impl<T: Bytes> Codec for T {
         unsafe {
             let shared = self.shared::<S, false>(s, panel, b, h);
             let grid = self.grid();
-            let second = if grid.kind.minima() {
+            let second = if T::SIXTEENS {
+                grid.sixteen(s, panel, b, 1, h)
+            } else if grid.kind.minima() {
                 shared.minima
             } else if grid.kind.zeros() {
                 s.float(shared.zeros)
@@ -355,6 +406,9 @@ impl<T: Bytes> Codec for T {
                 // The same roundings as the format's decoder has, kind by kind.
                 out[j] = if let Some(table) = &grid.table {
                     s.mul(s.lookup(table.as_ptr(), 1 << T::BITS, code), block.scale)
+                } else if T::SIXTEENS {
+                    let scale = if o < 2 { block.scale } else { block.second };
+                    s.mul(s.sub(s.float(code), s.splat(f32::from(grid.zero))), scale)
                 } else if grid.kind.minima() {
                     s.add(s.mul(s.float(code), block.scale), block.second)
                 } else {
@@ -370,7 +424,7 @@ impl<T: Bytes> Codec for T {
 /// The grid of `source` in panels whose codes take `codes` bytes, and the bytes of a whole panel.
 pub(crate) fn grid(source: &Source, groups: usize, per: usize, codes: usize) -> (Grid, usize) {
     let supers_at = codes + groups * source.kind.entry();
-    let supers = if source.kind == Kind::Super { groups.div_ceil(8) * 64 } else { 0 };
+    let supers = if source.kind.supers() { groups.div_ceil(8) * 64 } else { 0 };
     let table = source.table.as_ref().map(|t| Arc::from(&t[..]));
     (Grid { kind: source.kind, zero: source.zero, per, scales_at: codes, supers_at, table }, supers_at + supers)
 }
@@ -384,6 +438,7 @@ pub(crate) fn put_scale(panel: &mut [u8], grid: &Grid, lane: usize, g: usize, li
         Kind::F16 | Kind::F16Zeros | Kind::F16Min => entry[2 * lane..][..2].copy_from_slice(&two(scale)),
         Kind::F32 | Kind::F32Zeros => entry[4 * lane..][..4].copy_from_slice(&scale.to_le_bytes()),
         Kind::Super => entry[lane] = scale as u8,
+        Kind::Sixteens => entry[lane] = scale as i8 as u8,
     }
     match grid.kind {
         Kind::F16 | Kind::F32 => {}
@@ -391,8 +446,9 @@ pub(crate) fn put_scale(panel: &mut [u8], grid: &Grid, lane: usize, g: usize, li
         Kind::F32Zeros => entry[4 * ROWS + lane] = line.seconds[from] as u8,
         Kind::F16Min => entry[2 * ROWS + 2 * lane..][..2].copy_from_slice(&two(line.seconds[from])),
         Kind::Super => entry[ROWS + lane] = line.seconds[from] as u8,
+        Kind::Sixteens => entry[ROWS + lane] = line.seconds[from] as i8 as u8,
     }
-    if grid.kind == Kind::Super && g.is_multiple_of(8) {
+    if grid.kind.supers() && g.is_multiple_of(8) {
         let over = &mut panel[grid.supers_at + g / 8 * 64..][..64];
         over[2 * lane..][..2].copy_from_slice(&two(line.supers[from / 8]));
         over[2 * ROWS + 2 * lane..][..2].copy_from_slice(&two(line.super_seconds[from / 8]));

@@ -8,6 +8,7 @@ pub(crate) mod float;
 pub(crate) mod gathered;
 pub(crate) mod halved;
 pub(crate) mod ints;
+pub(crate) mod slices;
 pub(crate) mod source;
 
 use std::sync::Arc;

@@ -137,6 +137,26 @@ pub(crate) fn of(piece: &Piece) -> Option<Source<'_>> {
     }
 }
 
+/// The source of a piece that is not dense as if it were: what is not there has the code of its group's zero. None where no code says zero.
+pub(crate) fn filled<'a>(piece: &'a Piece, source: Source<'a>) -> Option<Source<'a>> {
+    if source.table.is_some() || source.kind.minima() {
+        return None;
+    }
+    let (cols, read, run) = (piece.cols, source.read, source.run);
+    let (zero, zeros) = (source.zero, source.kind.zeros());
+    let read = move |r: usize, line: &mut Line| {
+        read(r, line);
+        let (mut columns, mut all) = (Vec::new(), vec![zero; cols]);
+        if zeros {
+            all.iter_mut().enumerate().for_each(|(c, q)| *q = line.seconds[c / run] as u8);
+        }
+        piece.pattern.columns(r, cols, &mut columns);
+        columns.iter().zip(&line.codes).for_each(|(&c, &q)| all[c as usize] = q);
+        line.codes = all;
+    };
+    Some(Source { read: Box::new(read), ..source })
+}
+
 /// One block's numbers, pushed to a line.
 type Block = fn(&[u8], &mut Line);
 
@@ -178,15 +198,41 @@ fn gguf(kind: GgufType, bytes: &Bytes, cols: usize) -> Option<Source<'_>> {
                 l.codes.extend(low.zip(&b[16..48]).map(|(q, h)| q | (h >> g & 1) << 4));
             }
         }),
-        _ => return None,
+        GgufType::Q3_K => (3, Kind::Sixteens, 4, |b, l| {
+            sixteens(f16_at(b, 108), l, |g| {
+                let low = if g < 8 { b[96 + g] & 15 } else { b[88 + g] >> 4 };
+                f32::from(low | (b[104 + g % 4] >> (g / 4 * 2) & 3) << 4) - 32.0
+            });
+            for (at, shift, third) in (0..8).map(|g| (32 + g / 4 * 32, g % 4 * 2, g)) {
+                let low = b[at..][..32].iter().map(|q| q >> shift & 3);
+                l.codes.extend(low.zip(&b[..32]).map(|(q, h)| q | (h >> third & 1) << 2));
+            }
+        }),
+        GgufType::Q6_K => (6, Kind::Sixteens, 32, |b, l| {
+            sixteens(f16_at(b, 208), l, |g| f32::from(b[192 + g] as i8));
+            for (half, run) in (0..8).map(|g| (g / 4, g % 4)) {
+                let low = b[half * 64 + run % 2 * 32..][..32].iter().map(|q| q >> (run / 2 * 4) & 15);
+                let high = b[128 + half * 32..][..32].iter().map(|h| (h >> (run * 2) & 3) << 4);
+                l.codes.extend(low.zip(high).map(|(q, h)| q | h));
+            }
+        }),
+        GgufType::IQ4_XS => (4, Kind::F32, 0, |b, l| {
+            let (d, high) = (f16_at(b, 0), u16::from_le_bytes([b[2], b[3]]));
+            for g in 0..8 {
+                let scale = b[4 + g / 2] >> (g % 2 * 4) & 15 | ((high >> (2 * g) & 3) as u8) << 4;
+                l.scales.push(d * (f32::from(scale) - 32.0));
+                nibbles(&b[8 + 16 * g..][..16], l, |_| 0);
+            }
+        }),
+        GgufType::Q2_K => return None,
     };
-    let table = (kind == GgufType::IQ4_NL).then(|| {
+    let table = matches!(kind, GgufType::IQ4_NL | GgufType::IQ4_XS).then(|| {
         // A block of scale 1 with every code once tells the levels, so that they are written down in one place only.
         let mut block = [0u8; 18];
         block[..2].copy_from_slice(&half::f16::ONE.to_le_bytes());
         (0..16).for_each(|i| block[2 + i] = i as u8);
         let mut out = vec![0.0; 32];
-        kind.decode(&block, &mut out);
+        GgufType::IQ4_NL.decode(&block, &mut out);
         out[..16].to_vec()
     });
     let row = cols / kind.block() * kind.block_bytes();
@@ -208,6 +254,14 @@ fn f16_at(b: &[u8], at: usize) -> f32 {
 fn nibbles(b: &[u8], line: &mut Line, high: impl Fn(usize) -> u8) {
     line.codes.extend(b.iter().enumerate().map(|(j, q)| q & 15 | high(j)));
     line.codes.extend(b.iter().enumerate().map(|(j, q)| q >> 4 | high(j + 16)));
+}
+
+/// Sixteen scales of 16 columns each under one f16.
+fn sixteens(d: f32, line: &mut Line, scale: impl Fn(usize) -> f32) {
+    line.supers.push(d);
+    line.super_seconds.push(0.0);
+    line.scales.extend((0..8).map(|b| scale(2 * b)));
+    line.seconds.extend((0..8).map(|b| scale(2 * b + 1)));
 }
 
 /// The scales and minima of Q4_K and Q5_K: eight of 6 bits each in 12 bytes, under two f16.

@@ -1,0 +1,197 @@
+//! The products of forms: how x is made ready, how work is cut, and what runs.
+
+use lacuna_base::{MatMut, MatRef};
+use lacuna_format::Stored;
+
+use super::Packing;
+use super::prepare::{padded, quantized, tiled};
+use crate::op::dot::{Dots, Rows};
+use crate::op::gather::{self, Gathered, GatheredBytes};
+use crate::op::matmul::{self, Batch, Gemv, Out};
+use crate::op::sparse::Sparse;
+use crate::panel::float::{Dense, F32, Width};
+use crate::panel::gathered::Layout;
+use crate::panel::ints::Bytes;
+use crate::panel::{BLOCK, Codec, ROWS, View};
+use crate::simd::dispatch;
+use crate::{Isa, parallel, scratch};
+
+/// Panels a task should be a multiple of, so that several run side by side in it.
+pub(super) fn unit(count: usize) -> usize {
+    match count {
+        0..8 => 1,
+        8..32 => 4,
+        _ => 8,
+    }
+}
+
+pub(super) fn exact<C: Codec>(packing: &Packing, view: View, codec: &C, x: MatRef<'_>, out: Out) {
+    let (isa, cols) = (packing.isa, view.blocks * BLOCK);
+    if x.rows() == 1 {
+        return padded(x.row(0), view.blocks, |x| {
+            let x = Shared(x);
+            parallel::ranges(view.count(), unit(view.count()), usize::MAX, ROWS * cols, |from, to| {
+                dispatch(isa, Gemv { panels: view, codec, from, to, x: x.get(), out });
+            });
+        });
+    }
+    tiled(isa, x, view.blocks, |first, rows, x| {
+        let (x, out) = (Shared(x), out.below(first));
+        parallel::ranges(view.count(), 2, usize::MAX, ROWS * cols * (rows + 4), |from, to| {
+            scratch::with(matmul::scratch(rows), |scratch| {
+                Batch { panels: view, codec, from, to, x: x.get(), rows, out, scratch }.run(isa);
+            });
+        });
+    });
+}
+
+pub(super) fn bytes<C: Bytes>(packing: &Packing, view: View, codec: &C, x: MatRef<'_>, out: Out) {
+    quantized(packing.isa, x, view.blocks, (codec.grid().zero, C::SIXTEENS), |rows| {
+        let cost = ROWS * view.blocks * BLOCK * x.rows() / 2;
+        parallel::ranges(view.count(), 1, usize::MAX, cost, |from, to| {
+            dispatch(packing.isa, Dots { panels: view, codec, from, to, x: rows, out });
+        });
+    });
+}
+
+/// Rows of x in their own memory, padded to whole blocks and `more` zeros.
+fn rows_padded(x: MatRef<'_>, blocks: usize, more: usize, f: impl FnOnce(Shared)) {
+    if x.rows() == 1 && more == 0 {
+        return padded(x.row(0), blocks, |x| f(Shared(x)));
+    }
+    let cols = blocks * BLOCK + more;
+    scratch::with(x.rows() * cols, |room| {
+        for (r, row) in room.chunks_exact_mut(cols.max(1)).take(x.rows()).enumerate() {
+            row[..x.cols()].copy_from_slice(x.row(r));
+            row[x.cols()..].fill(0.0);
+        }
+        f(Shared(room.as_ptr()));
+    });
+}
+
+/// Lists of entries times rows of x.
+pub(super) fn sparse<W: Width>(packing: &Packing, view: View, width: W, x: MatRef<'_>, out: Out) {
+    let rows = x.rows();
+    rows_padded(x, view.blocks, 1, |x| {
+        // A gathered entry costs about as much as eight that lie side by side.
+        let cost = 8 * rows * view.stride / (4 + W::BYTES);
+        parallel::ranges(view.count(), 1, usize::MAX, cost, |from, to| {
+            dispatch(packing.isa, Sparse { panels: view, _width: width, from, to, x: x.get(), rows, out });
+        });
+    });
+}
+
+pub(super) fn shared<C: Codec>(packing: &Packing, view: View, codec: &C, layout: &Layout, x: MatRef<'_>, out: Out) {
+    let (isa, rows) = (packing.isa, x.rows());
+    rows_padded(x, view.blocks, 0, |x| {
+        parallel::ranges(view.count(), layout.share, usize::MAX, ROWS * layout.octets * 8 * rows, |from, to| {
+            gather_floats(isa, view, codec, layout, (from, to), (x.get(), rows), out);
+        });
+    });
+}
+
+pub(super) fn shared_bytes<C: Bytes>(
+    packing: &Packing,
+    view: View,
+    codec: &C,
+    layout: &Layout,
+    x: MatRef<'_>,
+    out: Out,
+) {
+    let isa = packing.isa;
+    quantized(isa, x, view.blocks, (codec.grid().zero, false), |x| {
+        parallel::ranges(view.count(), layout.share, usize::MAX, ROWS * layout.octets * 8 * x.rows, |from, to| {
+            gather_bytes(isa, view, codec, layout, (from, to), x, out);
+        });
+    });
+}
+
+/// Panels `from..to` times rows of x, `blocks * 32` apart.
+pub(super) fn gather_floats<C: Codec>(
+    isa: Isa,
+    panels: View,
+    codec: &C,
+    layout: &Layout,
+    (from, to): (usize, usize),
+    (x, rows): (*const f32, usize),
+    out: Out,
+) {
+    scratch::with(gather::scratch(layout), |scratch| {
+        dispatch(isa, Gathered { panels, codec, layout: *layout, from, to, x, rows, out, scratch });
+    });
+}
+
+/// Panels `from..to` times quantized rows.
+pub(super) fn gather_bytes<C: Bytes>(
+    isa: Isa,
+    panels: View,
+    codec: &C,
+    layout: &Layout,
+    (from, to): (usize, usize),
+    x: Rows,
+    out: Out,
+) {
+    scratch::with(gather::scratch(layout), |scratch| {
+        dispatch(isa, GatheredBytes { panels, codec, layout: *layout, from, to, x, out, scratch });
+    });
+}
+
+/// As f32 panels that are made when they are needed, one at a time.
+pub(super) fn decoded(packing: &Packing, stored: &Stored, x: MatRef<'_>, out: Out) {
+    let (isa, blocks, cols) = (packing.isa, stored.cols.div_ceil(BLOCK), stored.cols);
+    let count = stored.rows.div_ceil(ROWS);
+    let panel_of = |p: usize, f: &mut dyn FnMut(View, Out)| {
+        scratch::with(blocks * BLOCK * ROWS, |panel| {
+            let n = ROWS.min(stored.rows - p * ROWS);
+            scratch::with(ROWS * cols, |rows| {
+                stored.decode_rows(p * ROWS, p * ROWS + n, MatMut::new(n, cols, &mut rows[..n * cols]));
+                let panel = &mut panel[..blocks * BLOCK * ROWS];
+                panel.fill(0.0);
+                for (i, row) in rows[..n * cols].chunks_exact(cols.max(1)).enumerate() {
+                    panel[i..].iter_mut().step_by(ROWS).zip(row).for_each(|(o, v)| *o = *v);
+                }
+            });
+            let view = View { base: panel.as_ptr().cast(), stride: 0, rows: n, blocks };
+            f(view, out.beside(p * ROWS));
+        });
+    };
+    let codec = &Dense(F32);
+    if x.rows() == 1 {
+        return padded(x.row(0), blocks, |x| {
+            let x = Shared(x);
+            parallel::ranges(count, 1, usize::MAX, 8 * ROWS * cols, |from, to| {
+                for p in from..to {
+                    panel_of(p, &mut |panels, out| {
+                        dispatch(isa, Gemv { panels, codec, from: 0, to: 1, x: x.get(), out });
+                    });
+                }
+            });
+        });
+    }
+    tiled(isa, x, blocks, |first, rows, x| {
+        let x = Shared(x);
+        parallel::ranges(count, 1, usize::MAX, ROWS * cols * (rows + 8), |from, to| {
+            for p in from..to {
+                panel_of(p, &mut |panels, out| {
+                    scratch::with(matmul::scratch(rows), |scratch| {
+                        let out = out.below(first);
+                        Batch { panels, codec, from: 0, to: 1, x: x.get(), rows, out, scratch }.run(isa);
+                    });
+                });
+            }
+        });
+    });
+}
+
+/// Rows of x that tasks read.
+pub(super) struct Shared(*const f32);
+// SAFETY: only read.
+unsafe impl Sync for Shared {}
+// SAFETY: see above.
+unsafe impl Send for Shared {}
+
+impl Shared {
+    fn get(&self) -> *const f32 {
+        self.0
+    }
+}
