@@ -74,6 +74,7 @@ class Bench:
         what = f"decode {steps} at {depth}" if steps else f"prefill {prompt}"
         print(f"{name:<16} {threads} threads  {what:<22} {median:8.1f} {row['llama_cpp_tok_s']:8.1f}  {row['ratio']:.2f}x"
               f"  ({100 * row['fraction_of_ceiling']:.0f}% of the ceiling)", flush=True)
+        self.save()
 
     def perplexity(self, name, path):
         theirs = self.peer("perplexity", path, self.a.text, "--windows", 8)
@@ -145,7 +146,6 @@ def main():
                     bench.case(what, path, threads, prompt=prompt)
                 for depth in a.depths:
                     bench.case(what, path, threads, steps=32 if depth else 128, depth=depth)
-                bench.save()
     bench.save()
 
 

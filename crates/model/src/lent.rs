@@ -10,6 +10,7 @@ thread_local! {
 }
 
 /// A matrix whose memory goes back to its thread's store when it is dropped.
+#[derive(Debug)]
 pub struct Lent(Mat);
 
 impl Lent {

@@ -23,7 +23,7 @@ fn tokens(n: usize, salt: usize) -> Vec<u32> {
 
 fn run(d: &Decoder, tokens: &[u32], batch: &Batch, kv: &mut ContiguousKv) -> Mat {
     let h = d.forward(tokens, batch, kv, &mut NoTap).unwrap();
-    d.logits(h.view())
+    d.logits(h.view()).into_mat()
 }
 
 fn whole(d: &Decoder, tokens: &[u32], format: KvFormat) -> Mat {
