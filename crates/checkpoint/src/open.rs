@@ -455,6 +455,23 @@ impl Checkpoint {
         tensors.map(|(_, t)| &t.1).collect()
     }
 
+    /// The file that holds this checkpoint's GGUF metadata, where there is one: itself, or the packed model's `tokenizer.gguf`.
+    pub(crate) fn gguf_file(&self) -> Result<Option<Bytes>, OpenError> {
+        match self.kind {
+            Kind::Gguf => Ok(self.files.first().map(|f| f.bytes().clone())),
+            Kind::Packed if self.metadata.is_some() => {
+                Ok(Some(Mapped::open(&self.path.join("tokenizer.gguf"))?.bytes().clone()))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The bytes of a tensor of the files by its name, and how its values are written.
+    pub(crate) fn raw(&self, name: &str) -> Option<(&TensorInfo, Bytes)> {
+        let (file, t) = self.tensors.iter().find(|t| t.1.name == name)?;
+        Some((t, self.files[*file].bytes().slice(t.bytes.clone())))
+    }
+
     /// The bytes of a GGUF file that holds nothing but this checkpoint's tokenizer, where that lies in GGUF metadata.
     pub(crate) fn tokenizer_gguf(&self) -> Result<Option<Vec<u8>>, OpenError> {
         let path = match self.kind {
