@@ -56,6 +56,8 @@ pub enum Verb {
     Eval(Eval),
     /// Write a model for other programs: GGUF, Hugging Face, compressed-tensors, PEFT.
     Convert(Convert),
+    /// Mend a checkpoint that another program left broken; `inspect` says what is wrong.
+    Repair(Repair),
     /// Continue a text.
     Generate(Generate),
     /// Talk with a model.
@@ -318,6 +320,19 @@ pub struct Convert {
     /// Ceiling of memory for measuring, e.g. 600MiB.
     #[arg(long, value_name = "SIZE")]
     pub max_ram: Option<String>,
+}
+
+/// `repair`
+#[derive(Debug, Args)]
+pub struct Repair {
+    /// The model.
+    pub model: String,
+    /// Where the mended model goes: a directory, or a file for GGUF.
+    #[arg(short, long)]
+    pub out: PathBuf,
+    /// Replace what is at OUT.
+    #[arg(long)]
+    pub overwrite: bool,
 }
 
 /// `eval`

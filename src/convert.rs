@@ -7,10 +7,12 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use lacuna_base::units::show_bytes;
-use lacuna_checkpoint::save::{GgufKind, Loss, Saved, save_gguf};
-use lacuna_checkpoint::{Checkpoint, Tokenizer};
+use lacuna_checkpoint::save::{
+    GgufKind, Loss, Rounding, Saved, save_compressed_tensors, save_gguf, save_hf, save_peft,
+};
+use lacuna_checkpoint::Tokenizer;
 use lacuna_eval::{Eval, HELD_OUT, Room, Table};
-use lacuna_format::Weights;
+use lacuna_format::{Float, Weights};
 use serde_json::{Value, json};
 
 use crate::cli::{Convert, Format, Global, Type};
@@ -26,13 +28,17 @@ pub fn run(g: &Global, a: &Convert) -> anyhow::Result<ExitCode> {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     };
+    let (source, over) = (&m.checkpoint, a.overwrite);
     let saved = match a.to {
-        Format::Gguf => save_gguf(&m.checkpoint, &a.out, gguf_kind(a.kind)?, a.overwrite, &mut progress)?,
-        _ => bail!("not yet"),
+        Format::Gguf => save_gguf(source, &a.out, gguf_kind(a.kind)?, over, &mut progress)?,
+        Format::Hf => save_hf(source, &a.out, float(a.kind, "hf")?, over, &mut progress)?,
+        Format::CompressedTensors => {
+            save_compressed_tensors(source, &a.out, rounding(a)?, over, &mut progress)?
+        }
+        Format::Peft => save_peft(source, &a.out, float(a.kind, "peft")?, over, &mut progress)?,
     };
     bar.finish_and_clear();
-    let written = lacuna_checkpoint::open(&saved.path).context("what was written does not open")?;
-    let judged = judge(&m, &written, a, max_ram, &saved)?;
+    let judged = judge(&m, a, max_ram, &saved)?;
     let mut all = Loss::default();
     saved.tensors.iter().for_each(|t| all.add(&t.loss));
     let forms = forms(&saved);
@@ -68,6 +74,26 @@ fn gguf_kind(kind: Type) -> anyhow::Result<GgufKind> {
             return Err(wrong_type("gguf", "source, f32, f16, q8_0, q4_0, q4_k, q6_k"));
         }
     })
+}
+
+fn float(kind: Type, to: &str) -> anyhow::Result<Option<Float>> {
+    Ok(match kind {
+        Type::Source => None,
+        Type::F32 => Some(Float::F32),
+        Type::F16 => Some(Float::F16),
+        Type::Bf16 => Some(Float::Bf16),
+        _ => return Err(wrong_type(to, "source, f32, f16, bf16")),
+    })
+}
+
+fn rounding(a: &Convert) -> anyhow::Result<Option<Rounding>> {
+    let bits = match a.kind {
+        Type::Source => return Ok(None),
+        Type::Int4 => 4,
+        Type::Int8 => 8,
+        _ => return Err(wrong_type("compressed-tensors", "source, int4, int8")),
+    };
+    Ok(Some(Rounding { bits, group: a.group }))
 }
 
 fn wrong_type(to: &str, known: &str) -> anyhow::Error {
@@ -132,13 +158,24 @@ fn words(saved: &Saved, forms: &BTreeMap<(String, String), Way>, all: &Loss, jud
 }
 
 /// The converted model beside its source on text that Lacuna carries; first of all, that both read the text as the same tokens.
-fn judge(m: &Model, written: &Checkpoint, a: &Convert, max_ram: Option<u64>, saved: &Saved) -> anyhow::Result<Value> {
+fn judge(m: &Model, a: &Convert, max_ram: Option<u64>, saved: &Saved) -> anyhow::Result<Value> {
+    if a.to == Format::Peft {
+        return Ok(json!({"not_measured": "an adapter and its base are two models until a reader adds them up"}));
+    }
+    let written = match lacuna_checkpoint::open(&saved.path) {
+        Ok(written) => written,
+        // What other readers are written for and this one does not open yet.
+        Err(e) if a.to == Format::CompressedTensors => {
+            return Ok(json!({"not_measured": format!("{e}")}));
+        }
+        Err(e) => return Err(e).context("what was written does not open"),
+    };
     let source = match Tokenizer::open(&m.checkpoint) {
         Ok(t) => t,
         Err(e) => return Ok(json!({"not_measured": format!("the source has no tokenizer that can be read ({e})")})),
     };
     let tokens = source.encode(HELD_OUT, false)?;
-    let other = Tokenizer::open(written).context("the tokenizer that was written")?;
+    let other = Tokenizer::open(&written).context("the tokenizer that was written")?;
     if other.encode(HELD_OUT, false)? != tokens {
         remove(&saved.path);
         bail!(
@@ -159,7 +196,7 @@ fn judge(m: &Model, written: &Checkpoint, a: &Convert, max_ram: Option<u64>, sav
     let windows = (tokens.len() / ctx.max(1)).min(a.windows).max(1);
     let eval = Eval { ctx, windows: Some(windows), room, progress: Some(&progress), ..Eval::default() };
     let mut reference = eval.reference(&tokens, &m.checkpoint)?;
-    let judged = eval.against(written, &mut reference)?;
+    let judged = eval.against(&written, &mut reference)?;
     bar.finish_and_clear();
     let Some(x) = judged.against else { return Ok(Value::Null) };
     Ok(json!({

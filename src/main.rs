@@ -14,6 +14,7 @@ mod methods;
 mod pull;
 mod quickstart;
 mod recipes;
+mod repair;
 mod report;
 mod shapes;
 
@@ -65,6 +66,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Verb::Compress(a) => compress::run(g, a),
         Verb::Eval(a) => eval::run(g, a),
         Verb::Convert(a) => convert::run(g, a),
+        Verb::Repair(a) => repair::run(g, a),
         Verb::Generate(a) => generate::run(g, a),
         Verb::Chat(a) => chat::run(g, a),
         Verb::Bench(a) => bench::run(g, a),

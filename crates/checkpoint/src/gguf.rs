@@ -214,6 +214,16 @@ pub(crate) fn type_id(name: &str) -> Option<u32> {
     TYPES.iter().find(|t| t.1 == name).map(|t| t.0)
 }
 
+/// A line of the table of tensors.
+pub(crate) fn put_info(header: &mut Vec<u8>, name: &str, shape: &[usize], id: u32, offset: u64) {
+    header.extend((name.len() as u64).to_le_bytes());
+    header.extend(name.as_bytes());
+    header.extend((shape.len() as u32).to_le_bytes());
+    shape.iter().rev().for_each(|d| header.extend((*d as u64).to_le_bytes()));
+    header.extend(id.to_le_bytes());
+    header.extend(offset.to_le_bytes());
+}
+
 fn tensor_type(name: &'static str) -> TensorType {
     use GgufType::*;
     match name {

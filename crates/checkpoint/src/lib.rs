@@ -7,6 +7,7 @@ pub mod gguf;
 mod map;
 mod open;
 pub mod packed;
+mod repair;
 pub mod safetensors;
 pub mod save;
 mod template;
@@ -15,6 +16,7 @@ mod tokenizer;
 mod writer;
 
 pub use open::{Checkpoint, Kind, OpenError, open};
+pub use repair::{Fault, diagnose, repair};
 pub use template::{ChatTemplate, Message, TemplateError};
 pub use tensor::{TensorInfo, TensorType};
 pub use tokenizer::{Decoder, Export, HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};

@@ -127,7 +127,7 @@ pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint, OpenError> {
     }
 }
 
-fn read_json(path: &Path) -> Result<Vec<u8>, OpenError> {
+pub(crate) fn read_json(path: &Path) -> Result<Vec<u8>, OpenError> {
     let io = |source| OpenError::Io { file: path.display().to_string(), source };
     let length = std::fs::metadata(path).map_err(io)?.len();
     if length > MAX_JSON {

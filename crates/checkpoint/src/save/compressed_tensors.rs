@@ -5,7 +5,7 @@
 
 use std::path::Path;
 
-use lacuna_format::{Affine, Float, Group, Weights};
+use lacuna_format::{Affine, Float, Group};
 use lacuna_spec::Role;
 use lacuna_spec::arch::{self, Target};
 use serde_json::{Value, json};

@@ -47,6 +47,11 @@ impl OutDir {
         Ok(OutDir { out: dir.clone(), dir })
     }
 
+    /// Where a file of this directory is written.
+    pub fn path(&self, name: &str) -> PathBuf {
+        self.dir.join(name)
+    }
+
     /// Writes a small file.
     pub fn file(&self, name: &str, bytes: &[u8]) -> Result<(), SaveError> {
         let path = self.dir.join(name);

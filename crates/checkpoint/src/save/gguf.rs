@@ -118,12 +118,7 @@ pub fn save_gguf(
         let Some(id) = gguf::type_id(kind) else {
             return Err(SaveError::Refused(format!("tensor {name}: GGUF has no type {kind}")));
         };
-        header.extend((name.len() as u64).to_le_bytes());
-        header.extend(name.as_bytes());
-        header.extend((shape.len() as u32).to_le_bytes());
-        shape.iter().rev().for_each(|d| header.extend((*d as u64).to_le_bytes()));
-        header.extend(id.to_le_bytes());
-        header.extend(offset.to_le_bytes());
+        gguf::put_info(header, name, shape, id, offset);
         offset = (offset + bytes as u64).next_multiple_of(ALIGNMENT);
         Ok(())
     };

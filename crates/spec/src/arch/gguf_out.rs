@@ -62,15 +62,14 @@ impl GgufKeys {
         Ok(())
     }
 
-    /// One number where all layers agree, else a list of one for each.
+    /// One number, on which all layers must agree: GGUF could list one for each, but llama.cpp takes the first for all in these families.
     fn each(&mut self, key: &str, list: &[usize]) -> Result<(), SpecError> {
-        match list {
-            [first, rest @ ..] if rest.iter().all(|n| n == first) => self.number(key, *first),
-            _ => {
-                let beyond = || SpecError { what: format!("{key} is beyond 32 bits") };
-                let list = list.iter().map(|n| u32::try_from(*n).map_err(|_| beyond())).collect::<Result<_, _>>()?;
-                self.set(key, GgufValue::U32s(list));
-                Ok(())
+        let first = list.first().copied().unwrap_or(0);
+        match list.iter().position(|n| *n != first) {
+            None => self.number(key, first),
+            Some(l) => {
+                let what = format!("layer {l}: {key} is {}, that of layer 0 is {first}", list[l]);
+                Err(SpecError { what: format!("{what}; llama.cpp reads one number for all layers") })
             }
         }
     }
