@@ -7,10 +7,10 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use lacuna_base::units::show_bytes;
+use lacuna_checkpoint::Tokenizer;
 use lacuna_checkpoint::save::{
     GgufKind, Loss, Rounding, Saved, save_compressed_tensors, save_gguf, save_hf, save_peft,
 };
-use lacuna_checkpoint::Tokenizer;
 use lacuna_eval::{Eval, HELD_OUT, Room, Table};
 use lacuna_format::{Float, Weights};
 use serde_json::{Value, json};
@@ -22,6 +22,9 @@ use crate::common::{self, Model, Usage};
 pub fn run(g: &Global, a: &Convert) -> anyhow::Result<ExitCode> {
     let start = Instant::now();
     let max_ram = common::size(a.max_ram.as_deref())?;
+    if a.to == Format::Gguf && a.out.extension().is_none_or(|e| e != "gguf") {
+        return Err(Usage(format!("{}: the name of a GGUF file ends in .gguf", a.out.display())).into());
+    }
     let m = common::open(g, &a.model)?;
     let bar = common::bar(0, "converting");
     let mut progress = |done: usize, all: usize| {
@@ -32,9 +35,7 @@ pub fn run(g: &Global, a: &Convert) -> anyhow::Result<ExitCode> {
     let saved = match a.to {
         Format::Gguf => save_gguf(source, &a.out, gguf_kind(a.kind)?, over, &mut progress)?,
         Format::Hf => save_hf(source, &a.out, float(a.kind, "hf")?, over, &mut progress)?,
-        Format::CompressedTensors => {
-            save_compressed_tensors(source, &a.out, rounding(a)?, over, &mut progress)?
-        }
+        Format::CompressedTensors => save_compressed_tensors(source, &a.out, rounding(a)?, over, &mut progress)?,
         Format::Peft => save_peft(source, &a.out, float(a.kind, "peft")?, over, &mut progress)?,
     };
     bar.finish_and_clear();
@@ -135,14 +136,16 @@ fn words(saved: &Saved, forms: &BTreeMap<(String, String), Way>, all: &Loss, jud
         ]);
     }
     print!("{}", t.text());
-    let fallen: Vec<&str> =
-        saved.tensors.iter().filter(|t| t.instead_of.is_some()).map(|t| t.name.as_str()).collect();
+    let fallen: Vec<&str> = saved.tensors.iter().filter(|t| t.instead_of.is_some()).map(|t| t.name.as_str()).collect();
     if !fallen.is_empty() {
         println!("\nof another type than asked for: {}", fallen.join(", "));
     }
     saved.notes.iter().for_each(|n| println!("\n{n}"));
     if all.zeros_lost > 0 {
-        println!("\n{} weights that were zero are none any more: the type has no zero in their group's grid", all.zeros_lost);
+        println!(
+            "\n{} weights that were zero are none any more: the type has no zero in their group's grid",
+            all.zeros_lost
+        );
     }
     match (judged["kl_mean"].as_f64(), judged["not_measured"].as_str()) {
         (Some(kl), _) => println!(

@@ -6,9 +6,7 @@ use std::path::Path;
 use std::process::Command;
 
 use lacuna_base::{Mat, Rng};
-use lacuna_checkpoint::save::{
-    GgufKind, Rounding, Saved, save_compressed_tensors, save_gguf, save_hf, save_peft,
-};
+use lacuna_checkpoint::save::{GgufKind, Rounding, Saved, save_compressed_tensors, save_gguf, save_hf, save_peft};
 use lacuna_checkpoint::{Checkpoint, PackedWriter, Tokenizer, diagnose, open, repair};
 use lacuna_format::{
     Float, GgufType, Group, Integers, PatternKind, ScaleCodec, Stored, Term, Values, Weights, pack_float, pack_integers,
@@ -36,8 +34,11 @@ fn changed(saved: &Saved) -> u64 {
 fn every_family_there_and_back() {
     let home = TempDir::new().unwrap();
     for (name, config) in families() {
-        let (dir, file, back) =
-            (home.path().join(name), home.path().join(format!("{name}.gguf")), home.path().join(format!("{name}-back")));
+        let (dir, file, back) = (
+            home.path().join(name),
+            home.path().join(format!("{name}.gguf")),
+            home.path().join(format!("{name}-back")),
+        );
         make(&dir, &config);
         let ids = ids(40, 603);
         let want = logits_of(&dir, &ids);
@@ -106,7 +107,9 @@ fn integers(s: &Stored, bits: u8, group: usize, zeros: bool) -> Stored {
     let groups = s.cols / group;
     let mut code = |n: usize| (0..n).map(|_| rng.below(1 << bits) as u8).collect::<Vec<_>>();
     let (codes, zeros) = (code(s.rows * s.cols), zeros.then(|| code(s.rows * groups)));
-    let scales = Mat::from_fn(s.rows, groups, |r, g| ((r * 5 + g) % 17 + 1) as f32 / 2048.0 * if r % 2 == 0 { 1.0 } else { -1.0 });
+    let scales = Mat::from_fn(s.rows, groups, |r, g| {
+        ((r * 5 + g) % 17 + 1) as f32 / 2048.0 * if r % 2 == 0 { 1.0 } else { -1.0 }
+    });
     let q = Integers { rows: s.rows, cols: s.cols, bits, codes, scales, zeros, group: Group::Run(group) };
     Stored::from_piece(pack_integers(&q, None, PatternKind::Dense, ScaleCodec::F16).unwrap())
 }
@@ -132,8 +135,7 @@ fn integers_move_without_rounding() {
     assert_eq!(a.get(&v).unwrap().unwrap().to_mat(), stored.to_mat());
     // Asked for by name it is the same, but for the head, which llama.cpp keeps finer; packed again from GGUF, the codes are those of before.
     let by_name = gguf(&pack, &home.path().join("n.gguf"), GgufKind::Q4_0);
-    let touched: Vec<&str> =
-        by_name.tensors.iter().filter(|t| t.loss.changed > 0).map(|t| t.name.as_str()).collect();
+    let touched: Vec<&str> = by_name.tensors.iter().filter(|t| t.loss.changed > 0).map(|t| t.name.as_str()).collect();
     assert_eq!(touched, ["token_embd.weight", "output.weight"]);
     for source in [&pack, &file] {
         let out = ct.with_extension(source.extension().unwrap_or_default());
@@ -159,8 +161,9 @@ fn assert_unpacked(dir: &Path, want: &Checkpoint) {
         let get = |part: &str| file.tensor(&format!("{module}.{part}")).ok().map(|t| t.data().to_vec());
         let ints = |b: Vec<u8>| b.as_chunks::<4>().0.iter().map(|w| u32::from_le_bytes(*w)).collect::<Vec<_>>();
         let words = ints(get("weight_packed").unwrap());
-        let mut scales = vec![0.0; get("weight_scale").unwrap().len() / 2];
-        Float::F16.decode(&get("weight_scale").unwrap(), &mut scales);
+        let float = if config["dtype"] == "float16" { Float::F16 } else { Float::F32 };
+        let mut scales = vec![0.0; get("weight_scale").unwrap().len() / float.bytes()];
+        float.decode(&get("weight_scale").unwrap(), &mut scales);
         let zeros = get("weight_zero_point").map(ints);
         let m = want.get(&target.parts[0]).unwrap().unwrap().to_mat();
         let groups = scales.len() / m.rows();
@@ -195,7 +198,10 @@ fn zero_points_and_rounding_go_to_compressed_tensors() {
     assert!(e.to_string().contains("--type int4"), "{e}");
     let rounding = Some(Rounding { bits: 4, group: 96 });
     let e = save_compressed_tensors(&dense, &home.path().join("no"), rounding, false, &mut |_, _| {}).unwrap_err();
-    assert!(e.to_string().contains("its 256 columns do not divide into groups of 96; 256, 128, 64, 32, 16 would fit"), "{e}");
+    assert!(
+        e.to_string().contains("its 256 columns do not divide into groups of 96; 256, 128, 64, 32, 16 would fit"),
+        "{e}"
+    );
     let rounding = Some(Rounding { bits: 4, group: 128 });
     let saved = save_compressed_tensors(&dense, &home.path().join("r"), rounding, false, &mut |_, _| {}).unwrap();
     let all = saved.tensors.iter().find(|t| t.name.ends_with("up_proj.weight")).unwrap().loss;
@@ -241,7 +247,8 @@ fn low_rank_parts_become_an_adapter() {
     assert_eq!((&config["r"], &config["lora_alpha"]), (&json!(4), &json!(4)));
     assert_eq!(config["rank_pattern"], json!({r"model\.layers\.2\.mlp\.down_proj": 7}));
     // Base and adapter, added up, are the matrix.
-    let (base, bytes) = (open(out.join("base")).unwrap(), std::fs::read(out.join("adapter_model.safetensors")).unwrap());
+    let (base, bytes) =
+        (open(out.join("base")).unwrap(), std::fs::read(out.join("adapter_model.safetensors")).unwrap());
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let get = |part: &str| {
         let t = file.tensor(&format!("base_model.model.model.layers.2.mlp.down_proj.{part}.weight")).unwrap();
@@ -250,7 +257,8 @@ fn low_rank_parts_become_an_adapter() {
         Mat::from_vec(t.shape()[0], t.shape()[1], v)
     };
     let (a, b, place) = (get("lora_A"), get("lora_B"), Place::layer(2, Role::Down));
-    let (want, have) = (open(&pack).unwrap().get(&place).unwrap().unwrap().to_mat(), base.get(&place).unwrap().unwrap().to_mat());
+    let (want, have) =
+        (open(&pack).unwrap().get(&place).unwrap().unwrap().to_mat(), base.get(&place).unwrap().unwrap().to_mat());
     for r in 0..want.rows() {
         for c in 0..want.cols() {
             let sum = (0..7).fold(have[(r, c)], |s, k| s + b[(r, k)] * a[(k, c)]);
@@ -300,7 +308,8 @@ fn repair_mends_what_other_programs_left() {
     assert!(open(&dir).is_err());
     let faults = diagnose(&dir).unwrap();
     assert!(faults.len() == 1 && faults[0].what.contains("sparsity_config"), "{faults:?}");
-    let inspected = Command::new(env!("CARGO_BIN_EXE_lacuna")).args(["inspect", dir.to_str().unwrap(), "--json"]).output().unwrap();
+    let inspected =
+        Command::new(env!("CARGO_BIN_EXE_lacuna")).args(["inspect", dir.to_str().unwrap(), "--json"]).output().unwrap();
     assert_eq!(inspected.status.code(), Some(1));
     let said: Value = serde_json::from_slice(&inspected.stdout).unwrap();
     assert_eq!((&said["repair"], &said["opens"]), (&json!(true), &json!(false)));
@@ -320,7 +329,13 @@ fn repair_mends_what_other_programs_left() {
     let pruned = home.path().join("pruned");
     std::fs::create_dir(&pruned).unwrap();
     let mut config = json!({"model_type": "qwen3"});
-    families()[0].1.as_object().unwrap().iter().filter(|(k, _)| *k != "model_type").for_each(|(k, v)| config[k] = v.clone());
+    families()[0]
+        .1
+        .as_object()
+        .unwrap()
+        .iter()
+        .filter(|(k, _)| *k != "model_type")
+        .for_each(|(k, v)| config[k] = v.clone());
     let whole = home.path().join("whole");
     make(&whole, &config);
     let bytes = std::fs::read(whole.join("model.safetensors")).unwrap();
@@ -332,7 +347,10 @@ fn repair_mends_what_other_programs_left() {
     config["layer_types"] = json!(["full_attention", "x", "x", "full_attention", "x", "x", "full_attention"]);
     write_json(&pruned.join("config.json"), &config);
     let what = &diagnose(&pruned).unwrap()[0].what;
-    assert!(what.contains("num_hidden_layers is 7, but tensors of 3 layers are there (layers [1, 2, 4, 5] are gone)"), "{what}");
+    assert!(
+        what.contains("num_hidden_layers is 7, but tensors of 3 layers are there (layers [1, 2, 4, 5] are gone)"),
+        "{what}"
+    );
     let out = home.path().join("renumbered");
     repair(&pruned, &out, false, &mut |_, _| {}).unwrap();
     assert_eq!(logits_of(&out, &ids(20, 603)), logits_of(&whole, &ids(20, 603)));
@@ -372,7 +390,8 @@ fn the_verb_says_what_changed() {
     make(&dir, &families()[2].1);
     let (dir, out) = (dir.to_str().unwrap(), out.to_str().unwrap());
     let run = |args: &[&str]| Command::new(env!("CARGO_BIN_EXE_lacuna")).args(args).output().unwrap();
-    let done = run(&["convert", dir, "--to", "gguf", "--type", "q4_k", "-o", out, "--json", "--windows", "2", "--ctx", "64"]);
+    let done =
+        run(&["convert", dir, "--to", "gguf", "--type", "q4_k", "-o", out, "--json", "--windows", "2", "--ctx", "64"]);
     assert!(done.status.success(), "{}", String::from_utf8_lossy(&done.stderr));
     let said: Value = serde_json::from_slice(&done.stdout).unwrap();
     assert!(said["kl_mean"].as_f64().unwrap() > 0.0 && said["changed"].as_u64().unwrap() > 0);

@@ -15,12 +15,13 @@ use lacuna_base::Rng;
 use lacuna_checkpoint::save::{GgufKind, Rounding, save_compressed_tensors, save_gguf, save_hf, save_peft};
 use lacuna_checkpoint::{PackedWriter, Tokenizer, open};
 use lacuna_format::{Float, PatternKind, Stored, Term, Weights, pack_float};
+use lacuna_kernels::Activations;
 use lacuna_pull::{ModelRef, Options, pull};
 use lacuna_spec::{Place, Role, arch};
 use libtest_mimic::{Arguments, Failed, Trial};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};
-use support::{apart, compare, families, golden, greedy, ids, logits_of, make};
+use support::{apart, compare, families, golden, greedy, ids, logits_of, logits_with, make};
 
 type Tested<T> = Result<T, Box<dyn Error>>;
 
@@ -95,6 +96,7 @@ fn trials(found: Result<PathBuf, String>, required: bool) -> Vec<Trial> {
         .chain(["dense", "int4_group", "int8", "zero_points"].map(|n| format!("compressed_tensors::{n}")))
         .chain(["peft::adapter".to_owned(), "llama_cpp::real::floats".to_owned(), "transformers::real".to_owned()])
         .chain(QUANTIZED.map(|q| format!("llama_cpp::real::{}", q.0)))
+        .chain(["llama", "llama3", "llama_odd"].map(|f| format!("llama_cpp::own_rounding::{f}")))
         .collect();
     let python = match found {
         Ok(p) => Arc::new(p),
@@ -135,6 +137,7 @@ fn run(python: &Path, real: Result<PathBuf, String>, name: &str) -> Tested<()> {
     let at = At { python, home: home.path() };
     match name.split("::").collect::<Vec<_>>()[..] {
         ["llama_cpp", "tiny", family] => at.llama_cpp_tiny(family),
+        ["llama_cpp", "own_rounding", family] => at.own_rounding(family),
         ["transformers", "tiny", family] => at.transformers_tiny(family),
         ["compressed_tensors", case] => at.compressed_tensors(case),
         ["peft", ..] => at.peft(),
@@ -244,14 +247,22 @@ impl At<'_> {
             let file = self.home.join(format!("{name}.gguf"));
             save_gguf(&open(&dir)?, &file, kind, false, &mut |_, _| {})?;
             let ids = ids(48, 603);
-            let (rows, _) = self.llama_cpp(&file, &ids, 0)?;
-            let (kl, agree) = compare(&logits_of(&file, &ids), &rows);
+            let (kl, agree) = self.beside_llama_cpp(&file, &ids)?;
             println!("{family} {name}: KL {kl:.5}, top-1 {agree:.3}");
             if kl > KL {
                 return Err(format!("{name}: KL(here || there) is {kl}").into());
             }
         }
         Ok(())
+    }
+
+    /// KL(here || there) and agreement on one quantized file. llama.cpp rounds activations to 8 bits where weights are quantized; so does Lacuna
+    /// here, as it does by default when it generates.
+    fn beside_llama_cpp(&self, file: &Path, ids: &[u32]) -> Tested<(f64, f64)> {
+        let (rows, _) = self.llama_cpp(file, ids, 0)?;
+        let exact = compare(&logits_of(file, ids), &rows);
+        println!("with exact activations: KL {:.5}, top-1 {:.4}", exact.0, exact.1);
+        Ok(compare(&logits_with(&open(file)?, ids, Activations::Int8), &rows))
     }
 
     fn llama_cpp_floats(&self, real: &Path) -> Tested<()> {
@@ -267,11 +278,53 @@ impl At<'_> {
         save_gguf(&open(&half)?, &file, kind, false, &mut |_, _| {})?;
         let mut ids = Tokenizer::open(&open(real)?)?.encode(lacuna_eval::HELD_OUT, false)?;
         ids.truncate(512);
-        let (rows, _) = self.llama_cpp(&file, &ids, 0)?;
-        let (kl, agree) = compare(&logits_of(&file, &ids), &rows);
+        let (kl, agree) = self.beside_llama_cpp(&file, &ids)?;
         println!("KL {kl:.5}, top-1 {agree:.4}");
         if kl > KL || agree < AGREE {
             return Err(format!("KL(here || there) is {kl}, the same first choice {agree}").into());
+        }
+        Ok(())
+    }
+
+    /// Beside llama.cpp's own quantizer on the same file: each tensor of the same type, blocks of 32 of the same bytes, K types no worse.
+    fn own_rounding(&self, family: &str) -> Tested<()> {
+        let (dir, half) = (self.tiny(family)?, self.home.join("half.gguf"));
+        save_gguf(&open(&dir)?, &half, GgufKind::F16, false, &mut |_, _| {})?;
+        let exact = open(&half)?;
+        for ((name, kind), number) in QUANTIZED.into_iter().zip(["7", "2", "15", "18"]) {
+            let (ours, theirs) =
+                (self.home.join(format!("{name}.gguf")), self.home.join(format!("{name}-theirs.gguf")));
+            save_gguf(&exact, &ours, kind, false, &mut |_, _| {})?;
+            self.script("llama_cpp_quantize.py", &[&half, &theirs, &number])?;
+            let (a, b) = (open(&ours)?, open(&theirs)?);
+            let types = |c: &lacuna_checkpoint::Checkpoint| -> std::collections::BTreeMap<String, String> {
+                c.tensors().map(|t| (t.name.clone(), t.dtype.name())).collect()
+            };
+            let (x, y) = (types(&a), types(&b));
+            if let Some((tensor, was)) = x.iter().find(|(n, t)| y.get(*n) != Some(t)) {
+                return Err(format!("{name}: {tensor} is {was} here, {:?} there", y.get(tensor)).into());
+            }
+            let (mut error, mut other) = (0.0, 0.0);
+            for place in exact.spec().places() {
+                let get =
+                    |c: &lacuna_checkpoint::Checkpoint| -> Tested<Arc<Stored>> { Ok(c.get(&place)?.ok_or("missing")?) };
+                let (was, mine, its) = (get(&exact)?, get(&a)?, get(&b)?);
+                let blocks_of_32 = ["q4_0", "q5_0", "q8_0"].contains(&mine.codec_name().as_str());
+                if blocks_of_32 && mine != its {
+                    return Err(format!("{name}: {place} ({}) has other bytes there", mine.codec_name()).into());
+                }
+                let square = |s: &Stored| -> f64 {
+                    s.to_mat().data().iter().zip(was.to_mat().data()).map(|(x, y)| f64::from(x - y).powi(2)).sum()
+                };
+                if !blocks_of_32 {
+                    error += square(&mine);
+                    other += square(&its);
+                }
+            }
+            println!("{family} {name}: squared error of K types {error:.4} here, {other:.4} there");
+            if error > 1.02 * other {
+                return Err(format!("{name}: squared error {error} here, {other} there").into());
+            }
         }
         Ok(())
     }
@@ -304,7 +357,8 @@ impl At<'_> {
         self.same_tokens(real, &said)?;
         // The hard page, too.
         let page: Value = serde_json::from_slice(&std::fs::read(golden(&format!("tokenizers/{REAL}.json")))?)?;
-        let texts: Vec<&str> = page["cases"].as_array().ok_or("no cases")?.iter().filter_map(|c| c["text"].as_str()).collect();
+        let texts: Vec<&str> =
+            page["cases"].as_array().ok_or("no cases")?.iter().filter_map(|c| c["text"].as_str()).collect();
         let tokenizer = Tokenizer::from_dir(&out)?;
         for (i, text) in texts.iter().enumerate() {
             if json!(tokenizer.encode(text, false)?) != page["cases"][i]["ids"] {
@@ -342,6 +396,8 @@ impl At<'_> {
         let dense = self.home.join("dense");
         save_hf(&open(&source)?, &dense, Some(Float::F32), false, &mut |_, _| {})?;
         let want = open(&dense)?;
+        let config: Value = serde_json::from_slice(&std::fs::read(out.join("config.json"))?)?;
+        let natural = config["dtype"].clone();
         let (mut seen, mut exact) = (0, true);
         for t in arch::hf_targets(want.spec())? {
             let Ok(tensor) = file.tensor(t.name.trim_end_matches(".weight")) else { continue };
@@ -349,8 +405,10 @@ impl At<'_> {
             Float::F32.decode(tensor.data(), &mut have);
             let was = want.get(&t.parts[0])?.ok_or("a missing tensor")?.to_mat();
             let step = was.data().iter().fold(0.0f32, |a, b| a.max(b.abs())) / if case == "int8" { 100.0 } else { 7.0 };
+            // A model of f16 is multiplied out in f16.
+            let half = natural == json!("float16");
             for (a, b) in have.iter().zip(was.data()) {
-                exact &= a == b;
+                exact &= *a == if half { lacuna_base::float::round_f16(*b) } else { *b };
                 if (a - b).abs() > step {
                     return Err(format!("{}: {a} there, {b} here", t.name).into());
                 }

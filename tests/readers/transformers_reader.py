@@ -15,7 +15,9 @@ if len(sys.argv) > 4:
     import peft
 
     model = peft.PeftModel.from_pretrained(model, sys.argv[4])
-model = model.float().eval()
+if not getattr(model, "is_quantized", False) and not getattr(model, "hf_quantizer", None):
+    model = model.float()
+model = model.eval()
 with torch.no_grad():
     rows = model(input_ids=torch.tensor([ids]), use_cache=False).logits[0]
 rows.float().numpy().tofile(out)

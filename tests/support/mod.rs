@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 use lacuna_base::Rng;
 use lacuna_checkpoint::open;
 use lacuna_format::Weights;
+use lacuna_kernels::Activations;
 use lacuna_model::{Batch, ContiguousKv, Decoder, LoadOptions, NoTap};
 use lacuna_spec::arch;
 use safetensors::tensor::{Dtype, TensorView};
@@ -41,9 +42,17 @@ pub fn families() -> Vec<(&'static str, Value)> {
         "original_max_position_embeddings": 64});
     vec![
         ("llama", with(json!({"model_type": "llama"}))),
-        ("llama3", with(json!({"model_type": "llama", "tie_word_embeddings": true, "rope_theta": 500000.0, "rope_scaling": llama3}))),
-        ("llama_odd", with(json!({"model_type": "llama", "hidden_size": 288, "num_attention_heads": 3, "num_key_value_heads": 1,
-            "head_dim": 96, "intermediate_size": 512}))),
+        (
+            "llama3",
+            with(
+                json!({"model_type": "llama", "tie_word_embeddings": true, "rope_theta": 500000.0, "rope_scaling": llama3}),
+            ),
+        ),
+        (
+            "llama_odd",
+            with(json!({"model_type": "llama", "hidden_size": 288, "num_attention_heads": 3, "num_key_value_heads": 1,
+            "head_dim": 96, "intermediate_size": 512})),
+        ),
         ("mistral", with(json!({"model_type": "mistral", "sliding_window": null}))),
         ("mixtral", with(json!({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}))),
         ("qwen2", with(json!({"model_type": "qwen2"}))),
@@ -51,8 +60,11 @@ pub fn families() -> Vec<(&'static str, Value)> {
         ("gemma2", with(gemma2)),
         ("gemma3", with(gemma)),
         ("phi3", with(json!({"model_type": "phi3", "pad_token_id": 0}))),
-        ("gpt2", json!({"model_type": "gpt2", "vocab_size": 603, "n_positions": 512, "n_embd": 256, "n_layer": 2, "n_head": 4,
-            "n_inner": 512, "bos_token_id": 0, "eos_token_id": 0})),
+        (
+            "gpt2",
+            json!({"model_type": "gpt2", "vocab_size": 603, "n_positions": 512, "n_embd": 256, "n_layer": 2, "n_head": 4,
+            "n_inner": 512, "bos_token_id": 0, "eos_token_id": 0}),
+        ),
     ]
 }
 
@@ -86,7 +98,12 @@ pub fn make(dir: &Path, config: &Value) {
 
 /// Logits of every position.
 pub fn logits(weights: &dyn Weights, ids: &[u32]) -> Vec<Vec<f32>> {
-    let decoder = Decoder::load(weights, &LoadOptions::default()).unwrap();
+    logits_with(weights, ids, Activations::Exact)
+}
+
+/// The same with activations as asked for.
+pub fn logits_with(weights: &dyn Weights, ids: &[u32], activations: Activations) -> Vec<Vec<f32>> {
+    let decoder = Decoder::load(weights, &LoadOptions { activations, ..LoadOptions::default() }).unwrap();
     let mut kv = ContiguousKv::new(&decoder.spec, 1);
     let hidden = decoder.forward(ids, &Batch::one(0, 0..ids.len()), &mut kv, &mut NoTap).unwrap();
     (0..ids.len()).map(|r| decoder.logits(hidden.view().rows_range(r, r + 1)).row(0).to_vec()).collect()

@@ -88,7 +88,8 @@ struct Renumber {
 
 impl Renumber {
     fn of(announced: Option<usize>, present: BTreeSet<usize>) -> Option<Renumber> {
-        let announced = announced?;
+        // A bound against hostile counts, far above any model.
+        let announced = announced.filter(|n| *n <= 4096)?;
         let present: Vec<usize> = present.into_iter().collect();
         (!present.is_empty() && present.len() < announced).then_some(Renumber { announced, present })
     }
@@ -158,7 +159,8 @@ impl Hf {
             // The parser checks everything; the header itself is then only read once more.
             safetensors::parse(map.bytes()).map_err(|e| OpenError::bad(&path, e))?;
             let n = u64::from_le_bytes(map.bytes()[..8].try_into().unwrap_or_default()) as usize;
-            let header = serde_json::from_slice(&map.bytes()[8..8 + n]).map_err(|e| OpenError::bad(&path, e.to_string()))?;
+            let header =
+                serde_json::from_slice(&map.bytes()[8..8 + n]).map_err(|e| OpenError::bad(&path, e.to_string()))?;
             files.push((name, map, header));
         }
         Ok(Some(Hf { dir: dir.to_owned(), config, files }))
@@ -207,7 +209,9 @@ impl Hf {
         let mut out = Vec::new();
         for key in self.dead() {
             let at = if key.is_empty() { String::new() } else { format!("{key}.") };
-            out.push(fault(format!("config.json: {at}sparsity_config describes sparse storage, but the weights are stored densely")));
+            out.push(fault(format!(
+                "config.json: {at}sparsity_config describes sparse storage, but the weights are stored densely"
+            )));
         }
         if let Some(r) = self.renumber() {
             out.push(r.fault(&format!("config.json: {}", self.counted().1)));
@@ -241,7 +245,9 @@ impl Hf {
                     let new = |l: &Value| r.present.binary_search(&(l.as_u64()? as usize)).ok();
                     *list = list.iter().filter_map(new).map(|l| json!(l)).collect();
                 }
-                Value::Array(list) if list.len() == r.announced => *list = r.filter(&format!("config.json: {name}"), list)?,
+                Value::Array(list) if list.len() == r.announced => {
+                    *list = r.filter(&format!("config.json: {name}"), list)?
+                }
                 Value::Number(n) if name == "max_window_layers" => {
                     let most = n.as_u64().unwrap_or(0) as usize;
                     *value = json!(r.present.iter().filter(|l| **l < most).count());
@@ -255,37 +261,38 @@ impl Hf {
     fn mend(&self, out: &Path, overwrite: bool, progress: Progress<'_>) -> Result<Vec<Fault>, SaveError> {
         let (config, renumber) = (self.mended_config()?, self.renumber());
         let rename = |n: &str| renumber.as_ref().map_or_else(|| n.to_owned(), |r| r.rename(n));
-        OutDir::create(out, overwrite)?.write_with(|dir| {
-            dir.json("config.json", &config)?;
-            let mut map = Map::new();
-            for (i, (name, file, header)) in self.files.iter().enumerate() {
-                let renamed: Map<String, Value> = header.iter().map(|(n, v)| (rename(n), v.clone())).collect();
-                map.extend(renamed.keys().filter(|n| *n != "__metadata__").map(|n| (n.clone(), json!(name))));
-                let mut text = Value::Object(renamed).to_string().into_bytes();
-                text.resize(text.len().next_multiple_of(8), b' ');
-                let had = 8 + u64::from_le_bytes(file.bytes()[..8].try_into().unwrap_or_default()) as usize;
-                let path = dir.path(name);
-                let mut to = BufWriter::new(File::create(&path).map_err(io_at(&path))?);
-                let io = io_at(&path);
-                to.write_all(&(text.len() as u64).to_le_bytes()).map_err(&io)?;
-                to.write_all(&text).map_err(&io)?;
-                for from in (had..file.bytes().len()).step_by(1 << 24) {
-                    let end = (from + (1 << 24)).min(file.bytes().len());
-                    to.write_all(&file.bytes()[from..end]).map_err(&io)?;
-                    file.release(from..end);
+        OutDir::create(out, overwrite)?
+            .write_with(|dir| {
+                dir.json("config.json", &config)?;
+                let mut map = Map::new();
+                for (i, (name, file, header)) in self.files.iter().enumerate() {
+                    let renamed: Map<String, Value> = header.iter().map(|(n, v)| (rename(n), v.clone())).collect();
+                    map.extend(renamed.keys().filter(|n| *n != "__metadata__").map(|n| (n.clone(), json!(name))));
+                    let mut text = Value::Object(renamed).to_string().into_bytes();
+                    text.resize(text.len().next_multiple_of(8), b' ');
+                    let had = 8 + u64::from_le_bytes(file.bytes()[..8].try_into().unwrap_or_default()) as usize;
+                    let path = dir.path(name);
+                    let mut to = BufWriter::new(File::create(&path).map_err(io_at(&path))?);
+                    let io = io_at(&path);
+                    to.write_all(&(text.len() as u64).to_le_bytes()).map_err(&io)?;
+                    to.write_all(&text).map_err(&io)?;
+                    for from in (had..file.bytes().len()).step_by(1 << 24) {
+                        let end = (from + (1 << 24)).min(file.bytes().len());
+                        to.write_all(&file.bytes()[from..end]).map_err(&io)?;
+                        file.release(from..end);
+                    }
+                    to.into_inner().map_err(|e| io(e.into_error()))?.sync_all().map_err(&io)?;
+                    progress(i + 1, self.files.len());
                 }
-                to.into_inner().map_err(|e| io(e.into_error()))?.sync_all().map_err(&io)?;
-                progress(i + 1, self.files.len());
-            }
-            if self.files.len() > 1 || self.dir.join("model.safetensors.index.json").is_file() {
-                let total: u64 = self.files.iter().map(|f| f.1.bytes().len() as u64).sum();
-                let index = json!({"metadata": {"total_size": total}, "weight_map": map});
-                dir.json("model.safetensors.index.json", &index)?;
-            }
-            self.others(dir)?;
-            Ok(self.faults())
-        })
-        .map(|done| done.1)
+                if self.files.len() > 1 || self.dir.join("model.safetensors.index.json").is_file() {
+                    let total: u64 = self.files.iter().map(|f| f.1.bytes().len() as u64).sum();
+                    let index = json!({"metadata": {"total_size": total}, "weight_map": map});
+                    dir.json("model.safetensors.index.json", &index)?;
+                }
+                self.others(dir)?;
+                Ok(self.faults())
+            })
+            .map(|done| done.1)
     }
 
     /// Everything else in the directory goes along: tokenizer, templates, words about the model.
@@ -405,7 +412,11 @@ impl Gguf {
         for t in &self.parsed.tensors {
             let name = r.rename(&t.name);
             let Some(id) = gguf::type_id(&t.dtype.name()) else {
-                return Err(SaveError::Refused(format!("tensor {}: the type {} has no number", t.name, t.dtype.name())));
+                return Err(SaveError::Refused(format!(
+                    "tensor {}: the type {} has no number",
+                    t.name,
+                    t.dtype.name()
+                )));
             };
             gguf::put_info(&mut header, &name, &t.shape, id, offset);
             offset = (offset + t.bytes.len() as u64).next_multiple_of(align.into());

@@ -90,10 +90,13 @@ impl IntRows<'_> {
             GgufType::Q8_0 => 8,
             _ => return None,
         };
-        let (cols, run) = (self.piece.cols, match self.group {
-            Group::Run(n) => n,
-            Group::Index { .. } => return None,
-        });
+        let (cols, run) = (
+            self.piece.cols,
+            match self.group {
+                Group::Run(n) => n,
+                Group::Index { .. } => return None,
+            },
+        );
         if !self.symmetric || self.bits > bits || !cols.is_multiple_of(32) || !(run.is_multiple_of(32) || run >= cols) {
             return None;
         }

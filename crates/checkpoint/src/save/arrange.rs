@@ -214,8 +214,12 @@ impl<'a> Arranged<'a> {
                     continue;
                 }
                 let m = self.decode(place, stored.as_deref(), from, to);
-                let rows: Vec<(Vec<u8>, Loss)> =
-                    m.data().par_chunks(cols.max(1)).map(|row| encode(form, row)).collect::<Result<_, _>>().map_err(fault)?;
+                let rows: Vec<(Vec<u8>, Loss)> = m
+                    .data()
+                    .par_chunks(cols.max(1))
+                    .map(|row| encode(form, row))
+                    .collect::<Result<_, _>>()
+                    .map_err(fault)?;
                 for (bytes, one) in rows {
                     loss.add(&one);
                     sink(&bytes)?;

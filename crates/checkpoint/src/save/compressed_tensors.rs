@@ -108,7 +108,8 @@ fn fate(arranged: &Arranged<'_>, target: &Target, rounding: Option<Rounding>) ->
     let Some(Rounding { bits, group }) = rounding else { return Ok(Fate::Dense) };
     let cols = target.shape[1];
     if group == 0 || !cols.is_multiple_of(group) {
-        let fits: Vec<String> = [256, 128, 64, 32, 16].iter().filter(|g| cols.is_multiple_of(**g)).map(usize::to_string).collect();
+        let fits: Vec<String> =
+            [256, 128, 64, 32, 16].iter().filter(|g| cols.is_multiple_of(**g)).map(usize::to_string).collect();
         return Err(SaveError::Refused(format!(
             "tensor {}: its {cols} columns do not divide into groups of {group}; {} would fit",
             target.name,
@@ -182,7 +183,8 @@ fn integers(arranged: &Arranged<'_>, target: &Target, s: &Scheme) -> Result<Ints
             let m = arranged.decode(place, Some(&stored), from, to);
             for r in 0..to - from {
                 for run in m.row(r).chunks(s.group) {
-                    round(run, s.bits, &mut out).map_err(|e| SaveError::Refused(format!("tensor {}: {e}", target.name)))?;
+                    round(run, s.bits, &mut out)
+                        .map_err(|e| SaveError::Refused(format!("tensor {}: {e}", target.name)))?;
                 }
             }
         }
@@ -231,6 +233,8 @@ fn write(
     progress: Progress<'_>,
 ) -> Result<Saved, SaveError> {
     let float = hf::natural(arranged.weights)?;
+    // Readers multiply in the scales' own type: in f16 for a model of f16, else in f32, in which every product is exact.
+    let scale = if float == Float::F16 { ("F16", 2) } else { ("F32", 4) };
     let (mut entries, mut of) = (Vec::new(), Vec::new());
     for (i, (target, fate)) in targets.iter().zip(fates).enumerate() {
         match fate {
@@ -249,8 +253,7 @@ fn write(
                     of.push((i, part));
                 };
                 add(Part::Packed, "weight_packed", "I32", vec![rows, packed(cols)], 4);
-                // Scales are stored in f16 wherever they came so; others keep their bits.
-                add(Part::Scale, "weight_scale", scale_type(arranged, target)?.0, vec![rows, groups], scale_type(arranged, target)?.1);
+                add(Part::Scale, "weight_scale", scale.0, vec![rows, groups], scale.1);
                 if !s.symmetric {
                     add(Part::Zero, "weight_zero_point", "I32", vec![packed(rows), groups], 4);
                 }
@@ -294,10 +297,13 @@ fn write(
                 });
                 Ok(())
             }
-            Part::Scale => match scale_type(arranged, target)?.1 {
-                2 => sink(&ints.scales.iter().flat_map(|x| half::f16::from_f32(*x).to_le_bytes()).collect::<Vec<u8>>()),
-                _ => sink(&ints.scales.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>()),
-            },
+            Part::Scale => {
+                let scales = if scale.1 == 2 { Float::F16 } else { Float::F32 }.encode(&ints.scales);
+                sink(&scales.map_err(|i| {
+                    let what = format!("tensor {}: scale {} is beyond f16", target.name, ints.scales[i]);
+                    SaveError::Refused(what)
+                })?)
+            }
             // Zero points are packed along the rows.
             Part::Zero => {
                 let (rows, per) = (target.shape[0], 32 / usize::from(s.bits));
@@ -320,26 +326,11 @@ fn write(
     hf::side_files(dir, source, arranged.spec.context, &mut notes)?;
     let dense = targets.iter().zip(fates).filter(|(t, f)| is_linear(t) && matches!(f, Fate::Dense)).count();
     if dense > 0 {
-        let why = if rounding.is_none() { "they are not stored as grouped integers" } else { "rounding does not fit them" };
+        let why =
+            if rounding.is_none() { "they are not stored as grouped integers" } else { "rounding does not fit them" };
         notes.push(format!("{dense} matrices of the blocks stay dense: {why}"));
     }
     Ok(Saved { path: Default::default(), bytes, tensors, notes })
-}
-
-/// f16 where every scale is one, else f32.
-fn scale_type(arranged: &Arranged<'_>, target: &Target) -> Result<(&'static str, usize), SaveError> {
-    use lacuna_format::{Scales, Term, Values};
-    for place in &target.parts {
-        let stored = arranged.stored(place)?;
-        if let Some([Term::Piece(p)]) = stored.as_deref().map(|s| s.terms.as_slice())
-            && let Values::Int { scales, .. } = &p.values
-            && !matches!(scales, Scales::Float(Float::F16, _))
-            && stored_scheme(arranged, target)?.is_some()
-        {
-            return Ok(("F32", 4));
-        }
-    }
-    Ok(("F16", 2))
 }
 
 fn module(target: &Target) -> &str {

@@ -199,9 +199,9 @@ mod tests {
         assert!(t.len() == 1 && file[t[0].bytes.clone()].iter().all(|b| *b == 3));
         // A second time: refused, then replaced; what is no model is never replaced, and a failed attempt leaves nothing.
         assert!(OutDir::create(&out, false).is_err_and(|e| e.to_string().contains("--overwrite")));
-        let failed = OutDir::create(&out, true).unwrap().write_with(|dir| {
-            dir.safetensors("model", &tensors, 100, &mut |_, sink| sink(&[0; 7])).map(drop)
-        });
+        let failed = OutDir::create(&out, true)
+            .unwrap()
+            .write_with(|dir| dir.safetensors("model", &tensors, 100, &mut |_, sink| sink(&[0; 7])).map(drop));
         assert!(failed.is_err_and(|e| e.to_string().contains("tensor a gave 7 bytes, 30 were announced")));
         assert_eq!(std::fs::read_dir(home.path()).unwrap().count(), 1);
         let other = home.path().join("photos");

@@ -99,7 +99,11 @@ pub fn save_gguf(
     let extra: Vec<String> = match from_gguf {
         true => {
             let used: std::collections::HashSet<&str> = planned.iter().map(|p| p.0.name.as_str()).collect();
-            source.tensors().filter(|t| t.name.starts_with("rope_f") && !used.contains(t.name.as_str())).map(|t| t.name.clone()).collect()
+            source
+                .tensors()
+                .filter(|t| t.name.starts_with("rope_f") && !used.contains(t.name.as_str()))
+                .map(|t| t.name.clone())
+                .collect()
         }
         false => Vec::new(),
     };

@@ -97,11 +97,8 @@ impl Pairs {
                 self.u32(&format!("tokenizer.ggml.{name}_token_id"), id);
             }
         }
-        let flags = [
-            ("add_bos_token", v.add_bos),
-            ("add_eos_token", v.add_eos),
-            ("add_space_prefix", v.add_space_prefix),
-        ];
+        let flags =
+            [("add_bos_token", v.add_bos), ("add_eos_token", v.add_eos), ("add_space_prefix", v.add_space_prefix)];
         for (name, flag) in flags {
             if let Some(flag) = flag {
                 self.bool(&format!("tokenizer.ggml.{name}"), flag);

@@ -110,11 +110,13 @@ pub(crate) fn config(
         _ => {
             let t = Tokenizer::open(source).ok();
             let id = |f: fn(&Tokenizer) -> Option<u32>| t.as_ref().and_then(f);
-            json!({"bos_token_id": id(Tokenizer::bos), "eos_token_id": id(Tokenizer::eos)})
+            let padding = source.metadata().and_then(|m| m.get_u32("tokenizer.ggml.padding_token_id").ok().flatten());
+            // A null says that there is none; without the key some classes take a number of their own, beyond a small vocabulary.
+            json!({"bos_token_id": id(Tokenizer::bos), "eos_token_id": id(Tokenizer::eos), "pad_token_id": padding})
         }
     };
     for key in ids {
-        if let Some(id) = own.get(key).filter(|v| !v.is_null()) {
+        if let Some(id) = own.get(key) {
             config.insert(key.into(), id.clone());
         }
     }

@@ -18,11 +18,11 @@ use std::path::PathBuf;
 use serde::Serialize;
 
 pub use compressed_tensors::{Rounding, save_compressed_tensors};
+pub(crate) use dir::OutDir;
 pub use gguf::{GgufKind, save_gguf};
+pub(crate) use gguf_pairs::Pairs;
 pub use hf::save_hf;
 pub use peft::save_peft;
-pub(crate) use dir::OutDir;
-pub(crate) use gguf_pairs::Pairs;
 pub(crate) use place::OutFile;
 
 /// Told how many of how many tensors are done.

@@ -102,13 +102,23 @@ pub fn save_peft(
             if e % 2 == 1 {
                 let from = arranged.codec(target)?;
                 let to = format!("base + LoRA of rank {rank}");
-                saved.tensors.push(Written { name: module(target).into(), from, to, instead_of: None, loss: Default::default() });
+                saved.tensors.push(Written {
+                    name: module(target).into(),
+                    from,
+                    to,
+                    instead_of: None,
+                    loss: Default::default(),
+                });
             }
             Ok(())
         })?;
         dir.json("adapter_config.json", &config(&adapted))?;
         let bare = adapted.iter().filter(|(t, _)| {
-            arranged.stored(&t.parts[0]).ok().flatten().is_some_and(|s| !s.terms.iter().any(|t| matches!(t, Term::Piece(_))))
+            arranged
+                .stored(&t.parts[0])
+                .ok()
+                .flatten()
+                .is_some_and(|s| !s.terms.iter().any(|t| matches!(t, Term::Piece(_))))
         });
         let bare = bare.count();
         if bare > 0 {

@@ -29,7 +29,9 @@ impl OutFile {
             let mut first = vec![0; magic.len()];
             let read = File::open(out).and_then(|mut f| f.read_exact(&mut first));
             if read.is_err() || first != magic {
-                return Err(SaveError::Refused(format!("{show} is no file of this format and will not be overwritten")));
+                return Err(SaveError::Refused(format!(
+                    "{show} is no file of this format and will not be overwritten"
+                )));
             }
         }
         let partial = beside(out, "partial")?;

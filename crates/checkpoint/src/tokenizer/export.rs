@@ -35,7 +35,8 @@ impl Export {
             Some(b) => serde_json::from_slice(b).map_err(|e| TokenizerError::Broken(e.to_string())),
             None => Ok(Value::Null),
         };
-        let json: Value = serde_json::from_str(&tokenizer.to_json()?).map_err(|e| TokenizerError::Broken(e.to_string()))?;
+        let json: Value =
+            serde_json::from_str(&tokenizer.to_json()?).map_err(|e| TokenizerError::Broken(e.to_string()))?;
         let (config, map) = (parse(&files.tokenizer_config)?, parse(&files.special_tokens_map)?);
         let named = |key: &str| {
             let name = |v: &Value| v.as_str().or_else(|| v["content"].as_str()).map(str::to_owned);
@@ -240,7 +241,12 @@ mod tests {
             assert!(cases.len() > 10);
             for case in cases {
                 let want: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
-                assert_eq!(again.encode(case["text"].as_str().unwrap(), false).unwrap(), want, "{name}: {}", case["text"]);
+                assert_eq!(
+                    again.encode(case["text"].as_str().unwrap(), false).unwrap(),
+                    want,
+                    "{name}: {}",
+                    case["text"]
+                );
             }
         }
     }

@@ -35,10 +35,8 @@ pub struct Whole {
 
 /// The network with its missing parts put back as parts of the usual shape, since no other program's files can say that one is missing.
 pub fn whole(spec: &Spec) -> Result<Whole, SpecError> {
-    let (some_attn, some_ffn) = (
-        spec.layers.iter().find_map(|l| l.attn.clone()),
-        spec.layers.iter().find_map(|l| l.ffn.clone()),
-    );
+    let (some_attn, some_ffn) =
+        (spec.layers.iter().find_map(|l| l.attn.clone()), spec.layers.iter().find_map(|l| l.ffn.clone()));
     let (mut layers, mut from, mut left_out, mut filled) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (l, layer) in spec.layers.iter().enumerate() {
         if layer.attn.is_none() && layer.ffn.is_none() {
@@ -187,7 +185,10 @@ mod tests {
         spec.layers[0] = LayerSpec { attn: None, ffn: None };
         spec.layers[2].attn = None;
         let w = whole(&spec).unwrap();
-        assert_eq!((w.layers.as_slice(), w.left_out.as_slice(), w.filled.as_slice()), (&[1, 2][..], &[0][..], &[2][..]));
+        assert_eq!(
+            (w.layers.as_slice(), w.left_out.as_slice(), w.filled.as_slice()),
+            (&[1, 2][..], &[0][..], &[2][..])
+        );
         assert_eq!(w.spec.layers[1].attn, spec.layers[1].attn);
         spec.layers.iter_mut().for_each(|l| l.attn = None);
         assert!(whole(&spec).unwrap_err().what.contains("layer 1 lacks attention"));

@@ -155,7 +155,8 @@ pub(super) fn verified(
     keys: GgufKeys,
     read: fn(&GgufHead) -> Result<Spec, SpecError>,
 ) -> Result<GgufKeys, SpecError> {
-    let fault = |what: String| SpecError { what: format!("a {} GGUF file cannot describe this network: {what}", spec.arch) };
+    let fault =
+        |what: String| SpecError { what: format!("a {} GGUF file cannot describe this network: {what}", spec.arch) };
     let mut head = GgufHead { vocab: spec.vocab, ..GgufHead::default() };
     head.keys = keys.pairs.iter().map(|(k, v)| (k.clone(), v.json())).collect();
     head.rope_lists = keys.rope_lists.iter().cloned().collect();

@@ -78,7 +78,9 @@ fn from_gguf(head: &GgufHead) -> Result<Spec, SpecError> {
 pub(super) fn to_gguf(spec: &Spec) -> Result<GgufKeys, SpecError> {
     let mut keys = gguf_out::standard_keys(spec, "llama")?;
     if let Some(w) = window(spec).filter(|w| *w < spec.context) {
-        keys.notes.push(format!("llama.cpp computes no windows in llama files: beyond {w} tokens it sees more than this network"));
+        keys.notes.push(format!(
+            "llama.cpp computes no windows in llama files: beyond {w} tokens it sees more than this network"
+        ));
     }
     gguf_out::verified(spec, keys, from_gguf)
 }

@@ -56,7 +56,9 @@ fn gguf_qwen2(head: &GgufHead) -> Result<Spec, SpecError> {
 fn to_gguf(spec: &Spec, name: &str, read: fn(&GgufHead) -> Result<Spec, SpecError>) -> Result<GgufKeys, SpecError> {
     let mut keys = gguf_out::standard_keys(spec, name)?;
     if let Some(w) = window(spec).filter(|w| *w < spec.context) {
-        keys.notes.push(format!("llama.cpp computes no windows in {name} files: beyond {w} tokens it sees more than this network"));
+        keys.notes.push(format!(
+            "llama.cpp computes no windows in {name} files: beyond {w} tokens it sees more than this network"
+        ));
     }
     gguf_out::verified(spec, keys, read)
 }

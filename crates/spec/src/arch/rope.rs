@@ -143,7 +143,9 @@ fn longrope_attention(factor: f64, original: usize) -> f32 {
 
 /// The divisor of each channel pair under llama3 scaling, as GGUF files list them; `None` under any other.
 pub(super) fn llama3_factors(rope: &Rope) -> Option<Vec<f32>> {
-    let RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } = &rope.scaling else { return None };
+    let RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } = &rope.scaling else {
+        return None;
+    };
     let (factor, low, high) = (f64::from(*factor), f64::from(*low_freq_factor), f64::from(*high_freq_factor));
     let one = |i: usize| {
         let turns = f64::from(rope.theta).powf(-2.0 * i as f64 / rope.dims as f64) / std::f64::consts::TAU;
@@ -168,8 +170,8 @@ pub(super) fn llama3_of_factors(factors: &[f32], theta: f32, dims: usize) -> Opt
         let scaling = RopeScaling::Llama3 { factor, low_freq_factor: 1.0, high_freq_factor: 4.0, original };
         let rope = Rope { theta, dims, style: RopeStyle::Half, scaling };
         let again = llama3_factors(&rope)?;
-        let same = again.len() == factors.len()
-            && again.iter().zip(factors).all(|(a, b)| (a - b).abs() <= 1e-5 * b.abs());
+        let same =
+            again.len() == factors.len() && again.iter().zip(factors).all(|(a, b)| (a - b).abs() <= 1e-5 * b.abs());
         same.then_some(rope.scaling)
     })
 }
