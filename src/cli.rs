@@ -54,6 +54,10 @@ pub enum Verb {
     Compress(Compress),
     /// Perplexity, divergence from the dense model, tasks.
     Eval(Eval),
+    /// Write a model for other programs: GGUF, Hugging Face, compressed-tensors, PEFT.
+    Convert(Convert),
+    /// Mend a checkpoint that another program left broken; `inspect` says what is wrong.
+    Repair(Repair),
     /// Continue a text.
     Generate(Generate),
     /// Talk with a model.
@@ -238,6 +242,97 @@ impl From<Cache> for lacuna_kernels::KvFormat {
             Cache::Q8 => lacuna_kernels::KvFormat::Q8,
         }
     }
+}
+
+/// What `convert` writes.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Format {
+    /// A directory with config.json and dense safetensors.
+    Hf,
+    /// One GGUF file.
+    Gguf,
+    /// A directory in the pack-quantized form of compressed-tensors.
+    CompressedTensors,
+    /// An adapter of the model's low-rank parts, and its base.
+    Peft,
+}
+
+/// How `convert` writes values.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[allow(non_camel_case_types)]
+pub enum Type {
+    /// As they are stored, where the format can say it.
+    Source,
+    /// 32-bit floats.
+    F32,
+    /// IEEE half.
+    F16,
+    /// bfloat16.
+    Bf16,
+    /// GGUF: 8 bits, 32 sharing a scale.
+    #[value(name = "q8_0")]
+    Q8_0,
+    /// GGUF: 4 bits, 32 sharing a scale.
+    #[value(name = "q4_0")]
+    Q4_0,
+    /// GGUF: the mixture of Q4_K and Q6_K that llama.cpp calls Q4_K_M.
+    #[value(name = "q4_k")]
+    Q4_K,
+    /// GGUF: 6 bits.
+    #[value(name = "q6_k")]
+    Q6_K,
+    /// compressed-tensors: 4 bits, symmetric.
+    Int4,
+    /// compressed-tensors: 8 bits, symmetric.
+    Int8,
+}
+
+/// `convert`
+#[derive(Debug, Args)]
+pub struct Convert {
+    /// The model.
+    pub model: String,
+    /// The format to write.
+    #[arg(long, value_enum)]
+    pub to: Format,
+    /// How values are written. gguf: source, f32, f16, q8_0, q4_0, q4_k, q6_k. hf and peft: source, f32, f16, bf16.
+    /// compressed-tensors: source (integers that are stored already), int4, int8.
+    #[arg(long = "type", value_enum, default_value_t = Type::Source)]
+    pub kind: Type,
+    /// compressed-tensors: columns that share a scale, where int4 or int8 rounds.
+    #[arg(long, value_name = "COLUMNS", default_value_t = 128)]
+    pub group: usize,
+    /// Where the converted model goes: a file for gguf, else a directory.
+    #[arg(short, long)]
+    pub out: PathBuf,
+    /// Replace what is at OUT.
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Do not measure KL(source || converted).
+    #[arg(long)]
+    pub no_kl: bool,
+    /// Windows of held-out text on which KL is measured.
+    #[arg(long, value_name = "K", default_value_t = 4)]
+    pub windows: usize,
+    /// Tokens of a window.
+    #[arg(long, default_value_t = 512)]
+    pub ctx: usize,
+    /// Ceiling of memory for measuring, e.g. 600MiB.
+    #[arg(long, value_name = "SIZE")]
+    pub max_ram: Option<String>,
+}
+
+/// `repair`
+#[derive(Debug, Args)]
+pub struct Repair {
+    /// The model.
+    pub model: String,
+    /// Where the mended model goes: a directory, or a file for GGUF.
+    #[arg(short, long)]
+    pub out: PathBuf,
+    /// Replace what is at OUT.
+    #[arg(long)]
+    pub overwrite: bool,
 }
 
 /// `eval`

@@ -23,7 +23,13 @@ struct Row {
 
 /// Runs the verb.
 pub fn run(g: &Global, a: &Inspect) -> anyhow::Result<ExitCode> {
-    let m = common::open(g, &a.model)?;
+    let faults = lacuna_checkpoint::diagnose(&common::pull(g, &a.model)?.path)?;
+    let m = match common::open(g, &a.model) {
+        Ok(m) => m,
+        // Nothing more can be said about what does not open, but what is wrong and that it can be mended.
+        Err(e) if !faults.is_empty() => return Ok(mendable(g, a, &faults, &e)),
+        Err(e) => return Err(e),
+    };
     let (spec, mut roles, mut broken) = (m.checkpoint.spec().clone(), BTreeMap::<String, Row>::new(), Vec::new());
     let mut tensors = Vec::new();
     for place in spec.places() {
@@ -57,6 +63,7 @@ pub fn run(g: &Global, a: &Inspect) -> anyhow::Result<ExitCode> {
         }
         m.checkpoint.release(&place);
     }
+    broken.extend(faults.iter().map(|f| f.what.clone()));
     let unused: Vec<_> = m.checkpoint.unused().iter().map(|t| t.name.clone()).collect();
     let parameters: u64 = roles.values().map(|r| r.parameters).sum();
     let bytes: u64 = roles.values().map(|r| r.bytes).sum();
@@ -118,4 +125,17 @@ pub fn run(g: &Global, a: &Inspect) -> anyhow::Result<ExitCode> {
         }
     });
     Ok(if broken.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
+}
+
+/// What is wrong with a checkpoint that does not open and that `repair` mends.
+fn mendable(g: &Global, a: &Inspect, faults: &[lacuna_checkpoint::Fault], e: &anyhow::Error) -> ExitCode {
+    let broken: Vec<&str> = faults.iter().map(|f| f.what.as_str()).collect();
+    let out = json!({"model": a.model, "broken": broken, "opens": false, "error": format!("{e:#}"), "repair": true});
+    common::print(g, &out, || {
+        for b in &broken {
+            println!("broken: {b}");
+        }
+        println!("lacuna repair {} -o OUT mends it", a.model);
+    });
+    ExitCode::FAILURE
 }

@@ -5,6 +5,7 @@ mod chat;
 mod cli;
 mod common;
 mod compress;
+mod convert;
 mod doctor;
 mod eval;
 mod generate;
@@ -13,6 +14,7 @@ mod methods;
 mod pull;
 mod quickstart;
 mod recipes;
+mod repair;
 mod report;
 mod shapes;
 
@@ -63,6 +65,8 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Verb::Methods => methods::run(g),
         Verb::Compress(a) => compress::run(g, a),
         Verb::Eval(a) => eval::run(g, a),
+        Verb::Convert(a) => convert::run(g, a),
+        Verb::Repair(a) => repair::run(g, a),
         Verb::Generate(a) => generate::run(g, a),
         Verb::Chat(a) => chat::run(g, a),
         Verb::Bench(a) => bench::run(g, a),

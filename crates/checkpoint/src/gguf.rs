@@ -78,6 +78,11 @@ impl Metadata {
         self.index.get(key).map(|&i| &self.entries[i].value)
     }
 
+    /// Every key with the bytes of its whole pair in `file`, which these metadata were read from, in its order.
+    pub(crate) fn raw<'a>(&'a self, file: &'a [u8]) -> impl Iterator<Item = (&'a str, &'a [u8])> {
+        self.entries.iter().map(|e| (e.key.as_str(), &file[e.bytes.clone()]))
+    }
+
     /// All pairs, in the file's order.
     pub fn iter(&self) -> impl Iterator<Item = (&str, &Value)> {
         self.entries.iter().map(|e| (e.key.as_str(), &e.value))
@@ -203,6 +208,21 @@ const TYPES: &[(u32, &str, usize, usize)] = &[
     (35, "TQ2_0", 256, 66),
     (39, "MXFP4", 32, 17),
 ];
+
+/// The number of a tensor type by its name.
+pub(crate) fn type_id(name: &str) -> Option<u32> {
+    TYPES.iter().find(|t| t.1 == name).map(|t| t.0)
+}
+
+/// A line of the table of tensors.
+pub(crate) fn put_info(header: &mut Vec<u8>, name: &str, shape: &[usize], id: u32, offset: u64) {
+    header.extend((name.len() as u64).to_le_bytes());
+    header.extend(name.as_bytes());
+    header.extend((shape.len() as u32).to_le_bytes());
+    shape.iter().rev().for_each(|d| header.extend((*d as u64).to_le_bytes()));
+    header.extend(id.to_le_bytes());
+    header.extend(offset.to_le_bytes());
+}
 
 fn tensor_type(name: &'static str) -> TensorType {
     use GgufType::*;

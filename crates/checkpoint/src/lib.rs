@@ -7,14 +7,17 @@ pub mod gguf;
 mod map;
 mod open;
 pub mod packed;
+mod repair;
 pub mod safetensors;
+pub mod save;
 mod template;
 mod tensor;
 mod tokenizer;
 mod writer;
 
 pub use open::{Checkpoint, Kind, OpenError, open};
+pub use repair::{Fault, diagnose, repair};
 pub use template::{ChatTemplate, Message, TemplateError};
 pub use tensor::{TensorInfo, TensorType};
-pub use tokenizer::{Decoder, HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};
+pub use tokenizer::{Decoder, Export, HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};
 pub use writer::{PackedWriter, SaveError};

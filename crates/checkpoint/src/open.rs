@@ -127,7 +127,7 @@ pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint, OpenError> {
     }
 }
 
-fn read_json(path: &Path) -> Result<Vec<u8>, OpenError> {
+pub(crate) fn read_json(path: &Path) -> Result<Vec<u8>, OpenError> {
     let io = |source| OpenError::Io { file: path.display().to_string(), source };
     let length = std::fs::metadata(path).map_err(io)?.len();
     if length > MAX_JSON {
@@ -453,6 +453,23 @@ impl Checkpoint {
         };
         let tensors = self.tensors.iter().enumerate().filter(|(i, t)| !used.contains(i) && !constant(&t.1.name));
         tensors.map(|(_, t)| &t.1).collect()
+    }
+
+    /// The file that holds this checkpoint's GGUF metadata, where there is one: itself, or the packed model's `tokenizer.gguf`.
+    pub(crate) fn gguf_file(&self) -> Result<Option<Bytes>, OpenError> {
+        match self.kind {
+            Kind::Gguf => Ok(self.files.first().map(|f| f.bytes().clone())),
+            Kind::Packed if self.metadata.is_some() => {
+                Ok(Some(Mapped::open(&self.path.join("tokenizer.gguf"))?.bytes().clone()))
+            }
+            _ => Ok(None),
+        }
+    }
+
+    /// The bytes of a tensor of the files by its name, and how its values are written.
+    pub(crate) fn raw(&self, name: &str) -> Option<(&TensorInfo, Bytes)> {
+        let (file, t) = self.tensors.iter().find(|t| t.1.name == name)?;
+        Some((t, self.files[*file].bytes().slice(t.bytes.clone())))
     }
 
     /// The bytes of a GGUF file that holds nothing but this checkpoint's tokenizer, where that lies in GGUF metadata.

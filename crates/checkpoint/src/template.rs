@@ -110,6 +110,31 @@ impl ChatTemplate {
         )))
     }
 
+    /// The text of the template in the directory of a checkpoint (of several, the default one), where there is one.
+    pub fn source_in(dir: &Path) -> Result<Option<String>, TemplateError> {
+        for name in ["chat_template.jinja", "tokenizer_config.json", "chat_template.json"] {
+            let fault = |what: String| TemplateError::Read { path: dir.join(name).display().to_string(), what };
+            let text = match std::fs::read_to_string(dir.join(name)) {
+                Ok(text) => text,
+                Err(e) if e.kind() == std::io::ErrorKind::NotFound => continue,
+                Err(e) => return Err(fault(e.to_string())),
+            };
+            if name.ends_with(".jinja") {
+                return Ok(Some(text));
+            }
+            let config: serde_json::Value = serde_json::from_str(&text).map_err(|e| fault(e.to_string()))?;
+            match &config["chat_template"] {
+                serde_json::Value::String(source) => return Ok(Some(source.clone())),
+                serde_json::Value::Array(list) => {
+                    let default = list.iter().find(|t| t["name"] == "default").and_then(|t| t["template"].as_str());
+                    return Ok(default.map(str::to_owned));
+                }
+                _ => {}
+            }
+        }
+        Ok(None)
+    }
+
     /// The `chat_template` of a `tokenizer_config.json`: a string, or a list of `{name, template}`.
     pub fn from_config(config: &serde_json::Value) -> Result<ChatTemplate, TemplateError> {
         match &config["chat_template"] {

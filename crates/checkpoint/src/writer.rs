@@ -45,12 +45,12 @@ pub enum SaveError {
     Source(#[from] OpenError),
 }
 
-fn io_at(path: &Path) -> impl Fn(io::Error) -> SaveError {
+pub(crate) fn io_at(path: &Path) -> impl Fn(io::Error) -> SaveError {
     move |source| SaveError::Io { file: path.display().to_string(), source }
 }
 
 /// Files beside the weights that a model takes along unchanged.
-const SIDE_FILES: &[&str] = &[
+pub(crate) const SIDE_FILES: &[&str] = &[
     "tokenizer.json",
     "tokenizer_config.json",
     "tokenizer.model",
@@ -375,13 +375,13 @@ impl PackedWriter {
     }
 }
 
-fn sync_dir(dir: &Path) -> Result<(), SaveError> {
+pub(crate) fn sync_dir(dir: &Path) -> Result<(), SaveError> {
     #[cfg(unix)]
     File::open(dir).and_then(|d| d.sync_all()).map_err(io_at(dir))?;
     Ok(())
 }
 
-fn beside(out: &Path, what: &str) -> Result<PathBuf, SaveError> {
+pub(crate) fn beside(out: &Path, what: &str) -> Result<PathBuf, SaveError> {
     match out.file_name().and_then(|n| n.to_str()) {
         Some(name) => Ok(out.with_file_name(format!(".{name}.{what}"))),
         None => Err(SaveError::Refused(format!("{} names no directory to write", out.display()))),

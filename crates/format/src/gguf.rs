@@ -73,21 +73,6 @@ impl GgufType {
             GgufType::IQ4_XS => each(iq4_xs),
         }
     }
-
-    /// Encodes whole blocks; `None` for a type that Lacuna only reads. A scale beyond the range of f16 is clamped to the largest f16, so
-    /// that a finite input never decodes to infinities. Panics where `values` are not whole blocks.
-    #[track_caller]
-    pub fn encode(self, values: &[f32]) -> Option<Vec<u8>> {
-        let block: fn(&[f32], &mut Vec<u8>) = match self {
-            GgufType::Q4_0 => encode_q4_0,
-            GgufType::Q8_0 => encode_q8_0,
-            _ => return None,
-        };
-        assert_eq!(values.len() % self.block(), 0, "{} values are not whole blocks of {self:?}", values.len());
-        let mut out = Vec::with_capacity(values.len() / self.block() * self.block_bytes());
-        values.chunks_exact(self.block()).for_each(|v| block(v, &mut out));
-        Some(out)
-    }
 }
 
 fn f16_at(b: &[u8], at: usize) -> f32 {
@@ -247,27 +232,4 @@ fn iq4_xs(b: &[u8], y: &mut [f32]) {
         let scale = low | ((high >> (2 * g) & 3) as u8) << 4;
         iq4(d * (i32::from(scale) - 32) as f32, &b[8 + 16 * g..][..16], out);
     }
-}
-
-/// A scale as f16, clamped to what f16 can say.
-fn scale_f16(d: f32) -> f16 {
-    f16::from_f32(d.clamp(-65504.0, 65504.0))
-}
-
-/// Scale = the signed value of largest magnitude / -8, so that it is met exactly but for the rounding of the scale.
-fn encode_q4_0(v: &[f32], out: &mut Vec<u8>) {
-    let top = v.iter().fold(0.0f32, |t, &x| if x.abs() > t.abs() { x } else { t });
-    let d = top / -8.0;
-    let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
-    let code = |x: f32| (x * inverse + 8.5).clamp(0.0, 15.0) as u8;
-    out.extend(scale_f16(d).to_le_bytes());
-    out.extend((0..16).map(|j| code(v[j]) | code(v[j + 16]) << 4));
-}
-
-/// Scale = the largest magnitude / 127.
-fn encode_q8_0(v: &[f32], out: &mut Vec<u8>) {
-    let d = v.iter().fold(0.0f32, |t, &x| t.max(x.abs())) / 127.0;
-    let inverse = if d == 0.0 { 0.0 } else { 1.0 / d };
-    out.extend(scale_f16(d).to_le_bytes());
-    out.extend(v.iter().map(|&x| (x * inverse).round().clamp(-127.0, 127.0) as i8 as u8));
 }

@@ -312,6 +312,15 @@ pub fn pack_scales(s: &Mat, codec: ScaleCodec) -> Result<Scales, FormatError> {
     })
 }
 
+impl Float {
+    /// Little-endian bytes of `values`, rounded to nearest; the index of the first that this codec cannot say, if any.
+    pub fn encode(self, values: &[f32]) -> Result<Vec<u8>, usize> {
+        let mut out = FloatWriter::new(self);
+        out.extend(values)?;
+        Ok(out.bytes)
+    }
+}
+
 /// Floats on their way to bytes; what is not finite, or would not be, is refused.
 struct FloatWriter {
     float: Float,
@@ -326,7 +335,8 @@ impl FloatWriter {
             Float::F8E4m3 => f8_e4m3,
             _ => f8_e5m2,
         };
-        let table = (0..128u8).map(table).filter(|v| v.is_finite()).collect();
+        let eight = matches!(float, Float::F8E4m3 | Float::F8E5m2);
+        let table = (0..if eight { 128u8 } else { 0 }).map(table).filter(|v| v.is_finite()).collect();
         FloatWriter { float, bytes: Vec::new(), table }
     }
 

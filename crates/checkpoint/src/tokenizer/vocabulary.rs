@@ -24,9 +24,9 @@ use super::{MAX_VOCAB, Marks, Tokenizer, TokenizerError, guarded};
 /// Longest piece whose splits are tried: deriving merges costs the square of a piece's length.
 const MAX_PIECE_BYTES: usize = 1024;
 
-const GPT2_WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-const QWEN2_WORDS: &str =
+pub(super) const GPT2_WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
+pub(super) const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
+pub(super) const QWEN2_WORDS: &str =
     r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// What a token is for: `tokenizer.ggml.token_type`.
@@ -47,6 +47,11 @@ pub enum TokenKind {
 }
 
 impl TokenKind {
+    /// The number in the file.
+    pub fn number(self) -> i32 {
+        self as i32 + 1
+    }
+
     /// The kind of a number in the file.
     pub fn from_number(n: i64) -> Option<TokenKind> {
         use TokenKind::*;
@@ -290,6 +295,7 @@ fn words(pre: &str) -> Result<Words, TokenizerError> {
             (vec![PreTokenizerWrapper::Digits(Digits::new(true)), split(GPT2_WORDS)?], false, false)
         }
         "llama-bpe" | "llama3" | "llama-v3" => (vec![split(LLAMA3_WORDS)?], true, false),
+        "smaug-bpe" | "dbrx" => (vec![split(LLAMA3_WORDS)?], false, false),
         "qwen2" | "deepseek-r1-qwen" => (vec![split(QWEN2_WORDS)?], false, true),
         "default" => (
             vec![split(r"[\p{P}\$\+<=>\^~\|]+")?, split(GPT2_WORDS)?, split(r"\p{N}+")?, split("[0-9][0-9][0-9]")?],
@@ -298,7 +304,7 @@ fn words(pre: &str) -> Result<Words, TokenizerError> {
         ),
         other => {
             return Err(TokenizerError::Unsupported(format!(
-                "tokenizer.ggml.pre is `{other}`; known are gpt-2, smollm, llama-bpe, qwen2 and default"
+                "tokenizer.ggml.pre is `{other}`; known are gpt-2, smollm, llama-bpe, smaug-bpe, qwen2 and default"
             )));
         }
     };

@@ -254,23 +254,54 @@ pub(super) fn verified(
     if again == *spec {
         return Ok(config);
     }
-    let value = |s: &Spec| serde_json::to_value(s).map_err(|e| fault(e.to_string()));
-    let (have, said) = (value(spec)?, value(&again)?);
-    Err(fault(difference("", &have, &said).unwrap_or_else(|| "it is no number".into())))
+    Err(fault(difference(spec, &again)))
 }
 
-fn difference(path: &str, have: &Value, said: &Value) -> Option<String> {
+/// The first thing that two networks say differently, in words: `layer 1: ffn.width is 40, the file would say 48`.
+pub(super) fn difference(have: &Spec, said: &Spec) -> String {
+    match (serde_json::to_value(have), serde_json::to_value(said)) {
+        (Ok(a), Ok(b)) => match first_difference("", &a, &b) {
+            Some(text) => match text.strip_prefix("layers.").and_then(|t| t.split_once('.')) {
+                Some((l, rest)) => format!("layer {l}: {rest}"),
+                None => text,
+            },
+            None => "it is no number".into(),
+        },
+        (Err(e), _) | (_, Err(e)) => e.to_string(),
+    }
+}
+
+fn first_difference(path: &str, have: &Value, said: &Value) -> Option<String> {
     let at = |key: &dyn std::fmt::Display| if path.is_empty() { key.to_string() } else { format!("{path}.{key}") };
     match (have, said) {
         (Value::Object(a), Value::Object(b)) if a.keys().eq(b.keys()) => {
-            a.iter().find_map(|(k, v)| difference(&at(k), v, &b[k]))
+            a.iter().find_map(|(k, v)| first_difference(&at(k), v, &b[k]))
         }
         (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
-            a.iter().zip(b).enumerate().find_map(|(i, (x, y))| difference(&at(&i), x, y))
+            a.iter().zip(b).enumerate().find_map(|(i, (x, y))| first_difference(&at(&i), x, y))
         }
         (a, b) if a == b => None,
         (a, b) => Some(format!("{path} is {a}, the file would say {b}")),
     }
+}
+
+/// The attention of every layer; an error where one has none.
+pub(super) fn attn_parts(spec: &Spec) -> Result<Vec<&AttnSpec>, SpecError> {
+    if let Some(l) = spec.layers.iter().position(|l| l.attn.is_none()) {
+        return Err(SpecError { what: format!("layer {l} has no attention") });
+    }
+    if spec.layers.is_empty() {
+        return Err(SpecError { what: "the network has no layers".into() });
+    }
+    Ok(spec.layers.iter().filter_map(|l| l.attn.as_ref()).collect())
+}
+
+/// The feed-forward part of every layer; an error where one has none.
+pub(super) fn ffn_parts(spec: &Spec) -> Result<Vec<&FfnSpec>, SpecError> {
+    if let Some(l) = spec.layers.iter().position(|l| l.ffn.is_none()) {
+        return Err(SpecError { what: format!("layer {l} has no feed-forward part") });
+    }
+    Ok(spec.layers.iter().filter_map(|l| l.ffn.as_ref()).collect())
 }
 
 /// The tensor of `module` for a place, inside `model.layers.N.` or outside: `model.` and `.weight` or `.bias` are put around it.

@@ -11,6 +11,7 @@ use super::config::{
 };
 use super::config::{named, verified, window};
 use super::gguf::{self, GgufHead};
+use super::gguf_out::{self, GgufKeys, GgufValue};
 use super::{Family, Source, rope};
 use crate::place::{Place, Role};
 use crate::spec::{Activation, RopeScaling, RopeStyle, Spec, SpecError};
@@ -25,6 +26,7 @@ pub(super) const GEMMA2: Family = Family {
     source,
     from_gguf: from_gguf2,
     gguf_source: gguf::standard_source,
+    to_gguf: to_gguf2,
 };
 
 /// Gemma 3, its text part.
@@ -37,6 +39,7 @@ pub(super) const GEMMA3: Family = Family {
     source,
     from_gguf: from_gguf3,
     gguf_source: gguf::standard_source,
+    to_gguf: to_gguf3,
 };
 
 /// `sqrt(hidden)` rounded to a dtype by its name.
@@ -230,4 +233,32 @@ fn from_gguf3(head: &GgufHead) -> Result<Spec, SpecError> {
         }
     }
     Ok(spec)
+}
+
+fn to_gguf2(spec: &Spec) -> Result<GgufKeys, SpecError> {
+    let mut keys = gguf_out::standard_keys(spec, "gemma2")?;
+    let softcap = spec.layers.iter().find_map(|l| l.attn.as_ref()).and_then(|a| a.softcap);
+    keys.set("attn_logit_softcapping", GgufValue::F32(softcap.unwrap_or(0.0)));
+    if spec.logit_softcap.is_none() {
+        keys.set("final_logit_softcapping", GgufValue::F32(0.0));
+    }
+    gguf_out::verified(spec, keys, from_gguf2)
+}
+
+fn to_gguf3(spec: &Spec) -> Result<GgufKeys, SpecError> {
+    let mut keys = gguf_out::standard_keys(spec, "gemma3")?;
+    let attns = || spec.layers.iter().filter_map(|l| l.attn.as_ref());
+    let local = attns().find(|a| a.window.is_some()).and_then(|a| a.rope.as_ref()).map_or(10000.0, |r| r.theta);
+    if local != 10000.0 {
+        keys.set("rope.freq_base_swa", GgufValue::F32(local));
+    }
+    // Every sixth layer sees everything, unless the file says otherwise: by a period where there is one, else layer by layer.
+    let slides: Vec<bool> = attns().map(|a| a.window.is_some()).collect();
+    let fits = |period: usize| slides.iter().enumerate().all(|(l, s)| *s != (l + 1).is_multiple_of(period));
+    match (1..=slides.len() + 1).find(|p| fits(*p)) {
+        _ if fits(6) => {}
+        Some(period) => keys.number("attention.sliding_window_pattern", period)?,
+        None => keys.set("attention.sliding_window_pattern", GgufValue::Bools(slides)),
+    }
+    gguf_out::verified(spec, keys, from_gguf3)
 }

@@ -4,6 +4,7 @@ use serde_json::{Map, Value, json};
 
 use super::config::{Config, activation_name, first, inverse_root, named, num, verified};
 use super::gguf::{self, GgufHead};
+use super::gguf_out::{self, GgufKeys};
 use super::{Family, Source};
 use crate::place::{Part, Place, Role};
 use crate::spec::{Activation, AttnSpec, FfnSpec, LayerSpec, Norm, NormKind, Positions, RopeStyle, Spec, SpecError};
@@ -18,6 +19,7 @@ pub(super) const GPT2: Family = Family {
     source,
     from_gguf,
     gguf_source,
+    to_gguf,
 };
 
 fn from_config(config: &Value) -> Result<Spec, SpecError> {
@@ -127,6 +129,16 @@ fn gguf_source(spec: &Spec, place: &Place) -> Option<Source> {
         Some(rows) => Some(Source { rows: Some(rows), ..named(place, "", "blk", "attn_qkv") }),
         None => gguf::standard_source(spec, place),
     }
+}
+
+fn to_gguf(spec: &Spec) -> Result<GgufKeys, SpecError> {
+    let mut keys = gguf_out::standard_keys(spec, "gpt2")?;
+    for (key, _) in &mut keys.pairs {
+        if key == "gpt2.attention.layer_norm_rms_epsilon" {
+            *key = "gpt2.attention.layer_norm_epsilon".into();
+        }
+    }
+    gguf_out::verified(spec, keys, from_gguf)
 }
 
 fn from_gguf(head: &GgufHead) -> Result<Spec, SpecError> {

@@ -5,6 +5,7 @@ use serde_json::{Value, json};
 use super::Family;
 use super::config::{Config, attns, ffns, first, llama_like, llama_source, to_llama_like, verified, window};
 use super::gguf::{self, GgufHead};
+use super::gguf_out::{self, GgufKeys};
 use crate::spec::{RopeStyle, Spec, SpecError};
 
 /// Llama.
@@ -17,6 +18,7 @@ pub(super) const LLAMA: Family = Family {
     source: llama_source,
     from_gguf,
     gguf_source: gguf::standard_source,
+    to_gguf,
 };
 
 /// Mistral: windows on every layer. Its GGUF files call themselves llama.
@@ -29,6 +31,7 @@ pub(super) const MISTRAL: Family = Family {
     source: llama_source,
     from_gguf,
     gguf_source: gguf::standard_source,
+    to_gguf,
 };
 
 fn from_llama(config: &Value) -> Result<Spec, SpecError> {
@@ -69,4 +72,15 @@ fn to_mistral(spec: &Spec) -> Result<Value, SpecError> {
 fn from_gguf(head: &GgufHead) -> Result<Spec, SpecError> {
     let arch = if head.usize("expert_count")?.unwrap_or(0) > 0 { "mixtral" } else { "llama" };
     gguf::standard(head, arch, RopeStyle::Interleaved)
+}
+
+/// Mistral and Mixtral, too: their files call themselves llama.
+pub(super) fn to_gguf(spec: &Spec) -> Result<GgufKeys, SpecError> {
+    let mut keys = gguf_out::standard_keys(spec, "llama")?;
+    if let Some(w) = window(spec).filter(|w| *w < spec.context) {
+        keys.notes.push(format!(
+            "llama.cpp computes no windows in llama files: beyond {w} tokens it sees more than this network"
+        ));
+    }
+    gguf_out::verified(spec, keys, from_gguf)
 }

@@ -20,6 +20,7 @@ pub(super) const MIXTRAL: Family = Family {
     source,
     from_gguf: |head| gguf::standard(head, "mixtral", RopeStyle::Interleaved),
     gguf_source: gguf::standard_source,
+    to_gguf: super::llama::to_gguf,
 };
 
 fn from_config(config: &Value) -> Result<Spec, SpecError> {

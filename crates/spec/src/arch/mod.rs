@@ -6,8 +6,10 @@
 //! An option of a configuration that would change results and that the decoder does not know is refused, never passed over.
 
 mod config;
+mod export;
 mod gemma;
 mod gguf;
+mod gguf_out;
 mod gpt2;
 mod llama;
 mod mixtral;
@@ -18,7 +20,9 @@ mod rope;
 
 use serde_json::Value;
 
+pub use export::{Target, Whole, gguf_spec, gguf_targets, hf_spec, hf_targets, to_gguf, whole};
 pub use gguf::GgufHead;
+pub use gguf_out::{GgufKeys, GgufValue};
 
 use crate::{Place, Spec, SpecError};
 
@@ -68,6 +72,8 @@ pub struct Family {
     pub from_gguf: fn(&GgufHead) -> Result<Spec, SpecError>,
     /// The tensor behind a place in a GGUF file.
     pub gguf_source: SourceOf,
+    /// Writes a GGUF file's metadata, refusing networks that such a file cannot describe.
+    pub to_gguf: fn(&Spec) -> Result<GgufKeys, SpecError>,
 }
 
 /// Every family. Where two answer to one GGUF name, the first does.

@@ -17,6 +17,7 @@ pub(super) const OPT: Family = Family {
     source,
     from_gguf: |_| Err(SpecError { what: "GGUF files of OPT do not exist".into() }),
     gguf_source: gguf::standard_source,
+    to_gguf: |_| Err(SpecError { what: "GGUF files of OPT do not exist".into() }),
 };
 
 fn from_config(config: &Value) -> Result<Spec, SpecError> {

@@ -4,6 +4,7 @@ use serde_json::{Value, json};
 
 use super::config::{Config, attns, llama_like, llama_source, named, to_llama_like, verified, window};
 use super::gguf::{self, GgufHead};
+use super::gguf_out::{self, GgufKeys};
 use super::{Family, Source};
 use crate::place::{Place, Role};
 use crate::spec::{RopeStyle, Spec, SpecError};
@@ -20,6 +21,7 @@ pub(super) const PHI3: Family = Family {
     },
     from_gguf,
     gguf_source: |spec, place| fused(spec, place, "attn_qkv", "ffn_up", "", "blk", gguf::standard_source),
+    to_gguf,
 };
 
 fn from_config(config: &Value) -> Result<Spec, SpecError> {
@@ -63,4 +65,8 @@ fn fused(
 
 fn from_gguf(head: &GgufHead) -> Result<Spec, SpecError> {
     gguf::standard(head, "phi3", RopeStyle::Half)
+}
+
+fn to_gguf(spec: &Spec) -> Result<GgufKeys, SpecError> {
+    gguf_out::verified(spec, gguf_out::standard_keys(spec, "phi3")?, from_gguf)
 }

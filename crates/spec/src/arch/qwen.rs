@@ -7,6 +7,7 @@ use super::config::{
     Config, attns, bad, ffns, first, layer_types, llama_like, llama_source, to_llama_like, verified, window,
 };
 use super::gguf::{self, GgufHead};
+use super::gguf_out::{self, GgufKeys};
 use crate::spec::{Experts, RopeStyle, Spec, SpecError};
 
 /// Qwen2.
@@ -17,8 +18,9 @@ pub(super) const QWEN2: Family = Family {
     from_config: from_qwen2,
     to_config: to_qwen2,
     source: llama_source,
-    from_gguf: |head| gguf::standard(head, "qwen2", RopeStyle::Half),
+    from_gguf: gguf_qwen2,
     gguf_source: gguf::standard_source,
+    to_gguf: |spec| to_gguf(spec, "qwen2", gguf_qwen2),
 };
 
 /// Qwen3.
@@ -31,6 +33,7 @@ pub(super) const QWEN3: Family = Family {
     source: llama_source,
     from_gguf: |head| with_norms(head, "qwen3"),
     gguf_source: gguf::standard_source,
+    to_gguf: |spec| to_gguf(spec, "qwen3", |head| with_norms(head, "qwen3")),
 };
 
 /// Qwen3 with experts.
@@ -43,7 +46,22 @@ pub(super) const QWEN3_MOE: Family = Family {
     source: llama_source,
     from_gguf: |head| with_norms(head, "qwen3_moe"),
     gguf_source: gguf::standard_source,
+    to_gguf: |spec| to_gguf(spec, "qwen3moe", |head| with_norms(head, "qwen3_moe")),
 };
+
+fn gguf_qwen2(head: &GgufHead) -> Result<Spec, SpecError> {
+    gguf::standard(head, "qwen2", RopeStyle::Half)
+}
+
+fn to_gguf(spec: &Spec, name: &str, read: fn(&GgufHead) -> Result<Spec, SpecError>) -> Result<GgufKeys, SpecError> {
+    let mut keys = gguf_out::standard_keys(spec, name)?;
+    if let Some(w) = window(spec).filter(|w| *w < spec.context) {
+        keys.notes.push(format!(
+            "llama.cpp computes no windows in {name} files: beyond {w} tokens it sees more than this network"
+        ));
+    }
+    gguf_out::verified(spec, keys, read)
+}
 
 fn with_norms(head: &GgufHead, arch: &str) -> Result<Spec, SpecError> {
     let mut spec = gguf::standard(head, arch, RopeStyle::Half)?;

@@ -141,6 +141,41 @@ fn longrope_attention(factor: f64, original: usize) -> f32 {
     if factor <= 1.0 { 1.0 } else { (1.0 + factor.ln() / (original as f64).ln()).sqrt() as f32 }
 }
 
+/// The divisor of each channel pair under llama3 scaling, as GGUF files list them; `None` under any other.
+pub(super) fn llama3_factors(rope: &Rope) -> Option<Vec<f32>> {
+    let RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } = &rope.scaling else {
+        return None;
+    };
+    let (factor, low, high) = (f64::from(*factor), f64::from(*low_freq_factor), f64::from(*high_freq_factor));
+    let one = |i: usize| {
+        let turns = f64::from(rope.theta).powf(-2.0 * i as f64 / rope.dims as f64) / std::f64::consts::TAU;
+        // Rotations within the context before stretching: few of them mean a low frequency.
+        let rotations = *original as f64 * turns;
+        if rotations < low {
+            factor
+        } else if rotations > high {
+            1.0
+        } else {
+            let kept = (rotations - low) / (high - low);
+            1.0 / ((1.0 - kept) / factor + kept)
+        }
+    };
+    Some((0..rope.dims / 2).map(|i| one(i) as f32).collect())
+}
+
+/// The llama3 scaling behind a list of divisors, with the constants that every published model has; `None` where it is none.
+pub(super) fn llama3_of_factors(factors: &[f32], theta: f32, dims: usize) -> Option<RopeScaling> {
+    let factor = factors.iter().copied().fold(1.0, f32::max);
+    (5..=20).map(|n| 1usize << n).find_map(|original| {
+        let scaling = RopeScaling::Llama3 { factor, low_freq_factor: 1.0, high_freq_factor: 4.0, original };
+        let rope = Rope { theta, dims, style: RopeStyle::Half, scaling };
+        let again = llama3_factors(&rope)?;
+        let same =
+            again.len() == factors.len() && again.iter().zip(factors).all(|(a, b)| (a - b).abs() <= 1e-5 * b.abs());
+        same.then_some(rope.scaling)
+    })
+}
+
 /// Writes `rope_theta` and `rope_scaling`, which every transformers reads.
 pub(super) fn to_config(
     rope: &Rope,

@@ -1,0 +1,296 @@
+//! Weights as another layout wants them: rows of q and k in its order, norms with or without the one, missing parts as zeros.
+
+use std::sync::Arc;
+
+use lacuna_base::Mat;
+use lacuna_format::{Float, GgufType, Pattern, Stored, Term, Values, Weights};
+use lacuna_spec::arch::{Target, Whole};
+use lacuna_spec::{AttnSpec, Part, Place, Role, RopeStyle, Spec, SpecError};
+use rayon::prelude::*;
+
+use super::Loss;
+use crate::SaveError;
+
+/// Values decoded at a time.
+const CHUNK_VALUES: usize = 1 << 21;
+
+/// How a tensor is to be written.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Form {
+    Float(Float),
+    Block(GgufType),
+}
+
+impl Form {
+    /// The format's own name.
+    pub fn name(self) -> String {
+        match self {
+            Form::Float(f) => format!("{f:?}").to_uppercase(),
+            Form::Block(b) => format!("{b:?}"),
+        }
+    }
+
+    /// Bytes of `n` values, whole blocks.
+    pub fn bytes(self, n: usize) -> usize {
+        match self {
+            Form::Float(f) => n * f.bytes(),
+            Form::Block(b) => n / b.block() * b.block_bytes(),
+        }
+    }
+
+    fn encode(self, values: &[f32]) -> Result<Vec<u8>, String> {
+        if let Some(bad) = values.iter().find(|x| !x.is_finite()) {
+            return Err(format!("a value is {bad}"));
+        }
+        match self {
+            Form::Float(f) => f.encode(values).map_err(|i| format!("{} is beyond {}", values[i], self.name())),
+            Form::Block(b) => b.encode(values).ok_or_else(|| format!("{b:?} is only read, never written")),
+        }
+    }
+
+    fn decode(self, bytes: &[u8], out: &mut [f32]) {
+        match self {
+            Form::Float(f) => f.decode(bytes, out),
+            Form::Block(b) => b.decode(bytes, out),
+        }
+    }
+}
+
+/// A model's weights in the arrangement of another layout.
+pub(crate) struct Arranged<'a> {
+    pub weights: &'a dyn Weights,
+    /// The network as the layout holds it.
+    pub spec: Spec,
+    /// For each of its layers the source's.
+    layers: Vec<usize>,
+}
+
+impl<'a> Arranged<'a> {
+    /// `as_held` turns a network without holes into the layout's own.
+    pub fn new(
+        weights: &'a dyn Weights,
+        as_held: fn(&Spec) -> Result<Spec, SpecError>,
+    ) -> Result<(Arranged<'a>, Vec<String>), SaveError> {
+        let refused = |e: SpecError| SaveError::Refused(e.what);
+        let Whole { spec, layers, left_out, filled } = lacuna_spec::arch::whole(weights.spec()).map_err(refused)?;
+        let mut notes = Vec::new();
+        if !left_out.is_empty() {
+            notes.push(format!("layers {left_out:?} have no part left and are left out altogether"));
+        }
+        if !filled.is_empty() {
+            notes.push(format!(
+                "layers {filled:?} lack a part, which no file of this format can say: it is written as zeros, which add nothing but bytes"
+            ));
+        }
+        let held = as_held(&spec).map_err(refused)?;
+        if held.embed_scale != spec.embed_scale {
+            notes.push(format!(
+                "the embedding's factor becomes {}, as readers of this format compute it; it was {}",
+                held.embed_scale, spec.embed_scale
+            ));
+        }
+        Ok((Arranged { weights, spec: held, layers }, notes))
+    }
+
+    /// The weights as they are: for a source of the same layout.
+    pub fn as_it_is(weights: &'a dyn Weights) -> Arranged<'a> {
+        let spec = weights.spec().clone();
+        Arranged { weights, layers: (0..spec.layers.len()).collect(), spec }
+    }
+
+    /// The source's name for a place.
+    fn source(&self, place: &Place) -> Place {
+        Place { layer: place.layer.map(|l| self.layers[l as usize] as u32), ..*place }
+    }
+
+    /// What the source stores at a place; `None` for a part that it lacks, all zeros.
+    pub fn stored(&self, place: &Place) -> Result<Option<Arc<Stored>>, SaveError> {
+        Ok(self.weights.get(&self.source(place))?)
+    }
+
+    pub fn release(&self, place: &Place) {
+        self.weights.release(&self.source(place));
+    }
+
+    fn attn(spec: &Spec, layer: usize) -> Option<&AttnSpec> {
+        spec.layers.get(layer)?.attn.as_ref()
+    }
+
+    /// Rows (entries of a bias) that move only among themselves, and the source's row of each.
+    fn moves(&self, place: &Place) -> Option<Vec<usize>> {
+        let l = place.layer.filter(|_| matches!(place.role, Role::Q | Role::K))? as usize;
+        let to = Self::attn(&self.spec, l)?;
+        let from = Self::attn(self.weights.spec(), self.layers[l])?;
+        let (a, b) = (from.rope.as_ref()?, to.rope.as_ref()?);
+        if a.style == b.style {
+            return None;
+        }
+        let half = b.dims / 2;
+        let moved = |j: usize| match b.style {
+            _ if j >= b.dims => j,
+            RopeStyle::Interleaved => j / 2 + j % 2 * half,
+            RopeStyle::Half => j % half * 2 + j / half,
+        };
+        Some((0..to.head_dim).map(moved).collect())
+    }
+
+    /// What is added to a stored value: norms lie less one in some layouts.
+    fn shift(&self, place: &Place) -> f32 {
+        let table = place.role.is_linear() || matches!(place.role, Role::Embed | Role::Positions);
+        if table || place.part == Part::Bias { 0.0 } else { self.weights.spec().norm.offset - self.spec.norm.offset }
+    }
+
+    /// Rows `from..to` of a place, decoded, in the layout's order. Where rows move, `from` and `to` are at the bounds of heads.
+    pub fn decode(&self, place: &Place, stored: Option<&Stored>, from: usize, to: usize) -> Mat {
+        let (_, cols) = self.spec.shape(place).unwrap_or_default();
+        let mut m = Mat::zeros(to - from, cols);
+        let Some(stored) = stored else { return m };
+        stored.decode_rows(from, to, m.view_mut());
+        let shift = self.shift(place);
+        if shift != 0.0 {
+            m.data_mut().iter_mut().for_each(|x| *x += shift);
+        }
+        let Some(moves) = self.moves(place) else { return m };
+        if place.part == Part::Bias {
+            let was = m.clone();
+            let out = m.row_mut(0);
+            (0..cols).for_each(|c| out[c] = was.row(0)[c / moves.len() * moves.len() + moves[c % moves.len()]]);
+            return m;
+        }
+        let mut out = Mat::zeros(to - from, cols);
+        for r in 0..to - from {
+            out.row_mut(r).copy_from_slice(m.row(r / moves.len() * moves.len() + moves[r % moves.len()]));
+        }
+        out
+    }
+
+    /// The source's row behind row `r`.
+    pub fn row_of(&self, place: &Place, r: usize) -> usize {
+        match self.moves(place).filter(|_| place.part == Part::Weight) {
+            Some(moves) => r / moves.len() * moves.len() + moves[r % moves.len()],
+            None => r,
+        }
+    }
+
+    /// Runs of rows that are decoded together.
+    pub fn chunks(&self, place: &Place) -> Vec<(usize, usize)> {
+        let (rows, cols) = self.spec.shape(place).unwrap_or_default();
+        let unit = self.moves(place).map_or(1, |m| m.len());
+        let step = (CHUNK_VALUES / cols.max(1) / unit).max(1) * unit;
+        (0..rows).step_by(step).map(|from| (from, (from + step).min(rows))).collect()
+    }
+
+    /// How the source stores a tensor, in words.
+    pub fn codec(&self, target: &Target) -> Result<String, SaveError> {
+        let mut names = Vec::new();
+        for place in &target.parts {
+            let name = self.stored(place)?.map_or("zeros".to_owned(), |s| s.codec_name());
+            if !names.contains(&name) {
+                names.push(name);
+            }
+        }
+        Ok(names.join(", "))
+    }
+
+    /// Writes a tensor in `form`; `sink` gets its bytes in order. Codes and scales that the form can hold as they are are never rounded.
+    pub fn write(
+        &self,
+        target: &Target,
+        form: Form,
+        sink: &mut dyn FnMut(&[u8]) -> Result<(), SaveError>,
+    ) -> Result<Loss, SaveError> {
+        let fault = |what: String| SaveError::Refused(format!("tensor {}: {what}", target.name));
+        let mut loss = Loss::default();
+        if target.transposed {
+            return self.write_transposed(target, form, sink);
+        }
+        for place in &target.parts {
+            let stored = self.stored(place)?;
+            for (from, to) in self.chunks(place) {
+                let cols = self.spec.shape(place).unwrap_or_default().1;
+                if let Some(bytes) = stored.as_deref().and_then(|s| self.as_they_are(place, s, form, from, to)) {
+                    loss.values += ((to - from) * cols) as u64;
+                    sink(&bytes)?;
+                    continue;
+                }
+                let m = self.decode(place, stored.as_deref(), from, to);
+                let rows: Vec<(Vec<u8>, Loss)> = m
+                    .data()
+                    .par_chunks(cols.max(1))
+                    .map(|row| encode(form, row))
+                    .collect::<Result<_, _>>()
+                    .map_err(fault)?;
+                for (bytes, one) in rows {
+                    loss.add(&one);
+                    sink(&bytes)?;
+                }
+            }
+            self.release(place);
+        }
+        Ok(loss)
+    }
+
+    fn write_transposed(
+        &self,
+        target: &Target,
+        form: Form,
+        sink: &mut dyn FnMut(&[u8]) -> Result<(), SaveError>,
+    ) -> Result<Loss, SaveError> {
+        let fault = |what: String| SaveError::Refused(format!("tensor {}: {what}", target.name));
+        let mut parts = Vec::new();
+        for place in &target.parts {
+            let stored = self.stored(place)?;
+            let rows = self.spec.shape(place).unwrap_or_default().0;
+            parts.push(self.decode(place, stored.as_deref(), 0, rows).transpose());
+        }
+        let mut loss = Loss::default();
+        for r in 0..target.shape[0] {
+            let row: Vec<f32> = parts.iter().flat_map(|p| p.row(r)).copied().collect();
+            let (bytes, one) = encode(form, &row).map_err(fault)?;
+            loss.add(&one);
+            sink(&bytes)?;
+        }
+        target.parts.iter().for_each(|p| self.release(p));
+        Ok(loss)
+    }
+
+    /// The bytes of rows that the form can hold without decoding them.
+    fn as_they_are(&self, place: &Place, stored: &Stored, form: Form, from: usize, to: usize) -> Option<Vec<u8>> {
+        if self.shift(place) != 0.0 || (place.part == Part::Bias && self.moves(place).is_some()) {
+            return None;
+        }
+        if let [Term::Piece(piece)] = stored.terms.as_slice()
+            && piece.pattern == Pattern::Dense
+        {
+            let bytes = match (&piece.values, form) {
+                (Values::Gguf(a, bytes), Form::Block(b)) if *a == b => Some(bytes),
+                (Values::Float(a, bytes), Form::Float(b)) if *a == b => Some(bytes),
+                _ => None,
+            };
+            if let Some(bytes) = bytes {
+                let size = form.bytes(piece.cols);
+                let row = |r: usize| self.row_of(place, r) * size;
+                return Some((from..to).flat_map(|r| &bytes[row(r)..row(r) + size]).copied().collect());
+            }
+        }
+        let Form::Block(kind) = form else { return None };
+        let ints = stored.integers()?;
+        let rows: Option<Vec<Vec<u8>>> =
+            (from..to).into_par_iter().map(|r| ints.row_as_blocks(self.row_of(place, r), kind)).collect();
+        Some(rows?.concat())
+    }
+}
+
+fn encode(form: Form, row: &[f32]) -> Result<(Vec<u8>, Loss), String> {
+    let bytes = form.encode(row)?;
+    let (mut back, mut loss) = (vec![0.0; row.len()], Loss::default());
+    form.decode(&bytes, &mut back);
+    loss.count(row, &back);
+    Ok((bytes, loss))
+}
+
+impl From<lacuna_format::WeightsError> for SaveError {
+    fn from(e: lacuna_format::WeightsError) -> SaveError {
+        SaveError::Source(crate::OpenError::Tensor(e))
+    }
+}

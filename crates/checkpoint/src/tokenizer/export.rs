@@ -1,0 +1,267 @@
+//! Tokenizers on the way out: a `tokenizer.json` as the lists of a GGUF file, and the lists of a GGUF file as a `tokenizer.json`.
+
+use std::collections::{HashMap, HashSet};
+use std::path::Path;
+
+use serde_json::{Map, Value, json};
+
+use super::stream::{Pieces, fallback_byte};
+use super::vocabulary::{GPT2_WORDS, LLAMA3_WORDS, QWEN2_WORDS};
+use super::{HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};
+use crate::{ChatTemplate, Checkpoint};
+
+/// Everything that a GGUF file says about a tokenizer.
+#[derive(Clone, Debug)]
+pub struct Export {
+    /// Its lists.
+    pub vocabulary: Vocabulary,
+    /// `padding_token_id`.
+    pub padding: Option<u32>,
+    /// `tokenizer.chat_template`.
+    pub template: Option<String>,
+}
+
+fn unsupported<T>(what: impl Into<String>) -> Result<T, TokenizerError> {
+    Err(TokenizerError::Unsupported(format!("{}; GGUF has no form for it", what.into())))
+}
+
+impl Export {
+    /// From the tokenizer files in `dir`, for a model whose embedding has `rows` rows.
+    pub fn of_dir(dir: &Path, rows: usize) -> Result<Export, TokenizerError> {
+        let tokenizer = Tokenizer::from_dir(dir)?;
+        let files = HfFiles::read(dir)?;
+        let template = ChatTemplate::source_in(dir).map_err(|e| TokenizerError::Broken(e.to_string()))?;
+        let parse = |bytes: &Option<Vec<u8>>| match bytes {
+            Some(b) => serde_json::from_slice(b).map_err(|e| TokenizerError::Broken(e.to_string())),
+            None => Ok(Value::Null),
+        };
+        let json: Value =
+            serde_json::from_str(&tokenizer.to_json()?).map_err(|e| TokenizerError::Broken(e.to_string()))?;
+        let (config, map) = (parse(&files.tokenizer_config)?, parse(&files.special_tokens_map)?);
+        let named = |key: &str| {
+            let name = |v: &Value| v.as_str().or_else(|| v["content"].as_str()).map(str::to_owned);
+            name(&config[key]).or_else(|| name(&map[key])).and_then(|n| tokenizer.id_of(&n))
+        };
+        let vocabulary = vocabulary(&tokenizer, &json, rows, named("unk_token"))?;
+        Ok(Export { vocabulary, padding: named("pad_token"), template })
+    }
+}
+
+fn vocabulary(
+    tokenizer: &Tokenizer,
+    json: &Value,
+    rows: usize,
+    unknown: Option<u32>,
+) -> Result<Vocabulary, TokenizerError> {
+    let inner = &tokenizer.0;
+    let model = &json["model"];
+    if model["type"] != "BPE" {
+        return unsupported(format!("the tokenizer's model is {}, not BPE", model["type"]));
+    }
+    let spaced = matches!(inner.pieces, Pieces::Spaced { .. });
+    let mut tokens = inner.texts.clone();
+    if tokens.len() > rows {
+        return Err(TokenizerError::Broken(format!("{} tokens for an embedding of {rows} rows", tokens.len())));
+    }
+    let unknown = unknown.or_else(|| tokenizer.id_of(model["unk_token"].as_str()?));
+    let mut taken: HashSet<String> = tokens.iter().filter(|t| !t.is_empty()).cloned().collect();
+    let mut kinds = Vec::with_capacity(rows);
+    for id in 0..rows as u32 {
+        let i = id as usize;
+        if i == tokens.len() {
+            tokens.push(String::new());
+        }
+        // Ids without a text, and rows beyond the last id: llama.cpp wants a text of its own for each.
+        if tokens[i].is_empty() {
+            tokens[i] = (0..).map(|n| format!("[PAD{}]", id + n)).find(|t| !taken.contains(t)).unwrap_or_default();
+            taken.insert(tokens[i].clone());
+            kinds.push(TokenKind::Unused);
+            continue;
+        }
+        kinds.push(match () {
+            _ if spaced && Some(id) == unknown => TokenKind::Unknown,
+            _ if inner.special.contains(&id) => TokenKind::Control,
+            _ if inner.added.contains(&id) => TokenKind::UserDefined,
+            _ if spaced && fallback_byte(&tokens[i]).is_some() => TokenKind::Byte,
+            _ => TokenKind::Normal,
+        });
+    }
+    let merges = merges(model)?;
+    let encode = |special: bool| tokenizer.encode("a", special);
+    let (plain, wrapped) = (encode(false)?, encode(true)?);
+    let begins = wrapped.first().filter(|id| plain.first() != Some(id));
+    let ends = wrapped.last().filter(|id| plain.last() != Some(id));
+    let mut v = Vocabulary {
+        model: if spaced { "llama" } else { "gpt2" }.into(),
+        kinds,
+        bos: tokenizer.bos().or(begins.copied()),
+        eos: tokenizer.eos().or(ends.copied()),
+        unknown,
+        add_bos: Some(begins.is_some()),
+        add_eos: Some(ends.is_some()),
+        ..Vocabulary::default()
+    };
+    if spaced {
+        let Pieces::Spaced { strip } = inner.pieces else { return unsupported("its pieces") };
+        (v.pre, v.add_space_prefix) = (Some("default".into()), Some(strip));
+        v.scores = scores(&tokens, &merges);
+    } else {
+        v.pre = Some(pre(json)?.into());
+        v.merges = merges.into_iter().map(|(l, r)| format!("{l} {r}")).collect();
+        if let Some(m) = v.merges.iter().find(|m| m.matches(' ').count() != 1) {
+            return unsupported(format!("the merge {m:?} has a space inside a piece"));
+        }
+    }
+    v.tokens = tokens;
+    Ok(v)
+}
+
+fn merges(model: &Value) -> Result<Vec<(String, String)>, TokenizerError> {
+    let pair = |m: &Value| match m {
+        Value::String(s) => s.split_once(' ').map(|(l, r)| (l.to_owned(), r.to_owned())),
+        _ => Some((m[0].as_str()?.to_owned(), m[1].as_str()?.to_owned())),
+    };
+    let list = model["merges"].as_array().map_or(&[][..], Vec::as_slice);
+    let broken = || TokenizerError::Broken("a merge of tokenizer.json is no pair".into());
+    list.iter().map(|m| pair(m).ok_or_else(broken)).collect()
+}
+
+/// SentencePiece's scores: the earlier a merge makes a piece, the higher. Pieces that none makes never compete.
+fn scores(tokens: &[String], merges: &[(String, String)]) -> Vec<f32> {
+    let mut rank: HashMap<String, usize> = HashMap::new();
+    for (i, (l, r)) in merges.iter().enumerate() {
+        rank.entry(format!("{l}{r}")).or_insert(i);
+    }
+    let score = |t: &String| rank.get(t.as_str()).map_or(0.0, |&i| -(i as f32) - 1.0);
+    tokens.iter().map(score).collect()
+}
+
+/// How words are cut, by llama.cpp's name for it.
+fn pre(json: &Value) -> Result<&'static str, TokenizerError> {
+    let mut steps = Vec::new();
+    flatten(&json["pre_tokenizer"], "pretokenizers", &mut steps);
+    let mut normalizers = Vec::new();
+    flatten(&json["normalizer"], "normalizers", &mut normalizers);
+    let whole_words = json["model"]["ignore_merges"] == true;
+    let kinds: Vec<&str> = steps.iter().map(|s| s["type"].as_str().unwrap_or("")).collect();
+    let last = steps.last().copied().unwrap_or(&Value::Null);
+    if kinds.last() != Some(&"ByteLevel") || last["add_prefix_space"] == true {
+        return unsupported(format!("the pre-tokenizer is {kinds:?}"));
+    }
+    let words = last["use_regex"] != false;
+    let split = |i: usize| steps[i]["pattern"]["Regex"].as_str().filter(|_| steps[i]["behavior"] == "Isolated");
+    let digits = |i: usize| steps[i]["individual_digits"] == true;
+    let name = match (kinds.as_slice(), words) {
+        (["ByteLevel"], true) => Some("gpt-2"),
+        (["Digits", "ByteLevel"], true) if digits(0) => Some("smollm"),
+        (["Split", "ByteLevel"], false) => match split(0) {
+            Some(GPT2_WORDS) => Some("gpt-2"),
+            Some(LLAMA3_WORDS) => Some(if whole_words { "llama-bpe" } else { "smaug-bpe" }),
+            Some(QWEN2_WORDS) => Some("qwen2"),
+            _ => None,
+        },
+        (["Digits", "Split", "ByteLevel"], false) if digits(0) && split(1) == Some(GPT2_WORDS) => Some("smollm"),
+        _ => None,
+    };
+    let Some(name) = name.filter(|n| whole_words == (*n == "llama-bpe")) else {
+        return unsupported(format!("the pre-tokenizer {}", json["pre_tokenizer"]));
+    };
+    match normalizers.as_slice() {
+        [] if name != "qwen2" => Ok(name),
+        [n] if name == "qwen2" && n["type"] == "NFC" => Ok(name),
+        _ => unsupported(format!("the normalizer {}", json["normalizer"])),
+    }
+}
+
+fn flatten<'a>(step: &'a Value, inner: &str, out: &mut Vec<&'a Value>) {
+    match step[inner].as_array() {
+        Some(list) => list.iter().for_each(|s| flatten(s, inner, out)),
+        None if step.is_null() => {}
+        None => out.push(step),
+    }
+}
+
+/// The tokenizer inside GGUF metadata as files of the Hugging Face layout: names and contents.
+pub(crate) fn hf_files(checkpoint: &Checkpoint, context: usize) -> Result<Vec<(String, Vec<u8>)>, TokenizerError> {
+    let Some(metadata) = checkpoint.metadata() else { return Ok(Vec::new()) };
+    let tokenizer = Tokenizer::from_gguf(metadata)?;
+    let v = Vocabulary::from_gguf(metadata)?;
+    let bad = |e: crate::gguf::GgufError| TokenizerError::Broken(e.what);
+    let padding = metadata.get_u32("tokenizer.ggml.padding_token_id").map_err(bad)?;
+    let template = metadata.get_str("tokenizer.chat_template").map_err(bad)?;
+    let mut config = Map::new();
+    let named = [("bos_token", v.bos), ("eos_token", v.eos), ("unk_token", v.unknown), ("pad_token", padding)];
+    for (key, id) in named {
+        if let Some(text) = id.and_then(|id| tokenizer.token_text(id)) {
+            config.insert(key.into(), json!(text));
+        }
+    }
+    config.insert("clean_up_tokenization_spaces".into(), json!(false));
+    config.insert("model_max_length".into(), json!(context));
+    config.insert("tokenizer_class".into(), json!("PreTrainedTokenizerFast"));
+    if let Some(t) = template {
+        config.insert("chat_template".into(), json!(t));
+    }
+    let mut generation = Map::new();
+    for (key, id) in [("bos_token_id", v.bos), ("eos_token_id", v.eos), ("pad_token_id", padding)] {
+        if let Some(id) = id {
+            generation.insert(key.into(), json!(id));
+        }
+    }
+    let pretty = |m: Map<String, Value>| {
+        serde_json::to_vec_pretty(&Value::Object(m)).map_err(|e| TokenizerError::Broken(e.to_string()))
+    };
+    Ok(vec![
+        ("tokenizer.json".into(), tokenizer.to_json()?.into_bytes()),
+        ("tokenizer_config.json".into(), pretty(config)?),
+        ("generation_config.json".into(), pretty(generation)?),
+    ])
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    fn golden(name: &str) -> std::path::PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tokenizers").join(name)
+    }
+
+    /// The lists give the ids that the file gave, on a page written to be hard.
+    #[test]
+    fn lists_of_a_tokenizer_give_its_ids() {
+        for (name, pre, rows) in [("bytelevel", "smaug-bpe", 700), ("metaspace", "default", 590)] {
+            let dir = golden(name);
+            let export = Export::of_dir(&dir, rows).unwrap();
+            let v = &export.vocabulary;
+            assert_eq!((v.tokens.len(), v.kinds.len(), v.pre.as_deref()), (rows, rows, Some(pre)));
+            assert!(export.template.is_some());
+            let again = Tokenizer::from_vocabulary(v.clone()).unwrap();
+            let page: Value = serde_json::from_slice(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap();
+            let cases = page["cases"].as_array().unwrap();
+            assert!(cases.len() > 10);
+            for case in cases {
+                let want: Vec<u32> = serde_json::from_value(case["ids"].clone()).unwrap();
+                assert_eq!(
+                    again.encode(case["text"].as_str().unwrap(), false).unwrap(),
+                    want,
+                    "{name}: {}",
+                    case["text"]
+                );
+            }
+        }
+    }
+
+    #[test]
+    fn what_gguf_has_no_form_for_is_refused() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut json: Value =
+            serde_json::from_slice(&std::fs::read(golden("bytelevel").join("tokenizer.json")).unwrap()).unwrap();
+        json["pre_tokenizer"]["pretokenizers"][0]["pattern"]["Regex"] = json!(r"\w+");
+        std::fs::write(dir.path().join("tokenizer.json"), json.to_string()).unwrap();
+        let e = Export::of_dir(dir.path(), 700).unwrap_err().to_string();
+        assert!(e.contains("pre-tokenizer") && e.contains("\\\\w+"), "{e}");
+        std::fs::copy(golden("bytelevel").join("tokenizer.json"), dir.path().join("tokenizer.json")).unwrap();
+        let e = Export::of_dir(dir.path(), 10).unwrap_err().to_string();
+        assert!(e.contains("for an embedding of 10 rows"), "{e}");
+    }
+}

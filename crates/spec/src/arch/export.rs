@@ -1,0 +1,246 @@
+//! The way out: the network as another layout holds it, and every tensor that a file of that layout has.
+//!
+//! The names come from the same mappings that read files. What a layout keeps differently (the order of the rows of q and k, a norm's
+//! scale less one) shows as a difference between the two [`Spec`]s, from which a writer sees what to rearrange.
+
+use super::{GgufKeys, Source, SourceOf, family, rope};
+use crate::place::{Part, Place, Role};
+use crate::spec::{LayerSpec, RopeScaling, RopeStyle, Spec, SpecError};
+
+/// A tensor of a file to be written.
+#[derive(Clone, Debug, PartialEq, Eq)]
+pub struct Target {
+    /// Its name in the file.
+    pub name: String,
+    /// Its shape, slowest axis first.
+    pub shape: Vec<usize>,
+    /// What it holds, one below the other: one place for most; q, k and v of a fused matrix; every expert of a stack.
+    pub parts: Vec<Place>,
+    /// The file keeps the transpose, `[in, out]`.
+    pub transposed: bool,
+}
+
+/// A network without holes, and where its layers come from.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Whole {
+    /// The network: every layer has both parts.
+    pub spec: Spec,
+    /// For each of its layers the layer of the network it was made from.
+    pub layers: Vec<usize>,
+    /// Layers (of the network it was made from) that are left out: both their parts were missing.
+    pub left_out: Vec<usize>,
+    /// Layers (of the network it was made from) with a missing part, which becomes a part of zeros: it adds nothing, as before.
+    pub filled: Vec<usize>,
+}
+
+/// The network with its missing parts put back as parts of the usual shape, since no other program's files can say that one is missing.
+pub fn whole(spec: &Spec) -> Result<Whole, SpecError> {
+    let (some_attn, some_ffn) =
+        (spec.layers.iter().find_map(|l| l.attn.clone()), spec.layers.iter().find_map(|l| l.ffn.clone()));
+    let (mut layers, mut from, mut left_out, mut filled) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+    for (l, layer) in spec.layers.iter().enumerate() {
+        if layer.attn.is_none() && layer.ffn.is_none() {
+            left_out.push(l);
+            continue;
+        }
+        let attn = layer.attn.clone().or_else(|| some_attn.clone());
+        let ffn = layer.ffn.clone().or_else(|| some_ffn.clone());
+        if let (None, _) | (_, None) = (&attn, &ffn) {
+            let part = if attn.is_none() { "attention" } else { "a feed-forward part" };
+            return Err(SpecError { what: format!("layer {l} lacks {part}, and so does every other layer") });
+        }
+        if layer.attn.is_none() || layer.ffn.is_none() {
+            filled.push(l);
+        }
+        layers.push(LayerSpec { attn, ffn });
+        from.push(l);
+    }
+    if layers.is_empty() {
+        return Err(SpecError { what: "no layer is left".into() });
+    }
+    Ok(Whole { spec: Spec { layers, ..spec.clone() }, layers: from, left_out, filled })
+}
+
+/// The families whose GGUF files keep the rows of q and k so that RoPE pairs neighbours.
+const NEIGHBOURS: [&str; 3] = ["llama", "mistral", "mixtral"];
+/// The families whose Hugging Face files keep a norm's scale less one.
+const LESS_ONE: [&str; 2] = ["gemma2", "gemma3"];
+
+/// The network as a Hugging Face checkpoint holds it.
+pub fn hf_spec(spec: &Spec) -> Result<Spec, SpecError> {
+    let mut out = spec.clone();
+    if LESS_ONE.contains(&spec.arch.as_str()) {
+        out.norm.offset = 1.0;
+    }
+    for layer in &mut out.layers {
+        let Some(r) = layer.attn.as_mut().and_then(|a| a.rope.as_mut()) else { continue };
+        r.style = RopeStyle::Half;
+        if let RopeScaling::Factors { factors } = &r.scaling {
+            r.scaling = match rope::llama3_of_factors(factors, r.theta, r.dims) {
+                Some(s) => s,
+                None => {
+                    let what = "RoPE has a list of factors that is no llama3 scaling; no config.json can say it";
+                    return Err(SpecError { what: what.into() });
+                }
+            };
+        }
+    }
+    // GGUF files of Mistral call themselves llama; what has windows is not one.
+    let mut attns = out.layers.iter().filter_map(|l| l.attn.as_ref());
+    if out.arch == "llama" && attns.clone().next().is_some() && attns.all(|a| a.window.is_some()) {
+        out.arch = "mistral".into();
+    }
+    Ok(out)
+}
+
+/// The network as a GGUF file holds it.
+pub fn gguf_spec(spec: &Spec) -> Result<Spec, SpecError> {
+    let mut out = spec.clone();
+    let neighbours = NEIGHBOURS.contains(&spec.arch.as_str());
+    if spec.arch == "mistral" {
+        out.arch = "llama".into();
+    }
+    if LESS_ONE.contains(&spec.arch.as_str()) {
+        out.norm.offset = 0.0;
+        out.embed_scale = (spec.hidden as f64).sqrt() as f32;
+    }
+    for layer in &mut out.layers {
+        let Some(r) = layer.attn.as_mut().and_then(|a| a.rope.as_mut()) else { continue };
+        if neighbours {
+            r.style = RopeStyle::Interleaved;
+        }
+        if let Some(factors) = rope::llama3_factors(r) {
+            r.scaling = RopeScaling::Factors { factors };
+        }
+    }
+    Ok(out)
+}
+
+/// The metadata of a GGUF file of `spec` (as [`gguf_spec`] gives it), or why there can be none. What is written is read again and compared.
+pub fn to_gguf(spec: &Spec) -> Result<GgufKeys, SpecError> {
+    (family(spec)?.to_gguf)(spec)
+}
+
+/// Every tensor of a Hugging Face checkpoint of `spec` (as [`hf_spec`] gives it).
+pub fn hf_targets(spec: &Spec) -> Result<Vec<Target>, SpecError> {
+    targets(spec, family(spec)?.source)
+}
+
+/// Every tensor of a GGUF file of `spec` (as [`gguf_spec`] gives it), those that describe RoPE apart.
+pub fn gguf_targets(spec: &Spec) -> Result<Vec<Target>, SpecError> {
+    targets(spec, family(spec)?.gguf_source)
+}
+
+fn targets(spec: &Spec, source_of: SourceOf) -> Result<Vec<Target>, SpecError> {
+    let mut out: Vec<(Target, Vec<Source>)> = Vec::new();
+    let mut at = std::collections::HashMap::new();
+    for place in spec.places() {
+        let Some(source) = source_of(spec, &place) else {
+            return Err(SpecError { what: format!("{} has no name for {place} in this layout", spec.arch) });
+        };
+        let i = *at.entry(source.name.clone()).or_insert_with(|| {
+            let (name, transposed) = (source.name.clone(), source.transposed);
+            out.push((Target { name, shape: Vec::new(), parts: Vec::new(), transposed }, Vec::new()));
+            out.len() - 1
+        });
+        out[i].0.parts.push(place);
+        out[i].1.push(source);
+    }
+    let finish = |(mut target, sources): (Target, Vec<Source>)| {
+        let mut order: Vec<usize> = (0..sources.len()).collect();
+        order.sort_by_key(|&i| (sources[i].slice, sources[i].rows));
+        target.parts = order.iter().map(|&i| target.parts[i]).collect();
+        let shapes: Vec<(usize, usize)> = target.parts.iter().filter_map(|p| spec.shape(p)).collect();
+        let first = target.parts[0];
+        let table = first.role.is_linear() || matches!(first.role, Role::Embed | Role::Positions);
+        let (rows, cols) = (shapes.iter().map(|s| s.0).sum::<usize>(), shapes[0].1);
+        target.shape = match (table && first.part == Part::Weight, sources[0].slice) {
+            (false, _) => vec![shapes.iter().map(|s| s.1).sum()],
+            (true, Some(_)) => vec![shapes.len(), rows / shapes.len(), cols],
+            (true, None) if target.transposed => vec![cols, rows],
+            (true, None) => vec![rows, cols],
+        };
+        target
+    };
+    Ok(out.into_iter().map(finish).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn llama(more: serde_json::Value) -> Spec {
+        let mut config = json!({
+            "model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rms_norm_eps": 1e-5,
+        });
+        more.as_object().unwrap().iter().for_each(|(k, v)| config[k] = v.clone());
+        super::super::from_config(&config).unwrap()
+    }
+
+    #[test]
+    fn missing_parts_come_back_and_empty_layers_go() {
+        let mut spec = llama(json!({}));
+        spec.layers[0] = LayerSpec { attn: None, ffn: None };
+        spec.layers[2].attn = None;
+        let w = whole(&spec).unwrap();
+        assert_eq!(
+            (w.layers.as_slice(), w.left_out.as_slice(), w.filled.as_slice()),
+            (&[1, 2][..], &[0][..], &[2][..])
+        );
+        assert_eq!(w.spec.layers[1].attn, spec.layers[1].attn);
+        spec.layers.iter_mut().for_each(|l| l.attn = None);
+        assert!(whole(&spec).unwrap_err().what.contains("layer 1 lacks attention"));
+    }
+
+    #[test]
+    fn both_ways_give_the_same_network() {
+        for more in [
+            json!({}),
+            json!({"tie_word_embeddings": true, "attention_bias": true, "mlp_bias": true}),
+            json!({"rope_scaling": {"rope_type": "linear", "factor": 2.5}}),
+            // Wide heads: the lowest frequencies are divided by the whole factor, from which it is found again.
+            json!({"head_dim": 64, "rope_theta": 5e5, "rope_scaling": {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 8192}}),
+            json!({"rope_scaling": {"rope_type": "yarn", "factor": 2.0, "original_max_position_embeddings": 64}}),
+        ] {
+            let spec = llama(more);
+            let gguf = gguf_spec(&spec).unwrap();
+            let keys = to_gguf(&gguf).unwrap();
+            assert_eq!(keys.pairs[0].1, super::super::GgufValue::Str("llama".into()));
+            assert_eq!(hf_spec(&gguf).unwrap(), spec);
+        }
+    }
+
+    #[test]
+    fn stacked_and_fused() {
+        let spec = |name: &str, more: serde_json::Value| {
+            let mut config = json!({
+                "model_type": name, "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+                "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 128, "rope_theta": 1e4,
+            });
+            more.as_object().unwrap().iter().for_each(|(k, v)| config[k] = v.clone());
+            super::super::from_config(&config).unwrap()
+        };
+        let of = |targets: Vec<Target>, name: &str| targets.into_iter().find(|t| t.name == name).unwrap();
+        let mixtral = gguf_spec(&spec("mixtral", json!({"num_local_experts": 4, "num_experts_per_tok": 2}))).unwrap();
+        let up = of(gguf_targets(&mixtral).unwrap(), "blk.0.ffn_up_exps.weight");
+        assert_eq!((up.shape, up.parts.len()), (vec![4, 48, 32], 4));
+        to_gguf(&mixtral).unwrap();
+        let phi = hf_spec(&spec("phi3", json!({}))).unwrap();
+        let qkv = of(hf_targets(&phi).unwrap(), "model.layers.0.self_attn.qkv_proj.weight");
+        assert_eq!((qkv.shape, qkv.parts[1].role), (vec![64, 32], Role::K));
+    }
+
+    #[test]
+    fn what_a_file_cannot_say_is_refused_by_name() {
+        let mut spec = gguf_spec(&llama(json!({}))).unwrap();
+        spec.layers[1].ffn.as_mut().unwrap().width = 40;
+        let e = super::super::to_config(&hf_spec(&spec).unwrap()).unwrap_err().what;
+        assert!(e.contains("layer 1: ffn.width is 40"), "{e}");
+        spec.layers[0].attn.as_mut().unwrap().scale = 0.3;
+        let e = to_gguf(&spec).unwrap_err().what;
+        assert!(e.contains("layer 0: attn.scale is 0.3"), "{e}");
+    }
+}

@@ -1,0 +1,161 @@
+//! Random models of any family with a real tokenizer, and what a decoder says about them.
+
+// Each of the test programs that share this file uses its own part of it.
+#![allow(dead_code)]
+
+use std::path::{Path, PathBuf};
+
+use lacuna_base::Rng;
+use lacuna_checkpoint::open;
+use lacuna_format::Weights;
+use lacuna_kernels::Activations;
+use lacuna_model::{Batch, ContiguousKv, Decoder, LoadOptions, NoTap};
+use lacuna_spec::arch;
+use safetensors::tensor::{Dtype, TensorView};
+use serde_json::{Value, json};
+
+/// A golden folder.
+pub fn golden(folder: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("tests/golden").join(folder)
+}
+
+/// Configurations whose networks llama.cpp computes, too. Dimensions are such that blocks of 256 fit, but for one.
+pub fn families() -> Vec<(&'static str, Value)> {
+    let with = |more: Value| {
+        let mut c = json!({
+            "vocab_size": 603, "hidden_size": 256, "intermediate_size": 512, "num_hidden_layers": 3, "num_attention_heads": 4,
+            "num_key_value_heads": 2, "head_dim": 64, "max_position_embeddings": 512, "rms_norm_eps": 1e-5, "rope_theta": 10000.0,
+            "tie_word_embeddings": false, "bos_token_id": 1, "eos_token_id": 2,
+        });
+        more.as_object().unwrap().iter().for_each(|(k, v)| c[k] = v.clone());
+        c
+    };
+    let gemma = json!({
+        "model_type": "gemma3_text", "num_hidden_layers": 7, "tie_word_embeddings": true, "query_pre_attn_scalar": 64, "sliding_window": 16,
+        "rope_theta": 1000000.0, "rope_local_base_freq": 10000.0, "hidden_activation": "gelu_pytorch_tanh",
+    });
+    let gemma2 = json!({
+        "model_type": "gemma2", "tie_word_embeddings": true, "query_pre_attn_scalar": 64, "sliding_window": 64,
+        "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "hidden_activation": "gelu_pytorch_tanh",
+    });
+    let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 64});
+    vec![
+        ("llama", with(json!({"model_type": "llama"}))),
+        (
+            "llama3",
+            with(
+                json!({"model_type": "llama", "tie_word_embeddings": true, "rope_theta": 500000.0, "rope_scaling": llama3}),
+            ),
+        ),
+        (
+            "llama_odd",
+            with(json!({"model_type": "llama", "hidden_size": 288, "num_attention_heads": 3, "num_key_value_heads": 1,
+            "head_dim": 96, "intermediate_size": 512})),
+        ),
+        ("mistral", with(json!({"model_type": "mistral", "sliding_window": null}))),
+        ("mixtral", with(json!({"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}))),
+        ("qwen2", with(json!({"model_type": "qwen2"}))),
+        ("qwen3", with(json!({"model_type": "qwen3"}))),
+        ("gemma2", with(gemma2)),
+        ("gemma3", with(gemma)),
+        ("phi3", with(json!({"model_type": "phi3", "pad_token_id": 0}))),
+        (
+            "gpt2",
+            json!({"model_type": "gpt2", "vocab_size": 603, "n_positions": 512, "n_embd": 256, "n_layer": 2, "n_head": 4,
+            "n_inner": 512, "bos_token_id": 0, "eos_token_id": 0}),
+        ),
+    ]
+}
+
+/// A model of random weights in the Hugging Face layout, with the golden byte-level tokenizer.
+pub fn make(dir: &Path, config: &Value) {
+    std::fs::create_dir_all(dir).unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"] {
+        std::fs::copy(golden("tokenizers/bytelevel").join(file), dir.join(file)).unwrap();
+    }
+    std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
+    let spec = arch::from_config(config).unwrap();
+    let mut rng = Rng::new(11);
+    let mut tensors: Vec<(String, Vec<usize>, Vec<u8>)> = Vec::new();
+    for t in arch::hf_targets(&spec).unwrap() {
+        let n: usize = t.shape.iter().product();
+        let norm = t.shape.len() == 1 && !t.name.ends_with(".bias");
+        // A norm's scale lies around one, whatever of it the layout keeps; matrices keep the size of what they multiply.
+        let (mean, spread) = match (norm, t.name.contains("embed") || t.name.contains("wte")) {
+            (true, _) => (1.0 - spec.norm.offset, 0.2),
+            (false, true) => (0.0, 2.0 / (spec.hidden as f32).sqrt()),
+            (false, false) if t.shape.len() == 1 => (0.0, 0.2),
+            (false, false) => (0.0, 1.3 / (t.shape[t.shape.len() - 1] as f32).sqrt()),
+        };
+        let values = (0..n).flat_map(|_| (mean + spread * rng.normal()).to_le_bytes()).collect();
+        tensors.push((t.name, t.shape, values));
+    }
+    let views = tensors.iter().map(|(n, s, b)| (n.clone(), TensorView::new(Dtype::F32, s.clone(), b).unwrap()));
+    let metadata = [("format".to_owned(), "pt".to_owned())].into();
+    safetensors::serialize_to_file(views, Some(metadata), &dir.join("model.safetensors")).unwrap();
+}
+
+/// Logits of every position.
+pub fn logits(weights: &dyn Weights, ids: &[u32]) -> Vec<Vec<f32>> {
+    logits_with(weights, ids, Activations::Exact)
+}
+
+/// The same with activations as asked for.
+pub fn logits_with(weights: &dyn Weights, ids: &[u32], activations: Activations) -> Vec<Vec<f32>> {
+    let decoder = Decoder::load(weights, &LoadOptions { activations, ..LoadOptions::default() }).unwrap();
+    let mut kv = ContiguousKv::new(&decoder.spec, 1);
+    let hidden = decoder.forward(ids, &Batch::one(0, 0..ids.len()), &mut kv, &mut NoTap).unwrap();
+    (0..ids.len()).map(|r| decoder.logits(hidden.view().rows_range(r, r + 1)).row(0).to_vec()).collect()
+}
+
+/// Logits of every position of the model at `path`.
+pub fn logits_of(path: &Path, ids: &[u32]) -> Vec<Vec<f32>> {
+    logits(&open(path).unwrap(), ids)
+}
+
+/// The likeliest token.
+pub fn best(row: &[f32]) -> usize {
+    (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap()
+}
+
+/// `n` tokens, always the likeliest.
+pub fn greedy(path: &Path, prompt: &[u32], n: usize) -> Vec<u32> {
+    let checkpoint = open(path).unwrap();
+    let decoder = Decoder::load(&checkpoint, &LoadOptions::default()).unwrap();
+    let mut kv = ContiguousKv::new(&decoder.spec, 1);
+    let (mut at, mut next, mut out) = (0, prompt.to_vec(), Vec::new());
+    for _ in 0..n {
+        let hidden = decoder.forward(&next, &Batch::one(0, at..at + next.len()), &mut kv, &mut NoTap).unwrap();
+        at += next.len();
+        let last = next.len() - 1;
+        next = vec![best(decoder.logits(hidden.view().rows_range(last, last + 1)).row(0)) as u32];
+        out.push(next[0]);
+    }
+    out
+}
+
+/// Furthest that two tables of logits lie apart.
+pub fn apart(a: &[Vec<f32>], b: &[Vec<f32>]) -> f32 {
+    assert_eq!((a.len(), a[0].len()), (b.len(), b[0].len()), "tables of two shapes");
+    a.iter().flatten().zip(b.iter().flatten()).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max)
+}
+
+/// Mean KL(p || q) and the share of equal first choices.
+pub fn compare(p: &[Vec<f32>], q: &[Vec<f32>]) -> (f64, f64) {
+    let log = |row: &[f32]| -> Vec<f64> {
+        let top = f64::from(row.iter().copied().fold(f32::NEG_INFINITY, f32::max));
+        let sum: f64 = row.iter().map(|x| (f64::from(*x) - top).exp()).sum();
+        row.iter().map(|x| f64::from(*x) - top - sum.ln()).collect()
+    };
+    let kl = |a: &[f32], b: &[f32]| log(a).iter().zip(log(b)).map(|(x, y)| x.exp() * (x - y)).sum::<f64>();
+    let n = p.len() as f64;
+    let agree = p.iter().zip(q).filter(|(a, b)| best(a) == best(b)).count() as f64;
+    (p.iter().zip(q).map(|(a, b)| kl(a, b)).sum::<f64>() / n, agree / n)
+}
+
+/// Ids below `vocab` for `n` positions.
+pub fn ids(n: usize, vocab: usize) -> Vec<u32> {
+    let mut rng = Rng::new(5);
+    (0..n).map(|_| rng.below(vocab) as u32).collect()
+}
