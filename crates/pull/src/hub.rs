@@ -26,7 +26,11 @@ const COMPANIONS: &[&str] = &[
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "quantize_config.json",
+    "quant_config.json",
 ];
+/// What an adapter is made of.
+const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
 /// How the hub's own tools are set up on this machine; their variables mean here what they mean there.
 #[derive(Debug, Clone)]
@@ -164,6 +168,9 @@ fn select(
             true => Ok(vec![file.into()]),
             false => Err(format!("there is no file {file}; the model files there: {}", some_of(&models))),
         };
+    }
+    if !names.contains("config.json") && ADAPTER.iter().all(|name| names.contains(*name)) {
+        return Ok(ADAPTER.map(str::to_string).to_vec());
     }
     let weights: Vec<String> = if names.contains(INDEX) {
         let index: Value = serde_json::from_slice(&read_index()?).map_err(|error| format!("{INDEX}: {error}"))?;
