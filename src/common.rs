@@ -173,7 +173,8 @@ fn base_of(g: &Global, model: &str, dir: &Path) -> Result<PathBuf> {
     if matches!(ModelRef::parse(base), Ok(ModelRef::Pinned(_))) {
         return Ok(pull(g, base)?.path);
     }
-    let what = format!("{model} is an adapter for \"{base}\", which is neither a directory here nor a pinned name; give it: ");
+    let what =
+        format!("{model} is an adapter for \"{base}\", which is neither a directory here nor a pinned name; give it: ");
     Err(Usage(format!("{what}hf:{base} --adapter {model}")).into())
 }
 

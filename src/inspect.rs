@@ -78,7 +78,8 @@ impl Walk {
         let n = s.rows as u64 * s.cols as u64;
         let found = if a.quick { Found::default() } else { Found::of(&s) };
         if let Some((r, col)) = found.first {
-            let what = format!("{place}: {} values are not finite, the first in row {r}, column {col}", found.not_finite);
+            let what =
+                format!("{place}: {} values are not finite, the first in row {r}, column {col}", found.not_finite);
             broken(what);
         }
         if let Some(what) = c.quantized().and_then(|q| q.contradiction(&s)) {

@@ -14,9 +14,13 @@ use libfuzzer_sys::fuzz_target;
 /// Larger matrices are opened and checked, not decoded: a header of a few bytes may name many zeros.
 const MOST_VALUES: usize = 1 << 16;
 
-const CONFIG: &str = r#"{"model_type":"llama","vocab_size":64,"hidden_size":32,"intermediate_size":64,"num_hidden_layers":1,
-"num_attention_heads":2,"num_key_value_heads":1,"head_dim":16,"max_position_embeddings":64,"tie_word_embeddings":true,
-"quantization_config":"#;
+/// The two networks of the golden checkpoints.
+const CONFIGS: [&str; 2] = [
+    r#"{"model_type":"llama","vocab_size":64,"hidden_size":32,"intermediate_size":64,"num_hidden_layers":1,"num_attention_heads":2,
+"num_key_value_heads":1,"head_dim":16,"max_position_embeddings":64,"tie_word_embeddings":true,"quantization_config":"#,
+    r#"{"model_type":"llama","vocab_size":64,"hidden_size":64,"intermediate_size":384,"num_hidden_layers":1,"num_attention_heads":4,
+"num_key_value_heads":4,"head_dim":16,"max_position_embeddings":64,"tie_word_embeddings":true,"quantization_config":"#,
+];
 
 fuzz_target!(|data: &[u8]| {
     static DIR: OnceLock<PathBuf> = OnceLock::new();
@@ -27,15 +31,17 @@ fuzz_target!(|data: &[u8]| {
     });
     let Some((length, rest)) = data.split_first_chunk::<4>() else { return };
     let Some((config, tensors)) = rest.split_at_checked(u32::from_le_bytes(*length) as usize) else { return };
-    std::fs::write(dir.join("config.json"), [CONFIG.as_bytes(), config, b"}"].concat()).expect("written");
     std::fs::write(dir.join("model.safetensors"), tensors).expect("written");
-    let _ = examine(dir);
-    let Ok(model) = open(dir) else { return };
-    for place in model.spec().places() {
-        if let Ok(Some(stored)) = model.get(&place)
-            && stored.rows.saturating_mul(stored.cols) <= MOST_VALUES
-        {
-            let _ = (stored.to_mat(), stored.bytes(), Found::of(&stored));
+    for network in CONFIGS {
+        std::fs::write(dir.join("config.json"), [network.as_bytes(), config, b"}"].concat()).expect("written");
+        let _ = examine(dir);
+        let Ok(model) = open(dir) else { continue };
+        for place in model.spec().places() {
+            if let Ok(Some(stored)) = model.get(&place)
+                && stored.rows.saturating_mul(stored.cols) <= MOST_VALUES
+            {
+                let _ = (stored.to_mat(), stored.bytes(), Found::of(&stored));
+            }
         }
     }
 });

@@ -287,12 +287,18 @@ def legacy(out):
                 scale, w = scale.to(torch.float16), w.to(torch.float16)
             q = quantize(x=w, scale=scale, zero_point=zero, args=a, **extra)
             decoded[module + ".weight"] = dequantized(q, scale, zero, a, g_idx)
-            names[module] = s
+            names[module] = (s, scale, zero)
         compressor = BaseCompressor.load_from_registry(fmt, config=QuantizationConfig(config_groups=groups, format=fmt))
-        tensors = compressor.compress(model, names)
+        tensors = compressor.compress(model, {k: v[0] for k, v in names.items()})
         sparsity = None
         if sparse:
-            tensors = BaseCompressor.load_from_registry(sparse, config=Sparse24BitMaskConfig()).compress(tensors, set(names))
+            outer = BaseCompressor.load_from_registry(sparse, config=Sparse24BitMaskConfig())
+            tensors = outer.compress(tensors, set(names))
+            # What comes back, not what went in: the writer takes the magnitude of -128 in 8 bits for the smallest.
+            for path, q in outer.decompress_from_state_dict(dict(tensors)):
+                if path.removesuffix(".weight") in names:
+                    s, scale, zero = names[path.removesuffix(".weight")]
+                    decoded[path] = dequantized(q, scale, zero, s.weights)
             sparsity = {"format": sparse, "targets": ["Linear"], "ignore": [], "global_sparsity": 0.5, "sparsity_structure": "2:4",
                         "registry_requires_subclass": False}
         finish(out, name, config, ("quantization_config", config_of(groups, fmt, sparsity)), tensors, decoded, dtype)

@@ -62,10 +62,8 @@ pub(crate) fn layers_differ<'a>(
 ) -> Option<LayersDiffer> {
     let first = spec.places().into_iter().find(|p| p.layer.is_some())?;
     let mark = format!(".{}.", first.layer?);
-    let mut prefixes: Vec<String> = sources(spec, &first)
-        .iter()
-        .filter_map(|s| Some(format!("{}.", s.name.split_once(&mark)?.0)))
-        .collect();
+    let mut prefixes: Vec<String> =
+        sources(spec, &first).iter().filter_map(|s| Some(format!("{}.", s.name.split_once(&mark)?.0))).collect();
     prefixes.dedup();
     let number = |n: &str| {
         let rest = prefixes.iter().find_map(|p| n.strip_prefix(p.as_str()))?;
@@ -106,7 +104,8 @@ impl Checkpoint {
                 self.note(Problem::odd(what, Some(REPAIR)));
             }
             if !compressed && q.quantizes() {
-                let what = format!("the configuration says {}, but every matrix is stored as plain numbers", q.describe());
+                let what =
+                    format!("the configuration says {}, but every matrix is stored as plain numbers", q.describe());
                 self.note(Problem::odd(what, Some(REPAIR)));
             }
         }
@@ -126,7 +125,8 @@ impl Checkpoint {
         if let (Some(head), Some(embed)) = (find(Role::Head), find(Role::Embed))
             && self.data(head) != self.data(embed)
         {
-            let what = "the head is said to be the embedding, but is stored beside it and differs; the embedding is used";
+            let what =
+                "the head is said to be the embedding, but is stored beside it and differs; the embedding is used";
             let help = "if the stored head is meant, set \"tie_word_embeddings\": false in config.json";
             self.note(Problem::odd(what, Some(help)));
         }

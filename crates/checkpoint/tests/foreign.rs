@@ -196,18 +196,26 @@ fn packed_tensors_that_lie() {
     refused("pack_int4_bf16", &shape("weight_packed", json!([16, 8])), &["q_proj.weight_packed", "16 rows"]);
     refused("pack_int4_bf16", &|d| d.i64s(&q("weight_shape"), &[32, -1]), &["weight_shape", "-1"]);
     refused("pack_int4_bf16", &|d| d.i64s(&q("weight_shape"), &[1 << 40, 1 << 40]), &["weight_shape", "no shape"]);
-    refused("pack_int4_bf16", &|d| d.i64s(&q("weight_shape"), &[32, 64]), &["weight_packed", "64 columns", "contradicts"]);
+    refused(
+        "pack_int4_bf16",
+        &|d| d.i64s(&q("weight_shape"), &[32, 64]),
+        &["weight_packed", "64 columns", "contradicts"],
+    );
     refused("pack_int4_bf16", &|d| d.drop(&q("weight_scale")), &["weight_packed", "weight_scale", "missing"]);
     refused("pack_int4_bf16", &|d| d.drop(&q("weight_shape")), &["weight_shape", "missing"]);
     refused("pack_int4_bf16", &|d| d.fill(&q("weight_scale"), &[0x80, 0x7f]), &["q_proj", "not finite"]);
-    refused("pack_actorder", &|d| d.i32s("model.layers.0.mlp.up_proj.weight_g_idx", 3, 2), &[
-        "up_proj.weight_g_idx", "group 2 of column 3", "0 to 1",
-    ]);
+    refused(
+        "pack_actorder",
+        &|d| d.i32s("model.layers.0.mlp.up_proj.weight_g_idx", 3, 2),
+        &["up_proj.weight_g_idx", "group 2 of column 3", "0 to 1"],
+    );
     refused("pack_actorder", &|d| d.i32s("model.layers.0.mlp.up_proj.weight_g_idx", 3, -7), &["group -7 of column 3"]);
     refused("pack_actorder", &|d| d.drop(&q("weight_zero_point")), &["weight_zero_point", "missing"]);
-    let bits = |d: &Damaged| d.config("config.json", |c| {
-        c["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = json!(6);
-    });
+    let bits = |d: &Damaged| {
+        d.config("config.json", |c| {
+            c["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = json!(6);
+        })
+    };
     refused("pack_int4_bf16", &bits, &["weight_packed", "[6] bits", "4 bits", "contradicts"]);
     refused("int8", &|d| d.drop(&q("weight_scale")), &["q_proj.weight: I8", "weight_scale is missing"]);
     refused("fp8", &|d| d.fill(&q("weight"), &[0x7f]), &["q_proj.weight", "value 0 is not finite"]);
@@ -239,8 +247,10 @@ fn gptq_and_awq_tensors_that_lie() {
     refused("gptq2", &|d| d.header(|h| h[q("qweight")]["shape"] = json!([64, 1])), &["q_proj"]);
     refused("awq_gemm", &|d| d.header(|h| h[q("qzeros")]["shape"] = json!([4, 2])), &["q_proj.qzeros", "[4, 2]"]);
     refused("awq_gemm", &|d| d.drop(&q("scales")), &["q_proj.qweight", "scales"]);
-    let config = |key: &'static str, value: Value| move |d: &Damaged| {
-        d.config("config.json", |c| c["quantization_config"][key] = value.clone());
+    let config = |key: &'static str, value: Value| {
+        move |d: &Damaged| {
+            d.config("config.json", |c| c["quantization_config"][key] = value.clone());
+        }
     };
     refused("awq_gemm", &config("bits", json!(3)), &["config.json", "AWQ of 3 bits"]);
     refused("awq_gemm", &config("version", json!("marlin")), &["config.json", "marlin"]);
@@ -270,7 +280,10 @@ fn the_oldest_spellings_are_read() {
     let d = Damaged::copy(&foreign("sparse_bitmask"));
     d.config("config.json", |c| {
         let sparsity = &mut c["compression_config"]["sparsity_config"];
-        assert_eq!((sparsity["format"].clone(), sparsity["global_sparsity"].clone()), (json!("sparse_bitmask"), json!("0.5")));
+        assert_eq!(
+            (sparsity["format"].clone(), sparsity["global_sparsity"].clone()),
+            (json!("sparse_bitmask"), json!("0.5"))
+        );
         sparsity["format"] = json!("dense_sparsity");
     });
     let c = open(d.path()).unwrap();
@@ -283,7 +296,10 @@ fn what_is_odd_is_told_with_what_helps() {
     let tiny = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny").join(name);
     let told = |d: &Damaged| -> Vec<(String, bool)> {
         let c = examine(d.path()).unwrap();
-        c.problems().iter().map(|p| (format!("{} / {}", p.what, p.help.clone().unwrap_or_default()), p.broken)).collect()
+        c.problems()
+            .iter()
+            .map(|p| (format!("{} / {}", p.what, p.help.clone().unwrap_or_default()), p.broken))
+            .collect()
     };
     assert_eq!(told(&Damaged::copy(&tiny("llama"))), []);
     assert_eq!(told(&Damaged::copy(&foreign("sparse24"))), []);

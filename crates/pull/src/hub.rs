@@ -209,3 +209,22 @@ fn escape(text: &str, slash: bool) -> String {
     let plain = |c: u8| c.is_ascii_alphanumeric() || b"-._~".contains(&c) || (slash && c == b'/');
     text.bytes().map(|c| if plain(c) { (c as char).to_string() } else { format!("%{c:02X}") }).collect()
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adapters_and_what_lies_beside_quantized_models() {
+        let of = |names: &[&str]| {
+            let names = names.iter().map(|name| name.to_string()).collect();
+            select(&names, None, || Err("there is no index".into())).map(|files| files.join(" "))
+        };
+        let adapter = ["README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"];
+        assert_eq!(of(&adapter).as_deref(), Ok("adapter_config.json adapter_model.safetensors"));
+        let gptq = ["config.json", "model.safetensors", "quantize_config.json"];
+        assert_eq!(of(&gptq).as_deref(), Ok("config.json quantize_config.json model.safetensors"));
+        // A pickle alone is nothing to fetch.
+        assert!(of(&["adapter_config.json", "adapter_model.bin"]).is_err());
+    }
+}

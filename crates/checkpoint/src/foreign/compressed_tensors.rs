@@ -101,9 +101,7 @@ struct Packed {
 /// The rows and columns that a tensor of two numbers names.
 pub(super) fn named_shape(t: &Tensors<'_>, shape: &Tensor) -> Result<(usize, usize), Fault> {
     match t.sizes(shape)?[..] {
-        [rows, cols]
-            if rows > 0 && cols > 0 && rows.checked_mul(cols).is_some_and(|n| n <= MAX_ENTRIES) =>
-        {
+        [rows, cols] if rows > 0 && cols > 0 && rows.checked_mul(cols).is_some_and(|n| n <= MAX_ENTRIES) => {
             Ok((rows, cols))
         }
         ref other => shape.bad(format!("{other:?} is no shape of a matrix")),
@@ -125,7 +123,8 @@ impl Packed {
         let grid = Grid::new(scale, (rows, cols), args)?;
         let zeros = match t.get(module, "weight_zero_point") {
             None if args.is_some_and(|a| !a.symmetric) => {
-                return packed.bad(format!("asymmetric by its configuration, and {module}.weight_zero_point is missing"));
+                return packed
+                    .bad(format!("asymmetric by its configuration, and {module}.weight_zero_point is missing"));
             }
             None => None,
             Some(z) if z.is("I8") => {
@@ -232,7 +231,8 @@ fn bits_and_layout(
             Some(v) => Ok((a, if v >= (0, 18) { Layout::Stream } else { Layout::Words })),
             // Codes that fit one word lie the same way in both.
             None if cols <= 32 / usize::from(a) => Ok((a, first)),
-            None => packed.bad(format!("{width} words for {cols} columns of {a} bits fit two layouts, and no version is named")),
+            None => packed
+                .bad(format!("{width} words for {cols} columns of {a} bits fit two layouts, and no version is named")),
         },
         [] => {
             let would: Vec<String> = fit.iter().map(|(b, _)| b.to_string()).collect();

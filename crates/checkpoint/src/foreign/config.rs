@@ -18,7 +18,7 @@ pub(super) enum Method {
 }
 
 /// How one group of modules was quantized, as the configuration says it.
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone)]
 pub(super) struct Args {
     pub bits: u8,
     pub float: bool,
@@ -27,7 +27,32 @@ pub(super) struct Args {
     pub group: Option<usize>,
     /// Rows and columns that share a scale.
     pub block: Option<(usize, usize)>,
-    pub targets: Vec<String>,
+    pub targets: Vec<Target>,
+}
+
+/// Which modules are meant: a name, a class (`Linear`) or a pattern.
+#[derive(Debug, Clone)]
+pub(super) enum Target {
+    /// As it is written.
+    Name(String),
+    /// `re:` and a Python pattern.
+    Pattern(Pattern),
+}
+
+/// A Python pattern that must match from the beginning of a name. One that cannot be read, or takes too long, matches nothing.
+#[derive(Debug, Clone)]
+pub(super) struct Pattern(Option<fancy_regex::Regex>);
+
+impl Pattern {
+    pub fn new(pattern: &str) -> Pattern {
+        // Names are short: what steps back more often than this was written to take long.
+        let made = fancy_regex::RegexBuilder::new(&format!("^(?:{pattern})")).backtrack_limit(20_000).build();
+        Pattern(made.ok().filter(|_| pattern.len() <= 1000))
+    }
+
+    pub fn matches(&self, name: &str) -> bool {
+        self.0.as_ref().is_some_and(|r| r.is_match(name).unwrap_or(false))
+    }
 }
 
 /// What a checkpoint says about its compression.
@@ -55,13 +80,16 @@ pub struct Quantized {
 
 /// Groups of modules accepted: a bound against hostile files.
 const MAX_GROUPS: usize = 4096;
+/// Targets accepted in all groups together.
+const MAX_TARGETS: usize = 1 << 16;
 
 /// Reads what a checkpoint says about its compression: `quantization_config` or the older `compression_config` in config.json, else the files
 /// that GPTQ and AWQ tools write beside it. `None`: a plain checkpoint.
 pub(crate) fn read(dir: &Path, config_path: &Path, config: &Value) -> Result<Option<Quantized>, OpenError> {
     for key in ["quantization_config", "compression_config"] {
         if let Some(q) = config.get(key).filter(|q| !q.is_null()) {
-            let made = parse(q).map_err(|e| OpenError::bad(config_path, format!("{key}: {e}")))?;
+            let method = q.get("quant_method").and_then(Value::as_str).unwrap_or("of no named method");
+            let made = parse(q).map_err(|e| OpenError::bad(config_path, format!("{key} ({method}): {e}")))?;
             return Ok(Some(made));
         }
     }
@@ -212,6 +240,7 @@ fn compressed_tensors(q: &Map<String, Value>) -> Result<Quantized, String> {
     if groups.len() > MAX_GROUPS {
         return Err(format!("{} config_groups; at most {MAX_GROUPS} are accepted", groups.len()));
     }
+    let mut targets = 0;
     for (name, g) in groups {
         let inside = |e: String| format!("config_groups.{name}: {e}");
         let g = g.as_object().ok_or_else(|| inside("not an object".into()))?;
@@ -220,7 +249,8 @@ fn compressed_tensors(q: &Map<String, Value>) -> Result<Quantized, String> {
         {
             return Err(inside(format!("format \"{f}\" is not read")));
         }
-        let rounded = ["input_activations", "output_activations"].iter().any(|k| g.get(*k).is_some_and(|v| !v.is_null()));
+        let rounded =
+            ["input_activations", "output_activations"].iter().any(|k| g.get(*k).is_some_and(|v| !v.is_null()));
         if rounded {
             out.notes.push(format!("{name} records rounding of activations, which is not done here"));
         }
@@ -228,11 +258,22 @@ fn compressed_tensors(q: &Map<String, Value>) -> Result<Quantized, String> {
         let w = w.as_object().ok_or_else(|| inside("weights is no object".into()))?;
         let mut args = weights(w).map_err(inside)?;
         if let Some(list) = g.get("targets").and_then(Value::as_array) {
-            args.targets = list.iter().filter_map(Value::as_str).map(str::to_owned).collect();
+            targets += list.len();
+            if targets > MAX_TARGETS {
+                return Err(format!("{targets} targets in all; at most {MAX_TARGETS} are accepted"));
+            }
+            args.targets = list.iter().filter_map(Value::as_str).map(target).collect();
         }
         out.groups.push(args);
     }
     Ok(out)
+}
+
+fn target(text: &str) -> Target {
+    match text.strip_prefix("re:") {
+        Some(p) => Target::Pattern(Pattern::new(p)),
+        None => Target::Name(text.to_owned()),
+    }
 }
 
 fn weights(w: &Map<String, Value>) -> Result<Args, String> {
@@ -319,10 +360,10 @@ fn awq(q: &Map<String, Value>) -> Result<Quantized, String> {
 impl Quantized {
     /// The group of `module`: named exactly, by a pattern, or by the class of its kind (`Linear`), the nearest first.
     pub(super) fn args(&self, module: &str) -> Option<&Args> {
-        let by = |hit: &dyn Fn(&str) -> bool| self.groups.iter().find(|g| g.targets.iter().any(|t| hit(t)));
-        by(&|t| t == module)
-            .or_else(|| by(&|t| t.strip_prefix("re:").is_some_and(|p| matches(p, module))))
-            .or_else(|| by(&|t| !t.contains(['.', ':']) && t != module))
+        let by = |hit: &dyn Fn(&Target) -> bool| self.groups.iter().find(|g| g.targets.iter().any(hit));
+        by(&|t| matches!(t, Target::Name(n) if n == module))
+            .or_else(|| by(&|t| matches!(t, Target::Pattern(p) if p.matches(module))))
+            .or_else(|| by(&|t| matches!(t, Target::Name(n) if !n.contains('.'))))
     }
 
     /// Whether any group of modules is said to be quantized.
@@ -350,17 +391,15 @@ impl Quantized {
             let kind = if g.float { "float" } else { "int" };
             let group = g.group.map_or_else(String::new, |n| format!(" g{n}"));
             let zero = if g.symmetric { "" } else { ", zero points" };
-            parts.push(format!("{kind}{}{group}{zero}", g.bits));
+            let part = format!("{kind}{}{group}{zero}", g.bits);
+            // A checkpoint may name every module in a group of its own.
+            if !parts.contains(&part) {
+                parts.push(part);
+            }
         }
         if let Some(s) = &self.sparsity_format {
             parts.push(format!("sparsity {s}"));
         }
         parts.join(", ")
     }
-}
-
-/// Whether a Python pattern matches from the beginning of a name. One that cannot be read, or takes too long, matches nothing.
-pub(super) fn matches(pattern: &str, name: &str) -> bool {
-    pattern.len() <= 1000
-        && fancy_regex::Regex::new(&format!("^(?:{pattern})")).is_ok_and(|r| r.is_match(name).unwrap_or(false))
 }

@@ -20,10 +20,10 @@ use bytes::Bytes;
 use lacuna_format::{FormatError, Stored};
 
 pub use config::Quantized;
-pub use peft::Adapter;
-pub(crate) use peft::Fitted;
 pub(crate) use config::read;
 use config::{Args, Method};
+pub use peft::Adapter;
+pub(crate) use peft::Fitted;
 
 use crate::tensor::{TensorInfo, TensorType};
 

@@ -1,17 +1,16 @@
 //! PEFT's LoRA adapters: two thin matrices beside each of some matrices of a base model.
 
-use std::collections::{BTreeMap, HashMap};
+use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, Mutex, PoisonError, Weak};
 
 use bytes::Bytes;
-use lacuna_format::{
-    Float, FormatError, Pattern, PatternKind, Piece, Stored, Term, Values, WeightsError, pack_float,
-};
+use lacuna_format::{Float, FormatError, Pattern, PatternKind, Piece, Stored, Term, Values, WeightsError, pack_float};
 use lacuna_spec::{Place, Role, RopeStyle, Spec, arch};
 use serde_json::{Map, Value};
 
-use super::config::matches;
+use super::config::Pattern as Name;
 use crate::map::Mapped;
 use crate::open::read_json;
 use crate::tensor::{TensorInfo, TensorType};
@@ -56,8 +55,8 @@ pub struct Adapter {
     base: Option<String>,
     rank: usize,
     alpha: f64,
-    ranks: Vec<(String, usize)>,
-    alphas: Vec<(String, f64)>,
+    ranks: Vec<(Name, usize)>,
+    alphas: Vec<(Name, f64)>,
     by_root: bool,
 }
 
@@ -132,8 +131,12 @@ impl Adapter {
     fn matrix(&self, name: &str) -> Result<(Float, usize, usize, Bytes), WeightsError> {
         let Some(t) = self.tensors.get(name) else { return self.bad(name, "is missing beside its other half") };
         match (t.dtype, &t.shape[..]) {
-            (TensorType::Float(f), [a, b]) if *a > 0 && *b > 0 => Ok((f, *a, *b, self.file.bytes().slice(t.bytes.clone()))),
-            (dtype, shape) => self.bad(name, format!("{} of shape {shape:?}, expected floats on two axes", dtype.name())),
+            (TensorType::Float(f), [a, b]) if *a > 0 && *b > 0 => {
+                Ok((f, *a, *b, self.file.bytes().slice(t.bytes.clone())))
+            }
+            (dtype, shape) => {
+                self.bad(name, format!("{} of shape {shape:?}, expected floats on two axes", dtype.name()))
+            }
         }
     }
 }
@@ -145,23 +148,20 @@ fn number<T>(c: &Map<String, Value>, key: &str, read: impl Fn(&Value) -> Option<
     }
 }
 
-fn pattern<T>(
-    c: &Map<String, Value>,
-    key: &str,
-    read: impl Fn(&Value) -> Option<T>,
-) -> Result<Vec<(String, T)>, String> {
+fn pattern<T>(c: &Map<String, Value>, key: &str, read: impl Fn(&Value) -> Option<T>) -> Result<Vec<(Name, T)>, String> {
     let Some(v) = c.get(key).filter(|v| !v.is_null()) else { return Ok(Vec::new()) };
-    let list = v.as_object().filter(|o| o.len() <= 1 << 16).ok_or_else(|| format!("{key} is no object"))?;
+    let list = v.as_object().filter(|o| o.len() <= 1 << 14).ok_or_else(|| format!("{key} is no object"))?;
     let one = |(k, v): (&String, &Value)| {
-        read(v).map(|t| (k.clone(), t)).ok_or_else(|| format!("{key}: {k} is {v}"))
+        // The end of a module's name, whole words of it, as PEFT matches.
+        let name = || Name::new(&format!("(?:.*\\.)?(?:{k})$"));
+        read(v).map(|t| (name(), t)).ok_or_else(|| format!("{key}: {k} is {v}"))
     };
     list.iter().map(one).collect()
 }
 
 /// The value of the first pattern that is the end of a module's name.
-fn nearest<T: Copy>(list: &[(String, T)], module: &str) -> Option<T> {
-    let hit = |p: &str| module == p || matches(&format!("(?:.*\\.)?(?:{p})$"), module);
-    list.iter().find(|(p, _)| hit(p)).map(|(_, t)| *t)
+fn nearest<T: Copy>(list: &[(Name, T)], module: &str) -> Option<T> {
+    list.iter().find(|(p, _)| p.matches(module)).map(|(_, t)| *t)
 }
 
 /// Why an adapter cannot be read as two thin matrices beside each of some matrices.
@@ -193,8 +193,8 @@ fn refused(c: &Map<String, Value>) -> Option<String> {
 
 /// What an adapter does at one place.
 enum Change {
-    /// Adds a product: names of both halves, the factor, and the rows meant.
-    Adds { down: String, up: String, scale: f32, rows: std::ops::Range<usize>, embedding: bool },
+    /// Adds a product: names of both halves, the factor, and the rows meant; `paired`: width of heads whose rows the base keeps in pairs.
+    Adds { down: String, up: String, scale: f32, rows: Range<usize>, embedding: bool, paired: Option<usize> },
     /// Stands in its stead.
     Replaces(String),
 }
@@ -212,16 +212,12 @@ const ROOT: &str = "base_model.model.";
 impl Fitted {
     /// Finds the place of everything in the adapter.
     pub fn new(adapter: Adapter, spec: &Spec, merge: bool) -> Result<Fitted, OpenError> {
-        let style = spec.layers.iter().find_map(|l| Some(l.attn.as_ref()?.rope.as_ref()?.style));
-        if style == Some(RopeStyle::Interleaved) {
-            let what = "its base keeps rows of q and k in GGUF's order, which adapters do not know; use the original in safetensors";
-            return Err(OpenError::bad(&adapter.dir, what));
-        }
-        let mut used = BTreeMap::new();
+        let mut used = HashSet::new();
         let mut changes = HashMap::new();
         for place in spec.places() {
             for source in arch::sources(spec, &place) {
-                let whole = source.rows.is_none() && !source.transposed;
+                let paired = paired(spec, &place);
+                let whole = source.rows.is_none() && !source.transposed && paired.is_none();
                 let kept = format!("{ROOT}{}", source.name);
                 if adapter.tensors.contains_key(&kept) {
                     let Some(shape) = spec.shape(&place).filter(|_| whole) else {
@@ -235,7 +231,7 @@ impl Fitted {
                         return adapter.bad(&kept, "it holds no floats")?;
                     }
                     tied(&adapter, spec, &place, &kept)?;
-                    used.insert(kept.clone(), ());
+                    used.insert(kept.clone());
                     changes.insert(place, Change::Replaces(kept));
                 }
                 let Some(module) = source.name.strip_suffix(".weight") else { continue };
@@ -261,12 +257,13 @@ impl Fitted {
                         return adapter.bad(&up, format!("a change of {rows} x {cols} to {place} of {shape:?}"))?;
                     }
                     tied(&adapter, spec, &place, &up)?;
-                    used.extend([(down.clone(), ()), (up.clone(), ())]);
-                    changes.insert(place, Change::Adds { down, up, scale: scale as f32, rows: range, embedding });
+                    used.extend([down.clone(), up.clone()]);
+                    changes
+                        .insert(place, Change::Adds { down, up, scale: scale as f32, rows: range, embedding, paired });
                 }
             }
         }
-        let mut left: Vec<&String> = adapter.tensors.keys().filter(|k| !used.contains_key(*k)).collect();
+        let mut left: Vec<&String> = adapter.tensors.keys().filter(|k| !used.contains(*k)).collect();
         left.sort();
         if let Some(name) = left.first() {
             return adapter.bad(name, format!("belongs to nothing in the base ({} such tensors)", left.len()))?;
@@ -294,8 +291,8 @@ impl Fitted {
                 let TensorType::Float(f) = t.dtype else { return self.adapter.bad(name, "it holds no floats") };
                 piece(base.rows, base.cols, f, self.adapter.file.bytes().slice(t.bytes.clone()))
             }
-            Change::Adds { down, up, scale, rows, embedding } => {
-                let (left, right) = self.halves(down, up, *scale, rows, *embedding)?;
+            Change::Adds { down, up, scale, rows, embedding, paired } => {
+                let (left, right) = self.halves(down, up, *scale, rows, (*embedding, *paired))?;
                 let mut sum = Stored { terms: base.terms.clone(), ..*base };
                 sum.terms.push(Term::Product(left, right));
                 if self.merge { self.merged(up, &base, &sum)? } else { sum }
@@ -314,8 +311,8 @@ impl Fitted {
         down: &str,
         up: &str,
         scale: f32,
-        rows: &std::ops::Range<usize>,
-        embedding: bool,
+        rows: &Range<usize>,
+        (embedding, paired): (bool, Option<usize>),
     ) -> Result<(Piece, Piece), WeightsError> {
         let (fa, a0, a1, a) = self.adapter.matrix(down)?;
         let (fb, b0, b1, b) = self.adapter.matrix(up)?;
@@ -334,7 +331,10 @@ impl Fitted {
             (turned(floats(fa, &a), a0, a1), right, a0, b0)
         } else {
             let size = b1 * fb.bytes();
-            let chosen = floats(fb, &b[rows.start * size..rows.end * size]);
+            let mut chosen = floats(fb, &b[rows.start * size..rows.end * size]);
+            if let Some(dim) = paired.filter(|_| b1 > 0) {
+                chosen.chunks_mut(dim * b1).for_each(|head| pair(head, b1));
+            }
             (chosen, one(a0, a1, fa, a), a0, a1)
         };
         debug_assert_eq!((right.rows, right.cols), (rank, cols));
@@ -355,6 +355,22 @@ impl Fitted {
     }
 }
 
+/// The width of heads where the base keeps rows of q and k in pairs that turn together, as GGUF files of Llama do, and adapters do not.
+fn paired(spec: &Spec, place: &Place) -> Option<usize> {
+    let attn = spec.layers.get(place.layer? as usize)?.attn.as_ref()?;
+    let style = attn.rope.as_ref()?.style;
+    (style == RopeStyle::Interleaved && matches!(place.role, Role::Q | Role::K)).then_some(attn.head_dim)
+}
+
+/// Brings the rows of a head, `wide` entries each, from halves to pairs.
+fn pair(head: &mut [f32], wide: usize) {
+    let (old, half) = (head.to_vec(), head.len() / wide / 2);
+    for (r, row) in head.chunks_exact_mut(wide).enumerate() {
+        let from = r / 2 + r % 2 * half;
+        row.copy_from_slice(&old[from * wide..][..wide]);
+    }
+}
+
 fn piece(rows: usize, cols: usize, float: Float, bytes: Bytes) -> Stored {
     Stored::from_piece(Piece { rows, cols, pattern: Pattern::Dense, values: Values::Float(float, bytes) })
 }
@@ -365,4 +381,35 @@ fn tied(adapter: &Adapter, spec: &Spec, place: &Place, tensor: &str) -> Result<(
         return adapter.bad(tensor, "the base's head is its embedding; an adapter of one of them is not read");
     }
     Ok(())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    /// The two orders hold the same channels: those that turn together are `i` and `i + d/2` in one, `2i` and `2i + 1` in the other.
+    #[test]
+    fn rows_of_a_gguf_base_are_paired() {
+        let golden = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/foreign");
+        let half = crate::open(golden.join("peft_base")).unwrap().spec_of().clone();
+        let mut pairs = half.clone();
+        let rope = pairs.layers[0].attn.as_mut().unwrap().rope.as_mut().unwrap();
+        rope.style = RopeStyle::Interleaved;
+        let dim = half.layers[0].attn.as_ref().unwrap().head_dim;
+        let delta = |spec: &Spec, role: Role| {
+            let fitted = Fitted::new(Adapter::open(golden.join("peft_lora")).unwrap(), spec, false).unwrap();
+            let place = Place::layer(0, role);
+            let (rows, cols) = spec.shape(&place).unwrap();
+            fitted.apply(&place, Arc::new(Stored { rows, cols, terms: vec![] })).unwrap().to_mat()
+        };
+        let (a, b) = (delta(&half, Role::Q), delta(&pairs, Role::Q));
+        for head in 0..a.rows() / dim {
+            for i in 0..dim / 2 {
+                assert_eq!(b.row(head * dim + 2 * i), a.row(head * dim + i));
+                assert_eq!(b.row(head * dim + 2 * i + 1), a.row(head * dim + i + dim / 2));
+            }
+        }
+        assert_ne!(a, b);
+        assert_eq!(delta(&half, Role::V), delta(&pairs, Role::V));
+    }
 }

@@ -22,13 +22,7 @@ pub(super) struct Sparse {
     coded: Option<Coded>,
 }
 
-pub(super) fn find(
-    q: &Quantized,
-    t: &Tensors<'_>,
-    module: &str,
-    prefix: &str,
-    mask: Tensor,
-) -> Result<Sparse, Fault> {
+pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str, prefix: &str, mask: Tensor) -> Result<Sparse, Fault> {
     let values = t.need(prefix, "compressed", &mask)?;
     let shape_of = t.need(prefix, "shape", &mask)?;
     let (rows, cols) = named_shape(t, &shape_of)?;
@@ -87,7 +81,8 @@ impl Sparse {
             let offsets = data.as_chunks::<8>().0.iter().map(|b| i64::from_le_bytes(*b));
             for (r, (said, counted)) in offsets.zip(&starts).enumerate() {
                 if usize::try_from(said).ok() != Some(*counted) {
-                    return o.bad(format!("row {r} begins at {said}, but the bitmask keeps {counted} values before it"));
+                    return o
+                        .bad(format!("row {r} begins at {said}, but the bitmask keeps {counted} values before it"));
                 }
             }
         }
