@@ -7,7 +7,7 @@ use clap::{Args, Parser, Subcommand, ValueEnum};
 /// Makes large language models smaller and faster by leaving out what they do not need, and measures what each omission costs.
 ///
 /// MODEL is a pinned name (smollm2-135m-instruct, gemma-3-270m), hf:org/repo[@rev][:file], pypi:package==version, or a path to a
-/// directory or a .gguf file.
+/// directory or a .gguf file. A directory may hold a LoRA adapter: it goes on the base it names.
 #[derive(Debug, Parser)]
 #[command(name = "lacuna", version, about, max_term_width = 100)]
 pub struct Cli {
@@ -34,6 +34,12 @@ pub struct Global {
     /// Where pulled models and baselines are kept.
     #[arg(long, global = true, value_name = "DIR")]
     pub cache_dir: Option<PathBuf>,
+    /// Put a LoRA adapter (a directory that PEFT wrote) on MODEL.
+    #[arg(long, global = true, value_name = "DIR")]
+    pub adapter: Option<PathBuf>,
+    /// Merge the adapter into the matrices it changes instead of keeping it beside them.
+    #[arg(long, global = true)]
+    pub merge: bool,
     /// More words on standard error; twice for even more.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -116,6 +122,9 @@ pub struct Inspect {
     /// A row for every tensor.
     #[arg(long)]
     pub tensors: bool,
+    /// Do not read the values: zeros and numbers that are not finite stay uncounted.
+    #[arg(long)]
+    pub quick: bool,
 }
 
 /// How far the gate goes.

@@ -6,7 +6,7 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
-use lacuna_checkpoint::{ChatTemplate, Checkpoint, Tokenizer};
+use lacuna_checkpoint::{Adapter, ChatTemplate, Checkpoint, Tokenizer};
 use lacuna_format::Weights;
 use lacuna_model::{Decoder, LoadOptions};
 use lacuna_pull::ModelRef;
@@ -126,14 +126,63 @@ pub fn engine(weights: &dyn Weights, running: &crate::cli::Running) -> Result<En
     Ok(Engine::new(decoder).with_kv(running.kv.into()))
 }
 
-/// Pulls if need be, and opens. What makes the model differ from its source is said.
+/// Pulls if need be, and opens, with the adapter that was asked for. What makes the model differ from its source is said.
 pub fn open(g: &Global, model: &str) -> Result<Model> {
+    let (path, adapter) = find(g, model)?;
+    let mut checkpoint = lacuna_checkpoint::open(&path)?;
+    if let Some(dir) = &adapter {
+        checkpoint = checkpoint.with_adapter(Adapter::open(dir)?, g.merge)?;
+    }
+    let m = opened(model, path, checkpoint);
+    m.checkpoint.remarks().iter().for_each(|r| say(format!("{model}: {r}")));
+    Ok(m)
+}
+
+/// As [`open`], without any adapter: the model that another one is compared with.
+pub fn open_alone(g: &Global, model: &str) -> Result<Model> {
     let pulled = pull(g, model)?;
     let checkpoint = lacuna_checkpoint::open(&pulled.path)?;
+    Ok(opened(model, pulled.path, checkpoint))
+}
+
+/// Where the model's files are, and the adapter to put on it: one that was asked for, or MODEL itself on the base it names.
+pub fn find(g: &Global, model: &str) -> Result<(PathBuf, Option<PathBuf>)> {
+    let path = pull(g, model)?.path;
+    match &g.adapter {
+        None if g.merge && !Adapter::is_at(&path) => Err(Usage("--merge: there is no adapter to merge".into()).into()),
+        Some(_) if Adapter::is_at(&path) => {
+            Err(Usage(format!("{model} is an adapter; give its base as MODEL beside --adapter")).into())
+        }
+        None if Adapter::is_at(&path) => Ok((base_of(g, model, &path)?, Some(path))),
+        adapter => Ok((path, adapter.clone())),
+    }
+}
+
+/// The base that an adapter names, where that is a directory or a pinned name.
+fn base_of(g: &Global, model: &str, dir: &Path) -> Result<PathBuf> {
+    let adapter = Adapter::open(dir)?;
+    let base = adapter.base().filter(|b| !b.is_empty());
+    let Some(base) = base else {
+        return Err(Usage(format!("{model} is an adapter that names no base; give it: BASE --adapter {model}")).into());
+    };
+    for path in [PathBuf::from(base), dir.join(base)] {
+        if path.is_dir() {
+            return Ok(path);
+        }
+    }
+    if matches!(ModelRef::parse(base), Ok(ModelRef::Pinned(_))) {
+        return Ok(pull(g, base)?.path);
+    }
+    let what =
+        format!("{model} is an adapter for \"{base}\", which is neither a directory here nor a pinned name; give it: ");
+    Err(Usage(format!("{what}hf:{base} --adapter {model}")).into())
+}
+
+fn opened(model: &str, path: PathBuf, checkpoint: Checkpoint) -> Model {
     if let Some(p) = checkpoint.packed().filter(|p| !p.approximations.is_empty()) {
         say(format!("{model} differs from its source: {}", p.approximations.join("; ")));
     }
-    Ok(Model { name: model.to_owned(), path: pulled.path, checkpoint })
+    Model { name: model.to_owned(), path, checkpoint }
 }
 
 /// A text file whole, its lines ended by LF alone, with an error that names it.

@@ -48,7 +48,7 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
         let judged = match &a.against {
             None => eval.judge(&tokens, &m.checkpoint)?,
             Some(dense) => {
-                let d = common::open(g, dense)?;
+                let d = common::open_alone(g, dense)?;
                 same_vocabulary(m.checkpoint.spec(), d.checkpoint.spec())?;
                 let mut reference = eval.reference(&tokens, &d.checkpoint)?;
                 eval.against(&m.checkpoint, &mut reference)?

@@ -4,67 +4,127 @@ use std::collections::BTreeMap;
 use std::process::ExitCode;
 
 use lacuna_base::units::show_bytes;
+use lacuna_checkpoint::{Adapter, Checkpoint, Found, Problem};
 use lacuna_eval::Table;
 use lacuna_format::Weights;
-use lacuna_spec::Part;
+use lacuna_spec::{Part, Place};
 use serde_json::{Value, json};
 
 use crate::cli::{Global, Inspect};
-use crate::common;
+use crate::common::{self, Model};
 
 #[derive(Default)]
 struct Row {
     tensors: u64,
     parameters: u64,
     bytes: u64,
-    zeros: f64,
+    /// By pattern, and as found in the values.
+    stored_zeros: f64,
+    zeros: u64,
+    /// Matrices of which every one keeps at most 2 of 4, or 4 of 8.
+    two_of_four: u64,
+    four_of_eight: u64,
     codecs: BTreeMap<String, u64>,
+}
+
+impl Row {
+    fn sparsity(&self, quick: bool) -> f64 {
+        let zeros = if quick { self.stored_zeros } else { self.zeros as f64 };
+        zeros / self.parameters.max(1) as f64
+    }
+
+    /// The pattern that holds in every matrix, the narrower first.
+    fn pattern(&self) -> Option<&'static str> {
+        let all = |n: u64| n == self.tensors;
+        [("2:4", self.two_of_four), ("4:8", self.four_of_eight)].into_iter().find(|(_, n)| all(*n)).map(|(p, _)| p)
+    }
+}
+
+/// Everything found by going through the tensors.
+#[derive(Default)]
+struct Walk {
+    roles: BTreeMap<String, Row>,
+    problems: Vec<Problem>,
+    tensors: Vec<Value>,
+}
+
+impl Walk {
+    fn over(c: &Checkpoint, a: &Inspect) -> Walk {
+        let mut w = Walk::default();
+        let places = c.spec().places();
+        // Places that the opening went around have been told of already.
+        let known = !c.problems().is_empty();
+        let bar = common::bar(places.len() as u64, "reading");
+        for place in places {
+            w.place(c, a, &place, known);
+            c.release(&place);
+            bar.inc(1);
+        }
+        bar.finish_and_clear();
+        w
+    }
+
+    fn place(&mut self, c: &Checkpoint, a: &Inspect, place: &Place, known: bool) {
+        let mut broken = |what: String| self.problems.push(Problem::broken(what, None));
+        let s = match c.get(place) {
+            Ok(Some(s)) => s,
+            Ok(None) if known => return,
+            Ok(None) => return broken(format!("{place} is missing")),
+            Err(e) => return broken(e.to_string()),
+        };
+        if let Err(e) = s.check() {
+            return broken(format!("{place}: {e}"));
+        }
+        let n = s.rows as u64 * s.cols as u64;
+        let found = if a.quick { Found::default() } else { Found::of(&s) };
+        if let Some((r, col)) = found.first {
+            let what =
+                format!("{place}: {} values are not finite, the first in row {r}, column {col}", found.not_finite);
+            broken(what);
+        }
+        if let Some(what) = c.quantized().and_then(|q| q.contradiction(&s)) {
+            self.problems.push(Problem::odd(format!("{place}: {what}"), None));
+        }
+        let role = if place.part == Part::Bias { "biases".to_owned() } else { place.role.name().to_owned() };
+        let row = self.roles.entry(role).or_default();
+        row.tensors += 1;
+        row.parameters += n;
+        row.bytes += s.bytes();
+        row.stored_zeros += s.sparsity() * n as f64;
+        row.zeros += found.zeros;
+        row.two_of_four += u64::from(found.two_of_four);
+        row.four_of_eight += u64::from(found.four_of_eight);
+        *row.codecs.entry(s.codec_name()).or_default() += 1;
+        if a.tensors {
+            let sparsity = if a.quick { s.sparsity() } else { found.zeros as f64 / n.max(1) as f64 };
+            self.tensors.push(json!({
+                "place": place, "shape": [s.rows, s.cols], "bytes": s.bytes(), "codec": s.codec_name(), "sparsity": sparsity,
+            }));
+        }
+    }
+}
+
+/// Tokens that the embedding has no row for.
+fn tokenizer_fits(m: &Model) -> Option<Problem> {
+    let (tokens, rows) = (m.tokenizer().ok()?.vocab_size(), m.checkpoint.spec().vocab);
+    let what = format!("the tokenizer knows {tokens} tokens, the embedding has {rows} rows: the others cannot be run");
+    (tokens > rows).then(|| Problem::odd(what, Some("put the tokenizer files of the model's own release beside it")))
 }
 
 /// Runs the verb.
 pub fn run(g: &Global, a: &Inspect) -> anyhow::Result<ExitCode> {
-    let faults = lacuna_checkpoint::diagnose(&common::pull(g, &a.model)?.path)?;
-    let m = match common::open(g, &a.model) {
-        Ok(m) => m,
-        // Nothing more can be said about what does not open, but what is wrong and that it can be mended.
-        Err(e) if !faults.is_empty() => return Ok(mendable(g, a, &faults, &e)),
-        Err(e) => return Err(e),
-    };
-    let (spec, mut roles, mut broken) = (m.checkpoint.spec().clone(), BTreeMap::<String, Row>::new(), Vec::new());
-    let mut tensors = Vec::new();
-    for place in spec.places() {
-        let s = match m.checkpoint.get(&place) {
-            Ok(Some(s)) => s,
-            Ok(None) => {
-                broken.push(format!("{place} is missing"));
-                continue;
-            }
-            Err(e) => {
-                broken.push(e.to_string());
-                continue;
-            }
-        };
-        if let Err(e) = s.check() {
-            broken.push(format!("{place}: {e}"));
-            continue;
-        }
-        let n = s.rows as u64 * s.cols as u64;
-        let role = if place.part == Part::Bias { "biases".to_owned() } else { place.role.name().to_owned() };
-        let row = roles.entry(role).or_default();
-        row.tensors += 1;
-        row.parameters += n;
-        row.bytes += s.bytes();
-        row.zeros += s.sparsity() * n as f64;
-        *row.codecs.entry(s.codec_name()).or_default() += 1;
-        if a.tensors {
-            tensors.push(json!({
-                "place": place, "shape": [s.rows, s.cols], "bytes": s.bytes(), "codec": s.codec_name(), "sparsity": s.sparsity(),
-            }));
-        }
-        m.checkpoint.release(&place);
+    let (path, adapter) = common::find(g, &a.model)?;
+    let mut checkpoint = lacuna_checkpoint::examine(&path)?;
+    if let Some(dir) = &adapter {
+        checkpoint = checkpoint.with_adapter(Adapter::open(dir)?, g.merge)?;
     }
-    broken.extend(faults.iter().map(|f| f.what.clone()));
+    let m = Model { name: a.model.clone(), path, checkpoint };
+    let spec = m.checkpoint.spec();
+    let walk = Walk::over(&m.checkpoint, a);
+    let roles = &walk.roles;
     let unused: Vec<_> = m.checkpoint.unused().iter().map(|t| t.name.clone()).collect();
+    let mut problems = [m.checkpoint.problems(), &walk.problems].concat();
+    problems.extend(tokenizer_fits(&m));
     let parameters: u64 = roles.values().map(|r| r.parameters).sum();
     let bytes: u64 = roles.values().map(|r| r.bytes).sum();
     let bits = 8.0 * bytes as f64 / parameters.max(1) as f64;
@@ -72,14 +132,26 @@ pub fn run(g: &Global, a: &Inspect) -> anyhow::Result<ExitCode> {
     let by_role: serde_json::Map<String, Value> = roles
         .iter()
         .map(|(k, r)| {
-            let sparsity = r.zeros / r.parameters.max(1) as f64;
-            (k.clone(), json!({ "tensors": r.tensors, "parameters": r.parameters, "bytes": r.bytes, "sparsity": sparsity, "codecs": r.codecs }))
+            let row = json!({
+                "tensors": r.tensors, "parameters": r.parameters, "bytes": r.bytes, "sparsity": r.sparsity(a.quick),
+                "pattern": r.pattern(), "codecs": r.codecs,
+            });
+            (k.clone(), row)
         })
         .collect();
+    let broken: Vec<_> = problems.iter().filter(|p| p.broken).map(|p| p.what.clone()).collect();
+    let listed: Vec<_> =
+        problems.iter().map(|p| json!({ "what": p.what, "help": p.help, "broken": p.broken })).collect();
+    let quantized = m.checkpoint.quantized();
+    let producer = quantized.map(|q| {
+        json!({ "producer": q.producer, "format": q.format, "scheme": q.describe(), "sparsity_format": q.sparsity_format, "notes": q.notes })
+    });
     let out = json!({
         "model": a.model, "path": m.path, "kind": format!("{:?}", m.checkpoint.kind()), "spec": spec, "parameters": parameters,
         "bytes": bytes, "file_bytes": m.checkpoint.source_bytes(), "bits_per_weight": bits, "roles": by_role, "unused": unused,
-        "broken": broken, "recipe": packed.map(|p| &p.recipe), "approximations": packed.map(|p| &p.approximations), "tensors": tensors,
+        "broken": broken, "problems": listed, "quantized": producer, "adapter": m.checkpoint.adapter().map(|x| x.0),
+        "remarks": m.checkpoint.remarks(), "recipe": packed.map(|p| &p.recipe),
+        "approximations": packed.map(|p| &p.approximations), "tensors": walk.tensors,
     });
     common::print(g, &out, || {
         let one = spec.layers.iter().find_map(|l| l.attn.as_ref());
@@ -94,16 +166,22 @@ pub fn run(g: &Global, a: &Inspect) -> anyhow::Result<ExitCode> {
             spec.context,
             if spec.tied { ", tied embeddings" } else { "" }
         );
-        println!("{parameters} parameters in {}, {bits:.2} bits each\n", show_bytes(bytes));
+        println!("{parameters} parameters in {}, {bits:.2} bits each", show_bytes(bytes));
+        if let Some(q) = quantized {
+            println!("written by {}", q.describe());
+        }
+        m.checkpoint.remarks().iter().for_each(|r| println!("{r}"));
+        println!();
         let mut t = Table::new(["role", "tensors", "parameters", "bytes", "zeros", "stored as"]);
-        for (k, r) in &roles {
+        for (k, r) in roles {
             let codecs: Vec<_> = r.codecs.iter().map(|(c, n)| format!("{c} x{n}")).collect();
+            let pattern = r.pattern().map_or_else(String::new, |p| format!(" ({p})"));
             t.row([
                 k.clone(),
                 r.tensors.to_string(),
                 r.parameters.to_string(),
                 show_bytes(r.bytes),
-                format!("{:.1}%", 100.0 * r.zeros / r.parameters.max(1) as f64),
+                format!("{:.1}%{pattern}", 100.0 * r.sparsity(a.quick)),
                 codecs.join(", "),
             ]);
         }
@@ -113,29 +191,15 @@ pub fn run(g: &Global, a: &Inspect) -> anyhow::Result<ExitCode> {
         }
         if a.tensors {
             println!();
-            for t in &tensors {
-                println!("{t}");
-            }
+            walk.tensors.iter().for_each(|t| println!("{t}"));
         }
         if !unused.is_empty() {
             println!("\nin the file but not part of the network: {}", unused.join(", "));
         }
-        for b in &broken {
-            println!("broken: {b}");
+        for p in &problems {
+            println!("{}: {}", if p.broken { "broken" } else { "odd" }, p.what);
+            p.help.iter().for_each(|h| println!("  what helps: {}", h.replace("MODEL", &a.model)));
         }
     });
     Ok(if broken.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
-}
-
-/// What is wrong with a checkpoint that does not open and that `repair` mends.
-fn mendable(g: &Global, a: &Inspect, faults: &[lacuna_checkpoint::Fault], e: &anyhow::Error) -> ExitCode {
-    let broken: Vec<&str> = faults.iter().map(|f| f.what.as_str()).collect();
-    let out = json!({"model": a.model, "broken": broken, "opens": false, "error": format!("{e:#}"), "repair": true});
-    common::print(g, &out, || {
-        for b in &broken {
-            println!("broken: {b}");
-        }
-        println!("lacuna repair {} -o OUT mends it", a.model);
-    });
-    ExitCode::FAILURE
 }

@@ -58,6 +58,14 @@ fn main() -> ExitCode {
 fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     common::threads(cli.global.threads)?;
     let g = &cli.global;
+    let takes_none = match &cli.verb {
+        Verb::Pull(_) | Verb::Methods | Verb::Doctor => true,
+        Verb::Bench(a) => a.model.is_none(),
+        _ => false,
+    };
+    if takes_none && (g.adapter.is_some() || g.merge) {
+        return Err(common::Usage("--adapter and --merge: there is no model here to put an adapter on".into()).into());
+    }
     match &cli.verb {
         Verb::Quickstart(a) => quickstart::run(g, a),
         Verb::Pull(a) => pull::run(g, a),

@@ -26,6 +26,25 @@ fn main() -> Result<()> {
         put("packed", &format!("packed_{name}"), &directory(&out)?)?;
         fs::remove_dir_all(&out)?;
     }
+    let foreign = here.join("../tests/golden/foreign");
+    for entry in fs::read_dir(&foreign)? {
+        let dir = entry?.path();
+        let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if dir.join("adapter_config.json").is_file() {
+            let parts = [fs::read(dir.join("adapter_config.json"))?, fs::read(dir.join("adapter_model.safetensors"))?];
+            put("adapter", &name, &joined(&parts)?)?;
+            continue;
+        }
+        let config: Value = serde_json::from_slice(&fs::read(dir.join("config.json"))?)?;
+        let beside = fs::read(dir.join("quantize_config.json")).ok().and_then(|b| serde_json::from_slice(&b).ok());
+        let said = [config.get("quantization_config").cloned(), config.get("compression_config").cloned(), beside];
+        if let Some(mut q) = said.into_iter().flatten().next() {
+            if q.get("bits").is_some() && q.get("quant_method").is_none() {
+                q["quant_method"] = json!("gptq");
+            }
+            put("foreign", &name, &joined(&[q.to_string().into_bytes(), fs::read(dir.join("model.safetensors"))?])?)?;
+        }
+    }
     put("safetensors", "index", &fs::read(tiny.join("llama_sharded/model.safetensors.index.json"))?)?;
     for model in ["gpt2", "llama"] {
         let bytes = gguf(model);
@@ -43,11 +62,13 @@ fn main() -> Result<()> {
 
 /// A directory as the target `packed` reads it.
 fn directory(dir: &Path) -> Result<Vec<u8>> {
-    let config = fs::read(dir.join("config.json"))?;
-    let mut out = u32::try_from(config.len())?.to_le_bytes().to_vec();
-    out.extend(config);
-    out.extend(fs::read(dir.join("model.safetensors"))?);
-    Ok(out)
+    joined(&[fs::read(dir.join("config.json"))?, fs::read(dir.join("model.safetensors"))?])
+}
+
+/// The length of the first, and both.
+fn joined([config, tensors]: &[Vec<u8>; 2]) -> Result<Vec<u8>> {
+    let length = u32::try_from(config.len())?.to_le_bytes();
+    Ok([&length[..], config, tensors].concat())
 }
 
 /// The model in `dir` with matrices in many forms.

@@ -3,6 +3,8 @@
 //! [`open`] takes a directory in the Hugging Face layout, a packed model, a `.gguf` or a `.safetensors` file. Files are mapped, never
 //! read whole, and everything in them is checked before it is believed.
 
+mod examine;
+mod foreign;
 pub mod gguf;
 mod map;
 mod open;
@@ -15,7 +17,9 @@ mod tensor;
 mod tokenizer;
 mod writer;
 
-pub use open::{Checkpoint, Kind, OpenError, open};
+pub use examine::{Found, Problem};
+pub use foreign::{Adapter, Quantized};
+pub use open::{Checkpoint, Kind, OpenError, examine, open};
 pub use repair::{Fault, diagnose, repair};
 pub use template::{ChatTemplate, Message, TemplateError};
 pub use tensor::{TensorInfo, TensorType};

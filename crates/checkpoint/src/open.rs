@@ -1,16 +1,20 @@
 //! Opening a checkpoint of any format.
 
+mod locate;
+
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use lacuna_format::{Descriptor, Float, FormatError, Pattern, Piece, Stored, Values, Weights, WeightsError};
-use lacuna_spec::arch::{self, GgufHead, Source};
-use lacuna_spec::{Part, Place, Role, Spec, SpecError};
+use lacuna_format::{Descriptor, Float, Pattern, Piece, Stored, Values, Weights, WeightsError};
+use lacuna_spec::arch::{self, GgufHead};
+use lacuna_spec::{Place, Spec, SpecError};
 use serde_json::Value;
 
+use crate::examine::Problem;
+use crate::foreign::{self, Adapter, Fitted, Lazy, Quantized};
 use crate::map::Mapped;
 use crate::packed::{self, PackedConfig};
 use crate::tensor::{TensorInfo, TensorType};
@@ -76,6 +80,10 @@ pub struct Checkpoint {
     places: HashMap<Place, Located>,
     metadata: Option<gguf::Metadata>,
     packed: Option<PackedConfig>,
+    quantized: Option<Quantized>,
+    fitted: Option<Fitted>,
+    /// What was gone around; `None` where the first thing wrong ends the opening.
+    problems: Option<Vec<Problem>>,
 }
 
 enum Located {
@@ -90,6 +98,8 @@ enum Located {
     },
     /// Buffers of a packed matrix by suffix; put together, and checked, when first asked for.
     Packed { desc: Descriptor, buffers: BTreeMap<String, usize>, whole: OnceLock<Arc<Stored>> },
+    /// Tensors that another tool compressed.
+    Foreign(Lazy),
 }
 
 /// Largest JSON file read.
@@ -99,11 +109,22 @@ const MAX_JSON: u64 = 100_000_000;
 ///
 /// Afterwards every place of the network has its tensor, of the right shape and of a type that can be decoded.
 pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint, OpenError> {
-    let path = path.as_ref();
+    open_path(path.as_ref(), None)
+}
+
+/// Opens a checkpoint as far as it can be: what [`open`] would refuse and can be gone around is in [`Checkpoint::problems`], and places
+/// without a usable tensor have none. To look at, not to run.
+pub fn examine(path: impl AsRef<Path>) -> Result<Checkpoint, OpenError> {
+    let mut c = open_path(path.as_ref(), Some(Vec::new()))?;
+    c.look_around();
+    Ok(c)
+}
+
+fn open_path(path: &Path, problems: Option<Vec<Problem>>) -> Result<Checkpoint, OpenError> {
     let io = |source| OpenError::Io { file: path.display().to_string(), source };
     if std::fs::metadata(path).map_err(io)?.is_dir() {
         if path.join("config.json").is_file() {
-            return open_dir(path, path, None);
+            return open_dir(path, path, None, problems);
         }
         let mut ggufs = Vec::new();
         for entry in std::fs::read_dir(path).map_err(io)? {
@@ -113,7 +134,7 @@ pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint, OpenError> {
             }
         }
         return match ggufs.as_slice() {
-            [one] => open_gguf(one),
+            [one] => open_gguf(one, problems),
             [] => Err(OpenError::bad(path, "neither a config.json nor a GGUF file is in this directory")),
             many => {
                 Err(OpenError::bad(path, format!("{} GGUF files are in this directory; name one of them", many.len())))
@@ -121,8 +142,8 @@ pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint, OpenError> {
         };
     }
     match path.extension().and_then(|e| e.to_str()) {
-        Some("gguf") => open_gguf(path),
-        Some("safetensors") => open_dir(path, path.parent().unwrap_or(Path::new(".")), Some(path)),
+        Some("gguf") => open_gguf(path, problems),
+        Some("safetensors") => open_dir(path, path.parent().unwrap_or(Path::new(".")), Some(path), problems),
         _ => Err(OpenError::bad(path, "neither a directory nor a .gguf or .safetensors file")),
     }
 }
@@ -136,31 +157,33 @@ pub(crate) fn read_json(path: &Path) -> Result<Vec<u8>, OpenError> {
     std::fs::read(path).map_err(io)
 }
 
-fn open_dir(path: &Path, dir: &Path, only: Option<&Path>) -> Result<Checkpoint, OpenError> {
+fn open_dir(
+    path: &Path,
+    dir: &Path,
+    only: Option<&Path>,
+    problems: Option<Vec<Problem>>,
+) -> Result<Checkpoint, OpenError> {
     let config_path = dir.join("config.json");
     let json = read_json(&config_path)?;
     let config: Value = serde_json::from_slice(&json).map_err(|e| OpenError::bad(&config_path, e.to_string()))?;
     if config.get("format").and_then(Value::as_str) == Some(packed::FORMAT) {
-        return open_packed(dir, &config_path, &json);
+        return open_packed(dir, &config_path, &json, problems);
     }
-    for key in ["quantization_config", "compression_config"] {
-        if let Some(q) = config.get(key).filter(|q| !q.is_null()) {
-            let method = q.get("quant_method").and_then(Value::as_str).unwrap_or("of no named method");
-            let what = format!(
-                "{key} ({method}): checkpoints quantized by other tools are not read; use the original or a GGUF file"
-            );
-            return Err(OpenError::bad(&config_path, what));
-        }
-    }
+    let quantized = foreign::read(dir, &config_path, &config)?;
     let file = config_path.display().to_string();
     let spec = arch::from_config(&config).map_err(|source| OpenError::Spec { file, source })?;
-    let mut c = Checkpoint::new(path, Kind::HuggingFace, spec);
+    let mut c = Checkpoint { quantized, problems, ..Checkpoint::new(path, Kind::HuggingFace, spec) };
     c.add_safetensors(dir, only)?;
     c.locate(arch::sources)?;
     Ok(c)
 }
 
-fn open_packed(dir: &Path, config_path: &Path, json: &[u8]) -> Result<Checkpoint, OpenError> {
+fn open_packed(
+    dir: &Path,
+    config_path: &Path,
+    json: &[u8],
+    problems: Option<Vec<Problem>>,
+) -> Result<Checkpoint, OpenError> {
     let config = packed::parse(json).map_err(|e| OpenError::bad(config_path, e))?;
     let mut c = Checkpoint::new(dir, Kind::Packed, config.spec.clone());
     for name in &config.files {
@@ -189,11 +212,11 @@ fn open_packed(dir: &Path, config_path: &Path, json: &[u8]) -> Result<Checkpoint
         let map = Mapped::open(&tokens)?;
         c.metadata = Some(gguf::parse(map.bytes()).map_err(|e| OpenError::bad(&tokens, e.what))?.metadata);
     }
-    c.packed = Some(config);
+    (c.packed, c.problems) = (Some(config), problems);
     Ok(c)
 }
 
-fn open_gguf(path: &Path) -> Result<Checkpoint, OpenError> {
+fn open_gguf(path: &Path, problems: Option<Vec<Problem>>) -> Result<Checkpoint, OpenError> {
     let map = Mapped::open(path)?;
     let parsed = gguf::parse(map.bytes()).map_err(|e| OpenError::bad(path, e.what))?;
     let splits = parsed.metadata.get_u64("split.count").map_err(|e| OpenError::bad(path, e.what))?;
@@ -206,7 +229,7 @@ fn open_gguf(path: &Path) -> Result<Checkpoint, OpenError> {
     let mut c = Checkpoint::new(path, Kind::Gguf, spec);
     c.files.push(map);
     c.tensors = parsed.tensors.into_iter().map(|t| (0, t)).collect();
-    c.metadata = Some(parsed.metadata);
+    (c.metadata, c.problems) = (Some(parsed.metadata), problems);
     c.locate(arch::gguf_sources)?;
     Ok(c)
 }
@@ -254,7 +277,30 @@ impl std::fmt::Debug for Checkpoint {
 impl Checkpoint {
     fn new(path: &Path, kind: Kind, spec: Spec) -> Checkpoint {
         let (files, tensors, places) = (Vec::new(), Vec::new(), HashMap::new());
-        Checkpoint { path: path.to_owned(), kind, spec, files, tensors, places, metadata: None, packed: None }
+        Checkpoint {
+            path: path.to_owned(),
+            kind,
+            spec,
+            files,
+            tensors,
+            places,
+            metadata: None,
+            packed: None,
+            quantized: None,
+            fitted: None,
+            problems: None,
+        }
+    }
+
+    /// Ends the opening, or notes what is gone around.
+    fn fault(&mut self, e: OpenError, help: Option<&str>) -> Result<(), OpenError> {
+        match &mut self.problems {
+            None => Err(e),
+            Some(list) => {
+                list.push(Problem::broken(e.to_string(), help));
+                Ok(())
+            }
+        }
     }
 
     fn add_file(&mut self, path: &Path, keep: impl Fn(&str) -> bool) -> Result<(), OpenError> {
@@ -284,15 +330,21 @@ impl Checkpoint {
         let index = safetensors::parse_index(&read_json(&index_path)?).map_err(|e| OpenError::bad(&index_path, e))?;
         let of: HashMap<&str, &str> = index.iter().map(|(t, f)| (t.as_str(), f.as_str())).collect();
         let mut seen = HashSet::new();
+        let mut absent = HashSet::new();
         for (_, name) in &index {
             if seen.insert(name) {
                 // What the index gives to another shard is not this one's; what it does not know stays, like elsewhere.
-                self.add_file(&dir.join(name), |t| of.get(t).is_none_or(|f| f == name))?;
+                if let Err(e) = self.add_file(&dir.join(name), |t| of.get(t).is_none_or(|f| f == name)) {
+                    absent.insert(name.as_str());
+                    self.fault(e, Some("fetch the file named in the index anew: lacuna pull MODEL"))?;
+                }
             }
         }
         let have: HashSet<&str> = self.tensors.iter().map(|t| t.1.name.as_str()).collect();
-        if let Some((tensor, file)) = index.iter().find(|(t, _)| !have.contains(t.as_str())) {
-            return Err(OpenError::bad(&index_path, format!("tensor {tensor} should lie in {file}, which lacks it")));
+        let lacks = index.iter().find(|(t, f)| !have.contains(t.as_str()) && !absent.contains(f.as_str()));
+        if let Some((tensor, file)) = lacks {
+            let what = format!("tensor {tensor} should lie in {file}, which lacks it");
+            self.fault(OpenError::bad(&index_path, what), None)?;
         }
         Ok(())
     }
@@ -301,106 +353,19 @@ impl Checkpoint {
         self.files[self.tensors[tensor].0].path.display().to_string()
     }
 
-    /// Finds and verifies the tensor of every place.
-    fn locate(&mut self, sources: fn(&Spec, &Place) -> Vec<Source>) -> Result<(), OpenError> {
-        let mut by_name: HashMap<&str, usize> = HashMap::new();
-        for (i, (_, t)) in self.tensors.iter().enumerate() {
-            if by_name.insert(&t.name, i).is_some() {
-                return Err(OpenError::bad(&self.path, format!("tensor {} lies in two files", t.name)));
-            }
-        }
-        let mut places = HashMap::new();
-        // Rows taken from tensors that hold several matrices: all of them must be.
-        let mut taken: HashMap<usize, (usize, usize)> = HashMap::new();
-        for place in self.spec.places() {
-            let candidates = sources(&self.spec, &place);
-            let Some((source, tensor)) = candidates.iter().find_map(|s| Some((s, *by_name.get(s.name.as_str())?)))
-            else {
-                let hint = candidates.first().map_or(String::new(), |s| format!(" ({} was looked for)", s.name));
-                let file = self.path.display().to_string();
-                return Err(WeightsError::Missing { file, place: place.to_string(), hint }.into());
-            };
-            let located = self.check_place(&place, source, tensor)?;
-            if let Located::Plain { rows, cols, .. } = &located
-                && (source.rows.is_some() || source.slice.is_some())
-            {
-                let all = match (self.tensors[tensor].1.shape.as_slice(), source.transposed) {
-                    ([n], _) | ([_, n], true) => *n,
-                    (shape, _) => shape[..shape.len() - 1].iter().product(),
-                };
-                let one = self.tensors[tensor].1.shape.len() == 1;
-                let entry = taken.entry(tensor).or_insert((0, all));
-                entry.0 += if one { *cols } else { *rows };
-            }
-            places.insert(place, located);
-        }
-        for (tensor, (rows, all)) in taken {
-            let t = &self.tensors[tensor].1;
-            if rows != all {
-                let what = format!("shape {:?}, but the network uses {rows} of its {all} rows", t.shape);
-                return Err(WeightsError::bad(self.file_of(tensor), t.name.clone(), FormatError::new(what)).into());
-            }
-        }
-        self.places = places;
-        Ok(())
+    pub(crate) fn spec_of(&self) -> &Spec {
+        &self.spec
     }
 
-    fn check_place(&self, place: &Place, source: &Source, tensor: usize) -> Result<Located, WeightsError> {
-        let t = &self.tensors[tensor].1;
-        let bad = |what: String| WeightsError::bad(self.file_of(tensor), t.name.clone(), FormatError::new(what));
-        let Some((rows, cols)) = self.spec.shape(place) else {
-            return Err(bad(format!("the network has no {place}")));
-        };
-        let (block, block_bytes) = match t.dtype {
-            TensorType::Float(f) => (1, f.bytes()),
-            TensorType::Block(b) => (b.block(), b.block_bytes()),
-            other => return Err(bad(format!("{} cannot be decoded as the weights of {place}", other.name()))),
-        };
-        let table = place.role.is_linear() || matches!(place.role, Role::Embed | Role::Positions);
-        let vector = !table || place.part == Part::Bias;
-        let wrong = |want: String| bad(format!("shape {:?}, but {place} is {want}", t.shape));
-        // What is stored, as [slices, rows, cols].
-        let (slices, high, wide) = match (t.shape.as_slice(), source.slice) {
-            ([n], None) if vector => (1, 1, *n),
-            ([1, n], None) if vector => (1, 1, *n),
-            ([a, b], None) if !vector => (1, *a, *b),
-            ([e, a, b], Some(_)) => (*e, *a, *b),
-            _ => return Err(wrong(format!("[{rows}, {cols}]"))),
-        };
-        let row_bytes = |n: usize| n / block * block_bytes;
-        if vector {
-            let (from, to) = source.rows.unwrap_or((0, cols));
-            if to - from != cols || to > wide || (source.rows.is_none() && wide != cols) {
-                return Err(wrong(format!("[{cols}]")));
-            }
-            if block != 1 {
-                return Err(bad(format!("{} for a vector", t.dtype.name())));
-            }
-            let start = t.bytes.start + row_bytes(from);
-            return Ok(Located::Plain {
-                tensor,
-                bytes: start..start + row_bytes(cols),
-                rows: 1,
-                cols,
-                transposed: None,
-            });
-        }
-        let (high_here, wide_here) = if source.transposed { (wide, high) } else { (high, wide) };
-        // Learned positions: the file may have more than the network asks for.
-        let rows = if place.role == Role::Positions { rows.max(high_here) } else { rows };
-        let (from, to) = source.rows.unwrap_or((0, high_here));
-        let slice = source.slice.unwrap_or(0);
-        if to - from != rows || to > high_here || wide_here != cols || slice >= slices {
-            return Err(wrong(format!("[{rows}, {cols}]")));
-        }
-        if source.transposed {
-            if block != 1 {
-                return Err(bad(format!("{} in a matrix stored the other way round", t.dtype.name())));
-            }
-            return Ok(Located::Plain { tensor, bytes: t.bytes.clone(), rows, cols, transposed: Some(from) });
-        }
-        let start = t.bytes.start + row_bytes(cols) * (slice * high + from);
-        Ok(Located::Plain { tensor, bytes: start..start + row_bytes(cols) * rows, rows, cols, transposed: None })
+    /// Places whose tensors another tool compressed.
+    pub(crate) fn foreign_places(&self) -> usize {
+        self.places.values().filter(|l| matches!(l, Located::Foreign(_))).count()
+    }
+
+    /// The bytes of a tensor.
+    pub(crate) fn data(&self, tensor: usize) -> Bytes {
+        let (file, t) = &self.tensors[tensor];
+        self.files[*file].bytes().slice(t.bytes.clone())
     }
 
     /// Where the checkpoint was opened.
@@ -428,6 +393,38 @@ impl Checkpoint {
         self.packed.as_ref()
     }
 
+    /// What it says about its compression, where another tool compressed it.
+    pub fn quantized(&self) -> Option<&Quantized> {
+        self.quantized.as_ref()
+    }
+
+    /// The same model with an adapter on it: as low-rank terms beside the matrices it changes, or merged into them.
+    pub fn with_adapter(self, adapter: Adapter, merge: bool) -> Result<Checkpoint, OpenError> {
+        let fitted = Some(Fitted::new(adapter, &self.spec, merge)?);
+        Ok(Checkpoint { fitted, ..self })
+    }
+
+    /// The directory of the adapter in force, and whether it is merged.
+    pub fn adapter(&self) -> Option<(&Path, bool)> {
+        self.fitted.as_ref().map(|f| (f.adapter.path(), f.merge))
+    }
+
+    /// Everything that makes it differ from what its files hold alone, or from what they were written for: a sentence each.
+    pub fn remarks(&self) -> Vec<String> {
+        let mut out = self.quantized.as_ref().map_or_else(Vec::new, |q| q.notes.clone());
+        out.extend(self.fitted.as_ref().map(Fitted::describe));
+        out
+    }
+
+    /// What is wrong with it: only after [`examine`].
+    pub fn problems(&self) -> &[Problem] {
+        self.problems.as_deref().unwrap_or_default()
+    }
+
+    pub(crate) fn note(&mut self, p: Problem) {
+        self.problems.get_or_insert_default().push(p);
+    }
+
     /// Every tensor of the files.
     pub fn tensors(&self) -> impl Iterator<Item = &TensorInfo> {
         self.tensors.iter().map(|t| &t.1)
@@ -440,19 +437,26 @@ impl Checkpoint {
 
     /// Tensors that no place of the network uses; constants that some writers put beside the weights (masks, RoPE tables) apart.
     pub fn unused(&self) -> Vec<&TensorInfo> {
+        let used = self.used();
+        let constant = |n: &str| {
+            let ends = ["rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
+            let rounding = self.quantized.is_some() && foreign::about_activations(n);
+            ends.iter().any(|e| n.ends_with(e)) || n.starts_with("rope_f") || rounding
+        };
+        let tensors = self.tensors.iter().enumerate().filter(|(i, t)| !used.contains(i) && !constant(&t.1.name));
+        tensors.map(|(_, t)| &t.1).collect()
+    }
+
+    fn used(&self) -> HashSet<usize> {
         let mut used = HashSet::new();
         for located in self.places.values() {
             match located {
                 Located::Plain { tensor, .. } => drop(used.insert(*tensor)),
                 Located::Packed { buffers, .. } => used.extend(buffers.values().copied()),
+                Located::Foreign(lazy) => used.extend(lazy.tensors()),
             }
         }
-        let constant = |n: &str| {
-            let ends = ["rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
-            ends.iter().any(|e| n.ends_with(e)) || n.starts_with("rope_f")
-        };
-        let tensors = self.tensors.iter().enumerate().filter(|(i, t)| !used.contains(i) && !constant(&t.1.name));
-        tensors.map(|(_, t)| &t.1).collect()
+        used
     }
 
     /// The file that holds this checkpoint's GGUF metadata, where there is one: itself, or the packed model's `tokenizer.gguf`.
@@ -486,6 +490,37 @@ impl Checkpoint {
         let parsed = gguf::parse(map.bytes()).map_err(|e| OpenError::bad(&path, e.what))?;
         let keep = |key: &str| key.starts_with("tokenizer.") || key == "general.architecture";
         Ok(Some(gguf::metadata_only(map.bytes(), &parsed, keep)))
+    }
+
+    /// The tensor of a place as its files hold it.
+    fn stored(&self, place: &Place) -> Result<Option<Arc<Stored>>, WeightsError> {
+        match self.places.get(place) {
+            None => Ok(None),
+            Some(Located::Plain { tensor, bytes, rows, cols, transposed }) => {
+                Ok(Some(Arc::new(self.plain(*tensor, bytes, *rows, *cols, *transposed))))
+            }
+            Some(Located::Packed { desc, buffers, whole }) => {
+                if let Some(done) = whole.get() {
+                    return Ok(Some(done.clone()));
+                }
+                let stored = Stored::from_parts(desc, |suffix| {
+                    let (file, t) = &self.tensors[*buffers.get(suffix)?];
+                    Some((t.dtype.elem()?, t.shape.clone(), self.files[*file].bytes().slice(t.bytes.clone())))
+                });
+                let file = self.path.display().to_string();
+                let stored = stored.map_err(|e| WeightsError::bad(file, place.to_string(), e))?;
+                Ok(Some(whole.get_or_init(|| Arc::new(stored)).clone()))
+            }
+            Some(Located::Foreign(lazy)) => {
+                let stored = lazy.get(&|i| self.data(i));
+                Ok(Some(stored.map_err(|f| self.foreign_fault(f))?))
+            }
+        }
+    }
+
+    fn let_go(&self, tensor: usize) {
+        let (file, t) = &self.tensors[tensor];
+        self.files[*file].release(t.bytes.clone());
     }
 
     fn plain(&self, tensor: usize, bytes: &Range<usize>, rows: usize, cols: usize, from: Option<usize>) -> Stored {
@@ -522,35 +557,18 @@ impl Weights for Checkpoint {
     }
 
     fn get(&self, place: &Place) -> Result<Option<Arc<Stored>>, WeightsError> {
-        match self.places.get(place) {
-            None => Ok(None),
-            Some(Located::Plain { tensor, bytes, rows, cols, transposed }) => {
-                Ok(Some(Arc::new(self.plain(*tensor, bytes, *rows, *cols, *transposed))))
-            }
-            Some(Located::Packed { desc, buffers, whole }) => {
-                if let Some(done) = whole.get() {
-                    return Ok(Some(done.clone()));
-                }
-                let stored = Stored::from_parts(desc, |suffix| {
-                    let (file, t) = &self.tensors[*buffers.get(suffix)?];
-                    Some((t.dtype.elem()?, t.shape.clone(), self.files[*file].bytes().slice(t.bytes.clone())))
-                });
-                let file = self.path.display().to_string();
-                let stored = stored.map_err(|e| WeightsError::bad(file, place.to_string(), e))?;
-                Ok(Some(whole.get_or_init(|| Arc::new(stored)).clone()))
-            }
+        let stored = self.stored(place)?;
+        match (&self.fitted, stored) {
+            (Some(f), Some(base)) => Ok(Some(f.apply(place, base)?)),
+            (_, stored) => Ok(stored),
         }
     }
 
     fn release(&self, place: &Place) {
         match self.places.get(place) {
             Some(Located::Plain { tensor, bytes, .. }) => self.files[self.tensors[*tensor].0].release(bytes.clone()),
-            Some(Located::Packed { buffers, .. }) => {
-                for i in buffers.values() {
-                    let (file, t) = &self.tensors[*i];
-                    self.files[*file].release(t.bytes.clone());
-                }
-            }
+            Some(Located::Packed { buffers, .. }) => buffers.values().for_each(|i| self.let_go(*i)),
+            Some(Located::Foreign(lazy)) => lazy.tensors().for_each(|i| self.let_go(i)),
             None => {}
         }
     }

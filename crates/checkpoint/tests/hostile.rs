@@ -85,7 +85,7 @@ fn a_missing_tensor_is_named() {
         c["attention_bias"] = json!(false);
         c["num_hidden_layers"] = json!(3);
     });
-    refused(dir.path(), &["layers.2.attn.norm"]);
+    refused(dir.path(), &["counts 3 layers", "there for 2", "missing: 2", "lacuna repair"]);
 }
 
 #[test]

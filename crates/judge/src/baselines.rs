@@ -91,10 +91,13 @@ pub fn fingerprint(source: &Checkpoint) -> String {
     use std::hash::{DefaultHasher, Hash, Hasher};
     let mut h = DefaultHasher::new();
     source.path().hash(&mut h);
+    source.adapter().map(|(_, merge)| merge).hash(&mut h);
     let mut files = Vec::new();
-    match std::fs::read_dir(source.path()) {
-        Ok(dir) => files.extend(dir.flatten().map(|f| f.path())),
-        Err(_) => files.push(source.path().to_owned()),
+    for path in [Some(source.path()), source.adapter().map(|(dir, _)| dir)].into_iter().flatten() {
+        match std::fs::read_dir(path) {
+            Ok(dir) => files.extend(dir.flatten().map(|f| f.path())),
+            Err(_) => files.push(path.to_owned()),
+        }
     }
     files.sort();
     for f in files {

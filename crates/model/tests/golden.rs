@@ -2,13 +2,17 @@
 
 use std::path::{Path, PathBuf};
 
+use lacuna_checkpoint::{Adapter, Checkpoint};
 use lacuna_model::{Batch, ContiguousKv, Decoder, LoadOptions, NoTap};
 
 /// Allowed distance of a logit: the twin's own f32 lies up to 4e-6 from its f64.
 const TOLERANCE: f32 = 1e-4;
 
-fn checkpoints() -> Vec<PathBuf> {
-    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny");
+/// The same where the other tool's values are rounded to 16 bits, and ours are not.
+const TOLERANCE_16: f32 = 0.03;
+
+fn checkpoints(of: &str) -> Vec<PathBuf> {
+    let root = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden").join(of);
     let mut out: Vec<PathBuf> = std::fs::read_dir(root)
         .expect("golden checkpoints")
         .map(|e| e.expect("a directory entry").path())
@@ -20,7 +24,7 @@ fn checkpoints() -> Vec<PathBuf> {
 
 #[test]
 fn logits_equal_those_of_transformers() {
-    let all = checkpoints();
+    let all = checkpoints("tiny");
     assert!(all.len() >= 20, "only {} golden checkpoints", all.len());
     let mut wrong = Vec::new();
     for dir in all {
@@ -34,10 +38,37 @@ fn logits_equal_those_of_transformers() {
     assert!(wrong.is_empty(), "{wrong:#?}");
 }
 
+#[test]
+fn checkpoints_of_other_tools_run_as_transformers_runs_what_they_decode_to() {
+    let all = checkpoints("foreign");
+    assert!(all.len() >= 21, "only {} golden checkpoints", all.len());
+    let mut wrong = Vec::new();
+    for dir in all {
+        let golden: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(dir.join("golden.json")).expect("a file")).expect("JSON");
+        let tolerance = if golden["dtype"] == "float32" { TOLERANCE } else { TOLERANCE_16 };
+        match worst(&dir) {
+            Ok(off) if off <= tolerance => {}
+            other => wrong.push(format!("{}: {other:?}", dir.display())),
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// A checkpoint, or an adapter on the base beside it.
+fn open(dir: &Path) -> Result<Checkpoint, Box<dyn std::error::Error>> {
+    if !Adapter::is_at(dir) {
+        return Ok(lacuna_checkpoint::open(dir)?);
+    }
+    let adapter = Adapter::open(dir)?;
+    let base = dir.join(adapter.base().ok_or("an adapter without a base")?);
+    Ok(lacuna_checkpoint::open(base)?.with_adapter(adapter, false)?)
+}
+
 /// The largest distance of any logit of a checkpoint.
 fn worst(dir: &Path) -> Result<f32, Box<dyn std::error::Error>> {
     let golden: serde_json::Value = serde_json::from_slice(&std::fs::read(dir.join("golden.json"))?)?;
-    let checkpoint = lacuna_checkpoint::open(dir)?;
+    let checkpoint = open(dir)?;
     let decoder = Decoder::load(&checkpoint, &LoadOptions::default())?;
     let list = |v: &serde_json::Value| v.as_array().cloned().ok_or("golden.json has another shape");
     let mut worst = 0.0f32;

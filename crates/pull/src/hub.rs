@@ -26,7 +26,11 @@ const COMPANIONS: &[&str] = &[
     "added_tokens.json",
     "chat_template.jinja",
     "chat_template.json",
+    "quantize_config.json",
+    "quant_config.json",
 ];
+/// What an adapter is made of.
+const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
 
 /// How the hub's own tools are set up on this machine; their variables mean here what they mean there.
 #[derive(Debug, Clone)]
@@ -165,6 +169,9 @@ fn select(
             false => Err(format!("there is no file {file}; the model files there: {}", some_of(&models))),
         };
     }
+    if !names.contains("config.json") && ADAPTER.iter().all(|name| names.contains(*name)) {
+        return Ok(ADAPTER.map(str::to_string).to_vec());
+    }
     let weights: Vec<String> = if names.contains(INDEX) {
         let index: Value = serde_json::from_slice(&read_index()?).map_err(|error| format!("{INDEX}: {error}"))?;
         let map = index["weight_map"].as_object().ok_or_else(|| format!("{INDEX} holds no weight_map"))?;
@@ -201,4 +208,23 @@ fn some_of(names: &[String]) -> String {
 fn escape(text: &str, slash: bool) -> String {
     let plain = |c: u8| c.is_ascii_alphanumeric() || b"-._~".contains(&c) || (slash && c == b'/');
     text.bytes().map(|c| if plain(c) { (c as char).to_string() } else { format!("%{c:02X}") }).collect()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn adapters_and_what_lies_beside_quantized_models() {
+        let of = |names: &[&str]| {
+            let names = names.iter().map(|name| name.to_string()).collect();
+            select(&names, None, || Err("there is no index".into())).map(|files| files.join(" "))
+        };
+        let adapter = ["README.md", "adapter_config.json", "adapter_model.safetensors", "tokenizer.json"];
+        assert_eq!(of(&adapter).as_deref(), Ok("adapter_config.json adapter_model.safetensors"));
+        let gptq = ["config.json", "model.safetensors", "quantize_config.json"];
+        assert_eq!(of(&gptq).as_deref(), Ok("config.json quantize_config.json model.safetensors"));
+        // A pickle alone is nothing to fetch.
+        assert!(of(&["adapter_config.json", "adapter_model.bin"]).is_err());
+    }
 }

@@ -1,0 +1,101 @@
+//! Scales as compressed-tensors writes them: for a tensor, a row, a group of columns or a block.
+
+use std::ops::Range;
+
+use bytes::Bytes;
+use lacuna_format::{Float, Group, Scales};
+
+use super::{Args, Data, Fault, Tensor};
+use crate::tensor::TensorType;
+
+/// How the entries of a tensor of scales spread over a matrix.
+#[derive(Clone, Copy, Debug, PartialEq)]
+enum Spread {
+    /// One for all.
+    One,
+    /// A row of them for each row.
+    Rows,
+    /// A row of them for so many rows.
+    Blocks(usize),
+}
+
+/// Checked scales of a matrix.
+#[derive(Clone, Debug)]
+pub(super) struct Grid {
+    pub tensor: Tensor,
+    float: Float,
+    spread: Spread,
+    /// Scales of a row.
+    pub groups: usize,
+    /// Columns that share one.
+    pub run: usize,
+}
+
+impl Grid {
+    /// Checks that `tensor` can be the scales of a `[rows, cols]` matrix, quantized as `args` say.
+    pub fn new(tensor: Tensor, (rows, cols): (usize, usize), args: Option<&Args>) -> Result<Grid, Fault> {
+        let float = match tensor.dtype {
+            TensorType::Float(f @ (Float::F32 | Float::F16 | Float::Bf16)) => f,
+            other => return tensor.bad(format!("{} cannot be scales; F32, F16 and BF16 can", other.name())),
+        };
+        let wrong = || tensor.bad(format!("shape {:?} does not fit a matrix of {rows} x {cols}", tensor.shape));
+        let (high, groups) = match tensor.shape[..] {
+            [] | [1] => (1, 1),
+            [n] => (n, 1),
+            [a, b] => (a, b),
+            _ => return wrong(),
+        };
+        let block = args.and_then(|a| a.block);
+        let (spread, run) = match block {
+            Some((r, c)) if high == rows.div_ceil(r) && groups == cols.div_ceil(c) => (Spread::Blocks(r), c),
+            _ if (high, groups) == (1, 1) && rows != 1 => (Spread::One, cols),
+            _ if high != rows || groups == 0 || groups > cols => return wrong(),
+            _ if groups == 1 => (Spread::Rows, cols),
+            _ => match args.and_then(|a| a.group).filter(|g| cols.div_ceil(*g) == groups) {
+                Some(g) => (Spread::Rows, g),
+                // The tensors count, not the configuration.
+                None if cols.is_multiple_of(groups) => (Spread::Rows, cols / groups),
+                None => return wrong(),
+            },
+        };
+        Ok(Grid { tensor, float, spread, groups, run: run.max(1) })
+    }
+
+    /// Scales of some rows.
+    pub fn read(&self, rows: Range<usize>, data: Data<'_>) -> Scales {
+        let (bytes, size) = (data(self.tensor.index), self.groups * self.float.bytes());
+        let chosen = match self.spread {
+            Spread::Rows => bytes.slice(rows.start * size..rows.end * size),
+            Spread::One => Bytes::from(bytes.repeat(rows.len())),
+            Spread::Blocks(high) => {
+                let row = |r: usize| &bytes[r / high * size..(r / high + 1) * size];
+                Bytes::from(rows.flat_map(|r| row(r).iter().copied()).collect::<Vec<u8>>())
+            }
+        };
+        Scales::Float(self.float, chosen)
+    }
+
+    /// Which row of a tensor of the same shape belongs to row `r` of the matrix.
+    pub fn row(&self, r: usize) -> usize {
+        match self.spread {
+            Spread::One => 0,
+            Spread::Rows => r,
+            Spread::Blocks(high) => r / high,
+        }
+    }
+
+    /// Rows of the tensor of scales.
+    pub fn high(&self, rows: usize) -> usize {
+        self.row(rows - 1) + 1
+    }
+
+    /// Which columns share a scale.
+    pub fn group(&self) -> Group {
+        Group::Run(self.run)
+    }
+}
+
+/// Signed bytes to codes counted from -128 on.
+pub(super) fn unsigned(bytes: &[u8]) -> Vec<u8> {
+    bytes.iter().map(|b| b ^ 0x80).collect()
+}

@@ -1,0 +1,223 @@
+//! Finding the tensor of every place: named as the network names it, or in the way of another tool.
+
+use std::collections::{HashMap, HashSet};
+use std::sync::Arc;
+
+use lacuna_format::{FormatError, WeightsError};
+use lacuna_spec::arch::Source;
+use lacuna_spec::{Part, Place, Role, Spec};
+
+use super::{Checkpoint, Located, OpenError};
+use crate::examine::{REPAIR, layers_differ};
+use crate::foreign::{self, Fault, Lazy, Module, Tensors};
+use crate::tensor::TensorType;
+
+/// Rows of a tensor that holds several matrices.
+struct Share {
+    tensor: usize,
+    rows: usize,
+    all: usize,
+}
+
+impl Checkpoint {
+    /// Finds and verifies the tensor of every place.
+    pub(super) fn locate(&mut self, sources: fn(&Spec, &Place) -> Vec<Source>) -> Result<(), OpenError> {
+        let mut by_name: HashMap<String, usize> = HashMap::new();
+        for i in 0..self.tensors.len() {
+            let name = self.tensors[i].1.name.clone();
+            if let Some(first) = by_name.insert(name, i) {
+                let t = &self.tensors[i].1.name;
+                self.fault(OpenError::bad(&self.path, format!("tensor {t} lies in two files")), None)?;
+                by_name.insert(self.tensors[first].1.name.clone(), first);
+            }
+        }
+        // Where files are missing, so is what lies in them: that is said once.
+        let cut = self.problems.as_ref().is_some_and(|p| !p.is_empty());
+        let differ = layers_differ(&self.spec, self.tensors.iter().map(|t| t.1.name.as_str()), sources);
+        let absent = match differ.filter(|d| !cut && !d.missing.is_empty()) {
+            Some(d) if self.problems.is_none() => {
+                return Err(OpenError::bad(&self.path, format!("{d} {REPAIR} mends that")));
+            }
+            Some(d) => {
+                self.fault(OpenError::bad(&self.path, d.to_string()), Some(REPAIR))?;
+                d.missing
+            }
+            None => Vec::new(),
+        };
+        let (mut places, mut modules) = (HashMap::new(), HashMap::new());
+        // Rows taken from tensors that hold several matrices: all of them must be.
+        let mut taken: HashMap<usize, (usize, usize)> = HashMap::new();
+        for place in self.spec.places() {
+            if place.layer.is_some_and(|l| absent.contains(&(l as usize))) {
+                continue;
+            }
+            let candidates = sources(&self.spec, &place);
+            match self.locate_one(&place, &candidates, &by_name, &mut modules) {
+                Ok((located, of)) => {
+                    if let Some(s) = of {
+                        taken.entry(s.tensor).or_insert((0, s.all)).0 += s.rows;
+                    }
+                    places.insert(place, located);
+                }
+                Err(WeightsError::Missing { .. }) if cut => {}
+                Err(e) => self.fault(e.into(), None)?,
+            }
+        }
+        for (tensor, (rows, all)) in taken {
+            let t = &self.tensors[tensor].1;
+            if rows != all {
+                let what = format!("shape {:?}, but the network uses {rows} of its {all} rows", t.shape);
+                let e = WeightsError::bad(self.file_of(tensor), t.name.clone(), FormatError::new(what));
+                self.fault(e.into(), None)?;
+            }
+        }
+        self.places = places;
+        self.empty_biases(&by_name)
+    }
+
+    /// The tensor of a place, and how much of it that is where it holds several matrices.
+    fn locate_one(
+        &self,
+        place: &Place,
+        candidates: &[Source],
+        by_name: &HashMap<String, usize>,
+        modules: &mut HashMap<String, Option<Arc<dyn Module>>>,
+    ) -> Result<(Located, Option<Share>), WeightsError> {
+        let matrix = place.part == Part::Weight && (place.role.is_linear() || place.role == Role::Embed);
+        if let Some(q) = self.quantized.as_ref().filter(|_| matrix) {
+            for source in candidates {
+                let Some(name) = source.name.strip_suffix(".weight") else { continue };
+                if !modules.contains_key(name) {
+                    let data = |i: usize| self.data(i);
+                    let info = |i: usize| &self.tensors[i].1;
+                    let tensors = Tensors { names: by_name, info: &info, data: &data };
+                    let found = foreign::find(q, &tensors, name).map_err(|f| self.foreign_fault(f))?;
+                    modules.insert(name.to_owned(), found);
+                }
+                if let Some(Some(module)) = modules.get(name) {
+                    return self.check_foreign(place, source, module);
+                }
+            }
+        }
+        let Some((source, tensor)) = candidates.iter().find_map(|s| Some((s, *by_name.get(s.name.as_str())?))) else {
+            let hint = candidates.first().map_or(String::new(), |s| format!(" ({} was looked for)", s.name));
+            let file = self.path.display().to_string();
+            return Err(WeightsError::Missing { file, place: place.to_string(), hint });
+        };
+        let located = self.check_place(place, source, tensor)?;
+        let mut of = None;
+        if let Located::Plain { rows, cols, .. } = &located
+            && (source.rows.is_some() || source.slice.is_some())
+        {
+            let shape = self.tensors[tensor].1.shape.as_slice();
+            let all = match (shape, source.transposed) {
+                ([n], _) | ([_, n], true) => *n,
+                (shape, _) => shape[..shape.len() - 1].iter().product(),
+            };
+            of = Some(Share { tensor, rows: if shape.len() == 1 { *cols } else { *rows }, all });
+        }
+        Ok((located, of))
+    }
+
+    fn check_foreign(
+        &self,
+        place: &Place,
+        source: &Source,
+        module: &Arc<dyn Module>,
+    ) -> Result<(Located, Option<Share>), WeightsError> {
+        let (high, wide) = module.shape();
+        let (tensor, name) = module.tensors()[0];
+        let Some((rows, cols)) = self.spec.shape(place) else {
+            return Err(self.foreign_fault(Fault { tensor: name.into(), what: format!("the network has no {place}") }));
+        };
+        let (from, to) = source.rows.unwrap_or((0, high));
+        if to - from != rows || to > high || wide != cols {
+            let what = format!("a matrix of [{high}, {wide}], but {place} is [{rows}, {cols}]");
+            return Err(self.foreign_fault(Fault { tensor: name.into(), what }));
+        }
+        let part = source.rows.map(|_| Share { tensor, rows, all: high });
+        Ok((Located::Foreign(Lazy::new(module.clone(), from..to)), part))
+    }
+
+    pub(super) fn foreign_fault(&self, f: Fault) -> WeightsError {
+        let tensor = self.tensors.iter().find(|(_, t)| t.name == f.tensor);
+        let file = tensor.map_or(&self.path, |(file, _)| &self.files[*file].path);
+        WeightsError::bad(file.display().to_string(), f.tensor, FormatError::new(f.what))
+    }
+
+    /// Some writers put a bias beside every matrix. Where the network has none, it must be zeros.
+    fn empty_biases(&mut self, by_name: &HashMap<String, usize>) -> Result<(), OpenError> {
+        let used: HashSet<usize> = self.used();
+        let quantized = |name: &str| by_name.contains_key(&format!("{}.qweight", name.trim_end_matches(".bias")));
+        for i in 0..self.tensors.len() {
+            let t = &self.tensors[i].1;
+            if used.contains(&i) || !t.name.ends_with(".bias") || !quantized(&t.name) {
+                continue;
+            }
+            if self.data(i).iter().any(|b| b & 0x7f != 0) {
+                let what = "a bias that is not zero, and the network has none here".to_owned();
+                let e = self.foreign_fault(Fault { tensor: t.name.clone(), what });
+                self.fault(e.into(), None)?;
+            }
+        }
+        Ok(())
+    }
+
+    fn check_place(&self, place: &Place, source: &Source, tensor: usize) -> Result<Located, WeightsError> {
+        let t = &self.tensors[tensor].1;
+        let bad = |what: String| WeightsError::bad(self.file_of(tensor), t.name.clone(), FormatError::new(what));
+        let Some((rows, cols)) = self.spec.shape(place) else {
+            return Err(bad(format!("the network has no {place}")));
+        };
+        let (block, block_bytes) = match t.dtype {
+            TensorType::Float(f) => (1, f.bytes()),
+            TensorType::Block(b) => (b.block(), b.block_bytes()),
+            other => return Err(bad(format!("{} cannot be decoded as the weights of {place}", other.name()))),
+        };
+        let table = place.role.is_linear() || matches!(place.role, Role::Embed | Role::Positions);
+        let vector = !table || place.part == Part::Bias;
+        let wrong = |want: String| bad(format!("shape {:?}, but {place} is {want}", t.shape));
+        // What is stored, as [slices, rows, cols].
+        let (slices, high, wide) = match (t.shape.as_slice(), source.slice) {
+            ([n], None) if vector => (1, 1, *n),
+            ([1, n], None) if vector => (1, 1, *n),
+            ([a, b], None) if !vector => (1, *a, *b),
+            ([e, a, b], Some(_)) => (*e, *a, *b),
+            _ => return Err(wrong(format!("[{rows}, {cols}]"))),
+        };
+        let row_bytes = |n: usize| n / block * block_bytes;
+        if vector {
+            let (from, to) = source.rows.unwrap_or((0, cols));
+            if to - from != cols || to > wide || (source.rows.is_none() && wide != cols) {
+                return Err(wrong(format!("[{cols}]")));
+            }
+            if block != 1 {
+                return Err(bad(format!("{} for a vector", t.dtype.name())));
+            }
+            let start = t.bytes.start + row_bytes(from);
+            return Ok(Located::Plain {
+                tensor,
+                bytes: start..start + row_bytes(cols),
+                rows: 1,
+                cols,
+                transposed: None,
+            });
+        }
+        let (high_here, wide_here) = if source.transposed { (wide, high) } else { (high, wide) };
+        // Learned positions: the file may have more than the network asks for.
+        let rows = if place.role == Role::Positions { rows.max(high_here) } else { rows };
+        let (from, to) = source.rows.unwrap_or((0, high_here));
+        let slice = source.slice.unwrap_or(0);
+        if to - from != rows || to > high_here || wide_here != cols || slice >= slices {
+            return Err(wrong(format!("[{rows}, {cols}]")));
+        }
+        if source.transposed {
+            if block != 1 {
+                return Err(bad(format!("{} in a matrix stored the other way round", t.dtype.name())));
+            }
+            return Ok(Located::Plain { tensor, bytes: t.bytes.clone(), rows, cols, transposed: Some(from) });
+        }
+        let start = t.bytes.start + row_bytes(cols) * (slice * high + from);
+        Ok(Located::Plain { tensor, bytes: start..start + row_bytes(cols) * rows, rows, cols, transposed: None })
+    }
+}

@@ -1,0 +1,345 @@
+//! Checkpoints of other tools decode to what their own tools decode, bit for bit; damaged ones are refused by name. See
+//! tests/golden/README.md for how they were made.
+
+mod damage;
+
+use std::collections::BTreeMap;
+use std::path::{Path, PathBuf};
+
+use damage::{Damaged, F16};
+use lacuna_base::float::{round_bf16, round_f16};
+use lacuna_checkpoint::{Adapter, Checkpoint, examine, open};
+use lacuna_format::{Term, Weights};
+use lacuna_spec::{Part, Place, Role, arch};
+use serde_json::{Value, json};
+use sha2::{Digest, Sha256};
+
+fn foreign(name: &str) -> PathBuf {
+    Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/foreign").join(name)
+}
+
+fn golden(name: &str) -> Value {
+    serde_json::from_slice(&std::fs::read(foreign(name).join("golden.json")).unwrap()).unwrap()
+}
+
+fn codecs(c: &Checkpoint) -> BTreeMap<String, String> {
+    let matrix = |p: &Place| p.role.is_linear() && p.part == Part::Weight;
+    let places = c.spec().places().into_iter().filter(matrix);
+    places.map(|p| (p.role.name().to_owned(), c.get(&p).unwrap().unwrap().codec_name())).collect()
+}
+
+/// Every matrix against the digest of what its own tool decoded, in that tool's type.
+fn same_values(c: &Checkpoint, name: &str) {
+    let golden = golden(name);
+    let round: fn(f32) -> f32 = match golden["dtype"].as_str().unwrap() {
+        "float32" => |x| x,
+        "float16" => round_f16,
+        _ => round_bf16,
+    };
+    let mut compared = 0;
+    for place in c.spec().places() {
+        let sources = arch::sources(c.spec(), &place);
+        let Some(want) = sources.iter().find_map(|s| golden["sha256"][&s.name].as_str()) else { continue };
+        let stored = c.get(&place).unwrap().unwrap();
+        stored.check().unwrap();
+        // A zero has no sign here: which one a product of zero has is nobody's business.
+        let values: Vec<f32> = stored.to_mat().into_vec().into_iter().map(|x| round(x) + 0.0).collect();
+        let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
+        let have: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
+        let first = sources.iter().find_map(|s| golden["first"].get(&s.name));
+        assert_eq!(have, want, "{name}: {place}: {:?}, expected {first:?}", &values[..8]);
+        // In part as in whole.
+        let mut some = lacuna_base::Mat::zeros(2, stored.cols);
+        stored.decode_rows(3, 5, some.view_mut());
+        let part: Vec<f32> = some.into_vec().into_iter().map(|x| round(x) + 0.0).collect();
+        assert_eq!(part, values[3 * stored.cols..5 * stored.cols], "{name}: {place}");
+        compared += 1;
+    }
+    assert_eq!(compared, golden["sha256"].as_object().unwrap().len(), "{name}");
+}
+
+#[test]
+fn values_are_those_of_their_own_tools() {
+    let all: &[(&str, &[(&str, &str)])] = &[
+        (
+            "pack_stream",
+            &[
+                ("attn.q", "int3 g16"),
+                ("attn.k", "int5 g8 zero"),
+                ("attn.v", "int6 row zero"),
+                ("attn.o", "int7 row"),
+                ("ffn.gate", "int2 g8 zero"),
+                ("ffn.up", "int8 row"),
+                ("ffn.down", "int4 g32"),
+            ],
+        ),
+        ("pack_words", &[("attn.q", "int3 g16"), ("attn.k", "int5 g8 zero"), ("attn.o", "int7 row")]),
+        ("pack_int4_bf16", &[("attn.q", "int4 row"), ("ffn.down", "int4 g32")]),
+        ("pack_actorder", &[("attn.q", "int4 g16 zero"), ("ffn.down", "int4 g16 by index zero")]),
+        ("int8", &[("attn.q", "int8 row"), ("attn.v", "int8 row"), ("ffn.up", "int8 row zero")]),
+        ("naive_int8", &[("ffn.down", "int8 g16")]),
+        ("fp8", &[("attn.q", "table8 row"), ("ffn.down", "table8 g16")]),
+        ("sparse_bitmask", &[("attn.q", "bitmask bf16"), ("ffn.down", "bitmask bf16")]),
+        ("sparse24", &[("attn.q", "2:4 f16"), ("ffn.down", "2:4 f16")]),
+        ("sparse24_int8", &[("attn.q", "2:4 int8 row")]),
+        ("marlin24", &[("attn.q", "2:4 int8 row"), ("ffn.up", "2:4 int4 row"), ("ffn.down", "2:4 int4 g128")]),
+        ("gptq4", &[("attn.q", "int4 g16 by index zero")]),
+        ("gptq4_v2_sym", &[("attn.q", "int4 row"), ("ffn.down", "int4 g32")]),
+        ("gptq3", &[("ffn.down", "int3 row zero")]),
+        ("gptq2", &[("ffn.down", "int2 g16 zero")]),
+        ("gptq8", &[("ffn.down", "int8 g16 zero")]),
+        ("awq_gemm", &[("ffn.down", "int4 g16 zero")]),
+        ("awq_gemv", &[("ffn.down", "int4 g32 zero")]),
+    ];
+    for (name, stored) in all {
+        let c = open(foreign(name)).unwrap_or_else(|e| panic!("{e}"));
+        same_values(&c, name);
+        let codecs = codecs(&c);
+        for (role, codec) in *stored {
+            assert_eq!(codecs[*role], *codec, "{name}: {role}");
+        }
+        let unused: Vec<_> = c.unused().iter().map(|t| &t.name).filter(|n| !n.ends_with(".bias")).collect();
+        assert!(unused.is_empty(), "{name}: {unused:?}");
+        assert!(c.quantized().is_some());
+        // Asked for twice, put together once; let go of, and the same again.
+        let q = Place::layer(0, Role::Q);
+        let (a, b) = (c.get(&q).unwrap().unwrap(), c.get(&q).unwrap().unwrap());
+        assert!(std::sync::Arc::ptr_eq(&a, &b), "{name}");
+        let before = a.to_mat();
+        drop((a, b));
+        c.release(&q);
+        assert_eq!(c.get(&q).unwrap().unwrap().to_mat(), before, "{name}");
+    }
+}
+
+#[test]
+fn nothing_is_copied_where_words_are_the_stored_form() {
+    let c = open(foreign("pack_int4_bf16")).unwrap();
+    let file = std::fs::read(foreign("pack_int4_bf16").join("model.safetensors")).unwrap();
+    let st = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let words = st.tensor("model.layers.0.mlp.down_proj.weight_packed").unwrap().data().to_vec();
+    let stored = c.get(&Place::layer(0, Role::Down)).unwrap().unwrap();
+    let Term::Piece(p) = &stored.terms[0] else { panic!("no piece") };
+    let lacuna_format::Values::Int { codes, .. } = &p.values else { panic!("no codes") };
+    assert_eq!(codes.as_ref(), words);
+}
+
+#[test]
+fn adapters_change_what_peft_changes() {
+    for (name, changed) in [("peft_lora", 3), ("peft_patterns", 7)] {
+        for merge in [false, true] {
+            let adapter = Adapter::open(foreign(name)).unwrap();
+            assert!(Adapter::is_at(&foreign(name)) && adapter.base() == Some("../peft_base"));
+            let c = open(foreign("peft_base")).unwrap().with_adapter(adapter, merge).unwrap();
+            let golden = golden(name);
+            let mut lowrank = 0;
+            for place in c.spec().places() {
+                let sources = arch::sources(c.spec(), &place);
+                let Some(first) = sources.iter().find_map(|s| golden["first"].get(&s.name)) else { continue };
+                let stored = c.get(&place).unwrap().unwrap();
+                lowrank += usize::from(stored.codec_name().contains("lowrank"));
+                for (have, want) in stored.to_mat().into_vec().iter().zip(first.as_array().unwrap()) {
+                    // PEFT sums in another order.
+                    let want = want.as_f64().unwrap();
+                    assert!((f64::from(*have) - want).abs() < 2e-6, "{name}: {place}: {have}, expected {want}");
+                }
+            }
+            assert_eq!(lowrank, if merge { 0 } else { changed }, "{name}");
+            assert!(c.remarks()[0].contains(&format!("changes {changed} matrices")), "{:?}", c.remarks());
+        }
+    }
+}
+
+#[test]
+fn adapters_that_compute_something_else_are_refused() {
+    let refuse = |change: &dyn Fn(&mut Value), words: &[&str]| {
+        let d = Damaged::copy(&foreign("peft_lora"));
+        d.config("adapter_config.json", change);
+        let base = open(foreign("peft_base")).unwrap();
+        let e = Adapter::open(d.path()).and_then(|a| base.with_adapter(a, false)).unwrap_err().to_string();
+        assert!(words.iter().all(|w| e.contains(w)), "{words:?} not in: {e}");
+    };
+    refuse(&|c| c["use_dora"] = json!(true), &["adapter_config.json", "use_dora"]);
+    refuse(&|c| c["peft_type"] = json!("LOHA"), &["LOHA"]);
+    refuse(&|c| c["bias"] = json!("all"), &["bias"]);
+    refuse(&|c| c["init_lora_weights"] = json!("pissa_niter_4"), &["pissa_niter_4"]);
+    refuse(&|c| c["of_tomorrow"] = json!({"x": 1}), &["of_tomorrow"]);
+    refuse(&|c| c["r"] = json!(5), &["rank 4", "the configuration 5"]);
+    refuse(&|c| c["r"] = json!(-1), &["r is -1"]);
+    refuse(&|c| c["rank_pattern"] = json!([1]), &["rank_pattern"]);
+    let d = Damaged::copy(&foreign("peft_lora"));
+    std::fs::rename(d.path().join("adapter_model.safetensors"), d.path().join("adapter_model.bin")).unwrap();
+    let e = Adapter::open(d.path()).unwrap_err().to_string();
+    assert!(e.contains("adapter_model.bin") && e.contains("safe_serialization"), "{e}");
+    let e = open(foreign("pack_stream")).unwrap().with_adapter(Adapter::open(foreign("peft_lora")).unwrap(), false);
+    e.expect("an adapter goes on a quantized base as well");
+    let other = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny/gpt2");
+    let e = open(other).unwrap().with_adapter(Adapter::open(foreign("peft_lora")).unwrap(), false).unwrap_err();
+    assert!(e.to_string().contains("belongs to nothing in the base"), "{e}");
+}
+
+/// A change to a copy of a checkpoint, and words of the refusal; opening and reading both count.
+fn refused(name: &str, change: &dyn Fn(&Damaged), words: &[&str]) {
+    let d = Damaged::copy(&foreign(name));
+    change(&d);
+    let read = |c: Checkpoint| c.spec().places().iter().try_for_each(|p| c.get(p).map(drop).map_err(|e| e.to_string()));
+    let e = open(d.path()).map_err(|e| e.to_string()).and_then(read).expect_err("a damaged checkpoint was read");
+    assert!(words.iter().all(|w| e.contains(w)), "{name}: {words:?} not in: {e}");
+}
+
+const Q: &str = "model.layers.0.self_attn.q_proj";
+
+#[test]
+fn packed_tensors_that_lie() {
+    let q = |suffix: &str| format!("{Q}.{suffix}");
+    let shape = |s: &'static str, shape: Value| move |d: &Damaged| d.header(|h| h[q(s)]["shape"] = shape.clone());
+    refused("pack_int4_bf16", &shape("weight_packed", json!([16, 8])), &["q_proj.weight_packed", "16 rows"]);
+    refused("pack_int4_bf16", &|d| d.i64s(&q("weight_shape"), &[32, -1]), &["weight_shape", "-1"]);
+    refused("pack_int4_bf16", &|d| d.i64s(&q("weight_shape"), &[1 << 40, 1 << 40]), &["weight_shape", "no shape"]);
+    refused(
+        "pack_int4_bf16",
+        &|d| d.i64s(&q("weight_shape"), &[32, 64]),
+        &["weight_packed", "64 columns", "contradicts"],
+    );
+    refused("pack_int4_bf16", &|d| d.drop(&q("weight_scale")), &["weight_packed", "weight_scale", "missing"]);
+    refused("pack_int4_bf16", &|d| d.drop(&q("weight_shape")), &["weight_shape", "missing"]);
+    refused("pack_int4_bf16", &|d| d.fill(&q("weight_scale"), &[0x80, 0x7f]), &["q_proj", "not finite"]);
+    refused(
+        "pack_actorder",
+        &|d| d.i32s("model.layers.0.mlp.up_proj.weight_g_idx", 3, 2),
+        &["up_proj.weight_g_idx", "group 2 of column 3", "0 to 1"],
+    );
+    refused("pack_actorder", &|d| d.i32s("model.layers.0.mlp.up_proj.weight_g_idx", 3, -7), &["group -7 of column 3"]);
+    refused("pack_actorder", &|d| d.drop(&q("weight_zero_point")), &["weight_zero_point", "missing"]);
+    let bits = |d: &Damaged| {
+        d.config("config.json", |c| {
+            c["quantization_config"]["config_groups"]["group_0"]["weights"]["num_bits"] = json!(6);
+        })
+    };
+    refused("pack_int4_bf16", &bits, &["weight_packed", "[6] bits", "4 bits", "contradicts"]);
+    refused("int8", &|d| d.drop(&q("weight_scale")), &["q_proj.weight: I8", "weight_scale is missing"]);
+    refused("fp8", &|d| d.fill(&q("weight"), &[0x7f]), &["q_proj.weight", "value 0 is not finite"]);
+}
+
+#[test]
+fn sparse_tensors_that_lie() {
+    let q = |suffix: &str| format!("{Q}.{suffix}");
+    refused("sparse_bitmask", &|d| d.fill(&q("bitmask"), &[0xff]), &["q_proj.compressed", "keeps 1024"]);
+    refused("sparse_bitmask", &|d| d.i64s(&q("row_offsets"), &[0, 9999]), &["row_offsets", "row 1 begins at 9999"]);
+    refused("sparse_bitmask", &|d| d.i64s(&q("row_offsets"), &[-1]), &["row_offsets", "row 0 begins at -1"]);
+    refused("sparse_bitmask", &|d| d.i64s(&q("shape"), &[32, 1 << 50]), &["q_proj.shape"]);
+    refused("sparse_bitmask", &|d| d.i64s(&q("shape"), &[32, 40]), &["q_proj.bitmask", "[32, 5]"]);
+    refused("sparse24", &|d| d.fill(&q("bitmask"), &[0x01]), &["q_proj.compressed", "keeps 128"]);
+    refused("sparse24", &|d| d.drop(&q("compressed")), &["q_proj.bitmask", "compressed should lie beside it"]);
+    refused("marlin24", &|d| d.fill(&q("meta"), &[0]), &["q_proj.meta", "expected two that rise"]);
+    refused("marlin24", &|d| d.header(|h| h[q("meta")]["shape"] = json!([4, 64])), &["q_proj.meta", "[4, 64]"]);
+    refused("marlin24", &|d| d.fill(&q("scale_packed"), &F16), &["q_proj.weight_packed", "not finite"]);
+}
+
+#[test]
+fn gptq_and_awq_tensors_that_lie() {
+    let q = |suffix: &str| format!("{Q}.{suffix}");
+    refused("gptq4", &|d| d.i32s(&q("g_idx"), 5, 2), &["q_proj.g_idx", "group 2 of column 5"]);
+    refused("gptq4", &|d| d.i32s(&q("g_idx"), 5, -1), &["q_proj.g_idx", "group -1"]);
+    refused("gptq4", &|d| d.drop(&q("qzeros")), &["q_proj.qweight", "qzeros"]);
+    refused("gptq4", &|d| d.fill(&q("bias"), &[1, 0]), &["q_proj.bias", "not zero"]);
+    refused("gptq4", &|d| d.header(|h| h[q("scales")]["shape"] = json!([4, 16])), &["q_proj.scales", "[4, 16]"]);
+    refused("gptq2", &|d| d.header(|h| h[q("qweight")]["shape"] = json!([64, 1])), &["q_proj"]);
+    refused("awq_gemm", &|d| d.header(|h| h[q("qzeros")]["shape"] = json!([4, 2])), &["q_proj.qzeros", "[4, 2]"]);
+    refused("awq_gemm", &|d| d.drop(&q("scales")), &["q_proj.qweight", "scales"]);
+    let config = |key: &'static str, value: Value| {
+        move |d: &Damaged| {
+            d.config("config.json", |c| c["quantization_config"][key] = value.clone());
+        }
+    };
+    refused("awq_gemm", &config("bits", json!(3)), &["config.json", "AWQ of 3 bits"]);
+    refused("awq_gemm", &config("version", json!("marlin")), &["config.json", "marlin"]);
+    refused("gptq4", &config("checkpoint_format", json!("bitblas")), &["config.json", "bitblas"]);
+    refused("gptq4", &config("quant_method", json!("bitsandbytes")), &["config.json", "bitsandbytes"]);
+    refused("gptq4", &config("group_size", json!(0)), &["group_size is 0"]);
+    refused("pack_stream", &config("format", json!("nvfp4-pack-quantized")), &["nvfp4-pack-quantized"]);
+    let rotated = json!({"config_groups": {"u": {"type": "hadamard"}}});
+    refused("pack_stream", &config("transform_config", rotated), &["transform_config"]);
+}
+
+#[test]
+fn cut_short_anywhere_is_refused() {
+    for name in ["pack_stream", "sparse_bitmask", "marlin24", "gptq4", "awq_gemm"] {
+        let d = Damaged::copy(&foreign(name));
+        let path = d.path().join("model.safetensors");
+        let file = std::fs::read(&path).unwrap();
+        for i in 0..16 {
+            std::fs::write(&path, &file[..file.len() * i / 16]).unwrap();
+            assert!(open(d.path()).unwrap_err().to_string().contains("model.safetensors"));
+        }
+    }
+}
+
+#[test]
+fn the_oldest_spellings_are_read() {
+    let d = Damaged::copy(&foreign("sparse_bitmask"));
+    d.config("config.json", |c| {
+        let sparsity = &mut c["compression_config"]["sparsity_config"];
+        assert_eq!(
+            (sparsity["format"].clone(), sparsity["global_sparsity"].clone()),
+            (json!("sparse_bitmask"), json!("0.5"))
+        );
+        sparsity["format"] = json!("dense_sparsity");
+    });
+    let c = open(d.path()).unwrap();
+    assert_eq!(c.quantized().unwrap().sparsity_format.as_deref(), Some("dense"));
+    same_values(&c, "sparse_bitmask");
+}
+
+#[test]
+fn what_is_odd_is_told_with_what_helps() {
+    let tiny = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny").join(name);
+    let told = |d: &Damaged| -> Vec<(String, bool)> {
+        let c = examine(d.path()).unwrap();
+        c.problems()
+            .iter()
+            .map(|p| (format!("{} / {}", p.what, p.help.clone().unwrap_or_default()), p.broken))
+            .collect()
+    };
+    assert_eq!(told(&Damaged::copy(&tiny("llama"))), []);
+    assert_eq!(told(&Damaged::copy(&foreign("sparse24"))), []);
+    assert_eq!(told(&Damaged::copy(&foreign("gptq4"))), []);
+    let d = Damaged::copy(&tiny("llama"));
+    d.config("config.json", |c| {
+        c["quantization_config"] = json!({"quant_method": "compressed-tensors", "sparsity_config": {
+            "format": "dense", "targets": ["Linear"], "global_sparsity": 0.5, "sparsity_structure": "2:4"}});
+    });
+    open(d.path()).expect("a dead sparsity_config keeps nobody from reading");
+    let t = told(&d);
+    assert!(t.len() == 1 && !t[0].1 && t[0].0.contains("sparsity_config") && t[0].0.contains("lacuna repair"), "{t:?}");
+    let d = Damaged::copy(&tiny("llama"));
+    d.config("config.json", |c| c["num_hidden_layers"] = json!(4));
+    let e = open(d.path()).unwrap_err().to_string();
+    assert!(e.contains("counts 4 layers") && e.contains("there for 2") && e.contains("missing: 2, 3"), "{e}");
+    let t = told(&d);
+    assert!(t.len() == 1 && t[0].1 && t[0].0.contains("lacuna repair"), "{t:?}");
+    let d = Damaged::copy(&tiny("llama"));
+    d.config("config.json", |c| c["num_hidden_layers"] = json!(1));
+    let t = told(&d);
+    assert!(t.len() == 1 && !t[0].1 && t[0].0.contains("more: 1") && t[0].0.contains("lacuna repair"), "{t:?}");
+    let d = Damaged::copy(&tiny("llama"));
+    d.drop("model.layers.1.mlp.up_proj.weight");
+    d.header(|h| h["model.layers.0.self_attn.q_proj.weight"]["shape"] = json!([16, 64]));
+    let t = told(&d);
+    assert!(t.len() == 2 && t.iter().all(|p| p.1), "{t:?}");
+    assert!(t[0].0.contains("[16, 64]") && t[1].0.contains("layers.1.ffn.up is missing"), "{t:?}");
+    let d = Damaged::copy(&tiny("llama_sharded"));
+    std::fs::remove_file(d.path().join("model-00003-of-00003.safetensors")).unwrap();
+    let t = told(&d);
+    assert!(t[0].1 && t[0].0.contains("model-00003-of-00003.safetensors") && t[0].0.contains("lacuna pull"), "{t:?}");
+    let d = Damaged::copy(&tiny("llama"));
+    d.config("config.json", |c| c["tie_word_embeddings"] = json!(true));
+    let t = told(&d);
+    assert!(t.len() == 1 && t[0].0.contains("differs") && t[0].0.contains("tie_word_embeddings"), "{t:?}");
+    let d = Damaged::copy(&tiny("llama"));
+    d.config("config.json", |c| {
+        c["quantization_config"] = json!({"quant_method": "gptq", "bits": 4, "group_size": 128});
+    });
+    let t = told(&d);
+    assert!(t.len() == 1 && t[0].0.contains("stored as plain numbers"), "{t:?}");
+}
