@@ -38,6 +38,8 @@ pub enum Job {
         logprobs: Option<usize>,
         /// What the answer must look like.
         grammar: Option<Box<dyn Grammar>>,
+        /// Whether special tokens are written out: some models mark calls of tools with them.
+        special: bool,
     },
     /// Turn it into a vector of length 1: the rows that would be multiplied by the head, pooled.
     Embed(Pooling),
@@ -47,7 +49,7 @@ impl Request {
     /// A plain continuation.
     pub fn generate(generation: Generation) -> Request {
         let prompt = generation.prompt.clone();
-        Request { prompt, job: Job::Generate { generation, logprobs: None, grammar: None } }
+        Request { prompt, job: Job::Generate { generation, logprobs: None, grammar: None, special: false } }
     }
 }
 

@@ -179,14 +179,15 @@ impl Scheduler {
                 }
                 (Work::Embed { pooling, sum: Vec::new() }, n)
             }
-            Job::Generate { generation, logprobs, grammar } => {
+            Job::Generate { generation, logprobs, grammar, special } => {
                 if n >= most {
                     return too_long(", and the answer needs room, too: shorten the prompt");
                 }
                 let extent = n.saturating_add(generation.max_tokens).min(most);
+                let decoder = self.tokenizer.decoder().continuing();
                 let writing = Writing {
                     sampler: Sampler::new(&generation.sampling)?,
-                    decoder: self.tokenizer.decoder().continuing(),
+                    decoder: if special { decoder.with_special() } else { decoder },
                     filter: StopFilter::new(&generation.stop),
                     logprobs,
                     grammar,

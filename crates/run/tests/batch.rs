@@ -308,7 +308,7 @@ fn probabilities_come_with_their_tokens() {
     let ask = |stop: Vec<String>| {
         let mut s = scheduler("llama", limits(1, 64));
         let generation = Generation { stop, ..g.clone() };
-        let job = Job::Generate { generation, logprobs: Some(3), grammar: None };
+        let job = Job::Generate { generation, logprobs: Some(3), grammar: None, special: false };
         s.submit(0, Request { prompt: g.prompt.clone(), job }).unwrap();
         drain(&mut s).remove(&0).unwrap()
     };
@@ -349,7 +349,7 @@ fn a_grammar_is_followed_and_ends_the_answer() {
     let mut s = scheduler("llama", limits(2, 64));
     let generation = Generation { max_tokens: 50, ignore_end: true, ..Generation::default() };
     let grammar: Option<Box<dyn Grammar>> = Some(Box::new(Even { made: 0, bits: vec![] }));
-    let job = Job::Generate { generation, logprobs: None, grammar };
+    let job = Job::Generate { generation, logprobs: None, grammar, special: false };
     s.submit(0, Request { prompt: vec![5, 6, 7], job }).unwrap();
     let a = drain(&mut s).remove(&0).unwrap();
     assert_eq!((a.tokens.len(), a.done.as_ref().unwrap().stop.clone()), (5, Stop::Grammar));
