@@ -51,7 +51,6 @@ pub fn run(g: &Global, a: &cli::Compress) -> anyhow::Result<ExitCode> {
     let source = common::open(g, &a.model)?;
     let done = work(g, a, &source)?;
     let json = to_json(a, &done);
-    save_report(&done.outcomes.path, &json)?;
     common::print(g, &json, || print!("{}", words(&done)));
     if let Some(path) = &a.report {
         report::write(path, &a.model, &a.recipe, &done, &[])?;
@@ -173,6 +172,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         done.measured = Some(measured);
     }
     done.seconds = start.elapsed().as_secs_f64();
+    save_report(&done.outcomes.path, &to_json(a, &done))?;
     Ok(done)
 }
 

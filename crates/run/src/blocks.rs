@@ -83,6 +83,8 @@ pub struct BlockStore {
     index: HashMap<Key, u64>,
     /// Published blocks without users: when last used, the deepest first.
     idle: BTreeSet<(u64, Reverse<usize>, u64)>,
+    /// Published blocks with several users.
+    shared: usize,
     clock: u64,
     next: u64,
     evicted: u64,
@@ -114,6 +116,7 @@ impl BlockStore {
             published: HashMap::new(),
             index: HashMap::new(),
             idle: BTreeSet::new(),
+            shared: 0,
             clock: 0,
             next: FIRST,
             evicted: 0,
@@ -138,9 +141,15 @@ impl BlockStore {
     /// How many blocks are in which state.
     pub fn counts(&self) -> BlockCounts {
         let free = self.total - self.made + self.spare.len();
-        let shared = self.published.values().filter(|p| p.users > 1).count();
         let cached = self.idle.len();
-        BlockCounts { total: self.total, free, used: self.total - free - cached, shared, cached, evicted: self.evicted }
+        BlockCounts {
+            total: self.total,
+            free,
+            used: self.total - free - cached,
+            shared: self.shared,
+            cached,
+            evicted: self.evicted,
+        }
     }
 
     /// Bytes of pages that exist.
@@ -284,6 +293,7 @@ impl BlockStore {
         drop(t.layers);
         for serial in t.shared {
             let p = self.published.get_mut(&serial).expect("a block in use is published");
+            self.shared -= usize::from(p.users == 2);
             p.users -= 1;
             p.used = clock;
             if p.users == 0 {
@@ -312,6 +322,7 @@ impl BlockStore {
             self.idle.remove(&(p.used, Reverse(p.depth), serial));
         }
         p.users += 1;
+        self.shared += usize::from(p.users == 2);
         p.used = clock;
         p.pages.clone()
     }

@@ -88,7 +88,9 @@ impl Sampler {
         allowed: Option<&[u32]>,
     ) -> Result<u32, RunError> {
         let broken = |token: usize| RunError::Logits { token, value: logits[token], tokens: text.len() };
-        if let Some(token) = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY) {
+        // One comparison for both, and no branch: the scan of a large vocabulary is most of the work of a greedy step.
+        if !logits.iter().fold(true, |all, l| all & (*l < f32::INFINITY)) {
+            let token = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY).unwrap_or_default();
             return Err(broken(token));
         }
         self.logits.clear();
@@ -120,9 +122,11 @@ impl Sampler {
             let bit = |id: usize| allowed.get(id / 32).is_some_and(|word| word >> (id % 32) & 1 == 1);
             self.logits.iter_mut().enumerate().filter(|(id, _)| !bit(*id)).for_each(|(_, l)| *l = f32::NEG_INFINITY);
         }
-        // max_by keeps the last of equals: from the back, that is the lowest id.
-        let best = self.logits.iter().enumerate().rev().max_by(|a, b| a.1.total_cmp(b.1));
-        let Some((best, &max)) = best else { return Err(RunError::Request("the model has no vocabulary".into())) };
+        let max = self.logits.iter().fold(f32::NEG_INFINITY, |max, &l| if l > max { l } else { max });
+        // The first of equals: the lowest id.
+        let Some(best) = self.logits.iter().position(|&l| l == max) else {
+            return Err(RunError::Request("the model has no vocabulary".into()));
+        };
         if max == f32::NEG_INFINITY {
             let why = "no token may come next: the grammar allows none that the model's vocabulary and the bias leave";
             return Err(if allowed.is_some() { RunError::Request(why.into()) } else { broken(best) });
