@@ -33,7 +33,10 @@ pub fn run(g: &Global, a: &cli::Serve) -> anyhow::Result<ExitCode> {
     let tokenizer = m.tokenizer()?;
     let template = m.template().ok();
     if template.is_none() {
-        common::say(format!("{} has no chat template: /v1/chat/completions will refuse, /v1/completions works", m.name));
+        common::say(format!(
+            "{} has no chat template: /v1/chat/completions will refuse, /v1/completions works",
+            m.name
+        ));
     }
     let spec = lacuna_format::Weights::spec(&m.checkpoint).clone();
     let most = spec.context;
@@ -101,7 +104,8 @@ pub fn completions(g: &Global, a: &cli::Completions) -> anyhow::Result<ExitCode>
 
 fn logging(verbose: u8, format: LogFormat) {
     let level = if verbose == 0 { "info" } else { "debug" };
-    let filter = tracing_subscriber::EnvFilter::new(format!("warn,lacuna={level},lacuna_serve={level},lacuna_run={level}"));
+    let filter =
+        tracing_subscriber::EnvFilter::new(format!("warn,lacuna={level},lacuna_serve={level},lacuna_run={level}"));
     let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
     // Whoever set up a log before keeps it.
     let _ = match format {
@@ -147,7 +151,12 @@ fn kv_bytes(a: &cli::Serve, store: &BlockStore, context: usize) -> anyhow::Resul
     };
     let least = 2 * store.block_bytes() as u64;
     if bytes < least {
-        return Err(Usage(format!("--kv-memory {}: two blocks of this model take {}", show_bytes(bytes), show_bytes(least))).into());
+        return Err(Usage(format!(
+            "--kv-memory {}: two blocks of this model take {}",
+            show_bytes(bytes),
+            show_bytes(least)
+        ))
+        .into());
     }
     if bytes < text as u64 {
         common::say(format!(

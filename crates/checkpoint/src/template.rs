@@ -172,9 +172,9 @@ impl ChatTemplate {
     /// Whether the template looks at tools. One that does not would leave them out in silence.
     pub fn takes_tools(&self) -> bool {
         let word = |c: char| c.is_alphanumeric() || c == '_';
-        self.source.match_indices("tools").any(|(at, t)| {
-            !self.source[..at].ends_with(word) && !self.source[at + t.len()..].starts_with(word)
-        })
+        self.source
+            .match_indices("tools")
+            .any(|(at, t)| !self.source[..at].ends_with(word) && !self.source[at + t.len()..].starts_with(word))
     }
 
     /// The conversation as text. `add_generation_prompt`: end with the opening of the assistant's turn. `bos` and `eos` are the written forms of
@@ -445,7 +445,9 @@ mod tests {
     #[test]
     fn templates_that_look_at_tools_are_known() {
         let takes = |source: &str| ChatTemplate::new(source).unwrap().takes_tools();
-        assert!(takes("{% if tools %}{{ tools | tojson }}{% endif %}") && takes("{%- if tools is not none -%}{% endif %}"));
+        assert!(
+            takes("{% if tools %}{{ tools | tojson }}{% endif %}") && takes("{%- if tools is not none -%}{% endif %}")
+        );
         assert!(!takes("{{ messages[0].content }} has no mytools or tools_in_user_message"));
         let messages = serde_json::json!([{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]);
         let t = ChatTemplate::new("{{ messages[0].tool_calls[0].function.name }}").unwrap();

@@ -279,7 +279,10 @@ mod tests {
     #[test]
     fn nonsense_is_an_error() {
         let mut sampler = Sampler::new(&Sampling::default()).unwrap();
-        assert!(matches!(sampler.pick(&[0.0, f32::NAN], &[1], 1, None), Err(RunError::Logits { token: 1, tokens: 1, .. })));
+        assert!(matches!(
+            sampler.pick(&[0.0, f32::NAN], &[1], 1, None),
+            Err(RunError::Logits { token: 1, tokens: 1, .. })
+        ));
         assert!(sampler.pick(&[f32::INFINITY], &[], 0, None).is_err());
         assert!(sampler.pick(&[f32::NEG_INFINITY; 3], &[], 0, None).is_err());
         assert!(sampler.pick(&[], &[], 0, None).is_err());

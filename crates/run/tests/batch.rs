@@ -8,8 +8,8 @@ use common::tokenizer;
 use lacuna_base::Rng;
 use lacuna_kernels::KvFormat;
 use lacuna_run::{
-    BLOCK_TOKENS, Engine, Event, Finished, Generation, Grammar, Job, Limits, Picked, Pooling, Request, RunError, Sampling,
-    Scheduler, Stop,
+    BLOCK_TOKENS, Engine, Event, Finished, Generation, Grammar, Job, Limits, Picked, Pooling, Request, RunError,
+    Sampling, Scheduler, Stop,
 };
 
 const MODELS: [&str; 5] = ["llama", "gemma3", "gpt2", "llama_rope_longrope", "qwen3_moe"];
@@ -111,9 +111,8 @@ fn company_chunks_and_shared_beginnings_change_nothing() {
         // The engine that works on one text at a time, with another store, says the same.
         let e = engine(name);
         for (g, x) in all.iter().zip(&expected) {
-            let out = e
-                .generate(&mut e.sequence(), &tokenizer(), g, &mut |_| std::ops::ControlFlow::Continue(()))
-                .unwrap();
+            let out =
+                e.generate(&mut e.sequence(), &tokenizer(), g, &mut |_| std::ops::ControlFlow::Continue(())).unwrap();
             assert_eq!((out.tokens, out.text), (x.ids(), x.text.clone()), "{name}: the two stores agree");
         }
         for (batch, rows) in [(1, 7), (4, 512), (14, 1), (14, 33), (16, 100)] {

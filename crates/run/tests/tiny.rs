@@ -25,7 +25,15 @@ fn request(tokens: usize) -> Generation {
 }
 
 fn drawn(seed: u64) -> Generation {
-    let sampling = Sampling { temperature: 1.0, top_k: 50, top_p: 0.95, min_p: 0.001, repetition_penalty: 1.1, seed, ..Sampling::default() };
+    let sampling = Sampling {
+        temperature: 1.0,
+        top_k: 50,
+        top_p: 0.95,
+        min_p: 0.001,
+        repetition_penalty: 1.1,
+        seed,
+        ..Sampling::default()
+    };
     Generation { sampling, ..request(24) }
 }
 

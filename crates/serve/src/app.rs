@@ -156,7 +156,9 @@ async fn watch(State(app): State<Arc<App>>, request: Request<Body>, next: Next) 
         let text = "this server is not known by the name in the Host header; --allow-host makes a name known";
         ApiError::new(403, text).code("unknown_host").into_response()
     } else if !open && app.keys.as_ref().is_some_and(|k| !k.admit(request.headers())) {
-        ApiError::new(401, "send a valid key in the header Authorization: Bearer KEY").code("invalid_api_key").into_response()
+        ApiError::new(401, "send a valid key in the header Authorization: Bearer KEY")
+            .code("invalid_api_key")
+            .into_response()
     } else {
         next.run(request).await
     };
@@ -182,7 +184,10 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/health/live", get(|| async { json_response(200, &json!({ "status": "live" })) }))
         .route("/health/ready", get(ready))
         .route("/metrics", get(metrics))
-        .route("/openapi.json", get(|State(app): State<Arc<App>>| async move { json_response(200, app.schema.document()) }))
+        .route(
+            "/openapi.json",
+            get(|State(app): State<Arc<App>>| async move { json_response(200, app.schema.document()) }),
+        )
         .route("/api/live", get(|State(app): State<Arc<App>>| async move { json_response(200, &app.metrics.live()) }))
         .route("/api/card", get(|State(app): State<Arc<App>>| async move { json_response(200, &app.card) }))
         .route("/", get(page::html))
@@ -227,7 +232,8 @@ mod tests {
             keys.admit(&h)
         };
         assert!(admit("Bearer alpha") && admit("bearer beta"));
-        for wrong in ["Bearer alph", "Bearer alphaa", "alpha", "Bearer", "Bearer ", "Basic alpha", "Bearer # ours", "é"] {
+        for wrong in ["Bearer alph", "Bearer alphaa", "alpha", "Bearer", "Bearer ", "Basic alpha", "Bearer # ours", "é"]
+        {
             assert!(!admit(wrong), "{wrong}");
         }
         assert!(!keys.admit(&HeaderMap::new()));

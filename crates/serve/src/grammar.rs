@@ -49,8 +49,7 @@ impl Grammars {
             fields.insert("x-guidance".into(), options);
         }
         let make = || -> anyhow::Result<Matcher> {
-            let mut matcher =
-                Matcher::new(self.factory.create_parser(TopLevelGrammar::from_json_schema(schema)));
+            let mut matcher = Matcher::new(self.factory.create_parser(TopLevelGrammar::from_json_schema(schema)));
             // What is wrong with a grammar shows at its first use.
             matcher.compute_mask()?;
             Ok(matcher)
@@ -160,7 +159,11 @@ mod tests {
         let tree = json!({"$defs": {"b": {"type": "boolean"}}, "$ref": "#/$defs/b"});
         let text = walk(&mut *grammars.json(&tree).unwrap(), &t, &mut rng);
         assert!(text == "true" || text == "false");
-        for bad in [json!({"type": "nonsense"}), json!({"$ref": "https://example.com/x"}), json!({"type": "string", "pattern": "("})] {
+        for bad in [
+            json!({"type": "nonsense"}),
+            json!({"$ref": "https://example.com/x"}),
+            json!({"type": "string", "pattern": "("}),
+        ] {
             assert!(!grammars.json(&bad).err().unwrap().is_empty(), "{bad}");
         }
     }

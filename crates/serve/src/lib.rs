@@ -11,8 +11,8 @@ mod grammar;
 mod metrics;
 mod page;
 mod schema;
-mod worker;
 mod tools;
+mod worker;
 
 use std::net::TcpListener;
 use std::sync::Arc;

@@ -179,7 +179,11 @@ impl Metrics {
             "From a request's acceptance to its first token.",
         );
         lock(&self.next_token).write(&mut out, "lacuna_inter_token_seconds", "Between two tokens of one answer.");
-        lock(&self.whole).write(&mut out, "lacuna_answer_seconds", "From a request's acceptance to the end of an answer.");
+        lock(&self.whole).write(
+            &mut out,
+            "lacuna_answer_seconds",
+            "From a request's acceptance to the end of an answer.",
+        );
         lock(&self.batch).write(&mut out, "lacuna_step_rows", "Rows computed together in a step.");
         let g = self.gauges();
         let mut one = |name: &str, kind: &str, help: &str, value: u64| {
@@ -203,7 +207,12 @@ impl Metrics {
         {
             let _ = writeln!(out, "lacuna_kv_blocks{{state=\"{state}\"}} {n}");
         }
-        head(&mut out, "lacuna_tokens_total", "counter", "Tokens of prompts, those taken over from the cache, tokens written.");
+        head(
+            &mut out,
+            "lacuna_tokens_total",
+            "counter",
+            "Tokens of prompts, those taken over from the cache, tokens written.",
+        );
         for (kind, n) in [
             ("prompt", count(&self.prompt_tokens)),
             ("cached", count(&self.cached_tokens)),

@@ -78,7 +78,9 @@ impl Schema {
                     return Err(path.bad(format!("is {n}; it must be above {}", schema["exclusiveMinimum"])));
                 }
             }
-            Value::String(s) => self.length(schema, s.chars().count(), ["minLength", "maxLength"], "characters", path)?,
+            Value::String(s) => {
+                self.length(schema, s.chars().count(), ["minLength", "maxLength"], "characters", path)?
+            }
             Value::Array(items) => {
                 self.length(schema, items.len(), ["minItems", "maxItems"], "items", path)?;
                 if let Some(each) = schema.get("items") {
@@ -93,7 +95,12 @@ impl Schema {
         Ok(())
     }
 
-    fn object(&self, schema: &Map<String, Value>, fields: &Map<String, Value>, path: &Path<'_>) -> Result<(), ApiError> {
+    fn object(
+        &self,
+        schema: &Map<String, Value>,
+        fields: &Map<String, Value>,
+        path: &Path<'_>,
+    ) -> Result<(), ApiError> {
         let none = Map::new();
         let known = schema.get("properties").and_then(Value::as_object).unwrap_or(&none);
         for name in schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str) {
@@ -133,43 +140,39 @@ impl Schema {
         let tag = schema.get("discriminator").and_then(|d| d["propertyName"].as_str());
         for choice in choices {
             let Err(e) = self.visit(choice, value, path) else { return Ok(()) };
-            let meant = self.kind(self.target(choice), value, path).is_ok()
-                && tag.is_none_or(|tag| {
-                    let p = &self.target(choice)["properties"][tag];
-                    let named = |v: &Value| p.get("const") == Some(v) || p["enum"].as_array().is_some_and(|e| e.contains(v));
-                    value.get(tag).is_some_and(named)
-                });
+            let of_its_kind = |s: &Map<String, Value>| self.kind(s, value, path).is_ok();
+            let meant = self.target(choice).as_object().is_some_and(of_its_kind)
+                && tag.is_none_or(|tag| value.get(tag).is_some_and(|v| self.tags(choice, tag).any(|t| t == v)));
             if meant {
                 first.get_or_insert(e);
             }
         }
         Err(first.unwrap_or_else(|| match tag {
             Some(tag) if value.is_object() => {
-                let all: Vec<String> = choices
-                    .iter()
-                    .flat_map(|c| {
-                        let p = &self.target(c)["properties"][tag];
-                        p.get("const").into_iter().chain(p["enum"].as_array().into_iter().flatten()).map(Value::to_string)
-                    })
-                    .collect();
+                let all: Vec<String> = choices.iter().flat_map(|c| self.tags(c, tag)).map(Value::to_string).collect();
                 Path::Field(path, tag).bad(format!("must be one of {}", all.join(", ")))
             }
             _ => path.bad(format!("has a form that is not known: {}", brief(value))),
         }))
     }
 
-    fn target<'a>(&'a self, schema: &'a Value) -> &'a Map<String, Value> {
-        static NONE: std::sync::LazyLock<Map<String, Value>> = std::sync::LazyLock::new(Map::new);
-        let at = schema.get("$ref").and_then(Value::as_str).and_then(|r| self.document.pointer(r.trim_start_matches('#')));
-        at.unwrap_or(schema).as_object().unwrap_or(&NONE)
+    /// What a schema stands for, if it is a reference.
+    fn target<'a>(&'a self, schema: &'a Value) -> &'a Value {
+        let to = schema["$ref"].as_str().and_then(|r| self.document.pointer(r.trim_start_matches('#')));
+        to.unwrap_or(schema)
+    }
+
+    /// The values that a schema allows for the field that tells objects apart.
+    fn tags<'a>(&'a self, schema: &'a Value, tag: &str) -> impl Iterator<Item = &'a Value> {
+        let p = &self.target(schema)["properties"][tag];
+        p.get("const").into_iter().chain(p["enum"].as_array().into_iter().flatten())
     }
 
     fn kind(&self, schema: &Map<String, Value>, value: &Value, path: &Path<'_>) -> Result<(), ApiError> {
         let Some(kind) = schema.get("type") else { return Ok(()) };
-        let kinds: Vec<&str> = kind.as_str().map_or_else(
-            || kind.as_array().into_iter().flatten().filter_map(Value::as_str).collect(),
-            |one| vec![one],
-        );
+        let kinds: Vec<&str> = kind
+            .as_str()
+            .map_or_else(|| kind.as_array().into_iter().flatten().filter_map(Value::as_str).collect(), |one| vec![one]);
         let fits = |kind: &&str| match *kind {
             "null" => value.is_null(),
             "boolean" => value.is_boolean(),
@@ -265,9 +268,29 @@ mod tests {
     #[test]
     fn the_document_stays_within_what_the_checker_knows() {
         const KNOWN: &[&str] = &[
-            "$ref", "additionalProperties", "anyOf", "const", "default", "description", "discriminator", "enum", "example",
-            "exclusiveMinimum", "format", "items", "maxItems", "maxLength", "maxProperties", "maximum", "minItems", "minLength",
-            "minProperties", "minimum", "properties", "required", "type",
+            "$ref",
+            "additionalProperties",
+            "anyOf",
+            "const",
+            "default",
+            "description",
+            "discriminator",
+            "enum",
+            "example",
+            "exclusiveMinimum",
+            "format",
+            "items",
+            "maxItems",
+            "maxLength",
+            "maxProperties",
+            "maximum",
+            "minItems",
+            "minLength",
+            "minProperties",
+            "minimum",
+            "properties",
+            "required",
+            "type",
         ];
         fn walk(schema: &Value, at: &str) {
             let fields = schema.as_object().unwrap_or_else(|| panic!("{at} is no schema"));
@@ -330,10 +353,18 @@ mod tests {
                 "messages.0.content.0.type",
                 "invalid_value",
             ),
-            (json!({"response_format": {"type": "json_schema"}}), "response_format.json_schema", "missing_required_parameter"),
+            (
+                json!({"response_format": {"type": "json_schema"}}),
+                "response_format.json_schema",
+                "missing_required_parameter",
+            ),
             (json!({"stream_options": {"include_usage": 1}}), "stream_options.include_usage", "invalid_type"),
             (json!({"logit_bias": {"5": 101}}), "logit_bias.5", "invalid_value"),
-            (json!({"tools": [{"type": "function", "function": {}}]}), "tools.0.function.name", "missing_required_parameter"),
+            (
+                json!({"tools": [{"type": "function", "function": {}}]}),
+                "tools.0.function.name",
+                "missing_required_parameter",
+            ),
         ] {
             assert_eq!(wrong(name, chat(more.clone())), (param.to_owned(), code), "{more}");
         }

@@ -254,7 +254,7 @@ impl Splitter {
                     continue;
                 }
                 self.held.drain(..at + if bare { 0 } else { mark.len() });
-                text += &before;
+                text += before.trim_end();
                 self.inside = true;
                 continue;
             }
@@ -323,10 +323,20 @@ mod tests {
         let add = r#"{"name": "add", "arguments": {"a": 1}}"#;
         let cases = [
             (Form::Tagged, format!("Let me see.\n<tool_call>\n{add}\n</tool_call>"), "Let me see.", 1),
-            (Form::Tagged, format!("<tool_call>{add}</tool_call>\n<tool_call>{{\"name\": \"now\"}}</tool_call>"), "", 2),
+            (
+                Form::Tagged,
+                format!("<tool_call>{add}</tool_call>\n<tool_call>{{\"name\": \"now\"}}</tool_call>"),
+                "",
+                2,
+            ),
             (Form::Tagged, format!("<tool_call>{add}"), "", 1),
             (Form::Tagged, "a < b <tool".to_owned(), "a < b <tool", 0),
-            (Form::Tagged, "<tool_call>{\"name\": \"rm\"}</tool_call>".to_owned(), "<tool_call>{\"name\": \"rm\"}</tool_call>", 0),
+            (
+                Form::Tagged,
+                "<tool_call>{\"name\": \"rm\"}</tool_call>".to_owned(),
+                "<tool_call>{\"name\": \"rm\"}</tool_call>",
+                0,
+            ),
             (Form::List, format!("[TOOL_CALLS][{add}, {add}]"), "", 2),
             (Form::List, "[TOOL_CALLS] nonsense".to_owned(), "[TOOL_CALLS] nonsense", 0),
             (Form::Parameters, r#"{"name": "add", "parameters": {"a": 1}}"#.to_owned(), "", 1),

@@ -51,7 +51,9 @@ fn company_changes_nothing_over_http() {
             .map(|w| {
                 let body = chat(json!({"messages": [{"role": "user", "content": w}], "max_tokens": 30}));
                 let s = &s;
-                scope.spawn(move || s.post(CHAT, &body).json()["choices"][0]["message"]["content"].as_str().unwrap().to_owned())
+                scope.spawn(move || {
+                    s.post(CHAT, &body).json()["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
+                })
             })
             .collect();
         all.into_iter().map(|t| t.join().unwrap()).collect()
@@ -101,7 +103,8 @@ fn probabilities_in_both_shapes() {
         assert_eq!(t["bytes"].as_array().unwrap().len(), t["token"].as_str().unwrap().len());
     }
     let chunks = s.stream(CHAT, &chat(json!({"logprobs": true})));
-    let streamed: usize = chunks.iter().filter_map(|c| c["choices"][0]["logprobs"]["content"].as_array()).map(Vec::len).sum();
+    let streamed: usize =
+        chunks.iter().filter_map(|c| c["choices"][0]["logprobs"]["content"].as_array()).map(Vec::len).sum();
     assert_eq!(streamed, content.len());
 
     let body = json!({"model": "tiny", "prompt": "hello", "max_tokens": 9, "temperature": 0, "logprobs": 3});
@@ -122,7 +125,9 @@ fn probabilities_in_both_shapes() {
 #[test]
 fn completions_of_texts_and_tokens() {
     let s = Server::plain();
-    let ask = |prompt: Value| s.post(TEXT, &json!({"model": "tiny", "prompt": prompt, "max_tokens": 6, "temperature": 0})).json();
+    let ask = |prompt: Value| {
+        s.post(TEXT, &json!({"model": "tiny", "prompt": prompt, "max_tokens": 6, "temperature": 0})).json()
+    };
     let ids = tokenizer().encode("hello", true).unwrap();
     let one = ask(json!("hello"));
     assert_eq!(one["choices"][0]["text"], ask(json!(ids))["choices"][0]["text"]);
@@ -132,11 +137,11 @@ fn completions_of_texts_and_tokens() {
     assert_eq!(two["choices"][1]["text"], ask(json!("other"))["choices"][0]["text"]);
     let both = ask(json!([ids, [5, 6, 7]]));
     assert_eq!(both["choices"][0]["text"], one["choices"][0]["text"]);
-    let said: String =
-        s.stream(TEXT, &json!({"model": "tiny", "prompt": "hello", "max_tokens": 6, "temperature": 0}))
-            .iter()
-            .filter_map(|c| c["choices"][0]["text"].as_str().map(str::to_owned))
-            .collect();
+    let said: String = s
+        .stream(TEXT, &json!({"model": "tiny", "prompt": "hello", "max_tokens": 6, "temperature": 0}))
+        .iter()
+        .filter_map(|c| c["choices"][0]["text"].as_str().map(str::to_owned))
+        .collect();
     assert_eq!(one["choices"][0]["text"], said);
     assert_eq!(s.post(TEXT, &json!({"model": "tiny", "prompt": "x"})).json()["usage"]["completion_tokens"], 16);
 }
@@ -183,7 +188,9 @@ fn answers_are_held_to_json() {
     });
     let format = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}});
     for seed in 0..5 {
-        let v = s.post(CHAT, &chat(json!({"response_format": format, "max_tokens": 60, "temperature": 1, "seed": seed}))).json();
+        let v = s
+            .post(CHAT, &chat(json!({"response_format": format, "max_tokens": 60, "temperature": 1, "seed": seed})))
+            .json();
         let said: Value = serde_json::from_str(v["choices"][0]["message"]["content"].as_str().unwrap()).unwrap();
         assert!(said["ok"].is_boolean() && (1..=9).contains(&said["n"].as_i64().unwrap()), "{said}");
         assert_eq!(v["choices"][0]["finish_reason"], "stop");

@@ -178,16 +178,25 @@ fn keys_and_names() {
         assert_eq!(s.get(path).status, 200, "{path}");
     }
     let with = |key: &str| {
-        s.raw(&format!("GET /v1/models HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\nconnection: close\r\n\r\n")).status
+        s.raw(&format!(
+            "GET /v1/models HTTP/1.1\r\nhost: x\r\nauthorization: Bearer {key}\r\nconnection: close\r\n\r\n"
+        ))
+        .status
     };
     assert_eq!((with("secret"), with("secreT"), with("")), (200, 401, 401));
 
     let hosts = vec!["localhost".to_owned(), "127.0.0.1".to_owned(), "::1".to_owned()];
     let s = Server::start(Some(PLAIN), Options { hosts, ..Options::default() });
-    let named = |host: &str| s.raw(&format!("GET /v1/models HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n")).status;
-    for (host, status) in
-        [("localhost:8080", 200), ("LOCALHOST", 200), ("[::1]:80", 200), ("127.0.0.1", 200), ("evil.example", 403), ("localhost.evil.example:80", 403)]
-    {
+    let named =
+        |host: &str| s.raw(&format!("GET /v1/models HTTP/1.1\r\nhost: {host}\r\nconnection: close\r\n\r\n")).status;
+    for (host, status) in [
+        ("localhost:8080", 200),
+        ("LOCALHOST", 200),
+        ("[::1]:80", 200),
+        ("127.0.0.1", 200),
+        ("evil.example", 403),
+        ("localhost.evil.example:80", 403),
+    ] {
         assert_eq!(named(host), status, "{host}");
     }
 }

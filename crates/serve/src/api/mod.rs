@@ -123,9 +123,7 @@ fn going_down() -> ApiError {
 }
 
 async fn in_time<T>(limit: Duration, work: impl Future<Output = T>) -> Result<T, ApiError> {
-    tokio::time::timeout(limit, work)
-        .await
-        .map_err(|_| ApiError::new(504, "the answer took too long").code("timeout"))
+    tokio::time::timeout(limit, work).await.map_err(|_| ApiError::new(504, "the answer took too long").code("timeout"))
 }
 
 /// Runs what may take long and does not wait (templates, tokens, grammars) beside the thread that talks.
@@ -245,7 +243,10 @@ fn prepare_chat(app: &App, body: Value) -> Result<Prepared, ApiError> {
     app.check_tokens(&prompt, "messages")?;
     let asked = match (c.max_completion_tokens, c.common.max_tokens) {
         (Some(_), Some(_)) => {
-            return Err(ApiError::bad("max_tokens", "give 'max_completion_tokens' or its older name 'max_tokens', not both"));
+            return Err(ApiError::bad(
+                "max_tokens",
+                "give 'max_completion_tokens' or its older name 'max_tokens', not both",
+            ));
         }
         (Some(n), None) => Some(("max_completion_tokens", n)),
         (None, n) => n.map(|n| ("max_tokens", n)),
@@ -397,7 +398,9 @@ impl App {
 
     fn check_tokens(&self, ids: &[u32], param: &str) -> Result<(), ApiError> {
         match ids.iter().find(|&&id| id as usize >= self.vocab) {
-            Some(id) => Err(ApiError::bad(param, format!("'{param}' has the token {id}; the model knows {}", self.vocab))),
+            Some(id) => {
+                Err(ApiError::bad(param, format!("'{param}' has the token {id}; the model knows {}", self.vocab)))
+            }
             None => Ok(()),
         }
     }

@@ -142,13 +142,14 @@ impl Common {
         for (id, &bias) in self.logit_bias.iter().flatten() {
             let known = id.parse::<u32>().ok().filter(|&id| (id as usize) < vocab);
             let param = || format!("logit_bias.{}", id.chars().take(20).collect::<String>());
-            let id = known.ok_or_else(|| {
-                ApiError::bad(param(), format!("'{}' is no token of the model's {vocab}", param()))
-            })?;
+            let id = known
+                .ok_or_else(|| ApiError::bad(param(), format!("'{}' is no token of the model's {vocab}", param())))?;
             logit_bias.push((id, bias));
         }
         let seed = match &self.seed {
-            Some(n) => n.as_i64().map(|s| s as u64).or(n.as_u64()).unwrap_or_else(|| n.as_f64().unwrap_or(0.0) as i64 as u64),
+            Some(n) => {
+                n.as_i64().map(|s| s as u64).or(n.as_u64()).unwrap_or_else(|| n.as_f64().unwrap_or(0.0) as i64 as u64)
+            }
             None => random(),
         };
         let sampling = Sampling {
@@ -183,7 +184,10 @@ pub fn answer_tokens(
     }
     let Some((param, asked)) = asked else { return Ok(room.min(most)) };
     if asked > most {
-        return Err(ApiError::bad(param, format!("'{param}' is {asked}; this server writes {most} tokens at the most")));
+        return Err(ApiError::bad(
+            param,
+            format!("'{param}' is {asked}; this server writes {most} tokens at the most"),
+        ));
     }
     if asked > room {
         let text = format!("{prompt} tokens of prompt and {asked} of answer do not fit the context of {context}");

@@ -103,7 +103,8 @@ impl Server {
         let answer = self.post(path, &body);
         assert_eq!(answer.status, 200, "{}", answer.body);
         assert!(answer.header("content-type").unwrap().starts_with("text/event-stream"));
-        let mut events: Vec<&str> = answer.body.split("\n\n").filter(|e| !e.is_empty() && !e.starts_with(':')).collect();
+        let mut events: Vec<&str> =
+            answer.body.split("\n\n").filter(|e| !e.is_empty() && !e.starts_with(':')).collect();
         assert_eq!(events.pop(), Some("data: [DONE]"), "{}", answer.body);
         events.iter().map(|e| serde_json::from_str(e.strip_prefix("data: ").unwrap()).unwrap()).collect()
     }
