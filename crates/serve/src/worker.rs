@@ -17,7 +17,7 @@ use crate::metrics::Metrics;
 pub type Told = (usize, Event);
 
 enum Command {
-    Submit { id: u64, request: Request, choice: usize, events: UnboundedSender<Told>, accepted: Instant },
+    Submit { id: u64, request: Box<Request>, choice: usize, events: UnboundedSender<Told>, accepted: Instant },
     Cancel(u64),
     Stop,
 }
@@ -143,7 +143,13 @@ impl Worker {
             let id = self.next.fetch_add(1, Ordering::Relaxed);
             answers.ids.push(id);
             // Where the engine is gone, the channel of events closes and the answer ends.
-            let _ = self.commands.send(Command::Submit { id, request, choice, events: events.clone(), accepted });
+            let _ = self.commands.send(Command::Submit {
+                id,
+                request: Box::new(request),
+                choice,
+                events: events.clone(),
+                accepted,
+            });
         }
         answers
     }
@@ -205,7 +211,7 @@ impl Engine {
                     self.metrics.step(lacuna_run::Step::default(), self.scheduler.gauges());
                 }
             }
-            Command::Submit { id, request, choice, events, accepted } => match self.scheduler.submit(id, request) {
+            Command::Submit { id, request, choice, events, accepted } => match self.scheduler.submit(id, *request) {
                 Ok(()) => {
                     self.talks.insert(id, Talk { choice, events, accepted, last: None });
                 }

@@ -1,5 +1,8 @@
 //! A server over a tiny model, and a client that shows every byte.
 
+// Each test program uses its own part.
+#![allow(dead_code)]
+
 use std::io::{BufRead, BufReader, Read, Write};
 use std::net::{SocketAddr, TcpListener, TcpStream};
 use std::path::Path;
@@ -22,7 +25,6 @@ pub const TOOLS: &str = "{% if tools %}{{ tools | tojson }} <tool_call>{% endif 
 pub fn tokenizer() -> Tokenizer {
     let mut tokens: Vec<String> = ["<|begin|>", "<|im_start|>", "<|im_end|>", "Ċ", "Ġ"].map(String::from).to_vec();
     tokens.extend(('!'..='~').map(String::from).take(91));
-    // Of all printable characters one has no room: the tilde. The pipe is rare enough to stand for it.
     let kinds = (0..96).map(|id| if id < 3 { TokenKind::Control } else { TokenKind::Normal }).collect();
     let v = Vocabulary {
         model: "gpt2".into(),
