@@ -70,6 +70,10 @@ pub enum Verb {
     Chat(Chat),
     /// Tokens a second, bytes a token, share of this machine's ceiling.
     Bench(Bench),
+    /// An OpenAI-compatible server with a web page.
+    Serve(Serve),
+    /// Completions for a shell, to be put where it looks for them.
+    Completions(Completions),
     /// This machine: processor features, kernels chosen, memory bandwidth, threads.
     Doctor,
 }
@@ -479,4 +483,101 @@ pub struct Bench {
     /// How the model is run.
     #[command(flatten)]
     pub running: Running,
+}
+
+/// How texts become vectors.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Pooling {
+    /// The mean of all rows.
+    Mean,
+    /// The last row.
+    Last,
+}
+
+/// How the log is written.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum LogFormat {
+    /// For people.
+    Text,
+    /// One JSON object a line.
+    Json,
+}
+
+/// `completions`
+#[derive(Debug, Args)]
+pub struct Completions {
+    /// The shell.
+    pub shell: clap_complete::Shell,
+}
+
+/// `serve`
+#[derive(Debug, Args)]
+pub struct Serve {
+    /// The model.
+    pub model: String,
+    /// Where to listen.
+    #[arg(long, default_value = "127.0.0.1")]
+    pub host: String,
+    /// The port; 0 takes a free one.
+    #[arg(long, default_value_t = 8080)]
+    pub port: u16,
+    /// The name by which requests call the model; by default the last part of MODEL.
+    #[arg(long, value_name = "NAME")]
+    pub served_name: Option<String>,
+    /// Tokens of a text, prompt and answer together; by default what the model was made for.
+    #[arg(long, value_name = "N")]
+    pub ctx: Option<usize>,
+    /// Texts worked on at once.
+    #[arg(long, value_name = "N", default_value_t = 16, value_parser = positive)]
+    pub max_batch: usize,
+    /// Answers that may wait beyond those; more are refused with 429.
+    #[arg(long, value_name = "N", default_value_t = 256)]
+    pub max_queue: usize,
+    /// Tokens of an answer; by default as many as the context has room for.
+    #[arg(long, value_name = "N", value_parser = positive)]
+    pub max_tokens: Option<usize>,
+    /// Rows of prompts computed in one step: more read prompts sooner, fewer hold up others less.
+    #[arg(long, value_name = "ROWS", default_value_t = 256, value_parser = positive)]
+    pub chunk: usize,
+    /// Room for keys and values, e.g. 2GiB; by default for a full batch of full texts, a quarter of the memory at the most.
+    #[arg(long, value_name = "SIZE")]
+    pub kv_memory: Option<String>,
+    /// How /v1/embeddings makes vectors, unless a request says.
+    #[arg(long, value_enum, default_value_t = Pooling::Mean)]
+    pub pooling: Pooling,
+    /// A file of keys, one a line, of which a request must show one.
+    #[arg(long, value_name = "FILE")]
+    pub api_key_file: Option<PathBuf>,
+    /// A further name in the Host header to answer to; a server of this machine alone, without keys, answers to its own names only.
+    #[arg(long, value_name = "NAME")]
+    pub allow_host: Vec<String>,
+    /// Size of a request.
+    #[arg(long, value_name = "SIZE", default_value = "4MiB")]
+    pub max_body: String,
+    /// Connections at once.
+    #[arg(long, value_name = "N", default_value_t = 1024, value_parser = positive)]
+    pub max_connections: usize,
+    /// Seconds that a client has to send a request's head, its body, and to take some of an answer.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30.0)]
+    pub client_timeout: f64,
+    /// Seconds after which an answer is given up.
+    #[arg(long, value_name = "SECONDS", default_value_t = 600.0)]
+    pub request_timeout: f64,
+    /// Seconds that answers at work have when the server is told to stop.
+    #[arg(long, value_name = "SECONDS", default_value_t = 30.0)]
+    pub drain_timeout: f64,
+    /// How the log is written; prompts and answers are never in it.
+    #[arg(long, value_enum, default_value_t = LogFormat::Text)]
+    pub log_format: LogFormat,
+    /// How the model is run.
+    #[command(flatten)]
+    pub running: Running,
+}
+
+/// A count that is not zero.
+fn positive(text: &str) -> Result<usize, String> {
+    match text.parse::<usize>() {
+        Ok(n) if n > 0 => Ok(n),
+        _ => Err("give a whole number above 0".into()),
+    }
 }

@@ -276,5 +276,6 @@ pub fn sampling(s: &crate::cli::Sampling) -> lacuna_run::Sampling {
         min_p: s.min_p,
         repetition_penalty: s.repeat_penalty,
         seed: s.seed,
+        ..lacuna_run::Sampling::default()
     }
 }

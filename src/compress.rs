@@ -4,6 +4,7 @@ use std::path::{Path, PathBuf};
 use std::process::ExitCode;
 use std::time::Instant;
 
+use anyhow::Context;
 use lacuna_base::units::show_bytes;
 use lacuna_checkpoint::Tokenizer;
 use lacuna_compress::{Form, Options, Outcomes, Recipe, compress, memory};
@@ -57,6 +58,22 @@ pub fn run(g: &Global, a: &cli::Compress) -> anyhow::Result<ExitCode> {
     }
     let pays = done.verdict.as_ref().is_none_or(|v| v.pays);
     Ok(if pays || a.accept { ExitCode::SUCCESS } else { ExitCode::from(3) })
+}
+
+/// Keeps what was measured beside the model, for whoever opens it later; without the list of tensors, which its own description has.
+fn save_report(model: &Path, report: &Value) -> anyhow::Result<()> {
+    let mut report = report.clone();
+    if let Some(fields) = report.as_object_mut() {
+        fields.retain(|key, _| key != "tensors" && key != "out");
+    }
+    let (path, partial) = (model.join(crate::serve::REPORT), model.join(".report.json.partial"));
+    let write = || {
+        let mut file = std::fs::File::create(&partial)?;
+        std::io::Write::write_all(&mut file, format!("{report:#}\n").as_bytes())?;
+        file.sync_all()?;
+        std::fs::rename(&partial, &path)
+    };
+    write().with_context(|| format!("the report at {}", path.display()))
 }
 
 /// A text's tokens, from a file or the one carried along.
@@ -155,6 +172,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         done.measured = Some(measured);
     }
     done.seconds = start.elapsed().as_secs_f64();
+    save_report(&done.outcomes.path, &to_json(a, &done))?;
     Ok(done)
 }
 

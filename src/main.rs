@@ -16,6 +16,7 @@ mod quickstart;
 mod recipes;
 mod repair;
 mod report;
+mod serve;
 mod shapes;
 
 use std::process::ExitCode;
@@ -45,7 +46,9 @@ fn main() -> ExitCode {
             return ExitCode::from(if e.use_stderr() { 2 } else { 0 });
         }
     };
-    common::logging(cli.global.verbose);
+    if !matches!(cli.verb, Verb::Serve(_)) {
+        common::logging(cli.global.verbose);
+    }
     match run(&cli) {
         Ok(code) => code,
         Err(e) => {
@@ -78,6 +81,8 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Verb::Generate(a) => generate::run(g, a),
         Verb::Chat(a) => chat::run(g, a),
         Verb::Bench(a) => bench::run(g, a),
+        Verb::Serve(a) => serve::run(g, a),
+        Verb::Completions(a) => serve::completions(g, a),
         Verb::Doctor => doctor::run(g),
     }
 }

@@ -273,3 +273,65 @@ fn quickstart_tells_the_whole_story() {
     assert!(!page.contains("src=") && !page.contains("href="), "the page needs nothing beside itself");
     assert_eq!(done["samples"].as_array().unwrap().len(), 2);
 }
+
+#[test]
+fn serve_says_where_it_is_answers_and_ends_when_told() {
+    use std::io::{BufRead, BufReader, Read, Write};
+    use std::process::Stdio;
+    let mut child = Command::new(env!("CARGO_BIN_EXE_lacuna"))
+        .args(["serve", &tiny(), "--port", "0", "--json", "--offline", "--log-format", "json", "--kv-memory", "8MiB"])
+        .args(["--served-name", "small", "--drain-timeout", "5"])
+        .stdout(Stdio::piped())
+        .stderr(Stdio::piped())
+        .spawn()
+        .unwrap();
+    let mut line = String::new();
+    BufReader::new(child.stdout.take().unwrap()).read_line(&mut line).unwrap();
+    let told: Value = serde_json::from_str(&line).unwrap();
+    let port = told["port"].as_u64().unwrap();
+    assert_eq!(told["address"], format!("http://127.0.0.1:{port}"));
+    let ask = |text: &str| {
+        let mut s = std::net::TcpStream::connect(("127.0.0.1", port as u16)).unwrap();
+        s.write_all(text.as_bytes()).unwrap();
+        let mut answer = String::new();
+        s.read_to_string(&mut answer).unwrap();
+        answer
+    };
+    let card = ask("GET /api/card HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
+    assert!(card.contains("\"model\":\"small\"") && card.contains("\"architecture\":\"llama\""), "{card}");
+    let body = r#"{"model": "small", "prompt": "a secret prompt", "max_tokens": 5}"#;
+    let answer = ask(&format!(
+        "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        body.len()
+    ));
+    assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("\"finish_reason\""), "{answer}");
+    let foreign = ask("GET /v1/models HTTP/1.1\r\nhost: evil.example\r\nconnection: close\r\n\r\n");
+    assert!(foreign.starts_with("HTTP/1.1 403"), "{foreign}");
+    assert!(Command::new("kill").args(["-TERM", &child.id().to_string()]).status().unwrap().success());
+    let out = child.wait_with_output().unwrap();
+    let log = String::from_utf8(out.stderr).unwrap();
+    assert!(out.status.success(), "{log}");
+    let lines: Vec<Value> = log.lines().filter_map(|l| serde_json::from_str(l).ok()).collect();
+    assert!(lines.iter().any(|l| l["path"] == "/v1/completions" && l["status"] == 200), "{log}");
+    assert!(lines.iter().any(|l| l["message"] == "answered" && l["tokens"].is_number()), "{log}");
+    assert!(!log.contains("secret"), "prompts are not for logs");
+}
+
+#[test]
+fn serve_refuses_what_cannot_be() {
+    for (flags, status) in [
+        (vec!["--ctx", "4096"], 2),
+        (vec!["--kv-memory", "10"], 2),
+        (vec!["--max-batch", "0"], 2),
+        (vec!["--client-timeout", "-1"], 2),
+        (vec!["--api-key-file", "no-such-file"], 1),
+        (vec!["--host", "203.0.113.1"], 1),
+    ] {
+        let tiny = tiny();
+        let out = lacuna(&[&["serve", &tiny, "--port", "0"], &flags[..]].concat());
+        assert_eq!(out.status.code(), Some(status), "{flags:?}: {}", String::from_utf8_lossy(&out.stderr));
+        assert!(!out.stderr.is_empty());
+    }
+    let script = lacuna(&["completions", "bash"]);
+    assert!(script.status.success() && String::from_utf8_lossy(&script.stdout).contains("complete -F"));
+}

@@ -68,6 +68,8 @@ pub enum TemplateError {
 pub struct ChatTemplate {
     env: Environment<'static>,
     tool_use: bool,
+    /// The program that is given tools.
+    source: String,
 }
 
 impl ChatTemplate {
@@ -172,7 +174,11 @@ impl ChatTemplate {
         });
         env.add_function("strftime_now", |format: String| strftime(&format, SystemTime::now()));
         let mut names = Vec::new();
+        let mut told_tools = String::new();
         for (name, source) in sources {
+            if name == "tool_use" || (name == "default" && told_tools.is_empty()) {
+                told_tools.clone_from(&source);
+            }
             let source = without_generation_marks(&source);
             env.add_template_owned(name.clone(), source).map_err(|e| TemplateError::Syntax(told(&e)))?;
             names.push(name);
@@ -180,7 +186,20 @@ impl ChatTemplate {
         if !names.iter().any(|n| n == "default") {
             return Err(TemplateError::Missing(format!("it has templates named {names:?}, but none named default")));
         }
-        Ok(ChatTemplate { env, tool_use: names.iter().any(|n| n == "tool_use") })
+        Ok(ChatTemplate { env, tool_use: names.iter().any(|n| n == "tool_use"), source: told_tools })
+    }
+
+    /// The program that renders conversations with tools, as the checkpoint has it.
+    pub fn source(&self) -> &str {
+        &self.source
+    }
+
+    /// Whether the template looks at tools. One that does not would leave them out in silence.
+    pub fn takes_tools(&self) -> bool {
+        let word = |c: char| c.is_alphanumeric() || c == '_';
+        self.source
+            .match_indices("tools")
+            .any(|(at, t)| !self.source[..at].ends_with(word) && !self.source[at + t.len()..].starts_with(word))
     }
 
     /// The conversation as text. `add_generation_prompt`: end with the opening of the assistant's turn. `bos` and `eos` are the written forms of
@@ -193,12 +212,35 @@ impl ChatTemplate {
         eos: &str,
         tools: Option<&serde_json::Value>,
     ) -> Result<String, TemplateError> {
+        self.render_values(&Value::from_serialize(messages), add_generation_prompt, bos, eos, tools)
+    }
+
+    /// As [`ChatTemplate::render`] for messages with more than a role and a content, such as calls of tools and their results.
+    pub fn render_json(
+        &self,
+        messages: &serde_json::Value,
+        add_generation_prompt: bool,
+        bos: &str,
+        eos: &str,
+        tools: Option<&serde_json::Value>,
+    ) -> Result<String, TemplateError> {
+        self.render_values(&Value::from_serialize(messages), add_generation_prompt, bos, eos, tools)
+    }
+
+    fn render_values(
+        &self,
+        messages: &Value,
+        add_generation_prompt: bool,
+        bos: &str,
+        eos: &str,
+        tools: Option<&serde_json::Value>,
+    ) -> Result<String, TemplateError> {
         let name = if tools.is_some() && self.tool_use { "tool_use" } else { "default" };
         let template = self.env.get_template(name).map_err(|e| TemplateError::Failed(told(&e)))?;
         // Templates ask `tools is not none`: absent means none, not undefined.
         let none = Value::from(());
         let context = minijinja::context! {
-            messages => Value::from_serialize(messages),
+            messages => messages,
             add_generation_prompt,
             bos_token => bos,
             eos_token => eos,
@@ -423,6 +465,18 @@ mod tests {
         assert!(matches!(one(hang), Err(TemplateError::Failed(t)) if t.contains("instructions")));
         assert!(one("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}").is_err());
         assert!(one("{% for a in range(90000) %}{{ 'x' * 90000 }}{% endfor %}").is_err());
+    }
+
+    #[test]
+    fn templates_that_look_at_tools_are_known() {
+        let takes = |source: &str| ChatTemplate::new(source).unwrap().takes_tools();
+        assert!(
+            takes("{% if tools %}{{ tools | tojson }}{% endif %}") && takes("{%- if tools is not none -%}{% endif %}")
+        );
+        assert!(!takes("{{ messages[0].content }} has no mytools or tools_in_user_message"));
+        let messages = serde_json::json!([{"role": "assistant", "tool_calls": [{"function": {"name": "f"}}]}]);
+        let t = ChatTemplate::new("{{ messages[0].tool_calls[0].function.name }}").unwrap();
+        assert_eq!(t.render_json(&messages, true, "", "", None).unwrap(), "f");
     }
 
     #[test]

@@ -156,19 +156,27 @@ impl Engine {
     pub fn reuse(&self, seq: &mut Sequence, prompt: &[u32], extent: usize) -> usize {
         let same = seq.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
         let keep = same.min(prompt.len().saturating_sub(1));
-        // LongRoPE turns a long text by other factors from its first token on, so that short keys are of no use to it.
-        let crossing = |original: usize| (extent > original) != (seq.extent > original);
-        let turned = self
-            .model
-            .spec
-            .layers
-            .iter()
-            .filter_map(|l| l.attn.as_ref()?.rope.as_ref())
-            .any(|r| matches!(r.scaling, RopeScaling::Longrope { original, .. } if crossing(original)));
+        // Short keys are of no use to a long text.
+        let turned = self.class(extent) != self.class(seq.extent);
         seq.truncate(if turned { 0 } else { keep });
         seq.extent = extent;
         seq.tokens.reserve(extent.min(self.context).saturating_sub(seq.tokens.len()));
         seq.tokens.len()
+    }
+
+    /// Texts of different classes have no keys in common: LongRoPE turns a text that will be longer than the original context by other factors
+    /// from its first token on.
+    pub fn class(&self, extent: usize) -> u32 {
+        let ropes = self.model.spec.layers.iter().filter_map(|l| l.attn.as_ref()?.rope.as_ref());
+        let mut originals: Vec<usize> = ropes
+            .filter_map(|r| match r.scaling {
+                RopeScaling::Longrope { original, .. } => Some(original),
+                _ => None,
+            })
+            .collect();
+        originals.sort_unstable();
+        originals.dedup();
+        originals.iter().filter(|&&original| extent > original).count() as u32
     }
 
     /// Reads `tokens` after what `seq` has, a chunk at a time, and returns the logits of what follows. On an error the sequence is as before.

@@ -35,6 +35,8 @@ pub enum Stop {
     MaxTokens,
     /// The context is full.
     Context,
+    /// What the grammar describes is complete.
+    Grammar,
     /// The caller had enough.
     Caller,
 }
@@ -113,7 +115,7 @@ impl Engine {
                 logits = self.extend(seq, &all[all.len() - 1..])?;
                 steps += 1;
             }
-            let token = sampler.pick(logits, &all)?;
+            let token = sampler.pick(logits, &all, g.prompt.len(), None)?;
             if !g.ignore_end && tokenizer.eos_set().contains(&token) {
                 break Stop::EndToken(token);
             }
@@ -155,24 +157,24 @@ impl Engine {
 }
 
 /// Holds back text that may be the beginning of a stop text.
-struct StopFilter<'a> {
-    stops: Vec<&'a str>,
+pub(crate) struct StopFilter {
+    stops: Vec<String>,
     held: String,
 }
 
-impl<'a> StopFilter<'a> {
-    fn new(stops: &'a [String]) -> StopFilter<'a> {
-        StopFilter { stops: stops.iter().map(String::as_str).filter(|s| !s.is_empty()).collect(), held: String::new() }
+impl StopFilter {
+    pub(crate) fn new(stops: &[String]) -> StopFilter {
+        StopFilter { stops: stops.iter().filter(|s| !s.is_empty()).cloned().collect(), held: String::new() }
     }
 
     /// Takes a piece; returns the text that is certain, and the stop text if one came.
-    fn push(&mut self, piece: &str) -> (String, Option<String>) {
+    pub(crate) fn push(&mut self, piece: &str) -> (String, Option<String>) {
         self.held.push_str(piece);
         // The match that ends first counts, so that the answer does not depend on how the text was cut into pieces.
-        let hit = |&s: &&'a str| self.held.find(s).map(|at| (at + s.len(), at, s));
+        let hit = |s: &String| self.held.find(s.as_str()).map(|at| (at + s.len(), at, s.clone()));
         if let Some((_, at, stop)) = self.stops.iter().filter_map(hit).min() {
             self.held.truncate(at);
-            return (std::mem::take(&mut self.held), Some(stop.to_owned()));
+            return (std::mem::take(&mut self.held), Some(stop));
         }
         let open = |&at: &usize| self.stops.iter().any(|s| s.starts_with(&self.held[at..]));
         let at = self.held.char_indices().map(|(at, _)| at).find(open).unwrap_or(self.held.len());
@@ -180,7 +182,7 @@ impl<'a> StopFilter<'a> {
         (std::mem::replace(&mut self.held, rest), None)
     }
 
-    fn finish(&mut self) -> String {
+    pub(crate) fn finish(&mut self) -> String {
         std::mem::take(&mut self.held)
     }
 }

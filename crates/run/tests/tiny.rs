@@ -1,34 +1,12 @@
 //! The engine on tiny checkpoints: what must not depend on chunks, reuse, stop texts or the clock.
 
+mod common;
+
 use std::ops::ControlFlow;
-use std::path::Path;
 
-use lacuna_checkpoint::{ChatTemplate, TokenKind, Tokenizer, Vocabulary};
-use lacuna_model::{Decoder, LoadOptions};
+use common::{engine, tokenizer};
+use lacuna_checkpoint::{ChatTemplate, Tokenizer, Vocabulary};
 use lacuna_run::{BenchOptions, Chat, Engine, Generated, Generation, RunError, Sampler, Sampling, Stop};
-
-fn engine(name: &str) -> Engine {
-    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny").join(name);
-    let checkpoint = lacuna_checkpoint::open(dir).unwrap();
-    Engine::new(Decoder::load(&checkpoint, &LoadOptions::default()).unwrap())
-}
-
-/// 96 tokens, one for each id of the tiny models: three special ones, a line's end, and printable characters.
-fn tokenizer() -> Tokenizer {
-    let mut tokens: Vec<String> = ["<|begin|>", "<|im_start|>", "<|im_end|>", "Ċ", "Ġ"].map(String::from).to_vec();
-    tokens.extend(('!'..='~').map(String::from).take(91));
-    let kinds = (0..96).map(|id| if id < 3 { TokenKind::Control } else { TokenKind::Normal }).collect();
-    let v = Vocabulary {
-        model: "gpt2".into(),
-        pre: Some("gpt-2".into()),
-        tokens,
-        kinds,
-        bos: Some(0),
-        eos: Some(2),
-        ..Vocabulary::default()
-    };
-    Tokenizer::from_vocabulary(v).unwrap()
-}
 
 fn run(e: &Engine, g: &Generation) -> Generated {
     let mut seen = String::new();
@@ -47,7 +25,15 @@ fn request(tokens: usize) -> Generation {
 }
 
 fn drawn(seed: u64) -> Generation {
-    let sampling = Sampling { temperature: 1.0, top_k: 50, top_p: 0.95, min_p: 0.001, repetition_penalty: 1.1, seed };
+    let sampling = Sampling {
+        temperature: 1.0,
+        top_k: 50,
+        top_p: 0.95,
+        min_p: 0.001,
+        repetition_penalty: 1.1,
+        seed,
+        ..Sampling::default()
+    };
     Generation { sampling, ..request(24) }
 }
 
@@ -61,7 +47,7 @@ fn a_step_allocates_nothing() {
         let mut sampler = Sampler::new(&drawn(1).sampling).unwrap();
         let mut step = |token: u32| {
             let logits = e.extend(&mut seq, &[token]).unwrap();
-            sampler.pick(logits, &[]).unwrap();
+            sampler.pick(logits, &[], 0, None).unwrap();
         };
         (5..9).for_each(&mut step);
         let seen = allocation_counter::measure(|| (9..30).for_each(step));

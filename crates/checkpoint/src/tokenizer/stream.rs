@@ -58,32 +58,46 @@ impl Decoder {
 
     /// Appends the token's bytes to the held ones.
     fn take(&mut self, id: u32) {
-        let inner = &self.tokenizer.0;
-        let Some(text) = self.tokenizer.token_text(id) else { return };
-        if !self.special && inner.special.contains(&id) {
+        if !self.special && self.tokenizer.is_special(id) {
             return;
         }
         let before = self.held.len();
-        match inner.pieces {
-            Pieces::ByteLevel if inner.added.contains(&id) => self.held.extend_from_slice(text.as_bytes()),
-            Pieces::ByteLevel => {
-                self.held.extend(text.chars().map_while(byte_of));
-                if text.chars().any(|c| byte_of(c).is_none()) {
-                    // Not in the alphabet: the token stands for itself.
-                    self.held.truncate(before);
-                    self.held.extend_from_slice(text.as_bytes());
-                }
-            }
-            Pieces::Spaced { .. } => match fallback_byte(text) {
-                Some(byte) => self.held.push(byte),
-                None => self.held.extend_from_slice(text.replace('▁', " ").as_bytes()),
-            },
-        }
+        self.tokenizer.append_bytes(id, &mut self.held);
         if self.strip && self.held.len() > before {
             self.strip = false;
             if self.held[before] == b' ' {
                 self.held.remove(before);
             }
+        }
+    }
+}
+
+impl Tokenizer {
+    /// The bytes that a token stands for; a special one stands for its written form. They need not be whole characters.
+    pub fn token_bytes(&self, id: u32) -> Vec<u8> {
+        let mut bytes = Vec::new();
+        self.append_bytes(id, &mut bytes);
+        bytes
+    }
+
+    fn append_bytes(&self, id: u32, to: &mut Vec<u8>) {
+        let inner = &self.0;
+        let Some(text) = self.token_text(id) else { return };
+        match inner.pieces {
+            Pieces::ByteLevel if inner.added.contains(&id) => to.extend_from_slice(text.as_bytes()),
+            Pieces::ByteLevel => {
+                let before = to.len();
+                to.extend(text.chars().map_while(byte_of));
+                if text.chars().any(|c| byte_of(c).is_none()) {
+                    // Not in the alphabet: the token stands for itself.
+                    to.truncate(before);
+                    to.extend_from_slice(text.as_bytes());
+                }
+            }
+            Pieces::Spaced { .. } => match fallback_byte(text) {
+                Some(byte) => to.push(byte),
+                None => to.extend_from_slice(text.replace('▁', " ").as_bytes()),
+            },
         }
     }
 }

@@ -1,0 +1,374 @@
+//! Requests held against the OpenAPI document that the server publishes.
+//!
+//! The document is the only description of a request: what it does not name is refused, and what it promises is checked here before anything
+//! else looks at the request. The checker knows the part of JSON Schema that the document uses, and a test holds the document to that part.
+
+use serde_json::{Map, Value};
+
+use crate::error::ApiError;
+
+/// Fields of OpenAI's API that this server does not have, and why; everything else that is unknown is said to be unknown.
+const UNSUPPORTED: &[(&str, &str)] = &[
+    ("audio", "there is no sound here"),
+    ("best_of", "ask for n answers and choose"),
+    ("dimensions", "the model's vectors have one length"),
+    ("echo", "the prompt is known to who sent it"),
+    ("function_call", "use tool_choice"),
+    ("functions", "use tools"),
+    ("metadata", "nothing is stored"),
+    ("modalities", "there is text only"),
+    ("name", "chat templates do not know names of speakers"),
+    ("prediction", "there are no predicted outputs"),
+    ("reasoning_effort", "the model has no such setting"),
+    ("service_tier", "there is one tier"),
+    ("store", "nothing is stored"),
+    ("suffix", "the model continues texts, it does not fill gaps"),
+    ("verbosity", "the model has no such setting"),
+    ("web_search_options", "nothing is searched"),
+];
+
+/// The published document.
+pub struct Schema {
+    document: Value,
+}
+
+impl Schema {
+    /// The document of this server, which serves `model`.
+    pub fn new(model: &str) -> Schema {
+        let mut document: Value = serde_json::from_str(include_str!("openapi.json")).unwrap_or_default();
+        document["info"]["version"] = env!("CARGO_PKG_VERSION").into();
+        document["components"]["schemas"]["ModelName"]["enum"] = Value::from(vec![model]);
+        Schema { document }
+    }
+
+    /// The document.
+    pub fn document(&self) -> &Value {
+        &self.document
+    }
+
+    /// Holds `value` against the component `name`. The error's `param` is the path of the field at fault.
+    pub fn check(&self, name: &str, value: &Value) -> Result<(), ApiError> {
+        self.visit(&self.document["components"]["schemas"][name], value, &Path::Root)
+    }
+
+    fn visit(&self, schema: &Value, value: &Value, path: &Path<'_>) -> Result<(), ApiError> {
+        let Some(schema) = schema.as_object() else { return Ok(()) };
+        if let Some(to) = schema.get("$ref").and_then(Value::as_str) {
+            return self.visit(self.document.pointer(to.trim_start_matches('#')).unwrap_or(&Value::Null), value, path);
+        }
+        if let Some(choices) = schema.get("anyOf").and_then(Value::as_array) {
+            self.any_of(schema, choices, value, path)?;
+        }
+        self.kind(schema, value, path)?;
+        if let Some(only) = schema.get("const").filter(|&c| c != value) {
+            return Err(path.bad(format!("must be {only}")));
+        }
+        if let Some(choices) = schema.get("enum").and_then(Value::as_array).filter(|c| !c.contains(value)) {
+            let all: Vec<String> = choices.iter().map(Value::to_string).collect();
+            return Err(path.bad(format!("must be one of {}, not {}", all.join(", "), brief(value))));
+        }
+        match value {
+            Value::Number(n) => {
+                let x = n.as_f64().unwrap_or(f64::NAN);
+                let bound = |key: &str| schema.get(key).and_then(Value::as_f64);
+                if bound("minimum").is_some_and(|m| x < m) || bound("maximum").is_some_and(|m| x > m) {
+                    return Err(path.bad(format!("is {n}; it must be {}", range(schema))));
+                }
+                if bound("exclusiveMinimum").is_some_and(|m| x <= m) {
+                    return Err(path.bad(format!("is {n}; it must be above {}", schema["exclusiveMinimum"])));
+                }
+            }
+            Value::String(s) => {
+                self.length(schema, s.chars().count(), ["minLength", "maxLength"], "characters", path)?
+            }
+            Value::Array(items) => {
+                self.length(schema, items.len(), ["minItems", "maxItems"], "items", path)?;
+                if let Some(each) = schema.get("items") {
+                    for (i, item) in items.iter().enumerate() {
+                        self.visit(each, item, &Path::Index(path, i))?;
+                    }
+                }
+            }
+            Value::Object(fields) => self.object(schema, fields, path)?,
+            _ => {}
+        }
+        Ok(())
+    }
+
+    fn object(
+        &self,
+        schema: &Map<String, Value>,
+        fields: &Map<String, Value>,
+        path: &Path<'_>,
+    ) -> Result<(), ApiError> {
+        let none = Map::new();
+        let known = schema.get("properties").and_then(Value::as_object).unwrap_or(&none);
+        for name in schema.get("required").and_then(Value::as_array).into_iter().flatten().filter_map(Value::as_str) {
+            if !fields.contains_key(name) {
+                return Err(Path::Field(path, name).bad("is missing").code("missing_required_parameter"));
+            }
+        }
+        let other = schema.get("additionalProperties");
+        self.length(schema, fields.len(), ["minProperties", "maxProperties"], "entries", path)?;
+        for (name, value) in fields {
+            let path = Path::Field(path, name);
+            match (known.get(name), other) {
+                (Some(schema), _) => self.visit(schema, value, &path)?,
+                (None, Some(Value::Bool(false))) => {
+                    let why = UNSUPPORTED.iter().find(|(field, _)| field == name).map(|(_, why)| *why);
+                    return Err(match why {
+                        Some(why) => path.bad(format!("is not supported: {why}")).code("unsupported_parameter"),
+                        None => path.bad("is not known").code("unknown_parameter"),
+                    });
+                }
+                (None, Some(schema)) => self.visit(schema, value, &path)?,
+                (None, None) => {}
+            }
+        }
+        Ok(())
+    }
+
+    /// One choice must fit. The error is that of the choice that is meant: of the right type, and of the right tag where objects have one.
+    fn any_of(
+        &self,
+        schema: &Map<String, Value>,
+        choices: &[Value],
+        value: &Value,
+        path: &Path<'_>,
+    ) -> Result<(), ApiError> {
+        let mut first = None;
+        let tag = schema.get("discriminator").and_then(|d| d["propertyName"].as_str());
+        for choice in choices {
+            let Err(e) = self.visit(choice, value, path) else { return Ok(()) };
+            let of_its_kind = |s: &Map<String, Value>| self.kind(s, value, path).is_ok();
+            let meant = self.target(choice).as_object().is_some_and(of_its_kind)
+                && tag.is_none_or(|tag| value.get(tag).is_some_and(|v| self.tags(choice, tag).any(|t| t == v)));
+            if meant {
+                first.get_or_insert(e);
+            }
+        }
+        Err(first.unwrap_or_else(|| match tag {
+            Some(tag) if value.is_object() => {
+                let all: Vec<String> = choices.iter().flat_map(|c| self.tags(c, tag)).map(Value::to_string).collect();
+                Path::Field(path, tag).bad(format!("must be one of {}", all.join(", ")))
+            }
+            _ => path.bad(format!("has a form that is not known: {}", brief(value))),
+        }))
+    }
+
+    /// What a schema stands for, if it is a reference.
+    fn target<'a>(&'a self, schema: &'a Value) -> &'a Value {
+        let to = schema["$ref"].as_str().and_then(|r| self.document.pointer(r.trim_start_matches('#')));
+        to.unwrap_or(schema)
+    }
+
+    /// The values that a schema allows for the field that tells objects apart.
+    fn tags<'a>(&'a self, schema: &'a Value, tag: &str) -> impl Iterator<Item = &'a Value> {
+        let p = &self.target(schema)["properties"][tag];
+        p.get("const").into_iter().chain(p["enum"].as_array().into_iter().flatten())
+    }
+
+    fn kind(&self, schema: &Map<String, Value>, value: &Value, path: &Path<'_>) -> Result<(), ApiError> {
+        let Some(kind) = schema.get("type") else { return Ok(()) };
+        let kinds: Vec<&str> = kind
+            .as_str()
+            .map_or_else(|| kind.as_array().into_iter().flatten().filter_map(Value::as_str).collect(), |one| vec![one]);
+        let fits = |kind: &&str| match *kind {
+            "null" => value.is_null(),
+            "boolean" => value.is_boolean(),
+            "string" => value.is_string(),
+            "array" => value.is_array(),
+            "object" => value.is_object(),
+            "number" => value.is_number(),
+            // 5.0 is an integer to JSON Schema.
+            "integer" => value.as_f64().is_some_and(|x| x.fract() == 0.0 && x.abs() < 1.9e19),
+            _ => false,
+        };
+        if kinds.iter().any(fits) {
+            return Ok(());
+        }
+        Err(path.bad(format!("must be of type {}, not {}", kinds.join(" or "), brief(value))).code("invalid_type"))
+    }
+
+    fn length(
+        &self,
+        schema: &Map<String, Value>,
+        n: usize,
+        keys: [&str; 2],
+        of: &str,
+        path: &Path<'_>,
+    ) -> Result<(), ApiError> {
+        let bound = |key| schema.get(key).and_then(Value::as_u64);
+        if let Some(least) = bound(keys[0]).filter(|&least| (n as u64) < least) {
+            return Err(path.bad(format!("has {n} {of}; it must have at least {least}")));
+        }
+        if let Some(most) = bound(keys[1]).filter(|&most| (n as u64) > most) {
+            return Err(path.bad(format!("has {n} {of}; it must have at most {most}")));
+        }
+        Ok(())
+    }
+}
+
+fn range(schema: &Map<String, Value>) -> String {
+    match (schema.get("minimum"), schema.get("maximum")) {
+        (Some(a), Some(b)) => format!("between {a} and {b}"),
+        (Some(a), None) => format!("at least {a}"),
+        (None, Some(b)) => format!("at most {b}"),
+        (None, None) => "a number".to_owned(),
+    }
+}
+
+/// A value in a message: what it is, never a long text.
+fn brief(value: &Value) -> String {
+    match value {
+        Value::String(s) if s.chars().count() > 40 => "a long text".to_owned(),
+        Value::Array(_) => "a list".to_owned(),
+        Value::Object(_) => "an object".to_owned(),
+        plain => plain.to_string(),
+    }
+}
+
+/// Where in the request the checker is.
+enum Path<'a> {
+    Root,
+    Field(&'a Path<'a>, &'a str),
+    Index(&'a Path<'a>, usize),
+}
+
+impl Path<'_> {
+    fn text(&self) -> String {
+        let join = |before: String, part: String| if before.is_empty() { part } else { format!("{before}.{part}") };
+        match self {
+            Path::Root => String::new(),
+            Path::Field(before, name) => join(before.text(), (*name).chars().take(64).collect()),
+            Path::Index(before, i) => join(before.text(), i.to_string()),
+        }
+    }
+
+    fn bad(&self, what: impl AsRef<str>) -> ApiError {
+        let path = self.text();
+        if path.is_empty() {
+            return ApiError { param: None, ..ApiError::bad("", format!("the request {}", what.as_ref())) };
+        }
+        ApiError::bad(path.as_str(), format!("'{path}' {}", what.as_ref()))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use serde_json::json;
+
+    fn wrong(name: &str, value: Value) -> (String, &'static str) {
+        let e = Schema::new("m").check(name, &value).unwrap_err();
+        assert_eq!(e.status, 400, "{e:?}");
+        (e.param.unwrap_or_default(), e.code.unwrap_or_default())
+    }
+
+    #[test]
+    fn the_document_stays_within_what_the_checker_knows() {
+        const KNOWN: &[&str] = &[
+            "$ref",
+            "additionalProperties",
+            "anyOf",
+            "const",
+            "default",
+            "description",
+            "discriminator",
+            "enum",
+            "example",
+            "exclusiveMinimum",
+            "format",
+            "items",
+            "maxItems",
+            "maxLength",
+            "maxProperties",
+            "maximum",
+            "minItems",
+            "minLength",
+            "minProperties",
+            "minimum",
+            "properties",
+            "required",
+            "type",
+        ];
+        fn walk(schema: &Value, at: &str) {
+            let fields = schema.as_object().unwrap_or_else(|| panic!("{at} is no schema"));
+            for (key, value) in fields {
+                assert!(KNOWN.contains(&key.as_str()), "{at}: the checker does not know '{key}'");
+                match key.as_str() {
+                    "properties" => value.as_object().unwrap().iter().for_each(|(k, v)| walk(v, &format!("{at}.{k}"))),
+                    "items" => walk(value, &format!("{at}[]")),
+                    "anyOf" => value.as_array().unwrap().iter().for_each(|v| walk(v, at)),
+                    "additionalProperties" if value.is_object() => walk(value, at),
+                    _ => {}
+                }
+            }
+        }
+        let schema = Schema::new("m");
+        let all = schema.document()["components"]["schemas"].as_object().unwrap();
+        assert!(all.len() > 10);
+        all.iter().for_each(|(name, s)| walk(s, name));
+        // Every reference leads somewhere.
+        fn refs(v: &Value, all: &mut Vec<String>) {
+            match v {
+                Value::Object(o) => o.iter().for_each(|(k, v)| match v.as_str().filter(|_| k == "$ref") {
+                    Some(to) => all.push(to.to_owned()),
+                    None => refs(v, all),
+                }),
+                Value::Array(a) => a.iter().for_each(|v| refs(v, all)),
+                _ => {}
+            }
+        }
+        let mut found = Vec::new();
+        refs(schema.document(), &mut found);
+        for to in found {
+            assert!(schema.document().pointer(to.trim_start_matches('#')).is_some(), "{to} leads nowhere");
+        }
+    }
+
+    #[test]
+    fn what_is_wrong_is_named() {
+        let chat = |more: Value| {
+            let mut v = json!({"model": "m", "messages": [{"role": "user", "content": "hi"}]});
+            v.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            v
+        };
+        let name = "ChatCompletionRequest";
+        assert!(Schema::new("m").check(name, &chat(json!({"temperature": 0.5, "n": 2.0, "stop": ["a", "b"]}))).is_ok());
+        for (more, param, code) in [
+            (json!({"temperature": 3}), "temperature", "invalid_value"),
+            (json!({"temperature": "hot"}), "temperature", "invalid_type"),
+            (json!({"n": 1.5}), "n", "invalid_type"),
+            (json!({"n": 0}), "n", "invalid_value"),
+            (json!({"top_p": 0}), "top_p", "invalid_value"),
+            (json!({"stop": ["a", "b", "c", "d", "e"]}), "stop", "invalid_value"),
+            (json!({"zzz": 1}), "zzz", "unknown_parameter"),
+            (json!({"store": true}), "store", "unsupported_parameter"),
+            (json!({"messages": []}), "messages", "invalid_value"),
+            (json!({"messages": [{"role": "user"}]}), "messages.0.content", "missing_required_parameter"),
+            (json!({"messages": [{"role": "pope", "content": "x"}]}), "messages.0.role", "invalid_value"),
+            (
+                json!({"messages": [{"role": "user", "content": [{"type": "image_url", "image_url": {"url": ""}}]}]}),
+                "messages.0.content.0.type",
+                "invalid_value",
+            ),
+            (
+                json!({"response_format": {"type": "json_schema"}}),
+                "response_format.json_schema",
+                "missing_required_parameter",
+            ),
+            (json!({"stream_options": {"include_usage": 1}}), "stream_options.include_usage", "invalid_type"),
+            (json!({"logit_bias": {"5": 101}}), "logit_bias.5", "invalid_value"),
+            (
+                json!({"tools": [{"type": "function", "function": {}}]}),
+                "tools.0.function.name",
+                "missing_required_parameter",
+            ),
+        ] {
+            assert_eq!(wrong(name, chat(more.clone())), (param.to_owned(), code), "{more}");
+        }
+        assert_eq!(wrong(name, json!({"model": "m"})), ("messages".to_owned(), "missing_required_parameter"));
+        assert_eq!(wrong(name, json!([])), (String::new(), "invalid_type"));
+    }
+}

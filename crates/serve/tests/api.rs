@@ -1,0 +1,353 @@
+//! Every endpoint over real sockets: what is answered, and what is refused.
+
+mod common;
+
+use common::{PLAIN, Server, TOOLS, chat, engine, request, tokenizer};
+use lacuna_run::Generation;
+use lacuna_serve::Options;
+use serde_json::{Value, json};
+
+const CHAT: &str = "/v1/chat/completions";
+const TEXT: &str = "/v1/completions";
+
+/// What the engine itself says to a chat request of one message.
+fn expected(text: &str, tokens: usize) -> String {
+    let e = engine("llama");
+    let prompt = tokenizer().encode(&format!("<|im_start|>{text}<|im_end|><|im_start|>"), false).unwrap();
+    let g = Generation { prompt, max_tokens: tokens, ..Generation::default() };
+    e.generate(&mut e.sequence(), &tokenizer(), &g, &mut |_| std::ops::ControlFlow::Continue(())).unwrap().text
+}
+
+#[test]
+fn a_chat_whole_and_streamed() {
+    let s = Server::plain();
+    let whole = s.post(CHAT, &chat(json!({}))).json();
+    let text = expected("hello", 12);
+    assert_eq!(whole["choices"][0]["message"], json!({"role": "assistant", "content": text, "refusal": null}));
+    assert_eq!((&whole["object"], &whole["model"]), (&json!("chat.completion"), &json!("tiny")));
+    assert_eq!(whole["usage"]["prompt_tokens"], 8);
+    assert_eq!(whole["usage"]["total_tokens"], 8 + whole["usage"]["completion_tokens"].as_u64().unwrap());
+    assert!(whole["id"].as_str().unwrap().starts_with("chatcmpl-"));
+
+    let chunks = s.stream(CHAT, &chat(json!({"stream_options": {"include_usage": true}})));
+    assert_eq!(chunks[0]["choices"][0]["delta"]["role"], "assistant");
+    let said: String = chunks.iter().filter_map(|c| c["choices"][0]["delta"]["content"].as_str()).collect();
+    assert_eq!(said, text);
+    assert!(chunks.len() > 5, "it comes in pieces");
+    let (usage, last) = (&chunks[chunks.len() - 1], &chunks[chunks.len() - 2]);
+    assert_eq!((&usage["choices"], &usage["usage"]["prompt_tokens"]), (&json!([]), &json!(8)));
+    assert_eq!(last["choices"][0]["finish_reason"], whole["choices"][0]["finish_reason"]);
+    assert!(chunks.iter().all(|c| c["object"] == "chat.completion.chunk" && c["id"] == chunks[0]["id"]));
+    assert!(chunks[..chunks.len() - 1].iter().all(|c| c["usage"].is_null()));
+}
+
+#[test]
+fn company_changes_nothing_over_http() {
+    let s = Server::start(Some(PLAIN), Options { batch: 6, prefill_rows: 13, ..Options::default() });
+    let words = ["hello", "what is this", "hello again", "a", "hello", "tell me something long and old"];
+    let answers: Vec<String> = std::thread::scope(|scope| {
+        let all: Vec<_> = words
+            .iter()
+            .map(|w| {
+                let body = chat(json!({"messages": [{"role": "user", "content": w}], "max_tokens": 30}));
+                let s = &s;
+                scope.spawn(move || {
+                    s.post(CHAT, &body).json()["choices"][0]["message"]["content"].as_str().unwrap().to_owned()
+                })
+            })
+            .collect();
+        all.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    for (w, a) in words.iter().zip(answers) {
+        assert_eq!(a, expected(w, 30), "{w}");
+    }
+}
+
+#[test]
+fn seeds_n_and_stop() {
+    let s = Server::plain();
+    let drawn = |seed: i64, n: u64| {
+        let v = s.post(CHAT, &chat(json!({"temperature": 1, "seed": seed, "n": n, "max_tokens": 20}))).json();
+        let all = v["choices"].as_array().unwrap().iter().enumerate().map(|(i, c)| {
+            assert_eq!(c["index"], i);
+            c["message"]["content"].as_str().unwrap().to_owned()
+        });
+        (all.collect::<Vec<String>>(), v["usage"].clone())
+    };
+    let (three, usage) = drawn(7, 3);
+    assert_eq!(three.len(), 3);
+    assert!(three[0] != three[1] && three[1] != three[2]);
+    assert_eq!(usage["prompt_tokens"], 8, "the prompt counts once");
+    assert_eq!(drawn(8, 2).0, three[1..], "seeds count up");
+    assert_eq!(drawn(-9_223_372_036_854_775_808, 1).0, drawn(-9_223_372_036_854_775_808, 1).0);
+    let text = expected("hello", 12);
+    let stop: String = text.chars().skip(4).take(2).collect();
+    let cut = s.post(CHAT, &chat(json!({"stop": ["never in here", stop]}))).json();
+    assert_eq!(cut["choices"][0]["message"]["content"], text[..text.find(&stop).unwrap()]);
+    assert_eq!(cut["choices"][0]["finish_reason"], "stop");
+    let biased = s.post(CHAT, &chat(json!({"logit_bias": {"40": 100}, "max_tokens": 5}))).json();
+    assert_eq!(biased["choices"][0]["message"]["content"], tokenizer().decode(&[40; 5]));
+    assert_eq!(biased["choices"][0]["finish_reason"], "length");
+}
+
+#[test]
+fn probabilities_in_both_shapes() {
+    let s = Server::plain();
+    let v = s.post(CHAT, &chat(json!({"logprobs": true, "top_logprobs": 2}))).json();
+    let content = v["choices"][0]["logprobs"]["content"].as_array().unwrap();
+    let joined: String = content.iter().map(|t| t["token"].as_str().unwrap()).collect();
+    assert_eq!(v["choices"][0]["message"]["content"], joined);
+    for t in content {
+        assert_eq!(t["top_logprobs"].as_array().unwrap().len(), 2);
+        assert_eq!(t["top_logprobs"][0]["token"], t["token"]);
+        assert_eq!(t["bytes"].as_array().unwrap().len(), t["token"].as_str().unwrap().len());
+    }
+    let chunks = s.stream(CHAT, &chat(json!({"logprobs": true})));
+    let streamed: usize =
+        chunks.iter().filter_map(|c| c["choices"][0]["logprobs"]["content"].as_array()).map(Vec::len).sum();
+    assert_eq!(streamed, content.len());
+
+    let body = json!({"model": "tiny", "prompt": "hello", "max_tokens": 9, "temperature": 0, "logprobs": 3});
+    let v = s.post(TEXT, &body).json();
+    let (text, l) = (v["choices"][0]["text"].as_str().unwrap(), &v["choices"][0]["logprobs"]);
+    assert_eq!(l["tokens"].as_array().unwrap().len(), 9);
+    for (token, at) in l["tokens"].as_array().unwrap().iter().zip(l["text_offset"].as_array().unwrap()) {
+        assert!(text[at.as_u64().unwrap() as usize..].starts_with(token.as_str().unwrap()));
+    }
+    assert_eq!(l["top_logprobs"][4].as_object().unwrap().len(), 3);
+    let mut offsets = Vec::new();
+    for c in s.stream(TEXT, &body) {
+        offsets.extend(c["choices"][0]["logprobs"]["text_offset"].as_array().cloned().unwrap_or_default());
+    }
+    assert_eq!(Value::from(offsets), l["text_offset"]);
+}
+
+#[test]
+fn completions_of_texts_and_tokens() {
+    let s = Server::plain();
+    let ask = |prompt: Value| {
+        s.post(TEXT, &json!({"model": "tiny", "prompt": prompt, "max_tokens": 6, "temperature": 0})).json()
+    };
+    let ids = tokenizer().encode("hello", true).unwrap();
+    let one = ask(json!("hello"));
+    assert_eq!(one["choices"][0]["text"], ask(json!(ids))["choices"][0]["text"]);
+    let two = ask(json!(["hello", "other"]));
+    assert_eq!(two["choices"].as_array().unwrap().len(), 2);
+    assert_eq!(two["choices"][0]["text"], one["choices"][0]["text"]);
+    assert_eq!(two["choices"][1]["text"], ask(json!("other"))["choices"][0]["text"]);
+    let both = ask(json!([ids, [5, 6, 7]]));
+    assert_eq!(both["choices"][0]["text"], one["choices"][0]["text"]);
+    let said: String = s
+        .stream(TEXT, &json!({"model": "tiny", "prompt": "hello", "max_tokens": 6, "temperature": 0}))
+        .iter()
+        .filter_map(|c| c["choices"][0]["text"].as_str().map(str::to_owned))
+        .collect();
+    assert_eq!(one["choices"][0]["text"], said);
+    assert_eq!(s.post(TEXT, &json!({"model": "tiny", "prompt": "x"})).json()["usage"]["completion_tokens"], 16);
+}
+
+#[test]
+fn vectors_as_numbers_and_as_bytes() {
+    let s = Server::plain();
+    let ask = |more: Value| {
+        let mut v = json!({"model": "tiny", "input": ["hello", "other text"]});
+        v.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        let a = s.post("/v1/embeddings", &v);
+        assert_eq!(a.status, 200, "{}", a.body);
+        a.json()
+    };
+    let mean = ask(json!({}));
+    let first: Vec<f32> = serde_json::from_value(mean["data"][0]["embedding"].clone()).unwrap();
+    assert!((first.iter().map(|x| x * x).sum::<f32>() - 1.0).abs() < 1e-4);
+    assert_eq!((mean["data"][1]["index"].as_u64(), mean["usage"]["prompt_tokens"].as_u64()), (Some(1), Some(15)));
+    assert_eq!(ask(json!({"pooling": "mean"}))["data"], mean["data"]);
+    let last = ask(json!({"pooling": "last"}));
+    assert_ne!(last["data"][0]["embedding"], mean["data"][0]["embedding"]);
+    // Four bytes a number, little end first.
+    let coded = ask(json!({"encoding_format": "base64"}));
+    let text = coded["data"][0]["embedding"].as_str().unwrap();
+    let code = b"ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+    let (mut bits, mut n, mut bytes) = (0u32, 0, Vec::new());
+    for c in text.trim_end_matches('=').bytes() {
+        (bits, n) = (bits << 6 | code.iter().position(|&x| x == c).unwrap() as u32, n + 6);
+        if n >= 8 {
+            n -= 8;
+            bytes.push((bits >> n) as u8);
+        }
+    }
+    let numbers: Vec<f32> = bytes.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect();
+    assert_eq!(numbers, first);
+}
+
+#[test]
+fn answers_are_held_to_json() {
+    let s = Server::plain();
+    let schema = json!({
+        "type": "object", "properties": {"ok": {"type": "boolean"}, "n": {"type": "integer", "minimum": 1, "maximum": 9}},
+        "required": ["ok", "n"], "additionalProperties": false,
+    });
+    let format = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": schema}});
+    for seed in 0..5 {
+        let v = s
+            .post(CHAT, &chat(json!({"response_format": format, "max_tokens": 60, "temperature": 1, "seed": seed})))
+            .json();
+        let said: Value = serde_json::from_str(v["choices"][0]["message"]["content"].as_str().unwrap()).unwrap();
+        assert!(said["ok"].is_boolean() && (1..=9).contains(&said["n"].as_i64().unwrap()), "{said}");
+        assert_eq!(v["choices"][0]["finish_reason"], "stop");
+    }
+    let v = s.post(CHAT, &chat(json!({"response_format": {"type": "json_object"}, "logit_bias": {"95": 5}, "max_tokens": 900, "temperature": 1, "seed": 3}))).json();
+    let c = &v["choices"][0];
+    let said = c["message"]["content"].as_str().unwrap();
+    assert!(said.starts_with('{'), "{said}");
+    if c["finish_reason"] == "stop" {
+        assert!(serde_json::from_str::<Value>(said).unwrap().is_object());
+    }
+    for bad in [json!({"type": "nonsense"}), json!({"$ref": "https://example.com/a.json"})] {
+        let format = json!({"type": "json_schema", "json_schema": {"name": "x", "schema": bad}});
+        let e = s.post(CHAT, &chat(json!({"response_format": format}))).error();
+        assert_eq!((e.0, e.1.as_str()), (400, "response_format"));
+    }
+}
+
+#[test]
+fn tools_are_called_where_they_must_be() {
+    let tool = json!({"type": "function", "function": {"name": "add", "parameters": {
+        "type": "object", "properties": {"a": {"type": "integer", "minimum": 0, "maximum": 9}}, "required": ["a"], "additionalProperties": false}}});
+    let other = json!({"type": "function", "function": {"name": "now"}});
+    for template in [PLAIN, TOOLS] {
+        let s = Server::start(Some(template), Options::default());
+        let named = json!({"type": "function", "function": {"name": "add"}});
+        let body = chat(json!({"tools": [tool, other], "tool_choice": named, "max_tokens": 200}));
+        let v = s.post(CHAT, &body).json();
+        let c = &v["choices"][0];
+        assert_eq!((&c["finish_reason"], &c["message"]["content"]), (&json!("tool_calls"), &Value::Null), "{v}");
+        let call = &c["message"]["tool_calls"][0];
+        assert_eq!((&call["type"], &call["function"]["name"]), (&json!("function"), &json!("add")));
+        let arguments: Value = serde_json::from_str(call["function"]["arguments"].as_str().unwrap()).unwrap();
+        assert!((0..=9).contains(&arguments["a"].as_i64().unwrap()));
+        let chunks = s.stream(CHAT, &body);
+        let last = &chunks[chunks.len() - 1]["choices"][0];
+        assert_eq!(last["finish_reason"], "tool_calls");
+        assert_eq!(last["delta"]["tool_calls"][0]["function"], call["function"]);
+        assert_eq!(last["delta"]["tool_calls"][0]["index"], 0);
+        // The result goes back.
+        let more = json!({"messages": [
+            {"role": "user", "content": "hello"},
+            {"role": "assistant", "content": null, "tool_calls": [call]},
+            {"role": "tool", "tool_call_id": call["id"], "content": "7"},
+        ]});
+        assert_eq!(s.post(CHAT, &chat(more)).status, 200);
+        let auto = s.post(CHAT, &chat(json!({"tools": [tool]})));
+        if template == PLAIN {
+            assert_eq!(auto.error(), (400, "tools".into(), "unsupported_parameter".into()));
+        } else {
+            assert_eq!(auto.status, 200);
+        }
+    }
+}
+
+#[test]
+fn whatever_is_wrong_is_said_in_openais_shape() {
+    let s = Server::plain();
+    for (more, status, param) in [
+        (json!({"model": "gpt-4"}), 404, "model"),
+        (json!({"temperature": 9}), 400, "temperature"),
+        (json!({"store": true}), 400, "store"),
+        (json!({"surprise": 1}), 400, "surprise"),
+        (json!({"n": 17}), 400, "n"),
+        (json!({"max_tokens": 0}), 400, "max_tokens"),
+        (json!({"max_tokens": 5000}), 400, "max_tokens"),
+        (json!({"max_completion_tokens": 5}), 400, "max_tokens"),
+        (json!({"stream_options": {"include_usage": true}}), 400, "stream_options"),
+        (json!({"top_logprobs": 2}), 400, "top_logprobs"),
+        (json!({"logit_bias": {"96": 1}}), 400, "logit_bias.96"),
+        (json!({"logit_bias": {"x": 1}}), 400, "logit_bias.x"),
+        (json!({"tool_choice": "required"}), 400, "tool_choice"),
+        (json!({"messages": [{"role": "user", "content": "long ".repeat(300)}]}), 400, "messages"),
+        (json!({"top_p": 1e-60}), 400, "top_p"),
+        (json!({"messages": "hello"}), 400, "messages"),
+    ] {
+        let e = s.post(CHAT, &chat(more.clone())).error();
+        assert_eq!((e.0, e.1.as_str()), (status, param), "{more}");
+    }
+    for (body, param) in [
+        (json!({"model": "tiny"}), "prompt"),
+        (json!({"model": "tiny", "prompt": ""}), "prompt"),
+        (json!({"model": "tiny", "prompt": []}), "prompt"),
+        (json!({"model": "tiny", "prompt": [96]}), "prompt"),
+        (json!({"model": "tiny", "prompt": ["a", 1]}), "prompt"),
+        (json!({"model": "tiny", "prompt": "a", "echo": true}), "echo"),
+        (json!({"model": "tiny", "prompt": "a", "suffix": "b"}), "suffix"),
+        (json!({"model": "tiny", "prompt": "a", "best_of": 2}), "best_of"),
+        (json!({"model": "tiny", "prompt": "a", "logprobs": 6}), "logprobs"),
+        (json!({"prompt": "a"}), "model"),
+    ] {
+        let e = s.post(TEXT, &body).error();
+        assert_eq!((e.0, e.1.split('.').next().unwrap()), (400, param), "{body}");
+    }
+    let e = s.post("/v1/embeddings", &json!({"model": "tiny", "input": "a", "dimensions": 3})).error();
+    assert_eq!((e.0, e.1.as_str(), e.2.as_str()), (400, "dimensions", "unsupported_parameter"));
+    assert_eq!(s.get("/v1/nothing").error().0, 404);
+    let wrong = s.get(CHAT);
+    assert_eq!((wrong.error().0, wrong.header("allow")), (405, Some("POST")));
+    let post = |kind: &str, body: &str| {
+        s.raw(&format!(
+            "POST {CHAT} HTTP/1.1\r\nhost: localhost\r\n{kind}connection: close\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        ))
+    };
+    assert_eq!(post("", "{}").error().0, 415);
+    assert_eq!(post("content-type: text/plain\r\n", "{}").error().0, 415);
+    for broken in ["", "{", "nonsense", "{\"model\": \"tiny\", \"messages\": \u{1}}", &"[".repeat(100_000)] {
+        assert_eq!(post("content-type: application/json\r\n", broken).error().0, 400);
+    }
+    assert_eq!(post("content-type: application/json; charset=utf-8\r\n", "[]").error().0, 400);
+    let no_chat = Server::start(None, Options::default());
+    assert_eq!(no_chat.post(CHAT, &chat(json!({}))).error().2, "unsupported_parameter");
+    assert_eq!(no_chat.post(TEXT, &json!({"model": "tiny", "prompt": "a"})).status, 200);
+}
+
+#[test]
+fn models_page_document_health_and_metrics() {
+    let s = Server::plain();
+    let list = s.get("/v1/models").json();
+    assert_eq!((&list["data"][0]["id"], &list["data"][0]["object"]), (&json!("tiny"), &json!("model")));
+    assert_eq!(s.get("/v1/models/tiny").json()["id"], "tiny");
+    assert_eq!(s.get("/v1/models/other").error().2, "model_not_found");
+    let document = s.get("/openapi.json").json();
+    assert_eq!(document["components"]["schemas"]["ModelName"]["enum"], json!(["tiny"]));
+    for path in document["paths"].as_object().unwrap().keys() {
+        let path = path.replace("{model}", "tiny");
+        assert_ne!(s.get(&path).status, 404, "{path} is described and not there");
+    }
+    assert_eq!(s.get("/health/live").status, 200);
+    assert_eq!(s.get("/health/ready").json()["status"], "ready");
+    for path in ["/", "/assets/app.js", "/assets/app.css", "/assets/icon.svg"] {
+        let page = s.get(path);
+        assert_eq!(page.status, 200);
+        assert!(page.header("content-security-policy").unwrap().contains("default-src 'none'"));
+        assert_eq!(page.header("x-content-type-options"), Some("nosniff"));
+        assert!(!page.body.contains("https://") && !page.body.contains("innerHTML"), "{path} asks nobody outside");
+    }
+    s.post(CHAT, &chat(json!({})));
+    s.post(CHAT, &chat(json!({"n": 99})));
+    let text = s.get("/metrics").body;
+    for line in [
+        "lacuna_requests_total{endpoint=\"/v1/chat/completions\",status=\"200\"} 1",
+        "lacuna_requests_total{endpoint=\"/v1/chat/completions\",status=\"400\"} 1",
+        "lacuna_time_to_first_token_seconds_count 1",
+        "lacuna_tokens_total{kind=\"prompt\"} 8",
+        "lacuna_queue_length 0",
+    ] {
+        assert!(text.contains(line), "{line} is not in\n{text}");
+    }
+    let live = s.get("/api/live").json();
+    assert!(live["generated_tokens"].as_u64().unwrap() > 0 && live["kv"]["total"].as_u64().unwrap() > 0);
+    assert_eq!(s.get("/api/card").json()["model"], "tiny");
+    // One connection, several requests.
+    let mut talk = s.connect();
+    for _ in 0..2 {
+        talk.send(&request(CHAT, &chat(json!({}))).replace("connection: close\r\n", ""));
+        assert_eq!(talk.answer().status, 200);
+    }
+}
