@@ -1,10 +1,11 @@
 //! `inspect`: what a checkpoint is, and what is wrong with it.
 
 use std::collections::BTreeMap;
+use std::path::Path;
 use std::process::ExitCode;
 
 use lacuna_base::units::show_bytes;
-use lacuna_checkpoint::{Adapter, Checkpoint, Found, Problem};
+use lacuna_checkpoint::{Adapter, Checkpoint, Found, OpenError, Problem};
 use lacuna_eval::Table;
 use lacuna_format::Weights;
 use lacuna_spec::{Part, Place};
@@ -111,10 +112,30 @@ fn tokenizer_fits(m: &Model) -> Option<Problem> {
     (tokens > rows).then(|| Problem::odd(what, Some("put the tokenizer files of the model's own release beside it")))
 }
 
+/// What can be said of a model that does not open at all: whether `repair` mends it.
+fn closed(g: &Global, a: &Inspect, path: &Path, e: OpenError) -> anyhow::Result<ExitCode> {
+    let faults = lacuna_checkpoint::diagnose(path).unwrap_or_default();
+    if faults.is_empty() {
+        return Err(e.into());
+    }
+    let help = format!("lacuna repair {} -o OUT", a.model);
+    let broken: Vec<&str> = faults.iter().map(|f| f.what.as_str()).collect();
+    let problems: Vec<_> = broken.iter().map(|b| json!({"what": b, "help": help, "broken": true})).collect();
+    let out = json!({"model": a.model, "path": path, "broken": broken, "problems": problems, "error": e.to_string()});
+    common::print(g, &out, || {
+        println!("does not open: {e}");
+        broken.iter().for_each(|b| println!("broken: {b}\n  what helps: {help}"));
+    });
+    Ok(ExitCode::FAILURE)
+}
+
 /// Runs the verb.
 pub fn run(g: &Global, a: &Inspect) -> anyhow::Result<ExitCode> {
     let (path, adapter) = common::find(g, &a.model)?;
-    let mut checkpoint = lacuna_checkpoint::examine(&path)?;
+    let mut checkpoint = match lacuna_checkpoint::examine(&path) {
+        Ok(c) => c,
+        Err(e) => return closed(g, a, &path, e),
+    };
     if let Some(dir) = &adapter {
         checkpoint = checkpoint.with_adapter(Adapter::open(dir)?, g.merge)?;
     }
