@@ -172,7 +172,7 @@ fn a_network_that_a_configuration_cannot_say_is_refused_by_layer() {
     let mut spec = arch::from_config(&config(&tiny().join("llama"))).unwrap();
     spec.layers[1].ffn.as_mut().unwrap().width = 40;
     let e = arch::to_config(&spec).unwrap_err().what;
-    assert!(e.contains("layers.1.ffn.width is 40, the file would say 48"), "{e}");
+    assert!(e.contains("layer 1: ffn.width is 40, the file would say 48"), "{e}");
     spec.layers[1].ffn = None;
-    assert!(arch::to_config(&spec).unwrap_err().what.contains("layers.1.ffn"));
+    assert!(arch::to_config(&spec).unwrap_err().what.contains("layer 1"));
 }

@@ -24,7 +24,8 @@ pub const TOOLS: &str = "{% if tools %}{{ tools | tojson }} <tool_call>{% endif 
 /// 96 tokens: three special ones, a line's end, a space, and printable characters.
 pub fn tokenizer() -> Tokenizer {
     let mut tokens: Vec<String> = ["<|begin|>", "<|im_start|>", "<|im_end|>", "Ċ", "Ġ"].map(String::from).to_vec();
-    tokens.extend(('!'..='~').map(String::from).take(91));
+    // All that JSON needs is among them.
+    tokens.extend(('!'..='~').filter(|c| !"`^|".contains(*c)).map(String::from));
     let kinds = (0..96).map(|id| if id < 3 { TokenKind::Control } else { TokenKind::Normal }).collect();
     let v = Vocabulary {
         model: "gpt2".into(),

@@ -239,6 +239,7 @@ mod tests {
         spec.layers[1].ffn.as_mut().unwrap().width = 40;
         let e = super::super::to_config(&hf_spec(&spec).unwrap()).unwrap_err().what;
         assert!(e.contains("layer 1: ffn.width is 40"), "{e}");
+        spec.layers[1].ffn.as_mut().unwrap().width = 48;
         spec.layers[0].attn.as_mut().unwrap().scale = 0.3;
         let e = to_gguf(&spec).unwrap_err().what;
         assert!(e.contains("layer 0: attn.scale is 0.3"), "{e}");
