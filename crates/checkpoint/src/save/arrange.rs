@@ -8,7 +8,7 @@ use lacuna_spec::arch::{Target, Whole};
 use lacuna_spec::{AttnSpec, Part, Place, Role, RopeStyle, Spec, SpecError};
 use rayon::prelude::*;
 
-use super::Loss;
+use super::{Loss, Sink};
 use crate::SaveError;
 
 /// Values decoded at a time.
@@ -193,12 +193,7 @@ impl<'a> Arranged<'a> {
     }
 
     /// Writes a tensor in `form`; `sink` gets its bytes in order. Codes and scales that the form can hold as they are are never rounded.
-    pub fn write(
-        &self,
-        target: &Target,
-        form: Form,
-        sink: &mut dyn FnMut(&[u8]) -> Result<(), SaveError>,
-    ) -> Result<Loss, SaveError> {
+    pub fn write(&self, target: &Target, form: Form, sink: Sink<'_>) -> Result<Loss, SaveError> {
         let fault = |what: String| SaveError::Refused(format!("tensor {}: {what}", target.name));
         let mut loss = Loss::default();
         if target.transposed {
@@ -230,12 +225,7 @@ impl<'a> Arranged<'a> {
         Ok(loss)
     }
 
-    fn write_transposed(
-        &self,
-        target: &Target,
-        form: Form,
-        sink: &mut dyn FnMut(&[u8]) -> Result<(), SaveError>,
-    ) -> Result<Loss, SaveError> {
+    fn write_transposed(&self, target: &Target, form: Form, sink: Sink<'_>) -> Result<Loss, SaveError> {
         let fault = |what: String| SaveError::Refused(format!("tensor {}: {what}", target.name));
         let mut parts = Vec::new();
         for place in &target.parts {

@@ -81,9 +81,9 @@ pub fn save_compressed_tensors(
         let what = "no matrix is stored as grouped integers of up to 8 bits; --type int4 or int8 rounds them";
         return Err(SaveError::Refused(what.into()));
     }
+    let plan = Plan { arranged, targets, fates, rounding };
     let dir = OutDir::create(out, overwrite)?;
-    let (path, mut saved) =
-        dir.write_with(|dir| write(dir, source, &arranged, &targets, &fates, rounding, notes, progress))?;
+    let (path, mut saved) = dir.write_with(|dir| write(dir, source, &plan, notes, progress))?;
     saved.path = path;
     Ok(saved)
 }
@@ -221,17 +221,22 @@ fn words(codes: impl Iterator<Item = u8>, bits: u8) -> Vec<u8> {
     codes.chunks(per).flat_map(|run| word(run).to_le_bytes()).collect()
 }
 
-#[allow(clippy::too_many_arguments)]
+/// What is to be written, tensor by tensor.
+struct Plan<'a> {
+    arranged: Arranged<'a>,
+    targets: Vec<Target>,
+    fates: Vec<Fate>,
+    rounding: Option<Rounding>,
+}
+
 fn write(
     dir: &OutDir,
     source: &Checkpoint,
-    arranged: &Arranged<'_>,
-    targets: &[Target],
-    fates: &[Fate],
-    rounding: Option<Rounding>,
+    plan: &Plan<'_>,
     mut notes: Vec<String>,
     progress: Progress<'_>,
 ) -> Result<Saved, SaveError> {
+    let Plan { arranged, targets, fates, rounding } = plan;
     let float = hf::natural(arranged.weights)?;
     // Readers multiply in the scales' own type: in f16 for a model of f16, else in f32, in which every product is exact.
     let scale = if float == Float::F16 { ("F16", 2) } else { ("F32", 4) };

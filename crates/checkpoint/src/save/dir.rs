@@ -6,6 +6,7 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use super::Sink;
 use crate::SaveError;
 use crate::writer::{beside, io_at, sync_dir};
 
@@ -73,7 +74,7 @@ impl OutDir {
         stem: &str,
         tensors: &[Entry],
         shard_bytes: u64,
-        write: &mut dyn FnMut(usize, &mut dyn FnMut(&[u8]) -> Result<(), SaveError>) -> Result<(), SaveError>,
+        write: &mut dyn FnMut(usize, Sink<'_>) -> Result<(), SaveError>,
     ) -> Result<u64, SaveError> {
         let mut shards: Vec<std::ops::Range<usize>> = Vec::new();
         let (mut from, mut size) = (0, 0);

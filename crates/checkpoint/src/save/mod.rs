@@ -28,6 +28,9 @@ pub(crate) use place::OutFile;
 /// Told how many of how many tensors are done.
 pub type Progress<'a> = &'a mut dyn FnMut(usize, usize);
 
+/// Takes a tensor's bytes, in order.
+pub(crate) type Sink<'a> = &'a mut dyn FnMut(&[u8]) -> Result<(), crate::SaveError>;
+
 /// A model that was written.
 #[derive(Debug, Clone, Serialize)]
 pub struct Saved {
