@@ -259,7 +259,7 @@ impl Splitter {
                 continue;
             }
             // The end of what is held may be the beginning of a mark, and white space before calls is no text.
-            let open = |at: &usize| mark.starts_with(&self.held[*at..]) || self.held[*at..].trim().is_empty();
+            let open = |at: &usize| mark.starts_with(self.held[*at..].trim_start());
             let cut = self.held.char_indices().map(|(at, _)| at).find(open).unwrap_or(self.held.len());
             let rest = self.held.split_off(cut);
             let certain = std::mem::replace(&mut self.held, rest);
