@@ -66,6 +66,11 @@ fn short(text: &str) -> String {
     text.lines().next().unwrap_or_default().chars().take(300).collect()
 }
 
+/// The parser gave up: the schema grew beyond its limits, or asks for text that the model's tokens cannot spell.
+fn stuck(e: &anyhow::Error) -> RunError {
+    RunError::Request(format!("the answer cannot go on within its schema: {}", short(&e.to_string())))
+}
+
 struct Json {
     matcher: Matcher,
     ends: Vec<u32>,
@@ -74,7 +79,7 @@ struct Json {
 
 impl Grammar for Json {
     fn allowed(&mut self) -> Result<&[u32], RunError> {
-        let mask = self.matcher.compute_mask_or_eos().map_err(|e| RunError::Request(short(&e.to_string())))?;
+        let mask = self.matcher.compute_mask_or_eos().map_err(|e| stuck(&e))?;
         self.bits.clear();
         self.bits.extend_from_slice(mask.as_slice());
         let end = |id: u32| (id as usize / 32, 1u32 << (id % 32));
@@ -90,7 +95,7 @@ impl Grammar for Json {
     }
 
     fn accept(&mut self, token: u32) -> Result<bool, RunError> {
-        self.matcher.consume_token(token).map_err(|e| RunError::Request(short(&e.to_string())))?;
+        self.matcher.consume_token(token).map_err(|e| stuck(&e))?;
         Ok(self.matcher.is_stopped())
     }
 }

@@ -21,11 +21,10 @@ pub const PLAIN: &str = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_
 /// The same with tools, as Qwen's and Hermes' templates have them.
 pub const TOOLS: &str = "{% if tools %}{{ tools | tojson }} <tool_call>{% endif %}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>";
 
-/// 96 tokens: three special ones, a line's end, a space, and printable characters.
+/// 96 tokens: three special ones, a line's end, a space, and the printable characters but three.
 pub fn tokenizer() -> Tokenizer {
     let mut tokens: Vec<String> = ["<|begin|>", "<|im_start|>", "<|im_end|>", "Ċ", "Ġ"].map(String::from).to_vec();
-    // All that JSON needs is among them.
-    tokens.extend(('!'..='~').filter(|c| !"`^|".contains(*c)).map(String::from));
+    tokens.extend(('!'..='~').filter(|c| !"~|`".contains(*c)).map(String::from));
     let kinds = (0..96).map(|id| if id < 3 { TokenKind::Control } else { TokenKind::Normal }).collect();
     let v = Vocabulary {
         model: "gpt2".into(),
