@@ -1,7 +1,9 @@
 //! Activations as signed bytes, each block of 32 columns of a row with a scale of its own.
 //!
-//! `scale = max |x| / 127`, codes to the nearest, ties to even; a block whose largest magnitude is below 1e-30 becomes zeros. A block with a
-//! NaN or an infinity gets the scale NaN, so that every result of its row is NaN. The same bits on every instruction set.
+//! Codes are `x * L / max |x|` to the nearest, ties to even, where `L` is that of 127, 126, 125 and 124 under which the codes lose least: a step a
+//! little wider than need be often meets a block's 32 values better, an eighth less error on the whole. The scale is then the one that suits the
+//! codes best (least squares). A block whose largest magnitude is below 1e-30 becomes zeros. A block with a NaN or an infinity gets the scale
+//! NaN, so that every result of its row is NaN. The same bits on every instruction set: what is summed are whole numbers below 2^24, or 512ths.
 
 use crate::panel::BLOCK;
 use crate::panel::ints::META;
@@ -40,6 +42,54 @@ impl Op for Quantize {
     }
 }
 
+/// Levels that are tried.
+const LEVELS: [f32; 4] = [127.0, 126.0, 125.0, 124.0];
+/// What makes errors in steps comparable from one level to the next.
+const SQUARED_STEPS: [f32; 4] = {
+    let [a, b, c, d] = LEVELS;
+    [1.0 / (a * a), 1.0 / (b * b), 1.0 / (c * c), 1.0 / (d * d)]
+};
+/// Added and taken off again, it leaves 512ths of a number below 1/2: 32 squares of them are summed without rounding.
+const FINE: f32 = 1.5 * 16384.0;
+
+/// The level under which the 32 values at `x`, the largest of which is `1 / inverse_top`, lose least; the highest of equals.
+/// # Safety
+/// `x` is readable for 32 values.
+#[inline(always)]
+unsafe fn level<S: Simd>(s: S, x: *const f32, inverse_top: f32) -> f32 {
+    let mut lost = [s.splat(0.0); 4];
+    let mut i = 0;
+    while i < BLOCK {
+        // SAFETY: as the caller promises.
+        let x = unsafe { s.load(x.add(i)) };
+        let mut j = 0;
+        while j < 4 {
+            let rest = rest(s, s.mul(x, s.splat(LEVELS[j] * inverse_top))).1;
+            lost[j] = s.fma(rest, rest, lost[j]);
+            j += 1;
+        }
+        i += S::LANES;
+    }
+    let lost = s.sum4(lost);
+    let (mut best, mut least) = (LEVELS[0], lost[0] * SQUARED_STEPS[0]);
+    let mut j = 1;
+    while j < 4 {
+        let lost = lost[j] * SQUARED_STEPS[j];
+        if lost < least {
+            (best, least) = (LEVELS[j], lost);
+        }
+        j += 1;
+    }
+    best
+}
+
+/// The nearest whole numbers, and how far the values lie above them, in 512ths.
+#[inline(always)]
+fn rest<S: Simd>(s: S, exact: S::V) -> (S::V, S::V) {
+    let (whole, fine) = (s.round(exact), s.splat(FINE));
+    (whole, s.sub(s.add(s.sub(exact, whole), fine), fine))
+}
+
 /// Quantizes a block and gives what belongs to it.
 /// # Safety
 /// Both pointers are good for 32 values.
@@ -56,14 +106,18 @@ unsafe fn block<S: Simd>(s: S, x: *const f32, codes: *mut i8, zero: i32, sixteen
             i += S::LANES;
         }
         let top = s.top(top);
-        let scale = top / 127.0;
-        let inverse = s.splat(if top < LEAST { 0.0 } else { 127.0 / top });
+        let inverse_top = if top < LEAST { 0.0 } else { 1.0 / top };
+        let level = level(s, x, inverse_top);
+        let inverse = s.splat(level * inverse_top);
         let mut totals = [none; 2];
+        let (mut squares, mut rests) = (none, none);
         let mut i = 0;
         while i < BLOCK {
-            let v = s.round(s.mul(s.load(x.add(i)), inverse));
+            let (v, rest) = rest(s, s.mul(s.load(x.add(i)), inverse));
             let part = i / (BLOCK / 2);
             totals[part] = s.add(totals[part], v);
+            squares = s.fma(v, v, squares);
+            rests = s.fma(rest, v, rests);
             s.store_i8(codes.add(i), v);
             i += S::LANES;
         }
@@ -73,7 +127,8 @@ unsafe fn block<S: Simd>(s: S, x: *const f32, codes: *mut i8, zero: i32, sixteen
             codes.write_bytes(0, BLOCK);
             return [f32::NAN, 0.0, 0.0, f32::NAN];
         }
-        let scale = if top < LEAST { 0.0 } else { scale };
+        // At least one code is +-124 or more, but where all are zeros.
+        let scale = if top < LEAST { 0.0 } else { top / level * (1.0 + s.sum(rests) / s.sum(squares)) };
         let whole = sum as i32;
         if sixteens {
             let first = s.sum(totals[0]) as i32;
