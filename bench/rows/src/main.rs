@@ -69,9 +69,10 @@ fn main() {
         let all = from_memory(row, rows, cols);
         let dense = row.dense.and_then(|d| ROWS.iter().find(|r| r.name == d)).map(|d| from_memory(d, rows, cols));
         let bytes = all[0].weights_bytes() as f64 / (rows * cols) as f64;
-        // As many rows of it as the caches hold.
-        let few = (IN_CACHE as f64 * threads as f64 / (bytes * cols as f64)) as usize / 64 * 64;
-        let cache = rate(&[row.linear(few.max(64), cols)], 200);
+        // As many rows of it as the caches hold, a quarter as long: x is made ready for about as many rows as in the large matrix.
+        let short = (cols / 4).next_multiple_of(256);
+        let few = (IN_CACHE as f64 * threads as f64 / (bytes * short as f64)) as usize / 64 * 64;
+        let cache = rate(&[row.linear(few.max(64), short)], 400);
         let (mut bandwidth, mut memory) = (0.0f64, 0.0f64);
         let (mut shares, mut over) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {

@@ -310,20 +310,18 @@ fn rounded(x: &Mat) -> (Mat, Mat) {
                 far.fill(top);
                 continue;
             }
-            // Under every level what rounding loses, in whole numbers: 512ths of a step, squared.
+            // Under every level what rounding loses, in 512ths of a step: the last bits of a number near 2^14, squared.
             let inverse = |level: i32| level as f32 * (1.0 / top);
-            let rest = |v: f32, level: i32| {
-                let exact = v * inverse(level);
-                ((exact - exact.round_ties_even()) * 512.0).round_ties_even() as i64
-            };
             let lost = |level: i32| {
-                let all: i64 = q.iter().map(|v| rest(*v, level).pow(2)).sum();
+                let rest = |v: &f32| i64::from((v.mul_add(inverse(level), 24576.0).to_bits() << 23) as i32 >> 23);
+                let all: i64 = q.iter().map(|v| rest(v).pow(2)).sum();
                 all as f32 * (1.0 / (level * level) as f32)
             };
             let level = (124..=127).rev().reduce(|best, l| if lost(l) < lost(best) { l } else { best }).unwrap();
             let code = |v: f32| (v * inverse(level)).round_ties_even();
             let squares: i64 = q.iter().map(|v| (code(*v) as i64).pow(2)).sum();
-            let rests: i64 = q.iter().map(|v| rest(*v, level) * code(*v) as i64).sum();
+            let rest = |v: f32| ((v * inverse(level) - code(v)) * 512.0).round_ties_even();
+            let rests: i64 = q.iter().map(|v| (rest(*v) * code(*v)) as i64).sum();
             let step = top / level as f32;
             let scale = step * (1.0 + rests as f32 / (512.0 * squares as f32));
             for (q, far) in q.iter_mut().zip(far) {

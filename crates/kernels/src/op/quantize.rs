@@ -49,7 +49,7 @@ const SQUARED_STEPS: [f32; 4] = {
     let [a, b, c, d] = LEVELS;
     [1.0 / (a * a), 1.0 / (b * b), 1.0 / (c * c), 1.0 / (d * d)]
 };
-/// Added and taken off again, it leaves 512ths of a number below 1/2: 32 squares of them are summed without rounding.
+/// Added and taken off again, it leaves 512ths of a number below 1/2, whose products with 32 codes are summed without rounding.
 const FINE: f32 = 1.5 * 16384.0;
 
 /// The level under which the 32 values at `x`, the largest of which is `1 / inverse_top`, lose least; the highest of equals.
@@ -64,7 +64,7 @@ unsafe fn level<S: Simd>(s: S, x: *const f32, inverse_top: f32) -> f32 {
         let x = unsafe { s.load(x.add(i)) };
         let mut j = 0;
         while j < 4 {
-            let rest = rest(s, s.mul(x, s.splat(LEVELS[j] * inverse_top))).1;
+            let rest = s.rest(x, s.splat(LEVELS[j] * inverse_top));
             lost[j] = s.fma(rest, rest, lost[j]);
             j += 1;
         }
@@ -81,13 +81,6 @@ unsafe fn level<S: Simd>(s: S, x: *const f32, inverse_top: f32) -> f32 {
         j += 1;
     }
     best
-}
-
-/// The nearest whole numbers, and how far the values lie above them, in 512ths.
-#[inline(always)]
-fn rest<S: Simd>(s: S, exact: S::V) -> (S::V, S::V) {
-    let (whole, fine) = (s.round(exact), s.splat(FINE));
-    (whole, s.sub(s.add(s.sub(exact, whole), fine), fine))
 }
 
 /// Quantizes a block and gives what belongs to it.
@@ -108,12 +101,14 @@ unsafe fn block<S: Simd>(s: S, x: *const f32, codes: *mut i8, zero: i32, sixteen
         let top = s.top(top);
         let inverse_top = if top < LEAST { 0.0 } else { 1.0 / top };
         let level = level(s, x, inverse_top);
-        let inverse = s.splat(level * inverse_top);
+        let (inverse, fine) = (s.splat(level * inverse_top), s.splat(FINE));
         let mut totals = [none; 2];
         let (mut squares, mut rests) = (none, none);
         let mut i = 0;
         while i < BLOCK {
-            let (v, rest) = rest(s, s.mul(s.load(x.add(i)), inverse));
+            let exact = s.mul(s.load(x.add(i)), inverse);
+            let v = s.round(exact);
+            let rest = s.sub(s.add(s.sub(exact, v), fine), fine);
             let part = i / (BLOCK / 2);
             totals[part] = s.add(totals[part], v);
             squares = s.fma(v, v, squares);
@@ -121,17 +116,18 @@ unsafe fn block<S: Simd>(s: S, x: *const f32, codes: *mut i8, zero: i32, sixteen
             s.store_i8(codes.add(i), v);
             i += S::LANES;
         }
-        // Whole numbers below 2^24: exact in any order, and NaN where any value is not finite.
-        let sum = s.sum(s.add(totals[0], totals[1]));
+        // Exact in any order, and NaN where any value is not finite.
+        let [first, second, squares, rests] = s.sum4([totals[0], totals[1], squares, rests]);
+        let sum = first + second;
         if sum.is_nan() {
             codes.write_bytes(0, BLOCK);
             return [f32::NAN, 0.0, 0.0, f32::NAN];
         }
         // At least one code is +-124 or more, but where all are zeros.
-        let scale = if top < LEAST { 0.0 } else { top / level * (1.0 + s.sum(rests) / s.sum(squares)) };
+        let scale = if top < LEAST { 0.0 } else { top / level * (1.0 + rests / squares) };
         let whole = sum as i32;
         if sixteens {
-            let first = s.sum(totals[0]) as i32;
+            let first = first as i32;
             return [
                 scale,
                 f32::from_bits((-zero * first) as u32),

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Op, Simd};
+use super::{Op, Simd, TO_512THS};
 use crate::Isa;
 
 /// Proof that the processor has AVX2, FMA and F16C: made by [`run`] alone.
@@ -92,6 +92,14 @@ impl Simd for Avx2 {
         unsafe {
             let e = _mm256_add_epi32(_mm256_cvtps_epi32(a), _mm256_set1_epi32(127));
             _mm256_castsi256_ps(_mm256_slli_epi32::<23>(e))
+        }
+    }
+    #[inline(always)]
+    fn rest(self, a: __m256, b: __m256) -> __m256 {
+        // SAFETY: see above.
+        unsafe {
+            let moved = _mm256_fmadd_ps(a, b, _mm256_set1_ps(TO_512THS));
+            _mm256_cvtepi32_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(moved)))
         }
     }
     #[inline(always)]

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Op, Simd};
+use super::{Op, Simd, TO_512THS};
 use crate::Isa;
 
 /// Proof that the processor has AVX-512 F, BW, DQ and VL, and with `VNNI` also VNNI and VBMI2: made by [`run`] and [`run_vnni`] alone.
@@ -105,6 +105,14 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         unsafe {
             let e = _mm512_add_epi32(_mm512_cvtps_epi32(a), _mm512_set1_epi32(127));
             _mm512_castsi512_ps(_mm512_slli_epi32::<23>(e))
+        }
+    }
+    #[inline(always)]
+    fn rest(self, a: __m512, b: __m512) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            let moved = _mm512_fmadd_ps(a, b, _mm512_set1_ps(TO_512THS));
+            _mm512_cvtepi32_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(moved)))
         }
     }
     #[inline(always)]

@@ -47,6 +47,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn select_lt(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
     /// To the nearest whole number, ties to even.
     fn round(self, a: Self::V) -> Self::V;
+    /// How far `a * b`, which lies within 2^13, is above the nearest whole number, in 2^-32 and rounded once to 512ths of one: a half counts as
+    /// below the next.
+    fn rest(self, a: Self::V, b: Self::V) -> Self::V;
     /// `2^a` for whole `a` in -126..=127.
     fn pow2(self, a: Self::V) -> Self::V;
     /// The sums of four vectors, every one in the same fixed tree.
@@ -164,6 +167,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
         self.sum4([v, z, z, z])[0]
     }
 }
+
+/// What moves a number below 2^13 to where an f32 ends with 512ths: the fraction is what the last nine bits say.
+const TO_512THS: f32 = 1.5 * 16384.0;
 
 /// An operation generic over the instruction set. `run` must be `#[inline(always)]`.
 pub(crate) trait Op {

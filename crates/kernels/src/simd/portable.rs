@@ -2,7 +2,7 @@
 
 use half::{bf16, f16};
 
-use super::Simd;
+use super::{Simd, TO_512THS};
 
 /// Any processor.
 #[derive(Clone, Copy)]
@@ -101,6 +101,10 @@ impl Simd for Portable {
     #[inline(always)]
     fn pow2(self, a: V) -> V {
         fill(|i| f32::from_bits((((a[i] as i32) + 127) << 23) as u32))
+    }
+    #[inline(always)]
+    fn rest(self, a: V, b: V) -> V {
+        fill(|i| (a[i].mul_add(b[i], TO_512THS).to_bits() << 23) as i32 as f32)
     }
     #[inline(always)]
     fn sum4(self, v: [V; 4]) -> [f32; 4] {
