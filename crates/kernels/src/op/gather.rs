@@ -72,22 +72,53 @@ fn room(scratch: &mut [f32], l: &Layout) -> Room {
     Room { halves, x, sums, groups: groups.as_mut_ptr().cast(), scales: scales.as_mut_ptr() }
 }
 
-/// Asks for what follows octet `o` of the values at `values`, into the next panel where the panel ends.
+/// How panels are asked for from memory, at an even pace while x is gathered and while products are summed: either alone would leave memory
+/// idle for as long as the other takes. Lines come into the second-level cache well ahead, and into the first a little ahead.
+#[derive(Clone, Copy)]
+struct Flow {
+    /// What is asked for first.
+    from: *const u8,
+    /// Lines for the gathering.
+    gathering: usize,
+    /// Bytes for each octet.
+    each: usize,
+}
+
+/// Bytes from an octet to the one that is brought into the first-level cache.
+const NEAR: usize = 1024;
+
+/// Brings what lies a little after the octet's values into the first-level cache.
 #[inline(always)]
-fn ahead(values: *const u8, o: usize, octet_bytes: usize) {
-    let mut at = o * octet_bytes + FETCH;
-    let to = at + octet_bytes;
-    while at < to {
-        fetch(values.wrapping_add(at));
+fn near(octet: *const u8, bytes: usize) {
+    let mut at = 0;
+    while at < bytes {
+        fetch(octet.wrapping_add(NEAR + at));
         at += 64;
     }
 }
 
-/// Asks for the beginning of the values at `values`, two lines a block, while x is gathered: memory would have nothing to do.
-#[inline(always)]
-fn ahead_of_gather(values: *const u8, b: usize) {
-    fetch_far(values.wrapping_add(128 * b));
-    fetch_far(values.wrapping_add(128 * b + 64));
+impl Flow {
+    fn of(panels: &View, l: &Layout, panel: *const u8, gathering: usize) -> Flow {
+        let lines = panels.stride / 64;
+        let gathering = gathering.min(lines);
+        let each = (64 * (lines - gathering)).div_ceil(l.octets.max(1));
+        Flow { from: panel.wrapping_add(FETCH.min(panels.stride)), gathering, each }
+    }
+    /// While block `b` is gathered.
+    #[inline(always)]
+    fn gather(&self, b: usize) {
+        fetch_far(self.from.wrapping_add(64 * b));
+    }
+    /// While octet `o` is multiplied.
+    #[inline(always)]
+    fn octet(&self, o: usize) {
+        let mut at = 64 * self.gathering + o * self.each;
+        let to = at + self.each;
+        while at < to {
+            fetch_far(self.from.wrapping_add(at));
+            at += 64;
+        }
+    }
 }
 
 /// Calls `$one(panel, row, fresh)` for panels that share their columns side by side, and rows of x within them: `fresh` where the row has not been
@@ -131,10 +162,12 @@ fn floats_all<S: Simd, C: Codec, const PAIR: bool>(s: S, g: Gathered<'_, C>) {
         // SAFETY: the maker has these panels and rows, and room in `out`.
         unsafe {
             let panel = g.panels.at(p);
+            // Floats are gathered half by half, a line for every block of each.
+            let flow = Flow::of(&g.panels, &l, panel, if fresh { blocks * if PAIR { 2 } else { 1 } } else { 0 });
             if fresh {
-                octets = gather::<S, PAIR>(s, panel, blocks, &l, g.x.add(r * blocks * BLOCK), room);
+                octets = gather::<S, PAIR>(s, panel, blocks, &l, g.x.add(r * blocks * BLOCK), room, flow);
             }
-            let v = floats::<S, C, PAIR>(s, g.codec, panel, &l, octets, room);
+            let v = floats::<S, C, PAIR>(s, g.codec, panel, &l, octets, room, flow);
             put::<S, PAIR>(s, g.out, r, p, g.panels.rows, v);
         }
     });
@@ -166,11 +199,12 @@ fn bytes_all<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(s: S, g: Ga
         // SAFETY: the maker has these panels and rows, and room in `out`.
         unsafe {
             let panel = g.panels.at(p);
+            let flow = Flow::of(&g.panels, &l, panel, if fresh { blocks } else { 0 });
             if fresh {
                 let x = (g.x.codes.add(r * blocks * BLOCK), g.x.meta.add(r * blocks * META));
-                octets = gather_bytes::<S, PAIR>(s, panel, blocks, &l, x, by, room);
+                octets = gather_bytes::<S, PAIR>(s, panel, blocks, &l, x, by, room, flow);
             }
-            let v = bytes::<S, C, PAIR, PLAIN>(s, g.codec, panel, &l, octets, room);
+            let v = bytes::<S, C, PAIR, PLAIN>(s, g.codec, panel, &l, octets, room, flow);
             put::<S, PAIR>(s, g.out, r, p, g.panels.rows, v);
         }
     });
@@ -187,16 +221,18 @@ unsafe fn gather<S: Simd, const PAIR: bool>(
     layout: &Layout,
     x: *const f32,
     room: Room,
+    flow: Flow,
 ) -> usize {
-    let (mut octets, mut b, values) = (0, 0, panel.wrapping_add(layout.values_at));
+    let (mut octets, mut b) = (0, 0);
     while b < blocks {
         let end = (b + layout.run).min(blocks);
         // SAFETY: as the caller promises.
         unsafe {
             let to = room.x.add(8 * octets * if PAIR { 2 } else { 1 });
             let n = if PAIR {
-                let n = run(s, panel, values, x, b, end, room.halves[0]);
-                let m = run(s, panel.add(blocks * 4), values, x, b, end, room.halves[1]);
+                let second = Flow { from: flow.from.wrapping_add(64 * blocks), ..flow };
+                let n = run(s, panel, flow, x, b, end, room.halves[0]);
+                let m = run(s, panel.add(blocks * 4), second, x, b, end, room.halves[1]);
                 // The shorter half must be zeros as far as the longer goes.
                 let (short, from, most) = if m < n { (1, m, n) } else { (0, n, m) };
                 zeros(s, room.halves[short].add(from), most + BLOCK - from);
@@ -209,7 +245,7 @@ unsafe fn gather<S: Simd, const PAIR: bool>(
                 }
                 most
             } else {
-                run(s, panel, values, x, b, end, to)
+                run(s, panel, flow, x, b, end, to)
             };
             let count = n.div_ceil(8);
             let (mut i, group) = (0, (b / layout.per) as u32);
@@ -235,17 +271,16 @@ unsafe fn gather_bytes<S: Simd, const PAIR: bool>(
     (x, meta): (*const i8, *const f32),
     by: i32,
     room: Room,
+    flow: Flow,
 ) -> usize {
     let step = if PAIR { 2 } else { 1 };
     let (codes, masks) = (room.x.cast::<i8>(), panel.cast::<u32>());
-    let (per, values) = (layout.per, panel.wrapping_add(layout.values_at));
+    let per = layout.per;
     let (mut octets, mut b, mut group, mut left) = (0usize, 0, 0u32, per);
     while b < blocks {
         // SAFETY: as the caller promises.
         unsafe {
-            if 64 * b < FETCH {
-                fetch(values.wrapping_add(64 * b));
-            }
+            flow.gather(b);
             let mine = masks.add(b).read_unaligned();
             let other = if PAIR { masks.add(blocks + b).read_unaligned() } else { 0 };
             let (to, sums) = (codes.add(8 * step * octets), room.sums.add(2 * step * octets));
@@ -270,7 +305,7 @@ unsafe fn gather_bytes<S: Simd, const PAIR: bool>(
 unsafe fn run<S: Simd>(
     s: S,
     bits: *const u8,
-    values: *const u8,
+    flow: Flow,
     x: *const f32,
     from: usize,
     to: usize,
@@ -281,7 +316,7 @@ unsafe fn run<S: Simd>(
     unsafe {
         while c < to * BLOCK {
             if c.is_multiple_of(BLOCK) {
-                ahead_of_gather(values, c / BLOCK);
+                flow.gather(c / BLOCK);
             }
             let at = bits.add(c / 8);
             let mask = if S::LANES == 16 { u32::from(at.cast::<u16>().read_unaligned()) } else { u32::from(*at) };
@@ -317,6 +352,7 @@ unsafe fn floats<S: Simd, C: Codec, const PAIR: bool>(
     layout: &Layout,
     octets: usize,
     room: Room,
+    flow: Flow,
 ) -> [S::V; 2] {
     let step = if PAIR { 2 } else { 1 };
     let mut acc = [[s.splat(0.0); 4]; 2];
@@ -325,7 +361,8 @@ unsafe fn floats<S: Simd, C: Codec, const PAIR: bool>(
         // SAFETY: as the caller promises.
         unsafe {
             let values = panel.add(layout.values_at);
-            ahead(values, o, layout.octet_bytes);
+            flow.octet(o);
+            near(values.add(o * layout.octet_bytes), layout.octet_bytes);
             let x = room.x.add(o * 8 * step);
             let mut h = 0;
             while h < ROWS / S::LANES {
@@ -354,6 +391,7 @@ unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(
     layout: &Layout,
     octets: usize,
     room: Room,
+    flow: Flow,
 ) -> [S::V; 2] {
     let step = if PAIR { 2 } else { 1 };
     let mut out = [s.splat(0.0); 2];
@@ -362,7 +400,7 @@ unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(
         // SAFETY: as the caller promises.
         unsafe {
             let values = panel.add(layout.values_at);
-            ahead(values, o, 16 * C::BITS);
+            flow.octet(o);
             let (x, sums) = (room.x.cast::<i8>().add(o * 8 * step), room.sums.add(2 * o * step));
             let group = *room.groups.add(o) as usize;
             let mut h = 0;
