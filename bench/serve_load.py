@@ -147,7 +147,7 @@ def main():
                 elif a.peer_command:
                     command = shlex.split(a.peer_command.format(model=a.model, port=port, clients=clients, ctx=ctx * clients))
                 else:
-                    command = [sys.executable, "-m", "llama_cpp.server", "--model", a.model, "--host", "127.0.0.1", "--port", str(port), "--n_ctx", str(ctx), "--n_threads", str(a.threads), "--n_threads_batch", str(a.threads)]
+                    command = [sys.executable, "-m", "llama_cpp.server", "--model", a.model, "--host", "127.0.0.1", "--port", str(port), "--n_ctx", str(ctx), "--n_threads", str(a.threads), "--n_threads_batch", str(a.threads), "--interrupt_requests", "false"]
                 server = Server(command, port, os.path.join(folder, f"{who}.log"))
                 try:
                     load(port, server.model, 1, 1, 8, a.end_token, 900_000)

@@ -117,15 +117,11 @@ class Soak:
 
     def oversized(self, rng, kind):
         raw = b'{"model": "' + b"x" * (5 << 20) + b'"}'
-        try:
-            c, r = self.open(None, raw=raw)
-            if r.status != 413:
-                self.blame(kind, f"status {r.status}")
-            self.refusal(kind, r.status, r.read())
-            c.close()
-        except (BrokenPipeError, ConnectionResetError):
-            # The server said 413 and closed while we were still sending; what it said is lost with the connection.
-            self.count(kind, "cut off while sending")
+        c, r = self.open(None, raw=raw)
+        if r.status != 413:
+            self.blame(kind, f"status {r.status}")
+        self.refusal(kind, r.status, r.read())
+        c.close()
 
     def nonsense(self, rng, kind):
         raw = rng.choice([b"", b"{", b"[]", b"null", b'{"model": 3}', bytes(rng.randrange(256) for _ in range(rng.randint(1, 400))), b"[" * 5000,

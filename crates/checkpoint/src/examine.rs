@@ -50,7 +50,8 @@ impl fmt::Display for LayersDiffer {
         let (list, what) = if self.missing.is_empty() { (&self.beyond, "more") } else { (&self.missing, "missing") };
         let shown: Vec<String> = list.iter().take(8).map(usize::to_string).collect();
         let more = if list.len() > 8 { ", ..." } else { "" };
-        write!(f, " ({what}: {}{more}); are some left over from layer pruning?", shown.join(", "))
+        write!(f, " ({what}: {}{more})", shown.join(", "))?;
+        if self.missing.is_empty() { Ok(()) } else { write!(f, "; is the count left over from layer pruning?") }
     }
 }
 
@@ -92,7 +93,9 @@ impl Checkpoint {
             && let Some(d) = layers_differ(self.spec_of(), self.tensors().map(|t| t.name.as_str()), sources)
             && d.missing.is_empty()
         {
-            self.note(Problem::odd(d.to_string(), Some(REPAIR)));
+            // Some models keep more there than they run (layers that draft); only who made the files knows.
+            let help = "they are not run; if they are meant, raise the count in config.json";
+            self.note(Problem::odd(d.to_string(), Some(help)));
         }
         if let Some(q) = self.quantized().cloned() {
             let masked = self.tensors().any(|t| t.name.ends_with(".bitmask"));
@@ -106,7 +109,8 @@ impl Checkpoint {
             if !compressed && q.quantizes() {
                 let what =
                     format!("the configuration says {}, but every matrix is stored as plain numbers", q.describe());
-                self.note(Problem::odd(what, Some(REPAIR)));
+                let help = "if the values are meant as they are, take quantization_config out of config.json";
+                self.note(Problem::odd(what, Some(help)));
             }
         }
         self.two_heads(sources);

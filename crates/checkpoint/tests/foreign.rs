@@ -321,7 +321,7 @@ fn what_is_odd_is_told_with_what_helps() {
     let d = Damaged::copy(&tiny("llama"));
     d.config("config.json", |c| c["num_hidden_layers"] = json!(1));
     let t = told(&d);
-    assert!(t.len() == 1 && !t[0].1 && t[0].0.contains("more: 1") && t[0].0.contains("lacuna repair"), "{t:?}");
+    assert!(t.len() == 1 && !t[0].1 && t[0].0.contains("more: 1") && t[0].0.contains("raise the count"), "{t:?}");
     let d = Damaged::copy(&tiny("llama"));
     d.drop("model.layers.1.mlp.up_proj.weight");
     d.header(|h| h["model.layers.0.self_attn.q_proj.weight"]["shape"] = json!([16, 64]));

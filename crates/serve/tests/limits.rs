@@ -76,6 +76,14 @@ fn a_full_queue_says_when_to_come_back() {
     assert_eq!(s.post(CHAT, &chat(json!({"n": 2}))).status, 200);
 }
 
+/// Far more than any buffer between the two holds: who sends all of it before listening still hears why.
+#[test]
+fn too_much_is_told_to_whoever_sends_first() {
+    let s = Server::start(Some(PLAIN), Options { body_bytes: 2000, ..Options::default() });
+    let huge = chat(json!({"messages": [{"role": "user", "content": "x".repeat(20 << 20)}]}));
+    assert_eq!(s.post(CHAT, &huge).error().0, 413);
+}
+
 #[test]
 fn sizes_and_times_have_limits() {
     let patience = Duration::from_millis(300);

@@ -12,7 +12,7 @@ use axum::extract::State;
 use axum::http::{HeaderValue, Request, Response, header};
 use axum::response::IntoResponse;
 use base64::Engine as _;
-use http_body_util::{BodyExt, LengthLimitError, Limited};
+use http_body_util::BodyExt;
 use lacuna_run::{Event, Generation, Job, Pooling};
 use serde_json::{Value, json};
 
@@ -333,6 +333,38 @@ fn plain(mut m: Value, form: Form) -> Value {
     m
 }
 
+/// Bytes of a request that are taken in and dropped when it is too large: whoever sends first and listens then would find the connection
+/// broken, and not the reason.
+const DROPPED: usize = 64 << 20;
+
+fn too_large(most: usize) -> ApiError {
+    ApiError::new(413, format!("the request is larger than {most} bytes"))
+}
+
+/// A body of `most` bytes at the most that comes within `time`.
+async fn within(mut body: Body, most: usize, time: Duration) -> Result<Vec<u8>, ApiError> {
+    let end = tokio::time::Instant::now() + time;
+    let (mut kept, mut seen) = (Vec::new(), 0);
+    loop {
+        let frame = match tokio::time::timeout_at(end, body.frame()).await {
+            Ok(Some(frame)) => frame.map_err(|_| ApiError::new(400, "the request was broken off"))?,
+            Ok(None) => break,
+            Err(_) if seen > most => break,
+            Err(_) => return Err(ApiError::new(408, "the request was not sent in time")),
+        };
+        let Ok(data) = frame.into_data() else { continue };
+        seen += data.len();
+        if seen <= most {
+            kept.extend_from_slice(&data);
+        } else if seen <= DROPPED.max(most) {
+            kept = Vec::new();
+        } else {
+            break;
+        }
+    }
+    if seen > most { Err(too_large(most)) } else { Ok(kept) }
+}
+
 impl App {
     /// Reads a JSON request of the schema `name`, within the limits on its size and time.
     async fn read(&self, name: &str, request: Request<Body>) -> Result<Value, ApiError> {
@@ -342,19 +374,15 @@ impl App {
             return Err(ApiError::new(415, "send JSON with the header Content-Type: application/json"));
         }
         let most = self.limits.body_bytes;
-        let too_large = || ApiError::new(413, format!("the request is larger than {most} bytes"));
         let told = request.headers().get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
-        if told.is_some_and(|n| n > most) {
-            return Err(too_large());
+        let too_long = told.is_some_and(|n| n > most);
+        if too_long && request.headers().contains_key(header::EXPECT) {
+            return Err(too_large(most));
         }
-        let collect = Limited::new(request.into_body(), most).collect();
-        let body = tokio::time::timeout(self.limits.body, collect)
-            .await
-            .map_err(|_| ApiError::new(408, "the request was not sent in time"))?
-            .map_err(|e| {
-                if e.is::<LengthLimitError>() { too_large() } else { ApiError::new(400, "the request was broken off") }
-            })?
-            .to_bytes();
+        let body = match within(request.into_body(), most, self.limits.body).await {
+            Err(e) if e.status == 408 && too_long => return Err(too_large(most)),
+            body => body?,
+        };
         let value: Value =
             serde_json::from_slice(&body).map_err(|e| ApiError::new(400, format!("the request is no JSON: {e}")))?;
         if let Some(model) = value["model"].as_str() {
