@@ -165,9 +165,9 @@ fn floats_all<S: Simd, C: Codec, const PAIR: bool>(s: S, g: Gathered<'_, C>) {
             // Floats are gathered half by half, a line for every block of each.
             let flow = Flow::of(&g.panels, &l, panel, if fresh { blocks * if PAIR { 2 } else { 1 } } else { 0 });
             if fresh {
-                octets = gather::<S, PAIR>(s, panel, blocks, &l, g.x.add(r * blocks * BLOCK), room, flow);
+                octets = gather::<S, PAIR>(s, panel, blocks, &l, g.x.add(r * blocks * BLOCK), (room, flow));
             }
-            let v = floats::<S, C, PAIR>(s, g.codec, panel, &l, octets, room, flow);
+            let v = floats::<S, C, PAIR>(s, g.codec, panel, &l, octets, (room, flow));
             put::<S, PAIR>(s, g.out, r, p, g.panels.rows, v);
         }
     });
@@ -202,9 +202,9 @@ fn bytes_all<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(s: S, g: Ga
             let flow = Flow::of(&g.panels, &l, panel, if fresh { blocks } else { 0 });
             if fresh {
                 let x = (g.x.codes.add(r * blocks * BLOCK), g.x.meta.add(r * blocks * META));
-                octets = gather_bytes::<S, PAIR>(s, panel, blocks, &l, x, by, room, flow);
+                octets = gather_bytes::<S, PAIR>(s, panel, blocks, &l, x, by, (room, flow));
             }
-            let v = bytes::<S, C, PAIR, PLAIN>(s, g.codec, panel, &l, octets, room, flow);
+            let v = bytes::<S, C, PAIR, PLAIN>(s, g.codec, panel, &l, octets, (room, flow));
             put::<S, PAIR>(s, g.out, r, p, g.panels.rows, v);
         }
     });
@@ -220,8 +220,7 @@ unsafe fn gather<S: Simd, const PAIR: bool>(
     blocks: usize,
     layout: &Layout,
     x: *const f32,
-    room: Room,
-    flow: Flow,
+    (room, flow): (Room, Flow),
 ) -> usize {
     let (mut octets, mut b) = (0, 0);
     while b < blocks {
@@ -270,8 +269,7 @@ unsafe fn gather_bytes<S: Simd, const PAIR: bool>(
     layout: &Layout,
     (x, meta): (*const i8, *const f32),
     by: i32,
-    room: Room,
-    flow: Flow,
+    (room, flow): (Room, Flow),
 ) -> usize {
     let step = if PAIR { 2 } else { 1 };
     let (codes, masks) = (room.x.cast::<i8>(), panel.cast::<u32>());
@@ -351,8 +349,7 @@ unsafe fn floats<S: Simd, C: Codec, const PAIR: bool>(
     panel: *const u8,
     layout: &Layout,
     octets: usize,
-    room: Room,
-    flow: Flow,
+    (room, flow): (Room, Flow),
 ) -> [S::V; 2] {
     let step = if PAIR { 2 } else { 1 };
     let mut acc = [[s.splat(0.0); 4]; 2];
@@ -390,8 +387,7 @@ unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(
     panel: *const u8,
     layout: &Layout,
     octets: usize,
-    room: Room,
-    flow: Flow,
+    (room, flow): (Room, Flow),
 ) -> [S::V; 2] {
     let step = if PAIR { 2 } else { 1 };
     let mut out = [s.splat(0.0); 2];
