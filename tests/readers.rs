@@ -283,9 +283,8 @@ impl At<'_> {
         self.floats(real, &prompt)
     }
 
-    /// The same file in both programs, on text. On this small model the rounding of activations alone, which llama.cpp cannot be without, changes up
-    /// to 5% of the first choices: what it reads from the file agrees with its own reading of the same values in 32 bits no more often. That is all
-    /// that can then be asked, and that these values, which nothing rounds, are the same in both programs.
+    /// The same file in both programs, on text, and its values in 32 bits, which nothing rounds. What llama.cpp's own rounding of activations
+    /// changes is printed beside: how often it agrees with itself.
     fn llama_cpp_quantized(&self, real: &Path, kind: &str) -> Tested<()> {
         let kind = QUANTIZED.into_iter().find(|q| q.0 == kind).ok_or("no such type")?.1;
         let (half, file, plain) = (self.home.join("half.gguf"), self.home.join("m.gguf"), self.home.join("plain.gguf"));
@@ -306,7 +305,7 @@ impl At<'_> {
         println!(
             "KL {kl:.5}, top-1 {agree:.4}; with exact activations {alone:.4}; llama.cpp beside itself {itself:.4}"
         );
-        if kl > KL || (agree < AGREE && alone + 0.005 < itself) {
+        if kl > KL || agree < AGREE {
             return Err(format!("KL(here || there) is {kl}, the same first choice {agree}").into());
         }
         Ok(())
@@ -444,11 +443,7 @@ impl At<'_> {
         if seen != 21 || (rounding.is_none() && !exact) {
             return Err(format!("{seen} matrices, the same values: {exact}").into());
         }
-        // And as a whole in transformers, which asks the same package; of this version it deletes packed zero points while it makes the model
-        // ready, whoever wrote the file (`_skip_zp` of its compressors), and then misses them.
-        if case == "zero_points" {
-            return Ok(());
-        }
+        // And as a whole in transformers, which asks the same package.
         let ids = ids(24, 603);
         let (rows, _) = self.transformers(&out, &ids, None)?;
         let off = compare(&logits_of(&source, &ids), &rows).0;
