@@ -92,7 +92,8 @@ unsafe fn rows<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
     let mut b = 0;
     while b < blocks {
         if M == 1 {
-            ahead.fetch(panel, b);
+            // A line more for the scales.
+            ahead.lines(panel, b, C::BLOCK_BYTES / 64 + 1);
         }
         // SAFETY: as the caller promises.
         unsafe {

@@ -30,14 +30,32 @@ impl Op for Quantize {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let mut b = 0;
-        while b < self.blocks {
-            // SAFETY: the maker has rows as long.
-            unsafe {
-                let m = block(s, self.x.add(b * BLOCK), self.codes.add(b * BLOCK), self.zero, self.sixteens);
-                self.meta.add(b * META).cast::<[f32; META]>().write_unaligned(m);
+        // Step by step over all blocks: within one, every step waits long for the one before.
+        let meta = self.meta.cast::<[f32; META]>();
+        // SAFETY: the maker has rows as long.
+        unsafe {
+            let mut b = 0;
+            while b < self.blocks {
+                let top = top(s, self.x.add(b * BLOCK));
+                let inverse_top = if top < LEAST { 0.0 } else { 1.0 / top };
+                meta.add(b).write_unaligned([top, inverse_top, 0.0, 0.0]);
+                b += 1;
             }
-            b += 1;
+            b = 0;
+            while b < self.blocks {
+                let [top, inverse_top, ..] = meta.add(b).read_unaligned();
+                let level = level(s, self.x.add(b * BLOCK), inverse_top);
+                meta.add(b).write_unaligned([top, inverse_top, level, 0.0]);
+                b += 1;
+            }
+            b = 0;
+            while b < self.blocks {
+                let [top, inverse_top, level, _] = meta.add(b).read_unaligned();
+                let known = (top, inverse_top, level);
+                let m = block(s, self.x.add(b * BLOCK), self.codes.add(b * BLOCK), known, (self.zero, self.sixteens));
+                meta.add(b).write_unaligned(m);
+                b += 1;
+            }
         }
     }
 }
@@ -71,36 +89,47 @@ unsafe fn level<S: Simd>(s: S, x: *const f32, inverse_top: f32) -> f32 {
         i += S::LANES;
     }
     let lost = s.sum4(lost);
-    let (mut best, mut least) = (LEVELS[0], lost[0] * SQUARED_STEPS[0]);
-    let mut j = 1;
+    // As whole numbers with the level's index below them: which is least cannot be foretold, and a wrong guess costs more than the search.
+    let mut least = u64::MAX;
+    let mut j = 0;
     while j < 4 {
-        let lost = lost[j] * SQUARED_STEPS[j];
-        if lost < least {
-            (best, least) = (LEVELS[j], lost);
-        }
+        least = least.min(u64::from((lost[j] * SQUARED_STEPS[j]).to_bits()) << 2 | j as u64);
         j += 1;
     }
-    best
+    LEVELS[(least & 3) as usize]
 }
 
-/// Quantizes a block and gives what belongs to it.
+/// The largest magnitude of a block.
+/// # Safety
+/// `x` is readable for 32 values.
+#[inline(always)]
+unsafe fn top<S: Simd>(s: S, x: *const f32) -> f32 {
+    let none = s.splat(0.0);
+    let mut top = none;
+    let mut i = 0;
+    while i < BLOCK {
+        // SAFETY: as the caller promises.
+        let v = unsafe { s.load(x.add(i)) };
+        top = s.max(s.max(v, s.sub(none, v)), top);
+        i += S::LANES;
+    }
+    s.top(top)
+}
+
+/// Quantizes a block, the largest magnitude of which is `top`, at `level`, and gives what belongs to it.
 /// # Safety
 /// Both pointers are good for 32 values.
 #[inline(always)]
-unsafe fn block<S: Simd>(s: S, x: *const f32, codes: *mut i8, zero: i32, sixteens: bool) -> [f32; META] {
+unsafe fn block<S: Simd>(
+    s: S,
+    x: *const f32,
+    codes: *mut i8,
+    (top, inverse_top, level): (f32, f32, f32),
+    (zero, sixteens): (i32, bool),
+) -> [f32; META] {
     let none = s.splat(0.0);
-    let mut top = none;
     // SAFETY: as the caller promises.
     unsafe {
-        let mut i = 0;
-        while i < BLOCK {
-            let v = s.load(x.add(i));
-            top = s.max(s.max(v, s.sub(none, v)), top);
-            i += S::LANES;
-        }
-        let top = s.top(top);
-        let inverse_top = if top < LEAST { 0.0 } else { 1.0 / top };
-        let level = level(s, x, inverse_top);
         let (inverse, fine) = (s.splat(level * inverse_top), s.splat(FINE));
         let mut totals = [none; 2];
         let (mut squares, mut rests) = (none, none);

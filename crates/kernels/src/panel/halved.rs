@@ -19,6 +19,7 @@ pub(crate) struct Halved(pub(crate) Grid);
 
 impl Bytes for Halved {
     const BITS: usize = 4;
+    const BLOCK_BYTES: usize = BYTES;
     #[inline(always)]
     fn grid(&self) -> &Grid {
         &self.0

@@ -148,6 +148,8 @@ pub(crate) const META: usize = 4;
 pub(crate) trait Bytes: Send + Sync {
     /// Bits of the largest code.
     const BITS: usize;
+    /// Bytes of a block's codes.
+    const BLOCK_BYTES: usize = 64 * Self::BITS;
     /// Whether a block has two scales, for 16 columns each.
     const SIXTEENS: bool = false;
     /// How codes become values.
