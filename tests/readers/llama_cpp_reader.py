@@ -1,9 +1,12 @@
 """Greedy tokens and logits from llama-cpp-python: MODEL.gguf IDS.json OUT.f32 N -> JSON on standard output.
 
-OUT.f32 gets the logits of every position of the ids, row by row. The JSON holds the N greedy tokens that follow them.
+OUT.f32 gets the logits of every position of the ids, row by row. The JSON holds the N greedy tokens that follow them, and whether long prompts are
+multiplied by BLAS: in 32 bits, where llama.cpp's own products of quantized weights round activations to 8.
 """
 
+import glob
 import json
+import os
 import sys
 
 import llama_cpp
@@ -24,6 +27,7 @@ for _ in range(n):
     llm.eval([best])
 text = "Hello, world! 123 don't  stop\n\nA second line."
 print(json.dumps({
+    "blas": bool(glob.glob(os.path.join(os.path.dirname(llama_cpp.llama_cpp._lib._name), "*ggml-blas*"))),
     "vocab": vocab, "greedy": greedy, "text": text, "tokens": llm.tokenize(text.encode(), add_bos=False, special=False),
     "template": llm.metadata.get("tokenizer.chat_template"),
 }))
