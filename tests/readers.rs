@@ -426,6 +426,9 @@ impl At<'_> {
         if said["modules"] != 21 {
             return Err(format!("{} modules, not 21", said["modules"]).into());
         }
+        if said["other"] != json!([]) {
+            return Err(format!("the package writes otherwise: {}", said["other"]).into());
+        }
         let bytes = std::fs::read(&decompressed)?;
         let file = SafeTensors::deserialize(&bytes)?;
         // The dense model of the same values, in the arrangement of the layout.
@@ -454,7 +457,11 @@ impl At<'_> {
         if seen != 21 || (rounding.is_none() && !exact) {
             return Err(format!("{seen} matrices, the same values: {exact}").into());
         }
-        // And as a whole in transformers, which asks the same package.
+        // And as a whole in transformers, which asks the same package. It cannot load zero points, the package's own either, which are the same
+        // bytes: 4.57 deletes them, 5.23 has no room for packed ones.
+        if case == "zero_points" {
+            return Ok(());
+        }
         let ids = ids(24, 603);
         let (rows, _) = self.transformers(&out, &ids, None)?;
         let off = compare(&logits_of(&source, &ids), &rows).0;

@@ -335,6 +335,13 @@ fn write(
             if rounding.is_none() { "they are not stored as grouped integers" } else { "rounding does not fit them" };
         notes.push(format!("{dense} matrices of the blocks stay dense: {why}"));
     }
+    let zeros = of.iter().filter(|(_, part)| *part == Part::Zero).count();
+    if zeros > 0 {
+        notes.push(format!(
+            "{zeros} matrices have zero points: the compressed-tensors package reads them, but transformers (4.57 and 5.23 were tried) loads no model \
+             that has any, whoever wrote it"
+        ));
+    }
     Ok(Saved { path: Default::default(), bytes, tensors, notes })
 }
 
