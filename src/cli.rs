@@ -315,6 +315,10 @@ pub struct Convert {
     /// compressed-tensors: columns that share a scale, where int4 or int8 rounds.
     #[arg(long, value_name = "COLUMNS", default_value_t = 128)]
     pub group: usize,
+    /// compressed-tensors: keep the zero points of integers that have them, in fewer bytes, for readers other than transformers, which loads no model with
+    /// any; else their values are written as symmetric codes of 8 bits.
+    #[arg(long)]
+    pub zero_points: bool,
     /// Where the converted model goes: a file for gguf, else a directory.
     #[arg(short, long)]
     pub out: PathBuf,

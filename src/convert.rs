@@ -9,7 +9,7 @@ use anyhow::{Context, bail};
 use lacuna_base::units::show_bytes;
 use lacuna_checkpoint::Tokenizer;
 use lacuna_checkpoint::save::{
-    GgufKind, Loss, Rounding, Saved, save_compressed_tensors, save_gguf, save_hf, save_peft,
+    GgufKind, Loss, PackQuantized, Rounding, Saved, save_compressed_tensors, save_gguf, save_hf, save_peft,
 };
 use lacuna_eval::{Eval, HELD_OUT, Room, Table};
 use lacuna_format::{Float, Weights};
@@ -25,6 +25,9 @@ pub fn run(g: &Global, a: &Convert) -> anyhow::Result<ExitCode> {
     if a.to == Format::Gguf && a.out.extension().is_none_or(|e| e != "gguf") {
         return Err(Usage(format!("{}: the name of a GGUF file ends in .gguf", a.out.display())).into());
     }
+    if a.zero_points && a.to != Format::CompressedTensors {
+        return Err(Usage("--zero-points is for --to compressed-tensors".into()).into());
+    }
     let m = common::open(g, &a.model)?;
     let bar = common::bar(0, "converting");
     let mut progress = |done: usize, all: usize| {
@@ -35,7 +38,7 @@ pub fn run(g: &Global, a: &Convert) -> anyhow::Result<ExitCode> {
     let saved = match a.to {
         Format::Gguf => save_gguf(source, &a.out, gguf_kind(a.kind)?, over, &mut progress)?,
         Format::Hf => save_hf(source, &a.out, float(a.kind, "hf")?, over, &mut progress)?,
-        Format::CompressedTensors => save_compressed_tensors(source, &a.out, rounding(a)?, over, &mut progress)?,
+        Format::CompressedTensors => save_compressed_tensors(source, &a.out, pack_quantized(a)?, over, &mut progress)?,
         Format::Peft => save_peft(source, &a.out, float(a.kind, "peft")?, over, &mut progress)?,
     };
     bar.finish_and_clear();
@@ -87,14 +90,14 @@ fn float(kind: Type, to: &str) -> anyhow::Result<Option<Float>> {
     })
 }
 
-fn rounding(a: &Convert) -> anyhow::Result<Option<Rounding>> {
+fn pack_quantized(a: &Convert) -> anyhow::Result<PackQuantized> {
     let bits = match a.kind {
-        Type::Source => return Ok(None),
-        Type::Int4 => 4,
-        Type::Int8 => 8,
+        Type::Source => None,
+        Type::Int4 => Some(4),
+        Type::Int8 => Some(8),
         _ => return Err(wrong_type("compressed-tensors", "source, int4, int8")),
     };
-    Ok(Some(Rounding { bits, group: a.group }))
+    Ok(PackQuantized { rounding: bits.map(|bits| Rounding { bits, group: a.group }), zero_points: a.zero_points })
 }
 
 fn wrong_type(to: &str, known: &str) -> anyhow::Error {

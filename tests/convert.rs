@@ -6,7 +6,9 @@ use std::path::Path;
 use std::process::Command;
 
 use lacuna_base::{Mat, Rng};
-use lacuna_checkpoint::save::{GgufKind, Rounding, Saved, save_compressed_tensors, save_gguf, save_hf, save_peft};
+use lacuna_checkpoint::save::{
+    GgufKind, PackQuantized, Rounding, Saved, save_compressed_tensors, save_gguf, save_hf, save_peft,
+};
 use lacuna_checkpoint::{Checkpoint, PackedWriter, Tokenizer, diagnose, open, repair};
 use lacuna_format::{
     Float, GgufType, Group, Integers, PatternKind, ScaleCodec, Stored, Term, Values, Weights, pack_float, pack_integers,
@@ -139,7 +141,9 @@ fn integers_move_without_rounding() {
     assert_eq!(touched, ["token_embd.weight", "output.weight"]);
     for source in [&pack, &file] {
         let out = ct.with_extension(source.extension().unwrap_or_default());
-        let saved = save_compressed_tensors(&open(source).unwrap(), &out, None, false, &mut |_, _| {}).unwrap();
+        let saved =
+            save_compressed_tensors(&open(source).unwrap(), &out, PackQuantized::default(), false, &mut |_, _| {})
+                .unwrap();
         assert_eq!(changed(&saved), 0);
         assert_unpacked(&out, &open(&pack).unwrap());
     }
@@ -150,6 +154,8 @@ fn assert_unpacked(dir: &Path, want: &Checkpoint) {
     let config: Value = serde_json::from_slice(&std::fs::read(dir.join("config.json")).unwrap()).unwrap();
     let q = &config["quantization_config"];
     assert_eq!(q["sparsity_config"], json!({}));
+    let bits = q["config_groups"]["group_0"]["weights"]["num_bits"].as_u64().unwrap() as usize;
+    let (per, top) = (32 / bits, (1u32 << bits) - 1);
     let bytes = std::fs::read(dir.join("model.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let mut seen = 0;
@@ -169,9 +175,10 @@ fn assert_unpacked(dir: &Path, want: &Checkpoint) {
         let groups = scales.len() / m.rows();
         for r in 0..m.rows() {
             for c in 0..m.cols() {
-                let code = words[r * m.cols() / 8 + c / 8] >> (c % 8 * 4) & 15;
+                let code = words[r * m.cols() / per + c / per] >> (c % per * bits) & top;
                 let g = c / (m.cols() / groups);
-                let zero = zeros.as_ref().map_or(8, |z| z[r / 8 * groups + g] >> (r % 8 * 4) & 15);
+                let zero =
+                    zeros.as_ref().map_or(1 << (bits - 1), |z| z[r / per * groups + g] >> (r % per * bits) & top);
                 let value = scales[r * groups + g] * (code as f32 - zero as f32);
                 assert_eq!(value, m[(r, c)], "{module} at {r}, {c}");
             }
@@ -188,22 +195,36 @@ fn zero_points_and_rounding_go_to_compressed_tensors() {
     make(&dir, &families()[0].1);
     let pack = home.path().join("packed");
     packed(&dir, &pack, |_| {}, |p, s| if is_block(p) { integers(s, 4, 64, true) } else { s.clone() });
-    let out = home.path().join("ct");
-    let saved = save_compressed_tensors(&open(&pack).unwrap(), &out, None, false, &mut |_, _| {}).unwrap();
-    assert_eq!(changed(&saved), 0);
-    assert_unpacked(&out, &open(&pack).unwrap());
+    // As they are, or, as transformers wants them, without: the values are the same.
+    for (zero_points, bits) in [(true, 4), (false, 8)] {
+        let out = home.path().join(format!("ct{bits}"));
+        let how = PackQuantized { rounding: None, zero_points };
+        let saved = save_compressed_tensors(&open(&pack).unwrap(), &out, how, false, &mut |_, _| {}).unwrap();
+        assert_eq!(changed(&saved), 0);
+        assert!(saved.tensors.iter().any(|t| t.to == format!("int{bits} g64")));
+        assert!(saved.notes.iter().any(|n| n.contains("--zero-points") != zero_points), "{:?}", saved.notes);
+        let config: Value = serde_json::from_slice(&std::fs::read(out.join("config.json")).unwrap()).unwrap();
+        assert_eq!(
+            config["quantization_config"]["config_groups"]["group_0"]["weights"]["symmetric"],
+            json!(!zero_points)
+        );
+        assert_unpacked(&out, &open(&pack).unwrap());
+        let here = (open(&out).unwrap(), open(&pack).unwrap());
+        let v = Place::layer(1, Role::V);
+        assert_eq!(here.0.get(&v).unwrap().unwrap().to_mat(), here.1.get(&v).unwrap().unwrap().to_mat());
+    }
     // A dense model has nothing to keep, and says so; rounded, its zeros stay zeros.
     let dense = open(&dir).unwrap();
-    let e = save_compressed_tensors(&dense, &home.path().join("no"), None, false, &mut |_, _| {}).unwrap_err();
+    let e = save_compressed_tensors(&dense, &home.path().join("no"), PackQuantized::default(), false, &mut |_, _| {})
+        .unwrap_err();
     assert!(e.to_string().contains("--type int4"), "{e}");
-    let rounding = Some(Rounding { bits: 4, group: 96 });
-    let e = save_compressed_tensors(&dense, &home.path().join("no"), rounding, false, &mut |_, _| {}).unwrap_err();
+    let rounded = |group| PackQuantized { rounding: Some(Rounding { bits: 4, group }), zero_points: false };
+    let e = save_compressed_tensors(&dense, &home.path().join("no"), rounded(96), false, &mut |_, _| {}).unwrap_err();
     assert!(
         e.to_string().contains("its 256 columns do not divide into groups of 96; 256, 128, 64, 32, 16 would fit"),
         "{e}"
     );
-    let rounding = Some(Rounding { bits: 4, group: 128 });
-    let saved = save_compressed_tensors(&dense, &home.path().join("r"), rounding, false, &mut |_, _| {}).unwrap();
+    let saved = save_compressed_tensors(&dense, &home.path().join("r"), rounded(128), false, &mut |_, _| {}).unwrap();
     let all = saved.tensors.iter().find(|t| t.name.ends_with("up_proj.weight")).unwrap().loss;
     assert!(all.changed > 0 && all.zeros_lost == 0 && all.relative() < 0.12, "{all:?}");
 }

@@ -24,6 +24,16 @@ pub struct Rounding {
     pub group: usize,
 }
 
+/// What [`save_compressed_tensors`] makes of a model.
+#[derive(Debug, Clone, Copy, Default, PartialEq, Eq)]
+pub struct PackQuantized {
+    /// How matrices of the blocks are rounded that are not integers yet; `None` leaves them dense.
+    pub rounding: Option<Rounding>,
+    /// Keeps the zero points of integers that have them. transformers (4.57 and 5.23 were tried) loads no model with zero points, whoever wrote it, so
+    /// without this codes of up to 7 bits are written less their zero point, which are symmetric codes of 8 bits with the same values.
+    pub zero_points: bool,
+}
+
 /// What the matrices of one config group share.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 struct Scheme {
@@ -65,23 +75,22 @@ enum Part {
     Index,
 }
 
-/// Writes a model into the directory `out`. Grouped integers of the source stay what they are; `rounding` makes the other matrices
-/// of the blocks into such, and without it they stay dense.
+/// Writes a model into the directory `out`. Values of grouped integers stay what they are to the last bit.
 pub fn save_compressed_tensors(
     source: &Checkpoint,
     out: &Path,
-    rounding: Option<Rounding>,
+    how: PackQuantized,
     overwrite: bool,
     progress: Progress<'_>,
 ) -> Result<Saved, SaveError> {
     let (arranged, notes) = Arranged::new(source, arch::hf_spec)?;
     let targets = arch::hf_targets(&arranged.spec).map_err(|e| SaveError::Refused(e.what))?;
-    let fates = targets.iter().map(|t| fate(&arranged, t, rounding)).collect::<Result<Vec<_>, _>>()?;
+    let fates = targets.iter().map(|t| fate(&arranged, t, how)).collect::<Result<Vec<_>, _>>()?;
     if !fates.iter().any(|f| matches!(f, Fate::Packed(_))) {
         let what = "no matrix is stored as grouped integers of up to 8 bits; --type int4 or int8 rounds them";
         return Err(SaveError::Refused(what.into()));
     }
-    let plan = Plan { arranged, targets, fates, rounding };
+    let plan = Plan { arranged, targets, fates, how };
     let dir = OutDir::create(out, overwrite)?;
     let (path, mut saved) = dir.write_with(|dir| write(dir, source, &plan, notes, progress))?;
     saved.path = path;
@@ -94,7 +103,7 @@ fn is_linear(target: &Target) -> bool {
     target.shape.len() == 2 && first.role.is_linear() && !table
 }
 
-fn fate(arranged: &Arranged<'_>, target: &Target, rounding: Option<Rounding>) -> Result<Fate, SaveError> {
+fn fate(arranged: &Arranged<'_>, target: &Target, how: PackQuantized) -> Result<Fate, SaveError> {
     if !is_linear(target) {
         return Ok(Fate::Dense);
     }
@@ -102,10 +111,10 @@ fn fate(arranged: &Arranged<'_>, target: &Target, rounding: Option<Rounding>) ->
         let what = "is kept the other way round (Conv1D), which compressed-tensors does not know";
         return Err(SaveError::Refused(format!("tensor {} {what}", target.name)));
     }
-    if let Some(s) = stored_scheme(arranged, target)? {
+    if let Some(s) = stored_scheme(arranged, target, how.zero_points)? {
         return Ok(Fate::Packed(s));
     }
-    let Some(Rounding { bits, group }) = rounding else { return Ok(Fate::Dense) };
+    let Some(Rounding { bits, group }) = how.rounding else { return Ok(Fate::Dense) };
     let cols = target.shape[1];
     if group == 0 || !cols.is_multiple_of(group) {
         let fits: Vec<String> =
@@ -120,7 +129,7 @@ fn fate(arranged: &Arranged<'_>, target: &Target, rounding: Option<Rounding>) ->
 }
 
 /// The scheme under which every part of a tensor lies already.
-fn stored_scheme(arranged: &Arranged<'_>, target: &Target) -> Result<Option<Scheme>, SaveError> {
+fn stored_scheme(arranged: &Arranged<'_>, target: &Target, zero_points: bool) -> Result<Option<Scheme>, SaveError> {
     let mut common = None;
     for place in &target.parts {
         let Some(stored) = arranged.stored(place)? else { return Ok(None) };
@@ -132,8 +141,9 @@ fn stored_scheme(arranged: &Arranged<'_>, target: &Target) -> Result<Option<Sche
             Group::Index { groups, .. } if cols.is_multiple_of(*groups) => (cols / groups, false, true),
             _ => return Ok(None),
         };
-        let bits = if ints.bits <= 4 { 4 } else { 8 };
-        let scheme = Scheme { bits, group, channel, symmetric: ints.symmetric, by_index };
+        let symmetric = ints.symmetric || (!zero_points && ints.bits < 8);
+        let bits = if ints.bits <= 4 && symmetric == ints.symmetric { 4 } else { 8 };
+        let scheme = Scheme { bits, group, channel, symmetric, by_index };
         if common.is_some_and(|c| c != scheme) || (by_index && target.parts.len() > 1) {
             return Ok(None);
         }
@@ -154,7 +164,7 @@ fn integers(arranged: &Arranged<'_>, target: &Target, s: &Scheme) -> Result<Ints
         index: None,
         loss: Loss::default(),
     };
-    let kept = stored_scheme(arranged, target)?.is_some();
+    let kept = stored_scheme(arranged, target, !s.symmetric)? == Some(*s);
     for place in &target.parts {
         let Some(stored) = arranged.stored(place)? else {
             let n = arranged.spec.shape(place).unwrap_or_default().0;
@@ -164,11 +174,16 @@ fn integers(arranged: &Arranged<'_>, target: &Target, s: &Scheme) -> Result<Ints
         };
         if let Some(ints) = stored.integers().filter(|_| kept) {
             let (mut codes, mut scales, mut zeros) = (vec![0; cols], vec![0.0; groups], vec![0; groups]);
-            // Fewer bits keep their distance from the middle; with zero points code and zero point are what they are.
-            let shift = if s.symmetric { (1u8 << (s.bits - 1)) - (1 << (ints.bits - 1)) } else { 0 };
+            let middle = 1u8 << (s.bits - 1);
             for r in 0..stored.rows {
                 ints.row(arranged.row_of(place, r), &mut codes, &mut scales, &mut zeros);
-                out.codes.extend(codes.iter().map(|c| c + shift));
+                if s.symmetric {
+                    // The distance from the zero point (without one: from the middle of fewer bits) becomes that from the middle.
+                    let distance = |(c, code): (usize, &u8)| code.wrapping_sub(zeros[ints.group.of(c)]);
+                    out.codes.extend(codes.iter().enumerate().map(|c| middle.wrapping_add(distance(c))));
+                } else {
+                    out.codes.extend(&codes);
+                }
                 out.scales.extend(&scales);
                 out.zeros.extend(&zeros);
             }
@@ -226,7 +241,7 @@ struct Plan<'a> {
     arranged: Arranged<'a>,
     targets: Vec<Target>,
     fates: Vec<Fate>,
-    rounding: Option<Rounding>,
+    how: PackQuantized,
 }
 
 fn write(
@@ -236,7 +251,7 @@ fn write(
     mut notes: Vec<String>,
     progress: Progress<'_>,
 ) -> Result<Saved, SaveError> {
-    let Plan { arranged, targets, fates, rounding } = plan;
+    let Plan { arranged, targets, fates, how } = plan;
     let float = hf::natural(arranged.weights)?;
     // Readers multiply in the scales' own type: in f16 for a model of f16, else in f32, in which every product is exact.
     let scale = if float == Float::F16 { ("F16", 2) } else { ("F32", 4) };
@@ -331,18 +346,42 @@ fn write(
     hf::side_files(dir, source, arranged.spec.context, &mut notes)?;
     let dense = targets.iter().zip(fates).filter(|(t, f)| is_linear(t) && matches!(f, Fate::Dense)).count();
     if dense > 0 {
-        let why =
-            if rounding.is_none() { "they are not stored as grouped integers" } else { "rounding does not fit them" };
+        let why = if how.rounding.is_none() {
+            "they are not stored as grouped integers"
+        } else {
+            "rounding does not fit them"
+        };
         notes.push(format!("{dense} matrices of the blocks stay dense: {why}"));
     }
-    let zeros = of.iter().filter(|(_, part)| *part == Part::Zero).count();
-    if zeros > 0 {
-        notes.push(format!(
-            "{zeros} matrices have zero points: the compressed-tensors package reads them, but transformers (4.57 and 5.23 were tried) loads no model \
-             that has any, whoever wrote it"
-        ));
-    }
+    notes.extend(about_zero_points(arranged, targets, fates)?);
     Ok(Saved { path: Default::default(), bytes, tensors, notes })
+}
+
+/// What became of zero points, where the source has any.
+fn about_zero_points(arranged: &Arranged<'_>, targets: &[Target], fates: &[Fate]) -> Result<Option<String>, SaveError> {
+    let (mut kept, mut without) = (0, 0);
+    for (target, fate) in targets.iter().zip(fates) {
+        match fate {
+            Fate::Packed(s) if !s.symmetric => kept += 1,
+            Fate::Packed(s) if s.bits == 8 => {
+                let first = arranged.stored(&target.parts[0])?;
+                without += usize::from(first.as_ref().and_then(|s| s.integers()).is_some_and(|i| !i.symmetric));
+            }
+            _ => {}
+        }
+    }
+    let known = "transformers (4.57 and 5.23 were tried) loads no model with zero points";
+    Ok(if without > 0 {
+        Some(format!(
+            "{without} matrices are written as symmetric codes of 8 bits, with the same values, since {known}; --zero-points keeps them as they are"
+        ))
+    } else if kept > 0 {
+        Some(format!(
+            "{kept} matrices have zero points: the compressed-tensors package reads them, but {known}, whoever wrote it"
+        ))
+    } else {
+        None
+    })
 }
 
 fn module(target: &Target) -> &str {

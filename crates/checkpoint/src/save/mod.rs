@@ -17,7 +17,7 @@ use std::path::PathBuf;
 
 use serde::Serialize;
 
-pub use compressed_tensors::{Rounding, save_compressed_tensors};
+pub use compressed_tensors::{PackQuantized, Rounding, save_compressed_tensors};
 pub(crate) use dir::OutDir;
 pub use gguf::{GgufKind, save_gguf};
 pub(crate) use gguf_pairs::Pairs;

@@ -1,4 +1,7 @@
 //! Eight lanes in plain Rust; compilers turn them into whatever the baseline has.
+//!
+//! Where processors without an instruction set of their own are rare (x86-64), long methods may stay calls: inlined everywhere, they were half of
+//! all code of this crate.
 
 use half::{bf16, f16};
 
@@ -88,25 +91,25 @@ impl Simd for Portable {
     fn min(self, a: V, b: V) -> V {
         zip(a, b, |x, y| if x < y { x } else { y })
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     fn select_lt(self, a: V, b: V, x: V, y: V) -> V {
         fill(|i| if a[i] < b[i] { x[i] } else { y[i] })
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     fn round(self, a: V) -> V {
         // Adding and taking away 1.5 * 2^23 rounds to even wherever it matters; larger values are whole already.
         const BIG: f32 = 12_582_912.0;
         fill(|i| if a[i].abs() < 4_194_304.0 { (a[i] + BIG) - BIG } else { a[i] })
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     fn pow2(self, a: V) -> V {
         fill(|i| f32::from_bits((((a[i] as i32) + 127) << 23) as u32))
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     fn rest(self, a: V, b: V) -> V {
         fill(|i| (a[i].mul_add(b[i], TO_512THS).to_bits() << 23) as i32 as f32)
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     fn sum4(self, v: [V; 4]) -> [f32; 4] {
         let mut o = [0.0; 4];
         for (o, v) in o.iter_mut().zip(v) {
@@ -114,25 +117,25 @@ impl Simd for Portable {
         }
         o
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     unsafe fn load_f16(self, p: *const u8) -> V {
         // SAFETY: the caller promises 2 * LANES bytes.
         let b = unsafe { bytes::<16>(p) };
         fill(|i| f16::from_le_bytes([b[2 * i], b[2 * i + 1]]).to_f32_const())
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     unsafe fn load_bf16(self, p: *const u8) -> V {
         // SAFETY: the caller promises 2 * LANES bytes.
         let b = unsafe { bytes::<16>(p) };
         fill(|i| bf16::from_le_bytes([b[2 * i], b[2 * i + 1]]).to_f32())
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     unsafe fn load_i8(self, p: *const i8) -> V {
         // SAFETY: the caller promises LANES bytes.
         let b = unsafe { bytes::<8>(p.cast()) };
         fill(|i| f32::from(b[i] as i8))
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     fn fused(self, a: V, b: V, c: V) -> V {
         fill(|i| a[i].mul_add(b[i], c[i]))
     }
@@ -140,12 +143,12 @@ impl Simd for Portable {
     fn top(self, a: V) -> f32 {
         a.iter().copied().fold(f32::NEG_INFINITY, f32::max)
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     unsafe fn store_i8(self, p: *mut i8, a: V) {
         // SAFETY: the caller promises LANES bytes.
         unsafe { *p.cast::<[i8; 8]>() = a.map(|x| x as i8) }
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     fn compress(self, a: V, mask: u32) -> V {
         let (mut o, mut n) = (a, 0);
         for (i, &x) in a.iter().enumerate() {
@@ -154,13 +157,13 @@ impl Simd for Portable {
         }
         o
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     unsafe fn expand_f16(self, p: *const u8, mask: u32) -> V {
         // SAFETY: the caller promises 2 * LANES bytes.
         let b = unsafe { bytes::<16>(p) };
         ranked(mask, |i| f16::from_le_bytes([b[2 * i], b[2 * i + 1]]).to_f32_const())
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     unsafe fn expand_f32(self, p: *const u8, mask: u32) -> V {
         // SAFETY: the caller promises 4 * LANES bytes.
         let b = unsafe { bytes::<32>(p) };
@@ -171,7 +174,7 @@ impl Simd for Portable {
         // SAFETY: the caller promises a value, or two.
         unsafe { if PAIR { fill(|i| *p.add(i % 2)) } else { [*p; 8] } }
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     unsafe fn lookup(self, table: *const f32, _: usize, index: I) -> V {
         // SAFETY: the caller promises indices inside.
         fill(|i| unsafe { *table.add(index[i] as usize) })
@@ -236,7 +239,7 @@ impl Simd for Portable {
     fn total(self, _: usize, state: [I; 2]) -> I {
         state[0]
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     unsafe fn dot8<const PAIR: bool>(self, _: usize, state: [I; 2], c: [I; 2], x: *const i8) -> [I; 2] {
         let (step, wide) = if PAIR { (4, 8) } else { (0, 4) };
         let acc = state[0];
@@ -262,7 +265,7 @@ impl Simd for Portable {
         }
         [low, high]
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     unsafe fn gather<const PAIR: bool>(self, x: *const i8, masks: [u32; 2], by: i32, out: *mut i8, sums: *mut i32) {
         // SAFETY: the caller promises 32 bytes.
         let x = unsafe { bytes::<32>(x.cast()) };
@@ -286,7 +289,7 @@ impl Simd for Portable {
             }
         }
     }
-    #[inline(always)]
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> I {
         // SAFETY: the caller promises 4 * LANES bytes.
         let b = unsafe { bytes::<32>(p) };
