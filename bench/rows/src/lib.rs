@@ -64,7 +64,8 @@ fn random(rows: usize, cols: usize) -> Mat {
 /// What stays when a share of `sparsity` goes, chosen by lot, `height` rows at a time.
 fn chosen(rows: usize, cols: usize, height: usize, sparsity: f64) -> Mask {
     let mut rng = Rng::new(2);
-    let keep: Vec<bool> = (0..rows.div_ceil(height) * cols).map(|_| rng.below(1000) as f64 >= 1000.0 * sparsity).collect();
+    let keep: Vec<bool> =
+        (0..rows.div_ceil(height) * cols).map(|_| rng.below(1000) as f64 >= 1000.0 * sparsity).collect();
     Mask::from_fn(rows, cols, |r, c| keep[r / height * cols + c])
 }
 
@@ -125,7 +126,8 @@ fn q6_k(rows: usize, cols: usize) -> Stored {
 }
 
 fn lists(rows: usize, cols: usize) -> Stored {
-    one(pack_float(random(rows, cols).view(), Some(&chosen(rows, cols, 1, 0.99)), PatternKind::Csr, Float::F16).expect("packs"))
+    one(pack_float(random(rows, cols).view(), Some(&chosen(rows, cols, 1, 0.99)), PatternKind::Csr, Float::F16)
+        .expect("packs"))
 }
 
 fn low_rank(rows: usize, cols: usize) -> Stored {

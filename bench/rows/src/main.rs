@@ -3,8 +3,9 @@
 //!     cargo run --release --manifest-path bench/rows/Cargo.toml -- [--threads N] [--shape ROWSxCOLS] [--only TEXT] [--json FILE]
 //!
 //! For each row: weights a second on a matrix in the second-level cache, and on matrices from memory; the share that the latter has of the
-//! smaller of that cache rate and bandwidth over bytes a weight; and the speed against the dense form of the same bits. Shared machines drift, so
-//! bandwidth, the row and its dense form are measured by turns: shares and speeds over dense are medians over rounds, rates the best ones.
+//! smaller of that cache rate and bandwidth over bytes a weight; and the speed against the dense form of the same bits. Shared machines drift, in
+//! memory and in processors, so bandwidth, the row from memory, the row in the cache for as many weights, and its dense form are measured by
+//! turns: shares and speeds over dense are medians over rounds, of numbers taken within one; the rates printed are the best ones.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -22,18 +23,18 @@ const IN_CACHE: u64 = 640 << 10;
 /// Rounds of measuring by turns.
 const ROUNDS: usize = 11;
 
-/// Weights a second over the matrices, the best of several passes.
-fn rate(all: &[Linear], passes: usize) -> f64 {
+/// Weights a second over the matrices, `times` over; the best of several such passes.
+fn rate(all: &[Linear], times: usize, passes: usize) -> f64 {
     let (rows, cols) = (all[0].rows(), all[0].cols());
     let x = Mat::from_fn(1, cols, |_, c| (c * 17 % 101) as f32 / 50.0 - 1.0);
     let mut out = Mat::zeros(1, rows);
     let mut best = 0.0f64;
     for _ in 0..passes {
         let start = Instant::now();
-        for linear in all {
+        for linear in (0..times).flat_map(|_| all) {
             linear.forward(black_box(x.view()), out.view_mut());
         }
-        best = best.max((all.len() * rows * cols) as f64 / start.elapsed().as_secs_f64());
+        best = best.max((times * all.len() * rows * cols) as f64 / start.elapsed().as_secs_f64());
     }
     best
 }
@@ -63,7 +64,10 @@ fn main() {
     });
     let threads = threads();
     println!("{}, {threads} threads, {rows} x {cols}", Isa::best());
-    println!("{:<24} {:>7} {:>9} {:>9} {:>7} {:>7} {:>7} {:>7}", "", "bytes/w", "cache G/s", "mem. G/s", "GB/s", "ceiling", "share", "x dense");
+    println!(
+        "{:<24} {:>7} {:>9} {:>9} {:>7} {:>7} {:>7} {:>7}",
+        "", "bytes/w", "cache G/s", "mem. G/s", "GB/s", "ceiling", "share", "x dense"
+    );
     let mut done: Vec<Value> = Vec::new();
     for row in ROWS.iter().filter(|r| value("--only").is_none_or(|only| r.name.contains(only.as_str()))) {
         let all = from_memory(row, rows, cols);
@@ -72,15 +76,18 @@ fn main() {
         // As many rows of it as the caches hold, a quarter as long: x is made ready for about as many rows as in the large matrix.
         let short = (cols / 4).next_multiple_of(256);
         let few = (IN_CACHE as f64 * threads as f64 / (bytes * short as f64)) as usize / 64 * 64;
-        let cache = rate(&[row.linear(few.max(64), short)], 400);
+        let small = [row.linear(few.max(64), short)];
+        let again = (all.len() * rows * cols).div_ceil(few.max(64) * short);
+        let mut cache = rate(&small, 1, 400);
         let (mut bandwidth, mut memory) = (0.0f64, 0.0f64);
         let (mut shares, mut over) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
-            let (read, rate_now) = (ceiling::bandwidth(512 << 20), rate(&all, 2));
+            let (read, rate_now, cache_now) = (ceiling::bandwidth(512 << 20), rate(&all, 1, 2), rate(&small, again, 2));
             bandwidth = bandwidth.max(read);
             memory = memory.max(rate_now);
-            shares.push(rate_now / cache.min(read / bytes));
-            over.extend(dense.as_ref().map(|d| rate_now / rate(d, 2)));
+            cache = cache.max(cache_now);
+            shares.push(rate_now / cache_now.min(read / bytes));
+            over.extend(dense.as_ref().map(|d| rate_now / rate(d, 1, 2)));
         }
         let share = median(shares);
         let against = dense.map(|_| median(over));
