@@ -4,7 +4,7 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{PLAIN, Server, chat, request};
+use common::{PLAIN, ROOM, Server, chat, request};
 use lacuna_serve::{Keys, Options};
 use serde_json::{Value, json};
 
@@ -14,6 +14,13 @@ const CHAT: &str = "/v1/chat/completions";
 fn long() -> Value {
     // The end token can never come.
     chat(json!({"max_tokens": 900, "logit_bias": {"2": -100}, "stream": true}))
+}
+
+/// A request that is at work until its client leaves, for a [`Server::roomy`].
+fn endless() -> Value {
+    let mut v = long();
+    v["max_tokens"] = (ROOM - 100).into();
+    v
 }
 
 fn live(s: &Server) -> Value {
@@ -31,17 +38,17 @@ fn until(s: &Server, what: &str, is: impl Fn(&Value) -> bool) {
 
 #[test]
 fn who_leaves_frees_its_place() {
-    let s = Server::start(Some(PLAIN), Options { batch: 1, ..Options::default() });
+    let s = Server::roomy(Options { batch: 1, ..Options::default() });
     let mut first = s.connect();
-    first.send(&request(CHAT, &long()));
+    first.send(&request(CHAT, &endless()));
     assert_eq!(first.head().0, 200);
     until(&s, "the first at work", |l| l["running"] == 1);
     // One that streams, one that waits, one that waits for a whole answer: all leave.
     let mut second = s.connect();
-    second.send(&request(CHAT, &long()));
+    second.send(&request(CHAT, &endless()));
     assert_eq!(second.head().0, 200);
     let mut third = s.connect();
-    let mut whole = long();
+    let mut whole = endless();
     whole["stream"] = false.into();
     third.send(&request(CHAT, &whole));
     until(&s, "two waiting", |l| l["waiting"] == 2);
@@ -57,11 +64,11 @@ fn who_leaves_frees_its_place() {
 
 #[test]
 fn a_full_queue_says_when_to_come_back() {
-    let s = Server::start(Some(PLAIN), Options { batch: 1, queue: 1, ..Options::default() });
+    let s = Server::roomy(Options { batch: 1, queue: 1, ..Options::default() });
     let mut talks: Vec<_> = (0..2)
         .map(|_| {
             let mut t = s.connect();
-            t.send(&request(CHAT, &long()));
+            t.send(&request(CHAT, &endless()));
             assert_eq!(t.head().0, 200);
             t
         })

@@ -38,6 +38,9 @@ pub fn tokenizer() -> Tokenizer {
     Tokenizer::from_vocabulary(v).unwrap()
 }
 
+/// Room for an answer that no processor ends while a test still looks at who waits.
+pub const ROOM: usize = 1 << 16;
+
 pub fn engine(name: &str) -> Engine {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny").join(name);
     let checkpoint = lacuna_checkpoint::open(dir).unwrap();
@@ -53,10 +56,19 @@ pub struct Server {
 
 impl Server {
     pub fn start(template: Option<&str>, options: Options) -> Server {
+        Server::of(engine("llama"), template, options)
+    }
+
+    /// One with [`ROOM`].
+    pub fn roomy(options: Options) -> Server {
+        Server::of(engine("llama").with_context(ROOM), Some(PLAIN), options)
+    }
+
+    fn of(engine: Engine, template: Option<&str>, options: Options) -> Server {
         let served = Served {
             name: "tiny".into(),
             fingerprint: "test".into(),
-            engine: engine("llama"),
+            engine,
             tokenizer: tokenizer(),
             template: template.map(|t| ChatTemplate::new(t).unwrap()),
             card: json!({ "model": "tiny" }),
