@@ -5,7 +5,7 @@
 
 use super::matmul::Out;
 use crate::panel::ints::{Bytes, META};
-use crate::panel::{BLOCK, ROWS, View};
+use crate::panel::{BLOCK, FETCH_ONE, ROWS, View};
 use crate::simd::{Op, Simd};
 
 /// Quantized rows, see [`super::quantize`], with [`SPARE`] rows of anything after the last.
@@ -87,7 +87,7 @@ unsafe fn rows<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
     have: usize,
 ) -> usize {
     let (panel, blocks) = (g.panels.at(p), g.panels.blocks);
-    let ahead = g.panels.ahead(1);
+    let ahead = g.panels.ahead(1, FETCH_ONE);
     let mut out = [[s.splat(0.0); 2]; M];
     let mut b = 0;
     while b < blocks {

@@ -100,9 +100,11 @@ fn near(octet: *const u8, bytes: usize) {
 impl Flow {
     fn of(panels: &View, l: &Layout, panel: *const u8, gathering: usize) -> Flow {
         let lines = panels.stride / 64;
+        // Where nothing is gathered between two panels, they are read at a stretch.
+        let far = if l.share > 1 { 4 * FETCH } else { FETCH };
         let gathering = gathering.min(lines);
         let each = (64 * (lines - gathering)).div_ceil(l.octets.max(1));
-        Flow { from: panel.wrapping_add(FETCH.min(panels.stride)), gathering, each }
+        Flow { from: panel.wrapping_add(far.min(panels.stride)), gathering, each }
     }
     /// While block `b` is gathered.
     #[inline(always)]

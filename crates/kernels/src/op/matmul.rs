@@ -4,7 +4,7 @@
 //! operations; the spans' sums are added in order. How many pairs are computed side by side changes speed, never a bit.
 
 use crate::Isa;
-use crate::panel::{BLOCK, Codec, ROWS, SPAN, View};
+use crate::panel::{BLOCK, Codec, FETCH, ROWS, SPAN, View};
 use crate::simd::{Op, Simd, dispatch};
 
 /// Where results go: output `(r, n)` lies at `out[r * stride + n]`.
@@ -109,7 +109,7 @@ unsafe fn gemv<S: Simd, C: Codec, const P: usize>(s: S, g: &Gemv<'_, C>, p: usiz
         at[i] = g.panels.at((p + i).min(g.to - 1));
         i += 1;
     }
-    let ahead = g.panels.ahead(P);
+    let ahead = g.panels.ahead(P, FETCH);
     let mut total = [[s.splat(0.0); 2]; P];
     let mut b = 0;
     while b < g.panels.blocks {
@@ -121,7 +121,9 @@ unsafe fn gemv<S: Simd, C: Codec, const P: usize>(s: S, g: &Gemv<'_, C>, p: usiz
                 let mut blocks = [[g.codec.block(s, at[0], b, 0); 2]; P];
                 let mut i = 0;
                 while i < P {
-                    ahead.fetch(at[i], b);
+                    if C::AHEAD {
+                        ahead.fetch(at[i], b);
+                    }
                     let mut h = 0;
                     while h < ROWS / S::LANES {
                         blocks[i][h] = g.codec.block(s, at[i], b, h);

@@ -94,6 +94,7 @@ impl Width for Bf16 {
 pub(crate) struct Dense<W>(pub(crate) W);
 
 impl<W: Width> Codec for Dense<W> {
+    const AHEAD: bool = false;
     type Block<S: Simd> = *const u8;
     #[inline(always)]
     unsafe fn block<S: Simd>(&self, _: S, panel: *const u8, b: usize, h: usize) -> *const u8 {
@@ -120,7 +121,8 @@ impl<W: Width> Codec for Dense<W> {
 
 /// A mask of 16 rows for every column, then the values that are there.
 ///
-/// A panel: where each block's values begin (u32, counted from the first value), the masks (u16), the values.
+/// A panel: where each block begins (u32, in bytes from the first one), then block by block its masks (u16) and its values, so that one stream
+/// is read from memory and not two.
 #[derive(Clone, Copy)]
 pub(crate) struct Masked<W> {
     /// How its values are written.
@@ -136,14 +138,8 @@ pub(crate) struct Reader {
     half: usize,
 }
 
-impl<W: Width> Masked<W> {
-    fn masks_at(&self) -> usize {
-        4 * self.blocks
-    }
-    fn values_at(&self) -> usize {
-        (4 + 2 * BLOCK) * self.blocks
-    }
-}
+/// Bytes of a block's masks.
+const MASKS: usize = 2 * BLOCK;
 
 impl<W: Width> Codec for Masked<W> {
     const EXPANDS: bool = true;
@@ -153,11 +149,8 @@ impl<W: Width> Codec for Masked<W> {
         // SAFETY: the caller promises the block.
         unsafe {
             let start = panel.add(4 * b).cast::<u32>().read_unaligned() as usize;
-            Reader {
-                masks: panel.add(self.masks_at() + 2 * BLOCK * b),
-                values: panel.add(self.values_at() + start * W::BYTES),
-                half: h,
-            }
+            let masks = panel.add(4 * self.blocks + start);
+            Reader { masks, values: masks.add(MASKS), half: h }
         }
     }
     unsafe fn gathered<S: Simd>(&self, _: S, _: *const u8, _: *const u8, _: usize, _: usize) -> [S::V; 8] {
@@ -213,8 +206,8 @@ pub(crate) fn masked(piece: &Piece, read: &dyn Fn()) -> (Panels, bool) {
     let (rows, cols, blocks) = (piece.rows, piece.cols, piece.cols.div_ceil(BLOCK));
     let kept = |p: usize| (p..rows.min(p + ROWS)).map(|r| piece.pattern.span(r, cols).len()).sum::<usize>();
     let most = (0..rows).step_by(ROWS).map(kept).max().unwrap_or(0);
-    let head = (4 + 2 * BLOCK) * blocks;
-    let panels = Panels::build(rows, cols, head + most * width, read, |first, n, panel| {
+    let head = 4 * blocks;
+    let panels = Panels::build(rows, cols, head + MASKS * blocks + most * width, read, |first, n, panel| {
         let mut lines = vec![vec![0.0f32; cols]; n];
         let mut there = vec![0u16; blocks * BLOCK];
         for (i, line) in lines.iter_mut().enumerate() {
@@ -223,21 +216,23 @@ pub(crate) fn masked(piece: &Piece, read: &dyn Fn()) -> (Panels, bool) {
                 there[c] |= 1 << i;
             });
         }
-        let (mut next, mut at) = (0u32, head);
-        for (c, &mask) in there.iter().enumerate() {
-            if c % BLOCK == 0 {
-                panel[c / BLOCK * 4..][..4].copy_from_slice(&next.to_le_bytes());
+        let mut at = head;
+        for (b, block) in there.chunks_exact(BLOCK).enumerate() {
+            panel[4 * b..][..4].copy_from_slice(&((at - head) as u32).to_le_bytes());
+            for mask in block {
+                panel[at..at + 2].copy_from_slice(&mask.to_le_bytes());
+                at += 2;
             }
-            panel[4 * blocks + 2 * c..][..2].copy_from_slice(&mask.to_le_bytes());
-            for (_, line) in lines.iter().enumerate().filter(|(i, _)| mask >> i & 1 == 1) {
-                if half {
-                    panel[at..at + 2].copy_from_slice(&half::f16::from_f32(line[c]).to_le_bytes());
-                } else {
-                    panel[at..at + 4].copy_from_slice(&line[c].to_le_bytes());
+            for (c, &mask) in (b * BLOCK..).zip(block) {
+                for (_, line) in lines.iter().enumerate().filter(|(i, _)| mask >> i & 1 == 1) {
+                    if half {
+                        panel[at..at + 2].copy_from_slice(&half::f16::from_f32(line[c]).to_le_bytes());
+                    } else {
+                        panel[at..at + 4].copy_from_slice(&line[c].to_le_bytes());
+                    }
+                    at += width;
                 }
-                at += width;
             }
-            next += mask.count_ones();
         }
     });
     (panels, half)

@@ -113,6 +113,8 @@ impl View {
 
 /// How far ahead of what is being read panels are asked for, at most; of smaller ones the next is asked for.
 pub(crate) const FETCH: usize = 8192;
+/// The same for panels of codes read one at a time, into the second-level cache: a single stream needs more on its way than the first level holds.
+pub(crate) const FETCH_ONE: usize = 8 * FETCH;
 
 /// How panels that are read once, from memory, are asked for ahead of time: what the processor's own guesses miss at every page.
 #[derive(Clone, Copy)]
@@ -128,11 +130,11 @@ pub(crate) struct Ahead {
 }
 
 impl View {
-    /// For panels read `side` at a time.
+    /// For panels read `side` at a time, asked for as far ahead as `most`.
     #[inline(always)]
-    pub(crate) fn ahead(&self, side: usize) -> Ahead {
+    pub(crate) fn ahead(&self, side: usize, most: usize) -> Ahead {
         let stride = self.stride;
-        Ahead { block: stride / self.blocks.max(1), stride, far: stride.min(FETCH), jump: (side - 1) * stride }
+        Ahead { block: stride / self.blocks.max(1), stride, far: stride.min(most), jump: (side - 1) * stride }
     }
 }
 
@@ -154,7 +156,7 @@ impl Ahead {
         let from = panel.wrapping_add(b * self.block + self.far);
         let mut i = 0;
         while i < lines {
-            fetch(from.wrapping_add(64 * i));
+            fetch_far(from.wrapping_add(64 * i));
             i += 1;
         }
     }
@@ -192,6 +194,9 @@ unsafe impl Send for Base {}
 
 /// A codec whose panels become f32 vectors, eight columns at a time.
 pub(crate) trait Codec: Send + Sync {
+    /// Whether its panels are asked for ahead of time. What is read as it lies, several panels at once, the processor's own guesses bring as fast as
+    /// memory gives it, and asking costs as many instructions as reading.
+    const AHEAD: bool = true;
     /// Whether reading it uses what `Isa::Avx512Vnni` has beyond `Isa::Avx512`.
     const EXPANDS: bool = false;
     /// What a block of 32 columns needs to be read.
