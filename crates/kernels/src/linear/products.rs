@@ -10,8 +10,8 @@ use crate::op::gather::{self, Gathered, GatheredBytes};
 use crate::op::matmul::{self, Batch, Gemv, Out};
 use crate::op::sparse::Sparse;
 use crate::panel::float::{Dense, F32, Width};
-use crate::panel::gathered::Layout;
-use crate::panel::ints::Bytes;
+use crate::panel::gathered::{self, Layout};
+use crate::panel::ints::{Bytes, Ints};
 use crate::panel::{BLOCK, Codec, ROWS, View};
 use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
@@ -90,14 +90,16 @@ pub(super) fn shared<C: Codec>(packing: &Packing, view: View, codec: &C, layout:
     });
 }
 
-pub(super) fn shared_bytes<C: Bytes>(
+pub(super) fn shared_bytes<const BITS: usize>(
     packing: &Packing,
     view: View,
-    codec: &C,
+    codec: &Ints<BITS>,
     layout: &Layout,
     x: MatRef<'_>,
     out: Out,
-) {
+) where
+    Ints<BITS>: Bytes,
+{
     let isa = packing.isa;
     quantized(isa, x, view.blocks, (codec.grid().zero, false), |x| {
         parallel::ranges(view.count(), layout.share, usize::MAX, ROWS * layout.octets * 8 * x.rows, |from, to| {
@@ -116,23 +118,47 @@ pub(super) fn gather_floats<C: Codec>(
     (x, rows): (*const f32, usize),
     out: Out,
 ) {
-    scratch::with(gather::scratch(layout), |scratch| {
+    scratch::with(gather::scratch(layout, panels.blocks), |scratch| {
         dispatch(isa, Gathered { panels, codec, layout: *layout, from, to, x, rows, out, scratch });
     });
 }
 
+/// From how many rows of x on panels with columns of their own are filled in: that takes as long as multiplying some thirty rows, but then a row is
+/// multiplied in half the time.
+const FILL: usize = 64;
+
 /// Panels `from..to` times quantized rows.
-pub(super) fn gather_bytes<C: Bytes>(
+pub(super) fn gather_bytes<const BITS: usize>(
     isa: Isa,
     panels: View,
-    codec: &C,
+    codec: &Ints<BITS>,
     layout: &Layout,
     (from, to): (usize, usize),
     x: Rows,
     out: Out,
-) {
-    scratch::with(gather::scratch(layout), |scratch| {
-        dispatch(isa, GatheredBytes { panels, codec, layout: *layout, from, to, x, out, scratch });
+) where
+    Ints<BITS>: Bytes,
+{
+    let blocks = panels.blocks;
+    if x.rows < FILL || layout.share > 1 || !gathered::fills(codec.grid()) {
+        scratch::with(gather::scratch(layout, blocks), |scratch| {
+            dispatch(isa, GatheredBytes { panels, codec, layout: *layout, from, to, x, out, scratch });
+        });
+        return;
+    }
+    let bytes = gathered::filled_bytes::<BITS>(codec.grid(), layout, blocks);
+    scratch::with(bytes.div_ceil(4) + BLOCK, |room| {
+        let base = room.as_ptr().cast();
+        for p in from..to {
+            // SAFETY: a panel is as long as the stride, and there is room for as many bytes as asked for.
+            let (panel, room) = unsafe {
+                let room = std::slice::from_raw_parts_mut(room.as_mut_ptr().cast::<u8>(), bytes);
+                (std::slice::from_raw_parts(panels.at(p), panels.stride), room)
+            };
+            let codec = &dispatch(isa, gathered::Fill { panel, codec, layout, blocks, out: room });
+            let panels = View { base, stride: 0, rows: ROWS.min(panels.rows - p * ROWS), blocks };
+            dispatch(isa, Dots { panels, codec, from: 0, to: 1, x, out: out.beside(p * ROWS) });
+        }
     });
 }
 

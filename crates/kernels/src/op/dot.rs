@@ -65,7 +65,8 @@ fn run<S: Simd, C: Bytes, const PLAIN: bool>(s: S, g: Dots<'_, C>) {
                         1 => rows::<S, C, PLAIN, 1>(s, &g, p, r, 1),
                         n if n > 4 && S::LANES == 16 => rows::<S, C, PLAIN, 8>(s, &g, p, r, n.min(8)),
                         n if S::LANES == 16 => rows::<S, C, PLAIN, 4>(s, &g, p, r, n.min(4)),
-                        n => rows::<S, C, PLAIN, 2>(s, &g, p, r, n.min(2)),
+                        2 => rows::<S, C, PLAIN, 2>(s, &g, p, r, 2),
+                        n => rows::<S, C, PLAIN, 4>(s, &g, p, r, n.min(4)),
                     };
                 }
             }
@@ -86,9 +87,41 @@ unsafe fn rows<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
     r: usize,
     have: usize,
 ) -> usize {
-    let (panel, blocks) = (g.panels.at(p), g.panels.blocks);
-    let ahead = g.panels.ahead(1, FETCH_ONE);
+    let panel = g.panels.at(p);
     let mut out = [[s.splat(0.0); 2]; M];
+    // SAFETY: as the caller promises.
+    unsafe {
+        if M == 1 || S::LANES == ROWS {
+            // The bytes of a single row meet both halves of the lanes while they are in registers.
+            sums::<S, C, PLAIN, M>(s, g, panel, r, (0, ROWS / S::LANES), &mut out);
+        } else {
+            // Of several rows the sums of one half are all that registers hold.
+            sums::<S, C, PLAIN, M>(s, g, panel, r, (0, 1), &mut out);
+            sums::<S, C, PLAIN, M>(s, g, panel, r, (1, 2), &mut out);
+        }
+        let mut m = 0;
+        while m < M && m < have {
+            g.out.put(s, r + m, p, g.panels.rows, out[m]);
+            m += 1;
+        }
+    }
+    have
+}
+
+/// Sums of halves `from..to` of the lanes of a panel and rows `r..r + M`.
+/// # Safety
+/// As for [`rows`].
+#[inline(always)]
+unsafe fn sums<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
+    s: S,
+    g: &Dots<'_, C>,
+    panel: *const u8,
+    r: usize,
+    (from, to): (usize, usize),
+    out: &mut [[S::V; 2]; M],
+) {
+    let blocks = g.panels.blocks;
+    let ahead = g.panels.ahead(1, FETCH_ONE);
     let mut b = 0;
     while b < blocks {
         if M == 1 {
@@ -113,9 +146,8 @@ unsafe fn rows<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
                 }
                 let mut o = part * (BLOCK / 8) / parts;
                 while o < (part + 1) * (BLOCK / 8) / parts {
-                    // Both halves of the lanes meet the same bytes of x while they are in registers.
-                    let mut h = 0;
-                    while h < ROWS / S::LANES {
+                    let mut h = from;
+                    while h < to {
                         let codes = g.codec.octet(s, panel, b, o, h);
                         let mut m = 0;
                         while m < M {
@@ -127,8 +159,8 @@ unsafe fn rows<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
                     }
                     o += 1;
                 }
-                let mut h = 0;
-                while h < ROWS / S::LANES {
+                let mut h = from;
+                while h < to {
                     let shared = if C::SIXTEENS {
                         g.codec.shared_half(s, panel, b, part, h)
                     } else {
@@ -137,7 +169,7 @@ unsafe fn rows<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
                     let mut m = 0;
                     while m < M {
                         let (sum, meta) = (s.total(C::BITS, sums[m][h]), meta.add(m * blocks * META));
-                        out[m][h] = g.codec.close::<S, false, PLAIN>(s, &shared, sum, meta, out[m][h]);
+                        out[m][h] = g.codec.close::<S, PLAIN>(s, &shared, sum, meta, out[m][h]);
                         m += 1;
                     }
                     h += 1;
@@ -147,11 +179,4 @@ unsafe fn rows<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
         }
         b += 1;
     }
-    let mut m = 0;
-    while m < M && m < have {
-        // SAFETY: as the caller promises.
-        unsafe { g.out.put(s, r + m, p, g.panels.rows, out[m]) };
-        m += 1;
-    }
-    have
 }

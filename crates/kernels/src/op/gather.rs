@@ -1,8 +1,9 @@
 //! Products with panels whose rows share their columns: x is gathered to a panel's columns, and what remains is dense.
 //!
 //! Every row of x is gathered for itself, so that its result cannot depend on others. In f32 every output has four chains of fused operations,
-//! for the four columns of each quad, which are added in the end. Bytes are quantized before they are gathered, once for all panels; an octet
-//! of columns is summed exactly, and its sum times both scales added to the output, octets in rising order.
+//! for the four columns of each quad, which are added in the end. Bytes are quantized before they are gathered, once for all panels; a block of
+//! 32 columns is summed exactly, and its sum times both scales added to the output, blocks in rising order: the same bits as [`super::dot`] gives
+//! for the same matrix with zeros written out. So where many rows of x come, that is what is done ([`crate::panel::gathered::Fill`]).
 
 use super::dot::Rows;
 use super::matmul::Out;
@@ -14,9 +15,9 @@ use crate::simd::{Op, Simd};
 /// Room after a gathered row that is written without being meant.
 const OVER: usize = 2 * BLOCK;
 
-/// Scratch of a task, in f32 values: two gathered runs, the gathered row, the group and the scale of every octet.
-pub(crate) fn scratch(layout: &Layout) -> usize {
-    2 * (layout.run * BLOCK + OVER) + 2 * (layout.octets * 8 + OVER) + 2 * (layout.octets + 8)
+/// Scratch of a task, in f32 values: two gathered runs, the gathered row, the group of every octet or the octets of every block.
+pub(crate) fn scratch(layout: &Layout, blocks: usize) -> usize {
+    2 * (layout.run * BLOCK + OVER) + 2 * (layout.octets * 8 + OVER) + layout.octets.max(blocks) + 8
 }
 
 /// Panels `from..to` times all rows of x.
@@ -50,26 +51,24 @@ pub(crate) struct GatheredBytes<'a, C> {
 struct Room {
     /// The columns of a run that each half keeps.
     halves: [*mut f32; 2],
-    /// The gathered row; in bytes, its codes, and the sum of every quad of them.
+    /// The gathered row; in bytes, its codes.
     x: *mut f32,
-    sums: *mut i32,
-    /// Each octet's scale group.
-    groups: *mut u32,
-    /// Each octet's scale of x.
-    scales: *mut f32,
+    /// In bytes, the codes that each half keeps.
+    codes: [*mut i8; 2],
+    /// Each octet's scale group; in bytes, each block's number of octets.
+    counts: *mut u32,
 }
 
-fn room(scratch: &mut [f32], l: &Layout) -> Room {
-    assert!(scratch.len() >= self::scratch(l), "room for a gathered row");
+fn room(scratch: &mut [f32], l: &Layout, blocks: usize) -> Room {
+    assert!(scratch.len() >= self::scratch(l, blocks), "room for a gathered row");
+    let slots = l.octets * 8 + OVER;
     let (a, rest) = scratch.split_at_mut(l.run * BLOCK + OVER);
     let (b, rest) = rest.split_at_mut(l.run * BLOCK + OVER);
-    let (x, rest) = rest.split_at_mut(2 * (l.octets * 8 + OVER));
-    let (groups, scales) = rest.split_at_mut(l.octets + 8);
+    let (x, counts) = rest.split_at_mut(2 * slots);
     let x = x.as_mut_ptr();
-    // Codes take a quarter of their part of x, sums another.
-    let sums = x.wrapping_add((l.octets * 8 + OVER) / 2).cast();
-    let halves = [a.as_mut_ptr(), b.as_mut_ptr()];
-    Room { halves, x, sums, groups: groups.as_mut_ptr().cast(), scales: scales.as_mut_ptr() }
+    // Of the eight bytes for each slot, gathered codes take one or two, and halves of their own one each.
+    let codes = [2, 3].map(|n| x.cast::<i8>().wrapping_add(n * slots));
+    Room { halves: [a.as_mut_ptr(), b.as_mut_ptr()], x, codes, counts: counts.as_mut_ptr().cast() }
 }
 
 /// How panels are asked for from memory, at an even pace while x is gathered and while products are summed: either alone would leave memory
@@ -80,7 +79,7 @@ struct Flow {
     from: *const u8,
     /// Lines for the gathering.
     gathering: usize,
-    /// Bytes for each octet.
+    /// Bytes for each octet, or block, that is multiplied.
     each: usize,
 }
 
@@ -98,12 +97,12 @@ fn near(octet: *const u8, bytes: usize) {
 }
 
 impl Flow {
-    fn of(panels: &View, l: &Layout, panel: *const u8, gathering: usize) -> Flow {
+    fn of(panels: &View, l: &Layout, panel: *const u8, gathering: usize, steps: usize) -> Flow {
         let lines = panels.stride / 64;
         // Where nothing is gathered between two panels, they are read at a stretch.
         let far = if l.share > 1 { 4 * FETCH } else { FETCH };
         let gathering = gathering.min(lines);
-        let each = (64 * (lines - gathering)).div_ceil(l.octets.max(1));
+        let each = (64 * (lines - gathering)).div_ceil(steps.max(1));
         Flow { from: panel.wrapping_add(far.min(panels.stride)), gathering, each }
     }
     /// While block `b` is gathered.
@@ -111,10 +110,10 @@ impl Flow {
     fn gather(&self, b: usize) {
         fetch_far(self.from.wrapping_add(64 * b));
     }
-    /// While octet `o` is multiplied.
+    /// While step `i` is multiplied.
     #[inline(always)]
-    fn octet(&self, o: usize) {
-        let mut at = 64 * self.gathering + o * self.each;
+    fn step(&self, i: usize) {
+        let mut at = 64 * self.gathering + i * self.each;
         let to = at + self.each;
         while at < to {
             fetch_far(self.from.wrapping_add(at));
@@ -157,15 +156,16 @@ impl<C: Codec> Op for Gathered<'_, C> {
 
 #[inline(always)]
 fn floats_all<S: Simd, C: Codec, const PAIR: bool>(s: S, g: Gathered<'_, C>) {
-    let room = room(g.scratch, &g.layout);
     let (blocks, l) = (g.panels.blocks, g.layout);
+    let room = room(g.scratch, &l, blocks);
     let mut octets = 0;
     walk!(g, g.rows, |p, r, fresh| {
         // SAFETY: the maker has these panels and rows, and room in `out`.
         unsafe {
             let panel = g.panels.at(p);
             // Floats are gathered half by half, a line for every block of each.
-            let flow = Flow::of(&g.panels, &l, panel, if fresh { blocks * if PAIR { 2 } else { 1 } } else { 0 });
+            let lines = if fresh { blocks * if PAIR { 2 } else { 1 } } else { 0 };
+            let flow = Flow::of(&g.panels, &l, panel, lines, l.octets);
             if fresh {
                 octets = gather::<S, PAIR>(s, panel, blocks, &l, g.x.add(r * blocks * BLOCK), (room, flow));
             }
@@ -192,21 +192,18 @@ impl<C: Bytes> Op for GatheredBytes<'_, C> {
 
 #[inline(always)]
 fn bytes_all<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(s: S, g: GatheredBytes<'_, C>) {
-    let room = room(g.scratch, &g.layout);
-    let (blocks, l, grid) = (g.panels.blocks, g.layout, g.codec.grid());
-    // What sums are for: the zero of all groups is taken off at once, others ask for the sums themselves.
-    let by = if grid.kind.zeros() || grid.kind.minima() { 1 } else { -i32::from(grid.zero) };
-    let mut octets = 0;
+    let (blocks, l) = (g.panels.blocks, g.layout);
+    let room = room(g.scratch, &l, blocks);
     walk!(g, g.x.rows, |p, r, fresh| {
         // SAFETY: the maker has these panels and rows, and room in `out`.
         unsafe {
             let panel = g.panels.at(p);
-            let flow = Flow::of(&g.panels, &l, panel, if fresh { blocks } else { 0 });
+            let flow = Flow::of(&g.panels, &l, panel, if fresh { blocks } else { 0 }, blocks);
             if fresh {
-                let x = (g.x.codes.add(r * blocks * BLOCK), g.x.meta.add(r * blocks * META));
-                octets = gather_bytes::<S, PAIR>(s, panel, blocks, &l, x, by, (room, flow));
+                gather_bytes::<S, PAIR>(s, panel, blocks, g.x.codes.add(r * blocks * BLOCK), (room, flow));
             }
-            let v = bytes::<S, C, PAIR, PLAIN>(s, g.codec, panel, &l, octets, (room, flow));
+            let meta = g.x.meta.add(r * blocks * META);
+            let v = bytes::<S, C, PAIR, PLAIN>(s, g.codec, panel, &l, (blocks, meta), (room, flow));
             put::<S, PAIR>(s, g.out, r, p, g.panels.rows, v);
         }
     });
@@ -251,7 +248,7 @@ unsafe fn gather<S: Simd, const PAIR: bool>(
             let count = n.div_ceil(8);
             let (mut i, group) = (0, (b / layout.per) as u32);
             while i < count {
-                *room.groups.add(octets + i) = group;
+                *room.counts.add(octets + i) = group;
                 i += 1;
             }
             (octets, b) = (octets + count, end);
@@ -260,42 +257,45 @@ unsafe fn gather<S: Simd, const PAIR: bool>(
     octets
 }
 
-/// Gathers codes of x to the panel's columns, block by block; gives the number of octets.
+/// Gathers codes of x to the panel's columns, block by block.
 /// # Safety
-/// As for [`gather`]; `x` are the row's codes and what belongs to its blocks.
+/// As for [`gather`]; `x` are the row's codes.
 #[inline(always)]
 unsafe fn gather_bytes<S: Simd, const PAIR: bool>(
     s: S,
     panel: *const u8,
     blocks: usize,
-    layout: &Layout,
-    (x, meta): (*const i8, *const f32),
-    by: i32,
+    x: *const i8,
     (room, flow): (Room, Flow),
-) -> usize {
-    let step = if PAIR { 2 } else { 1 };
-    let (codes, masks) = (room.x.cast::<i8>(), panel.cast::<u32>());
-    let per = layout.per;
-    let (mut octets, mut b, mut group, mut left) = (0usize, 0, 0u32, per);
+) {
+    let (out, masks) = (room.x.cast::<i8>(), panel.cast::<u32>());
+    let (mut octets, mut b) = (0usize, 0);
     while b < blocks {
         // SAFETY: as the caller promises.
         unsafe {
             flow.gather(b);
-            let mine = masks.add(b).read_unaligned();
-            let other = if PAIR { masks.add(blocks + b).read_unaligned() } else { 0 };
-            let (to, sums) = (codes.add(8 * step * octets), room.sums.add(2 * step * octets));
-            s.gather::<PAIR>(x.add(b * BLOCK), [mine, other], by, to, sums);
-            // A block has four octets at most; those it lacks are written over by the next.
-            room.scales.add(octets).cast::<[f32; 4]>().write_unaligned([*meta.add(b * META); 4]);
-            room.groups.add(octets).cast::<[u32; 4]>().write_unaligned([group; 4]);
-            octets += mine.count_ones().max(other.count_ones()).div_ceil(8) as usize;
-            let last = left == 1;
-            group += u32::from(last);
-            left = if last { per } else { left - 1 };
+            let (x, mine) = (x.add(b * BLOCK), masks.add(b).read_unaligned());
+            let mut count = mine.count_ones();
+            if PAIR {
+                let other = masks.add(blocks + b).read_unaligned();
+                count = count.max(other.count_ones());
+                s.keep(x, mine, room.codes[0].add(8 * octets));
+                s.keep(x, other, room.codes[1].add(8 * octets));
+            } else {
+                s.keep(x, mine, out.add(8 * octets));
+            }
+            let count = count.div_ceil(8);
+            *room.counts.add(b) = count;
+            octets += count as usize;
         }
         b += 1;
     }
-    octets
+    let mut o = 0;
+    while PAIR && o < octets {
+        // SAFETY: four octets of each half, and after the last ones room for three more.
+        unsafe { s.turns(room.codes[0].add(8 * o), room.codes[1].add(8 * o), out.add(16 * o)) };
+        o += 4;
+    }
 }
 
 /// Moves the columns of blocks `from..to` whose bit is set together, with 32 zeros after them; gives how many.
@@ -360,12 +360,12 @@ unsafe fn floats<S: Simd, C: Codec, const PAIR: bool>(
         // SAFETY: as the caller promises.
         unsafe {
             let values = panel.add(layout.values_at);
-            flow.octet(o);
+            flow.step(o);
             near(values.add(o * layout.octet_bytes), layout.octet_bytes);
             let x = room.x.add(o * 8 * step);
             let mut h = 0;
             while h < ROWS / S::LANES {
-                let group = *room.groups.add(o) as usize;
+                let group = *room.counts.add(o) as usize;
                 let w = codec.gathered(s, panel, values.add(o * layout.octet_bytes), group, h);
                 let mut j = 0;
                 while j < 8 {
@@ -381,39 +381,60 @@ unsafe fn floats<S: Simd, C: Codec, const PAIR: bool>(
 }
 
 /// # Safety
-/// The room holds x gathered to the panel, as bytes.
+/// The room holds x gathered to the panel, as bytes; `meta` leads to what belongs to the blocks of x.
 #[inline(always)]
 unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(
     s: S,
     codec: &C,
     panel: *const u8,
     layout: &Layout,
-    octets: usize,
+    (blocks, meta): (usize, *const f32),
     (room, flow): (Room, Flow),
 ) -> [S::V; 2] {
-    let step = if PAIR { 2 } else { 1 };
-    let mut out = [s.splat(0.0); 2];
-    let mut o = 0;
-    while o < octets {
-        // SAFETY: as the caller promises.
-        unsafe {
-            let values = panel.add(layout.values_at);
-            flow.octet(o);
-            let (x, sums) = (room.x.cast::<i8>().add(o * 8 * step), room.sums.add(2 * o * step));
-            let group = *room.groups.add(o) as usize;
+    let (step, kind) = (if PAIR { 2 } else { 1 }, codec.grid().kind);
+    // What is summed of x itself: its product with the zero of all groups, or else, for each to use it as it must, with one.
+    let each = if !PLAIN && (kind.zeros() || kind.minima()) { 1 } else { codec.grid().zero };
+    let each = s.and_i(s.splat_i(-1), each);
+    // SAFETY: as the caller promises.
+    unsafe {
+        let mut values = panel.add(layout.values_at);
+        let mut x = room.x.cast::<i8>().cast_const();
+        let mut out = [s.splat(0.0); 2];
+        let (mut group, mut left) = (0, layout.per);
+        let mut b = 0;
+        while b < blocks {
+            flow.step(b);
+            let mut sums = [[s.splat_i(0); 2]; 2];
+            let mut given = [s.splat_i(0); 2];
+            let mut o = *room.counts.add(b);
+            while o > 0 {
+                given = s.dot8::<PAIR>(C::BITS, given, [each; 2], x);
+                let mut h = 0;
+                while h < ROWS / S::LANES {
+                    let codes = codec.octet(s, values, 0, 0, h);
+                    sums[h] = s.dot8::<PAIR>(C::BITS, sums[h], codes, x);
+                    h += 1;
+                }
+                values = values.add(layout.octet_bytes);
+                x = x.add(8 * step);
+                o -= 1;
+            }
+            let (given, scale) = (s.total(C::BITS, given), s.splat(*meta.add(b * META)));
             let mut h = 0;
             while h < ROWS / S::LANES {
-                let codes = codec.octet(s, values, 0, o, h);
-                let given = s.add_i(s.spread_i::<PAIR>(sums), s.spread_i::<PAIR>(sums.add(step)));
                 let shared = codec.shared::<S, PLAIN>(s, panel, group, h);
-                let scale = room.scales.add(o);
-                out[h] = codec.close_octet::<S, PAIR, PLAIN>(s, &shared, codes, (x, given, *scale), out[h]);
+                let sum = s.total(C::BITS, sums[h]);
+                out[h] = codec.close_gathered::<S, PLAIN>(s, &shared, sum, (given, scale), out[h]);
                 h += 1;
             }
+            left -= 1;
+            if left == 0 {
+                (group, left) = (group + 1, layout.per);
+            }
+            b += 1;
         }
-        o += 1;
+        out
     }
-    out
 }
 
 /// Writes a panel's results, the lanes of a pair put back in the order of rows.

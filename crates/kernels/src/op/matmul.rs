@@ -87,6 +87,11 @@ impl<C: Codec> Op for Gemv<'_, C> {
         // SAFETY: the maker has these panels, an x as long and room in `out`.
         unsafe {
             // Chains side by side hide the latency of each; a group that lacks panels repeats its last one and does not write it.
+            while C::EXPANDS && S::LANES < ROWS && self.to - p > 1 {
+                // Every panel has two places where it is read.
+                gemv::<S, C, 2>(s, &self, p);
+                p += 2;
+            }
             while self.to - p > 2 {
                 gemv::<S, C, 4>(s, &self, p);
                 p = (p + 4).min(self.to);
@@ -135,8 +140,19 @@ unsafe fn gemv<S: Simd, C: Codec, const P: usize>(s: S, g: &Gemv<'_, C>, p: usiz
                 let mut o = 0;
                 while o < BLOCK / 8 {
                     let x = g.x.add(b * BLOCK + 8 * o);
+                    let mut j = 0;
+                    while C::EXPANDS && S::LANES < ROWS && j < 8 {
+                        let x = s.splat(*x.add(j));
+                        let mut i = 0;
+                        while i < P {
+                            let w = g.codec.both(s, &mut blocks[i][0]);
+                            acc[i] = [s.fma(x, w[0], acc[i][0]), s.fma(x, w[1], acc[i][1])];
+                            i += 1;
+                        }
+                        j += 1;
+                    }
                     let mut i = 0;
-                    while i < P {
+                    while (!C::EXPANDS || S::LANES == ROWS) && i < P {
                         let mut h = 0;
                         while h < ROWS / S::LANES {
                             let w = g.codec.eight(s, &mut blocks[i][h], o);

@@ -157,6 +157,22 @@ impl<W: Width> Codec for Masked<W> {
         unreachable!("columns that rows share are not masked")
     }
     #[inline(always)]
+    unsafe fn both<S: Simd>(&self, s: S, r: &mut Reader) -> [S::V; 2] {
+        let mut out = [s.splat(0.0); 2];
+        let mut h = 0;
+        while h < 2 {
+            // SAFETY: as for `eight`.
+            unsafe {
+                let mask = u32::from(*r.masks.add(h));
+                out[h] = W::expand(s, r.values, mask);
+                r.values = r.values.add(mask.count_ones() as usize * W::BYTES);
+            }
+            h += 1;
+        }
+        r.masks = r.masks.wrapping_add(2);
+        out
+    }
+    #[inline(always)]
     unsafe fn eight<S: Simd>(&self, s: S, r: &mut Reader, o: usize) -> [S::V; 8] {
         let mut out = [s.splat(0.0); 8];
         let mut j = 0;

@@ -8,9 +8,10 @@
 
 use lacuna_format::{Float, Pattern, Piece, Values};
 
-use super::ints::{Grid, grid, put_code, put_scale};
+use super::ints::{Bytes, Grid, Ints, grid, put_code, put_scale};
 use super::source::{Line, Source};
 use super::{BLOCK, Panels, ROWS};
+use crate::simd::{Op, Simd};
 
 /// Where things lie in every panel: the masks of its halves first, then the scales of its groups, then its values.
 #[derive(Clone, Copy, Debug)]
@@ -159,4 +160,129 @@ pub(crate) fn ints(piece: &Piece, source: &Source, wide: usize, read: &dyn Fn())
         }
     });
     (panels, grid, layout)
+}
+
+/// Whether panels of this grid may be filled in: where a code says zero, the same one everywhere.
+pub(crate) fn fills(grid: &Grid) -> bool {
+    !grid.kind.zeros() && !grid.kind.minima() && !grid.kind.supers()
+}
+
+/// Bytes of a panel that [`Fill`] writes.
+pub(crate) fn filled_bytes<const BITS: usize>(grid: &Grid, layout: &Layout, blocks: usize) -> usize {
+    blocks * 64 * BITS + blocks.div_ceil(layout.per) * grid.kind.entry()
+}
+
+/// Writes a gathered panel as a dense one, the matrix's zero where nothing was kept; gives its grid.
+pub(crate) struct Fill<'a, const BITS: usize> {
+    pub(crate) panel: &'a [u8],
+    pub(crate) codec: &'a Ints<BITS>,
+    pub(crate) layout: &'a Layout,
+    pub(crate) blocks: usize,
+    pub(crate) out: &'a mut [u8],
+}
+
+impl<const BITS: usize> Op for Fill<'_, BITS>
+where
+    Ints<BITS>: Bytes,
+{
+    type Out = Ints<BITS>;
+    #[inline(always)]
+    fn run<S: Simd>(self, _: S) -> Ints<BITS> {
+        assert!(
+            self.out.len() >= filled_bytes::<BITS>(self.codec.grid(), self.layout, self.blocks),
+            "room for a panel"
+        );
+        let Fill { panel, codec: Ints(grid), layout, blocks, out } = self;
+        let scales_at = blocks * 64 * BITS;
+        // SAFETY: a whole panel of this codec, and room for as much.
+        unsafe {
+            let mut lanes = [0; ROWS];
+            let mut i = 0;
+            while i < ROWS {
+                lanes[i] = place(layout.pair, i).0;
+                i += 1;
+            }
+            fill_codes::<BITS>(panel.as_ptr(), (layout, blocks, grid.zero), &lanes, out.as_mut_ptr());
+            let (groups, entry) = (blocks.div_ceil(layout.per), grid.kind.entry());
+            let mut i = 0;
+            while i < groups * ROWS {
+                let width = entry / ROWS;
+                let (from, to) = (i / ROWS * entry + lanes[i % ROWS] * width, i / ROWS * entry + i % ROWS * width);
+                let from = panel.as_ptr().add(grid.scales_at + from);
+                from.copy_to_nonoverlapping(out.as_mut_ptr().add(scales_at + to), width);
+                i += 1;
+            }
+        }
+        Ints(Grid { scales_at, per: layout.per, ..grid.clone() })
+    }
+}
+
+/// Codes to where they are in a dense panel. Plain loops over lanes, by pointers: they become vectors of the instruction set that they are inlined
+/// into, as iterators and closures would not.
+/// # Safety
+/// `panel` is a whole one of `blocks` blocks, `lanes` are in it, and `out` has room for as many blocks.
+#[inline(always)]
+unsafe fn fill_codes<const BITS: usize>(
+    panel: *const u8,
+    (layout, blocks, zero): (&Layout, usize, u8),
+    lanes: &[usize; ROWS],
+    out: *mut u8,
+) {
+    let fill = u32::from(if BITS == 4 { zero * 17 } else { zero }) * 0x0101_0101;
+    let one = if BITS == 4 { 15 } else { 255 };
+    // SAFETY: as the caller promises.
+    unsafe {
+        let mut next = panel.add(layout.values_at).cast::<[u32; ROWS]>();
+        let mut b = 0;
+        while b < blocks {
+            let mine = panel.cast::<u32>().add(b).read_unaligned();
+            let other = if layout.pair { panel.cast::<u32>().add(blocks + b).read_unaligned() } else { mine };
+            let count = mine.count_ones().max(other.count_ones()).div_ceil(8) as usize * BITS / 4;
+            // A word holds a lane's codes of four columns, with 4 bits those of eight.
+            let mut source = [[0; ROWS]; 8];
+            let mut w = 0;
+            while w < count {
+                let from = next.read_unaligned();
+                let mut i = 0;
+                while i < ROWS {
+                    source[w][i] = from[lanes[i]] ^ fill;
+                    i += 1;
+                }
+                next = next.add(1);
+                w += 1;
+            }
+            let to = out.add(b * 64 * BITS).cast::<[u32; ROWS]>();
+            w = 0;
+            while w < BITS {
+                to.add(w).write_unaligned([fill; ROWS]);
+                w += 1;
+            }
+            let mut h = 0;
+            while h < 2 {
+                // Where all rows share, both halves take the same way.
+                let (mut rest, mut k) = (if h == 0 { mine } else { other }, 0);
+                while rest != 0 {
+                    let c = rest.trailing_zeros() as usize;
+                    let ((from, down), (word, up)) = (within::<BITS>(k), within::<BITS>(c));
+                    let from = source.as_ptr().add(from).cast::<u32>().add(8 * h);
+                    let at = to.add(word).cast::<u32>().add(8 * h);
+                    let mut i = 0;
+                    while i < 8 {
+                        let code = *from.add(i) >> down & one;
+                        at.add(i).write_unaligned(at.add(i).read_unaligned() ^ code << up);
+                        i += 1;
+                    }
+                    (rest, k) = (rest & (rest - 1), k + 1);
+                }
+                h += 1;
+            }
+            b += 1;
+        }
+    }
+}
+
+/// The word, and the place in it, of column `c` of a block.
+#[inline(always)]
+fn within<const BITS: usize>(c: usize) -> (usize, usize) {
+    if BITS == 4 { (c / 8, 8 * (c % 4) + c % 8 / 4 * 4) } else { (c / 4, 8 * (c % 4)) }
 }

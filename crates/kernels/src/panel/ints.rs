@@ -33,7 +33,7 @@ pub(crate) enum Kind {
 
 impl Kind {
     /// Bytes of a group's entry.
-    pub(super) fn entry(self) -> usize {
+    pub(crate) fn entry(self) -> usize {
         match self {
             Kind::F16 | Kind::Super | Kind::Sixteens => 2 * ROWS,
             Kind::F32 | Kind::F16Min => 4 * ROWS,
@@ -46,7 +46,7 @@ impl Kind {
         matches!(self, Kind::F16Min | Kind::Super)
     }
     /// Whether groups lie under others, eight blocks each.
-    fn supers(self) -> bool {
+    pub(crate) fn supers(self) -> bool {
         matches!(self, Kind::Super | Kind::Sixteens)
     }
     /// Whether every group has a zero of its own.
@@ -66,7 +66,7 @@ pub(crate) struct Grid {
     /// Where the groups' entries begin in a panel.
     pub(crate) scales_at: usize,
     /// Where the entries over 8 blocks begin.
-    supers_at: usize,
+    pub(super) supers_at: usize,
     /// The values of the codes, where they are not the codes themselves.
     pub(crate) table: Option<Arc<[f32]>>,
 }
@@ -168,9 +168,9 @@ pub(crate) trait Bytes: Send + Sync {
     /// A block's exact sum of `code * x`, made the sum of `(code - zero) * x`, times both scales onto `acc`. `sum` comes with the
     /// block's `bias` (see [`META`]) in it.
     /// # Safety
-    /// As for `octet`; `meta` leads to the block's four numbers, with `PAIR` each of them twice.
+    /// As for `octet`; `meta` leads to the block's four numbers.
     #[inline(always)]
-    unsafe fn close<S: Simd, const PAIR: bool, const PLAIN: bool>(
+    unsafe fn close<S: Simd, const PLAIN: bool>(
         &self,
         s: S,
         shared: &Shared<S>,
@@ -178,41 +178,38 @@ pub(crate) trait Bytes: Send + Sync {
         meta: *const f32,
         acc: S::V,
     ) -> S::V {
-        let step = if PAIR { 2 } else { 1 };
         // SAFETY: as the caller promises.
         unsafe {
             let kind = if PLAIN { Kind::F16 } else { self.grid().kind };
             let sum = if kind.zeros() {
-                s.less_product(sum, shared.zeros, s.spread_i::<PAIR>(meta.add(2 * step).cast()))
+                s.less_product(sum, shared.zeros, s.spread_i::<false>(meta.add(2).cast()))
             } else {
                 sum
             };
-            let scale = s.mul(shared.scale, s.spread::<PAIR>(meta));
+            let scale = s.mul(shared.scale, s.splat(*meta));
             let acc = s.fused(s.float(sum), scale, acc);
-            if kind.minima() { s.fused(shared.minima, s.spread::<PAIR>(meta.add(3 * step)), acc) } else { acc }
+            if kind.minima() { s.fused(shared.minima, s.splat(*meta.add(3)), acc) } else { acc }
         }
     }
 
-    /// An octet's exact sum of `code * x`, made the sum of `(code - zero) * x`, times both scales onto `acc`. `given` is the octet's sum of x, times
-    /// minus the zero of all groups where there is one for all.
-    /// # Safety
-    /// As for [`Simd::dot8`].
+    /// As `close` for x that was gathered: `given` is the block's sum of what was kept of x, times the zero of all groups where there is one for all.
     #[inline(always)]
-    unsafe fn close_octet<S: Simd, const PAIR: bool, const PLAIN: bool>(
+    fn close_gathered<S: Simd, const PLAIN: bool>(
         &self,
         s: S,
         shared: &Shared<S>,
-        codes: [S::I; 2],
-        (x, given, scale): (*const i8, S::I, f32),
+        sum: S::I,
+        (given, scale): (S::I, S::V),
         acc: S::V,
     ) -> S::V {
         let kind = if PLAIN { Kind::F16 } else { self.grid().kind };
-        let begin = if kind.zeros() || kind.minima() { s.splat_i(0) } else { given };
-        // SAFETY: as the caller promises.
-        let sum = unsafe { s.dot8::<PAIR>(Self::BITS, [begin, s.splat_i(0)], codes, x) };
-        let sum = s.total(Self::BITS, sum);
-        let sum = if kind.zeros() { s.less_product(sum, shared.zeros, given) } else { sum };
-        let scale = s.splat(scale);
+        let sum = if kind.zeros() {
+            s.less_product(sum, shared.zeros, given)
+        } else if kind.minima() {
+            sum
+        } else {
+            s.sub_i(sum, given)
+        };
         let acc = s.fused(s.float(sum), s.mul(shared.scale, scale), acc);
         if kind.minima() { s.fused(shared.minima, s.mul(s.float(given), scale), acc) } else { acc }
     }

@@ -213,4 +213,11 @@ pub(crate) trait Codec: Send + Sync {
     /// # Safety
     /// As for `block`.
     unsafe fn eight<S: Simd>(&self, s: S, block: &mut Self::Block<S>, o: usize) -> [S::V; 8];
+    /// Where it [`EXPANDS`](Self::EXPANDS): the next column of a block read for half 0, both halves of its lanes.
+    /// # Safety
+    /// As for `block`; there is a next column.
+    #[inline(always)]
+    unsafe fn both<S: Simd>(&self, _: S, _: &mut Self::Block<S>) -> [S::V; 2] {
+        unreachable!("asked only of what expands")
+    }
 }

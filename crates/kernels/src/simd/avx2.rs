@@ -251,9 +251,9 @@ impl Simd for Avx2 {
         unsafe { _mm256_cvtepi32_ps(a) }
     }
     #[inline(always)]
-    fn add_i(self, a: __m256i, b: __m256i) -> __m256i {
+    fn sub_i(self, a: __m256i, b: __m256i) -> __m256i {
         // SAFETY: see above.
-        unsafe { _mm256_add_epi32(a, b) }
+        unsafe { _mm256_sub_epi32(a, b) }
     }
     #[inline(always)]
     fn less_product(self, a: __m256i, b: __m256i, c: __m256i) -> __m256i {
@@ -309,9 +309,19 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn gather<const PAIR: bool>(self, x: *const i8, masks: [u32; 2], by: i32, out: *mut i8, sums: *mut i32) {
+    unsafe fn keep(self, x: *const i8, mask: u32, out: *mut i8) {
         // SAFETY: see above.
-        unsafe { gather::<PAIR>(x, masks, by, out, sums) }
+        unsafe { keep(x, mask, out) }
+    }
+    #[inline(always)]
+    unsafe fn turns(self, a: *const i8, b: *const i8, out: *mut i8) {
+        // SAFETY: see above.
+        unsafe {
+            let (a, b) = (_mm256_loadu_si256(a.cast()), _mm256_loadu_si256(b.cast()));
+            let (low, high) = (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+            _mm256_storeu_si256(out.cast(), _mm256_permute2x128_si256::<0x20>(low, high));
+            _mm256_storeu_si256(out.add(32).cast(), _mm256_permute2x128_si256::<0x31>(low, high));
+        }
     }
     #[inline(always)]
     unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> __m256i {
@@ -335,59 +345,24 @@ impl Simd for Avx2 {
     }
 }
 
-/// See [`Simd::gather`].
+/// See [`Simd::keep`].
 /// # Safety
 /// As there; the processor has AVX2 and POPCNT.
 #[inline(always)]
-pub(super) unsafe fn gather<const PAIR: bool>(x: *const i8, masks: [u32; 2], by: i32, out: *mut i8, sums: *mut i32) {
-    // SAFETY: as the caller promises.
-    unsafe {
-        let a = kept(x, masks[0]);
-        if !PAIR {
-            _mm256_storeu_si256(out.cast(), a);
-            return _mm256_storeu_si256(sums.cast(), quads(a, by));
-        }
-        let b = kept(x, masks[1]);
-        let (low, high) = (_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
-        let turns = [_mm256_permute2x128_si256::<0x20>(low, high), _mm256_permute2x128_si256::<0x31>(low, high)];
-        let mut i = 0;
-        while i < 2 {
-            _mm256_storeu_si256(out.add(32 * i).cast(), turns[i]);
-            _mm256_storeu_si256(sums.add(8 * i).cast(), quads(turns[i], by));
-            i += 1;
-        }
-    }
-}
-
-/// The bytes of 32 whose bit is set, moved together, zeros after them.
-/// # Safety
-/// `p` is readable for 32 bytes; the processor has AVX2 and POPCNT.
-#[inline(always)]
-unsafe fn kept(p: *const i8, mask: u32) -> __m256i {
-    let (mut out, mut n, mut i) = ([0i8; 32], 0, 0);
+pub(super) unsafe fn keep(x: *const i8, mask: u32, out: *mut i8) {
     // SAFETY: as the caller promises: the last of the eight bytes that are written lies before `8 * i + 8`.
     unsafe {
+        // Whoever reads it does so later: a load of what several stores have just written would wait for all of them.
+        _mm256_storeu_si256(out.cast(), _mm256_setzero_si256());
+        let (mut n, mut i) = (0, 0);
         while i < 4 {
             let m = (mask >> (8 * i) & 255) as usize;
             let order = _mm_loadl_epi64(COMPRESS[m].as_ptr().cast());
-            let v = _mm_shuffle_epi8(_mm_loadl_epi64(p.add(8 * i).cast()), order);
-            _mm_storel_epi64(out.as_mut_ptr().add(n).cast(), v);
+            let v = _mm_shuffle_epi8(_mm_loadl_epi64(x.add(8 * i).cast()), order);
+            _mm_storel_epi64(out.add(n).cast(), v);
             n += m.count_ones() as usize;
             i += 1;
         }
-        _mm256_loadu_si256(out.as_ptr().cast())
-    }
-}
-
-/// The sum of every four signed bytes above -128, times `by`, which lies in -128..=128.
-/// # Safety
-/// The processor has AVX2.
-#[inline(always)]
-unsafe fn quads(v: __m256i, by: i32) -> __m256i {
-    // SAFETY: as the caller promises; two products of 128 and 127 fit 16 bits.
-    unsafe {
-        let twos = _mm256_maddubs_epi16(_mm256_set1_epi8(by.unsigned_abs() as i8), v);
-        _mm256_sign_epi32(_mm256_madd_epi16(twos, _mm256_set1_epi16(1)), _mm256_set1_epi32(by))
     }
 }
 

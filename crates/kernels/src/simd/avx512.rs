@@ -264,9 +264,9 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         unsafe { _mm512_cvtepi32_ps(a) }
     }
     #[inline(always)]
-    fn add_i(self, a: __m512i, b: __m512i) -> __m512i {
+    fn sub_i(self, a: __m512i, b: __m512i) -> __m512i {
         // SAFETY: see above.
-        unsafe { _mm512_add_epi32(a, b) }
+        unsafe { _mm512_sub_epi32(a, b) }
     }
     #[inline(always)]
     fn less_product(self, a: __m512i, b: __m512i, c: __m512i) -> __m512i {
@@ -326,27 +326,24 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         }
     }
     #[inline(always)]
-    unsafe fn gather<const PAIR: bool>(self, x: *const i8, masks: [u32; 2], by: i32, out: *mut i8, sums: *mut i32) {
-        // SAFETY: see above; VBMI2 and VNNI only where the token says so.
+    unsafe fn keep(self, x: *const i8, mask: u32, out: *mut i8) {
+        // SAFETY: see above; VBMI2 only where the token says so.
         unsafe {
             if !VNNI {
-                return super::avx2::gather::<PAIR>(x, masks, by, out, sums);
+                return super::avx2::keep(x, mask, out);
             }
-            let (x, times) = (_mm256_loadu_si256(x.cast()), by.unsigned_abs() as i8);
-            let a = _mm256_maskz_compress_epi8(masks[0], x);
-            if !PAIR {
-                let sum = _mm256_dpbusd_epi32(_mm256_setzero_si256(), _mm256_set1_epi8(times), a);
-                _mm256_storeu_si256(out.cast(), a);
-                _mm256_storeu_si256(sums.cast(), _mm256_sign_epi32(sum, _mm256_set1_epi32(by)));
-                return;
-            }
-            let b = _mm256_maskz_compress_epi8(masks[1], x);
+            let x = _mm256_loadu_si256(x.cast());
+            _mm256_storeu_si256(out.cast(), _mm256_maskz_compress_epi8(mask, x));
+        }
+    }
+    #[inline(always)]
+    unsafe fn turns(self, a: *const i8, b: *const i8, out: *mut i8) {
+        // SAFETY: see above.
+        unsafe {
+            let (a, b) = (_mm256_loadu_si256(a.cast()), _mm256_loadu_si256(b.cast()));
             let turns = _mm512_setr_epi32(0, 16, 1, 17, 2, 18, 3, 19, 4, 20, 5, 21, 6, 22, 7, 23);
             let both = _mm512_permutex2var_epi32(_mm512_castsi256_si512(a), turns, _mm512_castsi256_si512(b));
-            let sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), _mm512_set1_epi8(times), both);
-            let negative = if by < 0 { !0 } else { 0 };
             _mm512_storeu_si512(out.cast(), both);
-            _mm512_storeu_si512(sums.cast(), _mm512_mask_sub_epi32(sum, negative, _mm512_setzero_si512(), sum));
         }
     }
     #[inline(always)]

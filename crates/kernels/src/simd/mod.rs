@@ -78,12 +78,14 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn compress(self, a: Self::V, mask: u32) -> Self::V;
     /// `a[0], b[0], a[1], b[1]` and so on.
     fn interleave(self, a: Self::V, b: Self::V) -> [Self::V; 2];
-    /// Of the 32 bytes at `x`, which lie above -128, those whose bit is set in `masks[0]`, moved together, zeros after them: 32 bytes to `out`. With
-    /// `PAIR` also those of `masks[1]`, and four of the first take turns with four of the second: 64 bytes. To `sums` the sum of every four
-    /// bytes of `out`, times `by`, which lies in -128..=128.
+    /// Of the 32 bytes at `x` those whose bit is set in `mask`, moved together, zeros after them: 32 bytes to `out`.
     /// # Safety
-    /// `x` is readable for 32 bytes, `out` writable for 32, `sums` for 8 numbers, with `PAIR` for twice as many.
-    unsafe fn gather<const PAIR: bool>(self, x: *const i8, masks: [u32; 2], by: i32, out: *mut i8, sums: *mut i32);
+    /// `x` is readable for 32 bytes, `out` writable for as many.
+    unsafe fn keep(self, x: *const i8, mask: u32, out: *mut i8);
+    /// Four bytes of `a` and four of `b` by turns, 32 of each.
+    /// # Safety
+    /// Both are readable for 32 bytes, `out` is writable for 64.
+    unsafe fn turns(self, a: *const i8, b: *const i8, out: *mut i8);
     /// Packed f16, one for each set bit, to the lanes of the bits; the others are 0.
     /// # Safety
     /// `p` is readable for `2 * LANES` bytes.
@@ -137,8 +139,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn byte(self, a: Self::I, j: usize) -> Self::I;
     /// Lanes as f32, rounded to nearest.
     fn float(self, a: Self::I) -> Self::V;
-    /// `a + b`.
-    fn add_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// `a - b`.
+    fn sub_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// `a - b * c`.
     fn less_product(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I;
     /// Adds to every lane the products of its four unsigned bytes in `c[0]`, and then in `c[1]`, of `bits` bits, and signed bytes of x
@@ -285,33 +287,21 @@ mod tests {
             }
         }
         let x: Vec<i8> = bytes.iter().map(|&b| (b as i8).max(-127)).collect();
-        let masks = [0u32, !0, 0x8000_0001, 0x0F0F_1234, 0xA5A5_5A5A, 0xFFFF_0000, 0xFFFF];
-        for (mask, other) in masks.iter().flat_map(|&m| masks.map(|o| (m, o))) {
-            let kept = |mask: u32| {
-                let mut all: Vec<i8> = (0..32).filter(|i| mask >> i & 1 == 1).map(|i| x[i]).collect();
-                all.resize(32, 0);
-                all
-            };
-            let (a, b) = (kept(mask), kept(other));
-            let turns: Vec<i8> = a.chunks(4).zip(b.chunks(4)).flat_map(|(a, b)| [a, b].concat()).collect();
-            for by in [-128, -8, 0, 1] {
-                let (mut out, mut sums) = ([99i8; 80], [99i32; 20]);
-                let sum = |all: &[i8]| {
-                    all.chunks(4).map(|q| by * q.iter().map(|&v| i32::from(v)).sum::<i32>()).collect::<Vec<_>>()
-                };
-                // SAFETY: 32 bytes are there, and room for 64 and their sums.
-                unsafe { s.gather::<false>(x.as_ptr(), [mask, 0], by, out.as_mut_ptr(), sums.as_mut_ptr()) };
-                assert_eq!(
-                    (&out[..33], &sums[..9]),
-                    (&[&a[..], &[99]].concat()[..], &[&sum(&a)[..], &[99]].concat()[..]),
-                    "{mask:x}"
-                );
-                // SAFETY: as above.
-                unsafe { s.gather::<true>(x.as_ptr(), [mask, other], by, out.as_mut_ptr(), sums.as_mut_ptr()) };
-                assert_eq!((&out[..64], &sums[..16]), (&turns[..], &sum(&turns)[..]), "{mask:x} {other:x}");
-                assert_eq!((&out[64..], &sums[16..]), (&[99i8; 16][..], &[99i32; 4][..]));
-            }
+        for mask in [0u32, !0, 0x8000_0001, 0x0F0F_1234, 0xA5A5_5A5A, 0xFFFF_0000, 0xFFFF] {
+            let mut want: Vec<i8> = (0..32).filter(|i| mask >> i & 1 == 1).map(|i| x[i]).collect();
+            want.resize(32, 0);
+            want.push(99);
+            let mut out = [99i8; 33];
+            // SAFETY: 32 bytes are there, and room for as many.
+            unsafe { s.keep(x.as_ptr(), mask, out.as_mut_ptr()) };
+            assert_eq!(out[..], want, "{mask:x}");
         }
+        let (a, b) = x[..64].split_at(32);
+        let want: Vec<i8> = a.chunks(4).zip(b.chunks(4)).flat_map(|(a, b)| [a, b].concat()).collect();
+        let mut out = [0i8; 64];
+        // SAFETY: 32 bytes of each, and room for 64.
+        unsafe { s.turns(a.as_ptr(), b.as_ptr(), out.as_mut_ptr()) };
+        assert_eq!(out[..], want);
         // SAFETY: 16 values.
         let turns = unsafe { s.interleave(s.load(plain.as_ptr()), s.mul(s.load(plain.as_ptr()), s.splat(-1.0))) };
         for (half, v) in turns.into_iter().enumerate() {

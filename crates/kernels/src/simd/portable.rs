@@ -228,8 +228,8 @@ impl Simd for Portable {
         fill(|i| a[i] as i32 as f32)
     }
     #[inline(always)]
-    fn add_i(self, a: I, b: I) -> I {
-        map(|i| a[i].wrapping_add(b[i]))
+    fn sub_i(self, a: I, b: I) -> I {
+        map(|i| a[i].wrapping_sub(b[i]))
     }
     #[inline(always)]
     fn less_product(self, a: I, b: I, c: I) -> I {
@@ -266,27 +266,24 @@ impl Simd for Portable {
         [low, high]
     }
     #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
-    unsafe fn gather<const PAIR: bool>(self, x: *const i8, masks: [u32; 2], by: i32, out: *mut i8, sums: *mut i32) {
-        // SAFETY: the caller promises 32 bytes.
-        let x = unsafe { bytes::<32>(x.cast()) };
-        let halves = if PAIR { 2 } else { 1 };
-        for (half, mask) in masks.into_iter().enumerate().take(halves) {
-            let (mut kept, mut n) = ([0i8; 32], 0);
-            for (i, &b) in x.iter().enumerate() {
-                if mask >> i & 1 == 1 {
-                    kept[n] = b as i8;
-                    n += 1;
-                }
+    unsafe fn keep(self, x: *const i8, mask: u32, out: *mut i8) {
+        let (mut kept, mut n) = ([0i8; 32], 0);
+        for i in 0..32 {
+            if mask >> i & 1 == 1 {
+                // SAFETY: the caller promises 32 bytes.
+                kept[n] = unsafe { *x.add(i) };
+                n += 1;
             }
-            for (q, four) in kept.chunks_exact(4).enumerate() {
-                let sum: i32 = four.iter().map(|&v| i32::from(v)).sum();
-                // SAFETY: the caller promises room for eight quads and their sums, or twice as many.
-                unsafe {
-                    let at = q * halves + half;
-                    out.add(4 * at).copy_from_nonoverlapping(four.as_ptr(), 4);
-                    *sums.add(at) = by * sum;
-                }
-            }
+        }
+        // SAFETY: the caller promises room for 32 bytes.
+        unsafe { out.copy_from_nonoverlapping(kept.as_ptr(), 32) };
+    }
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
+    unsafe fn turns(self, a: *const i8, b: *const i8, out: *mut i8) {
+        for i in 0..64 {
+            let from = if i / 4 % 2 == 0 { a } else { b };
+            // SAFETY: the caller promises 32 bytes of each and room for 64.
+            unsafe { *out.add(i) = *from.add(i / 8 * 4 + i % 4) };
         }
     }
     #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
