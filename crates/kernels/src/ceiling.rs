@@ -137,15 +137,19 @@ impl Op for Dots {
     const INTEGER: bool = true;
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> f32 {
-        let x = black_box([1i8; 16]);
-        let codes = [s.splat_i(black_box(0x0102_0304)), s.splat_i(black_box(0x0403_0201))];
+        let x = black_box([1i8; 8 * CHAINS]);
+        let mut codes = [s.splat_i(black_box(0x0102_0304)), s.splat_i(black_box(0x0403_0201))];
+        let turn = s.splat_i(black_box(0));
         let mut acc = [[s.splat_i(0); 2]; CHAINS];
         let mut step = 0;
         while step < self.0 {
+            // Other codes every step, and other x for every chain, for all the compiler can tell: it would take repeated products out of the loop.
+            codes[0] = s.xor_i(codes[0], turn);
+            codes[1] = s.xor_i(codes[1], codes[0]);
             let mut i = 0;
             while i < CHAINS {
-                // SAFETY: x has 16 bytes.
-                acc[i] = unsafe { s.dot8::<false>(4, acc[i], codes, x.as_ptr()) };
+                // SAFETY: x has 8 bytes for every chain.
+                acc[i] = unsafe { s.dot8::<false>(4, acc[i], codes, x.as_ptr().add(8 * i)) };
                 i += 1;
             }
             step += 1;

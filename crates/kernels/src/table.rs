@@ -35,8 +35,8 @@ pub fn rows() -> Vec<Row> {
         product("product", "mask or blocks of 8, 16, 32 rows", &["f16", "f32", "int2 to int4", "int5 to int8"]);
         product("product of bytes", "mask or blocks of 8, 16, 32 rows", &["int2 to int4", "int5 to int8"]);
         product("product", "mask, n:m", &["f16", "f32"]);
-        product("product", "1:2, 2:4, 4:8", &["int4"]);
-        product("product of bytes", "1:2, 2:4, 4:8", &["int4"]);
+        product("product", "1:2, 2:4", &["int4"]);
+        product("product of bytes", "1:2, 2:4", &["int4"]);
         for pattern in ["dense", "n:m", "mask", "csr", "blocks", "product"] {
             product("product", pattern, &["any other, decoded first"]);
         }

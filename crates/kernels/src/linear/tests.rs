@@ -299,6 +299,45 @@ fn five_hundred_rows_are_five_hundred_single_ones() {
     }
 }
 
+#[test]
+fn what_is_left_out_is_zero_bit_for_bit() {
+    let (rows, cols) = (40, 352);
+    let mut rng = Rng::new(11);
+    let kinds = [8, 16, 32].map(|height| PatternKind::Mask { height });
+    let kinds = kinds.into_iter().chain([(1, 2), (2, 4)].map(|(n, m)| PatternKind::Nm { n, m }));
+    for (kind, bits, run) in kinds.flat_map(|k| [(k, 4, 32), (k, 4, 96), (k, 8, 64)]) {
+        let mask = Mask::from_fn(rows, cols, |r, c| match kind {
+            PatternKind::Nm { n, m } => (c + r * 3 + c / 8) % usize::from(m) < n.into(),
+            PatternKind::Mask { height } => (r / height * 7919 + c).wrapping_mul(0x9E37_79B9_7F4A_7C15) >> 63 == 0,
+            _ => unreachable!("of the kinds above"),
+        });
+        let codes: Vec<u8> = (0..rows * cols).map(|_| rng.u64() as u8 >> (8 - bits)).collect();
+        let scales = Mat::from_fn(rows, cols.div_ceil(run), |_, _| rng.normal());
+        let with = |codes, mask, kind| {
+            let q = Integers { rows, cols, bits, codes, scales: scales.clone(), zeros: None, group: Group::Run(run) };
+            Stored::from_piece(pack_integers(&q, mask, kind, ScaleCodec::F16).unwrap())
+        };
+        let zero = 1 << (bits - 1);
+        let filled = (0..rows * cols).map(|i| if mask.get(i / cols, i % cols) { codes[i] } else { zero }).collect();
+        let (sparse, dense) = (with(codes, Some(&mask), kind), with(filled, None, PatternKind::Dense));
+        let x = random(100, cols, 12);
+        for isa in Isa::here() {
+            let [a, b] = [&sparse, &dense].map(|w| pack_for(w, isa, Activations::Int8).unwrap());
+            for n in [1, 3, 100] {
+                let x = x.view().rows_range(0, n);
+                assert!(
+                    bits_equal(&forward(&a, x), &forward(&b, x)),
+                    "{kind:?} int{bits} run {run}, {n} rows on {isa}"
+                );
+            }
+        }
+    }
+}
+
+fn bits_equal(a: &Mat, b: &Mat) -> bool {
+    bits(a.view()) == bits(b.view())
+}
+
 /// Rows in blocks of 32 columns as the definition in `op::quantize` has them, and how far each value may be from its own.
 fn rounded(x: &Mat) -> (Mat, Mat) {
     let (mut q, mut far) = (x.clone(), x.clone());

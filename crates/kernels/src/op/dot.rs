@@ -91,7 +91,9 @@ unsafe fn rows<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
     let mut out = [[s.splat(0.0); 2]; M];
     // SAFETY: as the caller promises.
     unsafe {
-        if M == 1 || S::LANES == ROWS {
+        if M == 1 && C::PICKS {
+            out[0] = picked::<S, C, PLAIN>(s, g, panel, r);
+        } else if M == 1 || S::LANES == ROWS {
             // The bytes of a single row meet both halves of the lanes while they are in registers.
             sums::<S, C, PLAIN, M>(s, g, panel, r, (0, ROWS / S::LANES), &mut out);
         } else {
@@ -179,4 +181,44 @@ unsafe fn sums<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
         }
         b += 1;
     }
+}
+
+/// Row `r` times a panel of codes that x is brought to: the same exact sums.
+/// # Safety
+/// As for [`rows`].
+#[inline(always)]
+unsafe fn picked<S: Simd, C: Bytes, const PLAIN: bool>(s: S, g: &Dots<'_, C>, panel: *const u8, r: usize) -> [S::V; 2] {
+    let blocks = g.panels.blocks;
+    let ahead = g.panels.ahead(1, FETCH_ONE);
+    let zero = s.and_i(s.splat_i(-1), g.codec.grid().zero);
+    let mut out = [s.splat(0.0); 2];
+    let mut b = 0;
+    while b < blocks {
+        ahead.lines(panel, b, C::BLOCK_BYTES / 64 + 1);
+        // SAFETY: as the caller promises.
+        unsafe {
+            let x = g.x.codes.add((r * blocks + b) * BLOCK);
+            let scale = s.splat(*g.x.meta.add((r * blocks + b) * META));
+            let mut h = 0;
+            while h < ROWS / S::LANES {
+                let mut sum = [s.splat_i(0); 2];
+                let mut given = [s.splat_i(0); 2];
+                let mut part = 0;
+                while part < 2 {
+                    let [codes, places] = g.codec.picks(s, panel, b, part, h);
+                    let x = x.add(part * BLOCK / 2);
+                    let x = [s.pick(x, places[0]), s.pick(x, places[1])];
+                    sum = s.dot(C::BITS, sum, codes, x);
+                    given = s.dot(C::BITS, given, [zero; 2], x);
+                    part += 1;
+                }
+                let shared = g.codec.shared::<S, PLAIN>(s, panel, b, h);
+                let (sum, given) = (s.total(C::BITS, sum), s.total(C::BITS, given));
+                out[h] = g.codec.close_gathered::<S, PLAIN>(s, &shared, sum, (given, scale), out[h]);
+                h += 1;
+            }
+        }
+        b += 1;
+    }
+    out
 }

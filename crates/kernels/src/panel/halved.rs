@@ -1,17 +1,21 @@
-//! Panels of 4-bit codes of which half is there: 1:2, 2:4 and 4:8.
+//! Panels of 4-bit codes of which two in every four columns are there: 2:4, and 1:2, which is a kind of it.
 //!
-//! A block of 32 columns keeps a bit for every entry (for 2:4 as many as the positions take) and the codes that are there; the others are
-//! filled in with the matrix's zero, in registers. An octet of columns has 64 codes at most, so two octets share 64 bytes.
+//! A block of 32 columns has two parts of 16. A part's four quads keep eight codes a row: two vectors of 16 rows and four bytes each, one in the lower
+//! and one in the upper halves of 64 bytes. A last vector says for every code which column of its quad it is, in two bits: those of the first part's
+//! two vectors, then of the second's. A single row of x is brought to the codes, 16 of its bytes at a time; for several the codes are brought
+//! to their columns.
 
 use lacuna_format::{Pattern, Piece};
 
 use super::ints::{Bytes, Grid, grid, put_scale};
 use super::source::{Line, Source};
-use super::{BLOCK, Panels};
+use super::{BLOCK, Panels, ROWS};
 use crate::simd::Simd;
 
-/// Bytes of a block: masks, then codes.
-const BYTES: usize = 64 + 128;
+/// Bytes of a block's codes, and of what says where they are.
+const CODES: usize = 128;
+const PLACES: usize = 64;
+const BYTES: usize = CODES + PLACES;
 
 /// Codes of 4 bits, half of them there.
 #[derive(Clone)]
@@ -20,34 +24,53 @@ pub(crate) struct Halved(pub(crate) Grid);
 impl Bytes for Halved {
     const BITS: usize = 4;
     const BLOCK_BYTES: usize = BYTES;
+    const PICKS: bool = true;
     #[inline(always)]
     fn grid(&self) -> &Grid {
         &self.0
     }
     #[inline(always)]
     unsafe fn octet<S: Simd>(&self, s: S, panel: *const u8, b: usize, o: usize, h: usize) -> [S::I; 2] {
-        // SAFETY: the caller promises the block; loads of codes end within a vector's length after the panel, where there is room.
-        unsafe {
-            let block = panel.add(b * BYTES);
-            let masks = block.add(16 * o).cast::<u64>();
-            let (first, second) = (masks.read_unaligned(), masks.add(1).read_unaligned());
-            let codes = block.add(64 + o / 2 * 64);
-            let upper = o % 2 == 1;
-            let below = |m: u64| if h == 0 { 0 } else { (m & 0xFFFF_FFFF).count_ones() as usize };
-            let mine = |m: u64| if h == 0 { m } else { m >> 32 };
-            let then = codes.add(first.count_ones() as usize);
-            [
-                s.place(codes.add(below(first)), upper, self.0.zero, mine(first)),
-                s.place(then.add(below(second)), upper, self.0.zero, mine(second)),
-            ]
+        // SAFETY: the caller promises the block.
+        let (codes, places) = unsafe {
+            let block = panel.add(b * BYTES + h * 4 * S::LANES);
+            (s.load_i(block.add(64 * (o / 2))), s.load_i(block.add(CODES)))
+        };
+        let codes = s.and_i(if o % 2 == 1 { s.shr_i(codes, 4) } else { codes }, 15);
+        // Each code's bits, turned against the zero's that fill the lane, as far up as its column is: eight bits a column.
+        let codes = s.xor_i(codes, s.and_i(s.splat_i(-1), self.0.zero));
+        let up = s.shl_i(s.and_i(s.shr_i(places, 2 * o as u32), 3), 3);
+        let mut out = [s.and_i(s.splat_i(-1), self.0.zero); 2];
+        let mut k = 0;
+        while k < 4 {
+            out[k / 2] = s.xor_i(out[k / 2], s.up_i(s.byte(codes, k), s.byte(up, k)));
+            k += 1;
         }
+        out
+    }
+    #[inline(always)]
+    unsafe fn picks<S: Simd>(&self, s: S, panel: *const u8, b: usize, part: usize, h: usize) -> [[S::I; 2]; 2] {
+        // SAFETY: the caller promises the block.
+        let (codes, places) = unsafe {
+            let block = panel.add(b * BYTES + h * 4 * S::LANES);
+            (s.load_i(block.add(64 * part)), s.load_i(block.add(CODES)))
+        };
+        // The first column of each code's quad.
+        let (first, second) = (s.splat_i(0x0404_0000), s.splat_i(0x0C0C_0808));
+        let places = s.shr_i(places, 4 * part as u32);
+        let places = [s.or_i(s.and_i(places, 3), first), s.or_i(s.and_i(s.shr_i(places, 2), 3), second)];
+        [[s.and_i(codes, 15), s.and_i(s.shr_i(codes, 4), 15)], places]
     }
 }
 
 /// Whether a piece with this source can be packed so.
 pub(crate) fn fits(piece: &Piece, source: &Source) -> bool {
-    let half = matches!(piece.pattern, Pattern::Nm { n, m, .. } if matches!((n, m), (1, 2) | (2, 4) | (4, 8)));
-    half && source.bits == 4 && source.table.is_none() && !source.kind.zeros() && !source.kind.minima()
+    let half = matches!(piece.pattern, Pattern::Nm { n, m, .. } if matches!((n, m), (1, 2) | (2, 4)));
+    half && source.bits == 4
+        && source.table.is_none()
+        && !source.kind.zeros()
+        && !source.kind.minima()
+        && piece.cols.is_multiple_of(4)
 }
 
 /// Panels of a piece that fits.
@@ -58,29 +81,17 @@ pub(crate) fn halved(piece: &Piece, source: &Source, read: &dyn Fn()) -> (Panels
     let (grid, stride) = grid(source, groups, per, blocks * BYTES);
     let panels = Panels::build(piece.rows, cols, stride, read, |first, n, panel| {
         let (mut line, mut columns) = (Line::default(), Vec::new());
-        let mut codes = vec![None; 16 * blocks * BLOCK];
-        for lane in 0..n {
+        for lane in 0..n.min(ROWS) {
             (source.read)(first + lane, &mut line);
             piece.pattern.columns(first + lane, cols, &mut columns);
-            for (&c, &code) in columns.iter().zip(&line.codes) {
-                codes[c as usize * 16 + lane] = Some(code);
+            for (k, (&c, &code)) in columns.iter().zip(&line.codes).enumerate() {
+                // Two codes a quad, so that the k-th lies in quad k / 2.
+                let (block, octet, byte) = (k / 16, k / 4 % 4, 4 * lane + k % 4);
+                let block = &mut panel[block * BYTES..][..BYTES];
+                block[64 * (octet / 2) + byte] |= code << (4 * (octet % 2));
+                block[CODES + byte] |= ((c % 4) as u8) << (2 * octet);
             }
             (0..groups).for_each(|g| put_scale(panel, &grid, lane, g, &line, g));
-        }
-        for octet in 0..blocks * 4 {
-            let (block, o) = (&mut panel[octet / 4 * BYTES..][..BYTES], octet % 4);
-            let mut next = 64 + o / 2 * 64;
-            for quad in 0..2 {
-                let mut mask = 0u64;
-                for (lane, j) in (0..16).flat_map(|lane| (0..4).map(move |j| (lane, j))) {
-                    if let Some(code) = codes[(octet * 8 + quad * 4 + j) * 16 + lane] {
-                        mask |= 1 << (4 * lane + j);
-                        block[next] |= code << (4 * (o % 2));
-                        next += 1;
-                    }
-                }
-                block[16 * o + 8 * quad..][..8].copy_from_slice(&mask.to_le_bytes());
-            }
         }
     });
     (panels, grid)

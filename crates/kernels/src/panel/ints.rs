@@ -152,12 +152,22 @@ pub(crate) trait Bytes: Send + Sync {
     const BLOCK_BYTES: usize = 64 * Self::BITS;
     /// Whether a block has two scales, for 16 columns each.
     const SIXTEENS: bool = false;
+    /// Whether a single row of x is brought to the codes ([`Bytes::picks`]) and not the codes to their columns.
+    const PICKS: bool = false;
     /// How codes become values.
     fn grid(&self) -> &Grid;
     /// Columns `8 * o..` of block `b`.
     /// # Safety
     /// `panel` is a whole panel of this codec and has this block.
     unsafe fn octet<S: Simd>(&self, s: S, panel: *const u8, b: usize, o: usize, h: usize) -> [S::I; 2];
+
+    /// Two vectors of codes that were kept of the first or second (`part`) 16 columns of block `b`, and which of those columns each is.
+    /// # Safety
+    /// As for `octet`.
+    #[inline(always)]
+    unsafe fn picks<S: Simd>(&self, _: S, _: *const u8, _: usize, _: usize, _: usize) -> [[S::I; 2]; 2] {
+        unreachable!("asked only of what picks")
+    }
 
     /// Whether groups are single blocks with f16 scales alone: what is worth products of its own.
     #[inline(always)]

@@ -269,16 +269,9 @@ impl Simd for Avx2 {
         unsafe { _mm256_add_epi32(state[0], _mm256_madd_epi16(state[1], _mm256_set1_epi16(1))) }
     }
     #[inline(always)]
-    unsafe fn dot8<const PAIR: bool>(
-        self,
-        bits: usize,
-        state: [__m256i; 2],
-        c: [__m256i; 2],
-        x: *const i8,
-    ) -> [__m256i; 2] {
+    fn dot(self, bits: usize, state: [__m256i; 2], c: [__m256i; 2], x: [__m256i; 2]) -> [__m256i; 2] {
         // SAFETY: see above.
         unsafe {
-            let x = [self.spread_i::<PAIR>(x.cast()), self.spread_i::<PAIR>(x.add(if PAIR { 8 } else { 4 }).cast())];
             let one = _mm256_set1_epi16(1);
             // Of sums of two products of b bits, one fits 16 bits up to b = 7, two up to b = 6, and all eight of a block up to b = 4.
             if bits == 8 {
@@ -324,24 +317,19 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> __m256i {
-        // SAFETY: see above; eight bytes are read at 8 codes at most before every part, so within 4 * LANES.
-        unsafe {
-            let (mut next, mut parts, mut i) = (0, [0i64; 4], 0);
-            while i < 4 {
-                let m = (mask >> (8 * i) & 255) as usize;
-                let row = _mm_loadl_epi64(EXPAND[m].as_ptr().cast());
-                // A shuffle writes 0 where the row's top bit is set: there the fill comes in.
-                let codes = _mm_loadl_epi64(p.add(next).cast());
-                let codes = if upper { _mm_srli_epi16::<4>(codes) } else { codes };
-                let codes = _mm_and_si128(codes, _mm_set1_epi8(15));
-                let v = _mm_shuffle_epi8(codes, row);
-                parts[i] = _mm_cvtsi128_si64(_mm_blendv_epi8(v, _mm_set1_epi8(fill as i8), row));
-                next += m.count_ones() as usize;
-                i += 1;
-            }
-            _mm256_set_epi64x(parts[3], parts[2], parts[1], parts[0])
-        }
+    unsafe fn pick(self, x: *const i8, index: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_shuffle_epi8(_mm256_broadcastsi128_si256(_mm_loadu_si128(x.cast())), index) }
+    }
+    #[inline(always)]
+    fn up_i(self, a: __m256i, n: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_sllv_epi32(a, n) }
+    }
+    #[inline(always)]
+    fn xor_i(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_xor_si256(a, b) }
     }
 }
 

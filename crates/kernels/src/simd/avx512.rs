@@ -282,16 +282,9 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         unsafe { _mm512_add_epi32(state[0], _mm512_madd_epi16(state[1], _mm512_set1_epi16(1))) }
     }
     #[inline(always)]
-    unsafe fn dot8<const PAIR: bool>(
-        self,
-        bits: usize,
-        state: [__m512i; 2],
-        c: [__m512i; 2],
-        x: *const i8,
-    ) -> [__m512i; 2] {
+    fn dot(self, bits: usize, state: [__m512i; 2], c: [__m512i; 2], x: [__m512i; 2]) -> [__m512i; 2] {
         // SAFETY: see above; VNNI only where the token says so.
         unsafe {
-            let x = [self.spread_i::<PAIR>(x.cast()), self.spread_i::<PAIR>(x.add(if PAIR { 8 } else { 4 }).cast())];
             if VNNI {
                 return [_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(state[0], c[0], x[0]), c[1], x[1]), state[1]];
             }
@@ -347,26 +340,19 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         }
     }
     #[inline(always)]
-    unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> __m512i {
-        // SAFETY: see above; VBMI2 only where the token says so.
-        unsafe {
-            let codes = _mm512_loadu_si512(p.cast());
-            let codes = if upper { _mm512_srli_epi16::<4>(codes) } else { codes };
-            let codes = _mm512_and_si512(codes, _mm512_set1_epi8(15));
-            if VNNI {
-                return _mm512_mask_expand_epi8(_mm512_set1_epi8(fill as i8), mask, codes);
-            }
-            let (mut from, mut to, mut next, mut i) = ([0u8; 64], [fill; 64], 0, 0);
-            _mm512_storeu_si512(from.as_mut_ptr().cast(), codes);
-            while i < 64 {
-                if mask >> i & 1 == 1 {
-                    to[i] = from[next];
-                    next += 1;
-                }
-                i += 1;
-            }
-            _mm512_loadu_si512(to.as_ptr().cast())
-        }
+    unsafe fn pick(self, x: *const i8, index: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_shuffle_epi8(_mm512_broadcast_i32x4(_mm_loadu_si128(x.cast())), index) }
+    }
+    #[inline(always)]
+    fn up_i(self, a: __m512i, n: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_sllv_epi32(a, n) }
+    }
+    #[inline(always)]
+    fn xor_i(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_xor_si512(a, b) }
     }
 }
 

@@ -143,24 +143,36 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn sub_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// `a - b * c`.
     fn less_product(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I;
-    /// Adds to every lane the products of its four unsigned bytes in `c[0]`, and then in `c[1]`, of `bits` bits, and signed bytes of x
-    /// that lie above -128: the same four for all lanes at `x` and `x + 4`; with `PAIR` even lanes take those at `x` and `x + 8`, odd ones
-    /// those at `x + 4` and `x + 12`. Exact. The sum is kept in `state`, which begins as what to add to and zeros.
+    /// Adds to every lane the products of its four unsigned bytes in `c[0]`, and then in `c[1]`, of `bits` bits, and the signed bytes in `x[0]`, and
+    /// then in `x[1]`, which lie above -128. Exact. The sum is kept in `state`, which begins as what to add to and zeros.
+    fn dot(self, bits: usize, state: [Self::I; 2], c: [Self::I; 2], x: [Self::I; 2]) -> [Self::I; 2];
+    /// As `dot` with the same four bytes for all lanes, at `x` and `x + 4`; with `PAIR` even lanes take those at `x` and `x + 8`, odd ones those at
+    /// `x + 4` and `x + 12`.
     /// # Safety
     /// `x` is readable for 8 bytes, with `PAIR` for 16.
+    #[inline(always)]
     unsafe fn dot8<const PAIR: bool>(
         self,
         bits: usize,
         state: [Self::I; 2],
         c: [Self::I; 2],
         x: *const i8,
-    ) -> [Self::I; 2];
-    /// What up to four `dot8`s of codes of `bits` bits summed.
+    ) -> [Self::I; 2] {
+        // SAFETY: as the caller promises.
+        let x =
+            unsafe { [self.spread_i::<PAIR>(x.cast()), self.spread_i::<PAIR>(x.add(if PAIR { 8 } else { 4 }).cast())] };
+        self.dot(bits, state, c, x)
+    }
+    /// What up to four `dot`s of codes of `bits` bits summed.
     fn total(self, bits: usize, state: [Self::I; 2]) -> Self::I;
-    /// Packed 4-bit codes, one a byte in its lower or `upper` half, to the bytes whose bit of `mask` is set; the others become `fill`.
+    /// The bytes at `x` that `index` says, all below 16.
     /// # Safety
-    /// `p` is readable for `4 * LANES` bytes.
-    unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> Self::I;
+    /// `x` is readable for 16 bytes.
+    unsafe fn pick(self, x: *const i8, index: Self::I) -> Self::I;
+    /// Every lane `n` bits up, each its own number below 32.
+    fn up_i(self, a: Self::I, n: Self::I) -> Self::I;
+    /// Bits of one of both.
+    fn xor_i(self, a: Self::I, b: Self::I) -> Self::I;
 
     /// The sum of all lanes, in the tree of [`Simd::sum4`].
     #[inline(always)]
@@ -274,16 +286,18 @@ mod tests {
                 }
             }
         }
-        for (mask, upper) in [(0x0F0F_1234_8001_FFFFu64, false), (!0, true), (0, true), (0xAAAA_5555_1248_FEDC, true)] {
-            // SAFETY: 64 bytes.
-            let v = unsafe { s.place(bytes.as_ptr(), upper, 9, mask) };
-            let mut next = bytes.iter();
+        // SAFETY: 64 bytes.
+        unsafe {
+            let index = s.and_i(s.load_i(bytes.as_ptr()), 15);
+            let v = s.pick(bytes.as_ptr().cast(), index);
             for i in 0..4 * S::LANES {
-                let code = |b: &u8| if upper { b >> 4 } else { b & 15 };
-                let want = if mask >> i & 1 == 1 { code(next.next().unwrap()) } else { 9 };
-                // SAFETY: at most 16 lanes.
-                unsafe { s.store(got.as_mut_ptr(), s.float(s.byte(v, i % 4))) };
-                assert_eq!(got[i / 4], f32::from(want), "byte {i} of {mask:x}");
+                s.store(got.as_mut_ptr(), s.float(s.byte(v, i % 4)));
+                assert_eq!(got[i / 4], f32::from(bytes[usize::from(bytes[i] & 15)]), "byte {i}");
+            }
+            let v = s.xor_i(s.splat_i(9), s.up_i(s.splat_i(5), s.byte(index, 1)));
+            s.store(got.as_mut_ptr(), s.float(v));
+            for i in 0..S::LANES {
+                assert_eq!(got[i], (9 ^ 5 << (bytes[4 * i + 1] & 15)) as f32, "lane {i}");
             }
         }
         let x: Vec<i8> = bytes.iter().map(|&b| (b as i8).max(-127)).collect();

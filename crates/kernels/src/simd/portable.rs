@@ -240,16 +240,12 @@ impl Simd for Portable {
         state[0]
     }
     #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
-    unsafe fn dot8<const PAIR: bool>(self, _: usize, state: [I; 2], c: [I; 2], x: *const i8) -> [I; 2] {
-        let (step, wide) = if PAIR { (4, 8) } else { (0, 4) };
-        let acc = state[0];
+    fn dot(self, _: usize, state: [I; 2], c: [I; 2], x: [I; 2]) -> [I; 2] {
         let sum = map(|i| {
-            let mut sum = acc[i] as i32;
-            for (half, c) in c.iter().enumerate() {
-                for j in 0..4 {
-                    // SAFETY: the caller promises 8 bytes, with PAIR 16.
-                    let v = unsafe { *x.add(half * wide + i % 2 * step + j) };
-                    sum += (c[i] >> (8 * j) & 0xFF) as i32 * i32::from(v);
+            let mut sum = state[0][i] as i32;
+            for (c, x) in c.iter().zip(&x) {
+                for (c, x) in c[i].to_le_bytes().into_iter().zip(x[i].to_le_bytes()) {
+                    sum += i32::from(c) * i32::from(x as i8);
                 }
             }
             sum as u32
@@ -287,17 +283,18 @@ impl Simd for Portable {
         }
     }
     #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
-    unsafe fn place(self, p: *const u8, upper: bool, fill: u8, mask: u64) -> I {
-        // SAFETY: the caller promises 4 * LANES bytes.
-        let b = unsafe { bytes::<32>(p) };
-        let (mut o, mut next) = ([0u32; 8], 0);
-        for i in 0..32 {
-            let code = if upper { b[next % 32] >> 4 } else { b[next % 32] & 15 };
-            let set = mask >> i & 1 == 1;
-            o[i / 4] |= u32::from(if set { code } else { fill }) << (8 * (i % 4));
-            next += usize::from(set);
-        }
-        o
+    unsafe fn pick(self, x: *const i8, index: I) -> I {
+        // SAFETY: the caller promises 16 bytes.
+        let x = unsafe { bytes::<16>(x.cast()) };
+        map(|i| u32::from_le_bytes(index[i].to_le_bytes().map(|j| x[usize::from(j & 15)])))
+    }
+    #[inline(always)]
+    fn up_i(self, a: I, n: I) -> I {
+        map(|i| a[i] << n[i])
+    }
+    #[inline(always)]
+    fn xor_i(self, a: I, b: I) -> I {
+        map(|i| a[i] ^ b[i])
     }
 }
 
