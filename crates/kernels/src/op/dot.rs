@@ -146,20 +146,15 @@ unsafe fn sums<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
                     sums[m][1][0] = bias;
                     m += 1;
                 }
-                let mut o = part * (BLOCK / 8) / parts;
-                while o < (part + 1) * (BLOCK / 8) / parts {
-                    let mut h = from;
-                    while h < to {
-                        let codes = g.codec.octet(s, panel, b, o, h);
-                        let mut m = 0;
-                        while m < M {
-                            let x = x.add(m * blocks * BLOCK + 8 * o);
-                            sums[m][h] = s.dot8::<false>(C::BITS, sums[m][h], codes, x);
-                            m += 1;
-                        }
-                        h += 1;
-                    }
-                    o += 1;
+                // One by one and not in a loop: how codes are cut out of their planes is then known in every place.
+                let at = (panel, b, x, (from, to));
+                if part == 0 {
+                    octet::<S, C, M>(s, g, at, 0, &mut sums);
+                    octet::<S, C, M>(s, g, at, 1, &mut sums);
+                }
+                if part + 1 == parts {
+                    octet::<S, C, M>(s, g, at, 2, &mut sums);
+                    octet::<S, C, M>(s, g, at, 3, &mut sums);
                 }
                 let mut h = from;
                 while h < to {
@@ -180,6 +175,33 @@ unsafe fn sums<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
             }
         }
         b += 1;
+    }
+}
+
+/// Adds the products of octet `o` of block `b` to the sums of halves `from..to`.
+/// # Safety
+/// As for [`rows`]; `x` leads to the block's bytes in the first row.
+#[inline(always)]
+unsafe fn octet<S: Simd, C: Bytes, const M: usize>(
+    s: S,
+    g: &Dots<'_, C>,
+    (panel, b, x, (from, to)): (*const u8, usize, *const i8, (usize, usize)),
+    o: usize,
+    sums: &mut [[[S::I; 2]; 2]; M],
+) {
+    let mut h = from;
+    while h < to {
+        // SAFETY: as the caller promises.
+        unsafe {
+            let codes = g.codec.octet(s, panel, b, o, h);
+            let mut m = 0;
+            while m < M {
+                let x = x.add(m * g.panels.blocks * BLOCK + 8 * o);
+                sums[m][h] = s.dot8::<false>(C::BITS, sums[m][h], codes, x);
+                m += 1;
+            }
+        }
+        h += 1;
     }
 }
 
