@@ -76,6 +76,11 @@ unsafe impl Sync for Room {}
 // SAFETY: see above.
 unsafe impl Send for Room {}
 
+/// Blocks of a row that are brought to bytes in one go.
+const PART: usize = 64;
+/// What bringing a value to a byte costs, in multiply-adds.
+const COST: usize = 64;
+
 /// Lends the rows of x as signed bytes, for a matrix with this zero and, where `sixteens`, two scales a block.
 pub(super) fn quantized(isa: Isa, x: MatRef<'_>, blocks: usize, (zero, sixteens): (u8, bool), f: impl FnOnce(Rows)) {
     // Codes first, a quarter of an f32 each, then what belongs to their blocks.
@@ -83,14 +88,21 @@ pub(super) fn quantized(isa: Isa, x: MatRef<'_>, blocks: usize, (zero, sixteens)
     let rows = x.rows() + SPARE;
     scratch::with(rows * (codes + meta), |room| {
         let room = Room(room.as_mut_ptr());
-        parallel::ranges(x.rows(), 1, usize::MAX, 4 * x.cols(), |from, to| {
+        // A long row is shared among threads, but not one that has to be padded first.
+        let part = if x.cols() == blocks * BLOCK { PART } else { blocks.max(1) };
+        let parts = blocks.div_ceil(part);
+        parallel::ranges(x.rows() * parts, 1, usize::MAX, COST * BLOCK * part.min(blocks), |from, to| {
             let room = &room;
-            for r in from..to {
+            for i in from..to {
+                let (r, b) = (i / parts, i % parts * part);
                 padded(x.row(r), blocks, |row| {
-                    // SAFETY: rows do not overlap in the room, which holds all of them.
-                    let (codes, meta) = unsafe { (room.0.add(r * codes), room.0.add(rows * codes + r * meta)) };
-                    let codes = codes.cast();
-                    dispatch(isa, Quantize { x: row, blocks, codes, meta, zero: i32::from(zero), sixteens });
+                    // SAFETY: parts of rows do not overlap in the room, which holds all of them.
+                    let (x, codes, meta) = unsafe {
+                        let (codes, meta) = (room.0.add(r * codes), room.0.add(rows * codes + r * meta));
+                        (row.add(b * BLOCK), codes.cast::<i8>().add(b * BLOCK), meta.add(b * META))
+                    };
+                    let blocks = part.min(blocks - b);
+                    dispatch(isa, Quantize { x, blocks, codes, meta, zero: i32::from(zero), sixteens });
                 });
             }
         });

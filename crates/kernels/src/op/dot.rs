@@ -5,7 +5,7 @@
 
 use super::matmul::Out;
 use crate::panel::ints::{Bytes, META};
-use crate::panel::{BLOCK, FETCH_ONE, ROWS, View};
+use crate::panel::{BLOCK, ROWS, View};
 use crate::simd::{Op, Simd};
 
 /// Quantized rows, see [`super::quantize`], with [`SPARE`] rows of anything after the last.
@@ -123,12 +123,11 @@ unsafe fn sums<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
     out: &mut [[S::V; 2]; M],
 ) {
     let blocks = g.panels.blocks;
-    let ahead = g.panels.ahead(1, FETCH_ONE);
+    let ahead = g.panels.ahead_one(C::BLOCK_BYTES);
     let mut b = 0;
     while b < blocks {
         if M == 1 {
-            // A line more for the scales.
-            ahead.lines(panel, b, C::BLOCK_BYTES / 64 + 1);
+            ahead.fetch(panel, b, C::BLOCK_BYTES / 64);
         }
         // SAFETY: as the caller promises.
         unsafe {
@@ -211,12 +210,12 @@ unsafe fn octet<S: Simd, C: Bytes, const M: usize>(
 #[inline(always)]
 unsafe fn picked<S: Simd, C: Bytes, const PLAIN: bool>(s: S, g: &Dots<'_, C>, panel: *const u8, r: usize) -> [S::V; 2] {
     let blocks = g.panels.blocks;
-    let ahead = g.panels.ahead(1, FETCH_ONE);
+    let ahead = g.panels.ahead_one(C::BLOCK_BYTES);
     let zero = s.and_i(s.splat_i(-1), g.codec.grid().zero);
     let mut out = [s.splat(0.0); 2];
     let mut b = 0;
     while b < blocks {
-        ahead.lines(panel, b, C::BLOCK_BYTES / 64 + 1);
+        ahead.fetch(panel, b, C::BLOCK_BYTES / 64);
         // SAFETY: as the caller promises.
         unsafe {
             let x = g.x.codes.add((r * blocks + b) * BLOCK);

@@ -149,16 +149,43 @@ impl Ahead {
             at += 64;
         }
     }
+}
 
-    /// The same for panels read one at a time, a fixed number of lines: without counting, where a block takes no longer than some forty instructions.
+/// The same for panels of codes read one at a time: two streams, of codes and of what stands beside them.
+#[derive(Clone, Copy)]
+pub(crate) struct AheadOne {
+    /// Bytes of a panel's codes, and how far ahead they are asked for.
+    codes: usize,
+    far: usize,
+    /// Bytes of a panel after its codes, of each block, and how far ahead.
+    rest: usize,
+    each: usize,
+    near: usize,
+}
+
+impl View {
+    /// For panels whose blocks have `block` bytes of codes.
     #[inline(always)]
-    pub(crate) fn lines(&self, panel: *const u8, b: usize, lines: usize) {
-        let from = panel.wrapping_add(b * self.block + self.far);
+    pub(crate) fn ahead_one(&self, block: usize) -> AheadOne {
+        let codes = self.blocks * block;
+        let rest = self.stride.saturating_sub(codes);
+        AheadOne { codes, far: codes.min(FETCH_ONE), rest, each: rest / self.blocks.max(1), near: rest.min(1024) }
+    }
+}
+
+impl AheadOne {
+    /// While block `b` of `panel`, of `lines` lines, is read. Where a panel ends the next one's streams follow.
+    #[inline(always)]
+    pub(crate) fn fetch(&self, panel: *const u8, b: usize, lines: usize) {
+        let at = b * lines * 64 + self.far;
+        let from = panel.wrapping_add(if at < self.codes { at } else { at + self.rest });
         let mut i = 0;
         while i < lines {
             fetch_far(from.wrapping_add(64 * i));
             i += 1;
         }
+        let at = b * self.each + self.near;
+        fetch(panel.wrapping_add(self.codes + if at < self.rest { at } else { at + self.codes }));
     }
 }
 
