@@ -148,15 +148,15 @@ pub(super) fn gather_bytes<const BITS: usize>(
     }
     let bytes = gathered::filled_bytes::<BITS>(codec.grid(), layout, blocks);
     scratch::with(bytes.div_ceil(4) + BLOCK, |room| {
-        let base = room.as_ptr().cast();
+        let room = room.as_mut_ptr().cast::<u8>();
         for p in from..to {
             // SAFETY: a panel is as long as the stride, and there is room for as many bytes as asked for.
-            let (panel, room) = unsafe {
-                let room = std::slice::from_raw_parts_mut(room.as_mut_ptr().cast::<u8>(), bytes);
-                (std::slice::from_raw_parts(panels.at(p), panels.stride), room)
+            let (panel, dense) = unsafe {
+                let filled = std::slice::from_raw_parts_mut(room, bytes);
+                (std::slice::from_raw_parts(panels.at(p), panels.stride), filled)
             };
-            let codec = &dispatch(isa, gathered::Fill { panel, codec, layout, blocks, out: room });
-            let panels = View { base, stride: 0, rows: ROWS.min(panels.rows - p * ROWS), blocks };
+            let codec = &dispatch(isa, gathered::Fill { panel, codec, layout, blocks, out: dense });
+            let panels = View { base: room, stride: 0, rows: ROWS.min(panels.rows - p * ROWS), blocks };
             dispatch(isa, Dots { panels, codec, from: 0, to: 1, x, out: out.beside(p * ROWS) });
         }
     });

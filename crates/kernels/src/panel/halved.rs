@@ -9,7 +9,7 @@ use lacuna_format::{Pattern, Piece};
 
 use super::ints::{Bytes, Grid, grid, put_scale};
 use super::source::{Line, Source};
-use super::{BLOCK, Panels, ROWS};
+use super::{BLOCK, Panels};
 use crate::simd::Simd;
 
 /// Bytes of a block's codes, and of what says where they are.
@@ -81,7 +81,7 @@ pub(crate) fn halved(piece: &Piece, source: &Source, read: &dyn Fn()) -> (Panels
     let (grid, stride) = grid(source, groups, per, blocks * BYTES);
     let panels = Panels::build(piece.rows, cols, stride, read, |first, n, panel| {
         let (mut line, mut columns) = (Line::default(), Vec::new());
-        for lane in 0..n.min(ROWS) {
+        for lane in 0..n {
             (source.read)(first + lane, &mut line);
             piece.pattern.columns(first + lane, cols, &mut columns);
             for (k, (&c, &code)) in columns.iter().zip(&line.codes).enumerate() {
