@@ -39,22 +39,45 @@ pub fn threads() -> usize {
 pub(crate) fn ranges<F: Fn(usize, usize) + Sync>(n: usize, unit: usize, most: usize, cost: usize, f: F) {
     let threads = if n * cost < 4 * TASK { 1 } else { threads() };
     let least = (TASK / cost.max(1)).max(1).next_multiple_of(unit);
-    // Four tasks a thread, so that one that starts late does not hold up the rest.
-    let fair = if threads == 1 { n } else { n.div_ceil(4 * threads) };
-    let step = fair.max(least).next_multiple_of(unit).min(most.max(unit));
-    let tasks = n.div_ceil(step.max(1));
-    let call = |i: usize| f(i * step, ((i + 1) * step).min(n));
-    if threads == 1 || tasks < 2 || !POOL.share(tasks, threads.min(tasks) - 1, &call) {
-        (0..tasks).for_each(call);
+    let mut cut = Cut { n, unit, least, most: most.max(unit), parts: 2 * threads };
+    let tasks = n.div_ceil(least.min(cut.most));
+    if threads == 1 || tasks < 2 || !POOL.share(cut, threads.min(tasks) - 1, &f) {
+        cut.parts = 1;
+        let mut from = 0;
+        while from < n {
+            let to = from + cut.length(from);
+            f(from, to);
+            from = to;
+        }
     }
 }
 
-/// A call's work as workers see it: a function of a task's number, its type forgotten.
+/// How a call's items are cut: a task takes its part of what is left, so that tasks are long at first, and read what lies together, and short in the
+/// end, when a thread that lags behind would hold up the rest.
+#[derive(Clone, Copy)]
+struct Cut {
+    n: usize,
+    unit: usize,
+    least: usize,
+    most: usize,
+    parts: usize,
+}
+
+impl Cut {
+    /// Items of the task that starts at `from`, which is below `n`.
+    fn length(&self, from: usize) -> usize {
+        let left = self.n - from;
+        let fair = left.div_ceil(self.parts).max(self.least).next_multiple_of(self.unit);
+        fair.min(self.most).min(left)
+    }
+}
+
+/// A call's work as workers see it: a function of a task's range, its type forgotten.
 #[derive(Clone, Copy)]
 struct Job {
-    call: unsafe fn(*const (), usize),
+    call: unsafe fn(*const (), usize, usize),
     data: *const (),
-    tasks: usize,
+    cut: Cut,
 }
 
 /// Set in `Pool::gate` while workers may join.
@@ -71,7 +94,7 @@ struct Pool {
     epoch: AtomicUsize,
     /// `OPEN`, tickets left and workers inside: joining is one exchange, so nobody can join a call that has ended.
     gate: AtomicUsize,
-    /// The next task to take.
+    /// The next item to take.
     next: AtomicUsize,
     failed: AtomicBool,
     job: UnsafeCell<Option<Job>>,
@@ -101,9 +124,9 @@ static POOL: Pool = Pool {
 
 /// # Safety
 /// `data` points to an `F` that lives through the call.
-unsafe fn call_of<F: Fn(usize) + Sync>(data: *const (), task: usize) {
+unsafe fn call_of<F: Fn(usize, usize) + Sync>(data: *const (), from: usize, to: usize) {
     // SAFETY: as the caller promises.
-    unsafe { (*data.cast::<F>())(task) }
+    unsafe { (*data.cast::<F>())(from, to) }
 }
 
 /// Shuts the gate and waits for those inside, also when the caller's own task panics: the job lives on the caller's stack.
@@ -123,8 +146,8 @@ impl Drop for Shut {
 }
 
 impl Pool {
-    /// Runs `f(0..tasks)` with up to `helpers` workers; false, and nothing done, where another call is at work.
-    fn share<F: Fn(usize) + Sync>(&'static self, tasks: usize, helpers: usize, f: &F) -> bool {
+    /// Runs `f` over all items with up to `helpers` workers; false, and nothing done, where another call is at work.
+    fn share<F: Fn(usize, usize) + Sync>(&'static self, cut: Cut, helpers: usize, f: &F) -> bool {
         if self.busy.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
             return false;
         }
@@ -132,7 +155,7 @@ impl Pool {
         self.failed.store(false, Ordering::Relaxed);
         self.next.store(0, Ordering::Relaxed);
         // SAFETY: this call holds `busy` and the gate is shut with nobody inside, as the last call left it.
-        unsafe { *self.job.get() = Some(Job { call: call_of::<F>, data: (&raw const *f).cast(), tasks }) };
+        unsafe { *self.job.get() = Some(Job { call: call_of::<F>, data: (&raw const *f).cast(), cut }) };
         {
             let _shut = Shut;
             self.gate.store(OPEN | (helpers * TICKET), Ordering::Release);
@@ -142,19 +165,16 @@ impl Pool {
                     w.thread.unpark();
                 }
             }
-            self.work(tasks, f);
+            self.work(cut, f);
         }
         assert!(!self.failed.load(Ordering::Relaxed), "a task of this call panicked on another thread");
         true
     }
 
-    fn work(&self, tasks: usize, f: impl Fn(usize)) {
-        loop {
-            let i = self.next.fetch_add(1, Ordering::Relaxed);
-            if i >= tasks {
-                return;
-            }
-            f(i);
+    fn work(&self, cut: Cut, f: impl Fn(usize, usize)) {
+        let take = |from: usize| (from < cut.n).then(|| from + cut.length(from));
+        while let Ok(from) = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
+            f(from, from + cut.length(from));
         }
     }
 
@@ -179,7 +199,7 @@ impl Pool {
                 // SAFETY: inside the gate, the job stays until this worker has left.
                 if let Some(job) = unsafe { *self.job.get() } {
                     // SAFETY: the job's function lives until nobody is inside.
-                    let run = || self.work(job.tasks, |t| unsafe { (job.call)(job.data, t) });
+                    let run = || self.work(job.cut, |from, to| unsafe { (job.call)(job.data, from, to) });
                     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err() {
                         self.failed.store(true, Ordering::Relaxed);
                     }
