@@ -9,6 +9,22 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     // The constant first: the second operand wins where one is NaN.
     let c = s.min(hi, s.max(lo, x));
     let n = s.round(s.mul(c, s.splat(std::f32::consts::LOG2_E)));
+    let y = s.mul(power(s, c, n), s.pow2(n));
+    let y = s.select_lt(x, lo, s.splat(0.0), y);
+    s.select_lt(hi, x, s.splat(f32::INFINITY), y)
+}
+
+/// The same where no lane is above 0; below -87.3 it stays at 1.2e-38.
+#[inline(always)]
+pub(crate) fn exp_below<S: Simd>(s: S, x: S::V) -> S::V {
+    let c = s.max(s.splat(-87.3), x);
+    let n = s.round(s.mul(c, s.splat(std::f32::consts::LOG2_E)));
+    s.mul(power(s, c, n), s.pow2(n))
+}
+
+/// `e^(c - n ln 2)` for whole `n` nearest to `c / ln 2`.
+#[inline(always)]
+fn power<S: Simd>(s: S, c: S::V, n: S::V) -> S::V {
     // ln 2 in two parts, so that n * ln 2 loses nothing.
     let r = s.fma(n, s.splat(-0.693_359_4), c);
     let r = s.fma(n, s.splat(2.121_944_4e-4), r);
@@ -16,10 +32,7 @@ pub(crate) fn exp<S: Simd>(s: S, x: S::V) -> S::V {
     for k in [1.398_199_9e-3, 8.333_452e-3, 4.166_579_6e-2, 1.666_666_5e-1, 0.5] {
         p = s.fma(p, r, s.splat(k));
     }
-    let y = s.add(s.fma(s.mul(r, r), p, r), s.splat(1.0));
-    let y = s.mul(y, s.pow2(n));
-    let y = s.select_lt(x, lo, s.splat(0.0), y);
-    s.select_lt(hi, x, s.splat(f32::INFINITY), y)
+    s.add(s.fma(s.mul(r, r), p, r), s.splat(1.0))
 }
 
 /// `tanh x`, absolute error below 3e-7.

@@ -30,6 +30,8 @@ pub struct Attention {
 
 /// Queries a task handles together for one key head, at most.
 const QUERIES: usize = 96;
+/// As many as one row has for one key head, mostly.
+const FEW: usize = 8;
 /// Positions softened together.
 const TILE: usize = 128;
 /// Key blocks of a tile.
@@ -96,7 +98,7 @@ impl Attention {
             return scratch::with(segments.len() * stride, |partial| {
                 let parts = Shared(partial.as_mut_ptr(), width);
                 let n = segments.len();
-                parallel::ranges(tasks * n, 1, 1, cost / n, |from, to| {
+                parallel::ranges(tasks * n, 1, usize::MAX, cost / n, |from, to| {
                     for i in from..to {
                         let (task, segment) = (task(i / n), segments.start + i % n);
                         let into = parts.after(i % n * stride);
@@ -297,8 +299,15 @@ impl Run<'_> {
         let (dim, padded, count) = (task.layout.head_dim, task.layout.padded(), task.count());
         let (sums, rest) = buffer.split_at_mut(2 * count * padded);
         let (weights, wide) = rest.split_at_mut(SIDE * TILE);
-        let mut all = [State::NONE; QUERIES];
-        let states = &mut all[..count];
+        // Those of one row are all that a decoding step has: to make more ready would take a good part of its time.
+        let (mut few, mut all);
+        let states = if count <= FEW {
+            few = [State::NONE; FEW];
+            &mut few[..count]
+        } else {
+            all = [State::NONE; QUERIES];
+            &mut all[..count]
+        };
         let heads = task.heads.1 - task.heads.0;
         for (i, state) in states.iter_mut().enumerate() {
             let (r, h) = (task.rows.0 + i / heads, task.heads.0 + i % heads);
@@ -470,7 +479,8 @@ impl Task<'_> {
     ) -> Tile<E> {
         let l = self.layout;
         let none = std::ptr::null();
-        let mut tile = Tile { keys: [none; SUBS], values: [none; SUBS], scales: None, next: [std::ptr::null(); SUBS] };
+        let mut tile =
+            Tile { keys: [none; SUBS], values: [none; SUBS], scales: None, next: [[std::ptr::null(); SUBS]; 2] };
         for i in subs.0..subs.1 {
             let at = start + i * KEY_BLOCK;
             let (page, slot) = (&self.kv.pages[at / l.page_tokens], at % l.page_tokens);
@@ -480,10 +490,14 @@ impl Task<'_> {
             unsafe {
                 tile.keys[i] = k.add(row * l.head_dim);
                 tile.values[i] = v.add(row * l.padded());
+                tile.next[0][i] = tile.keys[i].cast();
+                tile.next[1][i] = tile.values[i].cast();
                 let later = at + TILE;
                 if later < self.kv.tokens {
                     let (page, slot) = (&self.kv.pages[later / l.page_tokens], later % l.page_tokens);
-                    tile.next[i] = parts(&page.data).0.add((self.head * l.page_tokens + slot) * l.head_dim).cast();
+                    let (row, (k, v, _)) = (self.head * l.page_tokens + slot, parts(&page.data));
+                    tile.next[0][i] = k.add(row * l.head_dim).cast();
+                    tile.next[1][i] = v.add(row * l.padded()).cast();
                 }
                 if let Some([ks, vs]) = scales {
                     let all = tile.scales.get_or_insert([[std::ptr::null(); SUBS]; 2]);
@@ -508,8 +522,7 @@ impl Task<'_> {
         let (k, v) = (KEY_BLOCK * self.layout.head_dim, KEY_BLOCK * self.layout.padded());
         assert!(wide.len() >= SUBS * (k + v), "room for a tile");
         let none = std::ptr::null();
-        let mut out =
-            Tile { keys: [none; SUBS], values: [none; SUBS], scales: tile.scales, next: [std::ptr::null(); SUBS] };
+        let mut out = Tile { keys: [none; SUBS], values: [none; SUBS], scales: tile.scales, next: tile.next };
         let mut at = wide.as_mut_ptr();
         for i in subs.0..subs.1 {
             (out.keys[i], out.values[i]) = (at, at.wrapping_add(k));
@@ -549,6 +562,9 @@ impl Task<'_> {
                     SIDE if isa.lanes() == 16 => {
                         self.side::<E, SIDE>(isa, &mut states[i..i + SIDE], start, subs, tile, weights)
                     }
+                    6.. if isa.lanes() == 8 => {
+                        self.side::<E, 6>(isa, &mut states[i..i + 6], start, subs, tile, weights)
+                    }
                     4.. => self.side::<E, 4>(isa, &mut states[i..i + 4], start, subs, tile, weights),
                     3 => self.side::<E, 3>(isa, &mut states[i..i + 3], start, subs, tile, weights),
                     _ => self.side::<E, 1>(isa, &mut states[i..i + 1], start, subs, tile, weights),
@@ -575,7 +591,7 @@ impl Task<'_> {
         for (m, state) in states.iter().enumerate() {
             (q[m], acc[m]) = (state.q, state.acc);
         }
-        dispatch(isa, Scores { q, keys: tile.keys, values: tile.values, subs, dim, weights });
+        dispatch(isa, Scores { q, keys: tile.keys, next: tile.next[0], subs, dim, weights });
         // Key blocks that all of the queries see whole.
         let mut whole = subs;
         for (m, state) in states.iter_mut().enumerate() {

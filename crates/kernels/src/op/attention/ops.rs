@@ -5,7 +5,7 @@ use half::f16;
 use super::{Attention, SUBS, TILE};
 use crate::kv::KEY_BLOCK;
 use crate::op::math;
-use crate::panel::fetch;
+use crate::panel::fetch_far;
 use crate::simd::{Op, Simd};
 
 /// A cached element.
@@ -46,8 +46,8 @@ pub(super) struct Tile<E> {
     pub(super) values: [*const E; SUBS],
     /// Factors of every position's keys and values, where the cache has them.
     pub(super) scales: Option<[[*const f32; SUBS]; 2]>,
-    /// Keys of the tile after it, null where there are none.
-    pub(super) next: [*const u8; SUBS],
+    /// Keys and values of the tile after it, asked for while these are read; where there is none, the same.
+    pub(super) next: [[*const u8; SUBS]; 2],
 }
 
 /// Adds a segment to those before; gives their largest score and sum.
@@ -169,7 +169,7 @@ impl Op for Soften<'_> {
             let mut total = s.splat(0.0);
             let mut j = from;
             while j < to {
-                let mut v = math::exp(s, s.sub(s.load(w.add(j)), s.splat(top)));
+                let mut v = math::exp_below(s, s.sub(s.load(w.add(j)), s.splat(top)));
                 total = s.add(total, v);
                 if let Some([_, values]) = scales {
                     v = s.mul(v, s.load(values[j / KEY_BLOCK].add(j % KEY_BLOCK)));
@@ -230,8 +230,8 @@ pub(super) struct Scores<E, const M: usize> {
     pub(super) q: [*const f32; M],
     /// `[dim][32]` each.
     pub(super) keys: [*const E; SUBS],
-    /// What is needed next: asked for meanwhile.
-    pub(super) values: [*const E; SUBS],
+    /// Keys of the tile after it, asked for meanwhile.
+    pub(super) next: [*const u8; SUBS],
     pub(super) subs: (usize, usize),
     pub(super) dim: usize,
     pub(super) weights: *mut f32,
@@ -243,40 +243,158 @@ impl<E: Element, const M: usize> Op for Scores<E, M> {
     fn run<S: Simd>(self, s: S) {
         let mut i = self.subs.0;
         while i < self.subs.1 {
-            let keys = self.keys[i];
-            let values = self.values[i].cast::<u8>();
-            let mut j = 0;
-            while j < KEY_BLOCK {
-                let mut acc = [[s.splat(0.0); 2]; M];
-                let mut d = 0;
-                // SAFETY: the maker has queries of `dim` values, these key blocks, and room for a tile of each query's weights.
-                unsafe {
-                    while d < self.dim {
-                        if M <= 4 && size_of::<E>() < 4 && j == 0 {
-                            fetch(values.wrapping_add(d * KEY_BLOCK * size_of::<E>()));
-                        }
-                        let k = keys.add(d * KEY_BLOCK + j);
-                        let k = [E::lanes(s, k), E::lanes(s, k.add(S::LANES))];
-                        let mut m = 0;
-                        while m < M {
-                            let q = s.splat(*self.q[m].add(d));
-                            acc[m][0] = s.fma(q, k[0], acc[m][0]);
-                            acc[m][1] = s.fma(q, k[1], acc[m][1]);
-                            m += 1;
-                        }
-                        d += 1;
-                    }
-                    let mut m = 0;
-                    while m < M {
-                        let at = self.weights.add(m * TILE + i * KEY_BLOCK + j);
-                        s.store(at, acc[m][0]);
-                        s.store(at.add(S::LANES), acc[m][1]);
-                        m += 1;
-                    }
+            let pair = self.subs.1 - i >= 2;
+            if S::LANES == 16 && M <= 4 && pair {
+                // Every sum waits for the one before it: few queries are met by more keys side by side.
+                self.keys::<S, 2, 2>(s, i, 0);
+                i += 1;
+            } else if S::LANES == 8 && M <= 2 {
+                self.keys::<S, 1, 4>(s, i, 0);
+            } else if S::LANES == 8 && M <= 4 {
+                if pair {
+                    self.lines::<S, 2>(s, i);
+                    i += 1;
+                } else {
+                    self.lines::<S, 1>(s, i);
                 }
-                j += 2 * S::LANES;
+            } else {
+                let mut j = 0;
+                while j < KEY_BLOCK {
+                    self.keys::<S, 1, 2>(s, i, j);
+                    j += 2 * S::LANES;
+                }
             }
             i += 1;
+        }
+    }
+}
+
+impl<E: Element, const M: usize> Scores<E, M> {
+    /// All keys of the `B` key blocks from `i` on, where registers do not hold their sums: those pass through the weights' memory, two dimensions
+    /// at a time, so that every line of keys is read once. Read in several passes, lines from memory came no faster for being asked for.
+    #[inline(always)]
+    fn lines<S: Simd, const B: usize>(&self, s: S, i: usize) {
+        // SAFETY: as for `keys`.
+        unsafe {
+            let (queries, dim) = (self.q, self.dim);
+            let (mut keys, mut next) = ([self.keys[i]; B], [self.next[i]; B]);
+            let mut b = 0;
+            while b < B {
+                (keys[b], next[b]) = (self.keys[i + b], self.next[i + b]);
+                b += 1;
+            }
+            let sums = self.weights.add(i * KEY_BLOCK);
+            let mut m = 0;
+            while m < M {
+                let mut v = 0;
+                while v < B * KEY_BLOCK {
+                    s.store(sums.add(m * TILE + v), s.splat(0.0));
+                    v += S::LANES;
+                }
+                m += 1;
+            }
+            let mut d = 0;
+            while d < dim {
+                let two = d + 1 < dim;
+                let mut q = [[s.splat(0.0); 2]; M];
+                let mut m = 0;
+                while m < M {
+                    q[m][0] = s.splat(*queries[m].add(d));
+                    if two {
+                        q[m][1] = s.splat(*queries[m].add(d + 1));
+                    }
+                    m += 1;
+                }
+                let mut b = 0;
+                while b < B {
+                    if size_of::<E>() < 4 {
+                        fetch_far(next[b].wrapping_add(d * KEY_BLOCK * size_of::<E>()));
+                        if size_of::<E>() == 2 {
+                            fetch_far(next[b].wrapping_add((d + 1) * KEY_BLOCK * size_of::<E>()));
+                        }
+                    }
+                    let mut v = 0;
+                    while v < KEY_BLOCK {
+                        let at = keys[b].add(d * KEY_BLOCK + v);
+                        let k = [E::lanes(s, at), if two { E::lanes(s, at.add(KEY_BLOCK)) } else { s.splat(0.0) }];
+                        let mut m = 0;
+                        while m < M {
+                            let at = sums.add(m * TILE + b * KEY_BLOCK + v);
+                            let mut sum = s.fma(q[m][0], k[0], s.load(at));
+                            if two {
+                                sum = s.fma(q[m][1], k[1], sum);
+                            }
+                            s.store(at, sum);
+                            m += 1;
+                        }
+                        v += S::LANES;
+                    }
+                    b += 1;
+                }
+                d += 2;
+            }
+        }
+    }
+
+    /// `V` vectors of keys from `j` on in each of the `B` key blocks from `i` on.
+    #[inline(always)]
+    fn keys<S: Simd, const B: usize, const V: usize>(&self, s: S, i: usize, j: usize) {
+        // SAFETY: the maker has queries of `dim` values, these key blocks, and room for a tile of each query's weights.
+        unsafe {
+            let (queries, dim) = (self.q, self.dim);
+            let (mut keys, mut next) = ([self.keys[i]; B], [self.next[i]; B]);
+            let mut b = 0;
+            while b < B {
+                (keys[b], next[b]) = (self.keys[i + b].add(j), self.next[i + b]);
+                b += 1;
+            }
+            let mut acc = [[[s.splat(0.0); V]; B]; M];
+            let mut d = 0;
+            while d < dim {
+                let mut k = [[s.splat(0.0); V]; B];
+                let mut b = 0;
+                while b < B {
+                    // A line at a time, as evenly as can be: asked for at once, they would hold up what is read here.
+                    if M <= 4 && size_of::<E>() < 4 && d * S::LANES * V % KEY_BLOCK == j {
+                        fetch_far(next[b].wrapping_add(d * KEY_BLOCK * size_of::<E>()));
+                    }
+                    let mut v = 0;
+                    while v < V {
+                        k[b][v] = E::lanes(s, keys[b].add(d * KEY_BLOCK + v * S::LANES));
+                        v += 1;
+                    }
+                    b += 1;
+                }
+                let mut m = 0;
+                while m < M {
+                    let q = s.splat(*queries[m].add(d));
+                    let mut b = 0;
+                    while b < B {
+                        let mut v = 0;
+                        while v < V {
+                            acc[m][b][v] = s.fma(q, k[b][v], acc[m][b][v]);
+                            v += 1;
+                        }
+                        b += 1;
+                    }
+                    m += 1;
+                }
+                d += 1;
+            }
+            let mut m = 0;
+            while m < M {
+                let mut b = 0;
+                while b < B {
+                    let mut v = 0;
+                    while v < V {
+                        let at = m * TILE + (i + b) * KEY_BLOCK + j + v * S::LANES;
+                        s.store(self.weights.add(at), acc[m][b][v]);
+                        v += 1;
+                    }
+                    b += 1;
+                }
+                m += 1;
+            }
         }
     }
 }
@@ -297,10 +415,34 @@ impl<E: Element, const M: usize> Op for Mix<E, M> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
+        if S::LANES == 8 && M <= 4 {
+            let mut i = self.subs.0;
+            while i < self.subs.1 {
+                let mut j = self.js.0;
+                while j < self.js.1 {
+                    if M <= 2 && self.js.1 - j >= 4 {
+                        self.lines::<S, 4>(s, i, j);
+                        j += 4;
+                    } else if self.js.1 - j >= 2 {
+                        self.lines::<S, 2>(s, i, j);
+                        j += 2;
+                    } else {
+                        self.lines::<S, 1>(s, i, j);
+                        j += 1;
+                    }
+                }
+                i += 1;
+            }
+            return;
+        }
         let mut d = 0;
         // `padded` is a multiple of 16 and so of LANES.
         while d < self.padded {
-            if d + 2 * S::LANES <= self.padded {
+            let left = (self.padded - d) / S::LANES;
+            if M <= 4 && left >= 4 {
+                self.columns::<S, 4>(s, d);
+                d += 4 * S::LANES;
+            } else if left >= 2 {
                 self.columns::<S, 2>(s, d);
                 d += 2 * S::LANES;
             } else {
@@ -312,6 +454,53 @@ impl<E: Element, const M: usize> Op for Mix<E, M> {
 }
 
 impl<E: Element, const M: usize> Mix<E, M> {
+    /// `R` positions from `j` of key block `i` on, all columns: sums pass through memory, and every line of values is read once.
+    #[inline(always)]
+    fn lines<S: Simd, const R: usize>(&self, s: S, i: usize, j: usize) {
+        // SAFETY: as for `columns`.
+        unsafe {
+            let (sums, padded) = (self.acc, self.padded);
+            let values = self.tile.values[i].add(j * padded);
+            let next = self.tile.next[1][i].wrapping_add(j * padded * size_of::<E>());
+            let mut w = [[s.splat(0.0); R]; M];
+            let mut m = 0;
+            while m < M {
+                let mut r = 0;
+                while r < R {
+                    w[m][r] = s.splat(*self.weights.add(m * TILE + i * KEY_BLOCK + j + r));
+                    r += 1;
+                }
+                m += 1;
+            }
+            let mut d = 0;
+            while d < R * padded * size_of::<E>() && size_of::<E>() < 4 {
+                fetch_far(next.wrapping_add(d));
+                d += 64;
+            }
+            d = 0;
+            while d < padded {
+                let mut v = [s.splat(0.0); R];
+                let mut r = 0;
+                while r < R {
+                    v[r] = E::lanes(s, values.add(r * padded + d));
+                    r += 1;
+                }
+                let mut m = 0;
+                while m < M {
+                    let mut sum = s.load(sums[m].add(d));
+                    let mut r = 0;
+                    while r < R {
+                        sum = s.fma(w[m][r], v[r], sum);
+                        r += 1;
+                    }
+                    s.store(sums[m].add(d), sum);
+                    m += 1;
+                }
+                d += S::LANES;
+            }
+        }
+    }
+
     /// `C` vectors of columns from `d` on.
     #[inline(always)]
     fn columns<S: Simd, const C: usize>(&self, s: S, d: usize) {
@@ -328,19 +517,24 @@ impl<E: Element, const M: usize> Mix<E, M> {
                 m += 1;
             }
             let mut i = self.subs.0;
+            let (padded, (from, to)) = (self.padded, self.js);
             while i < self.subs.1 {
                 let (values, w) = (self.tile.values[i].add(d), self.weights.add(i * KEY_BLOCK));
-                let mut j = self.js.0;
-                while j < self.js.1 {
-                    if M <= 4 && size_of::<E>() < 4 && !self.tile.next[i].is_null() {
+                let next = self.tile.next[1][i].wrapping_add(d * size_of::<E>());
+                let mut j = from;
+                while j < to {
+                    if M <= 4 && size_of::<E>() < 4 {
                         // As many bytes as the columns at hand have: all of a key block in the end.
-                        let bytes = C * S::LANES * size_of::<E>();
-                        fetch(self.tile.next[i].wrapping_add((j * self.padded + d) * size_of::<E>() / bytes * bytes));
+                        let next = next.wrapping_add(j * padded * size_of::<E>());
+                        fetch_far(next);
+                        if C * S::LANES * size_of::<E>() > 64 {
+                            fetch_far(next.wrapping_add(64));
+                        }
                     }
                     let mut v = [s.splat(0.0); C];
                     let mut c = 0;
                     while c < C {
-                        v[c] = E::lanes(s, values.add(j * self.padded + c * S::LANES));
+                        v[c] = E::lanes(s, values.add(j * padded + c * S::LANES));
                         c += 1;
                     }
                     let mut m = 0;
