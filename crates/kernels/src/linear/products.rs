@@ -37,7 +37,7 @@ pub(super) fn exact<C: Codec>(packing: &Packing, view: View, codec: &C, x: MatRe
     }
     tiled(isa, x, view.blocks, |first, rows, x| {
         let (x, out) = (Shared(x), out.below(first));
-        parallel::ranges(view.count(), 2, usize::MAX, ROWS * cols * (rows + 4), |from, to| {
+        parallel::ranges(view.count(), matmul::side(isa), usize::MAX, ROWS * cols * (rows + 4), |from, to| {
             scratch::with(matmul::scratch(rows), |scratch| {
                 Batch { panels: view, codec, from, to, x: x.get(), rows, out, scratch }.run(isa);
             });

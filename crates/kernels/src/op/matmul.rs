@@ -210,6 +210,11 @@ pub(crate) fn tiles(rows: usize, lanes: usize, mut f: impl FnMut(usize, usize)) 
     }
 }
 
+/// Panels that are multiplied side by side.
+pub(crate) fn side(isa: Isa) -> usize {
+    if isa.lanes() == 16 { WIDE.1 } else { NARROW.1 }
+}
+
 /// Scratch for `batch`: panels of a span in f32, and the sums of every padded row.
 pub(crate) fn scratch(rows: usize) -> usize {
     WIDE.1 * ROWS * (SPAN + rows + WIDE.0)
@@ -232,7 +237,7 @@ impl<C: Codec> Batch<'_, C> {
     /// Runs it. Decoding a span, which knows the codec, and multiplying it, which does not, are compiled apart.
     pub(crate) fn run(self, isa: Isa) {
         assert!(self.scratch.len() >= scratch(self.rows), "room for a span and the sums");
-        let side = if isa.lanes() == 16 { WIDE.1 } else { NARROW.1 };
+        let side = side(isa);
         let (w, sums) = self.scratch.split_at_mut(side * SPAN * ROWS);
         let (w, sums) = (w.as_mut_ptr(), sums.as_mut_ptr());
         let Batch { panels, codec, x, rows, out, .. } = self;

@@ -26,55 +26,122 @@ pub(crate) struct Quantize {
     pub(crate) sixteens: bool,
 }
 
+/// Vectors of a group of blocks, one for each, by lanes: room for the most lanes.
+type Group = [f32; 16];
+
 impl Op for Quantize {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        // Step by step over all blocks: within one, every step waits long for the one before.
-        let meta = self.meta.cast::<[f32; META]>();
-        // SAFETY: the maker has rows as long.
-        unsafe {
-            let mut b = 0;
-            while b < self.blocks {
-                let top = top(s, self.x.add(b * BLOCK));
-                let inverse_top = if top < LEAST { 0.0 } else { 1.0 / top };
-                meta.add(b).write_unaligned([top, inverse_top, 0.0, 0.0]);
-                b += 1;
-            }
-            b = 0;
-            while b < self.blocks {
-                let [top, inverse_top, ..] = meta.add(b).read_unaligned();
-                let level = level(s, self.x.add(b * BLOCK), inverse_top);
-                meta.add(b).write_unaligned([top, inverse_top, level, 0.0]);
-                b += 1;
-            }
-            b = 0;
-            while b < self.blocks {
-                let [top, inverse_top, level, _] = meta.add(b).read_unaligned();
-                let known = (top, inverse_top, level);
-                let m = block(s, self.x.add(b * BLOCK), self.codes.add(b * BLOCK), known, (self.zero, self.sixteens));
-                meta.add(b).write_unaligned(m);
-                b += 1;
-            }
+        // A group of as many blocks as there are lanes, step by step: what a block's steps need of all its values is made for all blocks at once, a lane
+        // each. One block alone would wait for every step.
+        let mut sums = [[[0.0f32; 16]; 16]; 4];
+        let mut b = 0;
+        while b < self.blocks {
+            // SAFETY: the maker has rows as long.
+            unsafe { self.group(s, b, S::LANES.min(self.blocks - b), sums.as_mut_ptr().cast()) };
+            b += S::LANES;
         }
     }
 }
 
 /// Levels that are tried.
 const LEVELS: [f32; 4] = [127.0, 126.0, 125.0, 124.0];
-/// What makes errors in steps comparable from one level to the next.
-const SQUARED_STEPS: [f32; 4] = {
-    let [a, b, c, d] = LEVELS;
-    [1.0 / (a * a), 1.0 / (b * b), 1.0 / (c * c), 1.0 / (d * d)]
-};
 /// Added and taken off again, it leaves 512ths of a number below 1/2, whose products with 32 codes are summed without rounding.
 const FINE: f32 = 1.5 * 16384.0;
 
-/// The level under which the 32 values at `x`, the largest of which is `1 / inverse_top`, lose least; the highest of equals.
-/// # Safety
-/// `x` is readable for 32 values.
+impl Quantize {
+    /// Blocks `first..first + n`, at most as many as lanes; `sums` are four squares of lanes.
+    /// # Safety
+    /// The row has these blocks.
+    #[inline(always)]
+    unsafe fn group<S: Simd>(&self, s: S, first: usize, n: usize, sums: *mut f32) {
+        let none = s.splat(0.0);
+        // SAFETY: as the caller promises; a group has room for all lanes.
+        unsafe {
+            let x = self.x.add(first * BLOCK);
+            let mut tops: Group = [0.0; 16];
+            let mut b = 0;
+            while b < n {
+                tops[b] = top(s, x.add(b * BLOCK));
+                b += 1;
+            }
+            let top = s.load(tops.as_ptr());
+            let inverse = s.select_lt(top, s.splat(LEAST), none, s.div(s.splat(1.0), top));
+            // The level under which a block loses least; the highest of equals.
+            let mut inverses: [Group; 4] = [[0.0; 16]; 4];
+            let mut j = 0;
+            while j < 4 {
+                s.store(inverses[j].as_mut_ptr(), s.mul(s.splat(LEVELS[j]), inverse));
+                j += 1;
+            }
+            b = 0;
+            while b < n {
+                lost(s, x.add(b * BLOCK), [inverses[0][b], inverses[1][b], inverses[2][b], inverses[3][b]], sums, b);
+                b += 1;
+            }
+            let (mut least, mut level) = (s.splat(f32::INFINITY), s.splat(LEVELS[0]));
+            j = 0;
+            while j < 4 {
+                // Errors in steps, comparable from one level to the next.
+                let steps = s.splat(1.0 / (LEVELS[j] * LEVELS[j]));
+                let lost = s.mul(s.row_sums(square::<S>(sums, j)), steps);
+                level = s.select_lt(lost, least, s.splat(LEVELS[j]), level);
+                least = s.select_lt(lost, least, lost, least);
+                j += 1;
+            }
+            s.store(inverses[0].as_mut_ptr(), s.mul(level, inverse));
+            let codes = self.codes.add(first * BLOCK);
+            b = 0;
+            while b < n {
+                round(s, x.add(b * BLOCK), codes.add(b * BLOCK), inverses[0][b], sums, b);
+                b += 1;
+            }
+            let parts = [s.row_sums(square::<S>(sums, 0)), s.row_sums(square::<S>(sums, 1))];
+            let (squares, rests) = (s.row_sums(square::<S>(sums, 2)), s.row_sums(square::<S>(sums, 3)));
+            // Exact in any order, and NaN where any value is not finite.
+            let sum = s.add(parts[0], parts[1]);
+            // At least one code is +-124 or more, but where all are zeros.
+            let scale = s.mul(s.div(top, level), s.add(s.splat(1.0), s.div(rests, squares)));
+            let scale = s.select_lt(top, s.splat(LEAST), none, scale);
+            let mut all: [Group; 4] = [[0.0; 16]; 4];
+            for (group, v) in all.iter_mut().zip([scale, parts[0], sum, s.mul(scale, sum)]) {
+                s.store(group.as_mut_ptr(), v);
+            }
+            let meta = self.meta.cast::<[f32; META]>().add(first);
+            b = 0;
+            while b < n {
+                let [scale, part, sum, scaled] = [all[0][b], all[1][b], all[2][b], all[3][b]];
+                meta.add(b).write_unaligned(if sum.is_nan() {
+                    codes.add(b * BLOCK).write_bytes(0, BLOCK);
+                    [f32::NAN, 0.0, 0.0, f32::NAN]
+                } else {
+                    // Whole numbers of at most 32 * 127.
+                    let (part, whole) = (part.to_int_unchecked::<i32>(), sum.to_int_unchecked::<i32>());
+                    let bias = |sum: i32| f32::from_bits((-self.zero * sum) as u32);
+                    if self.sixteens {
+                        [scale, bias(part), bias(whole - part), 0.0]
+                    } else {
+                        [scale, bias(whole), f32::from_bits(whole as u32), scaled]
+                    }
+                });
+                b += 1;
+            }
+        }
+    }
+}
+
+/// Square `j` of lanes.
 #[inline(always)]
-unsafe fn level<S: Simd>(s: S, x: *const f32, inverse_top: f32) -> f32 {
+fn square<S: Simd>(sums: *mut f32, j: usize) -> *mut f32 {
+    sums.wrapping_add(j * S::LANES * S::LANES)
+}
+
+/// Squares of what the 32 values at `x` lose when they are rounded in steps of each of these inverses: partial sums, to row `b` of the four squares.
+/// # Safety
+/// `x` is readable for 32 values, the squares have that row.
+#[inline(always)]
+unsafe fn lost<S: Simd>(s: S, x: *const f32, inverses: [f32; 4], sums: *mut f32, b: usize) {
     let mut lost = [s.splat(0.0); 4];
     let mut i = 0;
     while i < BLOCK {
@@ -82,21 +149,18 @@ unsafe fn level<S: Simd>(s: S, x: *const f32, inverse_top: f32) -> f32 {
         let x = unsafe { s.load(x.add(i)) };
         let mut j = 0;
         while j < 4 {
-            let rest = s.rest(x, s.splat(LEVELS[j] * inverse_top));
+            let rest = s.rest(x, s.splat(inverses[j]));
             lost[j] = s.fma(rest, rest, lost[j]);
             j += 1;
         }
         i += S::LANES;
     }
-    let lost = s.sum4(lost);
-    // As whole numbers with the level's index below them: which is least cannot be foretold, and a wrong guess costs more than the search.
-    let mut least = u64::MAX;
     let mut j = 0;
     while j < 4 {
-        least = least.min(u64::from((lost[j] * SQUARED_STEPS[j]).to_bits()) << 2 | j as u64);
+        // SAFETY: as the caller promises.
+        unsafe { s.store(square::<S>(sums, j).add(b * S::LANES), lost[j]) };
         j += 1;
     }
-    LEVELS[(least & 3) as usize]
 }
 
 /// The largest magnitude of a block.
@@ -116,54 +180,32 @@ unsafe fn top<S: Simd>(s: S, x: *const f32) -> f32 {
     s.top(top)
 }
 
-/// Quantizes a block, the largest magnitude of which is `top`, at `level`, and gives what belongs to it.
+/// Codes of the 32 values at `x` times `inverse`; partial sums of the first and last sixteen codes, of their squares, and of what rounding took off
+/// times the code, to row `b` of the four squares.
 /// # Safety
-/// Both pointers are good for 32 values.
+/// Both pointers are good for 32 values, the squares have that row.
 #[inline(always)]
-unsafe fn block<S: Simd>(
-    s: S,
-    x: *const f32,
-    codes: *mut i8,
-    (top, inverse_top, level): (f32, f32, f32),
-    (zero, sixteens): (i32, bool),
-) -> [f32; META] {
-    let none = s.splat(0.0);
+unsafe fn round<S: Simd>(s: S, x: *const f32, codes: *mut i8, inverse: f32, sums: *mut f32, b: usize) {
+    let (inverse, fine) = (s.splat(inverse), s.splat(FINE));
+    let mut all = [s.splat(0.0); 4];
+    let mut i = 0;
     // SAFETY: as the caller promises.
     unsafe {
-        let (inverse, fine) = (s.splat(level * inverse_top), s.splat(FINE));
-        let mut totals = [none; 2];
-        let (mut squares, mut rests) = (none, none);
-        let mut i = 0;
         while i < BLOCK {
             let exact = s.mul(s.load(x.add(i)), inverse);
             let v = s.round(exact);
             let rest = s.sub(s.add(s.sub(exact, v), fine), fine);
             let part = i / (BLOCK / 2);
-            totals[part] = s.add(totals[part], v);
-            squares = s.fma(v, v, squares);
-            rests = s.fma(rest, v, rests);
+            all[part] = s.add(all[part], v);
+            all[2] = s.fma(v, v, all[2]);
+            all[3] = s.fma(rest, v, all[3]);
             s.store_i8(codes.add(i), v);
             i += S::LANES;
         }
-        // Exact in any order, and NaN where any value is not finite.
-        let [first, second, squares, rests] = s.sum4([totals[0], totals[1], squares, rests]);
-        let sum = first + second;
-        if sum.is_nan() {
-            codes.write_bytes(0, BLOCK);
-            return [f32::NAN, 0.0, 0.0, f32::NAN];
+        let mut j = 0;
+        while j < 4 {
+            s.store(square::<S>(sums, j).add(b * S::LANES), all[j]);
+            j += 1;
         }
-        // At least one code is +-124 or more, but where all are zeros.
-        let scale = if top < LEAST { 0.0 } else { top / level * (1.0 + rests / squares) };
-        let whole = sum as i32;
-        if sixteens {
-            let first = first as i32;
-            return [
-                scale,
-                f32::from_bits((-zero * first) as u32),
-                f32::from_bits((-zero * (whole - first)) as u32),
-                0.0,
-            ];
-        }
-        [scale, f32::from_bits((-zero * whole) as u32), f32::from_bits(whole as u32), scale * sum]
     }
 }

@@ -103,21 +103,20 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    fn sum4(self, [a, b, c, d]: [__m256; 4]) -> [f32; 4] {
-        // SAFETY: see above; the array has four values.
+    fn sum(self, v: __m256) -> f32 {
+        // SAFETY: see above.
         unsafe {
-            let fold = _mm256_hadd_ps(
-                _mm256_hadd_ps(
-                    _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b)),
-                    _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(c, d), _mm256_permute2f128_ps::<0x31>(c, d)),
-                ),
-                _mm256_setzero_ps(),
-            );
-            // Lanes now: a, c, 0, 0 | b, d, 0, 0.
-            let mut o = [0.0f32; 4];
-            let t = _mm_unpacklo_ps(_mm256_castps256_ps128(fold), _mm256_extractf128_ps::<1>(fold));
-            _mm_storeu_ps(o.as_mut_ptr(), t);
-            o
+            let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_hadd_ps(v, v);
+            _mm_cvtss_f32(_mm_hadd_ps(v, v))
+        }
+    }
+    #[inline(always)]
+    unsafe fn row_sums(self, p: *const f32) -> __m256 {
+        // SAFETY: see above.
+        unsafe {
+            let (a, b) = (quarter_sums(p), quarter_sums(p.add(32)));
+            _mm256_add_ps(_mm256_permute2f128_ps::<0x20>(a, b), _mm256_permute2f128_ps::<0x31>(a, b))
         }
     }
     #[inline(always)]
@@ -330,6 +329,18 @@ impl Simd for Avx2 {
     fn xor_i(self, a: __m256i, b: __m256i) -> __m256i {
         // SAFETY: see above.
         unsafe { _mm256_xor_si256(a, b) }
+    }
+}
+
+/// Sums of the lower halves of four vectors, and of their upper halves.
+/// # Safety
+/// `p` is readable for 32 values; the processor has AVX.
+#[inline(always)]
+unsafe fn quarter_sums(p: *const f32) -> __m256 {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let a = _mm256_hadd_ps(_mm256_loadu_ps(p), _mm256_loadu_ps(p.add(8)));
+        _mm256_hadd_ps(a, _mm256_hadd_ps(_mm256_loadu_ps(p.add(16)), _mm256_loadu_ps(p.add(24))))
     }
 }
 

@@ -116,18 +116,25 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         }
     }
     #[inline(always)]
-    fn sum4(self, [a, b, c, d]: [__m512; 4]) -> [f32; 4] {
-        // SAFETY: see above; the array has four values.
+    fn sum(self, v: __m512) -> f32 {
+        // SAFETY: see above.
         unsafe {
-            // Quarters of a register are added crosswise until a quarter belongs to each input, then inside the quarters.
-            let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b));
-            let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xEE>(c, d));
-            let t = _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xDD>(ab, cd));
-            let t = _mm512_add_ps(t, _mm512_permute_ps::<0xB1>(t));
-            let t = _mm512_add_ps(t, _mm512_permute_ps::<0x4E>(t));
-            let mut o = [0.0f32; 4];
-            _mm_storeu_ps(o.as_mut_ptr(), _mm512_castps512_ps128(_mm512_maskz_compress_ps(0x1111, t)));
-            o
+            let upper = _mm256_castpd_ps(_mm512_extractf64x4_pd::<1>(_mm512_castps_pd(v)));
+            let v = _mm256_add_ps(_mm512_castps512_ps256(v), upper);
+            let v = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps::<1>(v));
+            let v = _mm_hadd_ps(v, v);
+            _mm_cvtss_f32(_mm_hadd_ps(v, v))
+        }
+    }
+    #[inline(always)]
+    unsafe fn row_sums(self, p: *const f32) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            // Quarter k of what comes of row i belongs to row 4k + i, so that adding inside quarters leaves the rows in order.
+            let [a, b, c, d] = [fold(p), fold(p.add(16)), fold(p.add(32)), fold(p.add(48))];
+            let ab = _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xDD>(a, b));
+            let cd = _mm512_add_ps(_mm512_shuffle_ps::<0x88>(c, d), _mm512_shuffle_ps::<0xDD>(c, d));
+            _mm512_add_ps(_mm512_shuffle_ps::<0x88>(ab, cd), _mm512_shuffle_ps::<0xDD>(ab, cd))
         }
     }
     #[inline(always)]
@@ -363,4 +370,20 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
 unsafe fn pairs(c: [__m512i; 2], x: [__m512i; 2]) -> (__m512i, __m512i) {
     // SAFETY: as the caller promises.
     unsafe { (_mm512_maddubs_epi16(c[0], x[0]), _mm512_maddubs_epi16(c[1], x[1])) }
+}
+
+/// Of the vectors at `p` and at every fourth after it, the quarters of each added up: a quarter for each.
+/// # Safety
+/// `p` is readable for 13 vectors of 16; the processor has AVX-512.
+#[inline(always)]
+unsafe fn fold(p: *const f32) -> __m512 {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let load =
+            [_mm512_loadu_ps(p), _mm512_loadu_ps(p.add(64)), _mm512_loadu_ps(p.add(128)), _mm512_loadu_ps(p.add(192))];
+        let [a, b, c, d] = load;
+        let ab = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b));
+        let cd = _mm512_add_ps(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xEE>(c, d));
+        _mm512_add_ps(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xDD>(ab, cd))
+    }
 }

@@ -52,8 +52,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn rest(self, a: Self::V, b: Self::V) -> Self::V;
     /// `2^a` for whole `a` in -126..=127.
     fn pow2(self, a: Self::V) -> Self::V;
-    /// The sums of four vectors, every one in the same fixed tree.
-    fn sum4(self, v: [Self::V; 4]) -> [f32; 4];
+    /// The sum of all lanes, in a fixed tree.
+    fn sum(self, v: Self::V) -> f32;
+    /// The sums of as many vectors as there are lanes, one after the other at `p`; each in a tree of its own.
+    /// # Safety
+    /// `p` is readable for `LANES * LANES` values.
+    unsafe fn row_sums(self, p: *const f32) -> Self::V;
     /// `LANES` little-endian f16.
     /// # Safety
     /// `p` is readable for `2 * LANES` bytes.
@@ -173,13 +177,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn up_i(self, a: Self::I, n: Self::I) -> Self::I;
     /// Bits of one of both.
     fn xor_i(self, a: Self::I, b: Self::I) -> Self::I;
-
-    /// The sum of all lanes, in the tree of [`Simd::sum4`].
-    #[inline(always)]
-    fn sum(self, v: Self::V) -> f32 {
-        let z = self.splat(0.0);
-        self.sum4([v, z, z, z])[0]
-    }
 }
 
 /// What moves a number below 2^13 to where an f32 ends with 512ths: the fraction is what the last nine bits say.
@@ -405,11 +402,11 @@ mod tests {
             let r = unsafe { s.load(ramp.as_ptr()) };
             let total: f32 = ramp.iter().sum();
             let two = s.splat(2.0);
-            assert_eq!(
-                s.sum4([r, s.mul(r, two), s.sub(r, two), s.splat(1.0)]),
-                [total, 2.0 * total, total - 2.0 * n as f32, n as f32]
-            );
             assert_eq!(s.sum(r), total);
+            let square: Vec<f32> = (0..n * n).map(|i| (i * i % 97) as f32).collect();
+            let want: Vec<f32> = square.chunks(n).map(|row| row.iter().sum()).collect();
+            // SAFETY: as many values.
+            assert_eq!(read(unsafe { s.row_sums(square.as_ptr()) }), want);
             let nan = s.splat(f32::NAN);
             assert_eq!(read(s.select_lt(nan, two, r, two))[0], 2.0);
             assert_eq!(read(s.select_lt(s.splat(1.0), two, r, two)), ramp);

@@ -110,12 +110,13 @@ impl Simd for Portable {
         fill(|i| (a[i].mul_add(b[i], TO_512THS).to_bits() << 23) as i32 as f32)
     }
     #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
-    fn sum4(self, v: [V; 4]) -> [f32; 4] {
-        let mut o = [0.0; 4];
-        for (o, v) in o.iter_mut().zip(v) {
-            *o = ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]));
-        }
-        o
+    fn sum(self, v: V) -> f32 {
+        ((v[0] + v[4]) + (v[1] + v[5])) + ((v[2] + v[6]) + (v[3] + v[7]))
+    }
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
+    unsafe fn row_sums(self, p: *const f32) -> V {
+        // SAFETY: the caller promises LANES * LANES values.
+        fill(|i| self.sum(unsafe { self.load(p.add(8 * i)) }))
     }
     #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     unsafe fn load_f16(self, p: *const u8) -> V {
