@@ -270,68 +270,73 @@ impl<E: Element, const M: usize> Op for Scores<E, M> {
 }
 
 impl<E: Element, const M: usize> Scores<E, M> {
-    /// All keys of the `B` key blocks from `i` on, where registers do not hold their sums: those pass through the weights' memory, two dimensions
+    /// All keys of the `B` key blocks from `i` on, where registers do not hold their sums: those pass through the weights' memory, a few dimensions
     /// at a time, so that every line of keys is read once. Read in several passes, lines from memory came no faster for being asked for.
     #[inline(always)]
     fn lines<S: Simd, const B: usize>(&self, s: S, i: usize) {
+        let mut d = 0;
+        while d < self.dim {
+            if M <= 3 && self.dim - d >= 3 {
+                self.dimensions::<S, B, 3>(s, i, d);
+                d += 3;
+            } else if self.dim - d >= 2 {
+                self.dimensions::<S, B, 2>(s, i, d);
+                d += 2;
+            } else {
+                self.dimensions::<S, B, 1>(s, i, d);
+                d += 1;
+            }
+        }
+    }
+
+    /// Adds `D` dimensions from `d` on to the sums of all keys of the `B` key blocks from `i` on.
+    #[inline(always)]
+    fn dimensions<S: Simd, const B: usize, const D: usize>(&self, s: S, i: usize, d: usize) {
         // SAFETY: as for `keys`.
         unsafe {
-            let (queries, dim) = (self.q, self.dim);
-            let (mut keys, mut next) = ([self.keys[i]; B], [self.next[i]; B]);
-            let mut b = 0;
-            while b < B {
-                (keys[b], next[b]) = (self.keys[i + b], self.next[i + b]);
-                b += 1;
-            }
             let sums = self.weights.add(i * KEY_BLOCK);
+            let mut q = [[s.splat(0.0); D]; M];
             let mut m = 0;
             while m < M {
-                let mut v = 0;
-                while v < B * KEY_BLOCK {
-                    s.store(sums.add(m * TILE + v), s.splat(0.0));
-                    v += S::LANES;
+                let mut e = 0;
+                while e < D {
+                    q[m][e] = s.splat(*self.q[m].add(d + e));
+                    e += 1;
                 }
                 m += 1;
             }
-            let mut d = 0;
-            while d < dim {
-                let two = d + 1 < dim;
-                let mut q = [[s.splat(0.0); 2]; M];
-                let mut m = 0;
-                while m < M {
-                    q[m][0] = s.splat(*queries[m].add(d));
-                    if two {
-                        q[m][1] = s.splat(*queries[m].add(d + 1));
-                    }
-                    m += 1;
+            let mut b = 0;
+            while b < B {
+                let keys = self.keys[i + b].add(d * KEY_BLOCK);
+                let next = self.next[i + b].wrapping_add(d * KEY_BLOCK * size_of::<E>());
+                let mut e = 0;
+                while e < D && size_of::<E>() < 4 {
+                    fetch_far(next.wrapping_add(e * KEY_BLOCK * size_of::<E>()));
+                    e += 1;
                 }
-                let mut b = 0;
-                while b < B {
-                    if size_of::<E>() < 4 {
-                        fetch_far(next[b].wrapping_add(d * KEY_BLOCK * size_of::<E>()));
-                        if size_of::<E>() == 2 {
-                            fetch_far(next[b].wrapping_add((d + 1) * KEY_BLOCK * size_of::<E>()));
-                        }
+                let mut v = 0;
+                while v < KEY_BLOCK {
+                    let mut k = [s.splat(0.0); D];
+                    e = 0;
+                    while e < D {
+                        k[e] = E::lanes(s, keys.add(e * KEY_BLOCK + v));
+                        e += 1;
                     }
-                    let mut v = 0;
-                    while v < KEY_BLOCK {
-                        let at = keys[b].add(d * KEY_BLOCK + v);
-                        let k = [E::lanes(s, at), if two { E::lanes(s, at.add(KEY_BLOCK)) } else { s.splat(0.0) }];
-                        let mut m = 0;
-                        while m < M {
-                            let at = sums.add(m * TILE + b * KEY_BLOCK + v);
-                            let mut sum = s.fma(q[m][0], k[0], s.load(at));
-                            if two {
-                                sum = s.fma(q[m][1], k[1], sum);
-                            }
-                            s.store(at, sum);
-                            m += 1;
+                    let mut m = 0;
+                    while m < M {
+                        let at = sums.add(m * TILE + b * KEY_BLOCK + v);
+                        let mut sum = if d == 0 { s.splat(0.0) } else { s.load(at) };
+                        e = 0;
+                        while e < D {
+                            sum = s.fma(q[m][e], k[e], sum);
+                            e += 1;
                         }
-                        v += S::LANES;
+                        s.store(at, sum);
+                        m += 1;
                     }
-                    b += 1;
+                    v += S::LANES;
                 }
-                d += 2;
+                b += 1;
             }
         }
     }
@@ -423,6 +428,9 @@ impl<E: Element, const M: usize> Op for Mix<E, M> {
                     if M <= 2 && self.js.1 - j >= 4 {
                         self.lines::<S, 4>(s, i, j);
                         j += 4;
+                    } else if M <= 3 && self.js.1 - j >= 3 {
+                        self.lines::<S, 3>(s, i, j);
+                        j += 3;
                     } else if self.js.1 - j >= 2 {
                         self.lines::<S, 2>(s, i, j);
                         j += 2;
