@@ -57,16 +57,30 @@ pub(super) fn tiled(isa: Isa, x: MatRef<'_>, blocks: usize, mut f: impl FnMut(us
 
 /// Rows `r..r + have` of x as one tile of `m`, column by column; the rows it lacks are zeros.
 fn fill(tile: &mut [f32], x: MatRef<'_>, r: usize, have: usize, m: usize) {
-    let cols = x.cols();
-    tile[cols * m..].fill(0.0);
-    let tile = &mut tile[..cols * m];
-    for i in 0..m {
-        let places = tile[i..].iter_mut().step_by(m);
-        if i < have {
-            places.zip(x.row(r + i)).for_each(|(t, v)| *t = *v);
-        } else {
-            places.for_each(|t| *t = 0.0);
+    tile[x.cols() * m..].fill(0.0);
+    if have < m {
+        tile.fill(0.0);
+        for i in 0..have {
+            tile[i..].iter_mut().step_by(m).zip(x.row(r + i)).for_each(|(t, v)| *t = *v);
         }
+        return;
+    }
+    match m {
+        2 => whole::<2>(tile, x, r),
+        4 => whole::<4>(tile, x, r),
+        6 => whole::<6>(tile, x, r),
+        8 => whole::<8>(tile, x, r),
+        12 => whole::<12>(tile, x, r),
+        _ => unreachable!("tiles of {m}"),
+    }
+}
+
+/// Rows `r..r + M` of x, column by column: all rows of a column at once, since their places lie together.
+fn whole<const M: usize>(tile: &mut [f32], x: MatRef<'_>, r: usize) {
+    let cols = x.cols();
+    let rows: [&[f32]; M] = std::array::from_fn(|i| &x.row(r + i)[..cols]);
+    for (c, places) in tile.as_chunks_mut::<M>().0[..cols].iter_mut().enumerate() {
+        *places = std::array::from_fn(|i| rows[i][c]);
     }
 }
 
