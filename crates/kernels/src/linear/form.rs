@@ -387,7 +387,7 @@ pub(super) fn together<const N: usize>(packing: &Packing, plan: Plan, parts: [(&
     let counts = parts.map(|(form, _)| form.count());
     let share = |blocks: usize, given: Given| {
         let (unit, cost) = match given {
-            Given::Bytes(_) => (1, ROWS * blocks * BLOCK * x.rows() / 2),
+            Given::Bytes(_) => (if x.rows() == 1 { 4 } else { 1 }, ROWS * blocks * BLOCK * x.rows() / 2),
             Given::Row(_) => (8, ROWS * blocks * BLOCK),
         };
         parallel::ranges(counts.iter().sum(), unit, usize::MAX, cost, |from, to| {

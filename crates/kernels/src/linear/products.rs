@@ -48,7 +48,9 @@ pub(super) fn exact<C: Codec>(packing: &Packing, view: View, codec: &C, x: MatRe
 pub(super) fn bytes<C: Bytes>(packing: &Packing, view: View, codec: &C, x: MatRef<'_>, out: Out) {
     quantized(packing.isa, x, view.blocks, (codec.grid().zero, C::SIXTEENS), |rows| {
         let cost = ROWS * view.blocks * BLOCK * x.rows() / 2;
-        parallel::ranges(view.count(), 1, usize::MAX, cost, |from, to| {
+        // A single row meets four panels side by side.
+        let unit = if x.rows() == 1 { unit(view.count()).div_ceil(2) } else { 1 };
+        parallel::ranges(view.count(), unit, usize::MAX, cost, |from, to| {
             dispatch(packing.isa, Dots { panels: view, codec, from, to, x: rows, out });
         });
     });

@@ -31,6 +31,9 @@ pub(crate) struct Dots<'a, C> {
     pub(crate) out: Out,
 }
 
+/// Panels that a single row meets side by side: memory gives several streams faster than one.
+const SIDE: usize = 4;
+
 /// Rows that may be read beyond the last.
 pub(crate) const SPARE: usize = 7;
 
@@ -55,6 +58,14 @@ fn run<S: Simd, C: Bytes, const PLAIN: bool>(s: S, g: Dots<'_, C>) {
     while first < g.x.rows {
         let end = (first + chunk).min(g.x.rows);
         let mut p = g.from;
+        if first + 1 == g.x.rows {
+            while p < g.to {
+                let n = SIDE.min(g.to - p);
+                // SAFETY: the maker has these panels and rows, and room in `out`.
+                unsafe { beside::<S, C, PLAIN>(s, &g, (p, n), first) };
+                p += n;
+            }
+        }
         while p < g.to {
             let mut r = first;
             // SAFETY: the maker has these panels and rows, and room in `out`.
@@ -62,10 +73,9 @@ fn run<S: Simd, C: Bytes, const PLAIN: bool>(s: S, g: Dots<'_, C>) {
                 // Rows beyond the last are computed from whatever is there, and not written.
                 while r < end {
                     r += match end - r {
-                        1 => rows::<S, C, PLAIN, 1>(s, &g, p, r, 1),
                         n if n > 4 && S::LANES == 16 => rows::<S, C, PLAIN, 8>(s, &g, p, r, n.min(8)),
                         n if S::LANES == 16 => rows::<S, C, PLAIN, 4>(s, &g, p, r, n.min(4)),
-                        2 => rows::<S, C, PLAIN, 2>(s, &g, p, r, 2),
+                        n @ (1 | 2) => rows::<S, C, PLAIN, 2>(s, &g, p, r, n),
                         n => rows::<S, C, PLAIN, 4>(s, &g, p, r, n.min(4)),
                     };
                 }
@@ -91,10 +101,7 @@ unsafe fn rows<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
     let mut out = [[s.splat(0.0); 2]; M];
     // SAFETY: as the caller promises.
     unsafe {
-        if M == 1 && C::PICKS {
-            out[0] = picked::<S, C, PLAIN>(s, g, panel, r);
-        } else if M == 1 || S::LANES == ROWS {
-            // The bytes of a single row meet both halves of the lanes while they are in registers.
+        if S::LANES == ROWS {
             sums::<S, C, PLAIN, M>(s, g, panel, r, (0, ROWS / S::LANES), &mut out);
         } else {
             // Of several rows the sums of one half are all that registers hold.
@@ -123,57 +130,104 @@ unsafe fn sums<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
     out: &mut [[S::V; 2]; M],
 ) {
     let blocks = g.panels.blocks;
-    let ahead = g.panels.ahead_one(C::BLOCK_BYTES);
     let mut b = 0;
     while b < blocks {
-        if M == 1 {
-            ahead.fetch(panel, b, C::BLOCK_BYTES / 64);
-        }
         // SAFETY: as the caller promises.
-        unsafe {
-            let x = g.x.codes.add((r * blocks + b) * BLOCK);
-            let meta = g.x.meta.add((r * blocks + b) * META);
-            // A block is summed as a whole, or in the two parts that have scales of their own.
-            let parts = if C::SIXTEENS { 2 } else { 1 };
-            let mut part = 0;
-            while part < parts {
-                let mut sums = [[[s.splat_i(0); 2]; 2]; M];
-                let mut m = 0;
-                while m < M {
-                    let bias = s.spread_i::<false>(meta.add(m * blocks * META + 1 + part).cast());
-                    sums[m][0][0] = bias;
-                    sums[m][1][0] = bias;
-                    m += 1;
+        unsafe { block::<S, C, PLAIN, M>(s, g, (panel, b), r, (from, to), out) };
+        b += 1;
+    }
+}
+
+/// Row `r` times `n` panels from `p` on, at most [`SIDE`], block by block of each. Their bytes meet both halves of the lanes while they are in registers.
+/// # Safety
+/// They are there.
+#[inline(always)]
+unsafe fn beside<S: Simd, C: Bytes, const PLAIN: bool>(s: S, g: &Dots<'_, C>, (p, n): (usize, usize), r: usize) {
+    let blocks = g.panels.blocks;
+    let ahead = g.panels.ahead_of_codes(C::BLOCK_BYTES, n);
+    let mut out = [[[s.splat(0.0); 2]; 1]; SIDE];
+    let mut b = 0;
+    while b < blocks {
+        let mut i = 0;
+        while i < n {
+            let panel = g.panels.at(p + i);
+            ahead.fetch(panel, b, C::BLOCK_BYTES / 64);
+            // SAFETY: as the caller promises.
+            unsafe {
+                if C::PICKS {
+                    out[i][0] = picked::<S, C, PLAIN>(s, g, (panel, b), r, out[i][0]);
+                } else {
+                    block::<S, C, PLAIN, 1>(s, g, (panel, b), r, (0, ROWS / S::LANES), &mut out[i]);
                 }
-                // One by one and not in a loop: how codes are cut out of their planes is then known in every place.
-                let at = (panel, b, x, (from, to));
-                if part == 0 {
-                    octet::<S, C, M>(s, g, at, 0, &mut sums);
-                    octet::<S, C, M>(s, g, at, 1, &mut sums);
-                }
-                if part + 1 == parts {
-                    octet::<S, C, M>(s, g, at, 2, &mut sums);
-                    octet::<S, C, M>(s, g, at, 3, &mut sums);
-                }
-                let mut h = from;
-                while h < to {
-                    let shared = if C::SIXTEENS {
-                        g.codec.shared_half(s, panel, b, part, h)
-                    } else {
-                        g.codec.shared::<S, PLAIN>(s, panel, b, h)
-                    };
-                    let mut m = 0;
-                    while m < M {
-                        let (sum, meta) = (s.total(C::BITS, sums[m][h]), meta.add(m * blocks * META));
-                        out[m][h] = g.codec.close::<S, PLAIN>(s, &shared, sum, meta, out[m][h]);
-                        m += 1;
-                    }
-                    h += 1;
-                }
-                part += 1;
             }
+            i += 1;
         }
         b += 1;
+    }
+    let mut i = 0;
+    while i < n {
+        // SAFETY: as the caller promises.
+        unsafe { g.out.put(s, r, p + i, g.panels.rows, out[i][0]) };
+        i += 1;
+    }
+}
+
+/// Adds block `b` of a panel.
+/// # Safety
+/// As for [`sums`].
+#[inline(always)]
+unsafe fn block<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
+    s: S,
+    g: &Dots<'_, C>,
+    (panel, b): (*const u8, usize),
+    r: usize,
+    (from, to): (usize, usize),
+    out: &mut [[S::V; 2]; M],
+) {
+    let blocks = g.panels.blocks;
+    // SAFETY: as the caller promises.
+    unsafe {
+        let x = g.x.codes.add((r * blocks + b) * BLOCK);
+        let meta = g.x.meta.add((r * blocks + b) * META);
+        // A block is summed as a whole, or in the two parts that have scales of their own.
+        let parts = if C::SIXTEENS { 2 } else { 1 };
+        let mut part = 0;
+        while part < parts {
+            let mut sums = [[[s.splat_i(0); 2]; 2]; M];
+            let mut m = 0;
+            while m < M {
+                let bias = s.spread_i::<false>(meta.add(m * blocks * META + 1 + part).cast());
+                sums[m][0][0] = bias;
+                sums[m][1][0] = bias;
+                m += 1;
+            }
+            // One by one and not in a loop: how codes are cut out of their planes is then known in every place.
+            let at = (panel, b, x, (from, to));
+            if part == 0 {
+                octet::<S, C, M>(s, g, at, 0, &mut sums);
+                octet::<S, C, M>(s, g, at, 1, &mut sums);
+            }
+            if part + 1 == parts {
+                octet::<S, C, M>(s, g, at, 2, &mut sums);
+                octet::<S, C, M>(s, g, at, 3, &mut sums);
+            }
+            let mut h = from;
+            while h < to {
+                let shared = if C::SIXTEENS {
+                    g.codec.shared_half(s, panel, b, part, h)
+                } else {
+                    g.codec.shared::<S, PLAIN>(s, panel, b, h)
+                };
+                let mut m = 0;
+                while m < M {
+                    let (sum, meta) = (s.total(C::BITS, sums[m][h]), meta.add(m * blocks * META));
+                    out[m][h] = g.codec.close::<S, PLAIN>(s, &shared, sum, meta, out[m][h]);
+                    m += 1;
+                }
+                h += 1;
+            }
+            part += 1;
+        }
     }
 }
 
@@ -204,42 +258,41 @@ unsafe fn octet<S: Simd, C: Bytes, const M: usize>(
     }
 }
 
-/// Row `r` times a panel of codes that x is brought to: the same exact sums.
+/// Adds the products of row `r` and block `b` of a panel of codes that x is brought to: the same exact sums.
 /// # Safety
 /// As for [`rows`].
 #[inline(always)]
-unsafe fn picked<S: Simd, C: Bytes, const PLAIN: bool>(s: S, g: &Dots<'_, C>, panel: *const u8, r: usize) -> [S::V; 2] {
+unsafe fn picked<S: Simd, C: Bytes, const PLAIN: bool>(
+    s: S,
+    g: &Dots<'_, C>,
+    (panel, b): (*const u8, usize),
+    r: usize,
+    mut out: [S::V; 2],
+) -> [S::V; 2] {
     let blocks = g.panels.blocks;
-    let ahead = g.panels.ahead_one(C::BLOCK_BYTES);
     let zero = s.and_i(s.splat_i(-1), g.codec.grid().zero);
-    let mut out = [s.splat(0.0); 2];
-    let mut b = 0;
-    while b < blocks {
-        ahead.fetch(panel, b, C::BLOCK_BYTES / 64);
-        // SAFETY: as the caller promises.
-        unsafe {
-            let x = g.x.codes.add((r * blocks + b) * BLOCK);
-            let scale = s.splat(*g.x.meta.add((r * blocks + b) * META));
-            let mut h = 0;
-            while h < ROWS / S::LANES {
-                let mut sum = [s.splat_i(0); 2];
-                let mut given = [s.splat_i(0); 2];
-                let mut part = 0;
-                while part < 2 {
-                    let [codes, places] = g.codec.picks(s, panel, b, part, h);
-                    let x = x.add(part * BLOCK / 2);
-                    let x = [s.pick(x, places[0]), s.pick(x, places[1])];
-                    sum = s.dot(C::BITS, sum, codes, x);
-                    given = s.dot(C::BITS, given, [zero; 2], x);
-                    part += 1;
-                }
-                let shared = g.codec.shared::<S, PLAIN>(s, panel, b, h);
-                let (sum, given) = (s.total(C::BITS, sum), s.total(C::BITS, given));
-                out[h] = g.codec.close_gathered::<S, PLAIN>(s, &shared, sum, (given, scale), out[h]);
-                h += 1;
+    // SAFETY: as the caller promises.
+    unsafe {
+        let x = g.x.codes.add((r * blocks + b) * BLOCK);
+        let scale = s.splat(*g.x.meta.add((r * blocks + b) * META));
+        let mut h = 0;
+        while h < ROWS / S::LANES {
+            let mut sum = [s.splat_i(0); 2];
+            let mut given = [s.splat_i(0); 2];
+            let mut part = 0;
+            while part < 2 {
+                let [codes, places] = g.codec.picks(s, panel, b, part, h);
+                let x = x.add(part * BLOCK / 2);
+                let x = [s.pick(x, places[0]), s.pick(x, places[1])];
+                sum = s.dot(C::BITS, sum, codes, x);
+                given = s.dot(C::BITS, given, [zero; 2], x);
+                part += 1;
             }
+            let shared = g.codec.shared::<S, PLAIN>(s, panel, b, h);
+            let (sum, given) = (s.total(C::BITS, sum), s.total(C::BITS, given));
+            out[h] = g.codec.close_gathered::<S, PLAIN>(s, &shared, sum, (given, scale), out[h]);
+            h += 1;
         }
-        b += 1;
     }
     out
 }

@@ -113,8 +113,8 @@ impl View {
 
 /// How far ahead of what is being read panels are asked for, at most; of smaller ones the next is asked for.
 pub(crate) const FETCH: usize = 8192;
-/// The same for panels of codes read one at a time, into the second-level cache: a single stream needs more on its way than the first level holds.
-pub(crate) const FETCH_ONE: usize = 8 * FETCH;
+/// The same for codes. Four streams of them need no more; asked for much earlier, they would wait in the second-level cache's way.
+const NEAR: usize = 1024;
 
 /// How panels that are read once, from memory, are asked for ahead of time: what the processor's own guesses miss at every page.
 #[derive(Clone, Copy)]
@@ -151,41 +151,67 @@ impl Ahead {
     }
 }
 
-/// The same for panels of codes read one at a time: two streams, of codes and of what stands beside them.
+/// The same for panels of codes: two streams of each, of codes and of what stands beside them.
 #[derive(Clone, Copy)]
-pub(crate) struct AheadOne {
-    /// Bytes of a panel's codes, and how far ahead they are asked for.
-    codes: usize,
-    far: usize,
-    /// Bytes of a panel after its codes, of each block, and how far ahead.
-    rest: usize,
+pub(crate) struct AheadCodes {
+    codes: Stream,
+    rest: Stream,
+    /// Bytes of each block beside its codes.
     each: usize,
-    near: usize,
+    /// Bytes from a panel to the one that is read after it.
+    step: usize,
 }
 
-impl View {
-    /// For panels whose blocks have `block` bytes of codes.
+/// A part of every panel.
+#[derive(Clone, Copy)]
+struct Stream {
+    /// Its bytes.
+    len: usize,
+    /// How far ahead it is asked for: bytes from the part's start in the panel at hand to the part's start so many panels later, and within the part.
+    panels: usize,
+    within: usize,
+}
+
+impl Stream {
+    /// Of panels `step` bytes apart.
+    fn new(len: usize, step: usize, far: usize) -> Stream {
+        Stream { len, panels: far / len.max(1) * step, within: far % len.max(1) }
+    }
+
+    /// What lies so far ahead of byte `at` of the part, counted from the part's start.
     #[inline(always)]
-    pub(crate) fn ahead_one(&self, block: usize) -> AheadOne {
-        let codes = self.blocks * block;
-        let rest = self.stride.saturating_sub(codes);
-        AheadOne { codes, far: codes.min(FETCH_ONE), rest, each: rest / self.blocks.max(1), near: rest.min(1024) }
+    fn ahead(&self, at: usize, step: usize) -> usize {
+        let at = at + self.within;
+        self.panels + if at < self.len { at } else { at - self.len + step }
     }
 }
 
-impl AheadOne {
-    /// While block `b` of `panel`, of `lines` lines, is read. Where a panel ends the next one's streams follow.
+impl View {
+    /// For panels whose blocks have `block` bytes of codes, read `side` at a time.
+    #[inline(always)]
+    pub(crate) fn ahead_of_codes(&self, block: usize, side: usize) -> AheadCodes {
+        let (codes, step) = (self.blocks * block, side * self.stride);
+        let rest = self.stride.saturating_sub(codes);
+        AheadCodes {
+            codes: Stream::new(codes, step, NEAR),
+            rest: Stream::new(rest, step, NEAR / 4),
+            each: rest / self.blocks.max(1),
+            step,
+        }
+    }
+}
+
+impl AheadCodes {
+    /// While block `b` of `panel`, of `lines` lines, is read.
     #[inline(always)]
     pub(crate) fn fetch(&self, panel: *const u8, b: usize, lines: usize) {
-        let at = b * lines * 64 + self.far;
-        let from = panel.wrapping_add(if at < self.codes { at } else { at + self.rest });
+        let from = panel.wrapping_add(self.codes.ahead(b * lines * 64, self.step));
         let mut i = 0;
         while i < lines {
             fetch_far(from.wrapping_add(64 * i));
             i += 1;
         }
-        let at = b * self.each + self.near;
-        fetch(panel.wrapping_add(self.codes + if at < self.rest { at } else { at + self.codes }));
+        fetch(panel.wrapping_add(self.codes.len + self.rest.ahead(b * self.each, self.step)));
     }
 }
 
