@@ -113,7 +113,7 @@ impl View {
 
 /// How far ahead of what is being read panels are asked for, at most; of smaller ones the next is asked for.
 pub(crate) const FETCH: usize = 8192;
-/// The same for codes. Four streams of them need no more; asked for much earlier, they would wait in the second-level cache's way.
+/// The same for codes: several streams of them need no more.
 const NEAR: usize = 1024;
 
 /// How panels that are read once, from memory, are asked for ahead of time: what the processor's own guesses miss at every page.

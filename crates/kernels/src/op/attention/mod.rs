@@ -488,17 +488,15 @@ impl Task<'_> {
             let (k, v, scales) = parts(&page.data);
             // SAFETY: as the caller promises.
             unsafe {
-                tile.keys[i] = k.add(row * l.head_dim);
-                tile.values[i] = v.add(row * l.padded());
-                tile.next[0][i] = tile.keys[i].cast();
-                tile.next[1][i] = tile.values[i].cast();
+                (tile.keys[i], tile.values[i]) = (k.add(row * l.head_dim), v.add(row * l.padded()));
+                let mut next = (tile.keys[i], tile.values[i]);
                 let later = at + TILE;
                 if later < self.kv.tokens {
                     let (page, slot) = (&self.kv.pages[later / l.page_tokens], later % l.page_tokens);
                     let (row, (k, v, _)) = (self.head * l.page_tokens + slot, parts(&page.data));
-                    tile.next[0][i] = k.add(row * l.head_dim).cast();
-                    tile.next[1][i] = v.add(row * l.padded()).cast();
+                    next = (k.add(row * l.head_dim), v.add(row * l.padded()));
                 }
+                (tile.next[0][i], tile.next[1][i]) = (next.0.cast(), next.1.cast());
                 if let Some([ks, vs]) = scales {
                     let all = tile.scales.get_or_insert([[std::ptr::null(); SUBS]; 2]);
                     all[0][i] = ks.add(row);
