@@ -499,8 +499,7 @@ impl Task<'_> {
                 (tile.next[0][i], tile.next[1][i]) = (next.0.cast(), next.1.cast());
                 if let Some([ks, vs]) = scales {
                     let all = tile.scales.get_or_insert([[std::ptr::null(); SUBS]; 2]);
-                    all[0][i] = ks.add(row);
-                    all[1][i] = vs.add(row);
+                    (all[0][i], all[1][i]) = (ks.add(row), vs.add(row));
                 }
             }
         }
