@@ -359,8 +359,8 @@ impl<E: Element, const M: usize> Scores<E, M> {
                 let mut k = [[s.splat(0.0); V]; B];
                 let mut b = 0;
                 while b < B {
-                    // A line at a time, as evenly as can be: asked for at once, they would hold up what is read here.
-                    if M <= 4 && size_of::<E>() < 4 && d * S::LANES * V % KEY_BLOCK == j {
+                    // So few queries always meet whole key blocks: every line is asked for once.
+                    if M <= 4 && size_of::<E>() < 4 {
                         fetch_far(next[b].wrapping_add(d * KEY_BLOCK * size_of::<E>()));
                     }
                     let mut v = 0;
