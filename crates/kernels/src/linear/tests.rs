@@ -349,22 +349,24 @@ fn rounded(x: &Mat) -> (Mat, Mat) {
                 far.fill(top);
                 continue;
             }
-            // Under every level what rounding loses, in 512ths of a step: the last bits of a number near 2^14, squared.
-            let inverse = |level: i32| level as f32 * (1.0 / top);
-            let lost = |level: i32| {
-                let rest = |v: &f32| i64::from((v.mul_add(inverse(level), 24576.0).to_bits() << 23) as i32 >> 23);
-                let all: i64 = q.iter().map(|v| rest(v).pow(2)).sum();
+            let words: Vec<i64> = q.iter().map(|v| (v * (32767.0 / top)).round_ties_even() as i64).collect();
+            // A code, and what rounding takes off it in 2^-16 of a step.
+            let code = |w: i64, level: i64| (2 * w * level + (1 << 15)).div_euclid(1 << 16);
+            let rest = |w: i64, level: i64| 2 * w * level - (code(w, level) << 16);
+            // In 512ths of a step, squared.
+            let lost = |level: i64| {
+                let all: i64 = words.iter().map(|w| rest(*w, level).div_euclid(1 << 7).pow(2)).sum();
                 all as f32 * (1.0 / (level * level) as f32)
             };
             let level = (124..=127).rev().reduce(|best, l| if lost(l) < lost(best) { l } else { best }).unwrap();
-            let code = |v: f32| (v * inverse(level)).round_ties_even();
-            let squares: i64 = q.iter().map(|v| (code(*v) as i64).pow(2)).sum();
-            let rest = |v: f32| ((v * inverse(level) - code(v)) * 512.0).round_ties_even();
-            let rests: i64 = q.iter().map(|v| (rest(*v) * code(*v)) as i64).sum();
-            let step = top / level as f32;
-            let scale = step * (1.0 + rests as f32 / (512.0 * squares as f32));
-            for (q, far) in q.iter_mut().zip(far) {
-                (*q, *far) = (code(*q) * scale, 0.5001 * step + code(*q).abs() * (scale - step).abs());
+            let squares: i64 = words.iter().map(|w| code(*w, level).pow(2)).sum();
+            // In 4096ths.
+            let rests: i64 = words.iter().map(|w| rest(*w, level).div_euclid(1 << 4) * code(*w, level)).sum();
+            let step = top / (level as f32 * (32767.0 / 32768.0));
+            let scale = step * (1.0 + rests as f32 / squares as f32 / 4096.0);
+            let codes = words.iter().map(|w| code(*w, level) as f32);
+            for ((q, far), code) in q.iter_mut().zip(far).zip(codes) {
+                (*q, *far) = (code * scale, 0.503 * step + code.abs() * (scale - step).abs());
             }
         }
     }

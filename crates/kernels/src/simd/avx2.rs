@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Op, Simd, TO_512THS};
+use super::{Op, Simd};
 use crate::Isa;
 
 /// Proof that the processor has AVX2, FMA and F16C: made by [`run`] alone.
@@ -25,6 +25,7 @@ impl Simd for Avx2 {
     const LANES: usize = 8;
     type V = __m256;
     type I = __m256i;
+    type W = [__m256i; 2];
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m256 {
@@ -95,14 +96,6 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    fn rest(self, a: __m256, b: __m256) -> __m256 {
-        // SAFETY: see above.
-        unsafe {
-            let moved = _mm256_fmadd_ps(a, b, _mm256_set1_ps(TO_512THS));
-            _mm256_cvtepi32_ps(_mm256_slli_epi32::<23>(_mm256_castps_si256(moved)))
-        }
-    }
-    #[inline(always)]
     fn sum(self, v: __m256) -> f32 {
         // SAFETY: see above.
         unsafe {
@@ -145,15 +138,6 @@ impl Simd for Avx2 {
             let a = _mm_max_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps::<1>(a));
             let a = _mm_max_ps(a, _mm_movehl_ps(a, a));
             _mm_cvtss_f32(_mm_max_ss(a, _mm_movehdup_ps(a)))
-        }
-    }
-    #[inline(always)]
-    unsafe fn store_i8(self, p: *mut i8, a: __m256) {
-        // SAFETY: see above.
-        unsafe {
-            let w = _mm256_cvtps_epi32(a);
-            let w = _mm_packs_epi32(_mm256_castsi256_si128(w), _mm256_extracti128_si256::<1>(w));
-            _mm_storel_epi64(p.cast(), _mm_packs_epi16(w, w));
         }
     }
     #[inline(always)]
@@ -329,6 +313,126 @@ impl Simd for Avx2 {
     fn xor_i(self, a: __m256i, b: __m256i) -> __m256i {
         // SAFETY: see above.
         unsafe { _mm256_xor_si256(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn tops(self, p: *const f32) -> __m256 {
+        // SAFETY: see above.
+        unsafe {
+            let a = larger(_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(8).cast()));
+            let b = larger(_mm256_loadu_si256(p.add(16).cast()), _mm256_loadu_si256(p.add(24).cast()));
+            _mm256_castsi256_ps(_mm256_max_epi32(a, b))
+        }
+    }
+    #[inline(always)]
+    unsafe fn row_tops(self, p: *const f32) -> __m256 {
+        // SAFETY: see above.
+        unsafe {
+            let [a, b, c, d] = [half_tops(p), half_tops(p.add(8)), half_tops(p.add(16)), half_tops(p.add(24))];
+            let ab = _mm256_max_epi32(_mm256_unpacklo_epi32(a, b), _mm256_unpackhi_epi32(a, b));
+            let cd = _mm256_max_epi32(_mm256_unpacklo_epi32(c, d), _mm256_unpackhi_epi32(c, d));
+            let all = _mm256_max_epi32(_mm256_unpacklo_epi64(ab, cd), _mm256_unpackhi_epi64(ab, cd));
+            _mm256_castsi256_ps(all)
+        }
+    }
+    #[inline(always)]
+    unsafe fn words(self, p: *const f32, by: f32) -> [__m256i; 2] {
+        // SAFETY: see above.
+        unsafe {
+            let by = _mm256_set1_ps(by);
+            [two_to_words(p, by), two_to_words(p.add(16), by)]
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_w(self, p: *const i16) -> [__m256i; 2] {
+        // SAFETY: see above.
+        unsafe { [_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(16).cast())] }
+    }
+    #[inline(always)]
+    unsafe fn store_w(self, p: *mut i16, a: [__m256i; 2]) {
+        // SAFETY: see above.
+        unsafe {
+            _mm256_storeu_si256(p.cast(), a[0]);
+            _mm256_storeu_si256(p.add(16).cast(), a[1]);
+        }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, p: *mut i8, a: [__m256i; 2]) {
+        // SAFETY: see above.
+        unsafe {
+            let order = _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7);
+            let bytes = _mm256_permutevar8x32_epi32(_mm256_packs_epi16(a[0], a[1]), order);
+            _mm256_storeu_si256(p.cast(), bytes);
+        }
+    }
+    #[inline(always)]
+    fn splat_w(self, first: i16, second: i16) -> [__m256i; 2] {
+        // SAFETY: see above.
+        unsafe { [_mm256_set1_epi16(first), _mm256_set1_epi16(second)] }
+    }
+    #[inline(always)]
+    fn sub_w(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: see above.
+        unsafe { [_mm256_sub_epi16(a[0], b[0]), _mm256_sub_epi16(a[1], b[1])] }
+    }
+    #[inline(always)]
+    fn low_w(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: see above.
+        unsafe { [_mm256_mullo_epi16(a[0], b[0]), _mm256_mullo_epi16(a[1], b[1])] }
+    }
+    #[inline(always)]
+    fn high_w(self, a: [__m256i; 2], b: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: see above.
+        unsafe { [_mm256_mulhrs_epi16(a[0], b[0]), _mm256_mulhrs_epi16(a[1], b[1])] }
+    }
+    #[inline(always)]
+    fn down_w<const N: u32>(self, a: [__m256i; 2]) -> [__m256i; 2] {
+        // SAFETY: see above.
+        unsafe {
+            let n = _mm_cvtsi32_si128(N as i32);
+            [_mm256_sra_epi16(a[0], n), _mm256_sra_epi16(a[1], n)]
+        }
+    }
+    #[inline(always)]
+    fn products_w(self, a: [__m256i; 2], b: [__m256i; 2]) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_add_epi32(_mm256_madd_epi16(a[0], b[0]), _mm256_madd_epi16(a[1], b[1])) }
+    }
+}
+
+/// Of the vectors at `p` and four after it, the larger lanes of both halves of each: a half for each.
+/// # Safety
+/// `p` is readable for 40 values; the processor has AVX2.
+#[inline(always)]
+unsafe fn half_tops(p: *const f32) -> __m256i {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let (a, b) = (_mm256_loadu_si256(p.cast()), _mm256_loadu_si256(p.add(32).cast()));
+        _mm256_max_epi32(_mm256_permute2x128_si256::<0x20>(a, b), _mm256_permute2x128_si256::<0x31>(a, b))
+    }
+}
+
+/// The larger of two vectors of f32 without their signs, as bits: those of a NaN are larger than any number's.
+/// # Safety
+/// The processor has AVX2.
+#[inline(always)]
+unsafe fn larger(a: __m256i, b: __m256i) -> __m256i {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let magnitude = _mm256_set1_epi32(i32::MAX);
+        _mm256_max_epi32(_mm256_and_si256(a, magnitude), _mm256_and_si256(b, magnitude))
+    }
+}
+
+/// 16 values times `by` as words, the quarters of each eight by turns.
+/// # Safety
+/// `p` is readable for 16 values; the processor has AVX2.
+#[inline(always)]
+unsafe fn two_to_words(p: *const f32, by: __m256) -> __m256i {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let a = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(p), by));
+        let b = _mm256_cvtps_epi32(_mm256_mul_ps(_mm256_loadu_ps(p.add(8)), by));
+        _mm256_packs_epi32(a, b)
     }
 }
 

@@ -2,7 +2,7 @@
 
 use std::arch::x86_64::*;
 
-use super::{Op, Simd, TO_512THS};
+use super::{Op, Simd};
 use crate::Isa;
 
 /// Proof that the processor has AVX-512 F, BW, DQ and VL, and with `VNNI` also VNNI and VBMI2: made by [`run`] and [`run_vnni`] alone.
@@ -38,6 +38,7 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     const LANES: usize = 16;
     type V = __m512;
     type I = __m512i;
+    type W = __m512i;
 
     #[inline(always)]
     fn splat(self, x: f32) -> __m512 {
@@ -108,14 +109,6 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         }
     }
     #[inline(always)]
-    fn rest(self, a: __m512, b: __m512) -> __m512 {
-        // SAFETY: see above.
-        unsafe {
-            let moved = _mm512_fmadd_ps(a, b, _mm512_set1_ps(TO_512THS));
-            _mm512_cvtepi32_ps(_mm512_slli_epi32::<23>(_mm512_castps_si512(moved)))
-        }
-    }
-    #[inline(always)]
     fn sum(self, v: __m512) -> f32 {
         // SAFETY: see above.
         unsafe {
@@ -160,11 +153,6 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     fn top(self, a: __m512) -> f32 {
         // SAFETY: see above.
         unsafe { _mm512_reduce_max_ps(a) }
-    }
-    #[inline(always)]
-    unsafe fn store_i8(self, p: *mut i8, a: __m512) {
-        // SAFETY: see above.
-        unsafe { _mm_storeu_si128(p.cast(), _mm512_cvtsepi32_epi8(_mm512_cvtps_epi32(a))) }
     }
     #[inline(always)]
     fn compress(self, a: __m512, mask: u32) -> __m512 {
@@ -360,6 +348,108 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     fn xor_i(self, a: __m512i, b: __m512i) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_xor_si512(a, b) }
+    }
+    #[inline(always)]
+    unsafe fn tops(self, p: *const f32) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            let magnitude = _mm512_set1_epi32(i32::MAX);
+            let (a, b) = (_mm512_loadu_si512(p.cast()), _mm512_loadu_si512(p.add(16).cast()));
+            let (a, b) = (_mm512_and_si512(a, magnitude), _mm512_and_si512(b, magnitude));
+            _mm512_castsi512_ps(_mm512_max_epi32(a, b))
+        }
+    }
+    #[inline(always)]
+    unsafe fn row_tops(self, p: *const f32) -> __m512 {
+        // SAFETY: see above.
+        unsafe {
+            // As for `row_sums`.
+            let [a, b, c, d] = [fold_tops(p), fold_tops(p.add(16)), fold_tops(p.add(32)), fold_tops(p.add(48))];
+            let ab = larger(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xDD>(a, b));
+            let cd = larger(_mm512_shuffle_ps::<0x88>(c, d), _mm512_shuffle_ps::<0xDD>(c, d));
+            larger(_mm512_shuffle_ps::<0x88>(ab, cd), _mm512_shuffle_ps::<0xDD>(ab, cd))
+        }
+    }
+    #[inline(always)]
+    unsafe fn words(self, p: *const f32, by: f32) -> __m512i {
+        // SAFETY: see above.
+        unsafe {
+            let by = _mm512_set1_ps(by);
+            let a = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(p), by));
+            let b = _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_loadu_ps(p.add(16)), by));
+            let order = _mm512_setr_epi64(0, 2, 4, 6, 1, 3, 5, 7);
+            _mm512_permutexvar_epi64(order, _mm512_packs_epi32(a, b))
+        }
+    }
+    #[inline(always)]
+    unsafe fn load_w(self, p: *const i16) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_loadu_si512(p.cast()) }
+    }
+    #[inline(always)]
+    unsafe fn store_w(self, p: *mut i16, a: __m512i) {
+        // SAFETY: see above.
+        unsafe { _mm512_storeu_si512(p.cast(), a) }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, p: *mut i8, a: __m512i) {
+        // SAFETY: see above.
+        unsafe { _mm256_storeu_si256(p.cast(), _mm512_cvtsepi16_epi8(a)) }
+    }
+    #[inline(always)]
+    fn splat_w(self, first: i16, second: i16) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_inserti64x4::<1>(_mm512_set1_epi16(first), _mm256_set1_epi16(second)) }
+    }
+    #[inline(always)]
+    fn sub_w(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_sub_epi16(a, b) }
+    }
+    #[inline(always)]
+    fn low_w(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_mullo_epi16(a, b) }
+    }
+    #[inline(always)]
+    fn high_w(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_mulhrs_epi16(a, b) }
+    }
+    #[inline(always)]
+    fn down_w<const N: u32>(self, a: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_srai_epi16::<N>(a) }
+    }
+    #[inline(always)]
+    fn products_w(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_madd_epi16(a, b) }
+    }
+}
+
+/// The larger lanes of two vectors of magnitudes, as bits.
+/// # Safety
+/// The processor has AVX-512.
+#[inline(always)]
+unsafe fn larger(a: __m512, b: __m512) -> __m512 {
+    // SAFETY: as the caller promises.
+    unsafe { _mm512_castsi512_ps(_mm512_max_epi32(_mm512_castps_si512(a), _mm512_castps_si512(b))) }
+}
+
+/// As [`fold`] for the largest of each.
+/// # Safety
+/// As there.
+#[inline(always)]
+unsafe fn fold_tops(p: *const f32) -> __m512 {
+    // SAFETY: as the caller promises.
+    unsafe {
+        let load =
+            [_mm512_loadu_ps(p), _mm512_loadu_ps(p.add(64)), _mm512_loadu_ps(p.add(128)), _mm512_loadu_ps(p.add(192))];
+        let [a, b, c, d] = load;
+        let ab = larger(_mm512_shuffle_f32x4::<0x44>(a, b), _mm512_shuffle_f32x4::<0xEE>(a, b));
+        let cd = larger(_mm512_shuffle_f32x4::<0x44>(c, d), _mm512_shuffle_f32x4::<0xEE>(c, d));
+        larger(_mm512_shuffle_f32x4::<0x88>(ab, cd), _mm512_shuffle_f32x4::<0xDD>(ab, cd))
     }
 }
 

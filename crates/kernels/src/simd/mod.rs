@@ -20,6 +20,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type V: Copy;
     /// A vector of as many 32-bit integers, or of four times as many bytes.
     type I: Copy;
+    /// 32 integers of 16 bits, a block of columns.
+    type W: Copy;
 
     /// All lanes `x`.
     fn splat(self, x: f32) -> Self::V;
@@ -47,9 +49,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn select_lt(self, a: Self::V, b: Self::V, x: Self::V, y: Self::V) -> Self::V;
     /// To the nearest whole number, ties to even.
     fn round(self, a: Self::V) -> Self::V;
-    /// How far `a * b`, which lies within 2^13, is above the nearest whole number, in 2^-32 and rounded once to 512ths of one: a half counts as
-    /// below the next.
-    fn rest(self, a: Self::V, b: Self::V) -> Self::V;
     /// `2^a` for whole `a` in -126..=127.
     fn pow2(self, a: Self::V) -> Self::V;
     /// The sum of all lanes, in a fixed tree.
@@ -74,10 +73,6 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn fused(self, a: Self::V, b: Self::V, c: Self::V) -> Self::V;
     /// The largest lane; none is NaN.
     fn top(self, a: Self::V) -> f32;
-    /// Writes whole numbers in -128..=127 as signed bytes.
-    /// # Safety
-    /// `p` is writable for `LANES` bytes.
-    unsafe fn store_i8(self, p: *mut i8, a: Self::V);
     /// The lanes whose bit is set, moved together from lane 0 on; the others hold anything.
     fn compress(self, a: Self::V, mask: u32) -> Self::V;
     /// `a[0], b[0], a[1], b[1]` and so on.
@@ -177,10 +172,42 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn up_i(self, a: Self::I, n: Self::I) -> Self::I;
     /// Bits of one of both.
     fn xor_i(self, a: Self::I, b: Self::I) -> Self::I;
-}
 
-/// What moves a number below 2^13 to where an f32 ends with 512ths: the fraction is what the last nine bits say.
-const TO_512THS: f32 = 1.5 * 16384.0;
+    /// The largest magnitude of the 32 values at `p`: the largest lane of these. Of a NaN or an infinity some lane is one.
+    /// # Safety
+    /// `p` is readable for 32 values.
+    unsafe fn tops(self, p: *const f32) -> Self::V;
+    /// The largest lanes of as many vectors of magnitudes as there are lanes, one after the other at `p`; a NaN is larger than any.
+    /// # Safety
+    /// `p` is readable for `LANES * LANES` values.
+    unsafe fn row_tops(self, p: *const f32) -> Self::V;
+    /// The 32 values at `p` times `by`, to the nearest whole number, ties to even; anything where that is no number within 2^15.
+    /// # Safety
+    /// `p` is readable for 32 values.
+    unsafe fn words(self, p: *const f32, by: f32) -> Self::W;
+    /// # Safety
+    /// `p` is readable for 32 values.
+    unsafe fn load_w(self, p: *const i16) -> Self::W;
+    /// # Safety
+    /// `p` is writable for 32 values.
+    unsafe fn store_w(self, p: *mut i16, a: Self::W);
+    /// Writes numbers in -128..=127 as bytes.
+    /// # Safety
+    /// `p` is writable for 32 bytes.
+    unsafe fn store_bytes(self, p: *mut i8, a: Self::W);
+    /// `first` sixteen times, then `second`.
+    fn splat_w(self, first: i16, second: i16) -> Self::W;
+    /// `a - b`, the last 16 bits of it.
+    fn sub_w(self, a: Self::W, b: Self::W) -> Self::W;
+    /// The last 16 bits of `a * b`.
+    fn low_w(self, a: Self::W, b: Self::W) -> Self::W;
+    /// `a * b / 2^15` to the nearest, a half up; not both are -2^15.
+    fn high_w(self, a: Self::W, b: Self::W) -> Self::W;
+    /// `N` bits down, the sign kept.
+    fn down_w<const N: u32>(self, a: Self::W) -> Self::W;
+    /// Sums of `a * b` whose sum over all lanes is that of the 32 products; neither has two neighbours of -2^15.
+    fn products_w(self, a: Self::W, b: Self::W) -> Self::I;
+}
 
 /// An operation generic over the instruction set. `run` must be `#[inline(always)]`.
 pub(crate) trait Op {
@@ -322,15 +349,74 @@ mod tests {
             assert!((0..S::LANES).all(|i| got[i] == want(i)));
         }
         let v = [3.0f32, -7.0, 127.0, -127.0, 0.0, 5.0, -1.0, 9.0, 3.0, -7.0, 100.0, -100.0, 0.0, 5.0, -1.0, 9.0];
-        let mut out = [0i8; 16];
         // SAFETY: 16 values.
-        unsafe { s.store_i8(out.as_mut_ptr(), s.load(v.as_ptr())) };
-        assert!(out[..S::LANES].iter().zip(&v).all(|(&o, &v)| f32::from(o) == v));
-        // SAFETY: 16 values.
-        unsafe { s.store(got.as_mut_ptr(), s.load_i8(out.as_ptr())) };
+        unsafe { s.store(got.as_mut_ptr(), s.load_i8(v.map(|v| v as i8).as_ptr())) };
         assert_eq!(got[..S::LANES], v[..S::LANES]);
         // SAFETY: 16 values.
         assert_eq!(s.top(unsafe { s.load(v.as_ptr()) }), 127.0);
+    }
+
+    /// Operations on 16 bits.
+    fn words<S: Simd>(s: S) {
+        let x: [f32; 32] = std::array::from_fn(|i| [0.5, 1.5, -2.5, 103.3, -99.7][i % 5] * (1 + i) as f32);
+        let (a, b): ([i16; 32], [i16; 32]) = (
+            std::array::from_fn(|i| [i16::MAX, -i16::MAX, 11111, -300, 7, 16384][i % 6] ^ (i / 6) as i16),
+            std::array::from_fn(|i| [127, 124, -90, 1000, i16::MAX][i % 5]),
+        );
+        let read = |v: S::V| {
+            let mut out = [0.0f32; 16];
+            // SAFETY: room for 16 lanes.
+            unsafe { s.store(out.as_mut_ptr(), v) };
+            out[..S::LANES].to_vec()
+        };
+        let list = |w: S::W| {
+            let mut out = [0i16; 32];
+            // SAFETY: room for 32 values.
+            unsafe { s.store_w(out.as_mut_ptr(), w) };
+            // The order is that of the values only for `words` and `store_bytes` together.
+            out
+        };
+        // SAFETY: 32 values each, and room for as many.
+        unsafe {
+            let want = x.iter().fold(0.0f32, |t, v| t.max(v.abs()));
+            let tops = read(s.tops(x.as_ptr()));
+            assert_eq!(tops.iter().copied().fold(0.0, f32::max), want);
+            for (at, odd) in [(3, f32::NAN), (30, f32::NEG_INFINITY), (17, -f32::NAN)] {
+                let mut x = x;
+                x[at] = odd;
+                let mut square = vec![1.0; S::LANES * S::LANES];
+                s.store(square.as_mut_ptr().add(S::LANES), s.tops(x.as_ptr()));
+                let tops = read(s.row_tops(square.as_ptr()));
+                assert!(!tops[1].is_finite() && tops[1].is_sign_positive() && tops[0] == 1.0 && tops[2] == 1.0);
+            }
+            let square: Vec<f32> = (0..S::LANES * S::LANES).map(|i| (i * i % 97) as f32).collect();
+            let want = square.chunks(S::LANES).map(|row| row.iter().copied().fold(0.0, f32::max));
+            assert_eq!(read(s.row_tops(square.as_ptr())), want.collect::<Vec<f32>>());
+
+            let rounded = x.map(|v| (v * 2.5).round_ties_even());
+            let small = x.map(|v| (v * 0.03).round_ties_even());
+            let mut bytes = [0i8; 32];
+            s.store_bytes(bytes.as_mut_ptr(), s.words(x.as_ptr(), 0.03));
+            assert_eq!(bytes.map(f32::from), small);
+            let (w, one, first) = (s.words(x.as_ptr(), 2.5), s.splat_w(1, 1), s.splat_w(1, 0));
+            let sum = |v: S::I| read(s.float(v)).iter().sum::<f32>();
+            assert_eq!(sum(s.products_w(w, one)), rounded.iter().sum::<f32>());
+            assert_eq!(sum(s.products_w(w, first)), rounded[..16].iter().sum::<f32>());
+            assert_eq!(sum(s.products_w(w, s.splat_w(0, 3))), 3.0 * rounded[16..].iter().sum::<f32>());
+            let (va, vb) = (s.load_w(a.as_ptr()), s.load_w(b.as_ptr()));
+            assert_eq!(list(va), a);
+            let both = |f: fn(i32, i32) -> i32| -> [i16; 32] {
+                std::array::from_fn(|i| f(i32::from(a[i]), i32::from(b[i])) as i16)
+            };
+            assert_eq!(list(s.sub_w(va, vb)), both(|a, b| a - b));
+            assert_eq!(list(s.low_w(va, vb)), both(|a, b| a.wrapping_mul(b)));
+            assert_eq!(list(s.high_w(va, vb)), both(|a, b| (a * b + (1 << 14)) >> 15));
+            assert_eq!(list(s.down_w::<7>(va)), a.map(|a| a >> 7));
+            // Numbers that an f32 holds.
+            let (da, db) = (s.down_w::<5>(va), s.down_w::<4>(vb));
+            let want: i32 = a.iter().zip(&b).map(|(a, b)| i32::from(a >> 5) * i32::from(b >> 4)).sum();
+            assert_eq!(sum(s.products_w(da, db)), want as f32);
+        }
     }
 
     struct All;
@@ -378,6 +464,7 @@ mod tests {
             dots::<S, 7>(s, &bytes);
             dots::<S, 8>(s, &bytes);
             sparse(s, &bytes);
+            words(s);
             let mut halves = Vec::new();
             let mut brains = Vec::new();
             let plain: Vec<f32> = (0..n).map(|i| (i as f32 - 3.3) * 1.7e-3).collect();

@@ -5,13 +5,16 @@
 
 use half::{bf16, f16};
 
-use super::{Simd, TO_512THS};
+use super::Simd;
 
 /// Any processor.
 #[derive(Clone, Copy)]
 pub(crate) struct Portable;
 
 type V = [f32; 8];
+
+/// 1.5 * 2^23: what is added to it becomes whole.
+const BIG: f32 = 12_582_912.0;
 
 #[inline(always)]
 fn zip(a: V, b: V, f: impl Fn(f32, f32) -> f32) -> V {
@@ -43,6 +46,7 @@ impl Simd for Portable {
     const LANES: usize = 8;
     type V = V;
     type I = I;
+    type W = W;
 
     #[inline(always)]
     fn splat(self, x: f32) -> V {
@@ -97,17 +101,12 @@ impl Simd for Portable {
     }
     #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     fn round(self, a: V) -> V {
-        // Adding and taking away 1.5 * 2^23 rounds to even wherever it matters; larger values are whole already.
-        const BIG: f32 = 12_582_912.0;
+        // Adding and taking it away rounds to even wherever it matters; larger values are whole already.
         fill(|i| if a[i].abs() < 4_194_304.0 { (a[i] + BIG) - BIG } else { a[i] })
     }
     #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     fn pow2(self, a: V) -> V {
         fill(|i| f32::from_bits((((a[i] as i32) + 127) << 23) as u32))
-    }
-    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
-    fn rest(self, a: V, b: V) -> V {
-        fill(|i| (a[i].mul_add(b[i], TO_512THS).to_bits() << 23) as i32 as f32)
     }
     #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     fn sum(self, v: V) -> f32 {
@@ -143,11 +142,6 @@ impl Simd for Portable {
     #[inline(always)]
     fn top(self, a: V) -> f32 {
         a.iter().copied().fold(f32::NEG_INFINITY, f32::max)
-    }
-    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
-    unsafe fn store_i8(self, p: *mut i8, a: V) {
-        // SAFETY: the caller promises LANES bytes.
-        unsafe { *p.cast::<[i8; 8]>() = a.map(|x| x as i8) }
     }
     #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     fn compress(self, a: V, mask: u32) -> V {
@@ -297,6 +291,69 @@ impl Simd for Portable {
     fn xor_i(self, a: I, b: I) -> I {
         map(|i| a[i] ^ b[i])
     }
+    #[inline(always)]
+    unsafe fn tops(self, p: *const f32) -> V {
+        // SAFETY: the caller promises 32 values.
+        let x = unsafe { p.cast::<[f32; 32]>().read_unaligned() };
+        fill(|i| f32::from_bits((0..4).fold(0, |t, j| t.max(x[i + 8 * j].abs().to_bits()))))
+    }
+    #[inline(always)]
+    unsafe fn row_tops(self, p: *const f32) -> V {
+        // SAFETY: the caller promises LANES * LANES values.
+        fill(|i| f32::from_bits(unsafe { self.load(p.add(8 * i)) }.iter().fold(0, |t, x| t.max(x.to_bits()))))
+    }
+    #[inline(always)]
+    unsafe fn words(self, p: *const f32, by: f32) -> W {
+        // SAFETY: the caller promises 32 values.
+        let x = unsafe { p.cast::<[f32; 32]>().read_unaligned() };
+        x.map(|x| (x * by + BIG - BIG) as i16)
+    }
+    #[inline(always)]
+    unsafe fn load_w(self, p: *const i16) -> W {
+        // SAFETY: the caller promises 32 values.
+        unsafe { p.cast::<W>().read_unaligned() }
+    }
+    #[inline(always)]
+    unsafe fn store_w(self, p: *mut i16, a: W) {
+        // SAFETY: the caller promises room for 32 values.
+        unsafe { p.cast::<W>().write_unaligned(a) }
+    }
+    #[inline(always)]
+    unsafe fn store_bytes(self, p: *mut i8, a: W) {
+        // SAFETY: the caller promises room for 32 bytes.
+        unsafe { *p.cast::<[i8; 32]>() = a.map(|a| a as i8) }
+    }
+    #[inline(always)]
+    fn splat_w(self, first: i16, second: i16) -> W {
+        words(|i| if i < 16 { first } else { second })
+    }
+    #[inline(always)]
+    fn sub_w(self, a: W, b: W) -> W {
+        words(|i| a[i].wrapping_sub(b[i]))
+    }
+    #[inline(always)]
+    fn low_w(self, a: W, b: W) -> W {
+        words(|i| a[i].wrapping_mul(b[i]))
+    }
+    #[inline(always)]
+    fn high_w(self, a: W, b: W) -> W {
+        words(|i| ((i32::from(a[i]) * i32::from(b[i]) + (1 << 14)) >> 15) as i16)
+    }
+    #[inline(always)]
+    fn down_w<const N: u32>(self, a: W) -> W {
+        words(|i| a[i] >> N)
+    }
+    #[inline(always)]
+    fn products_w(self, a: W, b: W) -> I {
+        map(|i| (0..4).map(|j| i32::from(a[i + 8 * j]) * i32::from(b[i + 8 * j])).sum::<i32>() as u32)
+    }
+}
+
+type W = [i16; 32];
+
+#[inline(always)]
+fn words(f: impl Fn(usize) -> i16) -> W {
+    std::array::from_fn(f)
 }
 
 type I = [u32; 8];
