@@ -113,7 +113,7 @@ impl View {
 
 /// How far ahead of what is being read panels are asked for, at most; of smaller ones the next is asked for.
 pub(crate) const FETCH: usize = 8192;
-/// The same for codes: several streams of them need no more.
+/// The same for codes, and for what stands beside them: several streams need no more.
 const NEAR: usize = 1024;
 
 /// How panels that are read once, from memory, are asked for ahead of time: what the processor's own guesses miss at every page.
@@ -194,7 +194,7 @@ impl View {
         let rest = self.stride.saturating_sub(codes);
         AheadCodes {
             codes: Stream::new(codes, step, NEAR),
-            rest: Stream::new(rest, step, NEAR / 4),
+            rest: Stream::new(rest, step, NEAR),
             each: rest / self.blocks.max(1),
             step,
         }
