@@ -20,8 +20,8 @@ pub enum Activations {
     /// As they are, in f32.
     #[default]
     Exact,
-    /// As signed bytes with a scale for every 32 columns of a row (to the nearest, ties to even, the largest magnitude at 124 to 127, whichever of
-    /// these loses least), where the codec's values are whole numbers times a scale; elsewhere as they are.
+    /// As signed bytes with a scale for every 32 columns of a row (to the nearest, the largest magnitude at 124 to 127, whichever of these loses
+    /// least), where the codec's values are whole numbers times a scale; elsewhere as they are.
     Int8,
 }
 
