@@ -257,7 +257,8 @@ fn plan(g: &Global, source: &Model, recipe: &Recipe, timed: bool) -> anyhow::Res
             let (after, before) = (1.0 / (after + beside), 1.0 / (before + beside));
             said += &format!("; it should decode {after:.0} tok/s here, the source {before:.0}");
         } else {
-            said += &format!("; its products alone allow {:.0} tok/s here, the source's {:.0}", 1.0 / after, 1.0 / before);
+            said +=
+                &format!("; its products alone allow {:.0} tok/s here, the source's {:.0}", 1.0 / after, 1.0 / before);
         }
         table.save();
     }

@@ -39,8 +39,7 @@ impl CostTable {
 
     /// Seconds that one row takes through `stored` with 8-bit activations, as `generate` runs it; measured where the table does not know.
     pub fn seconds(&mut self, stored: &Stored) -> Result<f64, FormatError> {
-        let key =
-            here(format!("{} {}x{} {} bytes", stored.codec_name(), stored.rows, stored.cols, stored.bytes()));
+        let key = here(format!("{} {}x{} {} bytes", stored.codec_name(), stored.rows, stored.cols, stored.bytes()));
         if let Some(&s) = self.seconds.get(&key) {
             return Ok(s);
         }
@@ -53,7 +52,8 @@ impl CostTable {
     /// is timed at as it is, less `products` seconds. Measured where the table does not know; the model is loaded for it.
     pub fn beside(&mut self, model: &Checkpoint, products: f64) -> Result<f64, RunError> {
         let spec = model.spec();
-        let key = here(format!("beside products, {} layers, {} wide, {} tokens", spec.layers.len(), spec.hidden, spec.vocab));
+        let key =
+            here(format!("beside products, {} layers, {} wide, {} tokens", spec.layers.len(), spec.hidden, spec.vocab));
         if let Some(&s) = self.seconds.get(&key) {
             return Ok(s);
         }
