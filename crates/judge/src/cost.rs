@@ -59,7 +59,10 @@ impl CostTable {
         }
         let speed = time_decode(&[model], RUNS, TOKENS, |_| ())?[0];
         let s = speed.map_or(0.0, |s| (1.0 / s.median - products).max(0.0));
-        self.seconds.insert(key, s);
+        // Nothing at all comes of a machine that was busier during the products: not worth keeping.
+        if s > 0.0 {
+            self.seconds.insert(key, s);
+        }
         Ok(s)
     }
 
