@@ -20,7 +20,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type V: Copy;
     /// A vector of as many 32-bit integers, or of four times as many bytes.
     type I: Copy;
-    /// 32 integers of 16 bits, a block of columns.
+    /// 32 integers of 16 bits, a block of columns: its two halves one after the other, each in an order that only `words` and `store_bytes` know.
     type W: Copy;
 
     /// All lanes `x`.
@@ -373,7 +373,6 @@ mod tests {
             let mut out = [0i16; 32];
             // SAFETY: room for 32 values.
             unsafe { s.store_w(out.as_mut_ptr(), w) };
-            // The order is that of the values only for `words` and `store_bytes` together.
             out
         };
         // SAFETY: 32 values each, and room for as many.
