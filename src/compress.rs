@@ -10,7 +10,7 @@ use lacuna_checkpoint::Tokenizer;
 use lacuna_compress::{Form, Options, Outcomes, Recipe, compress, memory};
 use lacuna_eval::{CALIBRATION, Eval, HELD_OUT, Judged, Room, Table};
 use lacuna_format::Weights;
-use lacuna_judge::{Bench, CostTable, Measured, Verdict, baselines, judge, time_decode};
+use lacuna_judge::{Bench, CostTable, Forecast, Measured, Verdict, baselines, judge, time_decode};
 use serde_json::{Value, json};
 
 use crate::cli::{self, Gate, Global};
@@ -34,6 +34,8 @@ pub struct Done {
     pub measured: Option<Measured>,
     /// The gate's word.
     pub verdict: Option<Verdict>,
+    /// What the plan said of the result's speed.
+    pub forecast: Option<Forecast>,
     /// Bytes of the source's tensors, and of all as f16.
     pub source_bytes: u64,
     /// Two bytes a parameter.
@@ -113,9 +115,10 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         bos,
         source: json!({ "model": source.name, "bytes": source.checkpoint.source_bytes() }),
     };
-    if let Err(e) = plan(g, source, &recipe, max_ram.is_none()) {
+    let forecast = plan(g, source, &recipe, max_ram.is_none()).unwrap_or_else(|e| {
         common::say(format!("plan: not known beforehand: {e}"));
-    }
+        None
+    });
     drop(tokenizer);
     let mut bar = CompressBar::default();
     let outcomes = compress(&source.checkpoint, &calibration, &recipe, &options, &mut bar)?;
@@ -129,6 +132,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         judged: None,
         measured: None,
         verdict: None,
+        forecast,
         source_bytes,
         bytes_f16: 2 * parameters,
         parameters,
@@ -227,8 +231,8 @@ pub fn wants_bos(tokenizer: &Tokenizer) -> anyhow::Result<Option<u32>> {
 }
 
 /// Says beforehand what the recipe will come to: bytes by arithmetic, speed from this machine's cost table. Filling the table takes memory, so a
-/// run under a ceiling does without.
-fn plan(g: &Global, source: &Model, recipe: &Recipe, timed: bool) -> anyhow::Result<()> {
+/// run under a ceiling does without. Gives the forecast of decoding, where there is one.
+fn plan(g: &Global, source: &Model, recipe: &Recipe, timed: bool) -> anyhow::Result<Option<Forecast>> {
     let forms = lacuna_compress::forms(&source.checkpoint, recipe)?;
     let (mut matrices, mut weights, mut bytes) = (0, 0.0, 0.0);
     for f in forms.iter().filter(|f| f.touched) {
@@ -244,26 +248,37 @@ fn plan(g: &Global, source: &Model, recipe: &Recipe, timed: bool) -> anyhow::Res
         8.0 * bytes / f64::max(weights, 1.0),
         if drops { "; what whole parts dropped save is not counted" } else { "" }
     );
+    let mut forecast = None;
     if timed {
         let mut table = CostTable::open(&common::cache_dir(g)?);
         let before = lacuna_compress::forms(&source.checkpoint, &Recipe::parse("version = 1", &[], &[])?)?;
         let mut products = |forms: &[Form]| -> anyhow::Result<f64> {
-            let times = forms.iter().filter(|f| f.used > 0.0).map(|f| Ok(table.seconds(&f.sample)? * f.scale * f.used));
-            times.sum()
+            let costs = forms.iter().filter(|f| f.used > 0.0).map(|f| Ok(table.product(&f.sample)? * f.scale * f.used));
+            costs.sum()
         };
         let (after, before) = (products(&forms)?, products(&before)?);
-        if source.checkpoint.source_bytes() <= LOADED {
-            let beside = table.beside(&source.checkpoint, before)?;
-            let (after, before) = (1.0 / (after + beside), 1.0 / (before + beside));
-            said += &format!("; it should decode {after:.0} tok/s here, the source {before:.0}");
+        let loaded = source.checkpoint.source_bytes() <= LOADED;
+        let beside = if loaded { table.beside(&source.checkpoint, before)? } else { 0.0 };
+        let pace = table.pace();
+        let [after, before] = [after, before].map(|products| Forecast { products, beside });
+        let (result, source) = (after.speed(pace), before.speed(pace));
+        said += &if loaded {
+            format!("; it should decode {result:.0} tok/s here, the source {source:.0}")
         } else {
-            said +=
-                &format!("; its products alone allow {:.0} tok/s here, the source's {:.0}", 1.0 / after, 1.0 / before);
-        }
+            format!("; its products alone allow {result:.0} tok/s here, the source's {source:.0}")
+        };
+        said += &format!(", while plain 4-bit products read {:.0} GB/s as now", pace / 1e9);
+        forecast = loaded.then_some(after);
         table.save();
     }
     common::say(said);
-    Ok(())
+    Ok(forecast)
+}
+
+/// What the plan foretells for the pace of the timed runs, and what came.
+fn foretold(d: &Done) -> Option<(f64, lacuna_judge::Speed)> {
+    let speed = d.measured.as_ref()?.speed?;
+    Some((d.forecast?.speed(speed.pace), speed))
 }
 
 fn to_json(a: &cli::Compress, d: &Done) -> Value {
@@ -275,6 +290,7 @@ fn to_json(a: &cli::Compress, d: &Done) -> Value {
         "kl_mean": d.judged.as_ref().and_then(|j| j.against.as_ref()).map(|x| x.kl_mean),
         "top1_agree": d.judged.as_ref().and_then(|j| j.against.as_ref()).map(|x| x.top1_agree),
         "decode_tok_s": d.measured.as_ref().and_then(|m| m.speed).map(|s| s.median),
+        "decode_tok_s_foretold": foretold(d).map(|(f, _)| f), "pace_bytes_per_second": foretold(d).map(|(_, s)| s.pace),
         "baselines": d.verdict.as_ref().map(|v| &v.against), "pays": d.verdict.as_ref().map(|v| v.pays),
         "calibration": { "samples": d.outcomes.calibration.0, "seq_len": d.outcomes.calibration.1 },
         "notes": d.outcomes.notes, "tensors": d.outcomes.tensors, "seconds": d.seconds, "peak_rss_bytes": memory::peak(),
@@ -326,6 +342,13 @@ pub fn words(d: &Done) -> String {
         out += &table(d).text();
         if timed(d) {
             out += &format!("{TIMED_AS}\n");
+        }
+        if let Some((tok_s, s)) = foretold(d) {
+            out += &format!(
+                "Foretold by the plan, at the {:.0} GB/s that plain 4-bit products read between those runs: {tok_s:.1} tok/s, {:+.0}% of what came.\n",
+                s.pace / 1e9,
+                100.0 * (tok_s / s.median - 1.0)
+            );
         }
     }
     if let Some(v) = &d.verdict {

@@ -24,17 +24,30 @@ pub struct Speed {
     pub median: f64,
     /// Largest minus smallest, over the median.
     pub spread: f64,
+    /// Bytes a second that plain 4-bit products read just before each run, the middle one: how fast the machine was.
+    pub pace: f64,
 }
 
 impl Speed {
-    /// The median and spread of runs; `None` of no runs.
-    pub fn of(runs: &[f64]) -> Option<Speed> {
-        let mut v: Vec<f64> = runs.iter().copied().filter(|x| x.is_finite()).collect();
-        v.sort_by(f64::total_cmp);
-        let (low, high) = (v.first()?, v.last()?);
-        let median = if v.len() % 2 == 1 { v[v.len() / 2] } else { (v[v.len() / 2 - 1] + v[v.len() / 2]) / 2.0 };
-        Some(Speed { median, spread: (high - low) / median })
+    /// The median and spread of runs, and the pace before each; `None` of no runs.
+    pub fn of(runs: &[f64], paces: &[f64]) -> Option<Speed> {
+        let v = sorted(runs);
+        let (low, high, median) = (v.first()?, v.last()?, middle(runs)?);
+        Some(Speed { median, spread: (high - low) / median, pace: middle(paces).unwrap_or(0.0) })
     }
+}
+
+fn sorted(x: &[f64]) -> Vec<f64> {
+    let mut v: Vec<f64> = x.iter().copied().filter(|x| x.is_finite()).collect();
+    v.sort_by(f64::total_cmp);
+    v
+}
+
+/// The median of what is finite.
+pub(crate) fn middle(x: &[f64]) -> Option<f64> {
+    let v = sorted(x);
+    let upper = *v.get(v.len() / 2)?;
+    Some(if v.len() % 2 == 1 { upper } else { (v[v.len() / 2 - 1] + upper) / 2.0 })
 }
 
 /// What counts as no worse in loss, nats a token.
@@ -117,7 +130,7 @@ mod tests {
     use super::*;
 
     fn m(name: &str, bytes: u64, loss: f64, speed: Option<f64>) -> Measured {
-        let speed = speed.map(|median| Speed { median, spread: 0.01 });
+        let speed = speed.map(|median| Speed { median, spread: 0.01, pace: 3e10 });
         Measured { name: name.into(), bytes, loss, ppl: loss.exp(), speed }
     }
 
@@ -146,7 +159,7 @@ mod tests {
         let mut r = m("r", 100, 3.0, Some(105.6));
         let b = m("b", 100, 3.0, Some(100.0));
         assert!(judge(&r, std::slice::from_ref(&b)).pays);
-        r.speed = Some(Speed { median: 105.6, spread: 0.2 });
+        r.speed = Some(Speed { median: 105.6, spread: 0.2, pace: 3e10 });
         assert!(!judge(&r, &[b]).pays);
     }
 
@@ -158,8 +171,8 @@ mod tests {
 
     #[test]
     fn medians() {
-        let s = Speed::of(&[3.0, 1.0, 2.0]).unwrap();
+        let s = Speed::of(&[3.0, 1.0, 2.0], &[5.0, 7.0]).unwrap();
         assert_eq!((s.median, s.spread), (2.0, 1.0));
-        assert!(Speed::of(&[]).is_none());
+        assert!(Speed::of(&[], &[1.0]).is_none());
     }
 }

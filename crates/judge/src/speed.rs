@@ -1,11 +1,53 @@
 //! The clock: decode speeds over alternating runs.
 
-use lacuna_format::Weights;
-use lacuna_kernels::{Activations, KvFormat};
+use std::hint::black_box;
+use std::time::Instant;
+
+use lacuna_base::Mat;
+use lacuna_format::{Group, Integers, PatternKind, ScaleCodec, Stored, Weights, pack_integers};
+use lacuna_kernels::{Activations, KvFormat, Linear, Packing};
 use lacuna_model::{Decoder, LoadOptions};
 use lacuna_run::{BenchOptions, Engine, RunError};
 
-use crate::gate::Speed;
+use crate::gate::{Speed, middle};
+
+/// Rows and columns of the matrices that tell the pace, and how many there are: together they are beyond a cache.
+const SIDE: usize = 1024;
+const COUNT: usize = 112;
+/// Times that the pace is taken before a run.
+const READINGS: usize = 3;
+
+/// What tells how fast the machine is at a moment: plain 4-bit matrices, multiplied one after the other from memory. Where others use memory and
+/// caches too, speeds change by half within a minute, and those of models with this one, far more closely than with that of a mere reading.
+pub(crate) struct Pace(Vec<Linear>);
+
+impl Pace {
+    pub(crate) fn new() -> Pace {
+        let q = Integers {
+            rows: SIDE,
+            cols: SIDE,
+            bits: 4,
+            codes: (0..SIDE * SIDE).map(|i| (i * 7 % 16) as u8).collect(),
+            scales: Mat::from_fn(SIDE, SIDE / 32, |_, _| 0.01),
+            zeros: None,
+            group: Group::Run(32),
+        };
+        let piece = pack_integers(&q, None, PatternKind::Dense, ScaleCodec::F16).expect("a matrix of our own");
+        let stored = Stored::from_piece(piece);
+        let packing = Packing { activations: Activations::Int8, ..Packing::default() };
+        let packed = || Linear::pack_with(&stored, &packing).expect("a matrix of our own");
+        Pace((0..COUNT).map(|_| packed()).collect())
+    }
+
+    /// Bytes of weights read a second at this moment.
+    pub(crate) fn take(&self) -> f64 {
+        let x = Mat::from_fn(1, SIDE, |_, c| (c * 17 % 101) as f32 / 50.0 - 1.0);
+        let mut out = Mat::zeros(1, SIDE);
+        let start = Instant::now();
+        self.0.iter().for_each(|l| l.forward(black_box(x.view()), out.view_mut()));
+        self.0.iter().map(Linear::weights_bytes).sum::<u64>() as f64 / start.elapsed().as_secs_f64()
+    }
+}
 
 /// Decode speeds of several models, measured in turn: one run of each, `rounds` times over, after one that does not count. Alternating keeps a
 /// machine that drifts from favouring one of them. Every model is held in memory meanwhile.
@@ -24,15 +66,18 @@ pub fn time_decode(
         })
         .collect::<Result<_, RunError>>()?;
     let options = BenchOptions { prompt_tokens: 0, gen_tokens: tokens, depth: 0, reps: 1, ..BenchOptions::default() };
-    let mut runs = vec![Vec::new(); engines.len()];
+    let pace = Pace::new();
+    let mut runs = vec![(Vec::new(), Vec::new()); engines.len()];
     for round in 0..=rounds {
-        for (engine, runs) in engines.iter().zip(&mut runs) {
+        for (engine, (runs, paces)) in engines.iter().zip(&mut runs) {
+            let read: Vec<f64> = (0..READINGS).map(|_| pace.take()).collect();
             let b = engine.bench(&options, &mut |_, _| {})?;
             if round > 0 {
+                paces.extend(middle(&read));
                 runs.extend(b.decode_tok_s);
             }
         }
         progress(round);
     }
-    Ok(runs.iter().map(|r| Speed::of(r)).collect())
+    Ok(runs.iter().map(|(runs, paces)| Speed::of(runs, paces)).collect())
 }
