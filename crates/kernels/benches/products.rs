@@ -3,6 +3,7 @@
 //! Criterion's statistics are about one number; what matters here is a table of minima beside each other, made quickly and alternating
 //! between sizes. Run with `cargo bench -p lacuna-kernels`; words given after `--` choose the rows whose name contains one of them.
 
+#[cfg(target_arch = "x86_64")]
 #[path = "by_hand.rs"]
 mod by_hand;
 
@@ -133,30 +134,48 @@ fn shortest(budget: f64, mut call: impl FnMut()) -> f64 {
 }
 
 /// The generic int4 row beside what a person would write, alternating, one thread, shortest of each; and the ratio of their times. In the caches,
-/// where instructions are what counts, and from memory, where a token finds its weights.
+/// where instructions are what counts, and from memory, where a token finds its weights; by hand without and with asking for memory ahead.
 #[cfg(target_arch = "x86_64")]
 fn against_hand(rows: usize, cols: usize) {
     if !Isa::Avx2.available() {
         return;
     }
     set_threads(1);
+    let mut rng = Rng::new(1);
+    let scale = half::f16::from_f32(0.01);
+    let q = Integers {
+        rows,
+        cols,
+        bits: 4,
+        codes: (0..rows * cols).map(|_| rng.u64() as u8 >> 4).collect(),
+        scales: Mat::from_fn(rows, cols / 32, |_, _| scale.to_f32()),
+        zeros: None,
+        group: Group::Run(32),
+    };
+    let hand = by_hand::Matrix::new(rows, cols, &q.codes, scale);
+    let stored = Stored::from_piece(pack_integers(&q, None, PatternKind::Dense, ScaleCodec::F16).expect("fits"));
     let packing = Packing { isa: Isa::Avx2, activations: Activations::Int8 };
-    let l = Linear::pack_with(&ints(rows, cols, 4, 32, PatternKind::Dense, None), &packing).expect("a good matrix");
-    let hand = by_hand::Matrix::new(rows, cols);
-    let x = Mat::from_fn(1, cols, |_, c| (c * 17 % 101) as f32 / 50.0 - 1.0);
-    let (mut out, mut codes, mut meta) = (Mat::zeros(1, rows), vec![0i8; cols], vec![(0.0, 0); cols / 32]);
-    let mut best = [f64::INFINITY; 2];
+    let l = Linear::pack_with(&stored, &packing).expect("a good matrix");
+    let x = Mat::from_fn(1, cols, |_, _| (rng.u64() >> 40) as f32 / 1e7 - 0.8);
+    let mut outs = [Mat::zeros(1, rows), Mat::zeros(1, rows), Mat::zeros(1, rows)];
+    let (mut codes, mut meta) = (vec![0i8; cols], vec![(0.0, 0); cols / 32]);
+    let mut best = [f64::INFINITY; 3];
     for _ in 0..10 {
-        best[0] = best[0].min(shortest(0.05, || l.forward(black_box(x.view()), out.view_mut())));
-        let call = || hand.multiply(black_box(x.data()), &mut codes, &mut meta, out.data_mut());
+        best[0] = best[0].min(shortest(0.05, || l.forward(black_box(x.view()), outs[0].view_mut())));
+        let call = || hand.multiply::<false>(black_box(x.data()), &mut codes, &mut meta, outs[1].data_mut());
         best[1] = best[1].min(shortest(0.05, call));
+        let call = || hand.multiply::<true>(black_box(x.data()), &mut codes, &mut meta, outs[2].data_mut());
+        best[2] = best[2].min(shortest(0.05, call));
     }
+    assert!(outs[1..].iter().all(|o| o.data() == outs[0].data()), "by hand comes the same");
     let rate = |t: f64| (rows * cols) as f64 / t / 1e9;
     println!(
-        "int4 bytes avx2 {rows}x{cols}: generic {:.1} G weights/s, by hand {:.1}; time ratio {:.3}",
+        "int4 bytes avx2 {rows}x{cols}: generic {:.1} G weights/s; by hand {:.1}, time ratio {:.3}; by hand and asked for ahead {:.1}, {:.3}",
         rate(best[0]),
         rate(best[1]),
-        best[0] / best[1]
+        best[0] / best[1],
+        rate(best[2]),
+        best[0] / best[2]
     );
 }
 
@@ -167,7 +186,7 @@ fn main() {
     let all_rows = words.iter().all(|w| Isa::ALL.iter().any(|i| i.name() == w));
     println!("{:<28} {:>10} {:>12} {:>5} {:>3}  G weights/s   GB/s", "row", "isa", "shape", "rows", "thr");
     #[cfg(target_arch = "x86_64")]
-    for (rows, cols) in [(1024, 1024), (16384, 8192)] {
+    for (rows, cols) in [(512, 1024), (1024, 1024), (16384, 8192)] {
         against_hand(rows, cols);
     }
     for (name, activations, make) in rows() {

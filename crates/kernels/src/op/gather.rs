@@ -83,6 +83,10 @@ struct Flow {
     each: usize,
 }
 
+/// Lines that are asked for while a block of floats, or of bytes, is gathered: as many as memory gives meanwhile.
+const FLOATS: usize = 2;
+const BYTES: usize = 1;
+
 /// Bytes from an octet to the one that is brought into the first-level cache.
 const NEAR: usize = 1024;
 
@@ -105,10 +109,14 @@ impl Flow {
         let each = (64 * (lines - gathering)).div_ceil(steps.max(1));
         Flow { from: panel.wrapping_add(far.min(panels.stride)), gathering, each }
     }
-    /// While block `b` is gathered.
+    /// While block `b` is gathered, `LINES` for each.
     #[inline(always)]
-    fn gather(&self, b: usize) {
-        fetch_far(self.from.wrapping_add(64 * b));
+    fn gather<const LINES: usize>(&self, b: usize) {
+        let mut i = 0;
+        while i < LINES {
+            fetch_far(self.from.wrapping_add(64 * (LINES * b + i)));
+            i += 1;
+        }
     }
     /// While step `i` is multiplied.
     #[inline(always)]
@@ -163,8 +171,8 @@ fn floats_all<S: Simd, C: Codec, const PAIR: bool>(s: S, g: Gathered<'_, C>) {
         // SAFETY: the maker has these panels and rows, and room in `out`.
         unsafe {
             let panel = g.panels.at(p);
-            // Floats are gathered half by half, a line for every block of each.
-            let lines = if fresh { blocks * if PAIR { 2 } else { 1 } } else { 0 };
+            // Floats are gathered half by half.
+            let lines = if fresh { FLOATS * blocks * if PAIR { 2 } else { 1 } } else { 0 };
             let flow = Flow::of(&g.panels, &l, panel, lines, l.octets);
             if fresh {
                 octets = gather::<S, PAIR>(s, panel, blocks, &l, g.x.add(r * blocks * BLOCK), (room, flow));
@@ -198,7 +206,7 @@ fn bytes_all<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(s: S, g: Ga
         // SAFETY: the maker has these panels and rows, and room in `out`.
         unsafe {
             let panel = g.panels.at(p);
-            let flow = Flow::of(&g.panels, &l, panel, if fresh { blocks } else { 0 }, blocks);
+            let flow = Flow::of(&g.panels, &l, panel, if fresh { BYTES * blocks } else { 0 }, blocks);
             if fresh {
                 gather_bytes::<S, PAIR>(s, panel, blocks, g.x.codes.add(r * blocks * BLOCK), (room, flow));
             }
@@ -228,7 +236,7 @@ unsafe fn gather<S: Simd, const PAIR: bool>(
         unsafe {
             let to = room.x.add(8 * octets * if PAIR { 2 } else { 1 });
             let n = if PAIR {
-                let second = Flow { from: flow.from.wrapping_add(64 * blocks), ..flow };
+                let second = Flow { from: flow.from.wrapping_add(64 * FLOATS * blocks), ..flow };
                 let n = run(s, panel, flow, x, b, end, room.halves[0]);
                 let m = run(s, panel.add(blocks * 4), second, x, b, end, room.halves[1]);
                 // The shorter half must be zeros as far as the longer goes.
@@ -273,7 +281,7 @@ unsafe fn gather_bytes<S: Simd, const PAIR: bool>(
     while b < blocks {
         // SAFETY: as the caller promises.
         unsafe {
-            flow.gather(b);
+            flow.gather::<BYTES>(b);
             let (x, mine) = (x.add(b * BLOCK), masks.add(b).read_unaligned());
             let mut count = mine.count_ones();
             if PAIR {
@@ -316,7 +324,7 @@ unsafe fn run<S: Simd>(
     unsafe {
         while c < to * BLOCK {
             if c.is_multiple_of(BLOCK) {
-                flow.gather(c / BLOCK);
+                flow.gather::<FLOATS>(c / BLOCK);
             }
             let at = bits.add(c / 8);
             let mask = if S::LANES == 16 { u32::from(at.cast::<u16>().read_unaligned()) } else { u32::from(*at) };
