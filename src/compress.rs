@@ -200,7 +200,7 @@ fn time(
     if let Some(max) = max_ram {
         let stored = measured.bytes + rivals.iter().map(|(i, _)| others[*i].measured.bytes).sum::<u64>();
         // Each is there twice for a moment, mapped and repacked, block by block; a quarter covers padding and the block.
-        let need = memory::resident().unwrap_or(0) + stored + stored / 4;
+        let need = memory::resident().unwrap_or(0) + stored + stored / 4 + lacuna_judge::TIMING_BYTES;
         if need > max {
             common::say(format!(
                 "not timed: {} models run in turn would take {}, above the ceiling of {}; bytes alone are compared",
@@ -268,7 +268,8 @@ fn plan(g: &Global, source: &Model, recipe: &Recipe, timed: bool) -> anyhow::Res
             format!("; its products alone allow {result:.0} tok/s here, the source's {source:.0}")
         };
         said += &format!(", while plain 4-bit products read {:.0} GB/s as now", pace / 1e9);
-        forecast = loaded.then_some(after);
+        // What dropped parts save is in what comes and not in the plan.
+        forecast = (loaded && !drops).then_some(after);
         table.save();
     }
     common::say(said);

@@ -8,4 +8,4 @@ mod speed;
 pub use baselines::{Baseline, BaselineError, Bench, baselines, fingerprint, frequencies, measure};
 pub use cost::{CostTable, Forecast};
 pub use gate::{Against, LOSS_SLACK, Measured, Speed, Verdict, judge};
-pub use speed::time_decode;
+pub use speed::{TIMING_BYTES, time_decode};

@@ -14,6 +14,8 @@ use crate::gate::{Speed, middle};
 /// Rows and columns of the matrices that tell the pace, and how many there are: together they are beyond a cache.
 const SIDE: usize = 1024;
 const COUNT: usize = 112;
+/// Bytes that timing takes in memory beside the models: 4 bits a weight, and a scale of 16 for 32 of them.
+pub const TIMING_BYTES: u64 = (COUNT * SIDE * SIDE * 9 / 16) as u64;
 /// Times that the pace is taken before a run.
 const READINGS: usize = 3;
 
@@ -80,4 +82,16 @@ pub fn time_decode(
         progress(round);
     }
     Ok(runs.iter().map(|(runs, paces)| Speed::of(runs, paces)).collect())
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn timing_takes_what_it_says() {
+        let pace = Pace::new();
+        assert_eq!(pace.0.iter().map(Linear::weights_bytes).sum::<u64>(), TIMING_BYTES);
+        assert!(pace.take() > 0.0);
+    }
 }
