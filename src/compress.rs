@@ -346,9 +346,10 @@ pub fn words(d: &Done) -> String {
         }
         if let Some((tok_s, s)) = foretold(d) {
             out += &format!(
-                "Foretold by the plan, at the {:.0} GB/s that plain 4-bit products read between those runs: {tok_s:.1} tok/s, {:+.0}% of what came.\n",
+                "Foretold by the plan, at the {:.0} GB/s that plain 4-bit products read between those runs: {tok_s:.1} tok/s, {:.0}% {} than what came.\n",
                 s.pace / 1e9,
-                100.0 * (tok_s / s.median - 1.0)
+                100.0 * (tok_s / s.median - 1.0).abs(),
+                if tok_s < s.median { "less" } else { "more" }
             );
         }
     }
