@@ -7,7 +7,7 @@ use std::time::Instant;
 use anyhow::Context;
 use lacuna_base::units::show_bytes;
 use lacuna_checkpoint::Tokenizer;
-use lacuna_compress::{Form, Options, Outcomes, Recipe, compress, memory};
+use lacuna_compress::{Options, Outcomes, Recipe, compress, memory};
 use lacuna_eval::{CALIBRATION, Eval, HELD_OUT, Judged, Room, Table};
 use lacuna_format::Weights;
 use lacuna_judge::{Bench, CostTable, Forecast, Measured, Verdict, baselines, judge, time_decode};
@@ -252,11 +252,12 @@ fn plan(g: &Global, source: &Model, recipe: &Recipe, timed: bool) -> anyhow::Res
     if timed {
         let mut table = CostTable::open(&common::cache_dir(g)?);
         let before = lacuna_compress::forms(&source.checkpoint, &Recipe::parse("version = 1", &[], &[])?)?;
-        let mut products = |forms: &[Form]| -> anyhow::Result<f64> {
-            let costs = forms.iter().filter(|f| f.used > 0.0).map(|f| Ok(table.product(&f.sample)? * f.scale * f.used));
-            costs.sum()
-        };
-        let (after, before) = (products(&forms)?, products(&before)?);
+        let [after, before] = [&forms, &before].map(|forms| {
+            let used = forms.iter().filter(|f| f.used > 0.0);
+            used.map(|f| (f.sample.as_ref(), f.scale * f.used)).collect::<Vec<_>>()
+        });
+        table.learn(&[after.as_slice(), before.as_slice()].concat())?;
+        let (after, before) = (table.products(&after)?, table.products(&before)?);
         let loaded = source.checkpoint.source_bytes() <= LOADED;
         let beside = if loaded { table.beside(&source.checkpoint, before)? } else { 0.0 };
         let pace = table.pace();

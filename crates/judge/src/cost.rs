@@ -19,14 +19,16 @@ use crate::gate::middle;
 use crate::speed::{Pace, time_decode};
 
 /// Bytes that are multiplied in turn, so that a matrix comes from memory and not from a cache, as in a model.
-const STREAM_BYTES: u64 = 64 << 20;
+const STREAM_BYTES: f64 = (64 << 20) as f64;
 /// How long, and how often at least, they are passed over. The middle pass counts: a token's products meet the machine as it is, not at its best.
-const LONG: Duration = Duration::from_millis(200);
-const PASSES: usize = 7;
+const LONG: Duration = Duration::from_millis(1500);
+const PASSES: usize = 15;
+/// Copies of one matrix at the most.
+const MOST: usize = 4096;
 /// Readings whose middle is the pace.
 const READINGS: usize = 15;
 /// Runs, and tokens of each, from which a model's time beside its products is taken.
-const RUNS: usize = 15;
+const RUNS: usize = 20;
 const TOKENS: usize = 24;
 
 /// Costs by form and by model, kept in a file.
@@ -60,16 +62,27 @@ impl CostTable {
         CostTable { path, costs, pace: None }
     }
 
-    /// Bytes that plain 4-bit products read while one row goes through `stored` with 8-bit activations, as `generate` runs it; measured where the table does
-    /// not know.
-    pub fn product(&mut self, stored: &Stored) -> Result<f64, FormatError> {
-        let key = here(format!("{} {}x{} {} bytes", stored.codec_name(), stored.rows, stored.cols, stored.bytes()));
-        if let Some(&bytes) = self.costs.get(&key) {
-            return Ok(bytes);
+    /// Bytes that plain 4-bit products read while one row goes through all of `forms` with 8-bit activations, as `generate` runs it; each so many times
+    /// as stands beside it. What the table does not know is measured, all in turn, as a token meets them.
+    pub fn products(&mut self, forms: &[(&Stored, f64)]) -> Result<f64, FormatError> {
+        self.learn(forms)?;
+        Ok(forms.iter().map(|(stored, times)| self.costs[&key(stored)] * times).sum())
+    }
+
+    /// Measures those of `forms` that the table does not know.
+    pub fn learn(&mut self, forms: &[(&Stored, f64)]) -> Result<(), FormatError> {
+        let mut new: Vec<(String, &Stored, f64)> = Vec::new();
+        for &(stored, times) in forms {
+            let key = key(stored);
+            if !self.costs.contains_key(&key) && new.iter().all(|n| n.0 != key) {
+                new.push((key, stored, times));
+            }
         }
-        let bytes = measure(stored, self.held())?;
-        self.costs.insert(key, bytes);
-        Ok(bytes)
+        if !new.is_empty() {
+            let bytes = measure(&new.iter().map(|n| (n.1, n.2)).collect::<Vec<_>>(), self.held())?;
+            self.costs.extend(new.into_iter().map(|n| n.0).zip(bytes));
+        }
+        Ok(())
     }
 
     /// Seconds of one token beside its products (attention, norms, activations, whatever threads wait for), which `model` takes in any form: what it
@@ -113,33 +126,55 @@ impl CostTable {
     }
 }
 
+/// The name of a product.
+fn key(stored: &Stored) -> String {
+    here(format!("{} {}x{} {} bytes", stored.codec_name(), stored.rows, stored.cols, stored.bytes()))
+}
+
 /// The name of what was measured with the kernels, the instruction set and the threads that are at work here.
 fn here(what: String) -> String {
     let (isa, threads) = (Isa::best().name(), lacuna_kernels::threads());
     format!("{what}, {isa}, {threads} threads, {}", env!("CARGO_PKG_VERSION"))
 }
 
-/// The middle one of several passes over copies of the matrix that no cache holds, each in bytes at the pace before it; of one matrix.
-fn measure(stored: &Stored, pace: &Pace) -> Result<f64, FormatError> {
+/// What one product of each form takes, in bytes at the pace before and after a pass: the middle of several passes over copies of the matrices that no
+/// cache holds, as many of each as its share of a token's products, in turn.
+fn measure(forms: &[(&Stored, f64)], pace: &Pace) -> Result<Vec<f64>, FormatError> {
     let packing = Packing { activations: Activations::Int8, ..Packing::default() };
-    let first = Linear::pack_with(stored, &packing)?;
-    let copies = (STREAM_BYTES / first.weights_bytes().max(1)).clamp(1, 256) as usize;
-    let mut all = vec![first];
-    for _ in 1..copies {
-        all.push(Linear::pack_with(stored, &packing)?);
-    }
-    let x = Mat::from_fn(1, stored.cols, |_, c| (c * 17 % 101) as f32 / 50.0 - 1.0);
-    let mut out = Mat::zeros(1, stored.rows);
-    let (begun, mut passes) = (Instant::now(), Vec::new());
-    while passes.len() < PASSES || begun.elapsed() < LONG {
-        let read = pace.take();
-        let start = Instant::now();
-        for linear in &all {
-            linear.forward(black_box(x.view()), out.view_mut());
+    let firsts = forms.iter().map(|f| Linear::pack_with(f.0, &packing)).collect::<Result<Vec<_>, _>>()?;
+    let token: f64 = firsts.iter().zip(forms).map(|(l, f)| l.weights_bytes() as f64 * f.1).sum();
+    let mut all = Vec::new();
+    for (at, (first, &(stored, times))) in firsts.into_iter().zip(forms).enumerate() {
+        let copies = ((times * STREAM_BYTES / token.max(1.0)).ceil() as usize).clamp(1, MOST);
+        // Spread over the pass: so far into it comes each.
+        let when = |i: usize| (i as f64 + 0.5) / copies as f64;
+        all.push((when(0), at, first));
+        for i in 1..copies {
+            all.push((when(i), at, Linear::pack_with(stored, &packing)?));
         }
-        passes.push(start.elapsed().as_secs_f64() * read);
     }
-    Ok(middle(&passes).unwrap_or(0.0) / all.len() as f64)
+    all.sort_by(|a, b| a.0.total_cmp(&b.0));
+    let mut ends: Vec<(Mat, Mat)> = forms
+        .iter()
+        .map(|(s, _)| (Mat::from_fn(1, s.cols, |_, c| (c * 17 % 101) as f32 / 50.0 - 1.0), Mat::zeros(1, s.rows)))
+        .collect();
+    let (begun, mut passes, mut read) = (Instant::now(), Vec::new(), pace.take());
+    while passes.len() < PASSES || begun.elapsed() < LONG {
+        let mut seconds = vec![0.0; forms.len()];
+        for (_, at, linear) in &all {
+            let (x, out) = &mut ends[*at];
+            let start = Instant::now();
+            linear.forward(black_box(x.view()), out.view_mut());
+            seconds[*at] += start.elapsed().as_secs_f64();
+        }
+        let after = pace.take();
+        let meanwhile = 2.0 / (1.0 / read + 1.0 / after);
+        passes.push(seconds.into_iter().map(|s| s * meanwhile).collect::<Vec<f64>>());
+        read = after;
+    }
+    let copies = |at| all.iter().filter(|l| l.1 == at).count() as f64;
+    let middle = |at| middle(&passes.iter().map(|p| p[at]).collect::<Vec<f64>>()).unwrap_or(0.0);
+    Ok((0..forms.len()).map(|at| middle(at) / copies(at)).collect())
 }
 
 #[cfg(test)]
@@ -153,10 +188,12 @@ mod tests {
         let w = Mat::from_fn(64, 96, |r, c| (r + c) as f32);
         let stored = Stored::from_piece(pack_float(w.view(), None, PatternKind::Dense, Float::F16).unwrap());
         let mut table = CostTable::open(dir.path());
-        let bytes = table.product(&stored).unwrap();
+        let bytes = table.products(&[(&stored, 1.0)]).unwrap();
         assert!(bytes > 0.0 && bytes.is_finite());
         table.save();
-        assert_eq!(CostTable::open(dir.path()).product(&stored).unwrap(), bytes);
+        let mut again = CostTable::open(dir.path());
+        assert_eq!(again.products(&[(&stored, 2.0), (&stored, 1.0)]).unwrap(), 3.0 * bytes);
+        assert!(again.pace.is_none(), "what is known is not measured");
         std::fs::write(dir.path().join("costs.json"), "{").unwrap();
         assert!(CostTable::open(dir.path()).costs.is_empty());
     }

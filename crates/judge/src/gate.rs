@@ -24,12 +24,12 @@ pub struct Speed {
     pub median: f64,
     /// Largest minus smallest, over the median.
     pub spread: f64,
-    /// Bytes a second that plain 4-bit products read just before each run, the middle one: how fast the machine was.
+    /// Bytes a second that plain 4-bit products read between each run's tokens, the middle run: how fast the machine was.
     pub pace: f64,
 }
 
 impl Speed {
-    /// The median and spread of runs, and the pace before each; `None` of no runs.
+    /// The median and spread of runs, and of the pace during each; `None` of no runs.
     pub fn of(runs: &[f64], paces: &[f64]) -> Option<Speed> {
         let v = sorted(runs);
         let (low, high, median) = (v.first()?, v.last()?, middle(runs)?);

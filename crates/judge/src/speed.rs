@@ -9,15 +9,15 @@ use lacuna_kernels::{Activations, KvFormat, Linear, Packing};
 use lacuna_model::{Decoder, LoadOptions};
 use lacuna_run::{BenchOptions, Engine, RunError};
 
-use crate::gate::{Speed, middle};
+use crate::gate::Speed;
 
 /// Rows and columns of the matrices that tell the pace, and how many there are: together they are beyond a cache.
 const SIDE: usize = 1024;
 const COUNT: usize = 112;
 /// Bytes that timing takes in memory beside the models: 4 bits a weight, and a scale of 16 for 32 of them.
 pub const TIMING_BYTES: u64 = (COUNT * SIDE * SIDE * 9 / 16) as u64;
-/// Times that the pace is taken before a run.
-const READINGS: usize = 3;
+/// Tokens of a run between two readings of the pace, at the most: it changes within a tenth of a second.
+const STRETCH: usize = 4;
 
 /// What tells how fast the machine is at a moment: plain 4-bit matrices, multiplied one after the other from memory. Where others use memory and
 /// caches too, speeds change by half within a minute, and those of models with this one, far more closely than with that of a mere reading.
@@ -52,7 +52,7 @@ impl Pace {
 }
 
 /// Decode speeds of several models, measured in turn: one run of each, `rounds` times over, after one that does not count. Alternating keeps a
-/// machine that drifts from favouring one of them. Every model is held in memory meanwhile.
+/// machine that drifts from favouring one of them, and the pace is read all through each run. Every model is held in memory meanwhile.
 pub fn time_decode(
     models: &[&dyn Weights],
     rounds: usize,
@@ -67,21 +67,34 @@ pub fn time_decode(
             Ok(Engine::new(Decoder::load(*w, &options)?).with_kv(KvFormat::F16))
         })
         .collect::<Result<_, RunError>>()?;
-    let options = BenchOptions { prompt_tokens: 0, gen_tokens: tokens, depth: 0, reps: 1, ..BenchOptions::default() };
+    let stretches = tokens.div_ceil(STRETCH).max(1);
+    let options = BenchOptions {
+        prompt_tokens: 0,
+        gen_tokens: tokens.div_ceil(stretches),
+        depth: 0,
+        reps: stretches,
+        ..BenchOptions::default()
+    };
     let pace = Pace::new();
     let mut runs = vec![(Vec::new(), Vec::new()); engines.len()];
     for round in 0..=rounds {
         for (engine, (runs, paces)) in engines.iter().zip(&mut runs) {
-            let read: Vec<f64> = (0..READINGS).map(|_| pace.take()).collect();
-            let b = engine.bench(&options, &mut |_, _| {})?;
+            let mut read = Vec::new();
+            let b = engine.bench(&options, &mut |_, _| read.push(pace.take()))?;
             if round > 0 {
-                paces.extend(middle(&read));
-                runs.extend(b.decode_tok_s);
+                paces.extend(harmonic(&read));
+                runs.extend(harmonic(&b.decode_all_tok_s));
             }
         }
         progress(round);
     }
     Ok(runs.iter().map(|(runs, paces)| Speed::of(runs, paces)).collect())
+}
+
+/// The speed over several stretches of the same length; none of none.
+fn harmonic(speeds: &[f64]) -> Option<f64> {
+    let seconds: f64 = speeds.iter().map(|s| 1.0 / s).sum();
+    (seconds > 0.0).then(|| speeds.len() as f64 / seconds)
 }
 
 #[cfg(test)]
@@ -93,5 +106,11 @@ mod tests {
         let pace = Pace::new();
         assert_eq!(pace.0.iter().map(Linear::weights_bytes).sum::<u64>(), TIMING_BYTES);
         assert!(pace.take() > 0.0);
+    }
+
+    #[test]
+    fn a_slow_stretch_weighs_as_long_as_it_lasts() {
+        assert_eq!(harmonic(&[1.0, 3.0]), Some(1.5));
+        assert_eq!(harmonic(&[]), None);
     }
 }

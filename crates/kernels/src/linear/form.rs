@@ -14,7 +14,7 @@ use crate::panel::float::{Bf16, Dense, F16, F32, Masked};
 use crate::panel::gathered::Layout;
 use crate::panel::halved::Halved;
 use crate::panel::ints::{Bytes, Grid, Halves, Ints, Kind};
-use crate::panel::slices::slices;
+use crate::panel::slices::{self, Lists};
 use crate::panel::{BLOCK, Panels, ROWS, float, gathered, halved, ints, source};
 use crate::simd::dispatch;
 use crate::{Isa, parallel};
@@ -47,9 +47,8 @@ enum Body {
     Shared16(Panels, Dense<F16>, Layout),
     SharedInt4(Panels, Ints<4>, Layout),
     SharedInt8(Panels, Ints<8>, Layout),
-    /// Lists of entries, f32 or f16, and their bytes.
-    Sparse32(Panels, u64),
-    Sparse16(Panels, u64),
+    Sparse32(Lists),
+    Sparse16(Lists),
     /// Decoded by `lacuna-format` a panel at a time.
     Decoded(Arc<Stored>, u64),
 }
@@ -231,8 +230,8 @@ impl Form {
                 }
             }),
             (Pattern::Csr { .. }, Values::Float(..)) => {
-                let (panels, half, bytes) = slices(piece, read);
-                Some(if half { Body::Sparse16(panels, bytes) } else { Body::Sparse32(panels, bytes) })
+                let (lists, half) = slices::lists(piece, read);
+                Some(if half { Body::Sparse16(lists) } else { Body::Sparse32(lists) })
             }
             (_, Values::Float(..)) => {
                 let (panels, half) = float::masked(piece, read);
@@ -280,8 +279,10 @@ impl Form {
     }
 
     pub(super) fn bytes(&self) -> u64 {
-        if let Body::Sparse32(_, bytes) | Body::Sparse16(_, bytes) | Body::Decoded(_, bytes) = &self.body {
-            return *bytes;
+        match &self.body {
+            Body::Sparse32(lists) | Body::Sparse16(lists) => return lists.bytes(),
+            Body::Decoded(_, bytes) => return *bytes,
+            _ => {}
         }
         with_panels!(&self.body, panels, _codec => panels.bytes(), panels.bytes(),
             layout => { let _ = panels; layout.bytes }, { let _ = panels; layout.bytes }, _other => 0)
@@ -305,8 +306,8 @@ impl Form {
                 shared(packing, panels.view(), codec, layout, x, out);
             },
             other => match other {
-                Body::Sparse32(panels, _) => sparse(packing, panels.view(), F32, x, out),
-                Body::Sparse16(panels, _) => sparse(packing, panels.view(), F16, x, out),
+                Body::Sparse32(lists) => sparse(packing, lists, F32, x, out),
+                Body::Sparse16(lists) => sparse(packing, lists, F16, x, out),
                 Body::Decoded(stored, _) => decoded(packing, stored, x, out),
                 _ => unreachable!("all others have codecs"),
             }

@@ -12,6 +12,7 @@ use crate::op::sparse::Sparse;
 use crate::panel::float::{Dense, F32, Width};
 use crate::panel::gathered::{self, Layout};
 use crate::panel::ints::{Bytes, Ints};
+use crate::panel::slices::Lists;
 use crate::panel::{BLOCK, Codec, ROWS, View};
 use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
@@ -72,13 +73,13 @@ fn rows_padded(x: MatRef<'_>, blocks: usize, more: usize, f: impl FnOnce(Shared)
 }
 
 /// Lists of entries times rows of x.
-pub(super) fn sparse<W: Width>(packing: &Packing, view: View, width: W, x: MatRef<'_>, out: Out) {
+pub(super) fn sparse<W: Width>(packing: &Packing, lists: &Lists, width: W, x: MatRef<'_>, out: Out) {
     let rows = x.rows();
-    rows_padded(x, view.blocks, 1, |x| {
+    rows_padded(x, lists.blocks, 1, |x| {
         // A gathered entry costs about as much as eight that lie side by side.
-        let cost = 8 * rows * view.stride / (4 + W::BYTES);
-        parallel::ranges(view.count(), 1, usize::MAX, cost, |from, to| {
-            dispatch(packing.isa, Sparse { panels: view, _width: width, from, to, x: x.get(), rows, out });
+        let cost = 8 * rows * (lists.bytes() as usize / lists.count()) / (4 + W::BYTES);
+        parallel::ranges(lists.count(), 1, usize::MAX, cost, |from, to| {
+            dispatch(packing.isa, Sparse { lists, _width: width, from, to, x: x.get(), rows, out });
         });
     });
 }

@@ -2,13 +2,13 @@
 
 use super::matmul::Out;
 use crate::panel::float::Width;
-use crate::panel::slices::HEAD;
-use crate::panel::{BLOCK, ROWS, View};
+use crate::panel::slices::{HEAD, Lists, NAMES, NONE};
+use crate::panel::{BLOCK, ROWS};
 use crate::simd::{Op, Simd};
 
 /// Panels `from..to` times all rows of x. Every output is one chain of fused operations over its own list.
-pub(crate) struct Sparse<W> {
-    pub(crate) panels: View,
+pub(crate) struct Sparse<'a, W> {
+    pub(crate) lists: &'a Lists,
     pub(crate) _width: W,
     pub(crate) from: usize,
     pub(crate) to: usize,
@@ -18,17 +18,18 @@ pub(crate) struct Sparse<W> {
     pub(crate) out: Out,
 }
 
-impl<W: Width> Op for Sparse<W> {
+impl<W: Width> Op for Sparse<'_, W> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let (cols, entry) = (self.panels.blocks * BLOCK + 1, ROWS * (4 + W::BYTES));
+        let (cols, entry) = (self.lists.blocks * BLOCK + 1, ROWS * (4 + W::BYTES));
         let mut p = self.from;
         while p < self.to {
-            let panel = self.panels.at(p);
-            // SAFETY: the maker has these panels and rows, and room in `out`; columns are below `cols`.
+            let panel = self.lists.at(p);
+            // SAFETY: the maker has these panels, and room in `out` for the rows they name; columns are below `cols`.
             unsafe {
                 let length = panel.cast::<u32>().read_unaligned() as usize;
+                let names = panel.add(NAMES).cast::<u32>();
                 let mut r = 0;
                 while r < self.rows {
                     let x = self.x.add(r * cols);
@@ -45,7 +46,19 @@ impl<W: Width> Op for Sparse<W> {
                         }
                         i += 1;
                     }
-                    self.out.put(s, r, p, self.panels.rows, acc);
+                    let mut all = [0.0f32; ROWS];
+                    let mut h = 0;
+                    while h < ROWS / S::LANES {
+                        s.store(all.as_mut_ptr().add(h * S::LANES), acc[h]);
+                        h += 1;
+                    }
+                    let out = self.out.data.add(r * self.out.stride);
+                    let mut i = 0;
+                    while i < ROWS && names.add(i).read_unaligned() != NONE {
+                        let out = out.add(names.add(i).read_unaligned() as usize);
+                        *out = if self.out.add { *out + all[i] } else { all[i] };
+                        i += 1;
+                    }
                     r += 1;
                 }
             }
