@@ -21,7 +21,7 @@ use crate::speed::{Pace, time_decode};
 /// Bytes that are multiplied in turn, so that a matrix comes from memory and not from a cache, as in a model.
 const STREAM_BYTES: f64 = (64 << 20) as f64;
 /// How long, and how often at least, they are passed over. The middle pass counts: a token's products meet the machine as it is, not at its best.
-const LONG: Duration = Duration::from_millis(1500);
+const LONG: Duration = Duration::from_secs(3);
 const PASSES: usize = 15;
 /// Copies of one matrix at the most.
 const MOST: usize = 4096;
