@@ -4,7 +4,7 @@
 //! operations; the spans' sums are added in order. How many pairs are computed side by side changes speed, never a bit.
 
 use crate::Isa;
-use crate::panel::{BLOCK, Codec, FETCH, ROWS, SPAN, View};
+use crate::panel::{BLOCK, Codec, FETCH, NEAR, ROWS, SPAN, View};
 use crate::simd::{Op, Simd, dispatch};
 
 /// Where results go: output `(r, n)` lies at `out[r * stride + n]`.
@@ -114,7 +114,7 @@ unsafe fn gemv<S: Simd, C: Codec, const P: usize>(s: S, g: &Gemv<'_, C>, p: usiz
         at[i] = g.panels.at((p + i).min(g.to - 1));
         i += 1;
     }
-    let ahead = g.panels.ahead(P, FETCH);
+    let ahead = g.panels.ahead(P, if C::AHEAD { FETCH } else { NEAR });
     let mut total = [[s.splat(0.0); 2]; P];
     let mut b = 0;
     while b < g.panels.blocks {
@@ -126,7 +126,7 @@ unsafe fn gemv<S: Simd, C: Codec, const P: usize>(s: S, g: &Gemv<'_, C>, p: usiz
                 let mut blocks = [[g.codec.block(s, at[0], b, 0); 2]; P];
                 let mut i = 0;
                 while i < P {
-                    if C::AHEAD {
+                    if C::AHEAD || S::LANES == ROWS {
                         ahead.fetch(at[i], b);
                     }
                     let mut h = 0;

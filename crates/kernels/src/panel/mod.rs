@@ -113,8 +113,8 @@ impl View {
 
 /// How far ahead of what is being read panels are asked for, at most; of smaller ones the next is asked for.
 pub(crate) const FETCH: usize = 8192;
-/// The same for codes, and for what stands beside them: several streams need no more.
-const NEAR: usize = 1024;
+/// The same for codes, and for what stands beside them, and for what is read as it lies: several streams need no more.
+pub(crate) const NEAR: usize = 1024;
 
 /// How panels that are read once, from memory, are asked for ahead of time: what the processor's own guesses miss at every page.
 #[derive(Clone, Copy)]
@@ -247,8 +247,8 @@ unsafe impl Send for Base {}
 
 /// A codec whose panels become f32 vectors, eight columns at a time.
 pub(crate) trait Codec: Send + Sync {
-    /// Whether its panels are asked for ahead of time. What is read as it lies, several panels at once, the processor's own guesses bring as fast as
-    /// memory gives it, and asking costs as many instructions as reading.
+    /// Whether its panels are asked for as far ahead as can be. What is read as it lies, several panels at once, is asked for nearer, and with eight lanes
+    /// not at all: the processor's own guesses bring it as fast as memory gives it, and asking costs as many instructions as reading.
     const AHEAD: bool = true;
     /// Whether reading it uses what `Isa::Avx512Vnni` has beyond `Isa::Avx512`.
     const EXPANDS: bool = false;
