@@ -15,8 +15,8 @@ use lacuna_bench_rows::{ROWS, Row};
 use lacuna_kernels::{Activations, Isa, Linear, Packing, ceiling, set_threads, threads};
 use serde_json::{Value, json};
 
-/// Bytes that are read in turn, far more than caches hold.
-const FROM_MEMORY: u64 = 256 << 20;
+/// Bytes that are read in turn, far more than caches hold; the stream beside them reads as many.
+const FROM_MEMORY: u64 = 512 << 20;
 /// Bytes of a matrix in the second-level caches, for each thread.
 const IN_CACHE: u64 = 640 << 10;
 
@@ -82,7 +82,8 @@ fn main() {
         let (mut bandwidth, mut memory) = (0.0f64, 0.0f64);
         let (mut shares, mut over) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
-            let (read, rate_now, cache_now) = (ceiling::bandwidth(512 << 20), rate(&all, 1, 2), rate(&small, again, 2));
+            let (read, rate_now, cache_now) =
+                (ceiling::bandwidth(FROM_MEMORY as usize), rate(&all, 1, 2), rate(&small, again, 2));
             bandwidth = bandwidth.max(read);
             memory = memory.max(rate_now);
             cache = cache.max(cache_now);
