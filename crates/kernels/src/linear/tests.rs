@@ -487,6 +487,7 @@ fn threads_change_nothing() {
     for stored in [
         dense(700, 300, Values::Float(Float::F16, floats(&w, Float::F16))),
         ints(700, 320, 4, 32, false, Float::F16, &mut rng),
+        sparse(700, 320),
     ] {
         let l = Linear::pack(&stored).unwrap();
         for rows in [1, 40] {
