@@ -1,9 +1,10 @@
 //! Products with panels whose rows share their columns: x is gathered to a panel's columns, and what remains is dense.
 //!
 //! Every row of x is gathered for itself, so that its result cannot depend on others. In f32 every output has four chains of fused operations,
-//! for the four columns of each quad, which are added in the end. Bytes are quantized before they are gathered, once for all panels; a block of
-//! 32 columns is summed exactly, and its sum times both scales added to the output, blocks in rising order: the same bits as [`super::dot`] gives
-//! for the same matrix with zeros written out. So where many rows of x come, that is what is done ([`crate::panel::gathered::Fill`]).
+//! for the four columns of each quad, which are added in the end; octets of large panels come from their four quarters by turns. Bytes are quantized before
+//! they are gathered, once for all panels; a block of 32 columns is summed exactly, and its sum times both scales added to the output, blocks in
+//! rising order: the same bits as [`super::dot`] gives for the same matrix with zeros written out. So where many rows of x come, that is what is
+//! done ([`crate::panel::gathered::Fill`]).
 
 use super::dot::Rows;
 use super::matmul::Out;
@@ -71,62 +72,75 @@ fn room(scratch: &mut [f32], l: &Layout, blocks: usize) -> Room {
     Room { halves: [a.as_mut_ptr(), b.as_mut_ptr()], x, codes, counts: counts.as_mut_ptr().cast() }
 }
 
-/// How panels are asked for from memory, at an even pace while x is gathered and while products are summed: either alone would leave memory
-/// idle for as long as the other takes. Lines come into the second-level cache well ahead, and into the first a little ahead.
-#[derive(Clone, Copy)]
-struct Flow {
-    /// What is asked for first.
-    from: *const u8,
-    /// Lines for the gathering.
-    gathering: usize,
-    /// Bytes for each octet, or block, that is multiplied.
-    each: usize,
-}
-
-/// Lines that are asked for while a block of floats, or of bytes, is gathered: as many as memory gives meanwhile.
-const FLOATS: usize = 2;
-const BYTES: usize = 1;
-
-/// Bytes from an octet to the one that is brought into the first-level cache.
+/// Bytes from what is multiplied to what comes into the first-level cache meanwhile.
 const NEAR: usize = 1024;
+/// Bytes from the codes that are multiplied to those that come into the second-level cache meanwhile.
+const FAR: usize = 16 << 10;
+/// Bytes of a panel of floats from which it is read at four places at once: at one alone some processors fetch two thirds of what memory gives,
+/// but short runs end before they notice.
+const LARGE: usize = 32 << 10;
 
-/// Brings what lies a little after the octet's values into the first-level cache.
-#[inline(always)]
-fn near(octet: *const u8, bytes: usize) {
-    let mut at = 0;
-    while at < bytes {
-        fetch(octet.wrapping_add(NEAR + at));
-        at += 64;
-    }
+/// How a panel of floats is read, and asked for. At one place: at an even pace while x is gathered and while octets are multiplied. At four: all that
+/// gathering has time for is asked for then, and the rest is left to the processor's own guesses and to what is asked for nearby.
+#[derive(Clone, Copy)]
+struct Parts {
+    /// Where the panel's values begin.
+    values: *const u8,
+    /// Octets of each part, and its bytes.
+    octets: usize,
+    bytes: usize,
+    /// Bytes from the end of a part to where it begins in the next panel.
+    jump: usize,
+    /// At one place: what is asked for first, the lines of it while x is gathered, and the bytes while an octet is multiplied.
+    paced: Option<(*const u8, usize, usize)>,
 }
 
-impl Flow {
-    fn of(panels: &View, l: &Layout, panel: *const u8, gathering: usize, steps: usize) -> Flow {
-        let lines = panels.stride / 64;
-        // Where nothing is gathered between two panels, they are read at a stretch.
-        let far = if l.share > 1 { 4 * FETCH } else { FETCH };
-        let gathering = gathering.min(lines);
-        let each = (64 * (lines - gathering)).div_ceil(steps.max(1));
-        Flow { from: panel.wrapping_add(far.min(panels.stride)), gathering, each }
+/// Lines that are asked for while a block of floats is gathered.
+const LINES: usize = 2;
+
+impl Parts {
+    /// `gathered` blocks of x are gathered before octets are multiplied.
+    fn of(panels: &View, l: &Layout, panel: *const u8, gathered: usize) -> Parts {
+        let values = panel.wrapping_add(l.values_at);
+        let bytes = l.octets * l.octet_bytes;
+        if bytes < LARGE {
+            let lines = panels.stride / 64;
+            let gathering = (LINES * gathered).min(lines);
+            let each = (64 * (lines - gathering)).div_ceil(l.octets.max(1));
+            let from = panel.wrapping_add(FETCH.min(panels.stride));
+            return Parts { values, octets: l.octets, bytes, jump: 0, paced: Some((from, gathering, each)) };
+        }
+        let octets = l.octets.div_ceil(4);
+        let bytes = octets * l.octet_bytes;
+        Parts { values, octets, bytes, jump: panels.stride - bytes, paced: None }
     }
-    /// While block `b` is gathered, `LINES` for each.
+    /// While the `b`th block is gathered.
     #[inline(always)]
-    fn gather<const LINES: usize>(&self, b: usize) {
-        let mut i = 0;
-        while i < LINES {
-            fetch_far(self.from.wrapping_add(64 * (LINES * b + i)));
-            i += 1;
+    fn gather(&self, b: usize) {
+        let mut n = LINES * b;
+        while n < LINES * (b + 1) {
+            fetch_far(match self.paced {
+                Some((from, ..)) => from.wrapping_add(64 * n),
+                None => self.values.wrapping_add(n % 4 * self.bytes + NEAR + n / 4 * 64),
+            });
+            n += 1;
         }
     }
-    /// While step `i` is multiplied.
+    /// While the `n`th octet is multiplied.
     #[inline(always)]
-    fn step(&self, i: usize) {
-        let mut at = 64 * self.gathering + i * self.each;
-        let to = at + self.each;
+    fn step(&self, n: usize) {
+        let Some((from, gathering, each)) = self.paced else { return };
+        let mut at = 64 * gathering + n * each;
+        let to = at + each;
         while at < to {
-            fetch_far(self.from.wrapping_add(at));
+            fetch_far(from.wrapping_add(at));
             at += 64;
         }
+    }
+    /// Bytes from octet `i` of a part to what comes into the first-level cache meanwhile.
+    #[inline(always)]
+    fn near(&self, i: usize, octet_bytes: usize) -> usize {
+        if i * octet_bytes + NEAR < self.bytes { NEAR } else { NEAR + self.jump }
     }
 }
 
@@ -172,12 +186,12 @@ fn floats_all<S: Simd, C: Codec, const PAIR: bool>(s: S, g: Gathered<'_, C>) {
         unsafe {
             let panel = g.panels.at(p);
             // Floats are gathered half by half.
-            let lines = if fresh { FLOATS * blocks * if PAIR { 2 } else { 1 } } else { 0 };
-            let flow = Flow::of(&g.panels, &l, panel, lines, l.octets);
+            let gathered = if fresh { if PAIR { 2 * blocks } else { blocks } } else { 0 };
+            let parts = Parts::of(&g.panels, &l, panel, gathered);
             if fresh {
-                octets = gather::<S, PAIR>(s, panel, blocks, &l, g.x.add(r * blocks * BLOCK), (room, flow));
+                octets = gather::<S, PAIR>(s, panel, blocks, &l, g.x.add(r * blocks * BLOCK), (room, parts));
             }
-            let v = floats::<S, C, PAIR>(s, g.codec, panel, &l, octets, (room, flow));
+            let v = floats::<S, C, PAIR>(s, g.codec, panel, octets, (room, parts));
             put::<S, PAIR>(s, g.out, r, p, g.panels.rows, v);
         }
     });
@@ -206,12 +220,11 @@ fn bytes_all<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(s: S, g: Ga
         // SAFETY: the maker has these panels and rows, and room in `out`.
         unsafe {
             let panel = g.panels.at(p);
-            let flow = Flow::of(&g.panels, &l, panel, if fresh { BYTES * blocks } else { 0 }, blocks);
             if fresh {
-                gather_bytes::<S, PAIR>(s, panel, blocks, g.x.codes.add(r * blocks * BLOCK), (room, flow));
+                gather_bytes::<S, PAIR>(s, panel, &l, blocks, g.x.codes.add(r * blocks * BLOCK), room);
             }
             let meta = g.x.meta.add(r * blocks * META);
-            let v = bytes::<S, C, PAIR, PLAIN>(s, g.codec, panel, &l, (blocks, meta), (room, flow));
+            let v = bytes::<S, C, PAIR, PLAIN>(s, g.codec, panel, &l, (blocks, meta), room);
             put::<S, PAIR>(s, g.out, r, p, g.panels.rows, v);
         }
     });
@@ -227,7 +240,7 @@ unsafe fn gather<S: Simd, const PAIR: bool>(
     blocks: usize,
     layout: &Layout,
     x: *const f32,
-    (room, flow): (Room, Flow),
+    (room, parts): (Room, Parts),
 ) -> usize {
     let (mut octets, mut b) = (0, 0);
     while b < blocks {
@@ -236,9 +249,8 @@ unsafe fn gather<S: Simd, const PAIR: bool>(
         unsafe {
             let to = room.x.add(8 * octets * if PAIR { 2 } else { 1 });
             let n = if PAIR {
-                let second = Flow { from: flow.from.wrapping_add(64 * FLOATS * blocks), ..flow };
-                let n = run(s, panel, flow, x, b, end, room.halves[0]);
-                let m = run(s, panel.add(blocks * 4), second, x, b, end, room.halves[1]);
+                let n = run(s, panel, (parts, b), x, b, end, room.halves[0]);
+                let m = run(s, panel.add(blocks * 4), (parts, blocks + b), x, b, end, room.halves[1]);
                 // The shorter half must be zeros as far as the longer goes.
                 let (short, from, most) = if m < n { (1, m, n) } else { (0, n, m) };
                 zeros(s, room.halves[short].add(from), most + BLOCK - from);
@@ -251,7 +263,7 @@ unsafe fn gather<S: Simd, const PAIR: bool>(
                 }
                 most
             } else {
-                run(s, panel, flow, x, b, end, to)
+                run(s, panel, (parts, b), x, b, end, to)
             };
             let count = n.div_ceil(8);
             let (mut i, group) = (0, (b / layout.per) as u32);
@@ -272,16 +284,18 @@ unsafe fn gather<S: Simd, const PAIR: bool>(
 unsafe fn gather_bytes<S: Simd, const PAIR: bool>(
     s: S,
     panel: *const u8,
+    layout: &Layout,
     blocks: usize,
     x: *const i8,
-    (room, flow): (Room, Flow),
+    room: Room,
 ) {
     let (out, masks) = (room.x.cast::<i8>(), panel.cast::<u32>());
     let (mut octets, mut b) = (0usize, 0);
     while b < blocks {
         // SAFETY: as the caller promises.
         unsafe {
-            flow.gather::<BYTES>(b);
+            // Memory must not be idle meanwhile.
+            fetch_far(panel.wrapping_add(layout.values_at + 64 * b));
             let (x, mine) = (x.add(b * BLOCK), masks.add(b).read_unaligned());
             let mut count = mine.count_ones();
             if PAIR {
@@ -306,14 +320,15 @@ unsafe fn gather_bytes<S: Simd, const PAIR: bool>(
     }
 }
 
-/// Moves the columns of blocks `from..to` whose bit is set together, with 32 zeros after them; gives how many.
+/// Moves the columns of blocks `from..to` whose bit is set together, with 32 zeros after them; gives how many. For every block a line of the panel
+/// is asked for, so that memory is not idle meanwhile; `first` blocks have been before.
 /// # Safety
 /// The bits, x and `out` are as long.
 #[inline(always)]
 unsafe fn run<S: Simd>(
     s: S,
     bits: *const u8,
-    flow: Flow,
+    (parts, first): (Parts, usize),
     x: *const f32,
     from: usize,
     to: usize,
@@ -324,7 +339,7 @@ unsafe fn run<S: Simd>(
     unsafe {
         while c < to * BLOCK {
             if c.is_multiple_of(BLOCK) {
-                flow.gather::<FLOATS>(c / BLOCK);
+                parts.gather(first + c / BLOCK - from);
             }
             let at = bits.add(c / 8);
             let mask = if S::LANES == 16 { u32::from(at.cast::<u16>().read_unaligned()) } else { u32::from(*at) };
@@ -357,24 +372,27 @@ unsafe fn floats<S: Simd, C: Codec, const PAIR: bool>(
     s: S,
     codec: &C,
     panel: *const u8,
-    layout: &Layout,
     octets: usize,
-    (room, flow): (Room, Flow),
+    (room, parts): (Room, Parts),
 ) -> [S::V; 2] {
     let step = if PAIR { 2 } else { 1 };
     let mut acc = [[s.splat(0.0); 4]; 2];
-    let mut o = 0;
-    while o < octets {
+    // The first octet of every part, then the second, and so on: one loop, which a loop of loops would not come out as fast as.
+    let (mut i, mut o, mut near, mut n) = (0, 0, parts.near(0, C::OCTET), 0);
+    while n < octets {
+        parts.step(n);
         // SAFETY: as the caller promises.
         unsafe {
-            let values = panel.add(layout.values_at);
-            flow.step(o);
-            near(values.add(o * layout.octet_bytes), layout.octet_bytes);
-            let x = room.x.add(o * 8 * step);
+            let octet = parts.values.add(o * C::OCTET);
+            let mut line = 0;
+            while line < C::OCTET {
+                fetch(octet.wrapping_add(near + line));
+                line += 64;
+            }
+            let (x, group) = (room.x.add(o * 8 * step), *room.counts.add(o) as usize);
             let mut h = 0;
             while h < ROWS / S::LANES {
-                let group = *room.counts.add(o) as usize;
-                let w = codec.gathered(s, panel, values.add(o * layout.octet_bytes), group, h);
+                let w = codec.gathered(s, panel, octet, group, h);
                 let mut j = 0;
                 while j < 8 {
                     acc[h][j % 4] = s.fma(s.spread::<PAIR>(x.add(j * step)), w[j], acc[h][j % 4]);
@@ -383,7 +401,12 @@ unsafe fn floats<S: Simd, C: Codec, const PAIR: bool>(
                 h += 1;
             }
         }
-        o += 1;
+        o += parts.octets;
+        if o >= octets {
+            i += 1;
+            (o, near) = (i, parts.near(i, C::OCTET));
+        }
+        n += 1;
     }
     [0, 1].map(|h: usize| s.add(s.add(acc[h][0], acc[h][1]), s.add(acc[h][2], acc[h][3])))
 }
@@ -397,7 +420,7 @@ unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(
     panel: *const u8,
     layout: &Layout,
     (blocks, meta): (usize, *const f32),
-    (room, flow): (Room, Flow),
+    room: Room,
 ) -> [S::V; 2] {
     let (step, kind) = (if PAIR { 2 } else { 1 }, codec.grid().kind);
     // What is summed of x itself: its product with the zero of all groups, or else, for each to use it as it must, with one.
@@ -406,16 +429,23 @@ unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(
     // SAFETY: as the caller promises.
     unsafe {
         let mut values = panel.add(layout.values_at);
+        let scales = panel.wrapping_add(codec.grid().scales_at);
         let mut x = room.x.cast::<i8>().cast_const();
         let mut out = [s.splat(0.0); 2];
         let (mut group, mut left) = (0, layout.per);
         let mut b = 0;
         while b < blocks {
-            flow.step(b);
+            fetch(scales.wrapping_add(group * kind.entry() + NEAR));
             let mut sums = [[s.splat_i(0); 2]; 2];
             let mut given = [s.splat_i(0); 2];
             let mut o = *room.counts.add(b);
             while o > 0 {
+                let mut at = 0;
+                while at < 16 * C::BITS {
+                    fetch(values.wrapping_add(NEAR + at));
+                    fetch_far(values.wrapping_add(FAR + at));
+                    at += 64;
+                }
                 given = s.dot8::<PAIR>(C::BITS, given, [each; 2], x);
                 let mut h = 0;
                 while h < ROWS / S::LANES {

@@ -95,6 +95,7 @@ pub(crate) struct Dense<W>(pub(crate) W);
 
 impl<W: Width> Codec for Dense<W> {
     const AHEAD: bool = false;
+    const OCTET: usize = 8 * ROWS * W::BYTES;
     type Block<S: Simd> = *const u8;
     #[inline(always)]
     unsafe fn block<S: Simd>(&self, _: S, panel: *const u8, b: usize, h: usize) -> *const u8 {

@@ -375,6 +375,7 @@ pub(crate) struct IntBlock<S: Simd> {
 }
 
 impl<T: Bytes> Codec for T {
+    const OCTET: usize = 16 * T::BITS;
     type Block<S: Simd> = IntBlock<S>;
     #[inline(always)]
     unsafe fn block<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> IntBlock<S> {

@@ -252,6 +252,8 @@ pub(crate) trait Codec: Send + Sync {
     const AHEAD: bool = true;
     /// Whether reading it uses what `Isa::Avx512Vnni` has beyond `Isa::Avx512`.
     const EXPANDS: bool = false;
+    /// Bytes of an octet of a gathered panel; none where columns that rows share are not panels of this codec.
+    const OCTET: usize = 0;
     /// What a block of 32 columns needs to be read.
     type Block<S: Simd>: Copy;
     /// Reads what block `b` shares, for half `h` of the lanes.
