@@ -216,6 +216,9 @@ fn cases() -> Vec<(String, Stored)> {
     for (rows, cols) in [(1, 31), (40, 96), (17, 601), (64, 1024)] {
         out.extend(patterns(rows, cols, &mut rng));
     }
+    // Panels of floats so large that they are read by quarters, the one that keeps nothing too.
+    let large = patterns(40, 2408, &mut rng).into_iter();
+    out.extend(large.filter(|(name, _)| name.starts_with("Mask") && !name.contains("int")));
     out.push(("nothing".into(), Stored { rows: 4, cols: 8, terms: vec![] }));
     out.push(("no rows".into(), Stored { rows: 0, cols: 8, terms: vec![] }));
     out
