@@ -1,10 +1,10 @@
 //! Products with panels whose rows share their columns: x is gathered to a panel's columns, and what remains is dense.
 //!
 //! Every row of x is gathered for itself, so that its result cannot depend on others. In f32 every output has four chains of fused operations,
-//! for the four columns of each quad, which are added in the end; octets of large panels come from their four quarters by turns. Bytes are quantized before
-//! they are gathered, once for all panels; a block of 32 columns is summed exactly, and its sum times both scales added to the output, blocks in
-//! rising order: the same bits as [`super::dot`] gives for the same matrix with zeros written out. So where many rows of x come, that is what is
-//! done ([`crate::panel::gathered::Fill`]).
+//! for the four columns of each quad, which are added in the end; octets of large panels come from their four quarters by turns. Bytes are
+//! quantized before they are gathered, once for all panels; a block of 32 columns is summed exactly, and its sum times both scales added to the
+//! output, blocks in rising order: the same bits as [`super::dot`] gives for the same matrix with zeros written out. So where many rows of x
+//! come, that is what is done ([`crate::panel::gathered::Fill`]).
 
 use super::dot::Rows;
 use super::matmul::Out;
@@ -74,10 +74,11 @@ fn room(scratch: &mut [f32], l: &Layout, blocks: usize) -> Room {
 
 /// Bytes from what is multiplied to what comes into the first-level cache meanwhile.
 const NEAR: usize = 1024;
-/// Bytes from the codes that are multiplied to those that come into the second-level cache meanwhile.
-const FAR: usize = 16 << 10;
-/// Bytes of a panel of floats from which it is read at four places at once: at one alone some processors fetch two thirds of what memory gives,
-/// but short runs end before they notice.
+/// Bytes from the codes that are multiplied to those that come into the second-level cache meanwhile: in large panels, and in others, of which it
+/// must not pass over several, whose masks and scales lie between.
+const FAR: (usize, usize) = (16 << 10, 2 << 10);
+/// Bytes of a panel's values from which it is large. Of floats it is read at four places at once then: at one alone some processors fetch two thirds
+/// of what memory gives, but short runs end before they notice.
 const LARGE: usize = 32 << 10;
 
 /// How a panel of floats is read, and asked for. At one place: at an even pace while x is gathered and while octets are multiplied. At four: all that
@@ -107,7 +108,9 @@ impl Parts {
             let lines = panels.stride / 64;
             let gathering = (LINES * gathered).min(lines);
             let each = (64 * (lines - gathering)).div_ceil(l.octets.max(1));
-            let from = panel.wrapping_add(FETCH.min(panels.stride));
+            // Where nothing is gathered between two panels, they are read at a stretch.
+            let far = if l.share > 1 { 4 * FETCH } else { FETCH };
+            let from = panel.wrapping_add(far.min(panels.stride));
             return Parts { values, octets: l.octets, bytes, jump: 0, paced: Some((from, gathering, each)) };
         }
         let octets = l.octets.div_ceil(4);
@@ -320,8 +323,8 @@ unsafe fn gather_bytes<S: Simd, const PAIR: bool>(
     }
 }
 
-/// Moves the columns of blocks `from..to` whose bit is set together, with 32 zeros after them; gives how many. For every block a line of the panel
-/// is asked for, so that memory is not idle meanwhile; `first` blocks have been before.
+/// Moves the columns of blocks `from..to` whose bit is set together, with 32 zeros after them; gives how many. For every block [`LINES`] lines of the
+/// panel are asked for, so that memory is not idle meanwhile; `first` blocks have been before.
 /// # Safety
 /// The bits, x and `out` are as long.
 #[inline(always)]
@@ -430,6 +433,7 @@ unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(
     unsafe {
         let mut values = panel.add(layout.values_at);
         let scales = panel.wrapping_add(codec.grid().scales_at);
+        let far = if layout.octets * layout.octet_bytes < LARGE { FAR.1 } else { FAR.0 };
         let mut x = room.x.cast::<i8>().cast_const();
         let mut out = [s.splat(0.0); 2];
         let (mut group, mut left) = (0, layout.per);
@@ -443,7 +447,7 @@ unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(
                 let mut at = 0;
                 while at < 16 * C::BITS {
                     fetch(values.wrapping_add(NEAR + at));
-                    fetch_far(values.wrapping_add(FAR + at));
+                    fetch_far(values.wrapping_add(far + at));
                     at += 64;
                 }
                 given = s.dot8::<PAIR>(C::BITS, given, [each; 2], x);
