@@ -5,7 +5,8 @@
 //! For each row: weights a second on a matrix in the second-level cache, and on matrices from memory; the share that the latter has of the
 //! smaller of that cache rate and bandwidth over bytes a weight; and the speed against the dense form of the same bits. Shared machines drift, in
 //! memory and in processors, so bandwidth, the row from memory, the row in the cache for as many weights, and its dense form are measured by
-//! turns: shares and speeds over dense are medians over rounds, of numbers taken within one; the rates printed are the best ones.
+//! turns, each as often as the others, and the best of a round counts: shares and speeds over dense are medians over rounds, of numbers taken
+//! within one; the rates printed are the best ones.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -22,6 +23,10 @@ const IN_CACHE: u64 = 640 << 10;
 
 /// Rounds of measuring by turns.
 const ROUNDS: usize = 11;
+/// Turns of a round.
+const TURNS: usize = 3;
+/// Passes of a turn: as many as [`ceiling::Reads::pass`] makes.
+const PASSES: usize = 2;
 
 /// Weights a second over the matrices, `times` over; the best of several such passes.
 fn rate(all: &[Linear], times: usize, passes: usize) -> f64 {
@@ -69,6 +74,7 @@ fn main() {
         "", "bytes/w", "cache G/s", "mem. G/s", "GB/s", "ceiling", "share", "x dense"
     );
     let mut done: Vec<Value> = Vec::new();
+    let reads = ceiling::Reads::new(FROM_MEMORY as usize);
     for row in ROWS.iter().filter(|r| value("--only").is_none_or(|only| r.name.contains(only.as_str()))) {
         let all = from_memory(row, rows, cols);
         let dense = row.dense.and_then(|d| ROWS.iter().find(|r| r.name == d)).map(|d| from_memory(d, rows, cols));
@@ -78,18 +84,26 @@ fn main() {
         let few = (IN_CACHE as f64 * threads as f64 / (bytes * short as f64)) as usize / 64 * 64;
         let small = [row.linear(few.max(64), short)];
         let again = (all.len() * rows * cols).div_ceil(few.max(64) * short);
-        let mut cache = rate(&small, 1, 400);
-        let (mut bandwidth, mut memory) = (0.0f64, 0.0f64);
+        rate(&small, 1, 400);
+        let mut best = [0.0f64; 3];
         let (mut shares, mut over) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {
-            let (read, rate_now, cache_now) =
-                (ceiling::bandwidth(FROM_MEMORY as usize), rate(&all, 1, 2), rate(&small, again, 2));
-            bandwidth = bandwidth.max(read);
-            memory = memory.max(rate_now);
-            cache = cache.max(cache_now);
-            shares.push(rate_now / cache_now.min(read / bytes));
-            over.extend(dense.as_ref().map(|d| rate_now / rate(d, 1, 2)));
+            let (mut round, mut beside) = ([0.0f64; 3], 0.0f64);
+            for _ in 0..TURNS {
+                let read = reads.pass().into_iter().fold(0.0, f64::max);
+                for (most, now) in round.iter_mut().zip([read, rate(&all, 1, PASSES), rate(&small, again, PASSES)]) {
+                    *most = most.max(now);
+                }
+                beside = dense.as_ref().map_or(0.0, |d| beside.max(rate(d, 1, PASSES)));
+            }
+            let [read, memory, cache] = round;
+            shares.push(memory / cache.min(read / bytes));
+            over.extend(dense.as_ref().map(|_| memory / beside));
+            for (most, now) in best.iter_mut().zip(round) {
+                *most = most.max(now);
+            }
         }
+        let [bandwidth, memory, cache] = best;
         let share = median(shares);
         let against = dense.map(|_| median(over));
         println!(

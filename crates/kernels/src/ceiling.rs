@@ -12,24 +12,36 @@ const RUNS: usize = 7;
 /// Bytes of a task of the stream.
 const TASK: usize = 1 << 20;
 
-/// Bytes a second of the best of several read-only streams over `bytes`, at least a few hundred megabytes to be beyond caches, by all
-/// [`crate::threads`], in the same kind of pages as packed weights.
-pub fn bandwidth(bytes: usize) -> f64 {
-    let mut memory = Memory::zeroed(bytes.next_multiple_of(TASK));
-    // Pages that nobody wrote are all one page.
-    memory.bytes_mut().fill(1);
-    let base = Start(memory.ptr());
-    let isa = Isa::best();
-    let mut best = 0.0f64;
-    for run in 0..2 * RUNS {
-        let start = Instant::now();
-        parallel::ranges(memory.len() / TASK, 1, usize::MAX, TASK, |from, to| {
-            let at = base.get().wrapping_add(from * TASK);
-            black_box(dispatch(isa, Stream { at, bytes: (to - from) * TASK, wide: run % 2 == 1 }));
-        });
-        best = best.max(memory.len() as f64 / start.elapsed().as_secs_f64());
+/// Memory to read, for the best read-only stream: in the same kind of pages as packed weights.
+pub struct Reads(Memory);
+
+impl Reads {
+    /// `bytes` to read, a whole number of tasks of a megabyte: a few hundred megabytes at least, to be beyond caches.
+    pub fn new(bytes: usize) -> Reads {
+        let mut memory = Memory::zeroed(bytes.next_multiple_of(TASK));
+        // Pages that nobody wrote are all one page.
+        memory.bytes_mut().fill(1);
+        Reads(memory)
     }
-    best
+
+    /// Bytes a second of two read-only streams over all of it, by all [`crate::threads`]: one place of each task at a time, and four.
+    pub fn pass(&self) -> [f64; 2] {
+        let (base, len, isa) = (Start(self.0.ptr()), self.0.len(), Isa::best());
+        [false, true].map(|wide| {
+            let start = Instant::now();
+            parallel::ranges(len / TASK, 1, usize::MAX, TASK, |from, to| {
+                let at = base.get().wrapping_add(from * TASK);
+                black_box(dispatch(isa, Stream { at, bytes: (to - from) * TASK, wide }));
+            });
+            len as f64 / start.elapsed().as_secs_f64()
+        })
+    }
+}
+
+/// Bytes a second of the best of several passes of [`Reads`] over `bytes`.
+pub fn bandwidth(bytes: usize) -> f64 {
+    let reads = Reads::new(bytes);
+    (0..RUNS).flat_map(|_| reads.pass()).fold(0.0, f64::max)
 }
 
 /// Multiply-adds a second on f32, and on 8-bit codes and activations, by all threads, out of registers.

@@ -37,17 +37,47 @@ pub fn threads() -> usize {
 /// Calls `f(from, to)` over ranges that cover `0..n`: whole multiples of `unit` (the last one aside), at most `most` long, each worth a
 /// task at `cost` multiply-adds an item.
 pub(crate) fn ranges<F: Fn(usize, usize) + Sync>(n: usize, unit: usize, most: usize, cost: usize, f: F) {
+    each(n, unit, most, cost, |first, more| std::iter::once(first).chain(more).for_each(|(from, to)| f(from, to)));
+}
+
+/// As [`ranges`], but `f` is called once on every thread that takes part, with its first range and what gives it more.
+pub(crate) fn each<F: Fn((usize, usize), &mut Tasks<'_>) + Sync>(
+    n: usize,
+    unit: usize,
+    most: usize,
+    cost: usize,
+    f: F,
+) {
     let threads = if n * cost < 4 * TASK { 1 } else { threads() };
     let least = (TASK / cost.max(1)).max(1).next_multiple_of(unit);
     let mut cut = Cut { n, unit, least, most: most.max(unit), parts: 2 * threads };
     let tasks = n.div_ceil(least.min(cut.most));
     if threads == 1 || tasks < 2 || !POOL.share(cut, threads.min(tasks) - 1, &f) {
         cut.parts = 1;
-        let mut from = 0;
-        while from < n {
-            let to = from + cut.length(from);
-            f(from, to);
-            from = to;
+        Tasks { cut, next: &AtomicUsize::new(0) }.run(f);
+    }
+}
+
+/// The ranges of a call that nobody has taken yet; each goes to whoever asks next.
+pub(crate) struct Tasks<'a> {
+    cut: Cut,
+    next: &'a AtomicUsize,
+}
+
+impl Iterator for Tasks<'_> {
+    type Item = (usize, usize);
+    fn next(&mut self) -> Option<(usize, usize)> {
+        let end = |from: usize| from + self.cut.length(from);
+        let take = |from: usize| (from < self.cut.n).then(|| end(from));
+        let from = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take).ok()?;
+        Some((from, end(from)))
+    }
+}
+
+impl Tasks<'_> {
+    fn run(mut self, f: impl Fn((usize, usize), &mut Self)) {
+        if let Some(first) = self.next() {
+            f(first, &mut self);
         }
     }
 }
@@ -72,10 +102,10 @@ impl Cut {
     }
 }
 
-/// A call's work as workers see it: a function of a task's range, its type forgotten.
+/// A call's work as workers see it: a function of tasks, its type forgotten.
 #[derive(Clone, Copy)]
 struct Job {
-    call: unsafe fn(*const (), usize, usize),
+    call: unsafe fn(*const (), Tasks<'_>),
     data: *const (),
     cut: Cut,
 }
@@ -124,9 +154,9 @@ static POOL: Pool = Pool {
 
 /// # Safety
 /// `data` points to an `F` that lives through the call.
-unsafe fn call_of<F: Fn(usize, usize) + Sync>(data: *const (), from: usize, to: usize) {
+unsafe fn call_of<F: Fn((usize, usize), &mut Tasks<'_>) + Sync>(data: *const (), tasks: Tasks<'_>) {
     // SAFETY: as the caller promises.
-    unsafe { (*data.cast::<F>())(from, to) }
+    tasks.run(unsafe { &*data.cast::<F>() });
 }
 
 /// Shuts the gate and waits for those inside, also when the caller's own task panics: the job lives on the caller's stack.
@@ -147,7 +177,7 @@ impl Drop for Shut {
 
 impl Pool {
     /// Runs `f` over all items with up to `helpers` workers; false, and nothing done, where another call is at work.
-    fn share<F: Fn(usize, usize) + Sync>(&'static self, cut: Cut, helpers: usize, f: &F) -> bool {
+    fn share<F: Fn((usize, usize), &mut Tasks<'_>) + Sync>(&'static self, cut: Cut, helpers: usize, f: &F) -> bool {
         if self.busy.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
             return false;
         }
@@ -165,17 +195,10 @@ impl Pool {
                     w.thread.unpark();
                 }
             }
-            self.work(cut, f);
+            Tasks { cut, next: &self.next }.run(f);
         }
         assert!(!self.failed.load(Ordering::Relaxed), "a task of this call panicked on another thread");
         true
-    }
-
-    fn work(&self, cut: Cut, f: impl Fn(usize, usize)) {
-        let take = |from: usize| (from < cut.n).then(|| from + cut.length(from));
-        while let Ok(from) = self.next.fetch_update(Ordering::Relaxed, Ordering::Relaxed, take) {
-            f(from, from + cut.length(from));
-        }
     }
 
     /// Starts workers until there are `want`, and gives how many there are: fewer where the system refuses threads.
@@ -198,8 +221,9 @@ impl Pool {
             if self.join() {
                 // SAFETY: inside the gate, the job stays until this worker has left.
                 if let Some(job) = unsafe { *self.job.get() } {
+                    let tasks = Tasks { cut: job.cut, next: &self.next };
                     // SAFETY: the job's function lives until nobody is inside.
-                    let run = || self.work(job.cut, |from, to| unsafe { (job.call)(job.data, from, to) });
+                    let run = || unsafe { (job.call)(job.data, tasks) };
                     if std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err() {
                         self.failed.store(true, Ordering::Relaxed);
                     }

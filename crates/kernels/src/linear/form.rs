@@ -5,8 +5,8 @@ use std::sync::Arc;
 use lacuna_base::MatRef;
 use lacuna_format::{Float, GgufType, Pattern, Piece, Stored, Values};
 
-use super::prepare::{padded, quantized};
-use super::products::{bytes, decoded, exact, gather_bytes, gather_floats, shared, shared_bytes, sparse};
+use super::prepare::{AsBytes, Work, padded, quantized};
+use super::products::{bytes, decoded, exact, gather_bytes, gather_floats, opening, shared, shared_bytes, sparse};
 use super::{Activations, Packing};
 use crate::op::dot::{Dots, Rows};
 use crate::op::matmul::{Gemv, Out};
@@ -15,7 +15,7 @@ use crate::panel::gathered::Layout;
 use crate::panel::halved::Halved;
 use crate::panel::ints::{Bytes, Grid, Halves, Ints, Kind};
 use crate::panel::slices::{self, Lists};
-use crate::panel::{BLOCK, Panels, ROWS, float, gathered, halved, ints, source};
+use crate::panel::{BLOCK, Opening, Panels, ROWS, float, gathered, halved, ints, source};
 use crate::simd::dispatch;
 use crate::{Isa, parallel};
 
@@ -318,8 +318,8 @@ impl Form {
 /// What several forms must agree on to share rows made ready once.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Plan {
-    /// Rows as bytes, for matrices with this zero and so many blocks.
-    Bytes { zero: u8, sixteens: bool, blocks: usize },
+    /// Rows as bytes.
+    Bytes(AsBytes),
     /// One row as it is.
     Row { blocks: usize },
 }
@@ -341,7 +341,7 @@ impl Form {
         let int = |panels: &Panels, grid: &Grid| match packing.activations {
             Activations::Int8 if grid.table.is_none() => {
                 let sixteens = grid.kind == Kind::Sixteens;
-                Some(Plan::Bytes { zero: grid.zero, sixteens, blocks: panels.blocks })
+                Some(Plan::Bytes(AsBytes { zero: grid.zero, sixteens, blocks: panels.blocks }))
             }
             _ => row(panels),
         };
@@ -357,6 +357,16 @@ impl Form {
     fn count(&self) -> usize {
         with_panels!(&self.body, panels, _codec => panels.view().count(), panels.view().count(),
             _layout => panels.view().count(), panels.view().count(), _other => 0)
+    }
+
+    /// What a product reads first of panels `from..to`.
+    fn opening(&self, (from, to): (usize, usize)) -> Opening {
+        with_panels!(
+            &self.body, panels, codec =>
+            { let _ = (panels, codec); Opening::NONE }, { let _ = codec; opening(panels.view(), from, to) },
+            _layout => { let _ = (panels, codec); Opening::NONE }, { let _ = codec; panels.view().opening(from, 1, 1) },
+            _other => Opening::NONE
+        )
     }
 
     /// Panels `from..to` times rows that a plan of this form made ready.
@@ -386,26 +396,31 @@ impl Form {
 /// Several forms of one plan times the same rows.
 pub(super) fn together<const N: usize>(packing: &Packing, plan: Plan, parts: [(&Form, Out); N], x: MatRef<'_>) {
     let counts = parts.map(|(form, _)| form.count());
-    let share = |blocks: usize, given: Given| {
-        let (unit, cost) = match given {
-            Given::Bytes(_) => (if x.rows() == 1 { 4 } else { 1 }, ROWS * blocks * BLOCK * x.rows() / 2),
-            Given::Row(_) => (8, ROWS * blocks * BLOCK),
-        };
-        parallel::ranges(counts.iter().sum(), unit, usize::MAX, cost, |from, to| {
-            let mut first = 0;
-            for ((form, out), count) in parts.iter().zip(counts) {
-                let (from, to) = (from.clamp(first, first + count) - first, to.clamp(first, first + count) - first);
-                if from < to {
-                    form.some(packing.isa, (from, to), given, *out);
-                }
-                first += count;
-            }
+    // Forms, their results and their panels in a range of all panels.
+    let cut = |from: usize, to: usize| {
+        let parts = parts.iter().zip(counts).scan(0, move |first, ((form, out), count)| {
+            let within = |p: usize| p.clamp(*first, *first + count) - *first;
+            let panels = (within(from), within(to));
+            *first += count;
+            Some((*form, *out, panels))
         });
+        parts.filter(|(.., (from, to))| from < to)
     };
+    let some = |given: Given, from: usize, to: usize| {
+        cut(from, to).for_each(|(form, out, panels)| form.some(packing.isa, panels, given, out));
+    };
+    let (count, row) = (counts.iter().sum(), x.rows() == 1);
     match plan {
-        Plan::Bytes { zero, sixteens, blocks } => {
-            quantized(packing.isa, x, blocks, (zero, sixteens), |rows| share(blocks, Given::Bytes(rows)));
+        Plan::Bytes(kind) => {
+            let cost = ROWS * kind.blocks * BLOCK * x.rows() / 2;
+            let opening =
+                |from, to| cut(from, to).next().map_or(Opening::NONE, |(form, _, panels)| form.opening(panels));
+            let work = Work { count, unit: if row { 4 } else { 1 }, cost };
+            quantized(packing.isa, x, kind, work, opening, |rows, from, to| some(Given::Bytes(rows), from, to));
         }
-        Plan::Row { blocks } => padded(x.row(0), blocks, |row| share(blocks, Given::Row(row))),
+        Plan::Row { blocks } => padded(x.row(0), blocks, |row| {
+            let given = Given::Row(row);
+            parallel::ranges(count, 8, usize::MAX, ROWS * blocks * BLOCK, |from, to| some(given, from, to));
+        }),
     }
 }

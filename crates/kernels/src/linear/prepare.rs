@@ -5,8 +5,8 @@ use lacuna_base::MatRef;
 use crate::op::dot::{Rows, SPARE};
 use crate::op::matmul::tiles;
 use crate::op::quantize::Quantize;
-use crate::panel::BLOCK;
 use crate::panel::ints::META;
+use crate::panel::{BLOCK, Opening};
 use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
 
@@ -95,33 +95,79 @@ const PART: usize = 64;
 /// What bringing a value to a byte costs, in multiply-adds.
 const COST: usize = 64;
 
-/// Lends the rows of x as signed bytes, for a matrix with this zero and, where `sixteens`, two scales a block.
-pub(super) fn quantized(isa: Isa, x: MatRef<'_>, blocks: usize, (zero, sixteens): (u8, bool), f: impl FnOnce(Rows)) {
+/// From how many values on, all threads' together, a row is brought to bytes by all threads in parts; below, each thread does the whole of it for
+/// itself, which takes as long as a hand-over, and asks for what it will read meanwhile.
+const OWN: usize = 1 << 16;
+
+/// A call's panels as [`parallel::ranges`] wants them.
+#[derive(Clone, Copy)]
+pub(super) struct Work {
+    pub(super) count: usize,
+    pub(super) unit: usize,
+    pub(super) cost: usize,
+}
+
+/// How rows of x become bytes: for a matrix with this zero, so many blocks, and where `sixteens` two scales in each.
+#[derive(Clone, Copy, PartialEq, Eq)]
+pub(super) struct AsBytes {
+    pub(super) zero: u8,
+    pub(super) sixteens: bool,
+    pub(super) blocks: usize,
+}
+
+/// Calls `f(rows, from, to)` over ranges of panels, with the rows of x as signed bytes. `opening` tells what is read first from a panel on up to another.
+pub(super) fn quantized(
+    isa: Isa,
+    x: MatRef<'_>,
+    kind: AsBytes,
+    work: Work,
+    opening: impl Fn(usize, usize) -> Opening + Sync,
+    f: impl Fn(Rows, usize, usize) + Sync,
+) {
+    let AsBytes { zero, sixteens, blocks } = kind;
+    let Work { count, unit, cost } = work;
     // Codes first, a quarter of an f32 each, then what belongs to their blocks.
     let (codes, meta) = (blocks * BLOCK / 4, blocks * META);
     let rows = x.rows() + SPARE;
+    // Blocks `b..b + n` of row `r`.
+    let fill = |room: &Room, r: usize, b: usize, n: usize, opening: Opening| {
+        padded(x.row(r), blocks, |row| {
+            // SAFETY: parts of rows do not overlap in the room, which holds all of them.
+            let (x, codes, meta) = unsafe {
+                let (codes, meta) = (room.0.add(r * codes), room.0.add(rows * codes + r * meta));
+                (row.add(b * BLOCK), codes.cast::<i8>().add(b * BLOCK), meta.add(b * META))
+            };
+            dispatch(isa, Quantize { x, blocks: n, codes, meta, zero: i32::from(zero), sixteens, opening });
+        });
+    };
+    let ready = |room: &Room| {
+        // SAFETY: inside the room.
+        let meta = unsafe { room.0.add(rows * codes) };
+        Rows { codes: room.0.cast(), meta, rows: x.rows() }
+    };
+    if x.rows() == 1 && blocks * BLOCK * parallel::threads() <= OWN {
+        parallel::each(count, unit, usize::MAX, cost, |first, more| {
+            scratch::with(rows * (codes + meta), |room| {
+                let room = Room(room.as_mut_ptr());
+                fill(&room, 0, 0, blocks, opening(first.0, first.1));
+                let ready = ready(&room);
+                std::iter::once(first).chain(more).for_each(|(from, to)| f(ready, from, to));
+            });
+        });
+        return;
+    }
     scratch::with(rows * (codes + meta), |room| {
         let room = Room(room.as_mut_ptr());
         // A long row is shared among threads, but not one that has to be padded first.
         let part = if x.cols() == blocks * BLOCK { PART } else { blocks.max(1) };
         let parts = blocks.div_ceil(part);
         parallel::ranges(x.rows() * parts, 1, usize::MAX, COST * BLOCK * part.min(blocks), |from, to| {
-            let room = &room;
             for i in from..to {
                 let (r, b) = (i / parts, i % parts * part);
-                padded(x.row(r), blocks, |row| {
-                    // SAFETY: parts of rows do not overlap in the room, which holds all of them.
-                    let (x, codes, meta) = unsafe {
-                        let (codes, meta) = (room.0.add(r * codes), room.0.add(rows * codes + r * meta));
-                        (row.add(b * BLOCK), codes.cast::<i8>().add(b * BLOCK), meta.add(b * META))
-                    };
-                    let blocks = part.min(blocks - b);
-                    dispatch(isa, Quantize { x, blocks, codes, meta, zero: i32::from(zero), sixteens });
-                });
+                fill(&room, r, b, part.min(blocks - b), Opening::NONE);
             }
         });
-        // SAFETY: inside the room.
-        let meta = unsafe { room.0.add(rows * codes) };
-        f(Rows { codes: room.0.cast(), meta, rows: x.rows() });
+        let ready = ready(&room);
+        parallel::ranges(count, unit, usize::MAX, cost, |from, to| f(ready, from, to));
     });
 }

@@ -4,8 +4,8 @@ use lacuna_base::{MatMut, MatRef};
 use lacuna_format::Stored;
 
 use super::Packing;
-use super::prepare::{padded, quantized, tiled};
-use crate::op::dot::{Dots, Rows};
+use super::prepare::{AsBytes, Work, padded, quantized, tiled};
+use crate::op::dot::{self, Dots, Rows};
 use crate::op::gather::{self, Gathered, GatheredBytes};
 use crate::op::matmul::{self, Batch, Gemv, Out};
 use crate::op::sparse::Sparse;
@@ -13,7 +13,7 @@ use crate::panel::float::{Dense, F32, Width};
 use crate::panel::gathered::{self, Layout};
 use crate::panel::ints::{Bytes, Ints};
 use crate::panel::slices::Lists;
-use crate::panel::{BLOCK, Codec, ROWS, View};
+use crate::panel::{BLOCK, Codec, Opening, ROWS, View};
 use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
 
@@ -47,14 +47,26 @@ pub(super) fn exact<C: Codec>(packing: &Packing, view: View, codec: &C, x: MatRe
 }
 
 pub(super) fn bytes<C: Bytes>(packing: &Packing, view: View, codec: &C, x: MatRef<'_>, out: Out) {
-    quantized(packing.isa, x, view.blocks, (codec.grid().zero, C::SIXTEENS), |rows| {
-        let cost = ROWS * view.blocks * BLOCK * x.rows() / 2;
-        // A single row meets four panels side by side.
-        let unit = if x.rows() == 1 { unit(view.count()).div_ceil(2) } else { 1 };
-        parallel::ranges(view.count(), unit, usize::MAX, cost, |from, to| {
-            dispatch(packing.isa, Dots { panels: view, codec, from, to, x: rows, out });
-        });
-    });
+    let kind = AsBytes { zero: codec.grid().zero, sixteens: C::SIXTEENS, blocks: view.blocks };
+    // A single row meets four panels side by side.
+    let unit = if x.rows() == 1 { unit(view.count()).div_ceil(2) } else { 1 };
+    let work = Work { count: view.count(), unit, cost: ROWS * view.blocks * BLOCK * x.rows() / 2 };
+    quantized(
+        packing.isa,
+        x,
+        kind,
+        work,
+        |from, to| opening(view, from, to),
+        |x, from, to| {
+            dispatch(packing.isa, Dots { panels: view, codec, from, to, x, out });
+        },
+    );
+}
+
+/// What is read first of panels `from..to`.
+pub(super) fn opening(view: View, from: usize, to: usize) -> Opening {
+    let (side, apart) = dot::side(to - from);
+    view.opening(from, side, apart)
 }
 
 /// Rows of x in their own memory, padded to whole blocks and `more` zeros.
@@ -104,11 +116,18 @@ pub(super) fn shared_bytes<const BITS: usize>(
     Ints<BITS>: Bytes,
 {
     let isa = packing.isa;
-    quantized(isa, x, view.blocks, (codec.grid().zero, false), |x| {
-        parallel::ranges(view.count(), layout.share, usize::MAX, ROWS * layout.octets * 8 * x.rows, |from, to| {
+    let kind = AsBytes { zero: codec.grid().zero, sixteens: false, blocks: view.blocks };
+    let work = Work { count: view.count(), unit: layout.share, cost: ROWS * layout.octets * 8 * x.rows() };
+    quantized(
+        isa,
+        x,
+        kind,
+        work,
+        |from, _| view.opening(from, 1, 1),
+        |x, from, to| {
             gather_bytes(isa, view, codec, layout, (from, to), x, out);
-        });
-    });
+        },
+    );
 }
 
 /// Panels `from..to` times rows of x, `blocks * 32` apart.

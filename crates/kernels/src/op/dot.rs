@@ -5,7 +5,7 @@
 
 use super::matmul::Out;
 use crate::panel::ints::{Bytes, META};
-use crate::panel::{BLOCK, ROWS, View};
+use crate::panel::{BLOCK, NEAR, ROWS, View};
 use crate::simd::{Op, Simd};
 
 /// Quantized rows, see [`super::quantize`], with [`SPARE`] rows of anything after the last.
@@ -34,11 +34,17 @@ pub(crate) struct Dots<'a, C> {
 /// Panels that a single row meets side by side: memory gives several streams faster than one.
 const SIDE: usize = 4;
 
+/// How many of `n` panels are met side by side, and how far apart they are: each place is read from its start to its end, as if it were alone.
+#[inline(always)]
+pub(crate) fn side(n: usize) -> (usize, usize) {
+    if n < SIDE { (n, 1) } else { (SIDE, n / SIDE) }
+}
+
 /// Rows that may be read beyond the last.
 pub(crate) const SPARE: usize = 7;
 
 /// Bytes of quantized rows that should stay near while panels pass by.
-const NEAR: usize = 192 << 10;
+const NEARBY: usize = 192 << 10;
 
 impl<C: Bytes> Op for Dots<'_, C> {
     type Out = ();
@@ -53,17 +59,21 @@ impl<C: Bytes> Op for Dots<'_, C> {
 #[inline(always)]
 fn run<S: Simd, C: Bytes, const PLAIN: bool>(s: S, g: Dots<'_, C>) {
     let cols = g.panels.blocks * BLOCK;
-    let chunk = (NEAR / cols.max(1)).next_multiple_of(8).max(8);
+    let chunk = (NEARBY / cols.max(1)).next_multiple_of(8).max(8);
     let mut first = 0;
     while first < g.x.rows {
         let end = (first + chunk).min(g.x.rows);
         let mut p = g.from;
         if first + 1 == g.x.rows {
             while p < g.to {
-                let n = SIDE.min(g.to - p);
-                // SAFETY: the maker has these panels and rows, and room in `out`.
-                unsafe { beside::<S, C, PLAIN>(s, &g, (p, n), first) };
-                p += n;
+                let (n, apart) = side(g.to - p);
+                let end = p + apart;
+                while p < end {
+                    // SAFETY: the maker has these panels and rows, and room in `out`.
+                    unsafe { beside::<S, C, PLAIN>(s, &g, (p, n, apart), first) };
+                    p += 1;
+                }
+                p += (n - 1) * apart;
             }
         }
         while p < g.to {
@@ -138,20 +148,28 @@ unsafe fn sums<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
     }
 }
 
-/// Row `r` times `n` panels from `p` on, at most [`SIDE`], block by block of each. Their bytes meet both halves of the lanes while they are in registers.
+/// Row `r` times `n` panels from `p` on, at most [`SIDE`], `apart` from one to the next, block by block of each. Their bytes meet both halves of the lanes while they are in registers.
 /// # Safety
 /// They are there.
 #[inline(always)]
-unsafe fn beside<S: Simd, C: Bytes, const PLAIN: bool>(s: S, g: &Dots<'_, C>, (p, n): (usize, usize), r: usize) {
+unsafe fn beside<S: Simd, C: Bytes, const PLAIN: bool>(
+    s: S,
+    g: &Dots<'_, C>,
+    (p, n, apart): (usize, usize, usize),
+    r: usize,
+) {
     let blocks = g.panels.blocks;
-    let ahead = g.panels.ahead_of_codes(C::BLOCK_BYTES, n);
+    let ahead = g.panels.ahead_in_line(NEAR);
     let mut out = [[[s.splat(0.0); 2]; 1]; SIDE];
     let mut b = 0;
     while b < blocks {
         let mut i = 0;
         while i < n {
-            let panel = g.panels.at(p + i);
-            ahead.fetch(panel, b, C::BLOCK_BYTES / 64);
+            let panel = g.panels.at(p + i * apart);
+            // What lies in line, processors with eight lanes guess as fast as memory gives it: asking only takes their time.
+            if S::LANES == 16 {
+                ahead.fetch(panel, b);
+            }
             // SAFETY: as the caller promises.
             unsafe {
                 if C::PICKS {
@@ -167,7 +185,7 @@ unsafe fn beside<S: Simd, C: Bytes, const PLAIN: bool>(s: S, g: &Dots<'_, C>, (p
     let mut i = 0;
     while i < n {
         // SAFETY: as the caller promises.
-        unsafe { g.out.put(s, r, p + i, g.panels.rows, out[i][0]) };
+        unsafe { g.out.put(s, r, p + i * apart, g.panels.rows, out[i][0]) };
         i += 1;
     }
 }
@@ -189,6 +207,7 @@ unsafe fn block<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
     unsafe {
         let x = g.x.codes.add((r * blocks + b) * BLOCK);
         let meta = g.x.meta.add((r * blocks + b) * META);
+        let codes = panel.add(g.codec.grid().codes::<PLAIN>(b, C::BLOCK_BYTES));
         // A block is summed as a whole, or in the two parts that have scales of their own.
         let parts = if C::SIXTEENS { 2 } else { 1 };
         let mut part = 0;
@@ -202,7 +221,7 @@ unsafe fn block<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
                 m += 1;
             }
             // One by one and not in a loop: how codes are cut out of their planes is then known in every place.
-            let at = (panel, b, x, (from, to));
+            let at = (codes, x, (from, to));
             if part == 0 {
                 octet::<S, C, M>(s, g, at, 0, &mut sums);
                 octet::<S, C, M>(s, g, at, 1, &mut sums);
@@ -231,14 +250,14 @@ unsafe fn block<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
     }
 }
 
-/// Adds the products of octet `o` of block `b` to the sums of halves `from..to`.
+/// Adds the products of octet `o` of the block at `block` to the sums of halves `from..to`.
 /// # Safety
 /// As for [`rows`]; `x` leads to the block's bytes in the first row.
 #[inline(always)]
 unsafe fn octet<S: Simd, C: Bytes, const M: usize>(
     s: S,
     g: &Dots<'_, C>,
-    (panel, b, x, (from, to)): (*const u8, usize, *const i8, (usize, usize)),
+    (block, x, (from, to)): (*const u8, *const i8, (usize, usize)),
     o: usize,
     sums: &mut [[[S::I; 2]; 2]; M],
 ) {
@@ -246,7 +265,7 @@ unsafe fn octet<S: Simd, C: Bytes, const M: usize>(
     while h < to {
         // SAFETY: as the caller promises.
         unsafe {
-            let codes = g.codec.octet(s, panel, b, o, h);
+            let codes = g.codec.octet(s, block, o, h);
             let mut m = 0;
             while m < M {
                 let x = x.add(m * g.panels.blocks * BLOCK + 8 * o);
@@ -275,13 +294,14 @@ unsafe fn picked<S: Simd, C: Bytes, const PLAIN: bool>(
     unsafe {
         let x = g.x.codes.add((r * blocks + b) * BLOCK);
         let scale = s.splat(*g.x.meta.add((r * blocks + b) * META));
+        let block = panel.add(g.codec.grid().codes::<PLAIN>(b, C::BLOCK_BYTES));
         let mut h = 0;
         while h < ROWS / S::LANES {
             let mut sum = [s.splat_i(0); 2];
             let mut given = [s.splat_i(0); 2];
             let mut part = 0;
             while part < 2 {
-                let [codes, places] = g.codec.picks(s, panel, b, part, h);
+                let [codes, places] = g.codec.picks(s, block, part, h);
                 let x = x.add(part * BLOCK / 2);
                 let x = [s.pick(x, places[0]), s.pick(x, places[1])];
                 sum = s.dot(C::BITS, sum, codes, x);

@@ -453,7 +453,7 @@ unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(
                 given = s.dot8::<PAIR>(C::BITS, given, [each; 2], x);
                 let mut h = 0;
                 while h < ROWS / S::LANES {
-                    let codes = codec.octet(s, values, 0, 0, h);
+                    let codes = codec.octet(s, values, 0, h);
                     sums[h] = s.dot8::<PAIR>(C::BITS, sums[h], codes, x);
                     h += 1;
                 }

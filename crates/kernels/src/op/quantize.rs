@@ -8,8 +8,8 @@
 
 use std::mem::MaybeUninit;
 
-use crate::panel::BLOCK;
 use crate::panel::ints::META;
+use crate::panel::{BLOCK, Opening};
 use crate::simd::{Op, Simd};
 
 /// Below this a block counts as zeros: its scale's inverse would leave the range of f32.
@@ -31,6 +31,8 @@ pub(crate) struct Quantize {
     pub(crate) zero: i32,
     /// Whether its blocks have two scales each.
     pub(crate) sixteens: bool,
+    /// What will be read next.
+    pub(crate) opening: Opening,
 }
 
 /// A number for each block of a group, by lanes: room for the most lanes.
@@ -86,6 +88,7 @@ impl Quantize {
             let x = self.x.add(first * BLOCK);
             let mut b = 0;
             while b < n {
+                self.opening.fetch(first + b);
                 s.store(row::<S>(squares, 0, b), s.tops(x.add(b * BLOCK)));
                 b += 1;
             }

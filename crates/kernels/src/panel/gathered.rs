@@ -8,7 +8,7 @@
 
 use lacuna_format::{Float, Pattern, Piece, Values};
 
-use super::ints::{Bytes, Grid, Ints, grid, put_code, put_scale};
+use super::ints::{Bytes, Grid, Ints, put_code, put_scale};
 use super::source::{Line, Source};
 use super::{BLOCK, Panels, ROWS};
 use crate::simd::{Op, Simd};
@@ -141,10 +141,10 @@ pub(crate) fn ints(piece: &Piece, source: &Source, wide: usize, read: &dyn Fn())
     let blocks = piece.cols.div_ceil(BLOCK);
     let per = (source.run / BLOCK).clamp(1, blocks.max(1));
     let groups = blocks.div_ceil(per);
-    let (_, scale_bytes) = grid(source, groups, 1, 0);
+    let scale_bytes = Grid::together_bytes(source.kind, groups);
     let (mut layout, masks_end) = layout(piece, 1, per, scale_bytes, 16 * wide);
-    let (grid, scales_end) = grid(source, groups, 1, masks_end);
-    layout.values_at = scales_end.next_multiple_of(64);
+    let grid = Grid::together(source, groups, masks_end);
+    layout.values_at = (masks_end + scale_bytes).next_multiple_of(64);
     let stride = layout.values_at + layout.octets * layout.octet_bytes;
     let panels = Panels::build(piece.rows, piece.cols, stride, read, |first, n, panel| {
         let halves = columns(piece, layout.pair, first);
@@ -169,7 +169,7 @@ pub(crate) fn fills(grid: &Grid) -> bool {
 
 /// Bytes of a panel that [`Fill`] writes.
 pub(crate) fn filled_bytes<const BITS: usize>(grid: &Grid, layout: &Layout, blocks: usize) -> usize {
-    blocks * 64 * BITS + blocks.div_ceil(layout.per) * grid.kind.entry()
+    grid.beside(layout.per, 64 * BITS).dense_bytes(blocks, 64 * BITS)
 }
 
 /// Writes a gathered panel as a dense one, the matrix's zero where nothing was kept; gives its grid.
@@ -193,7 +193,7 @@ where
             "room for a panel"
         );
         let Fill { panel, codec: Ints(grid), layout, blocks, out } = self;
-        let scales_at = blocks * 64 * BITS;
+        let dense = grid.beside(layout.per, 64 * BITS);
         // SAFETY: a whole panel of this codec, and room for as much.
         unsafe {
             let mut lanes = [0; ROWS];
@@ -202,18 +202,17 @@ where
                 lanes[i] = place(layout.pair, i).0;
                 i += 1;
             }
-            fill_codes::<BITS>(panel.as_ptr(), (layout, blocks, grid.zero), &lanes, out.as_mut_ptr());
+            fill_codes::<BITS>(panel.as_ptr(), (layout, blocks, &dense), &lanes, out.as_mut_ptr());
             let (groups, entry) = (blocks.div_ceil(layout.per), grid.kind.entry());
             let mut i = 0;
             while i < groups * ROWS {
-                let width = entry / ROWS;
-                let (from, to) = (i / ROWS * entry + lanes[i % ROWS] * width, i / ROWS * entry + i % ROWS * width);
-                let from = panel.as_ptr().add(grid.scales_at + from);
-                from.copy_to_nonoverlapping(out.as_mut_ptr().add(scales_at + to), width);
+                let (width, g) = (entry / ROWS, i / ROWS);
+                let (from, to) = (grid.entry(g) + lanes[i % ROWS] * width, dense.entry(g) + i % ROWS * width);
+                panel.as_ptr().add(from).copy_to_nonoverlapping(out.as_mut_ptr().add(to), width);
                 i += 1;
             }
         }
-        Ints(Grid { scales_at, per: layout.per, ..grid.clone() })
+        Ints(dense)
     }
 }
 
@@ -224,11 +223,11 @@ where
 #[inline(always)]
 unsafe fn fill_codes<const BITS: usize>(
     panel: *const u8,
-    (layout, blocks, zero): (&Layout, usize, u8),
+    (layout, blocks, dense): (&Layout, usize, &Grid),
     lanes: &[usize; ROWS],
     out: *mut u8,
 ) {
-    let fill = u32::from(if BITS == 4 { zero * 17 } else { zero }) * 0x0101_0101;
+    let fill = u32::from(if BITS == 4 { dense.zero * 17 } else { dense.zero }) * 0x0101_0101;
     let one = if BITS == 4 { 15 } else { 255 };
     // SAFETY: as the caller promises.
     unsafe {
@@ -251,7 +250,7 @@ unsafe fn fill_codes<const BITS: usize>(
                 next = next.add(1);
                 w += 1;
             }
-            let to = out.add(b * 64 * BITS).cast::<[u32; ROWS]>();
+            let to = out.add(dense.codes::<false>(b, 64 * BITS)).cast::<[u32; ROWS]>();
             w = 0;
             while w < BITS {
                 to.add(w).write_unaligned([fill; ROWS]);

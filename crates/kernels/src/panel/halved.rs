@@ -7,7 +7,7 @@
 
 use lacuna_format::{Pattern, Piece};
 
-use super::ints::{Bytes, Grid, grid, put_scale};
+use super::ints::{Bytes, Grid, put_scale};
 use super::source::{Line, Source};
 use super::{BLOCK, Panels};
 use crate::simd::Simd;
@@ -30,10 +30,10 @@ impl Bytes for Halved {
         &self.0
     }
     #[inline(always)]
-    unsafe fn octet<S: Simd>(&self, s: S, panel: *const u8, b: usize, o: usize, h: usize) -> [S::I; 2] {
+    unsafe fn octet<S: Simd>(&self, s: S, block: *const u8, o: usize, h: usize) -> [S::I; 2] {
         // SAFETY: the caller promises the block.
         let (codes, places) = unsafe {
-            let block = panel.add(b * BYTES + h * 4 * S::LANES);
+            let block = block.add(h * 4 * S::LANES);
             (s.load_i(block.add(64 * (o / 2))), s.load_i(block.add(CODES)))
         };
         let codes = s.and_i(if o % 2 == 1 { s.shr_i(codes, 4) } else { codes }, 15);
@@ -49,10 +49,10 @@ impl Bytes for Halved {
         out
     }
     #[inline(always)]
-    unsafe fn picks<S: Simd>(&self, s: S, panel: *const u8, b: usize, part: usize, h: usize) -> [[S::I; 2]; 2] {
+    unsafe fn picks<S: Simd>(&self, s: S, block: *const u8, part: usize, h: usize) -> [[S::I; 2]; 2] {
         // SAFETY: the caller promises the block.
         let (codes, places) = unsafe {
-            let block = panel.add(b * BYTES + h * 4 * S::LANES);
+            let block = block.add(h * 4 * S::LANES);
             (s.load_i(block.add(64 * part)), s.load_i(block.add(CODES)))
         };
         // The first column of each code's quad.
@@ -78,8 +78,8 @@ pub(crate) fn halved(piece: &Piece, source: &Source, read: &dyn Fn()) -> (Panels
     let (cols, blocks) = (piece.cols, piece.cols.div_ceil(BLOCK));
     let per = (source.run / BLOCK).clamp(1, blocks.max(1));
     let groups = blocks.div_ceil(per);
-    let (grid, stride) = grid(source, groups, per, blocks * BYTES);
-    let panels = Panels::build(piece.rows, cols, stride, read, |first, n, panel| {
+    let grid = Grid::dense(source, per, BYTES);
+    let panels = Panels::build(piece.rows, cols, grid.dense_bytes(blocks, BYTES), read, |first, n, panel| {
         let (mut line, mut columns) = (Line::default(), Vec::new());
         for lane in 0..n {
             (source.read)(first + lane, &mut line);
@@ -87,7 +87,7 @@ pub(crate) fn halved(piece: &Piece, source: &Source, read: &dyn Fn()) -> (Panels
             for (k, (&c, &code)) in columns.iter().zip(&line.codes).enumerate() {
                 // Two codes a quad, so that the k-th lies in quad k / 2.
                 let (block, octet, byte) = (k / 16, k / 4 % 4, 4 * lane + k % 4);
-                let block = &mut panel[block * BYTES..][..BYTES];
+                let block = &mut panel[grid.codes::<false>(block, BYTES)..][..BYTES];
                 block[64 * (octet / 2) + byte] |= code << (4 * (octet % 2));
                 block[CODES + byte] |= ((c % 4) as u8) << (2 * octet);
             }

@@ -2,7 +2,8 @@
 //!
 //! A vector of codes is 16 rows of 4 consecutive columns, a byte each: what the processor's dot products of bytes take. Codes of fewer bits are
 //! kept in planes of 4, 2 and 1 bits (6 bits: a plane of 4 and one of 2) and put together in registers. A block of 32 columns is
-//! `64 * bits` bytes: its planes one after the other. The scales follow the codes of all blocks.
+//! `64 * bits` bytes: its planes one after the other. Two groups' entries stand before the codes of both, and what is over eight of them before these:
+//! a panel is read from its start to its end, without a glance elsewhere, so that processors guess what comes.
 
 use std::sync::Arc;
 
@@ -55,27 +56,84 @@ impl Kind {
     }
 }
 
-/// How codes become values.
+/// How codes become values, and where in a panel the groups' entries are.
 #[derive(Clone)]
 pub(crate) struct Grid {
     pub(crate) kind: Kind,
     /// The zero of all groups, where they have none of their own.
     pub(crate) zero: u8,
     /// Blocks of 32 columns in a group.
-    pub(crate) per: usize,
-    /// Where the groups' entries begin in a panel.
+    per: usize,
+    /// Where the groups' entries begin in a panel, and bytes from two of them to the next two.
     pub(crate) scales_at: usize,
-    /// Where the entries over 8 blocks begin.
-    pub(super) supers_at: usize,
+    pair: usize,
+    /// Where the entries over 8 blocks begin, bytes from one to the next, and how many of these lie among the groups' entries.
+    supers_at: usize,
+    over: usize,
+    among: usize,
     /// The values of the codes, where they are not the codes themselves.
     pub(crate) table: Option<Arc<[f32]>>,
 }
 
+/// Bytes of an entry over 8 blocks.
+const SUPER: usize = 4 * ROWS;
+
 impl Grid {
+    /// For panels with all groups' entries together, at byte `at`; `b` is then a group, wherever a block is asked for.
+    pub(crate) fn together(source: &Source, groups: usize, at: usize) -> Grid {
+        let (kind, zero) = (source.kind, source.zero);
+        let table = source.table.as_ref().map(|t| Arc::from(&t[..]));
+        let (pair, supers_at) = (2 * kind.entry(), at + groups * kind.entry());
+        Grid { kind, zero, per: 1, scales_at: at, pair, supers_at, over: SUPER, among: 0, table }
+    }
+
+    /// Bytes of the entries of so many groups.
+    pub(crate) fn together_bytes(kind: Kind, groups: usize) -> usize {
+        groups * kind.entry() + if kind.supers() { groups.div_ceil(8) * SUPER } else { 0 }
+    }
+
+    /// For dense panels, whose groups have `per` blocks of `block` bytes of codes each.
+    pub(super) fn dense(source: &Source, per: usize, block: usize) -> Grid {
+        Grid::together(source, 0, 0).beside(per, block)
+    }
+
+    /// The same values in dense panels.
+    pub(super) fn beside(&self, per: usize, block: usize) -> Grid {
+        let among = if self.kind.supers() { SUPER } else { 0 };
+        let pair = 2 * (self.kind.entry() + per * block);
+        Grid { per, scales_at: among, pair, supers_at: 0, over: among + 4 * pair, among, ..self.clone() }
+    }
+
+    /// Bytes of a dense panel of `blocks` blocks of `block` bytes of codes.
+    pub(super) fn dense_bytes(&self, blocks: usize, block: usize) -> usize {
+        if blocks == 0 { 0 } else { self.codes::<false>(blocks - 1, block) + block }
+    }
+
+    /// Where the codes of block `b` are in a dense panel whose blocks have `block` bytes of codes; `PLAIN` where the codec is.
+    #[inline(always)]
+    pub(crate) fn codes<const PLAIN: bool>(&self, b: usize, block: usize) -> usize {
+        if PLAIN {
+            return b * block + (b / 2 + 1) * 4 * ROWS;
+        }
+        self.scales_at + b * block + (self.group(b) / 2 + 1) * 2 * self.kind.entry() + b / 8 * self.among
+    }
+
     /// The group of block `b`; in 32 bits, where division is fast.
     #[inline(always)]
     fn group(&self, b: usize) -> usize {
         (b as u32 / self.per as u32) as usize
+    }
+
+    /// Where the entry of group `g` is.
+    #[inline(always)]
+    pub(crate) fn entry(&self, g: usize) -> usize {
+        self.scales_at + g / 2 * self.pair + g % 2 * self.kind.entry() + g / 8 * self.among
+    }
+
+    /// Where the entry over block `b` and others is.
+    #[inline(always)]
+    fn above(&self, b: usize) -> usize {
+        self.supers_at + b / 8 * self.over
     }
 
     /// Scales of block `b`.
@@ -85,12 +143,12 @@ impl Grid {
     pub(crate) unsafe fn scale<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> S::V {
         // SAFETY: as the caller promises.
         unsafe {
-            let entry = panel.add(self.scales_at + self.group(b) * self.kind.entry());
+            let entry = panel.add(self.entry(self.group(b)));
             match self.kind {
                 Kind::F16 | Kind::F16Zeros | Kind::F16Min => s.load_f16(entry.add(2 * h * S::LANES)),
                 Kind::F32 | Kind::F32Zeros => s.load(entry.add(4 * h * S::LANES).cast()),
                 Kind::Super => {
-                    let d = s.load_f16(panel.add(self.supers_at + b / 8 * 64 + 2 * h * S::LANES));
+                    let d = s.load_f16(panel.add(self.above(b) + 2 * h * S::LANES));
                     s.mul(d, s.float(s.widen(entry.add(h * S::LANES))))
                 }
                 Kind::Sixteens => self.sixteen(s, panel, b, 0, h),
@@ -105,8 +163,8 @@ impl Grid {
     unsafe fn sixteen<S: Simd>(&self, s: S, panel: *const u8, b: usize, part: usize, h: usize) -> S::V {
         // SAFETY: as the caller promises.
         unsafe {
-            let entry = panel.add(self.scales_at + b * 2 * ROWS + part * ROWS + h * S::LANES);
-            s.mul(s.load_f16(panel.add(self.supers_at + b / 8 * 64 + 2 * h * S::LANES)), s.load_i8(entry.cast()))
+            let entry = panel.add(self.entry(b) + part * ROWS + h * S::LANES);
+            s.mul(s.load_f16(panel.add(self.above(b) + 2 * h * S::LANES)), s.load_i8(entry.cast()))
         }
     }
 
@@ -117,7 +175,7 @@ impl Grid {
     unsafe fn zeros<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> S::I {
         // SAFETY: as the caller promises.
         unsafe {
-            let entry = panel.add(self.scales_at + self.group(b) * self.kind.entry());
+            let entry = panel.add(self.entry(self.group(b)));
             let after = if self.kind == Kind::F16Zeros { 2 * ROWS } else { 4 * ROWS };
             s.widen(entry.add(after + h * S::LANES))
         }
@@ -130,11 +188,11 @@ impl Grid {
     unsafe fn minima<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> S::V {
         // SAFETY: as the caller promises.
         unsafe {
-            let entry = panel.add(self.scales_at + self.group(b) * self.kind.entry());
+            let entry = panel.add(self.entry(self.group(b)));
             if self.kind == Kind::F16Min {
                 return s.load_f16(entry.add(2 * ROWS + 2 * h * S::LANES));
             }
-            let m = s.load_f16(panel.add(self.supers_at + b / 8 * 64 + 2 * ROWS + 2 * h * S::LANES));
+            let m = s.load_f16(panel.add(self.above(b) + 2 * ROWS + 2 * h * S::LANES));
             s.mul(s.sub(s.splat(0.0), m), s.float(s.widen(entry.add(ROWS + h * S::LANES))))
         }
     }
@@ -156,16 +214,16 @@ pub(crate) trait Bytes: Send + Sync {
     const PICKS: bool = false;
     /// How codes become values.
     fn grid(&self) -> &Grid;
-    /// Columns `8 * o..` of block `b`.
+    /// Columns `8 * o..` of the block whose codes are at `block`.
     /// # Safety
-    /// `panel` is a whole panel of this codec and has this block.
-    unsafe fn octet<S: Simd>(&self, s: S, panel: *const u8, b: usize, o: usize, h: usize) -> [S::I; 2];
+    /// They are there.
+    unsafe fn octet<S: Simd>(&self, s: S, block: *const u8, o: usize, h: usize) -> [S::I; 2];
 
-    /// Two vectors of codes that were kept of the first or second (`part`) 16 columns of block `b`, and which of those columns each is.
+    /// Two vectors of codes that were kept of the first or second (`part`) 16 columns of a block, and which of those columns each is.
     /// # Safety
     /// As for `octet`.
     #[inline(always)]
-    unsafe fn picks<S: Simd>(&self, _: S, _: *const u8, _: usize, _: usize, _: usize) -> [[S::I; 2]; 2] {
+    unsafe fn picks<S: Simd>(&self, _: S, _: *const u8, _: usize, _: usize) -> [[S::I; 2]; 2] {
         unreachable!("asked only of what picks")
     }
 
@@ -226,7 +284,7 @@ pub(crate) trait Bytes: Send + Sync {
 
     /// What the first or second (`part`) sixteen columns of block `b` share, for codecs with two scales.
     /// # Safety
-    /// As for `octet`.
+    /// As for `shared`.
     #[inline(always)]
     unsafe fn shared_half<S: Simd>(&self, s: S, panel: *const u8, b: usize, part: usize, h: usize) -> Shared<S> {
         // SAFETY: as the caller promises.
@@ -236,13 +294,15 @@ pub(crate) trait Bytes: Send + Sync {
 
     /// What block `b` shares; `PLAIN` where the codec is.
     /// # Safety
-    /// As for `octet`.
+    /// `panel` is a whole panel of this codec and has this block.
     #[inline(always)]
     unsafe fn shared<S: Simd, const PLAIN: bool>(&self, s: S, panel: *const u8, b: usize, h: usize) -> Shared<S> {
         let grid = self.grid();
         if PLAIN {
             // SAFETY: as the caller promises.
-            let scale = unsafe { s.load_f16(panel.add(grid.scales_at + b * 2 * ROWS + 2 * h * S::LANES)) };
+            let scale = unsafe {
+                s.load_f16(panel.add(grid.scales_at + b / 2 * grid.pair + b % 2 * 2 * ROWS + 2 * h * S::LANES))
+            };
             return Shared { scale, zeros: s.splat_i(0), minima: s.splat(0.0) };
         }
         // SAFETY: as the caller promises.
@@ -339,9 +399,9 @@ impl<const BITS: usize> Bytes for Ints<BITS> {
         &self.0
     }
     #[inline(always)]
-    unsafe fn octet<S: Simd>(&self, s: S, panel: *const u8, b: usize, o: usize, h: usize) -> [S::I; 2] {
+    unsafe fn octet<S: Simd>(&self, s: S, block: *const u8, o: usize, h: usize) -> [S::I; 2] {
         // SAFETY: as the caller promises.
-        unsafe { octet::<S, BITS>(s, panel.add(b * 64 * BITS + h * 4 * S::LANES), o) }
+        unsafe { octet::<S, BITS>(s, block.add(h * 4 * S::LANES), o) }
     }
 }
 
@@ -357,17 +417,16 @@ impl<const BITS: usize> Bytes for Halves<BITS> {
         &self.0
     }
     #[inline(always)]
-    unsafe fn octet<S: Simd>(&self, s: S, panel: *const u8, b: usize, o: usize, h: usize) -> [S::I; 2] {
+    unsafe fn octet<S: Simd>(&self, s: S, block: *const u8, o: usize, h: usize) -> [S::I; 2] {
         // SAFETY: as the caller promises.
-        unsafe { octet::<S, BITS>(s, panel.add(b * 64 * BITS + h * 4 * S::LANES), o) }
+        unsafe { octet::<S, BITS>(s, block.add(h * 4 * S::LANES), o) }
     }
 }
 
 /// A block of codes on the way to f32.
 #[derive(Clone, Copy)]
 pub(crate) struct IntBlock<S: Simd> {
-    panel: *const u8,
-    b: usize,
+    codes: *const u8,
     h: usize,
     scale: S::V,
     /// Zero or minimum; the scale of the second sixteen columns where there are two.
@@ -392,14 +451,15 @@ impl<T: Bytes> Codec for T {
             } else {
                 s.splat(f32::from(grid.zero))
             };
-            IntBlock { panel, b, h, scale: shared.scale, second }
+            let codes = panel.wrapping_add(grid.codes::<false>(b, T::BLOCK_BYTES));
+            IntBlock { codes, h, scale: shared.scale, second }
         }
     }
     #[inline(always)]
     unsafe fn gathered<S: Simd>(&self, s: S, panel: *const u8, octet: *const u8, group: usize, h: usize) -> [S::V; 8] {
         // SAFETY: as the caller promises: an octet reads as the first one of a block.
         unsafe {
-            let mut block = IntBlock { panel: octet, b: 0, ..self.block(s, panel, group, h) };
+            let mut block = IntBlock { codes: octet, ..self.block(s, panel, group, h) };
             self.eight(s, &mut block, 0)
         }
     }
@@ -407,7 +467,7 @@ impl<T: Bytes> Codec for T {
     unsafe fn eight<S: Simd>(&self, s: S, block: &mut IntBlock<S>, o: usize) -> [S::V; 8] {
         // SAFETY: as the caller promises; codes are below the table's length.
         unsafe {
-            let codes = self.octet(s, block.panel, block.b, o, block.h);
+            let codes = self.octet(s, block.codes, o, block.h);
             let grid = self.grid();
             let mut out = [s.splat(0.0); 8];
             let mut j = 0;
@@ -431,17 +491,9 @@ impl<T: Bytes> Codec for T {
     }
 }
 
-/// The grid of `source` in panels whose codes take `codes` bytes, and the bytes of a whole panel.
-pub(crate) fn grid(source: &Source, groups: usize, per: usize, codes: usize) -> (Grid, usize) {
-    let supers_at = codes + groups * source.kind.entry();
-    let supers = if source.kind.supers() { groups.div_ceil(8) * 64 } else { 0 };
-    let table = source.table.as_ref().map(|t| Arc::from(&t[..]));
-    (Grid { kind: source.kind, zero: source.zero, per, scales_at: codes, supers_at, table }, supers_at + supers)
-}
-
 /// Writes group `g`'s entry of lane `lane` from entry `from` of `line`.
 pub(crate) fn put_scale(panel: &mut [u8], grid: &Grid, lane: usize, g: usize, line: &Line, from: usize) {
-    let entry = &mut panel[grid.scales_at + g * grid.kind.entry()..][..grid.kind.entry()];
+    let entry = &mut panel[grid.entry(g)..][..grid.kind.entry()];
     let scale = line.scales[from];
     let two = |x: f32| f16::from_f32(x).to_le_bytes();
     match grid.kind {
@@ -459,7 +511,7 @@ pub(crate) fn put_scale(panel: &mut [u8], grid: &Grid, lane: usize, g: usize, li
         Kind::Sixteens => entry[ROWS + lane] = line.seconds[from] as i8 as u8,
     }
     if grid.kind.supers() && g.is_multiple_of(8) {
-        let over = &mut panel[grid.supers_at + g / 8 * 64..][..64];
+        let over = &mut panel[grid.above(g)..][..SUPER];
         over[2 * lane..][..2].copy_from_slice(&two(line.supers[from / 8]));
         over[2 * ROWS + 2 * lane..][..2].copy_from_slice(&two(line.super_seconds[from / 8]));
     }
@@ -471,13 +523,13 @@ pub(crate) fn dense(rows: usize, cols: usize, source: &Source, read: &dyn Fn()) 
     let blocks = cols.div_ceil(BLOCK);
     let per = (source.run / BLOCK).clamp(1, blocks.max(1));
     let groups = blocks.div_ceil(per);
-    let (grid, stride) = grid(source, groups, per, blocks * 64 * bits);
-    let panels = Panels::build(rows, cols, stride, read, |first, n, panel| {
+    let grid = Grid::dense(source, per, 64 * bits);
+    let panels = Panels::build(rows, cols, grid.dense_bytes(blocks, 64 * bits), read, |first, n, panel| {
         let mut line = Line::default();
         for lane in 0..n {
             (source.read)(first + lane, &mut line);
             for (c, &code) in line.codes[..cols].iter().enumerate() {
-                put_code(&mut panel[c / BLOCK * 64 * bits..], bits, lane, c % BLOCK, code);
+                put_code(&mut panel[grid.codes::<false>(c / BLOCK, 64 * bits)..], bits, lane, c % BLOCK, code);
             }
             for g in 0..groups {
                 put_scale(panel, &grid, lane, g, &line, g);

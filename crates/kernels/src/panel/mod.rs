@@ -136,6 +136,12 @@ impl View {
         let stride = self.stride;
         Ahead { block: stride / self.blocks.max(1), stride, far: stride.min(most), jump: (side - 1) * stride }
     }
+
+    /// For panels read one after another, beside others elsewhere.
+    #[inline(always)]
+    pub(crate) fn ahead_in_line(&self, far: usize) -> Ahead {
+        Ahead { block: self.stride / self.blocks.max(1), stride: self.stride, far, jump: 0 }
+    }
 }
 
 impl Ahead {
@@ -151,67 +157,45 @@ impl Ahead {
     }
 }
 
-/// The same for panels of codes: two streams of each, of codes and of what stands beside them.
+/// What a task reads first, asked for while its row of x is made ready: memory would have nothing to do then.
 #[derive(Clone, Copy)]
-pub(crate) struct AheadCodes {
-    codes: Stream,
-    rest: Stream,
-    /// Bytes of each block beside its codes.
-    each: usize,
-    /// Bytes from a panel to the one that is read after it.
+pub(crate) struct Opening {
+    /// The first of the places that are read side by side, how many they are and bytes from one to the next.
+    at: *const u8,
+    side: usize,
     step: usize,
-}
-
-/// A part of every panel.
-#[derive(Clone, Copy)]
-struct Stream {
-    /// Its bytes.
+    /// Bytes of each that may be asked for.
     len: usize,
-    /// How far ahead it is asked for: bytes from the part's start in the panel at hand to the part's start so many panels later, and within the part.
-    panels: usize,
-    within: usize,
 }
 
-impl Stream {
-    /// Of panels `step` bytes apart.
-    fn new(len: usize, step: usize, far: usize) -> Stream {
-        Stream { len, panels: far / len.max(1) * step, within: far % len.max(1) }
-    }
+/// Lines that are asked for while a block of x is made ready: about what memory gives to one processor in that time.
+const OPENING: usize = 8;
 
-    /// What lies so far ahead of byte `at` of the part, counted from the part's start.
+impl Opening {
+    /// Nothing.
+    pub(crate) const NONE: Opening = Opening { at: std::ptr::null(), side: 1, step: 0, len: 0 };
+
+    /// The next of what is asked for, in the place of block `b` of x.
     #[inline(always)]
-    fn ahead(&self, at: usize, step: usize) -> usize {
-        let at = at + self.within;
-        self.panels + if at < self.len { at } else { at - self.len + step }
+    pub(crate) fn fetch(&self, b: usize) {
+        let each = OPENING * 64 / self.side.next_power_of_two();
+        let (from, to) = (b * each, ((b + 1) * each).min(self.len));
+        let mut side = 0;
+        while from < to && side < self.side {
+            let mut at = from;
+            while at < to {
+                fetch_far(self.at.wrapping_add(side * self.step + at));
+                at += 64;
+            }
+            side += 1;
+        }
     }
 }
 
 impl View {
-    /// For panels whose blocks have `block` bytes of codes, read `side` at a time.
-    #[inline(always)]
-    pub(crate) fn ahead_of_codes(&self, block: usize, side: usize) -> AheadCodes {
-        let (codes, step) = (self.blocks * block, side * self.stride);
-        let rest = self.stride.saturating_sub(codes);
-        AheadCodes {
-            codes: Stream::new(codes, step, NEAR),
-            rest: Stream::new(rest, step, NEAR),
-            each: rest / self.blocks.max(1),
-            step,
-        }
-    }
-}
-
-impl AheadCodes {
-    /// While block `b` of `panel`, of `lines` lines, is read.
-    #[inline(always)]
-    pub(crate) fn fetch(&self, panel: *const u8, b: usize, lines: usize) {
-        let from = panel.wrapping_add(self.codes.ahead(b * lines * 64, self.step));
-        let mut i = 0;
-        while i < lines {
-            fetch_far(from.wrapping_add(64 * i));
-            i += 1;
-        }
-        fetch(panel.wrapping_add(self.codes.len + self.rest.ahead(b * self.each, self.step)));
+    /// Of panels from `p` on, read at `side` places, `apart` panels from one to the next.
+    pub(crate) fn opening(&self, p: usize, side: usize, apart: usize) -> Opening {
+        Opening { at: self.at(p), side: side.max(1), step: apart * self.stride, len: apart.max(1) * self.stride }
     }
 }
 
