@@ -50,10 +50,10 @@ pub(crate) fn each<F: Fn((usize, usize), &mut Tasks<'_>) + Sync>(
 ) {
     let threads = if n * cost < 4 * TASK { 1 } else { threads() };
     let least = (TASK / cost.max(1)).max(1).next_multiple_of(unit);
-    let mut cut = Cut { n, unit, least, most: most.max(unit), parts: 2 * threads };
+    let mut cut = Cut { n, unit, least, most: most.max(unit), threads };
     let tasks = n.div_ceil(least.min(cut.most));
     if threads == 1 || tasks < 2 || !POOL.share(cut, threads.min(tasks) - 1, &f) {
-        cut.parts = 1;
+        cut.threads = 1;
         Tasks { cut, next: &AtomicUsize::new(0) }.run(f);
     }
 }
@@ -82,22 +82,30 @@ impl Tasks<'_> {
     }
 }
 
-/// How a call's items are cut: a task takes its part of what is left, so that tasks are long at first, and read what lies together, and short in the
-/// end, when a thread that lags behind would hold up the rest.
+/// How a call's items are cut: three quarters of them into one task for every thread, which read what lies together at a stretch; of the rest a task
+/// takes its part of what is left, so that they are short in the end, when a thread that lags behind would hold up the others.
 #[derive(Clone, Copy)]
 struct Cut {
     n: usize,
     unit: usize,
     least: usize,
     most: usize,
-    parts: usize,
+    threads: usize,
 }
 
 impl Cut {
     /// Items of the task that starts at `from`, which is below `n`.
     fn length(&self, from: usize) -> usize {
         let left = self.n - from;
-        let fair = left.div_ceil(self.parts).max(self.least).next_multiple_of(self.unit);
+        if self.threads == 1 {
+            return self.most.min(left);
+        }
+        let first = 3 * self.n / (4 * self.threads) / self.unit * self.unit;
+        let fair = if first >= self.least && from < first * self.threads {
+            first
+        } else {
+            left.div_ceil(2 * self.threads).max(self.least).next_multiple_of(self.unit)
+        };
         fair.min(self.most).min(left)
     }
 }

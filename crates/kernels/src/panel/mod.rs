@@ -164,12 +164,14 @@ pub(crate) struct Opening {
     at: *const u8,
     side: usize,
     step: usize,
-    /// Bytes of each that may be asked for.
+    /// Bytes of each that are asked for.
     len: usize,
 }
 
-/// Lines that are asked for while a block of x is made ready: about what memory gives to one processor in that time.
-const OPENING: usize = 8;
+/// Lines that are asked for while a block of x is made ready; more hold it up.
+const OPENING: usize = 4;
+/// Bytes of each place that are: from there on processors have guessed what comes.
+const OPENED: usize = 4096;
 
 impl Opening {
     /// Nothing.
@@ -195,7 +197,12 @@ impl Opening {
 impl View {
     /// Of panels from `p` on, read at `side` places, `apart` panels from one to the next.
     pub(crate) fn opening(&self, p: usize, side: usize, apart: usize) -> Opening {
-        Opening { at: self.at(p), side: side.max(1), step: apart * self.stride, len: apart.max(1) * self.stride }
+        Opening {
+            at: self.at(p),
+            side: side.max(1),
+            step: apart * self.stride,
+            len: OPENED.min(apart.max(1) * self.stride),
+        }
     }
 }
 
