@@ -5,7 +5,7 @@
 
 use super::matmul::Out;
 use crate::panel::ints::{Bytes, META};
-use crate::panel::{BLOCK, NEAR, ROWS, View};
+use crate::panel::{BLOCK, ROWS, View};
 use crate::simd::{Op, Simd};
 
 /// Quantized rows, see [`super::quantize`], with [`SPARE`] rows of anything after the last.
@@ -44,7 +44,7 @@ pub(crate) fn side(n: usize) -> (usize, usize) {
 pub(crate) const SPARE: usize = 7;
 
 /// Bytes of quantized rows that should stay near while panels pass by.
-const NEARBY: usize = 192 << 10;
+const NEAR: usize = 192 << 10;
 
 impl<C: Bytes> Op for Dots<'_, C> {
     type Out = ();
@@ -59,7 +59,7 @@ impl<C: Bytes> Op for Dots<'_, C> {
 #[inline(always)]
 fn run<S: Simd, C: Bytes, const PLAIN: bool>(s: S, g: Dots<'_, C>) {
     let cols = g.panels.blocks * BLOCK;
-    let chunk = (NEARBY / cols.max(1)).next_multiple_of(8).max(8);
+    let chunk = (NEAR / cols.max(1)).next_multiple_of(8).max(8);
     let mut first = 0;
     while first < g.x.rows {
         let end = (first + chunk).min(g.x.rows);
@@ -159,16 +159,16 @@ unsafe fn beside<S: Simd, C: Bytes, const PLAIN: bool>(
     r: usize,
 ) {
     let blocks = g.panels.blocks;
-    let ahead = g.panels.ahead_in_line(NEAR);
+    let each = g.panels.stride / blocks.max(1);
     let mut out = [[[s.splat(0.0); 2]; 1]; SIDE];
     let mut b = 0;
     while b < blocks {
         let mut i = 0;
         while i < n {
             let panel = g.panels.at(p + i * apart);
-            // What lies in line, processors with eight lanes guess as fast as memory gives it: asking only takes their time.
-            if S::LANES == 16 {
-                ahead.fetch(panel, b);
+            // Thin codes in line, processors with eight lanes guess as fast as they multiply: asking only takes their time.
+            if S::LANES == 16 || C::BLOCK_BYTES > 256 {
+                g.panels.ask_in_line(panel, b, each);
             }
             // SAFETY: as the caller promises.
             unsafe {

@@ -1,8 +1,8 @@
 //! Panels of 4-bit codes of which two in every four columns are there: 2:4, and 1:2, which is a kind of it.
 //!
 //! A block of 32 columns has two parts of 16. A part's four quads keep eight codes a row: two vectors of 16 rows and four bytes each, one in the lower
-//! and one in the upper halves of 64 bytes. A last vector says for every code which column of its quad it is, in two bits: those of the first part's
-//! two vectors, then of the second's. A single row of x is brought to the codes, 16 of its bytes at a time; for several the codes are brought
+//! and one in the upper halves of 64 bytes. A vector before them says for every code which column of its quad it is, in two bits: those of the first
+//! part's two vectors, then of the second's. A single row of x is brought to the codes, 16 of its bytes at a time; for several the codes are brought
 //! to their columns.
 
 use lacuna_format::{Pattern, Piece};
@@ -12,10 +12,9 @@ use super::source::{Line, Source};
 use super::{BLOCK, Panels};
 use crate::simd::Simd;
 
-/// Bytes of a block's codes, and of what says where they are.
-const CODES: usize = 128;
+/// Bytes of what says where a block's codes are, and of all of it.
 const PLACES: usize = 64;
-const BYTES: usize = CODES + PLACES;
+const BYTES: usize = PLACES + 128;
 
 /// Codes of 4 bits, half of them there.
 #[derive(Clone)]
@@ -34,7 +33,7 @@ impl Bytes for Halved {
         // SAFETY: the caller promises the block.
         let (codes, places) = unsafe {
             let block = block.add(h * 4 * S::LANES);
-            (s.load_i(block.add(64 * (o / 2))), s.load_i(block.add(CODES)))
+            (s.load_i(block.add(PLACES + 64 * (o / 2))), s.load_i(block))
         };
         let codes = s.and_i(if o % 2 == 1 { s.shr_i(codes, 4) } else { codes }, 15);
         // Each code's bits, turned against the zero's that fill the lane, as far up as its column is: eight bits a column.
@@ -53,7 +52,7 @@ impl Bytes for Halved {
         // SAFETY: the caller promises the block.
         let (codes, places) = unsafe {
             let block = block.add(h * 4 * S::LANES);
-            (s.load_i(block.add(64 * part)), s.load_i(block.add(CODES)))
+            (s.load_i(block.add(PLACES + 64 * part)), s.load_i(block))
         };
         // The first column of each code's quad.
         let (first, second) = (s.splat_i(0x0404_0000), s.splat_i(0x0C0C_0808));
@@ -88,8 +87,8 @@ pub(crate) fn halved(piece: &Piece, source: &Source, read: &dyn Fn()) -> (Panels
                 // Two codes a quad, so that the k-th lies in quad k / 2.
                 let (block, octet, byte) = (k / 16, k / 4 % 4, 4 * lane + k % 4);
                 let block = &mut panel[grid.codes::<false>(block, BYTES)..][..BYTES];
-                block[64 * (octet / 2) + byte] |= code << (4 * (octet % 2));
-                block[CODES + byte] |= ((c % 4) as u8) << (2 * octet);
+                block[PLACES + 64 * (octet / 2) + byte] |= code << (4 * (octet % 2));
+                block[byte] |= ((c % 4) as u8) << (2 * octet);
             }
             (0..groups).for_each(|g| put_scale(panel, &grid, lane, g, &line, g));
         }

@@ -2,7 +2,7 @@
 //!
 //! A vector of codes is 16 rows of 4 consecutive columns, a byte each: what the processor's dot products of bytes take. Codes of fewer bits are
 //! kept in planes of 4, 2 and 1 bits (6 bits: a plane of 4 and one of 2) and put together in registers. A block of 32 columns is
-//! `64 * bits` bytes: its planes one after the other. Two groups' entries stand before the codes of both, and what is over eight of them before these:
+//! `64 * bits` bytes. Two groups' entries stand before the codes of both, and what is over eight of them before these:
 //! a panel is read from its start to its end, without a glance elsewhere, so that processors guess what comes.
 
 use std::sync::Arc;
@@ -339,6 +339,14 @@ fn moved<S: Simd>(s: S, v: S::I, from: usize, to: usize, mask: u8) -> S::I {
     s.and_i(v, mask << to)
 }
 
+/// Where the planes of 4, 2 and 1 bits of octet `o` are in a block of codes of so many bits, of those that it has: what is read first comes first.
+#[inline(always)]
+const fn planes(bits: usize, o: usize) -> [usize; 3] {
+    let (two, four) = ((bits >> 1 & 1) * 64, (bits >> 2 & 1) * 128);
+    let at = (bits & 1) * 64 + o / 2 * (two + four);
+    [at + two + o % 2 * 64, at, 0]
+}
+
 /// Columns `8 * o..` of the block of codes at `block`.
 /// # Safety
 /// The block is there; it has been moved to half `h` already.
@@ -349,22 +357,23 @@ unsafe fn octet<S: Simd, const BITS: usize>(s: S, block: *const u8, o: usize) ->
         if BITS == 8 {
             return [s.load_i(block.add(128 * o)), s.load_i(block.add(128 * o + 64))];
         }
-        let (mut out, mut at, mut to) = ([s.splat_i(0); 2], 0, 0);
+        let plane = |bit: usize, at: usize| if BITS & bit != 0 { s.load_i(block.add(at)) } else { s.splat_i(0) };
+        // In the order in which they lie.
+        let [four, two, one] = planes(BITS, o);
+        let (one, two, four) = (plane(1, one), plane(2, two), plane(4, four));
+        let (mut out, mut to) = ([s.splat_i(0); 2], 0);
         if BITS & 4 != 0 {
-            let v = s.load_i(block.add(64 * o));
-            out = [s.and_i(v, 15), moved(s, v, 4, 0, 15)];
-            (at, to) = (256, 4);
+            out = [s.and_i(four, 15), moved(s, four, 4, 0, 15)];
+            to = 4;
         }
         if BITS & 2 != 0 {
-            let v = s.load_i(block.add(at + o / 2 * 64));
             let first = o % 2 * 4;
-            let two = [moved(s, v, first, to, 3), moved(s, v, first + 2, to, 3)];
+            let two = [moved(s, two, first, to, 3), moved(s, two, first + 2, to, 3)];
             out = if BITS & 4 != 0 { [s.or_i(out[0], two[0]), s.or_i(out[1], two[1])] } else { two };
-            (at, to) = (at + 128, to + 2);
+            to += 2;
         }
         if BITS & 1 != 0 {
-            let v = s.load_i(block.add(at));
-            let one = [moved(s, v, 2 * o, to, 1), moved(s, v, 2 * o + 1, to, 1)];
+            let one = [moved(s, one, 2 * o, to, 1), moved(s, one, 2 * o + 1, to, 1)];
             out = [s.or_i(out[0], one[0]), s.or_i(out[1], one[1])];
         }
         out
@@ -378,17 +387,17 @@ pub(crate) fn put_code(block: &mut [u8], bits: usize, lane: usize, c: usize, cod
         block[64 * (2 * o + q) + byte] = code;
         return;
     }
-    let (mut at, mut from) = (0, 0);
+    let ([four, two, one], mut from) = (planes(bits, o), 0);
     if bits & 4 != 0 {
-        block[64 * o + byte] |= (code & 15) << (4 * q);
-        (at, from) = (256, 4);
+        block[four + byte] |= (code & 15) << (4 * q);
+        from = 4;
     }
     if bits & 2 != 0 {
-        block[at + o / 2 * 64 + byte] |= (code >> from & 3) << (o % 2 * 4 + 2 * q);
-        (at, from) = (at + 128, from + 2);
+        block[two + byte] |= (code >> from & 3) << (o % 2 * 4 + 2 * q);
+        from += 2;
     }
     if bits & 1 != 0 {
-        block[at + byte] |= (code >> from & 1) << (2 * o + q);
+        block[one + byte] |= (code >> from & 1) << (2 * o + q);
     }
 }
 

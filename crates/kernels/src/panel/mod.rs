@@ -137,10 +137,14 @@ impl View {
         Ahead { block: stride / self.blocks.max(1), stride, far: stride.min(most), jump: (side - 1) * stride }
     }
 
-    /// For panels read one after another, beside others elsewhere.
+    /// Asks for what lies [`NEAR`] ahead of block `b` of `panel`, no nearer than the second-level cache, where panels are read one after another.
     #[inline(always)]
-    pub(crate) fn ahead_in_line(&self, far: usize) -> Ahead {
-        Ahead { block: self.stride / self.blocks.max(1), stride: self.stride, far, jump: 0 }
+    pub(crate) fn ask_in_line(&self, panel: *const u8, b: usize, block: usize) {
+        let mut at = (b * block).next_multiple_of(64);
+        while at < (b + 1) * block {
+            fetch_far(panel.wrapping_add(NEAR + at));
+            at += 64;
+        }
     }
 }
 
