@@ -55,10 +55,13 @@ impl Forecast {
 }
 
 impl CostTable {
-    /// The table of the cache at `cache`, empty where there is none. A broken file is begun anew.
+    /// The table of the cache at `cache`, empty where there is none. A broken file is begun anew; what other kernels took is forgotten.
     pub fn open(cache: &Path) -> CostTable {
         let path = cache.join("costs.json");
-        let costs = std::fs::read(&path).ok().and_then(|t| serde_json::from_slice(&t).ok()).unwrap_or_default();
+        let costs: BTreeMap<String, f64> =
+            std::fs::read(&path).ok().and_then(|t| serde_json::from_slice(&t).ok()).unwrap_or_default();
+        let kernels = kernels();
+        let costs = costs.into_iter().filter(|(key, _)| key.ends_with(&kernels)).collect();
         CostTable { path, costs, pace: None }
     }
 
@@ -134,7 +137,12 @@ fn key(stored: &Stored) -> String {
 /// The name of what was measured with the kernels, the instruction set and the threads that are at work here.
 fn here(what: String) -> String {
     let (isa, threads) = (Isa::best().name(), lacuna_kernels::threads());
-    format!("{what}, {isa}, {threads} threads, {}", env!("CARGO_PKG_VERSION"))
+    format!("{what}, {isa}, {threads} threads{}", kernels())
+}
+
+/// How the names of all that was measured with these kernels end.
+fn kernels() -> String {
+    format!(", {}, kernels {}", env!("CARGO_PKG_VERSION"), lacuna_kernels::REVISION)
 }
 
 /// What one product of each form takes, in bytes at the pace before and after a pass: the middle of several passes over copies of the matrices that no
@@ -194,6 +202,9 @@ mod tests {
         let mut again = CostTable::open(dir.path());
         assert_eq!(again.products(&[(&stored, 2.0), (&stored, 1.0)]).unwrap(), 3.0 * bytes);
         assert!(again.pace.is_none(), "what is known is not measured");
+        again.costs = again.costs.into_iter().map(|(key, cost)| (format!("{key}0"), cost)).collect();
+        again.save();
+        assert!(CostTable::open(dir.path()).costs.is_empty(), "other kernels' costs");
         std::fs::write(dir.path().join("costs.json"), "{").unwrap();
         assert!(CostTable::open(dir.path()).costs.is_empty());
     }

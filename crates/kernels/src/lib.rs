@@ -30,3 +30,6 @@ pub use op::elementwise::{activation, add, add_scaled, gated_activation, softcap
 pub use op::norm::{norm, norm_in_place};
 pub use op::rope::{RopeRows, RopeTable};
 pub use parallel::{set_threads, threads};
+
+/// Raised whenever products become faster or slower: what was measured under another revision tells nothing about these.
+pub const REVISION: u32 = 2;
