@@ -96,7 +96,7 @@ const PART: usize = 64;
 const COST: usize = 64;
 
 /// From how many values on, all threads' together, a row is brought to bytes by all threads in parts; below, each thread does the whole of it for
-/// itself, which takes as long as a hand-over, and asks for what it will read meanwhile.
+/// itself, which two threads finish before they would have exchanged parts, and asks for what it will read meanwhile.
 const OWN: usize = 1 << 15;
 
 /// A call's panels as [`parallel::ranges`] wants them.
