@@ -53,7 +53,8 @@ pub const ROWS: &[Row] = &[
     Row { name: "int4 g32, 32x1 50%", dense: Some("int4 g32"), make: |r, c| ints(r, c, 4, Some(32)) },
     Row { name: "int4 g32, mask 50%", dense: Some("int4 g32"), make: |r, c| ints(r, c, 4, Some(1)) },
     Row { name: "f16, lists 1%", dense: Some("f16"), make: lists },
-    Row { name: "low rank 25%, int4 g32", dense: Some("int4 g32"), make: low_rank },
+    Row { name: "low rank 25%, int4 g32", dense: Some("int4 g32"), make: |r, c| low_rank(r, c, 0.25) },
+    Row { name: "low rank 50%, int4 g32", dense: Some("int4 g32"), make: |r, c| low_rank(r, c, 0.5) },
 ];
 
 fn random(rows: usize, cols: usize) -> Mat {
@@ -130,8 +131,10 @@ fn lists(rows: usize, cols: usize) -> Stored {
         .expect("packs"))
 }
 
-fn low_rank(rows: usize, cols: usize) -> Stored {
-    let rank = (rows * cols / 4 / (rows + cols)).next_multiple_of(32);
+/// Two factors with so large a share of the matrix's weights.
+fn low_rank(rows: usize, cols: usize, kept: f64) -> Stored {
+    let rank = ((rows * cols) as f64 * kept) as usize / (rows + cols);
+    let rank = rank.next_multiple_of(32);
     let piece = |r, c| pack_integers(&integers(r, c, 4), None, PatternKind::Dense, ScaleCodec::F16).expect("packs");
     Stored { rows, cols, terms: vec![Term::Product(piece(rows, rank), piece(rank, cols))] }
 }

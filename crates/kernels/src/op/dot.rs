@@ -5,7 +5,7 @@
 
 use super::matmul::Out;
 use crate::panel::ints::{Bytes, META};
-use crate::panel::{BLOCK, ROWS, View};
+use crate::panel::{BLOCK, NEAR, ROWS, View};
 use crate::simd::{Op, Simd};
 
 /// Quantized rows, see [`super::quantize`], with [`SPARE`] rows of anything after the last.
@@ -44,7 +44,7 @@ pub(crate) fn side(n: usize) -> (usize, usize) {
 pub(crate) const SPARE: usize = 7;
 
 /// Bytes of quantized rows that should stay near while panels pass by.
-const NEAR: usize = 192 << 10;
+const PASSED: usize = 192 << 10;
 
 impl<C: Bytes> Op for Dots<'_, C> {
     type Out = ();
@@ -59,7 +59,7 @@ impl<C: Bytes> Op for Dots<'_, C> {
 #[inline(always)]
 fn run<S: Simd, C: Bytes, const PLAIN: bool>(s: S, g: Dots<'_, C>) {
     let cols = g.panels.blocks * BLOCK;
-    let chunk = (NEAR / cols.max(1)).next_multiple_of(8).max(8);
+    let chunk = (PASSED / cols.max(1)).next_multiple_of(8).max(8);
     let mut first = 0;
     while first < g.x.rows {
         let end = (first + chunk).min(g.x.rows);
@@ -166,9 +166,12 @@ unsafe fn beside<S: Simd, C: Bytes, const PLAIN: bool>(
         let mut i = 0;
         while i < n {
             let panel = g.panels.at(p + i * apart);
-            // Thin codes in line, processors with eight lanes guess as fast as they multiply: asking only takes their time.
+            // Thin codes at all places in line, processors with eight lanes guess as fast as they multiply: asking only takes their time. At fewer places
+            // they guess too little.
             if S::LANES == 16 || C::BLOCK_BYTES > 256 {
-                g.panels.ask_in_line(panel, b, each);
+                g.panels.ask_in_line(panel, b, each, NEAR);
+            } else if n < SIDE {
+                g.panels.ask_in_line(panel, b, each, 2 * NEAR);
             }
             // SAFETY: as the caller promises.
             unsafe {

@@ -129,6 +129,15 @@ impl Parts {
             n += 1;
         }
     }
+    /// While two halves' columns are brought together, in step `n`, after `gathered` blocks: at one place the pace leaves nothing for then.
+    #[inline(always)]
+    fn join(&self, gathered: usize, n: usize) {
+        let n = LINES * gathered + n;
+        let at = NEAR + n / 4 * 64;
+        if self.paced.is_none() && at < self.bytes {
+            fetch_far(self.values.wrapping_add(n % 4 * self.bytes + at));
+        }
+    }
     /// While the `n`th octet is multiplied.
     #[inline(always)]
     fn step(&self, n: usize) {
@@ -259,6 +268,7 @@ unsafe fn gather<S: Simd, const PAIR: bool>(
                 zeros(s, room.halves[short].add(from), most + BLOCK - from);
                 let mut c = 0;
                 while c < most {
+                    parts.join(2 * blocks, (8 * octets + c) / S::LANES);
                     let [low, high] = s.interleave(s.load(room.halves[0].add(c)), s.load(room.halves[1].add(c)));
                     s.store(to.add(2 * c), low);
                     s.store(to.add(2 * c + S::LANES), high);

@@ -137,12 +137,12 @@ impl View {
         Ahead { block: stride / self.blocks.max(1), stride, far: stride.min(most), jump: (side - 1) * stride }
     }
 
-    /// Asks for what lies [`NEAR`] ahead of block `b` of `panel`, no nearer than the second-level cache, where panels are read one after another.
+    /// Asks for what lies `far` ahead of block `b` of `panel`, no nearer than the second-level cache, where panels are read one after another.
     #[inline(always)]
-    pub(crate) fn ask_in_line(&self, panel: *const u8, b: usize, block: usize) {
+    pub(crate) fn ask_in_line(&self, panel: *const u8, b: usize, block: usize, far: usize) {
         let mut at = (b * block).next_multiple_of(64);
         while at < (b + 1) * block {
-            fetch_far(panel.wrapping_add(NEAR + at));
+            fetch_far(panel.wrapping_add(far + at));
             at += 64;
         }
     }
