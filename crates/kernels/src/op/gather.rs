@@ -81,8 +81,9 @@ const FAR: (usize, usize) = (16 << 10, 2 << 10);
 /// of what memory gives, but short runs end before they notice.
 const LARGE: usize = 32 << 10;
 
-/// How a panel of floats is read, and asked for. At one place: at an even pace while x is gathered and while octets are multiplied. At four: all that
-/// gathering has time for is asked for then, and the rest is left to the processor's own guesses and to what is asked for nearby.
+/// How a panel of floats is read, at one place or at four, and asked for: at an even pace while x is gathered and while octets are multiplied. Only of
+/// four places that one mask serves all that gathering has time for is asked for then, and the rest is left to the processor's own guesses and to
+/// what is asked for nearby.
 #[derive(Clone, Copy)]
 struct Parts {
     /// Where the panel's values begin.
@@ -92,60 +93,67 @@ struct Parts {
     bytes: usize,
     /// Bytes from the end of a part to where it begins in the next panel.
     jump: usize,
-    /// At one place: what is asked for first, the lines of it while x is gathered, and the bytes while an octet is multiplied.
-    paced: Option<(*const u8, usize, usize)>,
+    /// Whether there are four.
+    four: bool,
+    /// What is asked for first, and how far that is beyond the first part's begin.
+    from: *const u8,
+    far: usize,
+    /// Lines of the panel that are asked for while x is gathered, and bytes while an octet is multiplied.
+    gathering: usize,
+    each: usize,
 }
 
 /// Lines that are asked for while a block of floats is gathered.
 const LINES: usize = 2;
+/// Bytes from what is read of a part of a large panel with two masks to what is asked for.
+const FAR_PART: usize = 4096;
 
 impl Parts {
     /// `gathered` blocks of x are gathered before octets are multiplied.
     fn of(panels: &View, l: &Layout, panel: *const u8, gathered: usize) -> Parts {
         let values = panel.wrapping_add(l.values_at);
         let bytes = l.octets * l.octet_bytes;
-        if bytes < LARGE {
-            let lines = panels.stride / 64;
-            let gathering = (LINES * gathered).min(lines);
-            let each = (64 * (lines - gathering)).div_ceil(l.octets.max(1));
-            // Where nothing is gathered between two panels, they are read at a stretch.
-            let far = if l.share > 1 { 4 * FETCH } else { FETCH };
-            let from = panel.wrapping_add(far.min(panels.stride));
-            return Parts { values, octets: l.octets, bytes, jump: 0, paced: Some((from, gathering, each)) };
-        }
-        let octets = l.octets.div_ceil(4);
+        let four = bytes >= LARGE;
+        let octets = if four { l.octets.div_ceil(4) } else { l.octets };
+        let (lines, far) = match (four, l.pair) {
+            (true, true) => (octets * l.octet_bytes / 16, FAR_PART),
+            (true, false) => (LINES * gathered, NEAR),
+            // Where nothing is gathered between two panels, they are read at a stretch. Masks and scales are asked for, too.
+            (false, _) => (panels.stride / 64, (if l.share > 1 { 4 * FETCH } else { FETCH }).min(panels.stride)),
+        };
+        let from = if four { values } else { panel }.wrapping_add(far);
+        let gathering = (LINES * gathered).min(lines);
+        let each = (64 * (lines - gathering)).div_ceil(l.octets.max(1));
         let bytes = octets * l.octet_bytes;
-        Parts { values, octets, bytes, jump: panels.stride - bytes, paced: None }
+        Parts { values, octets, bytes, jump: panels.stride - bytes, four, from, far, gathering, each }
+    }
+    /// Asks for the `n`th line.
+    #[inline(always)]
+    fn ask(&self, n: usize) {
+        fetch_far(if self.four {
+            let at = n / 4 * 64;
+            let at = if self.far + at < self.bytes { at } else { at + self.jump };
+            self.from.wrapping_add(n % 4 * self.bytes + at)
+        } else {
+            self.from.wrapping_add(64 * n)
+        });
     }
     /// While the `b`th block is gathered.
     #[inline(always)]
     fn gather(&self, b: usize) {
         let mut n = LINES * b;
         while n < LINES * (b + 1) {
-            fetch_far(match self.paced {
-                Some((from, ..)) => from.wrapping_add(64 * n),
-                None => self.values.wrapping_add(n % 4 * self.bytes + NEAR + n / 4 * 64),
-            });
+            self.ask(n);
             n += 1;
-        }
-    }
-    /// While two halves' columns are brought together, in step `n`, after `gathered` blocks: at one place the pace leaves nothing for then.
-    #[inline(always)]
-    fn join(&self, gathered: usize, n: usize) {
-        let n = LINES * gathered + n;
-        let at = NEAR + n / 4 * 64;
-        if self.paced.is_none() && at < self.bytes {
-            fetch_far(self.values.wrapping_add(n % 4 * self.bytes + at));
         }
     }
     /// While the `n`th octet is multiplied.
     #[inline(always)]
     fn step(&self, n: usize) {
-        let Some((from, gathering, each)) = self.paced else { return };
-        let mut at = 64 * gathering + n * each;
-        let to = at + each;
+        let mut at = 64 * self.gathering + n * self.each;
+        let to = at + self.each;
         while at < to {
-            fetch_far(from.wrapping_add(at));
+            self.ask(at / 64);
             at += 64;
         }
     }
@@ -268,7 +276,6 @@ unsafe fn gather<S: Simd, const PAIR: bool>(
                 zeros(s, room.halves[short].add(from), most + BLOCK - from);
                 let mut c = 0;
                 while c < most {
-                    parts.join(2 * blocks, (8 * octets + c) / S::LANES);
                     let [low, high] = s.interleave(s.load(room.halves[0].add(c)), s.load(room.halves[1].add(c)));
                     s.store(to.add(2 * c), low);
                     s.store(to.add(2 * c + S::LANES), high);
