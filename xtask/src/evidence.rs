@@ -73,7 +73,7 @@ pub fn list(tree: &Tree) -> Result<List> {
     Ok(list)
 }
 
-/// The recorded rows by name, with the folder of the record: of several, the one in the last folder by name (names begin with a date).
+/// The recorded rows by name, with the folder of the record: of several, the one in the last folder by name.
 pub fn recorded(tree: &Tree) -> Result<BTreeMap<String, (String, Value)>> {
     let mut out = BTreeMap::new();
     let mut files: Vec<&str> =
@@ -109,7 +109,7 @@ fn arguments(tree: &Tree, args: &[&str]) -> Result<Args> {
         }
     }
     let data = data.context("--data DIR: the folder with the texts that bench/evidence.toml names")?;
-    let record = record.context("--record DIR: where to write, as bench/record/2026-01-31-MACHINE")?;
+    let record = record.context("--record DIR: where to write, as bench/record/MACHINE")?;
     ensure!(lacuna.is_file(), "{} is not there; run `cargo build --release` first", lacuna.display());
     Ok(Args { data, record, only, lacuna })
 }
