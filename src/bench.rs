@@ -5,14 +5,13 @@ use std::process::ExitCode;
 use anyhow::Context;
 use lacuna_base::units::show_bytes;
 use lacuna_compress::{Recipe, Shaped};
+use lacuna_judge::Footprint;
+use lacuna_kernels::ceiling;
 use lacuna_run::{BenchOptions, Engine, Spent};
 use serde_json::json;
 
 use crate::cli::{self, Global};
 use crate::{common, recipes, shapes};
-
-/// Bytes streamed to measure bandwidth: far beyond any cache.
-const STREAM_BYTES: usize = 512 << 20;
 
 /// Runs the verb.
 pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
@@ -21,6 +20,7 @@ pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
         prompt_tokens: a.prompt,
         gen_tokens: a.generate,
         depth: a.depth,
+        lead_tokens: 0,
         reps: a.reps,
         seed: 0,
         profile: a.profile,
@@ -31,8 +31,11 @@ pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
         bar.set_position(done as u64);
     })?;
     bar.finish_and_clear();
-    let bandwidth = lacuna_kernels::ceiling::bandwidth(STREAM_BYTES);
-    let (floats, bytes) = lacuna_kernels::ceiling::arithmetic();
+    // What a token reads lies where the one before left it: in a cache that holds it all, or in memory.
+    let footprint = engine.model().footprint_bytes() + b.kv_bytes;
+    let bandwidth = ceiling::bandwidth(usize::try_from(footprint).unwrap_or(usize::MAX).min(ceiling::beyond_caches()));
+    let from = if Footprint::of(footprint).cached() { "cache" } else { "memory" };
+    let (floats, bytes) = ceiling::arithmetic();
     let of_memory = b.decode_tok_s.map(|t| t * b.token_bytes as f64 / bandwidth);
     let [on_floats, on_bytes] = engine.model().work().map(|w| w as f64);
     let of_arithmetic = b.prefill_tok_s.map(|t| t * (on_floats / floats + on_bytes / bytes));
@@ -40,7 +43,7 @@ pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
     let out = json!({
         "model": name, "prefill_tok_s": b.prefill_tok_s, "decode_tok_s": b.decode_tok_s, "prefill_runs": b.prefill_all_tok_s,
         "decode_runs": b.decode_all_tok_s, "weights_bytes": b.weights_bytes, "kv_bytes": b.kv_bytes, "token_bytes": b.token_bytes,
-        "read_bytes_per_second": bandwidth, "roofline_fraction": of_memory, "f32_multiply_adds_per_second": floats,
+        "read_bytes_per_second": bandwidth, "read_from": from, "roofline_fraction": of_memory, "f32_multiply_adds_per_second": floats,
         "int8_multiply_adds_per_second": bytes, "arithmetic_fraction": of_arithmetic, "threads": threads, "prompt": a.prompt,
         "gen": a.generate, "depth": a.depth, "activations": a.running.activations.name(),
         "kv": format!("{:?}", a.running.kv).to_lowercase(), "peak_rss_bytes": lacuna_compress::memory::peak(),
@@ -57,7 +60,7 @@ pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
         if let (Some(d), Some(f)) = (b.decode_tok_s, of_memory) {
             println!("decode   {d:>8.1} tok/s  ({} tokens at depth {})", a.generate, a.depth);
             println!(
-                "bytes    {:>8} a token ({} weights, {} cache): {:.0}% of the {:.1} GB/s that memory gives {threads} threads",
+                "bytes    {:>8} a token ({} weights, {} cache): {:.0}% of the {:.1} GB/s at which {threads} threads read as many bytes from {from}",
                 show_bytes(b.token_bytes),
                 show_bytes(b.weights_bytes),
                 show_bytes(b.kv_bytes),

@@ -7,10 +7,10 @@ use std::time::Instant;
 use anyhow::Context;
 use lacuna_base::units::show_bytes;
 use lacuna_checkpoint::Tokenizer;
-use lacuna_compress::{Options, Outcomes, Recipe, compress, memory};
+use lacuna_compress::{Form, Options, Outcomes, Recipe, compress, memory};
 use lacuna_eval::{CALIBRATION, Eval, HELD_OUT, Judged, Room, Table};
 use lacuna_format::Weights;
-use lacuna_judge::{Bench, CostTable, Forecast, Measured, Verdict, baselines, judge, time_decode};
+use lacuna_judge::{Bench, CostTable, Footprint, Forecast, Measured, Products, Verdict, baselines, judge, time_decode};
 use serde_json::{Value, json};
 
 use crate::cli::{self, Gate, Global};
@@ -49,6 +49,17 @@ pub struct Done {
 /// What the clock ran with and the losses did not, said wherever both are shown.
 pub const TIMED_AS: &str = "Speeds are those of `generate`: 8-bit activations where weights are integers, keys and values in 16 bits. Perplexities \
                             are of exact activations.";
+
+/// Said where the source is itself rounded to few bits.
+pub const SOURCE_IS_COARSE: &str =
+    "The source itself has under 9 bits a weight: comparisons with low-bit rounding on it are weak evidence.";
+
+impl Done {
+    /// Bits a weight of so many bytes.
+    pub fn bits(&self, bytes: u64) -> f64 {
+        8.0 * bytes as f64 / self.parameters.max(1) as f64
+    }
+}
 
 /// Runs the verb.
 pub fn run(g: &Global, a: &cli::Compress) -> anyhow::Result<ExitCode> {
@@ -199,8 +210,10 @@ fn time(
         .collect();
     if let Some(max) = max_ram {
         let stored = measured.bytes + rivals.iter().map(|(i, _)| others[*i].measured.bytes).sum::<u64>();
+        // The smaller ones' may be another one.
+        let timing = 2 * lacuna_judge::timing_bytes(Footprint::of(u64::MAX));
         // Each is there twice for a moment, mapped and repacked, block by block; a quarter covers padding and the block.
-        let need = memory::resident().unwrap_or(0) + stored + stored / 4 + lacuna_judge::TIMING_BYTES;
+        let need = memory::resident().unwrap_or(0) + stored + stored / 4 + timing;
         if need > max {
             common::say(format!(
                 "not timed: {} models run in turn would take {}, above the ceiling of {}; bytes alone are compared",
@@ -252,29 +265,37 @@ fn plan(g: &Global, source: &Model, recipe: &Recipe, timed: bool) -> anyhow::Res
     if timed {
         let mut table = CostTable::open(&common::cache_dir(g)?);
         let before = lacuna_compress::forms(&source.checkpoint, &Recipe::parse("version = 1", &[], &[])?)?;
-        let [after, before] = [&forms, &before].map(|forms| {
-            let used = forms.iter().filter(|f| f.used > 0.0);
-            used.map(|f| (f.sample.as_ref(), f.scale * f.used)).collect::<Vec<_>>()
-        });
-        table.learn(&[after.as_slice(), before.as_slice()].concat())?;
-        let (after, before) = (table.products(&after)?, table.products(&before)?);
+        let [after, before] = [&forms, &before].map(|forms| products(forms));
+        table.learn(&[&after, &before])?;
         let loaded = source.checkpoint.source_bytes() <= LOADED;
-        let beside = if loaded { table.beside(&source.checkpoint, before)? } else { 0.0 };
-        let pace = table.pace();
-        let [after, before] = [after, before].map(|products| Forecast { products, beside });
-        let (result, source) = (after.speed(pace), before.speed(pace));
+        let read = table.products(&before)?;
+        let beside = if loaded { table.beside(&source.checkpoint, before.footprint, read)? } else { 0.0 };
+        let mut foretell = |p: &Products| -> anyhow::Result<(Forecast, f64)> {
+            Ok((Forecast { products: table.products(p)?, beside }, table.pace(p.footprint)))
+        };
+        let ((after, pace), from) = (foretell(&after)?, after.footprint);
+        let (result, source) = (after.speed(pace), foretell(&before).map(|(f, pace)| f.speed(pace))?);
         said += &if loaded {
             format!("; it should decode {result:.0} tok/s here, the source {source:.0}")
         } else {
             format!("; its products alone allow {result:.0} tok/s here, the source's {source:.0}")
         };
-        said += &format!(", while plain 4-bit products read {:.0} GB/s as now", pace / 1e9);
+        let from = if from.cached() { " from cache" } else { "" };
+        said += &format!(", while plain 4-bit products read {:.0} GB/s{from} as now", pace / 1e9);
         // What dropped parts save is in what comes and not in the plan.
         forecast = (loaded && !drops).then_some(after);
         table.save();
     }
     common::say(said);
     Ok(forecast)
+}
+
+/// The products of a token with matrices of these forms.
+fn products(forms: &[Form]) -> Products<'_> {
+    let used = || forms.iter().filter(|f| f.used > 0.0);
+    let bytes: f64 = used().map(|f| f.sample.bytes() as f64 * f.scale * f.matrices as f64).sum();
+    let forms = used().map(|f| (f.sample.as_ref(), f.scale * f.used)).collect();
+    Products { forms, footprint: Footprint::of(bytes as u64) }
 }
 
 /// What the plan foretells for the pace of the timed runs, and what came.
@@ -286,7 +307,7 @@ fn foretold(d: &Done) -> Option<(f64, lacuna_judge::Speed)> {
 fn to_json(a: &cli::Compress, d: &Done) -> Value {
     json!({
         "model": a.model, "recipe": a.recipe, "out": d.outcomes.path, "source_bytes": d.source_bytes, "bytes_f16": d.bytes_f16,
-        "bytes_after": d.outcomes.bytes, "bits_per_weight": 8.0 * d.outcomes.bytes as f64 / d.parameters.max(1) as f64,
+        "bytes_after": d.outcomes.bytes, "bits_per_weight": d.bits(d.outcomes.bytes),
         "ppl_dense": d.judged.as_ref().and_then(|j| j.against.as_ref()).map(|x| x.ppl_dense),
         "ppl": d.judged.as_ref().map(|j| j.ppl),
         "kl_mean": d.judged.as_ref().and_then(|j| j.against.as_ref()).map(|x| x.kl_mean),
@@ -306,7 +327,7 @@ pub fn table(d: &Done) -> Table {
         t.row([
             m.name.clone(),
             show_bytes(m.bytes),
-            format!("{:.2}", 8.0 * m.bytes as f64 / d.parameters.max(1) as f64),
+            format!("{:.2}", d.bits(m.bytes)),
             if m.ppl < 1e5 { format!("{:.2}", m.ppl) } else { format!("{:.2e}", m.ppl) },
             m.speed.map_or_else(String::new, |s| format!("{:.1} ±{:.0}%", s.median, 50.0 * s.spread)),
             why.to_owned(),
@@ -328,7 +349,7 @@ pub fn words(d: &Done) -> String {
         d.outcomes.path.display(),
         show_bytes(d.source_bytes),
         show_bytes(d.outcomes.bytes),
-        8.0 * d.outcomes.bytes as f64 / d.parameters.max(1) as f64,
+        d.bits(d.outcomes.bytes),
         d.seconds
     );
     if let Some(j) = &d.judged {
@@ -363,7 +384,7 @@ pub fn words(d: &Done) -> String {
             format!("\nIt does not pay: take {} instead.\n", beaten_by.first().copied().unwrap_or("the source"))
         };
         if source_is_coarse(d) {
-            out += "The source itself has under 9 bits a weight: comparisons with low-bit rounding on it are weak evidence.\n";
+            out += &format!("{SOURCE_IS_COARSE}\n");
         }
     }
     out
@@ -376,5 +397,5 @@ pub fn timed(d: &Done) -> bool {
 
 /// Whether the source is itself rounded to few bits.
 pub fn source_is_coarse(d: &Done) -> bool {
-    8.0 * d.source_bytes as f64 / (d.parameters.max(1) as f64) < 9.0
+    d.bits(d.source_bytes) < 9.0
 }

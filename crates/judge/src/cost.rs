@@ -3,6 +3,8 @@
 //!
 //! On machines that others use too, speeds change by half within a minute. So a product is not kept in seconds but in the bytes that plain 4-bit
 //! products read meanwhile, the two measured in turn, and a forecast names the pace that it is for.
+//!
+//! A model that a cache holds is read from there, many times as fast as from memory. So all of it is measured at the model's own [`Footprint`].
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
@@ -15,11 +17,10 @@ use lacuna_format::{FormatError, Stored, Weights};
 use lacuna_kernels::{Activations, Isa, Linear, Packing};
 use lacuna_run::RunError;
 
+use crate::footprint::Footprint;
 use crate::gate::middle;
 use crate::speed::{Pace, time_decode};
 
-/// Bytes that are multiplied in turn, so that a matrix comes from memory and not from a cache, as in a model.
-const STREAM_BYTES: f64 = (64 << 20) as f64;
 /// How long, and how often at least, they are passed over. The middle pass counts: a token's products meet the machine as it is, not at its best.
 const LONG: Duration = Duration::from_secs(3);
 const PASSES: usize = 15;
@@ -35,7 +36,16 @@ const TOKENS: usize = 24;
 pub struct CostTable {
     path: PathBuf,
     costs: BTreeMap<String, f64>,
-    pace: Option<Pace>,
+    pace: Option<(Footprint, Pace)>,
+}
+
+/// The products of a token of one model.
+#[derive(Clone, Debug)]
+pub struct Products<'a> {
+    /// A matrix of each form, and how many such products there are.
+    pub forms: Vec<(&'a Stored, f64)>,
+    /// What one token after the other reads.
+    pub footprint: Footprint,
 }
 
 /// What a token will take.
@@ -65,35 +75,39 @@ impl CostTable {
         CostTable { path, costs, pace: None }
     }
 
-    /// Bytes that plain 4-bit products read while one row goes through all of `forms` with 8-bit activations, as `generate` runs it; each so many times
-    /// as stands beside it. What the table does not know is measured, all in turn, as a token meets them.
-    pub fn products(&mut self, forms: &[(&Stored, f64)]) -> Result<f64, FormatError> {
-        self.learn(forms)?;
-        Ok(forms.iter().map(|(stored, times)| self.costs[&key(stored)] * times).sum())
+    /// Bytes that plain 4-bit products read while one row goes through all of `p` with 8-bit activations, as `generate` runs it. What the table does
+    /// not know is measured, all in turn, as a token meets them.
+    pub fn products(&mut self, p: &Products<'_>) -> Result<f64, FormatError> {
+        self.learn(&[p])?;
+        Ok(p.forms.iter().map(|(stored, times)| self.costs[&key(stored, p.footprint)] * times).sum())
     }
 
-    /// Measures those of `forms` that the table does not know.
-    pub fn learn(&mut self, forms: &[(&Stored, f64)]) -> Result<(), FormatError> {
-        let mut new: Vec<(String, &Stored, f64)> = Vec::new();
-        for &(stored, times) in forms {
-            let key = key(stored);
-            if !self.costs.contains_key(&key) && new.iter().all(|n| n.0 != key) {
-                new.push((key, stored, times));
+    /// Measures those forms that the table does not know; of one footprint all in turn.
+    pub fn learn(&mut self, all: &[&Products<'_>]) -> Result<(), FormatError> {
+        for at in 0..all.len() {
+            let footprint = all[at].footprint;
+            let mut new: Vec<(String, &Stored, f64)> = Vec::new();
+            for &(stored, times) in all[at..].iter().filter(|p| p.footprint == footprint).flat_map(|p| &p.forms) {
+                let key = key(stored, footprint);
+                if !self.costs.contains_key(&key) && new.iter().all(|n| n.0 != key) {
+                    new.push((key, stored, times));
+                }
             }
-        }
-        if !new.is_empty() {
-            let bytes = measure(&new.iter().map(|n| (n.1, n.2)).collect::<Vec<_>>(), self.held())?;
-            self.costs.extend(new.into_iter().map(|n| n.0).zip(bytes));
+            if !new.is_empty() {
+                let forms: Vec<(&Stored, f64)> = new.iter().map(|n| (n.1, n.2)).collect();
+                let bytes = measure(&forms, footprint, self.held(footprint))?;
+                self.costs.extend(new.into_iter().map(|n| n.0).zip(bytes));
+            }
         }
         Ok(())
     }
 
     /// Seconds of one token beside its products (attention, norms, activations, whatever threads wait for), which `model` takes in any form: what it
-    /// is timed at as it is, less the time of `products`, in bytes. Measured where the table does not know; the model is loaded for it.
-    pub fn beside(&mut self, model: &Checkpoint, products: f64) -> Result<f64, RunError> {
+    /// is timed at as it is, less the time of its products, `products` in bytes. Measured where the table does not know; the model is loaded for it.
+    pub fn beside(&mut self, model: &Checkpoint, footprint: Footprint, products: f64) -> Result<f64, RunError> {
         let spec = model.spec();
-        let key =
-            here(format!("beside products, {} layers, {} wide, {} tokens", spec.layers.len(), spec.hidden, spec.vocab));
+        let (layers, hidden, vocab) = (spec.layers.len(), spec.hidden, spec.vocab);
+        let key = here(format!("beside products, {layers} layers, {hidden} wide, {vocab} tokens"), footprint);
         if let Some(&s) = self.costs.get(&key) {
             return Ok(s);
         }
@@ -106,15 +120,16 @@ impl CostTable {
         Ok(s)
     }
 
-    /// The pace of this moment, bytes a second.
-    pub fn pace(&mut self) -> f64 {
-        let pace = self.held();
+    /// The pace of this moment at a footprint, bytes a second.
+    pub fn pace(&mut self, footprint: Footprint) -> f64 {
+        let pace = self.held(footprint);
         let read: Vec<f64> = (0..READINGS).map(|_| pace.take()).collect();
         middle(&read).unwrap_or(f64::INFINITY)
     }
 
-    fn held(&mut self) -> &Pace {
-        self.pace.get_or_insert_with(Pace::new)
+    fn held(&mut self, footprint: Footprint) -> &Pace {
+        let known = self.pace.take().filter(|(of, _)| *of == footprint);
+        &self.pace.insert(known.unwrap_or_else(|| (footprint, Pace::new(footprint)))).1
     }
 
     /// Keeps what was measured. A table that cannot be written is measured again next time.
@@ -130,14 +145,14 @@ impl CostTable {
 }
 
 /// The name of a product.
-fn key(stored: &Stored) -> String {
-    here(format!("{} {}x{} {} bytes", stored.codec_name(), stored.rows, stored.cols, stored.bytes()))
+fn key(stored: &Stored, footprint: Footprint) -> String {
+    here(format!("{} {}x{} {} bytes", stored.codec_name(), stored.rows, stored.cols, stored.bytes()), footprint)
 }
 
 /// The name of what was measured with the kernels, the instruction set and the threads that are at work here.
-fn here(what: String) -> String {
+fn here(what: String, footprint: Footprint) -> String {
     let (isa, threads) = (Isa::best().name(), lacuna_kernels::threads());
-    format!("{what}, {isa}, {threads} threads{}", kernels())
+    format!("{what}, {footprint}, {isa}, {threads} threads{}", kernels())
 }
 
 /// How the names of all that was measured with these kernels end.
@@ -145,15 +160,15 @@ fn kernels() -> String {
     format!(", {}, kernels {}", env!("CARGO_PKG_VERSION"), lacuna_kernels::REVISION)
 }
 
-/// What one product of each form takes, in bytes at the pace before and after a pass: the middle of several passes over copies of the matrices that no
-/// cache holds, as many of each as its share of a token's products, in turn.
-fn measure(forms: &[(&Stored, f64)], pace: &Pace) -> Result<Vec<f64>, FormatError> {
+/// What one product of each form takes, in bytes at the pace before and after a pass: the middle of several passes over copies of the matrices, as
+/// many of each as its share of a token's products, in turn, and together as many bytes as the footprint.
+fn measure(forms: &[(&Stored, f64)], footprint: Footprint, pace: &Pace) -> Result<Vec<f64>, FormatError> {
     let packing = Packing { activations: Activations::Int8, ..Packing::default() };
     let firsts = forms.iter().map(|f| Linear::pack_with(f.0, &packing)).collect::<Result<Vec<_>, _>>()?;
     let token: f64 = firsts.iter().zip(forms).map(|(l, f)| l.weights_bytes() as f64 * f.1).sum();
     let mut all = Vec::new();
     for (at, (first, &(stored, times))) in firsts.into_iter().zip(forms).enumerate() {
-        let copies = ((times * STREAM_BYTES / token.max(1.0)).ceil() as usize).clamp(1, MOST);
+        let copies = ((times * footprint.bytes() as f64 / token.max(1.0)).ceil() as usize).clamp(1, MOST);
         // Spread over the pass: so far into it comes each.
         let when = |i: usize| (i as f64 + 0.5) / copies as f64;
         all.push((when(0), at, first));
@@ -169,11 +184,15 @@ fn measure(forms: &[(&Stored, f64)], pace: &Pace) -> Result<Vec<f64>, FormatErro
     let (begun, mut passes, mut read) = (Instant::now(), Vec::new(), pace.take());
     while passes.len() < PASSES || begun.elapsed() < LONG {
         let mut seconds = vec![0.0; forms.len()];
-        for (_, at, linear) in &all {
-            let (x, out) = &mut ends[*at];
-            let start = Instant::now();
-            linear.forward(black_box(x.view()), out.view_mut());
-            seconds[*at] += start.elapsed().as_secs_f64();
+        // The pace's own matrices may have taken the place of these in a cache: the last pass counts.
+        for _ in 0..footprint.passes() {
+            seconds.fill(0.0);
+            for (_, at, linear) in &all {
+                let (x, out) = &mut ends[*at];
+                let start = Instant::now();
+                linear.forward(black_box(x.view()), out.view_mut());
+                seconds[*at] += start.elapsed().as_secs_f64();
+            }
         }
         let after = pace.take();
         let meanwhile = 2.0 / (1.0 / read + 1.0 / after);

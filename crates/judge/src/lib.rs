@@ -2,10 +2,12 @@
 
 mod baselines;
 mod cost;
+mod footprint;
 mod gate;
 mod speed;
 
-pub use baselines::{Baseline, BaselineError, Bench, baselines, fingerprint, frequencies, measure};
-pub use cost::{CostTable, Forecast};
+pub use baselines::{Baseline, BaselineError, Bench, SOURCE, baselines, fingerprint, frequencies, measure};
+pub use cost::{CostTable, Forecast, Products};
+pub use footprint::Footprint;
 pub use gate::{Against, LOSS_SLACK, Measured, Speed, Verdict, judge};
-pub use speed::{TIMING_BYTES, time_decode};
+pub use speed::{time_decode, timing_bytes};

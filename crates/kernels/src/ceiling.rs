@@ -5,18 +5,27 @@ use std::time::Instant;
 
 use crate::memory::Memory;
 use crate::simd::{Op, Simd, dispatch};
-use crate::{Isa, parallel};
+use crate::{Isa, cpu, parallel};
 
 /// Runs of which the best counts.
 const RUNS: usize = 7;
 /// Bytes of a task of the stream.
 const TASK: usize = 1 << 20;
+/// Bytes that are read at least, however few are read over and over.
+const READ: usize = 2 << 30;
+/// The least and the most that counts as beyond caches.
+const BEYOND: (usize, usize) = (512 << 20, 2 << 30);
+
+/// So many bytes are beyond any cache of this machine: read over and over, they come from memory.
+pub fn beyond_caches() -> usize {
+    cpu::last_level_cache().unwrap_or(0).saturating_mul(2).clamp(BEYOND.0, BEYOND.1)
+}
 
 /// Memory to read, for the best read-only stream: in the same kind of pages as packed weights.
 pub struct Reads(Memory);
 
 impl Reads {
-    /// `bytes` to read, a whole number of tasks of a megabyte: a few hundred megabytes at least, to be beyond caches.
+    /// `bytes` to read, rounded up to whole tasks of a megabyte: [`beyond_caches`] for the speed of memory.
     pub fn new(bytes: usize) -> Reads {
         let mut memory = Memory::zeroed(bytes.next_multiple_of(TASK));
         // Pages that nobody wrote are all one page.
@@ -38,10 +47,11 @@ impl Reads {
     }
 }
 
-/// Bytes a second of the best of several passes of [`Reads`] over `bytes`.
+/// Bytes a second of the best of several passes of [`Reads`] over `bytes`, as many to each thread: from the cache that holds them, or from memory. A
+/// model that is read over and over for one token after the other has them from there, too.
 pub fn bandwidth(bytes: usize) -> f64 {
-    let reads = Reads::new(bytes);
-    (0..RUNS).flat_map(|_| reads.pass()).fold(0.0, f64::max)
+    let reads = Reads::new(bytes.max(1).next_multiple_of(TASK * parallel::threads()));
+    (0..RUNS.max(READ / bytes.max(TASK) / 2)).flat_map(|_| reads.pass()).fold(0.0, f64::max)
 }
 
 /// Multiply-adds a second on f32, and on 8-bit codes and activations, by all threads, out of registers.

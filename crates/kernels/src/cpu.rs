@@ -86,6 +86,35 @@ impl fmt::Display for Isa {
     }
 }
 
+/// Bytes of the caches of the last level that the processors of this machine have together; none where the system does not tell.
+pub fn last_level_cache() -> Option<usize> {
+    static BYTES: OnceLock<Option<usize>> = OnceLock::new();
+    *BYTES.get_or_init(|| last_level(std::path::Path::new("/sys/devices/system/cpu")))
+}
+
+/// The same from Linux's description of processors at `cpus`: each has a folder for every cache it reaches, and shares some with others.
+fn last_level(cpus: &std::path::Path) -> Option<usize> {
+    let mut caches = Vec::new();
+    for cpu in std::fs::read_dir(cpus).ok()?.flatten() {
+        let Ok(indices) = std::fs::read_dir(cpu.path().join("cache")) else { continue };
+        for index in indices.flatten() {
+            let read = |name: &str| std::fs::read_to_string(index.path().join(name)).map(|s| s.trim().to_owned()).ok();
+            let (Some(level), Some(size), Some(of)) = (read("level"), read("size"), read("shared_cpu_list")) else {
+                continue;
+            };
+            let kib = size.strip_suffix('K').and_then(|n| n.parse::<usize>().ok());
+            if let (Ok(level), Some(bytes)) = (level.parse::<u32>(), kib.and_then(|n| n.checked_mul(1024))) {
+                caches.push((level, of, bytes));
+            }
+        }
+    }
+    let last = caches.iter().map(|c| c.0).max()?;
+    caches.retain(|c| c.0 == last);
+    caches.sort();
+    caches.dedup_by(|a, b| a.1 == b.1);
+    Some(caches.iter().fold(0, |sum, c| sum.saturating_add(c.2)))
+}
+
 /// Names of the features of this processor that matter to kernels, present and future, with whether it has them.
 pub fn features() -> Vec<(&'static str, bool)> {
     #[cfg(target_arch = "x86_64")]
@@ -114,5 +143,31 @@ pub fn features() -> Vec<(&'static str, bool)> {
     #[cfg(not(target_arch = "x86_64"))]
     {
         Vec::new()
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn caches_that_processors_share_count_once() {
+        let dir = tempfile::tempdir().unwrap();
+        let put = |cpu: usize, index: usize, level: u32, size: &str, of: &str| {
+            let at = dir.path().join(format!("cpu{cpu}/cache/index{index}"));
+            std::fs::create_dir_all(&at).unwrap();
+            for (name, text) in [("level", &*level.to_string()), ("size", size), ("shared_cpu_list", of)] {
+                std::fs::write(at.join(name), format!("{text}\n")).unwrap();
+            }
+        };
+        assert_eq!(last_level(dir.path()), None);
+        assert_eq!(last_level(&dir.path().join("nowhere")), None);
+        for cpu in 0..4 {
+            put(cpu, 0, 1, "32K", &cpu.to_string());
+            put(cpu, 3, 3, "16384K", if cpu < 2 { "0-1" } else { "2-3" });
+        }
+        assert_eq!(last_level(dir.path()), Some(32 << 20));
+        put(0, 4, 4, "broken", "0-3");
+        assert_eq!(last_level(dir.path()), Some(32 << 20));
     }
 }

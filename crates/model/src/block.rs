@@ -130,13 +130,22 @@ impl Block {
 
     /// Bytes of weights read for one token (of experts: those that a token uses).
     pub fn weights_bytes(&self) -> u64 {
+        self.bytes(|all, choice| all * choice.used as u64 / choice.count as u64)
+    }
+
+    /// Bytes of all weights, which one token after the other reads.
+    pub fn footprint_bytes(&self) -> u64 {
+        self.bytes(|all, _| all)
+    }
+
+    /// Bytes of weights; of all experts' those that `share` says.
+    fn bytes(&self, share: impl Fn(u64, &Experts) -> u64) -> u64 {
         let attention =
             self.attention.as_ref().map_or(0, |a| [&a.q, &a.k, &a.v, &a.o].map(Projection::bytes).iter().sum());
         let ffn = self.ffn.as_ref().map_or(0, |f| match &f.body {
             Body::Dense(f) => f.bytes(),
             Body::Mixture { router, choice, experts } => {
-                let all: u64 = experts.iter().map(Ffn::bytes).sum();
-                router.bytes() + all * choice.used as u64 / choice.count as u64
+                router.bytes() + share(experts.iter().map(Ffn::bytes).sum(), choice)
             }
         });
         attention + ffn

@@ -219,4 +219,9 @@ impl Decoder {
     pub fn weights_bytes(&self) -> u64 {
         self.blocks.iter().map(Block::weights_bytes).sum::<u64>() + self.head.weights_bytes()
     }
+
+    /// Bytes of all weights that one token after the other reads: more than [`Decoder::weights_bytes`] where there are experts.
+    pub fn footprint_bytes(&self) -> u64 {
+        self.blocks.iter().map(Block::footprint_bytes).sum::<u64>() + self.head.weights_bytes()
+    }
 }

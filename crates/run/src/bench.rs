@@ -18,6 +18,8 @@ pub struct BenchOptions {
     pub gen_tokens: usize,
     /// Tokens read before the steps, at least 1 is taken.
     pub depth: usize,
+    /// Steps before each repetition that do not count: where something else ran since, they bring back into a cache what it held.
+    pub lead_tokens: usize,
     /// Repetitions after one warm-up, at least 1.
     pub reps: usize,
     /// Seed of the random tokens.
@@ -28,7 +30,7 @@ pub struct BenchOptions {
 
 impl Default for BenchOptions {
     fn default() -> BenchOptions {
-        BenchOptions { prompt_tokens: 512, gen_tokens: 128, depth: 0, reps: 5, seed: 0, profile: false }
+        BenchOptions { prompt_tokens: 512, gen_tokens: 128, depth: 0, lead_tokens: 0, reps: 5, seed: 0, profile: false }
     }
 }
 
@@ -123,6 +125,10 @@ impl Engine {
             self.reuse(&mut seq, &[], longest);
             self.extend(&mut seq, &text[..depth])?;
             for rep in 0..=reps {
+                for token in &text[depth..depth + o.lead_tokens.min(o.gen_tokens)] {
+                    seq.truncate(depth);
+                    self.extend(&mut seq, std::slice::from_ref(token))?;
+                }
                 seq.truncate(depth);
                 let steps = if rep == 0 { o.gen_tokens.min(8) } else { o.gen_tokens };
                 let start = Instant::now();
