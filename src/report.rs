@@ -3,9 +3,11 @@
 use std::path::Path;
 
 use anyhow::Context;
-use lacuna_eval::html::{Part, Point, Report};
+use lacuna_base::units::show_bytes;
+use lacuna_eval::html::{Answer, Part, Point, Report};
+use lacuna_judge::{Measured, Verdict};
 
-use crate::compress::{Done, TIMED_AS, source_is_coarse, table, timed};
+use crate::compress::{Done, SOURCE_IS_COARSE, TIMED_AS, source_is_coarse, table, timed};
 
 /// Writes the report; `samples` are (who, prompt, what followed).
 pub fn write(
@@ -15,25 +17,13 @@ pub fn write(
     d: &Done,
     samples: &[(String, String, String)],
 ) -> anyhow::Result<()> {
-    let mut parts = vec![Part::Text(format!(
-        "{model}, compressed by the recipe {recipe} in {:.0} s: {:.1} MB became {:.1} MB, {:.2} bits a weight.",
-        d.seconds,
-        d.source_bytes as f64 / 1e6,
-        d.outcomes.bytes as f64 / 1e6,
-        8.0 * d.outcomes.bytes as f64 / d.parameters.max(1) as f64
-    ))];
-    if let Some(v) = &d.verdict {
-        parts.push(Part::Heading("Does it pay?".into()));
-        parts.push(Part::Text(if v.pays {
-            "Yes: against every baseline that is as good, it is smaller or faster.".into()
-        } else {
-            "No: at least one baseline that is as good is not beaten.".into()
-        }));
+    let mut parts = Vec::new();
+    if let (Some(v), Some(m)) = (&d.verdict, &d.measured) {
+        parts.push(Part::Answer(answer(d, v, m)));
         if source_is_coarse(d) {
-            parts.push(Part::Text(
-                "The source itself has under 9 bits a weight: comparisons with low-bit rounding on it are weak evidence.".into(),
-            ));
+            parts.push(Part::Text(SOURCE_IS_COARSE.into()));
         }
+        parts.push(Part::Heading("Beside plain rounding".into()));
         parts.push(Part::Table(table(d)));
         if timed(d) {
             parts.push(Part::Text(TIMED_AS.into()));
@@ -45,23 +35,48 @@ pub fn write(
             .filter(|b| b.name != "token frequencies")
             .map(|b| Point { label: b.name.clone(), bytes: b.bytes, ppl: b.ppl, baseline: true })
             .collect();
-        if let Some(m) = &d.measured {
-            points.push(Point { label: m.name.clone(), bytes: m.bytes, ppl: m.ppl, baseline: false });
-        }
+        points.push(Point { label: m.name.clone(), bytes: m.bytes, ppl: m.ppl, baseline: false });
         parts.push(Part::Heading("Size against perplexity".into()));
         parts.push(Part::Scatter(points));
     }
-    parts.push(Part::Heading("Error by layer".into()));
-    parts.push(Part::Layers { y: "relative output error".into(), series: errors(d) });
     if !samples.is_empty() {
         parts.push(Part::Heading("The same prompt".into()));
         parts.push(Part::Samples(samples.to_vec()));
     }
+    parts.push(Part::Heading("Error by layer".into()));
+    parts.push(Part::Layers { y: "relative output error".into(), series: errors(d) });
     let html = Report { title: format!("Lacuna: {model} by {recipe}"), parts }.html();
     let tmp = path.with_extension("html.tmp");
     std::fs::write(&tmp, html)
         .and_then(|()| std::fs::rename(&tmp, path))
         .with_context(|| format!("{}: cannot be written", path.display()))
+}
+
+/// The report's first lines: whether it pays, and what became of size, loss and speed.
+fn answer(d: &Done, v: &Verdict, m: &Measured) -> Answer {
+    let before = |bytes: u64| format!("{} before", show_bytes(bytes));
+    let mut figures = vec![
+        ["size".into(), show_bytes(m.bytes), before(d.source_bytes)],
+        ["bits a weight".into(), format!("{:.2}", d.bits(m.bytes)), format!("{:.2} before", d.bits(d.source_bytes))],
+    ];
+    if let Some(x) = d.judged.as_ref().and_then(|j| j.against.as_ref()) {
+        figures.push(["perplexity".into(), format!("{:.2}", m.ppl), format!("{:.2} before", x.ppl_dense)]);
+    }
+    if let Some(s) = m.speed {
+        let source = v.against.iter().find(|a| a.baseline.name == lacuna_judge::SOURCE).and_then(|a| a.baseline.speed);
+        let was = source.map_or_else(String::new, |s| format!("{:.0} before", s.median));
+        figures.push(["tokens a second".into(), format!("{:.0}", s.median), was]);
+    }
+    let best = v.against.iter().find(|a| a.competes && !a.beaten);
+    let (words, why) = match best {
+        _ if v.pays => ("It pays", "Smaller or faster than every baseline that is as good.".to_owned()),
+        Some(a) => {
+            let why = a.why.strip_prefix("not beaten: ").unwrap_or(&a.why);
+            ("It does not pay", format!("Take {} instead: beside it this is {why}.", a.baseline.name))
+        }
+        None => ("It does not pay", "Its loss is no number.".to_owned()),
+    };
+    Answer { yes: v.pays, words: words.into(), why, figures }
 }
 
 /// By role, the error in each layer.

@@ -21,7 +21,9 @@ pub enum Part {
     Heading(String),
     /// A paragraph.
     Text(String),
-    /// A table; the first column and the last (words) to the left, the numbers between to the right.
+    /// The answer, for a reader in a hurry.
+    Answer(Answer),
+    /// A table; the first column and the last (words) to the left, the numbers between to the right. On a narrow page a row becomes a card.
     Table(Table),
     /// Lines over the layers, one a series.
     Layers {
@@ -41,6 +43,19 @@ pub enum Part {
     Scatter(Vec<Point>),
     /// Text that models wrote: who, the prompt, what followed.
     Samples(Vec<(String, String, String)>),
+}
+
+/// What a report comes to.
+#[derive(Clone, Debug)]
+pub struct Answer {
+    /// Whether it is a yes.
+    pub yes: bool,
+    /// The answer in a few words.
+    pub words: String,
+    /// Why, in a sentence.
+    pub why: String,
+    /// The figures that matter: what is measured, its value, what it was before.
+    pub figures: Vec<[String; 3]>,
 }
 
 /// A model between size and perplexity.
@@ -74,15 +89,27 @@ pub fn escape(text: &str) -> String {
 }
 
 const STYLE: &str = "\
-:root{color-scheme:light dark;--ink:#1b1b1f;--paper:#fdfdfb;--faint:#8884}\
-@media (prefers-color-scheme:dark){:root{--ink:#e4e4e0;--paper:#17181b}}\
+:root{color-scheme:light dark;--ink:#1b1b1f;--paper:#fdfdfb;--faint:#8884;--yes:#1a7f3c;--no:#b3441e}\
+@media (prefers-color-scheme:dark){:root{--ink:#e4e4e0;--paper:#17181b;--yes:#5cc47f;--no:#f0936b}}\
+*{box-sizing:border-box}\
 body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:52rem;margin:2rem auto;padding:0 1rem}\
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;display:block;overflow-x:auto}\
-td,th{padding:.2rem .7rem;border-bottom:1px solid var(--faint);text-align:right;white-space:nowrap}\
-td:first-child,th:first-child{text-align:left}\
-td:last-child:not(:first-child){text-align:left;white-space:normal;min-width:12rem}\
-svg{width:100%;height:auto;color:var(--ink)}\
-figure{margin:1rem 0}\
+h1{font-size:1.5rem;line-height:1.25;overflow-wrap:anywhere}h2{font-size:1.2rem;margin:2rem 0 .5rem}\
+.answer{border:2px solid var(--no);border-radius:.5rem;padding:.8rem 1rem}.answer.yes{border-color:var(--yes)}\
+.answer strong{font-size:1.5rem;color:var(--no)}.answer.yes strong{color:var(--yes)}.answer p{margin:.2rem 0 .8rem}\
+.figures{display:grid;grid-template-columns:repeat(auto-fit,minmax(8rem,1fr));gap:.8rem;margin:0}\
+.figures div{display:flex;flex-direction:column}.figures dt,.figures .was{font-size:.85rem;opacity:.75}\
+.figures dd{margin:0}.figures .now{font-size:1.25rem;font-variant-numeric:tabular-nums}\
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;width:100%}\
+td,th{padding:.25rem .6rem;border-bottom:1px solid var(--faint);text-align:right;white-space:nowrap}\
+td:first-child,th:first-child,td:last-child:not(:first-child),th:last-child:not(:first-child){text-align:left;white-space:normal}\
+tr.own td{font-weight:600}\
+@media (max-width:44rem){thead{display:none}table,tbody{display:block}\
+tr{display:grid;grid-template-columns:1fr 1fr;padding:.5rem 0;border-bottom:1px solid var(--faint)}\
+td{border:0;padding:.1rem 0;text-align:left;white-space:normal}td:empty{display:none}\
+td:first-child{font-weight:600}td:first-child,td:last-child:not(:first-child){grid-column:1/-1}\
+td:not(:first-child):not(:last-child)::before{content:attr(data-head) ' ';font-size:.85rem;opacity:.75}}\
+svg{width:100%;max-width:40rem;height:auto;color:var(--ink)}\
+figure{margin:1rem 0}figcaption{font-size:.9rem;opacity:.8}\
 pre{white-space:pre-wrap;border-left:3px solid var(--faint);padding:.3rem 0 .3rem 1rem;overflow-wrap:anywhere}\
 .prompt{opacity:.6}";
 
@@ -104,13 +131,16 @@ impl Part {
         match self {
             Part::Heading(t) => format!("<h2>{}</h2>\n", escape(t)),
             Part::Text(t) => format!("<p>{}</p>\n", escape(t)),
+            Part::Answer(a) => a.html(),
             Part::Table(t) => {
-                let row = |cells: &[String], tag: &str| {
-                    let cells: String = cells.iter().map(|c| format!("<{tag}>{}</{tag}>", escape(c))).collect();
-                    format!("<tr>{cells}</tr>\n")
+                let head: String = t.head.iter().map(|c| format!("<th>{}</th>", escape(c))).collect();
+                let cell = |(i, c): (usize, &String)| {
+                    let head = t.head.get(i).map_or("", String::as_str);
+                    format!("<td data-head=\"{}\">{}</td>", escape(head), escape(c))
                 };
-                let rows: String = t.rows.iter().map(|r| row(r, "td")).collect();
-                format!("<table>\n<thead>\n{}</thead>\n<tbody>\n{rows}</tbody>\n</table>\n", row(&t.head, "th"))
+                let row = |cells: &Vec<String>| cells.iter().enumerate().map(cell).collect::<String>();
+                let rows: String = t.rows.iter().map(|r| format!("<tr>{}</tr>\n", row(r))).collect();
+                format!("<table>\n<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n{rows}</tbody>\n</table>\n")
             }
             Part::Layers { y, series } => figure(&legend(series), |area| layers(area, y, series)),
             Part::Bars { y, bars } => figure("", |area| draw_bars(area, y, bars)),
@@ -123,6 +153,21 @@ impl Part {
                 })
                 .collect(),
         }
+    }
+}
+
+impl Answer {
+    fn html(&self) -> String {
+        let figure = |[what, now, was]: &[String; 3]| {
+            let [what, now, was] = [what, now, was].map(|t| escape(t));
+            format!("<div><dt>{what}</dt><dd class=\"now\">{now}</dd><dd class=\"was\">{was}</dd></div>\n")
+        };
+        let figures: String = self.figures.iter().map(figure).collect();
+        let (class, words, why) =
+            (if self.yes { "answer yes" } else { "answer" }, escape(&self.words), escape(&self.why));
+        format!(
+            "<section class=\"{class}\">\n<strong>{words}</strong>\n<p>{why}</p>\n<dl class=\"figures\">\n{figures}</dl>\n</section>\n"
+        )
     }
 }
 
@@ -144,10 +189,14 @@ const SERIES: [RGBColor; 8] = [
     RGBColor(200, 60, 80),
 ];
 
+/// Pixels of a drawing. It is shown at up to 640 and down to some 370 across: letters of [`LETTERS`] can be read at both.
+const CANVAS: (u32, u32) = (560, 380);
+const LETTERS: i32 = 16;
+
 /// A drawing with a caption, which is HTML already.
 fn figure(caption: &str, draw: impl FnOnce(&Area<'_>) -> Drawn) -> String {
     let mut svg = String::new();
-    let drawn = draw(&SVGBackend::with_string(&mut svg, (800, 420)).into_drawing_area());
+    let drawn = draw(&SVGBackend::with_string(&mut svg, CANVAS).into_drawing_area());
     match drawn {
         Ok(()) => {
             let svg = svg.replace(INK_HEX, "currentColor");
@@ -188,16 +237,16 @@ fn short(v: &f64) -> String {
 }
 
 fn text() -> TextStyle<'static> {
-    ("sans-serif", 17).into_font().color(&INK)
+    ("sans-serif", LETTERS).into_font().color(&INK)
 }
 
 /// A chart with axes; `inside` draws into it.
 macro_rules! chart {
-    ($area:expr, $x:expr, $y:expr, $x_name:expr, $y_name:expr, $labels:expr, $x_text:expr) => {{
+    ($area:expr, $x:expr, $y:expr, $x_name:expr, $y_name:expr, $labels:expr, $x_text:expr, $y_text:expr) => {{
         let mut chart = ChartBuilder::on($area)
             .margin(12)
             .x_label_area_size(44)
-            .y_label_area_size(74)
+            .y_label_area_size(64)
             .build_cartesian_2d($x.0..$x.1, $y.0..$y.1)?;
         chart
             .configure_mesh()
@@ -211,7 +260,7 @@ macro_rules! chart {
             .label_style(text())
             .axis_desc_style(text())
             .x_label_formatter($x_text)
-            .y_label_formatter(&short)
+            .y_label_formatter($y_text)
             .draw()?;
         chart
     }};
@@ -221,7 +270,7 @@ fn layers(area: &Area<'_>, y: &str, series: &[(String, Vec<f64>)]) -> Drawn {
     let longest = series.iter().map(|(_, v)| v.len()).max().unwrap_or(0).max(2);
     let ys = range(series.iter().flat_map(|(_, v)| v.iter().copied()).chain([0.0]));
     let xs = (0.0, longest as f64 - 1.0);
-    let mut chart = chart!(area, xs, ys, "layer", y, longest.min(16), &|v: &f64| format!("{v:.0}"));
+    let mut chart = chart!(area, xs, ys, "layer", y, longest.min(10), &|v: &f64| format!("{v:.0}"), &short);
     for (i, (_, values)) in series.iter().enumerate() {
         let colour = SERIES[i % SERIES.len()];
         let points = values.iter().enumerate().filter(|(_, v)| v.is_finite()).map(|(l, &v)| (l as f64, v));
@@ -235,7 +284,7 @@ fn draw_bars(area: &Area<'_>, y: &str, bars: &[(String, f64)]) -> Drawn {
     let ys = range(bars.iter().map(|b| b.1).chain([0.0]));
     let ys = (ys.0.min(0.0), ys.1);
     let xs = (0.0, bars.len().max(1) as f64);
-    let mut chart = chart!(area, xs, ys, "", y, 0, &|_: &f64| String::new());
+    let mut chart = chart!(area, xs, ys, "", y, 0, &|_: &f64| String::new(), &short);
     for (i, (label, value)) in bars.iter().enumerate().filter(|(_, b)| b.1.is_finite()) {
         let (left, right) = (i as f64 + 0.15, i as f64 + 0.85);
         chart.draw_series([Rectangle::new([(left, 0.0), (right, *value)], SERIES[0].filled())])?;
@@ -254,26 +303,65 @@ fn centre() -> plotters::style::text_anchor::Pos {
 
 fn scatter(area: &Area<'_>, points: &[Point]) -> Drawn {
     let mega = |p: &Point| p.bytes as f64 / 1e6;
-    let seen: Vec<&Point> = points.iter().filter(|p| p.ppl.is_finite()).collect();
-    // Room to the right for labels.
-    let (left, right) = range(seen.iter().map(|p| mega(p)));
-    let xs = (left, right + (right - left) * 0.15);
-    let ys = range(seen.iter().map(|p| p.ppl));
-    let mut chart = chart!(area, xs, ys, "size (MB)", "perplexity", 8, &short);
-    let mut taken: Vec<(i32, i32)> = Vec::new();
-    for p in &seen {
-        let (at, colour) = ((mega(p), p.ppl), if p.baseline { SERIES[5] } else { SERIES[1] });
-        let style = if p.baseline { colour.stroke_width(2) } else { colour.filled() };
+    let mut seen: Vec<&Point> = points.iter().filter(|p| p.ppl.is_finite() && p.ppl > 0.0).collect();
+    // What others lie on is drawn first; the result, which is what the drawing is about, comes last.
+    seen.sort_by_key(|p| !p.baseline);
+    let xs = range(seen.iter().map(|p| mega(p)));
+    // By its logarithm, since one broken baseline would lay all others on one line.
+    let ys = range(seen.iter().map(|p| p.ppl.ln()));
+    let mut chart = chart!(area, xs, ys, "size (MB)", "perplexity", 6, &short, &|v: &f64| short(&two_digits(v.exp())));
+    let mut taken: Vec<Box2> = Vec::new();
+    let spots: Vec<(i32, i32)> = seen.iter().map(|p| chart.backend_coord(&(mega(p), p.ppl.ln()))).collect();
+    taken.extend(spots.iter().map(|&(x, y)| Box2 { left: x - 7, top: y - 7, right: x + 7, bottom: y + 7 }));
+    for (p, &(x, y)) in seen.iter().zip(&spots).rev() {
+        let at = (mega(p), p.ppl.ln());
+        let style = if p.baseline { SERIES[5].stroke_width(2) } else { SERIES[1].filled() };
         chart.draw_series([Circle::new(at, if p.baseline { 5 } else { 7 }, style)])?;
-        let (x, mut y) = chart.backend_coord(&at);
-        // A label that would cover another one moves up.
-        while taken.iter().any(|&(a, b)| (a - x).abs() < 130 && (b - y).abs() < 17) {
-            y -= 5;
+        let wide = area.estimate_text_size(&p.label, &text())?.0 as i32;
+        let free = place(x, y, wide, &taken);
+        if (free.left - x).abs().max((free.top - y).abs()) > 3 * LETTERS {
+            let (from, to) = ((x, y), (free.left, (free.top + free.bottom) / 2));
+            area.draw(&PathElement::new([from, to], INK.mix(0.4)))?;
         }
-        taken.push((x, y));
-        area.draw_text(&p.label, &text(), (x + 10, y - 8))?;
+        area.draw_text(&p.label, &text(), (free.left, free.top))?;
+        taken.push(free);
     }
     area.present().map_err(Into::into)
+}
+
+/// `v` in the digits that a label on an axis needs.
+fn two_digits(v: f64) -> f64 {
+    let unit = 10f64.powf(v.abs().max(1e-300).log10().floor() - 1.0);
+    (v / unit).round() * unit
+}
+
+/// A rectangle of the drawing, in pixels.
+#[derive(Clone, Copy)]
+struct Box2 {
+    left: i32,
+    top: i32,
+    right: i32,
+    bottom: i32,
+}
+
+impl Box2 {
+    fn meets(&self, other: &Box2) -> bool {
+        self.left < other.right && other.left < self.right && self.top < other.bottom && other.top < self.bottom
+    }
+}
+
+/// Where a label of so many pixels finds room near a point: beside it, else above or below, farther and farther away, inside the drawing.
+fn place(x: i32, y: i32, wide: i32, taken: &[Box2]) -> Box2 {
+    let (width, height) = (CANVAS.0 as i32, CANVAS.1 as i32);
+    let at = |left: i32, top: i32| Box2 { left, top, right: left + wide, bottom: top + LETTERS };
+    let beside = |dy: i32| [at(x + 11, y - LETTERS / 2 + dy), at(x - 11 - wide, y - LETTERS / 2 + dy)];
+    let around = (0..14).flat_map(|i| {
+        let d = i * LETTERS / 2;
+        [beside(-d), beside(d), [at(x - wide / 2, y - 10 - LETTERS - d), at(x - wide / 2, y + 10 + d)]].concat()
+    });
+    let inside = |b: &Box2| b.left >= 66 && b.right <= width && b.top >= 0 && b.bottom <= height - 50;
+    let free = around.into_iter().find(|b| inside(b) && !taken.iter().any(|t| t.meets(b)));
+    free.unwrap_or_else(|| at(x + 11, y - LETTERS / 2))
 }
 
 #[cfg(test)]
@@ -287,6 +375,12 @@ mod tests {
         Report {
             title: "Report of <script>alert(1)</script>".into(),
             parts: vec![
+                Part::Answer(Answer {
+                    yes: true,
+                    words: "It pays <b>".into(),
+                    why: "Smaller & as good.".into(),
+                    figures: vec![["size".into(), "90 MB".into(), "269 MB before".into()]],
+                }),
                 Part::Heading("Layers".into()),
                 Part::Text("Errors, layer by layer.".into()),
                 Part::Table(table),
@@ -325,9 +419,23 @@ mod tests {
         assert_eq!(html.matches("<svg").count(), 5);
         assert!(!html.contains("could not be drawn") && !html.contains(INK_HEX) && !html.contains("NaN"));
         // Every element closes.
-        for tag in ["table", "svg", "figure", "pre", "p", "tr"] {
+        for tag in ["table", "svg", "figure", "pre", "p", "tr", "td", "section", "div", "dl"] {
             let open = html.matches(&format!("<{tag}>")).count() + html.matches(&format!("<{tag} ")).count();
             assert_eq!(open, html.matches(&format!("</{tag}>")).count(), "{tag}");
+        }
+    }
+
+    #[test]
+    fn labels_lie_on_nothing_and_inside() {
+        // Twelve models of one size and almost one loss.
+        let mut taken = vec![];
+        for i in 0..12 {
+            let free = place(530 - i, 180 + i, 90, &taken);
+            assert!(taken.iter().all(|t: &Box2| !t.meets(&free)), "{i}");
+            assert!(
+                free.left >= 66 && free.right <= CANVAS.0 as i32 && free.top >= 0 && free.bottom <= CANVAS.1 as i32
+            );
+            taken.push(free);
         }
     }
 }

@@ -70,6 +70,8 @@ pub struct Bench<'a> {
     pub max_ram: Option<u64>,
 }
 
+/// The name of the baseline that is the source itself.
+pub const SOURCE: &str = "source as it came";
 /// Bits of the rounded baselines.
 const BITS: [u8; 5] = [8, 6, 5, 4, 3];
 
@@ -174,7 +176,7 @@ pub fn baselines(bench: &Bench<'_>, progress: &mut dyn Progress) -> Result<Vec<B
         let measured = cached(&dir, &name, &key, progress, || measure(&name, &model, bench.held_out, bench.eval))?;
         out.push(Baseline { measured, path: Some(path) });
     }
-    let name = "source as it came";
+    let name = SOURCE;
     let measured = cached(&dir, name, &key, progress, || measure(name, bench.source, bench.held_out, bench.eval))?;
     out.push(Baseline { measured, path: Some(bench.source.path().to_owned()) });
     let windows = lacuna_eval::cut(bench.held_out, bench.eval.ctx, bench.eval.windows, bench.eval.bos)?;
