@@ -2,6 +2,7 @@
 //! `cargo xtask new-method` starts a method.
 
 mod arrows;
+mod dependencies;
 mod evidence;
 mod finding;
 mod method_laws;
@@ -18,7 +19,7 @@ use finding::Finding;
 use tree::Tree;
 
 const USAGE: &str = "\
-cargo xtask check [LAW ...]           every law, or those named: arrows methods tables length unsafe paths silenced fmt clippy
+cargo xtask check [LAW ...]           every law, or those named: arrows methods tables unused length unsafe paths silenced fmt clippy
 cargo xtask tables                    METHODS.md and KERNELS.md written anew
 cargo xtask evidence --data DIR --record DIR [--only ROW]... [--lacuna BINARY]
                                       the rows of bench/evidence.toml that are not recorded in DIR yet, run and recorded
@@ -49,10 +50,11 @@ struct Law {
     hold: fn(&Tree) -> Result<Vec<Finding>>,
 }
 
-const LAWS: [Law; 9] = [
+const LAWS: [Law; 10] = [
     Law { name: "arrows", hold: arrows::check },
     Law { name: "methods", hold: method_laws::check },
     Law { name: "tables", hold: tables::check },
+    Law { name: "unused", hold: dependencies::check },
     Law { name: "length", hold: text_laws::length },
     Law { name: "unsafe", hold: text_laws::unsafe_code },
     Law { name: "paths", hold: text_laws::machine_paths },
