@@ -120,8 +120,7 @@ impl Streams {
                 let (from, to) = (starts[b.start], starts[b.end]);
                 let mut batch = Batch::new();
                 for (i, s) in b.clone().enumerate() {
-                    let len = sequences[s].len();
-                    batch.push_extent(i, 0..len, len);
+                    batch.push(i, 0..sequences[s].len());
                 }
                 let mut x = Mat::zeros(to - from, width);
                 rows.read(from * width..to * width, x.data_mut())?;

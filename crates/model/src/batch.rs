@@ -9,7 +9,7 @@ use std::ops::Range;
 pub struct Batch {
     sequence: Vec<usize>,
     position: Vec<usize>,
-    extent: Vec<usize>,
+    length: Vec<usize>,
 }
 
 impl Batch {
@@ -22,28 +22,31 @@ impl Batch {
     pub fn clear(&mut self) {
         self.sequence.clear();
         self.position.clear();
-        self.extent.clear();
+        self.length.clear();
     }
 
-    /// One sequence's positions `positions`.
+    /// One sequence's positions `positions`, with which it ends.
     pub fn one(sequence: usize, positions: Range<usize>) -> Batch {
         let mut b = Batch::new();
         b.push(sequence, positions);
         b
     }
 
-    /// Adds rows for `positions` of `sequence`.
+    /// Adds rows for `positions` of `sequence`, which ends with them.
     pub fn push(&mut self, sequence: usize, positions: Range<usize>) {
-        self.push_extent(sequence, positions, 0);
+        let length = positions.end;
+        self.push_part(sequence, positions, length);
     }
 
-    /// As [`Batch::push`], for a sequence known to become `extent` tokens long. Only LongRoPE asks: it turns every row of a sequence that will
-    /// pass the original context by the long factors. Without it, a row is long from its own position on.
-    pub fn push_extent(&mut self, sequence: usize, positions: Range<usize>, extent: usize) {
+    /// As [`Batch::push`], for a sequence of `length` tokens, whose rest comes in other calls. Only LongRoPE asks: it turns every row of a
+    /// sequence by the list that the whole sequence's length calls for, so that a row does not depend on how the sequence was cut.
+    #[track_caller]
+    pub fn push_part(&mut self, sequence: usize, positions: Range<usize>, length: usize) {
+        assert!(positions.end <= length, "positions up to {} of a sequence of {length} tokens", positions.end);
         for p in positions {
             self.sequence.push(sequence);
             self.position.push(p);
-            self.extent.push(extent);
+            self.length.push(length);
         }
     }
 
@@ -62,9 +65,9 @@ impl Batch {
         &self.position
     }
 
-    /// Position and extent of every row.
+    /// Position of every row, and the length of its sequence.
     pub(crate) fn places(&self) -> impl ExactSizeIterator<Item = (usize, usize)> + Clone {
-        self.position.iter().copied().zip(self.extent.iter().copied())
+        self.position.iter().copied().zip(self.length.iter().copied())
     }
 
     /// Runs of rows of one sequence: the sequence and its rows.

@@ -74,11 +74,8 @@ fn worst(dir: &Path) -> Result<f32, Box<dyn std::error::Error>> {
     let mut worst = 0.0f32;
     for (ids, logits) in list(&golden["input_ids"])?.iter().zip(list(&golden["logits"])?) {
         let ids: Vec<u32> = list(ids)?.iter().filter_map(|i| i.as_u64()).map(|i| i as u32).collect();
-        // The twin saw each sequence whole, and chose LongRoPE's factors by its length.
-        let mut batch = Batch::new();
-        batch.push_extent(0, 0..ids.len(), ids.len());
         let mut kv = ContiguousKv::new(&decoder.spec, 1);
-        let hidden = decoder.forward(&ids, &batch, &mut kv, &mut NoTap)?;
+        let hidden = decoder.forward(&ids, &Batch::one(0, 0..ids.len()), &mut kv, &mut NoTap)?;
         let mine = decoder.logits(hidden.view());
         let rows = list(&logits)?;
         assert_eq!(rows.len(), ids.len(), "a row of logits for each token");

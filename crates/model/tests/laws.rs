@@ -2,6 +2,7 @@
 
 mod common;
 
+use std::ops::Range;
 use std::sync::Arc;
 
 use common::{Memory, specs, stored};
@@ -30,6 +31,13 @@ fn whole(d: &Decoder, tokens: &[u32], format: KvFormat) -> Mat {
     run(d, tokens, &Batch::one(0, 0..tokens.len()), &mut ContiguousKv::with_format(&d.spec, 1, format))
 }
 
+/// Some positions of a text of `length` tokens.
+fn part(sequence: usize, positions: Range<usize>, length: usize) -> Batch {
+    let mut batch = Batch::new();
+    batch.push_part(sequence, positions, length);
+    batch
+}
+
 #[test]
 fn whole_in_chunks_in_a_batch_and_one_by_one() {
     for (i, spec) in specs().into_iter().enumerate() {
@@ -42,14 +50,14 @@ fn whole_in_chunks_in_a_batch_and_one_by_one() {
                 let mut kv = ContiguousKv::with_format(&d.spec, 1, format);
                 for from in (0..a.len()).step_by(step) {
                     let to = (from + step).min(a.len());
-                    let part = run(&d, &a[from..to], &Batch::one(0, from..to), &mut kv);
-                    assert_eq!(bits(&part), bits(&la.view().rows_range(from, to).to_mat()), "spec {i} step {step}");
+                    let got = run(&d, &a[from..to], &part(0, from..to, a.len()), &mut kv);
+                    assert_eq!(bits(&got), bits(&la.view().rows_range(from, to).to_mat()), "spec {i} step {step}");
                 }
                 assert_eq!(kv.len(0), a.len());
             }
             // Both sequences in one call: the second half of a, all of b.
             let mut kv = ContiguousKv::with_format(&d.spec, 3, format);
-            run(&d, &a[..70], &Batch::one(2, 0..70), &mut kv);
+            run(&d, &a[..70], &part(2, 0..70, 150), &mut kv);
             let mut batch = Batch::one(2, 70..150);
             batch.push(0, 0..61);
             let both = run(&d, &[&a[70..], &b[..]].concat(), &batch, &mut kv);

@@ -67,13 +67,16 @@ pub struct Engine {
     context: usize,
     chunk: usize,
     kv: KvFormat,
+    /// LongRoPE's original contexts.
+    originals: Vec<usize>,
 }
 
 /// One text: its tokens so far and their keys and values.
 pub struct Sequence {
     tokens: Vec<u32>,
     kv: ContiguousKv,
-    extent: usize,
+    /// The class of the keys.
+    class: u32,
     /// The rows of the last call, and the logits after it.
     batch: Batch,
     logits: Vec<f32>,
@@ -101,7 +104,16 @@ impl Engine {
     /// An engine over a loaded model, with the model's own context.
     pub fn new(model: Decoder) -> Engine {
         let context = model.spec.context;
-        Engine { model, context, chunk: DEFAULT_CHUNK, kv: KvFormat::F32 }
+        let ropes = model.spec.layers.iter().filter_map(|l| l.attn.as_ref()?.rope.as_ref());
+        let mut originals: Vec<usize> = ropes
+            .filter_map(|r| match r.scaling {
+                RopeScaling::Longrope { original, .. } => Some(original),
+                _ => None,
+            })
+            .collect();
+        originals.sort_unstable();
+        originals.dedup();
+        Engine { model, context, chunk: DEFAULT_CHUNK, kv: KvFormat::F32, originals }
     }
 
     /// Another form of the cached keys and values; by default they are exactly what was computed.
@@ -145,53 +157,33 @@ impl Engine {
         Sequence {
             tokens: Vec::new(),
             kv: ContiguousKv::with_format(&self.model.spec, 1, self.kv),
-            extent: 0,
+            class: 0,
             batch: Batch::new(),
             logits: Vec::new(),
         }
     }
 
-    /// Prepares `seq` for a text that begins with `prompt` and may become `extent` tokens long: keeps what it has read of it already, short of
-    /// the last token, and forgets the rest. Returns how many tokens are kept.
-    pub fn reuse(&self, seq: &mut Sequence, prompt: &[u32], extent: usize) -> usize {
+    /// Prepares `seq` for a text that begins with `prompt`: keeps what it has read of it already, short of the last token, and forgets the rest.
+    /// Makes room for `room` tokens in all. Returns how many tokens are kept.
+    pub fn reuse(&self, seq: &mut Sequence, prompt: &[u32], room: usize) -> usize {
         let same = seq.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
-        let keep = same.min(prompt.len().saturating_sub(1));
-        // Short keys are of no use to a long text.
-        let turned = self.class(extent) != self.class(seq.extent);
-        seq.truncate(if turned { 0 } else { keep });
-        seq.extent = extent;
-        seq.tokens.reserve(extent.min(self.context).saturating_sub(seq.tokens.len()));
-        seq.tokens.len()
+        let keep = if self.class(prompt.len()) == seq.class { same.min(prompt.len().saturating_sub(1)) } else { 0 };
+        seq.truncate(keep);
+        seq.tokens.reserve(room.min(self.context).saturating_sub(keep));
+        keep
     }
 
-    /// Texts of different classes have no keys in common: LongRoPE turns a text that will be longer than the original context by other factors
-    /// from its first token on.
-    pub fn class(&self, extent: usize) -> u32 {
-        let ropes = self.model.spec.layers.iter().filter_map(|l| l.attn.as_ref()?.rope.as_ref());
-        let mut originals: Vec<usize> = ropes
-            .filter_map(|r| match r.scaling {
-                RopeScaling::Longrope { original, .. } => Some(original),
-                _ => None,
-            })
-            .collect();
-        originals.sort_unstable();
-        originals.dedup();
-        originals.iter().filter(|&&original| extent > original).count() as u32
+    /// The class of a text of `length` tokens. Texts of different classes have no keys in common: LongRoPE turns a text that is longer than the
+    /// original context by other factors, from its first token on. A text that outgrows its class is read again, so that what it says
+    /// is what one pass over the whole of it says, however it was cut. In transformers Phi-3 does the same; other architectures keep
+    /// the short keys beside long ones there, and what they say depends on how the text was cut.
+    pub fn class(&self, length: usize) -> u32 {
+        self.originals.iter().filter(|&&original| length > original).count() as u32
     }
 
-    /// Reads `tokens` after what `seq` has, a chunk at a time, and returns the logits of what follows. On an error the sequence is as before.
+    /// Reads `tokens` after what `seq` has, a chunk at a time, and returns the logits of what follows. Where the class of the text changes, all
+    /// of it is read again. On an error the sequence is as before, or empty where its class had changed.
     pub fn extend<'s>(&self, seq: &'s mut Sequence, tokens: &[u32]) -> Result<&'s [f32], RunError> {
-        let before = seq.tokens.len();
-        match self.extend_chunks(seq, tokens) {
-            Ok(()) => Ok(&seq.logits),
-            Err(e) => {
-                seq.truncate(before);
-                Err(e)
-            }
-        }
-    }
-
-    fn extend_chunks(&self, seq: &mut Sequence, tokens: &[u32]) -> Result<(), RunError> {
         let total = seq.tokens.len() + tokens.len();
         if tokens.is_empty() {
             return Err(RunError::Empty);
@@ -199,10 +191,34 @@ impl Engine {
         if total > self.context {
             return Err(RunError::Context { tokens: total, context: self.context, hint: "" });
         }
+        let class = self.class(total);
+        let read = if class == seq.class {
+            self.read(seq, tokens)
+        } else {
+            let all = [seq.tokens.as_slice(), tokens].concat();
+            seq.truncate(0);
+            seq.class = class;
+            self.read(seq, &all)
+        };
+        read.map(|()| seq.logits.as_slice())
+    }
+
+    /// Reads `tokens`, with which the text ends. On an error the sequence is as before.
+    fn read(&self, seq: &mut Sequence, tokens: &[u32]) -> Result<(), RunError> {
+        let before = seq.tokens.len();
+        let read = self.read_chunks(seq, tokens);
+        if read.is_err() {
+            seq.truncate(before);
+        }
+        read
+    }
+
+    fn read_chunks(&self, seq: &mut Sequence, tokens: &[u32]) -> Result<(), RunError> {
+        let total = seq.tokens.len() + tokens.len();
         for (i, chunk) in tokens.chunks(self.chunk).enumerate() {
             let at = seq.tokens.len();
             seq.batch.clear();
-            seq.batch.push_extent(0, at..at + chunk.len(), seq.extent);
+            seq.batch.push_part(0, at..at + chunk.len(), total);
             let hidden = self.model.forward(chunk, &seq.batch, &mut seq.kv, &mut NoTap)?;
             seq.tokens.extend_from_slice(chunk);
             if (i + 1) * self.chunk >= tokens.len() {

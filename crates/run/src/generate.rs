@@ -90,8 +90,7 @@ impl Engine {
             return Err(RunError::Context { tokens: g.prompt.len(), context, hint });
         }
         let mut sampler = Sampler::new(&g.sampling)?;
-        let extent = g.prompt.len().saturating_add(g.max_tokens).min(context);
-        let reused = self.reuse(seq, &g.prompt, extent);
+        let reused = self.reuse(seq, &g.prompt, g.prompt.len().saturating_add(g.max_tokens));
 
         let mut all = g.prompt.clone();
         let mut decoder = tokenizer.decoder().continuing();

@@ -3,7 +3,7 @@
 //! A step is one pass over the weights for one row of every text that is being continued and at most [`Limits::prefill_rows`] rows of prompts.
 //! Texts are admitted first come, first served; prompts take turns, so that a long one does not hold up short ones. Where blocks run out, the text
 //! that was admitted last gives its own up and waits, to be read again later: a row's result does not depend on its company, so that its
-//! answer is the same.
+//! answer is the same. A text that outgrows its class ([`Engine::class`]) is read again in the same way.
 
 use std::collections::{HashSet, VecDeque};
 
@@ -83,6 +83,7 @@ struct Active {
     read: usize,
     /// Tokens that it may become.
     extent: usize,
+    /// The class of its keys.
     class: u32,
     /// Tokens taken over at its first admission.
     reused: Option<usize>,
@@ -199,7 +200,6 @@ impl Scheduler {
                 (Work::Generate(Box::new(writing)), extent)
             }
         };
-        let class = self.engine.class(extent);
         self.waiting.push_back(Active {
             id,
             prompt_tokens: n,
@@ -207,7 +207,7 @@ impl Scheduler {
             slot: None,
             read: 0,
             extent,
-            class,
+            class: self.engine.class(n),
             reused: None,
             work,
         });
@@ -235,6 +235,7 @@ impl Scheduler {
 
     /// Does one step, telling what comes of it.
     pub fn step(&mut self, on: &mut dyn FnMut(u64, Event)) -> Step {
+        self.outgrown();
         self.admit(on);
         let (parts, step) = self.plan();
         if parts.is_empty() {
@@ -244,7 +245,7 @@ impl Scheduler {
         let mut tokens = Vec::new();
         for p in &parts {
             let a = &self.running[p.index];
-            batch.push_extent(slot(a), p.from..p.to, a.extent);
+            batch.push_part(slot(a), p.from..p.to, a.tokens.len());
             tokens.extend_from_slice(&a.tokens[p.from..p.to]);
         }
         let hidden = match self.engine.model().forward(&tokens, &batch, &mut self.store, &mut NoTap) {
@@ -296,6 +297,17 @@ impl Scheduler {
             self.close(&gone);
         }
         step
+    }
+
+    /// Texts that have become too long for the class of their keys are to be read again.
+    fn outgrown(&mut self) {
+        for index in (0..self.running.len()).rev() {
+            let class = self.engine.class(self.running[index].tokens.len());
+            if class != self.running[index].class {
+                let a = self.running.remove(index);
+                self.wait(Active { class, ..a });
+            }
+        }
     }
 
     /// Brings waiting texts to work while there is room.
@@ -394,15 +406,20 @@ impl Scheduler {
         (parts, step)
     }
 
-    /// The text that was admitted last goes back to the head of the queue, without its keys and values.
+    /// The text that was admitted last gives way.
     fn preempt(&mut self) {
-        let Some(mut a) = self.running.pop() else { return };
+        let Some(a) = self.running.pop() else { return };
+        self.preempted += 1;
+        self.wait(a);
+    }
+
+    /// Puts a text that was at work at the head of the queue; it gives its blocks up.
+    fn wait(&mut self, mut a: Active) {
         self.close(&a);
         (a.slot, a.read) = (None, 0);
         if let Work::Embed { sum, .. } = &mut a.work {
             sum.clear();
         }
-        self.preempted += 1;
         self.waiting.push_front(a);
     }
 

@@ -96,19 +96,6 @@ fn chunks_and_reuse_change_nothing() {
 }
 
 #[test]
-fn a_long_rope_text_is_read_again_when_it_gets_long() {
-    // The original context is 32: 20 + 4 tokens are short, 20 + 30 are long from the first token on.
-    let e = engine("llama_rope_longrope");
-    let short = Generation { prompt: (5..25).collect(), ..request(4) };
-    let long = Generation { max_tokens: 30, ..short.clone() };
-    let (t, mut seq) = (tokenizer(), e.sequence());
-    let mut go = |g: &Generation| e.generate(&mut seq, &t, g, &mut |_| ControlFlow::Continue(())).unwrap();
-    go(&short);
-    let after = go(&long);
-    assert_eq!((after.stats.reused_tokens, after.tokens), (0, run(&e, &long).tokens));
-}
-
-#[test]
 fn generation_ends_where_it_should() {
     let e = engine("llama");
     let all = run(&e, &request(20));

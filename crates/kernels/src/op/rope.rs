@@ -86,12 +86,10 @@ impl RopeTable {
         RopeTable { last: Arc::new(Mutex::new(last)), dims: rope.dims, short, long, attention_factor }
     }
 
-    /// cos and sin of every pair at `position` of a sequence that will be `extent` tokens long, `[dims / 2]` each.
-    ///
-    /// `extent` matters for LongRoPE only: a position beyond the original context is long whatever the extent says.
-    pub fn angles(&self, position: usize, extent: usize, cos: &mut [f32], sin: &mut [f32]) {
+    /// cos and sin of every pair at `position` of a sequence of `length` tokens, `[dims / 2]` each. The length matters for LongRoPE only.
+    pub fn angles(&self, position: usize, length: usize, cos: &mut [f32], sin: &mut [f32]) {
         let freq = match &self.long {
-            Some((long, original)) if extent.max(position + 1) > *original => long,
+            Some((long, original)) if length > *original => long,
             _ => &self.short,
         };
         for ((c, s), f) in cos.iter_mut().zip(sin).zip(freq) {
@@ -102,7 +100,7 @@ impl RopeTable {
         }
     }
 
-    /// Calls `f` with the cos and sin of many rows, from (position, extent) of every row.
+    /// Calls `f` with the cos and sin of many rows, from (position, length of the sequence) of every row.
     pub fn with<T>(
         &self,
         at: impl ExactSizeIterator<Item = (usize, usize)> + Clone,
@@ -119,10 +117,10 @@ impl RopeTable {
             let (cos, sin) = (Shared(rows.cos.as_mut_ptr()), Shared(rows.sin.as_mut_ptr()));
             parallel::ranges(known.len(), 1, usize::MAX, 64 * half, |from, to| {
                 let (cos, sin) = (&cos, &sin);
-                for (r, &(p, e)) in known.iter().enumerate().take(to).skip(from) {
+                for (r, &(p, n)) in known.iter().enumerate().take(to).skip(from) {
                     // SAFETY: rows do not overlap, and both have room for all of them.
                     let of = |x: &Shared| unsafe { std::slice::from_raw_parts_mut(x.0.add(r * half), half) };
-                    self.angles(p, e, of(cos), of(sin));
+                    self.angles(p, n, of(cos), of(sin));
                 }
             });
         }
@@ -133,7 +131,7 @@ impl RopeTable {
 /// The angles that were last asked for.
 #[derive(Debug)]
 struct Last {
-    /// Position and extent of every row.
+    /// Position and length of every row.
     at: Vec<(usize, usize)>,
     rows: RopeRows,
 }
@@ -234,7 +232,7 @@ mod tests {
         let x = random(5, 2 * 12, 3);
         let half = RopeTable::new(&rope(RopeStyle::Half, RopeScaling::Default));
         let inter = RopeTable::new(&rope(RopeStyle::Interleaved, RopeScaling::Default));
-        let at = || [0usize, 1, 7, 100, 5000].into_iter().map(|p| (p, 0));
+        let at = || [0usize, 1, 7, 100, 5000].into_iter().map(|p| (p, p + 1));
         let mut a = x.clone();
         half.with(at(), |rows| rows.apply(12, a.view_mut()));
         // The same vector with its channels reordered: pair (i, i + 4) becomes (2i, 2i + 1).
@@ -254,18 +252,17 @@ mod tests {
     }
 
     #[test]
-    fn longrope_switches_by_extent_or_position() {
+    fn longrope_switches_by_the_length_of_the_sequence() {
         let t = RopeTable::new(&rope(
             RopeStyle::Half,
             RopeScaling::Longrope { short: vec![1.0; 4], long: vec![2.0; 4], attention_factor: 1.0, original: 10 },
         ));
-        let angle = |p: usize, e: usize| {
+        let angle = |p: usize, n: usize| {
             let (mut c, mut s) = ([0.0; 4], [0.0; 4]);
-            t.angles(p, e, &mut c, &mut s);
+            t.angles(p, n, &mut c, &mut s);
             s[0].atan2(c[0])
         };
-        assert!((angle(2, 0) - 2.0).abs() < 1e-6 && (angle(2, 11) - 1.0).abs() < 1e-6);
+        assert!((angle(2, 3) - 2.0).abs() < 1e-6 && (angle(2, 11) - 1.0).abs() < 1e-6);
         assert!((angle(3, 10) - 3.0).abs() < 1e-6 && (angle(3, 11) - 1.5).abs() < 1e-6);
-        assert!((angle(10, 0) - (5.0 - std::f32::consts::TAU)).abs() < 1e-5, "a position beyond is long by itself");
     }
 }
