@@ -20,7 +20,6 @@ pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
         prompt_tokens: a.prompt,
         gen_tokens: a.generate,
         depth: a.depth,
-        lead_tokens: 0,
         reps: a.reps,
         seed: 0,
         profile: a.profile,

@@ -134,7 +134,8 @@ pub fn open(g: &Global, model: &str) -> Result<Model> {
         checkpoint = checkpoint.with_adapter(Adapter::open(dir)?, g.merge)?;
     }
     let m = opened(model, path, checkpoint);
-    m.checkpoint.remarks().iter().for_each(|r| say(format!("{model}: {r}")));
+    let doubt = m.checkpoint.metadata().and_then(Tokenizer::doubt);
+    m.checkpoint.remarks().iter().chain(&doubt).for_each(|r| say(format!("{model}: {r}")));
     Ok(m)
 }
 

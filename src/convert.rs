@@ -7,10 +7,10 @@ use std::time::Instant;
 
 use anyhow::{Context, bail};
 use lacuna_base::units::show_bytes;
-use lacuna_checkpoint::Tokenizer;
 use lacuna_checkpoint::save::{
     GgufKind, Loss, PackQuantized, Rounding, Saved, save_compressed_tensors, save_gguf, save_hf, save_peft,
 };
+use lacuna_checkpoint::{ChatTemplate, Tokenizer};
 use lacuna_eval::{Eval, HELD_OUT, Room, Table};
 use lacuna_format::{Float, Weights};
 use serde_json::{Value, json};
@@ -35,14 +35,14 @@ pub fn run(g: &Global, a: &Convert) -> anyhow::Result<ExitCode> {
         bar.set_position(done as u64);
     };
     let (source, over) = (&m.checkpoint, a.overwrite);
-    let saved = match a.to {
+    let mut saved = match a.to {
         Format::Gguf => save_gguf(source, &a.out, gguf_kind(a.kind)?, over, &mut progress)?,
         Format::Hf => save_hf(source, &a.out, float(a.kind, "hf")?, over, &mut progress)?,
         Format::CompressedTensors => save_compressed_tensors(source, &a.out, pack_quantized(a)?, over, &mut progress)?,
         Format::Peft => save_peft(source, &a.out, float(a.kind, "peft")?, over, &mut progress)?,
     };
     bar.finish_and_clear();
-    let judged = judge(&m, a, max_ram, &saved)?;
+    let judged = judge(&m, a, max_ram, &mut saved)?;
     let mut all = Loss::default();
     saved.tensors.iter().for_each(|t| all.add(&t.loss));
     let forms = forms(&saved);
@@ -164,7 +164,7 @@ fn words(saved: &Saved, forms: &BTreeMap<(String, String), Way>, all: &Loss, jud
 }
 
 /// The converted model beside its source on text that Lacuna carries; first of all, that both read the text as the same tokens.
-fn judge(m: &Model, a: &Convert, max_ram: Option<u64>, saved: &Saved) -> anyhow::Result<Value> {
+fn judge(m: &Model, a: &Convert, max_ram: Option<u64>, saved: &mut Saved) -> anyhow::Result<Value> {
     if a.to == Format::Peft {
         return Ok(json!({"not_measured": "an adapter and its base are two models until a reader adds them up"}));
     }
@@ -182,12 +182,18 @@ fn judge(m: &Model, a: &Convert, max_ram: Option<u64>, saved: &Saved) -> anyhow:
     };
     let tokens = source.encode(HELD_OUT, false)?;
     let other = Tokenizer::open(&written).context("the tokenizer that was written")?;
-    if other.encode(HELD_OUT, false)? != tokens {
+    let compared = source.compare(&other, ChatTemplate::open(&m.checkpoint).ok().as_ref(), &[HELD_OUT])?;
+    if let Some(why) = compared.refused {
         remove(&saved.path);
         bail!(
-            "the tokenizer that was written gives other ids than the source's: this tokenizer cannot be converted; {} was taken away again",
+            "the tokenizer that was written gives other ids than the source's ({why}): this tokenizer cannot be converted; {} was taken away again",
             saved.path.display()
         );
+    }
+    for note in compared.notes {
+        if !saved.notes.contains(&note) {
+            saved.notes.push(note);
+        }
     }
     if a.no_kl {
         return Ok(json!({"not_measured": "--no-kl"}));

@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use lacuna_base::units::show_bytes;
-use lacuna_checkpoint::{Adapter, Checkpoint, Found, OpenError, Problem};
+use lacuna_checkpoint::{Adapter, Checkpoint, Found, OpenError, Problem, Tokenizer, TokenizerError};
 use lacuna_eval::Table;
 use lacuna_format::Weights;
 use lacuna_spec::{Part, Place};
@@ -105,11 +105,23 @@ impl Walk {
     }
 }
 
-/// Tokens that the embedding has no row for.
-fn tokenizer_fits(m: &Model) -> Option<Problem> {
-    let (tokens, rows) = (m.tokenizer().ok()?.vocab_size(), m.checkpoint.spec().vocab);
-    let what = format!("the tokenizer knows {tokens} tokens, the embedding has {rows} rows: the others cannot be run");
-    (tokens > rows).then(|| Problem::odd(what, Some("put the tokenizer files of the model's own release beside it")))
+/// A tokenizer that cannot be read or is doubtful, and tokens that the embedding has no row for. To have none at all is no fault.
+fn tokenizer_problem(m: &Model) -> Option<Problem> {
+    let tokenizer = match Tokenizer::open(&m.checkpoint) {
+        Ok(t) => t,
+        Err(TokenizerError::Missing(_)) => return None,
+        Err(e) => {
+            return Some(Problem::odd(format!("the tokenizer cannot be read, so that no text can be run: {e}"), None));
+        }
+    };
+    let (tokens, rows) = (tokenizer.vocab_size(), m.checkpoint.spec().vocab);
+    if tokens > rows {
+        let what =
+            format!("the tokenizer knows {tokens} tokens, the embedding has {rows} rows: the others cannot be run");
+        return Some(Problem::odd(what, Some("put the tokenizer files of the model's own release beside it")));
+    }
+    let help = "convert the model again from its own release with a converter of today";
+    Some(Problem::odd(Tokenizer::doubt(m.checkpoint.metadata()?)?, Some(help)))
 }
 
 /// What can be said of a model that does not open at all: whether `repair` mends it.
@@ -145,7 +157,7 @@ pub fn run(g: &Global, a: &Inspect) -> anyhow::Result<ExitCode> {
     let roles = &walk.roles;
     let unused: Vec<_> = m.checkpoint.unused().iter().map(|t| t.name.clone()).collect();
     let mut problems = [m.checkpoint.problems(), &walk.problems].concat();
-    problems.extend(tokenizer_fits(&m));
+    problems.extend(tokenizer_problem(&m));
     let parameters: u64 = roles.values().map(|r| r.parameters).sum();
     let bytes: u64 = roles.values().map(|r| r.bytes).sum();
     let bits = 8.0 * bytes as f64 / parameters.max(1) as f64;

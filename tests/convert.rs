@@ -413,6 +413,118 @@ fn repair_mends_gguf_files() {
     assert_eq!(diagnose(&mended).unwrap(), []);
 }
 
+/// Special tokens of Phi-3 take the white space behind them away. llama.cpp knows that by the file's name alone, and so it is kept at every station.
+#[test]
+fn special_tokens_keep_taking_white_space() {
+    let home = TempDir::new().unwrap();
+    let at = |name: &str| home.path().join(name);
+    let phi3 = &families().into_iter().find(|f| f.0 == "phi3").unwrap().1;
+    make(&at("model"), phi3);
+    std::fs::remove_file(at("model/special_tokens_map.json")).unwrap();
+    for file in ["tokenizer.json", "tokenizer_config.json"] {
+        std::fs::copy(golden("tokenizers/phi3").join(file), at("model").join(file)).unwrap();
+    }
+    let page: Value = serde_json::from_slice(&std::fs::read(golden("tokenizers/phi3/golden.json")).unwrap()).unwrap();
+    let same = |path: &Path| {
+        let t = Tokenizer::open(&open(path).unwrap()).unwrap();
+        for case in page["cases"].as_array().unwrap() {
+            let text = case["text"].as_str().unwrap();
+            assert_eq!(json!(t.encode(text, false).unwrap()), case["ids"], "{}: {text:?}", path.display());
+        }
+    };
+    let named = |path: &Path| {
+        let c = open(path).unwrap();
+        c.metadata().unwrap().get_str("general.name").unwrap().unwrap().to_owned()
+    };
+    same(&at("model"));
+    let saved = gguf(&at("model"), &at("m.gguf"), GgufKind::F16);
+    assert_eq!(named(&at("m.gguf")), "phi-3 model");
+    assert!(saved.notes.iter().any(|n| n.contains("\"phi-3 model\"")), "{:?}", saved.notes);
+    same(&at("m.gguf"));
+    packed(&at("m.gguf"), &at("packed"), |_| {}, |_, s| s.clone());
+    same(&at("packed"));
+    gguf(&at("packed"), &at("again.gguf"), GgufKind::F16);
+    assert_eq!(named(&at("again.gguf")), "phi-3 packed");
+    same(&at("again.gguf"));
+    hf(&at("m.gguf"), &at("hf"), None);
+    same(&at("hf"));
+    // A tokenizer of another kind must not get that name: llama.cpp would not even open the file.
+    make(&at("my-Phi3-tune"), phi3);
+    let saved = gguf(&at("my-Phi3-tune"), &at("o.gguf"), GgufKind::F16);
+    assert_eq!(named(&at("o.gguf")), "my-Phi_3-tune");
+    assert!(saved.notes.iter().any(|n| n.contains("my-Phi_3-tune")), "{:?}", saved.notes);
+}
+
+/// A tokenizer that GGUF has no words for is refused before anything is written, one with rare differences tells them.
+#[test]
+fn tokenizers_that_gguf_cannot_say() {
+    let home = TempDir::new().unwrap();
+    let (dir, out) = (home.path().join("llama"), home.path().join("m.gguf"));
+    make(&dir, &families()[0].1);
+    let file = dir.join("tokenizer.json");
+    let mut t: Value = serde_json::from_slice(&std::fs::read(&file).unwrap()).unwrap();
+    let tokens = t["added_tokens"].as_array_mut().unwrap();
+    tokens.iter_mut().find(|t| t["content"] == "<|im_start|>").unwrap()["lstrip"] = true.into();
+    write_json(&file, &t);
+    let run = || {
+        let (dir, out) = (dir.to_str().unwrap(), out.to_str().unwrap());
+        let args = ["convert", dir, "--to", "gguf", "-o", out, "--json", "--windows", "2", "--ctx", "64"];
+        Command::new(env!("CARGO_BIN_EXE_lacuna")).args(args).output().unwrap()
+    };
+    // Its chats are `<|im_end|>`, a new line, `<|im_start|>`.
+    let done = run();
+    let said = String::from_utf8_lossy(&done.stderr);
+    assert!(done.status.code() == Some(1) && said.contains("a chat has other ids"), "{said}");
+    assert!(!out.exists());
+    let tokens = t["added_tokens"].as_array_mut().unwrap();
+    tokens.iter_mut().find(|t| t["content"] == "<|im_start|>").unwrap()["lstrip"] = false.into();
+    tokens.iter_mut().find(|t| t["content"] == "<|endoftext|>").unwrap()["lstrip"] = true.into();
+    write_json(&file, &t);
+    let done = run();
+    let said: Value = serde_json::from_slice(&done.stdout).unwrap();
+    let notes = said["notes"].as_array().unwrap();
+    assert!(notes.len() == 1 && notes[0].as_str().unwrap().contains("<|endoftext|>"), "{notes:?}");
+}
+
+/// Without `tokenizer.ggml.pre` words are cut by a guess: whoever opens or inspects the file is told.
+#[test]
+fn guessed_words_are_told() {
+    let home = TempDir::new().unwrap();
+    let (dir, file) = (home.path().join("llama"), home.path().join("m.gguf"));
+    make(&dir, &families()[0].1);
+    gguf(&dir, &file, GgufKind::F16);
+    let bytes = std::fs::read(&file).unwrap();
+    let renamed = |key: &str, to: &str| {
+        assert_eq!(key.len(), to.len());
+        let mut bytes = bytes.clone();
+        let at = bytes.windows(key.len()).position(|w| w == key.as_bytes()).unwrap();
+        bytes[at..at + key.len()].copy_from_slice(to.as_bytes());
+        std::fs::write(&file, bytes).unwrap();
+    };
+    let run = |args: &[&str]| {
+        let file = file.to_str().unwrap();
+        let done =
+            Command::new(env!("CARGO_BIN_EXE_lacuna")).args([&[args[0], file], &args[1..]].concat()).output().unwrap();
+        (done.status.success(), String::from_utf8(done.stdout).unwrap(), String::from_utf8(done.stderr).unwrap())
+    };
+    let problem = || {
+        let (_, said, _) = run(&["inspect", "--json", "--quick"]);
+        let said: Value = serde_json::from_str(&said).unwrap();
+        said["problems"].as_array().unwrap().iter().map(|p| p["what"].as_str().unwrap().to_owned()).collect::<String>()
+    };
+    let generate = ["generate", "-p", "Hi", "-n", "1", "--temp", "0"];
+    assert_eq!(problem(), "");
+    assert!(!run(&generate).2.contains("tokenizer.ggml.pre"));
+    renamed("tokenizer.ggml.pre", "tokenizer.ggml.prx");
+    assert!(problem().contains("no tokenizer.ggml.pre"), "{}", problem());
+    let (fine, _, told) = run(&generate);
+    assert!(fine && told.contains("no tokenizer.ggml.pre"), "{told}");
+    renamed("smaug-bpe", "smaug-xyz");
+    assert!(problem().contains("`smaug-xyz`"), "{}", problem());
+    let (fine, _, told) = run(&generate);
+    assert!(!fine && told.contains("`smaug-xyz`") && told.contains("tokenizer.json"), "{told}");
+}
+
 /// The verb: words and JSON, refusals, what was there before.
 #[test]
 fn the_verb_says_what_changed() {

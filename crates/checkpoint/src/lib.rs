@@ -23,5 +23,5 @@ pub use open::{Checkpoint, Kind, OpenError, examine, open};
 pub use repair::{Fault, diagnose, repair};
 pub use template::{ChatTemplate, Message, TemplateError};
 pub use tensor::{TensorInfo, TensorType};
-pub use tokenizer::{Decoder, Export, HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};
+pub use tokenizer::{Compared, Decoder, Export, HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};
 pub use writer::{PackedWriter, SaveError};

@@ -488,7 +488,8 @@ impl Checkpoint {
         }
         let map = Mapped::open(&path)?;
         let parsed = gguf::parse(map.bytes()).map_err(|e| OpenError::bad(&path, e.what))?;
-        let keep = |key: &str| key.starts_with("tokenizer.") || key == "general.architecture";
+        // The name belongs to the tokenizer: by it some have special tokens that take white space away.
+        let keep = |key: &str| key.starts_with("tokenizer.") || matches!(key, "general.architecture" | "general.name");
         Ok(Some(gguf::metadata_only(map.bytes(), &parsed, keep)))
     }
 

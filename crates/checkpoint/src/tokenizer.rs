@@ -5,8 +5,10 @@
 //! Decoding is our own, because a stream of tokens must give the same text as all of them at once: every token is a run of bytes, and the
 //! bytes are cut into text only where UTF-8 allows.
 
+mod compare;
 mod export;
 mod hf;
+mod pair;
 mod stream;
 mod vocabulary;
 
@@ -15,8 +17,9 @@ use std::panic::{AssertUnwindSafe, catch_unwind};
 use std::sync::Arc;
 
 use crate::Checkpoint;
+pub use compare::Compared;
 pub use export::Export;
-pub(crate) use export::hf_files;
+pub(crate) use export::{general_name, hf_files};
 pub use hf::HfFiles;
 pub use stream::Decoder;
 use stream::Pieces;

@@ -112,7 +112,6 @@ pub fn time_decode(
         for ((engine, footprint), (runs, at)) in engines.iter().zip(&footprints).zip(&mut runs) {
             let pace = &paces.iter().find(|p| p.0 == *footprint).expect("one for each").1;
             let mut read = Vec::new();
-            let options = BenchOptions { lead_tokens: footprint.passes() - 1, ..options.clone() };
             let b = engine.bench(&options, &mut |_, _| read.push(pace.take()))?;
             if round > 0 {
                 at.extend(harmonic(&read));

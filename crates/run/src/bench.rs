@@ -18,8 +18,6 @@ pub struct BenchOptions {
     pub gen_tokens: usize,
     /// Tokens read before the steps, at least 1 is taken.
     pub depth: usize,
-    /// Steps before each repetition that do not count: where something else ran since, they bring back into a cache what it held.
-    pub lead_tokens: usize,
     /// Repetitions after one warm-up, at least 1.
     pub reps: usize,
     /// Seed of the random tokens.
@@ -30,7 +28,7 @@ pub struct BenchOptions {
 
 impl Default for BenchOptions {
     fn default() -> BenchOptions {
-        BenchOptions { prompt_tokens: 512, gen_tokens: 128, depth: 0, lead_tokens: 0, reps: 5, seed: 0, profile: false }
+        BenchOptions { prompt_tokens: 512, gen_tokens: 128, depth: 0, reps: 5, seed: 0, profile: false }
     }
 }
 
@@ -125,17 +123,13 @@ impl Engine {
         if o.gen_tokens > 0 {
             self.reuse(&mut seq, &[], longest);
             self.extend(&mut seq, &text[..depth])?;
-            // Back to `depth` tokens, the last of which is read anew: where the steps crossed LongRoPE's original context, the short keys come
-            // back before the clock starts.
+            // Back to `depth` tokens, the last of which is read anew: weights that a cache holds are there again before the clock starts, and, where
+            // the steps crossed LongRoPE's original context, the short keys.
             let back = |seq: &mut Sequence| {
                 seq.truncate(depth - 1);
                 self.extend(seq, &text[depth - 1..depth]).map(drop)
             };
             for rep in 0..=reps {
-                for token in &text[depth..depth + o.lead_tokens.min(o.gen_tokens)] {
-                    back(&mut seq)?;
-                    self.extend(&mut seq, std::slice::from_ref(token))?;
-                }
                 back(&mut seq)?;
                 let steps = if rep == 0 { o.gen_tokens.min(8) } else { o.gen_tokens };
                 let start = Instant::now();

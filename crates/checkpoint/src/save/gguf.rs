@@ -14,8 +14,8 @@ use lacuna_spec::{Place, Role, Spec};
 use super::arrange::{Arranged, Form};
 use super::gguf_pairs::Pairs;
 use super::{OutFile, Progress, Saved, Written};
-use crate::tokenizer::Export;
-use crate::{Checkpoint, Kind, SaveError, gguf};
+use crate::tokenizer::{Export, general_name};
+use crate::{Checkpoint, Kind, SaveError, Vocabulary, gguf};
 
 /// Where data begin: every tensor at a multiple of this.
 const ALIGNMENT: u64 = 32;
@@ -200,12 +200,32 @@ fn made_pairs(
     notes: &mut Vec<String>,
 ) -> Result<Pairs, SaveError> {
     let mut pairs = Pairs::default();
+    let export = match source.metadata() {
+        Some(_) => None,
+        None => match Export::of_dir(source.dir(), spec.vocab) {
+            Ok(mut export) => {
+                notes.append(&mut export.notes);
+                Some(export)
+            }
+            Err(crate::TokenizerError::Missing(what)) => {
+                notes.push(format!("no tokenizer goes along: {what}"));
+                None
+            }
+            Err(e) => return Err(SaveError::Refused(e.to_string())),
+        },
+    };
+    let phi3 = match (&export, source.metadata()) {
+        (Some(export), _) => export.vocabulary.phi3,
+        (None, Some(metadata)) => Vocabulary::from_gguf(metadata).is_ok_and(|v| v.phi3),
+        (None, None) => false,
+    };
+    let name = source.dir().canonicalize().ok().and_then(|d| Some(d.file_name()?.to_str()?.to_owned()));
+    let (name, renamed) = general_name(name, phi3);
+    notes.extend(renamed);
     let (first, rest) = keys.split_at(1.min(keys.len()));
     first.iter().for_each(|(k, v)| pairs.value(k, v));
     pairs.str("general.type", "model");
-    if let Some(name) = source.dir().canonicalize().ok().and_then(|d| Some(d.file_name()?.to_str()?.to_owned())) {
-        pairs.str("general.name", &name);
-    }
+    name.iter().for_each(|n| pairs.str("general.name", n));
     rest.iter().for_each(|(k, v)| pairs.value(k, v));
     if let (Some(file), Some(metadata)) = (source.gguf_file()?, source.metadata()) {
         for (_, pair) in metadata.raw(&file).filter(|(k, _)| k.starts_with("tokenizer.")) {
@@ -213,13 +233,9 @@ fn made_pairs(
         }
         return Ok(pairs);
     }
-    match Export::of_dir(source.dir(), spec.vocab) {
-        Ok(export) => pairs.tokenizer(&export),
-        Err(crate::TokenizerError::Missing(what)) => {
-            notes.push(format!("no tokenizer goes along: {what}"));
-            pairs.str("tokenizer.ggml.model", "none");
-        }
-        Err(e) => return Err(SaveError::Refused(e.to_string())),
+    match export {
+        Some(export) => pairs.tokenizer(&export),
+        None => pairs.str("tokenizer.ggml.model", "none"),
     }
     Ok(pairs)
 }

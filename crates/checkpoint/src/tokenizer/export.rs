@@ -5,8 +5,9 @@ use std::path::Path;
 
 use serde_json::{Map, Value, json};
 
+use super::compare::Compared;
 use super::stream::{Pieces, fallback_byte};
-use super::vocabulary::{GPT2_WORDS, LLAMA3_WORDS, QWEN2_WORDS};
+use super::vocabulary::{GPT2_WORDS, LLAMA3_WORDS, PHI3_NAMES, QWEN2_WORDS, is_phi3, named_phi3};
 use super::{HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};
 use crate::{ChatTemplate, Checkpoint};
 
@@ -19,6 +20,8 @@ pub struct Export {
     pub padding: Option<u32>,
     /// `tokenizer.chat_template`.
     pub template: Option<String>,
+    /// What GGUF cannot say of it, a sentence each.
+    pub notes: Vec<String>,
 }
 
 fn unsupported<T>(what: impl Into<String>) -> Result<T, TokenizerError> {
@@ -26,7 +29,7 @@ fn unsupported<T>(what: impl Into<String>) -> Result<T, TokenizerError> {
 }
 
 impl Export {
-    /// From the tokenizer files in `dir`, for a model whose embedding has `rows` rows.
+    /// From the tokenizer files in `dir`, for a model whose embedding has `rows` rows. Refused where chats or plain text would have other ids.
     pub fn of_dir(dir: &Path, rows: usize) -> Result<Export, TokenizerError> {
         let tokenizer = Tokenizer::from_dir(dir)?;
         let files = HfFiles::read(dir)?;
@@ -42,8 +45,82 @@ impl Export {
             let name = |v: &Value| v.as_str().or_else(|| v["content"].as_str()).map(str::to_owned);
             name(&config[key]).or_else(|| name(&map[key])).and_then(|n| tokenizer.id_of(&n))
         };
-        let vocabulary = vocabulary(&tokenizer, &json, rows, named("unk_token"))?;
-        Ok(Export { vocabulary, padding: named("pad_token"), template })
+        let lists = vocabulary(&tokenizer, &json, rows, named("unk_token"))?;
+        let (vocabulary, mut notes) = closest(&tokenizer, &json, lists, ChatTemplate::from_dir(dir).ok().as_ref())?;
+        if vocabulary.pre.as_deref() == Some("qwen2") {
+            notes.push(
+                "the source composes accents before it looks for tokens (NFC); llama.cpp does not: letters written with separate accents have other \
+                 ids there"
+                    .into(),
+            );
+        }
+        Ok(Export { vocabulary, padding: named("pad_token"), template, notes })
+    }
+}
+
+/// Lists that give the source's ids, or those that come closest, and what is still different. Two things GGUF says for all texts or for none: that a
+/// space stands before each piece of text, and that special tokens take the white space behind them away.
+fn closest(
+    tokenizer: &Tokenizer,
+    json: &Value,
+    lists: Vocabulary,
+    template: Option<&ChatTemplate>,
+) -> Result<(Vocabulary, Vec<String>), TokenizerError> {
+    let added = json["added_tokens"].as_array().map_or(&[][..], Vec::as_slice);
+    let takes_space = added.iter().any(|t| t["rstrip"] == true) && is_phi3(&lists.tokens);
+    let mut steps = Vec::new();
+    flatten(&json["pre_tokenizer"], "pretokenizers", &mut steps);
+    let prefix = lists.add_space_prefix;
+    // Metaspace asks what a text begins with, and its scheme `first` where the text stands; only the outcome tells what is nearest to that.
+    let either = steps.iter().any(|s| s["type"] == "Metaspace") && prefix == Some(true);
+    let prefixes = if either { vec![prefix, Some(false)] } else { vec![prefix] };
+    let named = if takes_space { vec![true, false] } else { vec![false] };
+    let mut best: Option<(Vocabulary, Compared)> = None;
+    for (add_space_prefix, phi3) in prefixes.iter().flat_map(|p| named.iter().map(move |n| (*p, *n))) {
+        let v = Vocabulary { add_space_prefix, phi3, ..lists.clone() };
+        let compared = tokenizer.compare(&Tokenizer::from_vocabulary(v.clone())?, template, &[])?;
+        let exact = compared.texts == 0;
+        let rank = |c: &Compared| (c.refused.is_some(), c.texts);
+        if best.as_ref().is_none_or(|b| rank(&compared) < rank(&b.1)) {
+            best = Some((v, compared));
+        }
+        if exact {
+            break;
+        }
+    }
+    match best {
+        Some((_, Compared { refused: Some(why), notes, .. })) => unsupported([vec![why], notes].concat().join("; ")),
+        Some((v, compared)) => Ok((v, compared.notes)),
+        None => unsupported("the tokenizer"),
+    }
+}
+
+/// `general.name` for a model called `name`, and what to say where it had to change: by this name alone llama.cpp decides whether special tokens take
+/// the white space behind them away.
+pub(crate) fn general_name(name: Option<String>, phi3: bool) -> (Option<String>, Option<String>) {
+    match (phi3, name) {
+        (true, name) if !name.as_deref().is_some_and(named_phi3) => {
+            let new = name.map_or("phi-3".into(), |n| format!("phi-3 {n}"));
+            let note = format!(
+                "general.name is {new:?}: llama.cpp goes by this name in taking away the white space behind special tokens, which this model's \
+                 tokenizer does; keep \"phi-3\" in it"
+            );
+            (Some(new), Some(note))
+        }
+        (false, Some(name)) if named_phi3(&name) => {
+            let mut new = name.clone();
+            for mark in PHI3_NAMES {
+                while let Some(at) = new.to_ascii_lowercase().find(mark) {
+                    new.replace_range(at + "phi".len()..at + mark.len(), "_3");
+                }
+            }
+            let note = format!(
+                "general.name is {new:?}, not {name:?}: in a file of that name llama.cpp would take away the white space behind special tokens, which \
+                 this tokenizer does not do"
+            );
+            (Some(new), Some(note))
+        }
+        (_, name) => (name, None),
     }
 }
 
@@ -126,13 +203,14 @@ fn merges(model: &Value) -> Result<Vec<(String, String)>, TokenizerError> {
     list.iter().map(|m| pair(m).ok_or_else(broken)).collect()
 }
 
-/// SentencePiece's scores: the earlier a merge makes a piece, the higher. Pieces that none makes never compete.
+/// SentencePiece's scores: the earlier a merge makes a piece, the higher. Pieces that none makes come last.
 fn scores(tokens: &[String], merges: &[(String, String)]) -> Vec<f32> {
     let mut rank: HashMap<String, usize> = HashMap::new();
     for (i, (l, r)) in merges.iter().enumerate() {
         rank.entry(format!("{l}{r}")).or_insert(i);
     }
-    let score = |t: &String| rank.get(t.as_str()).map_or(0.0, |&i| -(i as f32) - 1.0);
+    let last = merges.len();
+    let score = |t: &String| -(rank.get(t.as_str()).copied().unwrap_or(last) as f32) - 1.0;
     tokens.iter().map(score).collect()
 }
 
@@ -249,6 +327,23 @@ mod tests {
                 );
             }
         }
+    }
+
+    /// The name alone decides, so that it must fit the tokenizer.
+    #[test]
+    fn names_of_files_fit_their_tokenizers() {
+        let named = |name: Option<&str>, phi3| {
+            let (name, note) = general_name(name.map(str::to_owned), phi3);
+            assert!(name.as_deref().is_some_and(named_phi3) == phi3, "{name:?}");
+            (name.unwrap_or_default(), note.is_some())
+        };
+        let own = |name: &str, told| (name.to_owned(), told);
+        assert_eq!(named(Some("Phi-3.5-mini"), true), own("Phi-3.5-mini", false));
+        assert_eq!(named(Some("f10fb29b"), true), own("phi-3 f10fb29b", true));
+        assert_eq!(named(None, true), own("phi-3", true));
+        assert_eq!(named(Some("llama"), false), own("llama", false));
+        assert_eq!(named(Some("My-Phi-3-PHI3"), false), own("My-Phi_3-PHI_3", true));
+        assert_eq!(general_name(None, false), (None, None));
     }
 
     #[test]

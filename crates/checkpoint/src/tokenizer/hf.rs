@@ -5,17 +5,23 @@ use std::path::Path;
 use serde_json::Value;
 use tokenizers::AddedToken;
 
+use super::pair::{Beside, Pair, SAVE_JSON};
 use super::stream::Pieces;
 use super::vocabulary::wrap;
-use super::{Marks, TokenKind, Tokenizer, TokenizerError, Vocabulary, guarded};
+use super::{Marks, Tokenizer, TokenizerError, guarded};
+
+/// Files that hold a tokenizer in a form that is not read here.
+const OTHER_FORMS: [&str; 5] = ["tokenizer.model", "spiece.model", "tekken.json", "vocab.json", "vocab.txt"];
 
 /// The bytes of the files that say something about a tokenizer. All but one are optional.
 #[derive(Clone, Debug, Default)]
 pub struct HfFiles {
     /// `tokenizer.json`.
     pub tokenizer: Option<Vec<u8>>,
-    /// `vocab.json` and `merges.txt`: GPT-2's older form, used where `tokenizer.json` is missing.
+    /// `vocab.json` and `merges.txt`: the older form, used where `tokenizer.json` is missing.
     pub vocab_and_merges: Option<(Vec<u8>, Vec<u8>)>,
+    /// `added_tokens.json`: ids of tokens beside that vocabulary.
+    pub added_tokens: Option<Vec<u8>>,
     /// `tokenizer_config.json`.
     pub tokenizer_config: Option<Vec<u8>>,
     /// `special_tokens_map.json`.
@@ -37,6 +43,7 @@ impl HfFiles {
         Ok(HfFiles {
             tokenizer: get("tokenizer.json")?,
             vocab_and_merges: get("vocab.json")?.zip(get("merges.txt")?),
+            added_tokens: get("added_tokens.json")?,
             tokenizer_config: get("tokenizer_config.json")?,
             special_tokens_map: get("special_tokens_map.json")?,
             generation_config: get("generation_config.json")?,
@@ -50,13 +57,14 @@ impl Tokenizer {
     pub fn from_dir(dir: &Path) -> Result<Tokenizer, TokenizerError> {
         let files = HfFiles::read(dir)?;
         if files.tokenizer.is_none() && files.vocab_and_merges.is_none() {
-            let hint = if dir.join("tokenizer.model").exists() {
-                "; tokenizer.model alone is not read here: save the model once with a fast tokenizer, or use its GGUF file"
-            } else {
-                ""
-            };
+            if let Some(name) = OTHER_FORMS.iter().find(|name| dir.join(name).exists()) {
+                return Err(TokenizerError::Unsupported(format!(
+                    "{} alone is not read here; {SAVE_JSON}",
+                    dir.join(name).display()
+                )));
+            }
             return Err(TokenizerError::Missing(format!(
-                "{} has neither tokenizer.json nor vocab.json with merges.txt{hint}",
+                "{} has neither tokenizer.json nor vocab.json with merges.txt",
                 dir.display()
             )));
         }
@@ -70,33 +78,32 @@ impl Tokenizer {
         let generation = object(&files.generation_config, "generation_config.json")?;
         let model = object(&files.config, "config.json")?;
         let named = |key: &str| token_name(&config[key]).or_else(|| token_name(&map[key]));
-        let (bos_name, eos_name) = (named("bos_token"), named("eos_token"));
+        let (mut bos_name, mut eos_name) = (named("bos_token"), named("eos_token"));
         let numbered = |key: &str| ids(&generation[key]).chain(ids(&model[key])).collect::<Vec<u32>>();
 
-        let Some(json) = &files.tokenizer else {
-            let Some((vocab, merges)) = &files.vocab_and_merges else {
+        let mut encoder = match (&files.tokenizer, &files.vocab_and_merges) {
+            (Some(json), _) => {
+                let mut encoder = guarded(|| tokenizers::Tokenizer::from_bytes(json))
+                    .map_err(|e| TokenizerError::Broken(format!("tokenizer.json: {e}")))?;
+                // Some files carry the settings of somebody's training run, which would cut or fill our texts.
+                encoder.with_padding(None);
+                encoder.with_truncation(None).map_err(|e| TokenizerError::Broken(e.to_string()))?;
+                add_configured(&mut encoder, &config)?;
+                encoder
+            }
+            (None, Some((vocab, merges))) => {
+                let added = object(&files.added_tokens, "added_tokens.json")?;
+                let beside = Beside { config: &config, map: &map, added: &added, model: &model };
+                let mut pair = Pair::read(vocab, merges, &beside)?;
+                add_configured(&mut pair.encoder, &config)?;
+                add(&mut pair.encoder, pair.added, "added_tokens.json")?;
+                (bos_name, eos_name) = (pair.bos, pair.eos);
+                pair.encoder
+            }
+            (None, None) => {
                 return Err(TokenizerError::Missing("neither tokenizer.json nor vocab.json with merges.txt".into()));
-            };
-            let mut special: Vec<String> =
-                ["bos_token", "eos_token", "unk_token", "pad_token"].iter().filter_map(|k| named(k)).collect();
-            special.push("<|endoftext|>".into());
-            let mut v = from_pair(vocab, merges, &special)?;
-            let find = |name: &Option<String>| {
-                name.as_ref().and_then(|n| v.tokens.iter().position(|t| t == n)).map(|id| id as u32)
-            };
-            let (bos, eos) = (find(&bos_name), find(&eos_name));
-            v.bos = bos.or_else(|| numbered("bos_token_id").first().copied());
-            v.eos = eos.or_else(|| numbered("eos_token_id").first().copied());
-            v.add_bos = Some(config["add_bos_token"] == true);
-            return Tokenizer::from_vocabulary(v);
+            }
         };
-
-        let mut encoder = guarded(|| tokenizers::Tokenizer::from_bytes(json))
-            .map_err(|e| TokenizerError::Broken(format!("tokenizer.json: {e}")))?;
-        // Some files carry the settings of somebody's training run, which would cut or fill our texts.
-        encoder.with_padding(None);
-        encoder.with_truncation(None).map_err(|e| TokenizerError::Broken(e.to_string()))?;
-        add_configured(&mut encoder, &config)?;
         let id = |name: &Option<String>| name.as_ref().and_then(|n| encoder.token_to_id(n));
         let bos = id(&bos_name).or_else(|| numbered("bos_token_id").first().copied());
         let eos = id(&eos_name).or_else(|| numbered("eos_token_id").first().copied());
@@ -104,14 +111,16 @@ impl Tokenizer {
         let marks = Marks { bos, eos, more_eos: numbered("eos_token_id") };
 
         let tokenizer = Tokenizer::assemble(encoder.clone(), None, pieces, marks)?;
-        // The Llama and Gemma classes put these tokens around a text by their own settings, whatever tokenizer.json says.
+        // The Llama and Gemma classes put these tokens around a text by their own settings, whatever tokenizer.json says; so does a class that
+        // has no such file.
         let class = config["tokenizer_class"].as_str().unwrap_or("").trim_end_matches("Fast");
-        if !matches!(class, "LlamaTokenizer" | "GemmaTokenizer") {
+        let llama = matches!(class, "LlamaTokenizer" | "GemmaTokenizer");
+        if !llama && files.tokenizer.is_some() {
             return Ok(tokenizer);
         }
         let inner = &tokenizer.0;
         let asked = |key: &str, otherwise: bool| config[key].as_bool().unwrap_or(otherwise);
-        let bos = inner.bos.filter(|_| asked("add_bos_token", true));
+        let bos = inner.bos.filter(|_| asked("add_bos_token", llama));
         let eos = inner.eos.filter(|&id| asked("add_eos_token", false) && (id as usize) < inner.texts.len());
         wrap(&mut encoder, bos, eos, &inner.texts)?;
         let marks = Marks { bos: inner.bos, eos: inner.eos, more_eos: inner.eos_set.clone() };
@@ -126,8 +135,18 @@ fn object(bytes: &Option<Vec<u8>>, name: &str) -> Result<Value, TokenizerError> 
 }
 
 /// A token given as a string or as an object with its settings.
-fn token_name(v: &Value) -> Option<String> {
+pub(super) fn token_name(v: &Value) -> Option<String> {
     v.as_str().or_else(|| v["content"].as_str()).map(str::to_owned)
+}
+
+/// A token with the settings of `value`, as far as it says any.
+pub(super) fn flagged(content: String, value: &Value, special: bool) -> AddedToken {
+    let flag = |key: &str| value[key] == true;
+    AddedToken::from(content, special)
+        .single_word(flag("single_word"))
+        .lstrip(flag("lstrip"))
+        .rstrip(flag("rstrip"))
+        .normalized(flag("normalized"))
 }
 
 /// An id, or a list of ids.
@@ -140,51 +159,39 @@ fn ids(v: &Value) -> impl Iterator<Item = u32> + '_ {
 fn add_configured(encoder: &mut tokenizers::Tokenizer, config: &Value) -> Result<(), TokenizerError> {
     let Some(listed) = config["added_tokens_decoder"].as_object() else { return Ok(()) };
     let present = encoder.get_added_tokens_decoder();
-    let mut missing: Vec<(u32, AddedToken)> = Vec::new();
+    let mut missing: Vec<(Option<u32>, AddedToken)> = Vec::new();
     for (id, token) in listed {
         let broken = || TokenizerError::Broken(format!("tokenizer_config.json: added token {id} is not understood"));
         let id: u32 = id.parse().map_err(|_| broken())?;
-        let flag = |key: &str| token[key] == true;
-        let added = AddedToken::from(token["content"].as_str().ok_or_else(broken)?, flag("special"))
-            .single_word(flag("single_word"))
-            .lstrip(flag("lstrip"))
-            .rstrip(flag("rstrip"))
-            .normalized(flag("normalized"));
-        if !added.content.is_empty() && !present.contains_key(&id) {
-            missing.push((id, added));
+        let content = token["content"].as_str().ok_or_else(broken)?;
+        if !content.is_empty() && !present.contains_key(&id) {
+            missing.push((Some(id), flagged(content.into(), token, token["special"] == true)));
         }
     }
     missing.sort_by_key(|(id, _)| *id);
-    let tokens: Vec<AddedToken> = missing.iter().map(|(_, t)| t.clone()).collect();
-    guarded(|| Ok(encoder.add_tokens(&tokens))).map_err(TokenizerError::Broken)?;
-    for (id, token) in missing {
+    add(encoder, missing, "tokenizer_config.json")
+}
+
+/// Adds tokens; each must get the id that `file` gives it, where it gives one.
+fn add(
+    encoder: &mut tokenizers::Tokenizer,
+    tokens: Vec<(Option<u32>, AddedToken)>,
+    file: &str,
+) -> Result<(), TokenizerError> {
+    let plain: Vec<AddedToken> = tokens.iter().map(|(_, t)| t.clone()).collect();
+    guarded(|| Ok(encoder.add_tokens(&plain))).map_err(TokenizerError::Broken)?;
+    for (id, token) in tokens {
         let got = encoder.token_to_id(&token.content);
-        if got != Some(id) {
+        if id.is_some() && got != id {
             return Err(TokenizerError::Broken(format!(
-                "tokenizer_config.json gives {:?} the id {id}, tokenizer.json the id {got:?}",
-                token.content
+                "{file} gives {:?} the id {}, the vocabulary {}",
+                token.content,
+                id.unwrap_or_default(),
+                got.map_or("none".into(), |id| id.to_string())
             )));
         }
     }
     Ok(())
-}
-
-/// GPT-2's pair of files as lists; `special`: the texts that are no text.
-fn from_pair(vocab: &[u8], merges: &[u8], special: &[String]) -> Result<Vocabulary, TokenizerError> {
-    let map: std::collections::HashMap<String, u32> =
-        serde_json::from_slice(vocab).map_err(|e| TokenizerError::Broken(format!("vocab.json: {e}")))?;
-    let mut tokens = vec![String::new(); map.len()];
-    for (text, id) in map {
-        let n = tokens.len();
-        *tokens
-            .get_mut(id as usize)
-            .ok_or_else(|| TokenizerError::Broken(format!("vocab.json: id {id} among {n} tokens")))? = text;
-    }
-    let merges = std::str::from_utf8(merges).map_err(|e| TokenizerError::Broken(format!("merges.txt: {e}")))?;
-    let merges = merges.lines().filter(|l| !l.starts_with("#version") && !l.is_empty()).map(str::to_owned).collect();
-    let kinds =
-        tokens.iter().map(|t| if special.contains(t) { TokenKind::Control } else { TokenKind::Normal }).collect();
-    Ok(Vocabulary { model: "gpt2".into(), pre: Some("gpt-2".into()), tokens, kinds, merges, ..Vocabulary::default() })
 }
 
 /// How tokens stand for bytes, read off the decoder that tokenizer.json names.

@@ -1,4 +1,4 @@
-//! A tokenizer made from bare lists: the vocabulary inside a GGUF file, or GPT-2's old pair of files.
+//! A tokenizer made from bare lists: the vocabulary inside a GGUF file.
 
 use tokenizers::decoders::byte_fallback::ByteFallback;
 use tokenizers::decoders::fuse::Fuse;
@@ -88,6 +88,24 @@ pub struct Vocabulary {
     pub add_eos: Option<bool>,
     /// `add_space_prefix` (`llama`); absent: yes.
     pub add_space_prefix: Option<bool>,
+    /// Special tokens take the white space behind them away, but for `<unk>`, `<s>` and `<|endoftext|>`. No key says so, but `general.name`: a Phi-3.
+    pub phi3: bool,
+}
+
+/// Marks in a file's name (`general.name`, in small letters) by which llama.cpp knows a Phi-3.
+pub(super) const PHI3_NAMES: [&str; 2] = ["phi-3", "phi3"];
+/// Special tokens of a Phi-3 that keep the white space behind them.
+const PHI3_KEEPS: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
+
+/// Whether a file of this name is called a Phi-3. GGUF has no key for the white space that special tokens take away: llama.cpp goes by the name.
+pub(super) fn named_phi3(name: &str) -> bool {
+    PHI3_NAMES.iter().any(|mark| name.to_ascii_lowercase().contains(mark))
+}
+
+/// Whether these are the tokens of a Phi-3: llama.cpp opens no file of that name without them. In such a file it takes the white space behind every
+/// special token away, but for three.
+pub(super) fn is_phi3(tokens: &[String]) -> bool {
+    PHI3_KEEPS.iter().chain(&["</s>"]).all(|needed| tokens.iter().any(|t| t == needed))
 }
 
 impl Vocabulary {
@@ -105,10 +123,14 @@ impl Vocabulary {
             TokenKind::from_number(n)
                 .ok_or_else(|| TokenizerError::Broken(format!("the type of token {id} is {n}; known are 1 to 6")))
         };
+        let name = m.get_str("general.name").map_err(bad)?;
+        let tokens = texts("tokens")?.ok_or_else(|| missing("tokens"))?;
         Ok(Vocabulary {
             model: text("model")?.ok_or_else(|| missing("model"))?,
-            pre: text("pre")?,
-            tokens: texts("tokens")?.ok_or_else(|| missing("tokens"))?,
+            // llama.cpp takes an empty text for none.
+            pre: text("pre")?.filter(|pre| !pre.is_empty()),
+            phi3: name.is_some_and(named_phi3) && is_phi3(&tokens),
+            tokens,
             scores: m.get_f32s(&key("scores")).map_err(bad)?.unwrap_or_default(),
             kinds: kinds.iter().enumerate().map(kind).collect::<Result<_, _>>()?,
             merges: texts("merges")?.unwrap_or_default(),
@@ -124,6 +146,14 @@ impl Vocabulary {
 }
 
 impl Tokenizer {
+    /// What makes the tokenizer of a GGUF file doubtful, where something does: it can be read, but hardly gives the ids that the model knows.
+    pub fn doubt(metadata: &Metadata) -> Option<String> {
+        let text = |key: &str| metadata.get_str(key).ok().flatten().filter(|t| !t.is_empty());
+        (text("tokenizer.ggml.model") == Some("gpt2") && text("tokenizer.ggml.pre").is_none()).then(|| {
+            "the file has no tokenizer.ggml.pre: words are cut by llama.cpp's `default` pattern, and the model has probably learned others".into()
+        })
+    }
+
     /// A tokenizer from the metadata of a GGUF file.
     pub fn from_gguf(metadata: &Metadata) -> Result<Tokenizer, TokenizerError> {
         Tokenizer::from_vocabulary(Vocabulary::from_gguf(metadata)?)
@@ -196,7 +226,8 @@ impl Tokenizer {
             .map(|(id, special)| {
                 // SentencePiece looks for runs of spaces after they have become bars, and so finds bars in the text, too.
                 let bars = spaced && !strip && v.tokens[id].contains(' ');
-                AddedToken::from(v.tokens[id].as_str(), special).normalized(bars)
+                let takes = v.phi3 && !PHI3_KEEPS.contains(&v.tokens[id].as_str());
+                AddedToken::from(v.tokens[id].as_str(), special).normalized(bars).rstrip(takes)
             })
             .collect();
         guarded(|| Ok(encoder.add_tokens(&added))).map_err(TokenizerError::Broken)?;
@@ -281,30 +312,38 @@ struct Words {
     nfc: bool,
 }
 
+/// Cuts a text where the pattern matches, and keeps the matches.
+pub(super) fn isolated(pattern: &str) -> Result<PreTokenizerWrapper, TokenizerError> {
+    guarded(|| Split::new(SplitPattern::Regex(pattern.to_owned()), SplitDelimiterBehavior::Isolated, false))
+        .map(PreTokenizerWrapper::Split)
+        .map_err(TokenizerError::Broken)
+}
+
 /// The known values of `tokenizer.ggml.pre`.
 fn words(pre: &str) -> Result<Words, TokenizerError> {
-    let split = |pattern: &str| {
-        guarded(|| Split::new(SplitPattern::Regex(pattern.to_owned()), SplitDelimiterBehavior::Isolated, false))
-            .map(PreTokenizerWrapper::Split)
-            .map_err(TokenizerError::Broken)
-    };
     let bytes = || PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, false));
     let (mut steps, whole_words, nfc) = match pre {
-        "gpt-2" | "phi-2" | "mpt" | "olmo" | "jais" => (vec![split(GPT2_WORDS)?], false, false),
+        "gpt-2" | "phi-2" | "mpt" | "olmo" | "jais" => (vec![isolated(GPT2_WORDS)?], false, false),
         "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" => {
-            (vec![PreTokenizerWrapper::Digits(Digits::new(true)), split(GPT2_WORDS)?], false, false)
+            (vec![PreTokenizerWrapper::Digits(Digits::new(true)), isolated(GPT2_WORDS)?], false, false)
         }
-        "llama-bpe" | "llama3" | "llama-v3" => (vec![split(LLAMA3_WORDS)?], true, false),
-        "smaug-bpe" | "dbrx" => (vec![split(LLAMA3_WORDS)?], false, false),
-        "qwen2" | "deepseek-r1-qwen" => (vec![split(QWEN2_WORDS)?], false, true),
+        "llama-bpe" | "llama3" | "llama-v3" => (vec![isolated(LLAMA3_WORDS)?], true, false),
+        "smaug-bpe" | "dbrx" => (vec![isolated(LLAMA3_WORDS)?], false, false),
+        "qwen2" | "deepseek-r1-qwen" => (vec![isolated(QWEN2_WORDS)?], false, true),
         "default" => (
-            vec![split(r"[\p{P}\$\+<=>\^~\|]+")?, split(GPT2_WORDS)?, split(r"\p{N}+")?, split("[0-9][0-9][0-9]")?],
+            vec![
+                isolated(r"[\p{P}\$\+<=>\^~\|]+")?,
+                isolated(GPT2_WORDS)?,
+                isolated(r"\p{N}+")?,
+                isolated("[0-9][0-9][0-9]")?,
+            ],
             false,
             false,
         ),
         other => {
             return Err(TokenizerError::Unsupported(format!(
-                "tokenizer.ggml.pre is `{other}`; known are gpt-2, smollm, llama-bpe, smaug-bpe, qwen2 and default"
+                "tokenizer.ggml.pre is `{other}`, and how that cuts words is not known here; known are gpt-2, smollm, llama-bpe, smaug-bpe, qwen2 and \
+                 default; take the model in the Hugging Face layout, with its tokenizer.json"
             )));
         }
     };
