@@ -8,7 +8,8 @@ use serde_json::{Map, Value, json};
 use super::stream::{Pieces, fallback_byte};
 use super::vocabulary::{GPT2_WORDS, LLAMA3_WORDS, QWEN2_WORDS};
 use super::{HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};
-use crate::{ChatTemplate, Checkpoint};
+use crate::Checkpoint;
+use crate::template::{templates_in, templates_of};
 
 /// Everything that a GGUF file says about a tokenizer.
 #[derive(Clone, Debug)]
@@ -17,8 +18,8 @@ pub struct Export {
     pub vocabulary: Vocabulary,
     /// `padding_token_id`.
     pub padding: Option<u32>,
-    /// `tokenizer.chat_template`.
-    pub template: Option<String>,
+    /// The chat templates by their names; `default` is `tokenizer.chat_template`.
+    pub templates: Vec<(String, String)>,
 }
 
 fn unsupported<T>(what: impl Into<String>) -> Result<T, TokenizerError> {
@@ -30,7 +31,7 @@ impl Export {
     pub fn of_dir(dir: &Path, rows: usize) -> Result<Export, TokenizerError> {
         let tokenizer = Tokenizer::from_dir(dir)?;
         let files = HfFiles::read(dir)?;
-        let template = ChatTemplate::source_in(dir).map_err(|e| TokenizerError::Broken(e.to_string()))?;
+        let templates = templates_in(dir).map_err(|e| TokenizerError::Broken(e.to_string()))?;
         let parse = |bytes: &Option<Vec<u8>>| match bytes {
             Some(b) => serde_json::from_slice(b).map_err(|e| TokenizerError::Broken(e.to_string())),
             None => Ok(Value::Null),
@@ -43,7 +44,7 @@ impl Export {
             name(&config[key]).or_else(|| name(&map[key])).and_then(|n| tokenizer.id_of(&n))
         };
         let vocabulary = vocabulary(&tokenizer, &json, rows, named("unk_token"))?;
-        Ok(Export { vocabulary, padding: named("pad_token"), template })
+        Ok(Export { vocabulary, padding: named("pad_token"), templates })
     }
 }
 
@@ -188,7 +189,7 @@ pub(crate) fn hf_files(checkpoint: &Checkpoint, context: usize) -> Result<Vec<(S
     let v = Vocabulary::from_gguf(metadata)?;
     let bad = |e: crate::gguf::GgufError| TokenizerError::Broken(e.what);
     let padding = metadata.get_u32("tokenizer.ggml.padding_token_id").map_err(bad)?;
-    let template = metadata.get_str("tokenizer.chat_template").map_err(bad)?;
+    let templates = templates_of(metadata).map_err(|e| TokenizerError::Broken(e.to_string()))?;
     let mut config = Map::new();
     let named = [("bos_token", v.bos), ("eos_token", v.eos), ("unk_token", v.unknown), ("pad_token", padding)];
     for (key, id) in named {
@@ -199,8 +200,15 @@ pub(crate) fn hf_files(checkpoint: &Checkpoint, context: usize) -> Result<Vec<(S
     config.insert("clean_up_tokenization_spaces".into(), json!(false));
     config.insert("model_max_length".into(), json!(context));
     config.insert("tokenizer_class".into(), json!("PreTrainedTokenizerFast"));
-    if let Some(t) = template {
-        config.insert("chat_template".into(), json!(t));
+    match templates.as_slice() {
+        [] => {}
+        [(name, only)] if name == "default" => {
+            config.insert("chat_template".into(), json!(only));
+        }
+        several => {
+            let list: Vec<Value> = several.iter().map(|(n, t)| json!({"name": n, "template": t})).collect();
+            config.insert("chat_template".into(), list.into());
+        }
     }
     let mut generation = Map::new();
     for (key, id) in [("bos_token_id", v.bos), ("eos_token_id", v.eos), ("pad_token_id", padding)] {
@@ -234,7 +242,7 @@ mod tests {
             let export = Export::of_dir(&dir, rows).unwrap();
             let v = &export.vocabulary;
             assert_eq!((v.tokens.len(), v.kinds.len(), v.pre.as_deref()), (rows, rows, Some(pre)));
-            assert!(export.template.is_some());
+            assert_eq!(export.templates.len(), 1);
             let again = Tokenizer::from_vocabulary(v.clone()).unwrap();
             let page: Value = serde_json::from_slice(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap();
             let cases = page["cases"].as_array().unwrap();
