@@ -102,6 +102,11 @@ fn hostile_templates_end() {
     ] {
         assert!(matches!(one(&source), Err(TemplateError::Failed(_))), "{source}");
     }
+    // The deepest recursion fits the stack of any thread.
+    let deep = "{% macro m(n) %}{{ [m(n - 1) ~ 'x' | upper] | first if n else 0 }}{% endmacro %}{{ m(99999) }}";
+    let small = std::thread::Builder::new().stack_size(1 << 20);
+    let told = small.spawn(move || one(deep).unwrap_err().to_string()).unwrap().join().unwrap();
+    assert!(told.contains("more than 250 deep"), "{told}");
     // Rings and long chains of values go, too.
     for source in [
         "{% set ns = namespace() %}{% set ns.x = ns %}{% set ns.y = [ns] %}",

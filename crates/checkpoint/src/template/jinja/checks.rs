@@ -3,7 +3,7 @@
 use super::eval::{Given, Machine};
 use super::{Fault, Outcome, Row, Value, filters};
 
-const NAMES: [&str; 23] = [
+const NAMES: [&str; 24] = [
     "boolean",
     "callable",
     "defined",
@@ -27,10 +27,11 @@ const NAMES: [&str; 23] = [
     "test",
     "true",
     "undefined",
+    "upper",
 ];
 
 /// Comparisons by their names.
-const COMPARISONS: [(&str, &str); 18] = [
+const COMPARISONS: [(&str, &str); 16] = [
     ("==", "=="),
     ("eq", "=="),
     ("equalto", "=="),
@@ -47,14 +48,12 @@ const COMPARISONS: [(&str, &str); 18] = [
     ("<=", "<="),
     ("le", "<="),
     ("in", "in"),
-    ("upper", ""),
-    ("lower", ""),
 ];
 
 impl Machine {
     /// Whether `value is name(given)`.
     pub(super) fn test(&self, name: &str, value: &Value, given: Given) -> Outcome<bool> {
-        if let Some((_, op)) = COMPARISONS.iter().find(|(n, op)| *n == name && !op.is_empty()) {
+        if let Some((_, op)) = COMPARISONS.iter().find(|(n, _)| *n == name) {
             let [other] = given.take(name, ["other"])?;
             let other = other.ok_or_else(|| Fault::error(format!("the test '{name}' takes a value")))?;
             return self.compare(op, value, &other);

@@ -287,7 +287,7 @@ impl Machine {
                 let method = self.text_of(&method.unwrap_or(self.str("common")?))?;
                 let scale = 10_f64.powi(places);
                 match (&*method, value.defined()?.as_int(), value.as_float()) {
-                    ("common", Some(_), _) if places >= 0 => Ok(positive_int(value)),
+                    ("common", Some(_), _) if places >= 0 => Ok(as_whole(value)),
                     ("common", _, Some(x)) if places >= 0 => {
                         let text = format!("{x:.*}", places.unsigned_abs() as usize);
                         Ok(Value::Float(text.parse().unwrap_or(x)))
@@ -409,6 +409,6 @@ impl Machine {
 }
 
 /// A whole number as it is; a truth value as 0 or 1.
-fn positive_int(value: &Value) -> Value {
+fn as_whole(value: &Value) -> Value {
     value.as_int().map_or_else(|| value.clone(), Value::Int)
 }
