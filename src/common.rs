@@ -95,13 +95,7 @@ impl Model {
 
     /// Its chat template.
     pub fn template(&self) -> Result<ChatTemplate> {
-        let made = match self.checkpoint.metadata() {
-            Some(m) => {
-                ChatTemplate::from_gguf(m.get_str("tokenizer.chat_template").map_err(|e| anyhow::anyhow!(e.what))?)
-            }
-            None => ChatTemplate::from_dir(self.checkpoint.dir()),
-        };
-        made.with_context(|| format!("the chat template of {}", self.name))
+        ChatTemplate::open(&self.checkpoint).with_context(|| format!("the chat template of {}", self.name))
     }
 
     /// The engine that runs it. What it rounds to be fast is said.

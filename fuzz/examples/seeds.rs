@@ -56,6 +56,13 @@ fn main() -> Result<()> {
         let name = path.file_name().unwrap_or_default().to_string_lossy().into_owned();
         put("recipe", &name, &fs::read(&path)?)?;
     }
+    let templates: Value = serde_json::from_slice(&fs::read(here.join("../tests/golden/templates.json"))?)?;
+    for (name, source) in templates["templates"].as_object().into_iter().flatten() {
+        put("template", name, source.as_str().unwrap_or_default().as_bytes())?;
+    }
+    for (i, piece) in templates["pieces"].as_array().into_iter().flatten().enumerate() {
+        put("template", &format!("piece_{i}"), piece[0].as_str().unwrap_or_default().as_bytes())?;
+    }
     println!("seeds lie in {}", corpus.display());
     Ok(())
 }

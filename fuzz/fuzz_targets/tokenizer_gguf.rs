@@ -10,7 +10,7 @@ const TEXT: &str = "Hello,  world! 12 caf\u{e9} \u{4f60}\u{597d} \u{1f600}\n\t<s
 // A panic that nobody catches still ends the process.
 fuzz_target!(init: std::panic::set_hook(Box::new(|_| {})), |data: &[u8]| {
     let Ok(file) = gguf::parse(data) else { return };
-    let _ = ChatTemplate::from_gguf(file.metadata.get_str("tokenizer.chat_template").ok().flatten());
+    let _ = ChatTemplate::from_gguf(&file.metadata);
     let Ok(tokenizer) = Tokenizer::from_gguf(&file.metadata) else { return };
     for special in [false, true] {
         if let Ok(ids) = tokenizer.encode(TEXT, special) {

@@ -21,7 +21,7 @@ pub use examine::{Found, Problem};
 pub use foreign::{Adapter, Quantized};
 pub use open::{Checkpoint, Kind, OpenError, examine, open};
 pub use repair::{Fault, diagnose, repair};
-pub use template::{ChatTemplate, Message, TemplateError};
+pub use template::{ChatTemplate, Message, Setting, TemplateError};
 pub use tensor::{TensorInfo, TensorType};
 pub use tokenizer::{Compared, Decoder, Export, HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};
 pub use writer::{PackedWriter, SaveError};

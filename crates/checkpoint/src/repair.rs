@@ -13,7 +13,7 @@ use serde_json::{Map, Value, json};
 use crate::map::Mapped;
 use crate::save::OutDir;
 use crate::save::{OutFile, Pairs, Progress};
-use crate::writer::io_at;
+use crate::writer::{copy_named_templates, io_at};
 use crate::{OpenError, SaveError, gguf, safetensors};
 
 /// Something wrong with a checkpoint that [`repair`] mends.
@@ -310,7 +310,7 @@ impl Hf {
             };
             copy().map_err(io_at(&path))?;
         }
-        Ok(())
+        copy_named_templates(&self.dir, &dir.path(""))
     }
 }
 

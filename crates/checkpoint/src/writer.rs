@@ -16,6 +16,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::packed::{FORMAT, PackedConfig, VERSION, fits};
+use crate::template::{DIR_OF_NAMED, named_files};
 use crate::{Checkpoint, Kind, OpenError};
 
 /// Why a model cannot be written.
@@ -364,7 +365,7 @@ impl PackedWriter {
                 self.write(name, &fs::read(&path).map_err(io_at(&path))?)?;
             }
         }
-        Ok(())
+        copy_named_templates(source.dir(), &self.dir)
     }
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<(), SaveError> {
@@ -373,6 +374,24 @@ impl PackedWriter {
         file.write_all(bytes).map_err(io_at(&path))?;
         file.sync_all().map_err(io_at(&path))
     }
+}
+
+/// The templates that have files of their own in one directory, into another.
+pub(crate) fn copy_named_templates(from: &Path, to: &Path) -> Result<(), SaveError> {
+    let files = named_files(from).map_err(io_at(&from.join(DIR_OF_NAMED)))?;
+    let to = to.join(DIR_OF_NAMED);
+    for (i, (name, path)) in files.iter().enumerate() {
+        if i == 0 {
+            fs::create_dir_all(&to).map_err(io_at(&to))?;
+        }
+        let target = to.join(format!("{name}.jinja"));
+        let copy = || -> io::Result<()> {
+            fs::copy(path, &target)?;
+            File::open(&target)?.sync_all()
+        };
+        copy().map_err(io_at(path))?;
+    }
+    Ok(())
 }
 
 pub(crate) fn sync_dir(dir: &Path) -> Result<(), SaveError> {

@@ -41,6 +41,31 @@ fn a_chat_whole_and_streamed() {
     assert!(chunks[..chunks.len() - 1].iter().all(|c| c["usage"].is_null()));
 }
 
+/// What is said comes as a text or in pieces, and goes to the template as the template takes it.
+#[test]
+fn contents_reach_templates_of_texts_and_of_parts() {
+    const PARTS: &str = "{% for m in messages %}<|im_start|>{% for p in m.content %}{{ p.text }}{% endfor %}<|im_end|>{% endfor \
+        %}{% if add_generation_prompt %}<|im_start|>{% endif %}";
+    let pieces = json!([{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]);
+    for template in [PLAIN, PARTS] {
+        let s = Server::start(Some(template), Options::default());
+        for content in [json!("hello"), pieces.clone()] {
+            let whole = s.post(CHAT, &chat(json!({"messages": [{"role": "user", "content": content}]}))).json();
+            assert_eq!(whole["choices"][0]["message"]["content"], expected("hello", 12).as_str(), "{template} {whole}");
+            assert_eq!(whole["usage"]["prompt_tokens"], 8);
+        }
+    }
+    let s = Server::start(
+        Some("{% for m in messages if m.role == 'user' %}{{ m.content }}{% endfor %}"),
+        Options::default(),
+    );
+    let messages = json!([{"role": "system", "content": "Be brief."}, {"role": "user", "content": "hello"}]);
+    let answer = s.post(CHAT, &chat(json!({ "messages": messages })));
+    assert_eq!(answer.status, 400);
+    let told = answer.json()["error"]["message"].as_str().unwrap().to_owned();
+    assert!(told.contains("leaves out what 'system' says"), "{told}");
+}
+
 #[test]
 fn company_changes_nothing_over_http() {
     let s = Server::start(Some(PLAIN), Options { batch: 6, prefill_rows: 13, ..Options::default() });

@@ -104,8 +104,20 @@ impl Pairs {
                 self.bool(&format!("tokenizer.ggml.{name}"), flag);
             }
         }
-        if let Some(template) = &export.template {
-            self.str("tokenizer.chat_template", template);
+        // Names become parts of keys, as the format's own writer makes them.
+        let letter = |c: char| if c.is_ascii_alphanumeric() { c } else { '_' };
+        let mut named = Vec::new();
+        for (name, template) in &export.templates {
+            let name: String = name.chars().map(letter).collect();
+            if name == "default" {
+                self.str("tokenizer.chat_template", template);
+            } else if !name.is_empty() && !named.contains(&name) {
+                self.str(&format!("tokenizer.chat_template.{name}"), template);
+                named.push(name);
+            }
+        }
+        if !named.is_empty() {
+            self.strs("tokenizer.chat_templates", &named);
         }
     }
 }

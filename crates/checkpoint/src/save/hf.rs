@@ -10,7 +10,7 @@ use serde_json::{Map, Value, json};
 use super::arrange::{Arranged, Form};
 use super::dir::{Entry, OutDir, SHARD_BYTES};
 use super::{Progress, Saved, Written};
-use crate::writer::{SIDE_FILES, io_at};
+use crate::writer::{SIDE_FILES, copy_named_templates, io_at};
 use crate::{Checkpoint, Kind, SaveError, Tokenizer, TokenizerError};
 
 /// Writes a dense model into the directory `out`. `float`: its type; absent: that of the source's embedding where it is one, else f16.
@@ -144,5 +144,5 @@ pub(crate) fn side_files(
             dir.file(name, &std::fs::read(&path).map_err(io_at(&path))?)?;
         }
     }
-    Ok(())
+    copy_named_templates(source.dir(), &dir.path(""))
 }

@@ -9,6 +9,7 @@ use super::compare::Compared;
 use super::stream::{Pieces, fallback_byte};
 use super::vocabulary::{GPT2_WORDS, LLAMA3_WORDS, PHI3_NAMES, QWEN2_WORDS, is_phi3, named_phi3};
 use super::{HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};
+use crate::template::{templates_in, templates_of};
 use crate::{ChatTemplate, Checkpoint};
 
 /// Everything that a GGUF file says about a tokenizer.
@@ -18,8 +19,8 @@ pub struct Export {
     pub vocabulary: Vocabulary,
     /// `padding_token_id`.
     pub padding: Option<u32>,
-    /// `tokenizer.chat_template`.
-    pub template: Option<String>,
+    /// The chat templates by their names; `default` is `tokenizer.chat_template`.
+    pub templates: Vec<(String, String)>,
     /// What GGUF cannot say of it, a sentence each.
     pub notes: Vec<String>,
 }
@@ -33,7 +34,7 @@ impl Export {
     pub fn of_dir(dir: &Path, rows: usize) -> Result<Export, TokenizerError> {
         let tokenizer = Tokenizer::from_dir(dir)?;
         let files = HfFiles::read(dir)?;
-        let template = ChatTemplate::source_in(dir).map_err(|e| TokenizerError::Broken(e.to_string()))?;
+        let templates = templates_in(dir).map_err(|e| TokenizerError::Broken(e.to_string()))?;
         let parse = |bytes: &Option<Vec<u8>>| match bytes {
             Some(b) => serde_json::from_slice(b).map_err(|e| TokenizerError::Broken(e.to_string())),
             None => Ok(Value::Null),
@@ -54,7 +55,7 @@ impl Export {
                     .into(),
             );
         }
-        Ok(Export { vocabulary, padding: named("pad_token"), template, notes })
+        Ok(Export { vocabulary, padding: named("pad_token"), templates, notes })
     }
 }
 
@@ -266,7 +267,7 @@ pub(crate) fn hf_files(checkpoint: &Checkpoint, context: usize) -> Result<Vec<(S
     let v = Vocabulary::from_gguf(metadata)?;
     let bad = |e: crate::gguf::GgufError| TokenizerError::Broken(e.what);
     let padding = metadata.get_u32("tokenizer.ggml.padding_token_id").map_err(bad)?;
-    let template = metadata.get_str("tokenizer.chat_template").map_err(bad)?;
+    let templates = templates_of(metadata).map_err(|e| TokenizerError::Broken(e.to_string()))?;
     let mut config = Map::new();
     let named = [("bos_token", v.bos), ("eos_token", v.eos), ("unk_token", v.unknown), ("pad_token", padding)];
     for (key, id) in named {
@@ -277,8 +278,15 @@ pub(crate) fn hf_files(checkpoint: &Checkpoint, context: usize) -> Result<Vec<(S
     config.insert("clean_up_tokenization_spaces".into(), json!(false));
     config.insert("model_max_length".into(), json!(context));
     config.insert("tokenizer_class".into(), json!("PreTrainedTokenizerFast"));
-    if let Some(t) = template {
-        config.insert("chat_template".into(), json!(t));
+    match templates.as_slice() {
+        [] => {}
+        [(name, only)] if name == "default" => {
+            config.insert("chat_template".into(), json!(only));
+        }
+        several => {
+            let list: Vec<Value> = several.iter().map(|(n, t)| json!({"name": n, "template": t})).collect();
+            config.insert("chat_template".into(), list.into());
+        }
     }
     let mut generation = Map::new();
     for (key, id) in [("bos_token_id", v.bos), ("eos_token_id", v.eos), ("pad_token_id", padding)] {
@@ -312,7 +320,7 @@ mod tests {
             let export = Export::of_dir(&dir, rows).unwrap();
             let v = &export.vocabulary;
             assert_eq!((v.tokens.len(), v.kinds.len(), v.pre.as_deref()), (rows, rows, Some(pre)));
-            assert!(export.template.is_some());
+            assert_eq!(export.templates.len(), 1);
             let again = Tokenizer::from_vocabulary(v.clone()).unwrap();
             let page: Value = serde_json::from_slice(&std::fs::read(dir.join("golden.json")).unwrap()).unwrap();
             let cases = page["cases"].as_array().unwrap();

@@ -226,8 +226,11 @@ fn prepare_chat(app: &App, body: Value) -> Result<Prepared, ApiError> {
     let mut messages: Vec<Value> = c.messages.into_iter().map(|m| plain(m, form)).collect();
     if let Some(tools) = tools.as_ref().filter(|_| form == Form::Constrained) {
         let at = messages.iter().rposition(|m| m["role"] == "user").unwrap_or(messages.len() - 1);
-        let said = messages[at]["content"].as_str().unwrap_or_default();
-        messages[at]["content"] = format!("{said}\n\n{}", tools.instruction()).into();
+        let instruction = format!("\n\n{}", tools.instruction());
+        match &mut messages[at]["content"] {
+            Value::Array(parts) => parts.push(json!({ "type": "text", "text": instruction })),
+            said => *said = (said.as_str().unwrap_or_default().to_owned() + &instruction).into(),
+        }
     }
     let shown = tools.as_ref().filter(|_| form != Form::Constrained).map(|t| Value::from(t.list.clone()));
     let text = |id: Option<u32>| id.and_then(|id| app.tokenizer.token_text(id)).unwrap_or("");
@@ -294,13 +297,9 @@ fn prepare_chat(app: &App, body: Value) -> Result<Prepared, ApiError> {
     Ok((requests, reply, stream))
 }
 
-/// A message as templates know it: pieces of text joined, developers called system, arguments of calls as objects. A template without
-/// a place for tools gets calls and results as texts.
+/// A message as templates know it: developers called system, arguments of calls as objects. A template without a place for tools gets calls and
+/// results as texts. Whether what is said comes as a text or in parts is the template's own matter.
 fn plain(mut m: Value, form: Form) -> Value {
-    if let Some(pieces) = m["content"].as_array() {
-        let joined: String = pieces.iter().filter_map(|p| p["text"].as_str()).collect();
-        m["content"] = joined.into();
-    }
     if m["role"] == "developer" {
         m["role"] = "system".into();
     }
@@ -323,7 +322,10 @@ fn plain(mut m: Value, form: Form) -> Value {
         }
     }
     if form == Form::Constrained && fields.get("role").is_some_and(|r| r == "tool") {
-        let said = fields.get("content").and_then(Value::as_str).unwrap_or_default();
+        let said = match fields.get("content") {
+            Some(Value::Array(parts)) => parts.iter().filter_map(|p| p["text"].as_str()).collect(),
+            said => said.and_then(Value::as_str).unwrap_or_default().to_owned(),
+        };
         let text = format!("The function returned: {said}");
         return json!({ "role": "user", "content": text });
     }
