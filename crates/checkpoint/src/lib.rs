@@ -15,6 +15,7 @@ pub mod save;
 mod template;
 mod tensor;
 mod tokenizer;
+pub mod torch;
 mod writer;
 
 pub use examine::{Found, Problem};
