@@ -400,8 +400,8 @@ impl Checkpoint {
 
     /// The same model with an adapter on it: as low-rank terms beside the matrices it changes, or merged into them.
     pub fn with_adapter(self, adapter: Adapter, merge: bool) -> Result<Checkpoint, OpenError> {
-        let fitted = Some(Fitted::new(adapter, &self.spec, merge)?);
-        Ok(Checkpoint { fitted, ..self })
+        let fitted = Fitted::new(adapter, &self.spec, merge)?;
+        Ok(Checkpoint { spec: fitted.spec.clone(), fitted: Some(fitted), ..self })
     }
 
     /// The directory of the adapter in force, and whether it is merged.
@@ -539,7 +539,7 @@ impl Checkpoint {
 }
 
 /// Rows `from..from + rows` of the transpose of a `[cols, all]` matrix of `size`-byte entries.
-fn transpose(data: &[u8], rows: usize, cols: usize, from: usize, size: usize) -> Bytes {
+pub(crate) fn transpose(data: &[u8], rows: usize, cols: usize, from: usize, size: usize) -> Bytes {
     let all = data.len() / size / cols;
     let mut out = Vec::with_capacity(rows * cols * size);
     for r in from..from + rows {
@@ -557,15 +557,14 @@ impl Weights for Checkpoint {
     }
 
     fn get(&self, place: &Place) -> Result<Option<Arc<Stored>>, WeightsError> {
-        let stored = self.stored(place)?;
-        match (&self.fitted, stored) {
-            (Some(f), Some(base)) => Ok(Some(f.apply(place, base)?)),
-            (_, stored) => Ok(stored),
-        }
+        let Some(f) = &self.fitted else { return self.stored(place) };
+        let base = if f.needs_base(place) { self.stored(&f.base_of(place))? } else { None };
+        f.apply(place, base)
     }
 
     fn release(&self, place: &Place) {
-        match self.places.get(place) {
+        let place = self.fitted.as_ref().map_or(*place, |f| f.base_of(place));
+        match self.places.get(&place) {
             Some(Located::Plain { tensor, bytes, .. }) => self.files[self.tensors[*tensor].0].release(bytes.clone()),
             Some(Located::Packed { buffers, .. }) => buffers.values().for_each(|i| self.let_go(*i)),
             Some(Located::Foreign(lazy)) => lazy.tensors().for_each(|i| self.let_go(i)),

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use damage::{Damaged, F16};
 use lacuna_base::float::{round_bf16, round_f16};
-use lacuna_checkpoint::{Adapter, Checkpoint, examine, open};
+use lacuna_checkpoint::{Adapter, Checkpoint, OpenError, examine, open};
 use lacuna_format::{Term, Weights};
 use lacuna_spec::{Part, Place, Role, arch};
 use serde_json::{Value, json};
@@ -159,23 +159,171 @@ fn adapters_that_compute_something_else_are_refused() {
         let e = Adapter::open(d.path()).and_then(|a| base.with_adapter(a, false)).unwrap_err().to_string();
         assert!(words.iter().all(|w| e.contains(w)), "{words:?} not in: {e}");
     };
-    refuse(&|c| c["use_dora"] = json!(true), &["adapter_config.json", "use_dora"]);
+    refuse(&|c| c["use_dora"] = json!(true), &["lora_magnitude_vector", "use_dora"]);
     refuse(&|c| c["peft_type"] = json!("LOHA"), &["LOHA"]);
-    refuse(&|c| c["bias"] = json!("all"), &["bias"]);
+    refuse(&|c| c["bias"] = json!("some"), &["bias"]);
+    refuse(&|c| (c["use_dora"], c["lora_bias"]) = (json!(true), json!(true)), &["use_dora and lora_bias"]);
+    refuse(&|c| c["layer_replication"] = json!([[0, 1]]), &["layer_replication"]);
+    refuse(&|c| c["alora_invocation_tokens"] = json!([1]), &["alora_invocation_tokens"]);
     refuse(&|c| c["init_lora_weights"] = json!("pissa_niter_4"), &["pissa_niter_4"]);
     refuse(&|c| c["of_tomorrow"] = json!({"x": 1}), &["of_tomorrow"]);
     refuse(&|c| c["r"] = json!(5), &["rank 4", "the configuration 5"]);
     refuse(&|c| c["r"] = json!(-1), &["r is -1"]);
     refuse(&|c| c["rank_pattern"] = json!([1]), &["rank_pattern"]);
-    let d = Damaged::copy(&foreign("peft_lora"));
-    std::fs::rename(d.path().join("adapter_model.safetensors"), d.path().join("adapter_model.bin")).unwrap();
-    let e = Adapter::open(d.path()).unwrap_err().to_string();
-    assert!(e.contains("adapter_model.bin") && e.contains("safe_serialization"), "{e}");
+    refuse(&|c| c["trainable_token_indices"] = json!({"embed_tokens": [-1]}), &["trainable_token_indices"]);
+    refuse(&|c| c["target_parameters"] = json!("x"), &["target_parameters"]);
     let e = open(foreign("pack_stream")).unwrap().with_adapter(Adapter::open(foreign("peft_lora")).unwrap(), false);
     e.expect("an adapter goes on a quantized base as well");
     let other = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny/gpt2");
     let e = open(other).unwrap().with_adapter(Adapter::open(foreign("peft_lora")).unwrap(), false).unwrap_err();
     assert!(e.to_string().contains("belongs to nothing in the base"), "{e}");
+}
+
+/// The model with an adapter on its base.
+fn adapted(dir: &Path, merge: bool) -> Result<Checkpoint, OpenError> {
+    let adapter = Adapter::open(dir)?;
+    let base = foreign("peft_lora").join(adapter.base().unwrap());
+    open(base)?.with_adapter(adapter, merge)
+}
+
+/// Every place of a model, decoded.
+fn everything(c: &Checkpoint) -> BTreeMap<Place, lacuna_base::Mat> {
+    let places = c.spec().places();
+    places.into_iter().map(|p| (p, c.get(&p).unwrap().unwrap_or_else(|| panic!("no {p}")).to_mat())).collect()
+}
+
+/// What PEFT can say in an adapter: how it is kept, what is told. That it computes the same is held in `crates/model`.
+#[test]
+fn adapters_of_every_form() {
+    let tied = |c: &Checkpoint| c.spec().tied;
+    for (name, lowrank, told) in [
+        ("peft_tied_embed", 2, "2 tensors are its own instead of the base's; the head is no longer the embedding"),
+        ("peft_tied_head", 2, "the head is no longer the embedding"),
+        ("peft_tied_both", 1, "changes 1 matrices"),
+        ("peft_embed_head", 2, "2 tensors are its own"),
+        ("peft_resized", 1, "the vocabulary has 70 rows now"),
+        ("peft_dora", 0, "DoRA rescales 3 of them, which are merged for that"),
+        ("peft_dora_fused", 0, "DoRA rescales 8 of them"),
+        ("peft_bias", 4, "6 tensors are its own"),
+        ("peft_bias_lora_only", 4, "2 tensors are its own"),
+        ("peft_lora_bias", 6, "6 biases are moved"),
+        ("peft_experts", 26, "changes 26 matrices"),
+        ("peft_experts_down", 10, "changes 10 matrices"),
+        ("peft_experts_apart", 26, "changes 26 matrices"),
+        ("peft_tokens", 1, "3 rows of single tokens are its own"),
+        ("peft_tokens_two", 2, "3 rows of single tokens"),
+        ("peft_modules", 1, "4 tensors are its own"),
+        ("peft_bin", 2, "changes 2 matrices"),
+    ] {
+        let c = adapted(&foreign(name), false).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert!(c.remarks()[0].contains(told), "{name}: {:?}", c.remarks());
+        let kept = |c: &Checkpoint| {
+            let kept = |p: &Place| c.get(p).unwrap().is_some_and(|s| s.codec_name().contains("lowrank"));
+            c.spec().places().iter().filter(|p| kept(p)).count()
+        };
+        assert_eq!(kept(&c), lowrank, "{name}");
+        // What changes one of two that are one parts them; of what changes neither or both, they stay one.
+        let base = open(foreign(name).join(Adapter::open(foreign(name)).unwrap().base().unwrap())).unwrap();
+        let parted = ["peft_tied_embed", "peft_tied_head", "peft_dora", "peft_modules"].contains(&name);
+        assert_eq!(tied(&c), tied(&base) && !parted, "{name}");
+        let merged = adapted(&foreign(name), true).unwrap();
+        assert_eq!(kept(&merged), 0, "{name}");
+        let (apart, merged) = (everything(&c), everything(&merged));
+        assert_eq!(apart.len(), merged.len());
+        for (place, m) in apart {
+            let off = m.data().iter().zip(merged[&place].data()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(off < 1e-5, "{name}: {place}: {off}");
+        }
+    }
+    let c = adapted(&foreign("peft_tokens"), false).unwrap();
+    let embed = c.get(&Place::global(Role::Embed)).unwrap().unwrap();
+    assert!(embed.codec_name().contains("csr"), "{}", embed.codec_name());
+}
+
+#[test]
+fn tokens_have_the_rows_that_the_file_says() {
+    let file = std::fs::read(foreign("peft_tokens").join("adapter_model.safetensors")).unwrap();
+    let st = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let rows = st.tensor("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta").unwrap();
+    let rows: Vec<f32> = rows.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    let (c, base) = (adapted(&foreign("peft_tokens"), false).unwrap(), open(foreign("peft_base")).unwrap());
+    let of = |c: &Checkpoint| c.get(&Place::global(Role::Embed)).unwrap().unwrap().to_mat();
+    let (have, before) = (of(&c), of(&base));
+    // As the configuration lists them.
+    for row in 0..have.rows() {
+        match [42, 3, 17].iter().position(|t| *t == row) {
+            Some(i) => {
+                let want = &rows[i * 32..][..32];
+                assert!(have.row(row).iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-6), "{row}");
+            }
+            None => assert_eq!(have.row(row), before.row(row), "{row}"),
+        }
+    }
+}
+
+#[test]
+fn adapters_that_lie() {
+    let refuse = |name: &str, change: &dyn Fn(&Damaged), words: &[&str]| {
+        let d = Damaged::copy(&foreign(name));
+        change(&d);
+        let read =
+            |c: Checkpoint| c.spec().places().iter().try_for_each(|p| c.get(p).map(drop).map_err(|e| e.to_string()));
+        let e =
+            adapted(d.path(), false).map_err(|e| e.to_string()).and_then(read).expect_err("a damaged adapter was read");
+        assert!(words.iter().all(|w| e.contains(w)), "{name}: {words:?} not in: {e}");
+    };
+    let said = |key: &'static str, v: Value| move |d: &Damaged| d.config("adapter_config.json", |c| c[key] = v.clone());
+    let shape = |tensor: &'static str, shape: Value| {
+        move |d: &Damaged| {
+            d.header_of("adapter_model.safetensors", |h| {
+                h[format!("base_model.model.{tensor}")]["shape"] = shape.clone()
+            });
+        }
+    };
+    refuse(
+        "peft_tokens",
+        &said("trainable_token_indices", json!([42, 3])),
+        &["trainable_tokens_delta", "[3, 32] for 2"],
+    );
+    refuse("peft_tokens", &said("trainable_token_indices", json!([42, 3, 64])), &["token 64", "none of 64"]);
+    refuse("peft_tokens", &said("trainable_token_indices", json!([42, 3, 3])), &["token 3 stands twice"]);
+    refuse("peft_tokens", &said("trainable_token_indices", json!({"head": [1, 2, 3]})), &["does not say which rows"]);
+    refuse("peft_experts", &said("target_parameters", json!([])), &["experts", "belongs to nothing in the base"]);
+    refuse(
+        "peft_experts",
+        &said("rank_pattern", json!({"down_proj": 4})),
+        &["rank 12", "the configuration 4 for each of 4"],
+    );
+    refuse("peft_experts_down", &said("target_parameters", json!(["mlp.experts.gate_up_proj"])), &["experts.lora_B"]);
+    refuse("peft_dora", &said("use_dora", json!(false)), &["lora_magnitude_vector", "belongs to nothing"]);
+    refuse("peft_bias", &shape("model.layers.0.self_attn.k_proj.bias", json!([4, 4])), &["k_proj.bias", "[4, 4]"]);
+    refuse("peft_lora_bias", &shape("model.layers.0.self_attn.q_proj.lora_B.bias", json!([32, 1])), &["lora_B.bias"]);
+    refuse(
+        "peft_modules",
+        &shape("lm_head.weight", json!([32, 64])),
+        &["lm_head.weight", "[32, 64]", "head is (64, 32)"],
+    );
+    // Only one of two was resized.
+    refuse("peft_resized", &shape("lm_head.weight", json!([35, 64])), &["[70, 32]", "(64, 32)"]);
+    let zero = |d: &Damaged| {
+        for half in ["A", "B"] {
+            d.fill_in(
+                "adapter_model.safetensors",
+                &format!("base_model.model.model.embed_tokens.lora_embedding_{half}"),
+                &[0],
+            );
+        }
+        d.fill_in("adapter_model.safetensors", "base_model.model.model.embed_tokens.base_layer.weight", &[0]);
+    };
+    refuse("peft_dora", &zero, &["lora_magnitude_vector", "length 0"]);
+    let cut = |d: &Damaged| {
+        let path = d.path().join("adapter_model.bin");
+        let file = std::fs::read(&path).unwrap();
+        std::fs::write(path, &file[..file.len() / 2]).unwrap();
+    };
+    refuse("peft_bin", &cut, &["adapter_model.bin", "cut short"]);
+    let other = |d: &Damaged| std::fs::write(d.path().join("adapter_model.bin"), b"\x80\x02}.").unwrap();
+    refuse("peft_bin", &other, &["adapter_model.bin", "PyTorch 1.6"]);
 }
 
 /// A change to a copy of a checkpoint, and words of the refusal; opening and reading both count.
@@ -335,7 +483,7 @@ fn what_is_odd_is_told_with_what_helps() {
     let d = Damaged::copy(&tiny("llama"));
     d.config("config.json", |c| c["tie_word_embeddings"] = json!(true));
     let t = told(&d);
-    assert!(t.len() == 1 && t[0].0.contains("differs") && t[0].0.contains("tie_word_embeddings"), "{t:?}");
+    assert!(t.len() == 1 && !t[0].1 && t[0].0.contains("differs") && t[0].0.contains("tie_word_embeddings"), "{t:?}");
     let d = Damaged::copy(&tiny("llama"));
     d.config("config.json", |c| {
         c["quantization_config"] = json!({"quant_method": "gptq", "bits": 4, "group_size": 128});
