@@ -21,7 +21,7 @@ mod writer;
 pub use examine::{Found, Problem};
 pub use foreign::{Adapter, Quantized};
 pub use open::{Checkpoint, Kind, OpenError, examine, open};
-pub use repair::{Fault, diagnose, repair};
+pub use repair::{Fault, diagnose, mendable, repair};
 pub use template::{ChatTemplate, Message, TemplateError};
 pub use tensor::{TensorInfo, TensorType};
 pub use tokenizer::{Decoder, Export, HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use damage::{Damaged, F16};
 use lacuna_base::float::{round_bf16, round_f16};
-use lacuna_checkpoint::{Adapter, Checkpoint, OpenError, examine, open};
+use lacuna_checkpoint::{Adapter, Checkpoint, OpenError, examine, mendable, open, repair};
 use lacuna_format::{Term, Weights};
 use lacuna_spec::{Part, Place, Role, arch};
 use serde_json::{Value, json};
@@ -479,7 +479,7 @@ fn what_is_odd_is_told_with_what_helps() {
     let d = Damaged::copy(&tiny("llama_sharded"));
     std::fs::remove_file(d.path().join("model-00003-of-00003.safetensors")).unwrap();
     let t = told(&d);
-    assert!(t[0].1 && t[0].0.contains("model-00003-of-00003.safetensors") && t[0].0.contains("lacuna pull"), "{t:?}");
+    assert!(t[0].1 && t[0].0.contains("model-00003-of-00003.safetensors") && t[0].0.contains("copy it there"), "{t:?}");
     let d = Damaged::copy(&tiny("llama"));
     d.config("config.json", |c| c["tie_word_embeddings"] = json!(true));
     let t = told(&d);
@@ -490,4 +490,111 @@ fn what_is_odd_is_told_with_what_helps() {
     });
     let t = told(&d);
     assert!(t.len() == 1 && t[0].0.contains("stored as plain numbers"), "{t:?}");
+}
+
+/// What to do with an advice.
+enum Advice {
+    /// `repair` is recommended, and mends it.
+    Repair,
+    /// An edit is recommended (words of it), and mends it.
+    Edit(&'static str, fn(&Damaged)),
+    /// Nothing that a program could do is recommended.
+    Nothing,
+}
+use Advice::{Edit, Nothing, Repair};
+
+fn set(key: &'static str, value: Value) -> impl Fn(&Damaged) {
+    move |d| d.config("config.json", |c| c[key] = value.clone())
+}
+
+fn renamed(d: &Damaged, from: &str, to: &str) {
+    d.header(|h| {
+        let old = std::mem::take(h.as_object_mut().unwrap());
+        h.as_object_mut().unwrap().extend(old.into_iter().map(|(k, v)| (k.replace(from, to), v)));
+    });
+}
+
+#[test]
+fn what_is_recommended_works() {
+    let tiny = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny").join(name);
+    let sparsity = json!({"quant_method": "compressed-tensors", "sparsity_config": {
+        "format": "dense", "targets": ["Linear"], "global_sparsity": 0.5, "sparsity_structure": "2:4"}});
+    let tie: fn(&Damaged) = |d| set("tie_word_embeddings", json!(true))(d);
+    type Damage = Vec<Box<dyn Fn(&Damaged)>>;
+    let count = |n: usize| -> Box<dyn Fn(&Damaged)> { Box::new(set("num_hidden_layers", json!(n))) };
+    let gap = || -> Box<dyn Fn(&Damaged)> { Box::new(|d| renamed(d, "layers.1.", "layers.5.")) };
+    let headless = || -> Box<dyn Fn(&Damaged)> { Box::new(|d| d.drop("lm_head.weight")) };
+    let second: fn(&Damaged) = |d| {
+        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny/llama_sharded");
+        let name = "model-00002-of-00003.safetensors";
+        std::fs::copy(from.join(name), d.path().join(name)).unwrap();
+    };
+    let unequal = json!(["sliding_attention", "full_attention", "full_attention"]);
+    let table: Vec<(&str, &str, Damage, Advice)> = vec![
+        ("a dead sparsity_config", "llama", vec![Box::new(set("quantization_config", sparsity))], Repair),
+        ("too high a count", "llama", vec![count(4)], Repair),
+        ("layers gone from the middle", "llama", vec![count(6), gap()], Repair),
+        ("a gap that the count does not know", "llama", vec![count(2), gap()], Nothing),
+        ("layers gone, nobody knows which", "gemma2", vec![count(3), Box::new(set("layer_types", unequal))], Nothing),
+        ("no head", "llama", vec![headless()], Edit("\"tie_word_embeddings\": true", tie)),
+        ("no head, and too high a count", "llama", vec![headless(), count(4)], Nothing),
+        ("the same, once the head is tied", "llama", vec![headless(), count(4), Box::new(tie)], Repair),
+        (
+            "layers that are not counted",
+            "llama",
+            vec![count(1)],
+            Edit("raise the count", |d| set("num_hidden_layers", json!(2))(d)),
+        ),
+        ("layers that are not counted, with a gap", "llama", vec![count(1), gap()], Nothing),
+        (
+            "a head beside the embedding that it is said to be",
+            "llama",
+            vec![Box::new(tie)],
+            Edit("\"tie_word_embeddings\": false", |d| set("tie_word_embeddings", json!(false))(d)),
+        ),
+        (
+            "a quantization_config over plain numbers",
+            "llama",
+            vec![Box::new(set("quantization_config", json!({"quant_method": "gptq", "bits": 4, "group_size": 128})))],
+            Edit("take quantization_config out", |d| set("quantization_config", json!(null))(d)),
+        ),
+        (
+            "a shard that is not there",
+            "llama_sharded",
+            vec![Box::new(|d| std::fs::remove_file(d.path().join("model-00002-of-00003.safetensors")).unwrap())],
+            Edit("copy it there", second),
+        ),
+    ];
+    for (what, model, damage, advice) in table {
+        let d = Damaged::copy(&tiny(model));
+        damage.iter().for_each(|f| f(&d));
+        let problems = examine(d.path()).unwrap_or_else(|e| panic!("{what}: {e}")).problems().to_vec();
+        assert!(!problems.is_empty(), "{what}");
+        let told = |words: &str| problems.iter().any(|p| p.help.as_deref().is_some_and(|h| h.contains(words)));
+        let broken = problems.iter().any(|p| p.broken);
+        let out = tempfile::tempdir().unwrap();
+        let mended = repair(d.path(), &out.path().join("out"), false, &mut |_, _| {});
+        assert_eq!(mendable(d.path()).is_ok(), mended.is_ok(), "{what}");
+        // Advised by both who look, or by neither.
+        let opened = open(d.path()).map_err(|e| e.to_string());
+        assert_eq!(opened.is_err(), broken, "{what}");
+        if let Err(e) = opened {
+            assert_eq!(e.contains("lacuna repair"), matches!(advice, Repair), "{what}: {e}");
+        }
+        assert_eq!(told("lacuna repair"), matches!(advice, Repair), "{what}: {problems:?}");
+        match advice {
+            Repair => {
+                mended.unwrap_or_else(|e| panic!("{what}: {e}"));
+                let c = examine(out.path().join("out")).unwrap();
+                assert_eq!(c.problems(), [], "{what}");
+            }
+            Edit(words, follow) => {
+                assert!(mended.is_err() && told(words), "{what}: {problems:?}");
+                follow(&d);
+                assert_eq!(examine(d.path()).unwrap().problems(), [], "{what}");
+                open(d.path()).unwrap_or_else(|e| panic!("{what}: {e}"));
+            }
+            Nothing => assert!(mended.is_err(), "{what}"),
+        }
+    }
 }
