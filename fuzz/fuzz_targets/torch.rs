@@ -7,7 +7,7 @@ use libfuzzer_sys::fuzz_target;
 
 fuzz_target!(|data: &[u8]| {
     check(data);
-    check(&zipped(&[("a/data.pkl", data), ("a/data/0", &[0; 64])]));
+    check(&zipped(&[("a/data.pkl", data), ("a/data/0", &[0; 64][..])]));
 });
 
 fn check(file: &[u8]) {
