@@ -54,7 +54,7 @@ impl Walk {
         let mut w = Walk::default();
         let places = c.spec().places();
         // Places that the opening went around have been told of already.
-        let known = !c.problems().is_empty();
+        let known = c.problems().iter().any(|p| p.broken);
         let bar = common::bar(places.len() as u64, "reading");
         for place in places {
             w.place(c, a, &place, known);
@@ -130,7 +130,11 @@ fn closed(g: &Global, a: &Inspect, path: &Path, e: OpenError) -> anyhow::Result<
     if faults.is_empty() {
         return Err(e.into());
     }
-    let help = format!("lacuna repair {} -o OUT", a.model);
+    // Recommended only where it works; otherwise why it does not says what is left to do.
+    let help = match lacuna_checkpoint::mendable(path) {
+        Ok(_) => format!("lacuna repair {} -o OUT", a.model),
+        Err(why) => format!("repair does not mend that: {why}"),
+    };
     let broken: Vec<&str> = faults.iter().map(|f| f.what.as_str()).collect();
     let problems: Vec<_> = broken.iter().map(|b| json!({"what": b, "help": help, "broken": true})).collect();
     let out = json!({"model": a.model, "path": path, "broken": broken, "problems": problems, "error": e.to_string()});

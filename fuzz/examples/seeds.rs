@@ -30,6 +30,15 @@ fn main() -> Result<()> {
     for entry in fs::read_dir(&foreign)? {
         let dir = entry?.path();
         let name = dir.file_name().unwrap_or_default().to_string_lossy().into_owned();
+        if let Ok(file) = fs::read(dir.join("adapter_model.bin")) {
+            put("torch", &name, &file)?;
+            // Its first member is the pickle: from the protocol's number to what follows a member.
+            let find = |what: &[u8], from: usize| file[from..].windows(what.len()).position(|w| w == what).map(|at| from + at);
+            let from = find(b"\x80\x02", 0).ok_or("no pickle")?;
+            let to = find(b"PK\x07\x08", from).ok_or("a pickle without end")?;
+            put("torch", &format!("{name}.pickle"), &file[from..to])?;
+            continue;
+        }
         if dir.join("adapter_config.json").is_file() {
             let parts = [fs::read(dir.join("adapter_config.json"))?, fs::read(dir.join("adapter_model.safetensors"))?];
             put("adapter", &name, &joined(&parts)?)?;

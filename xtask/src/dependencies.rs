@@ -34,11 +34,15 @@ pub fn check(tree: &Tree) -> Result<Vec<Finding>> {
             let of_tests = |kind| kind == DependencyKind::Development;
             for dep in package.dependencies.iter().filter(|d| of_tests(d.kind) == tests) {
                 let name = dep.rename.as_deref().unwrap_or(&dep.name);
+                let line = text.lines().position(|l| l.starts_with(name));
+                // One that stands for its features says so on its line.
+                if line.is_some_and(|l| text.lines().nth(l).is_some_and(|l| l.contains("# for its feature"))) {
+                    continue;
+                }
                 let word = name.replace('-', "_");
                 if code.iter().all(|source| source.find(&word).is_empty()) {
-                    let line = text.lines().position(|l| l.starts_with(name));
                     let what = format!("{} depends on {name}, which its code never names", package.name);
-                    let cure = "take it out of the manifest";
+                    let cure = "take it out of the manifest, or say on its line `# for its feature: ...`";
                     found.push(Finding::new(manifest.as_str(), line.map_or(0, |l| l + 1), "unused", what, cure));
                 }
             }

@@ -6,7 +6,7 @@ use std::fmt;
 use lacuna_base::Mat;
 use lacuna_format::{Group, Stored, Term, Values};
 use lacuna_spec::arch::{self, Source};
-use lacuna_spec::{Part, Place, Role, Spec};
+use lacuna_spec::{Place, Spec};
 
 use crate::foreign::Quantized;
 use crate::open::{Checkpoint, Kind};
@@ -32,7 +32,25 @@ impl Problem {
     pub fn odd(what: impl Into<String>, help: Option<&str>) -> Problem {
         Problem { broken: false, ..Problem::broken(what, help) }
     }
+
+    /// Whether `repair` is recommended.
+    pub(crate) fn asks_for_repair(&self) -> bool {
+        self.help.as_deref() == Some(REPAIR)
+    }
+
+    /// Recommends what `repair` cannot do to the user.
+    pub(crate) fn by_hand(&mut self) {
+        if self.asks_for_repair() {
+            let layers = "compare num_hidden_layers in config.json, and its lists with an entry for each layer, with \
+                          the layers that the weight files name; if files are missing, fetch them";
+            let sparse = "take sparsity_config out of config.json";
+            self.help = Some(if self.what.starts_with(SPARSITY) { sparse } else { layers }.to_owned());
+        }
+    }
 }
+
+/// How what is said of a dead `sparsity_config` begins.
+const SPARSITY: &str = "sparsity_config";
 
 /// Layers that the configuration counts and the files lack, and the other way round.
 pub(crate) struct LayersDiffer {
@@ -95,14 +113,15 @@ impl Checkpoint {
         {
             // Some models keep more there than they run (layers that draft); only who made the files knows.
             let help = "they are not run; if they are meant, raise the count in config.json";
-            self.note(Problem::odd(d.to_string(), Some(help)));
+            let next = d.beyond.iter().copied().eq(d.counted..d.counted + d.beyond.len());
+            self.note(Problem::odd(d.to_string(), Some(help).filter(|_| next)));
         }
         if let Some(q) = self.quantized().cloned() {
             let masked = self.tensors().any(|t| t.name.ends_with(".bitmask"));
             let compressed = self.foreign_places() > 0;
             if let Some(f) = q.sparsity_format.as_ref().filter(|f| !masked && (q.sparsity_targets || *f != "dense")) {
                 let what = format!(
-                    "sparsity_config (format \"{f}\") is left over: no tensor is stored that way, and readers of today stumble over it"
+                    "{SPARSITY} (format \"{f}\") is left over: no tensor is stored that way, and readers of today stumble over it"
                 );
                 self.note(Problem::odd(what, Some(REPAIR)));
             }
@@ -112,27 +131,6 @@ impl Checkpoint {
                 let help = "if the values are meant as they are, take quantization_config out of config.json";
                 self.note(Problem::odd(what, Some(help)));
             }
-        }
-        self.two_heads(sources);
-    }
-
-    /// A head stored beside the embedding that it is said to be.
-    fn two_heads(&mut self, sources: fn(&Spec, &Place) -> Vec<Source>) {
-        if !self.spec_of().tied || self.kind() == Kind::Packed {
-            return;
-        }
-        let untied = Spec { tied: false, ..self.spec_of().clone() };
-        let find = |role: Role| {
-            let names = sources(&untied, &Place { layer: None, role, expert: None, part: Part::Weight });
-            names.iter().find_map(|s| self.tensors().position(|t| t.name == s.name))
-        };
-        if let (Some(head), Some(embed)) = (find(Role::Head), find(Role::Embed))
-            && self.data(head) != self.data(embed)
-        {
-            let what =
-                "the head is said to be the embedding, but is stored beside it and differs; the embedding is used";
-            let help = "if the stored head is meant, set \"tie_word_embeddings\": false in config.json";
-            self.note(Problem::odd(what, Some(help)));
         }
     }
 }

@@ -15,12 +15,13 @@ pub mod save;
 mod template;
 mod tensor;
 mod tokenizer;
+pub mod torch;
 mod writer;
 
 pub use examine::{Found, Problem};
 pub use foreign::{Adapter, Quantized};
 pub use open::{Checkpoint, Kind, OpenError, examine, open};
-pub use repair::{Fault, diagnose, repair};
+pub use repair::{Fault, diagnose, mendable, repair};
 pub use template::{ChatTemplate, Message, Setting, TemplateError};
 pub use tensor::{TensorInfo, TensorType};
 pub use tokenizer::{Compared, Decoder, Export, HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};

@@ -1,5 +1,7 @@
 //! Opening a checkpoint of any format.
 
+mod head;
+mod index;
 mod locate;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
@@ -13,10 +15,11 @@ use lacuna_spec::arch::{self, GgufHead};
 use lacuna_spec::{Place, Spec, SpecError};
 use serde_json::Value;
 
-use crate::examine::Problem;
+use crate::examine::{Problem, REPAIR};
 use crate::foreign::{self, Adapter, Fitted, Lazy, Quantized};
 use crate::map::Mapped;
 use crate::packed::{self, PackedConfig};
+use crate::repair::mendable;
 use crate::tensor::{TensorInfo, TensorType};
 use crate::{gguf, safetensors};
 
@@ -50,6 +53,9 @@ pub enum OpenError {
     /// A tensor is missing or not as it should be.
     #[error(transparent)]
     Tensor(#[from] WeightsError),
+    /// One of those, in a checkpoint that `repair` mends.
+    #[error("{0} {REPAIR} mends that")]
+    Mendable(Box<OpenError>),
 }
 
 impl OpenError {
@@ -84,6 +90,8 @@ pub struct Checkpoint {
     fitted: Option<Fitted>,
     /// What was gone around; `None` where the first thing wrong ends the opening.
     problems: Option<Vec<Problem>>,
+    /// What is odd and keeps nobody from running it, where problems are not gathered.
+    notes: Vec<String>,
 }
 
 enum Located {
@@ -109,7 +117,8 @@ const MAX_JSON: u64 = 100_000_000;
 ///
 /// Afterwards every place of the network has its tensor, of the right shape and of a type that can be decoded.
 pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint, OpenError> {
-    open_path(path.as_ref(), None)
+    let path = path.as_ref();
+    open_path(path, None).map_err(|e| if mendable(path).is_ok() { OpenError::Mendable(Box::new(e)) } else { e })
 }
 
 /// Opens a checkpoint as far as it can be: what [`open`] would refuse and can be gone around is in [`Checkpoint::problems`], and places
@@ -117,6 +126,10 @@ pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint, OpenError> {
 pub fn examine(path: impl AsRef<Path>) -> Result<Checkpoint, OpenError> {
     let mut c = open_path(path.as_ref(), Some(Vec::new()))?;
     c.look_around();
+    // What is recommended must work.
+    if c.problems().iter().any(Problem::asks_for_repair) && mendable(path.as_ref()).is_err() {
+        c.problems.iter_mut().flatten().for_each(Problem::by_hand);
+    }
     Ok(c)
 }
 
@@ -169,11 +182,26 @@ fn open_dir(
     if config.get("format").and_then(Value::as_str) == Some(packed::FORMAT) {
         return open_packed(dir, &config_path, &json, problems);
     }
-    let quantized = foreign::read(dir, &config_path, &config)?;
+    open_as(path, dir, only, &config, &str::to_owned, problems)
+}
+
+/// Opens a directory in the Hugging Face layout as if its configuration were another one, and its tensors had other
+/// names.
+pub(crate) fn open_as(
+    path: &Path,
+    dir: &Path,
+    only: Option<&Path>,
+    config: &Value,
+    rename: &dyn Fn(&str) -> String,
+    problems: Option<Vec<Problem>>,
+) -> Result<Checkpoint, OpenError> {
+    let config_path = dir.join("config.json");
+    let quantized = foreign::read(dir, &config_path, config)?;
     let file = config_path.display().to_string();
-    let spec = arch::from_config(&config).map_err(|source| OpenError::Spec { file, source })?;
+    let spec = arch::from_config(config).map_err(|source| OpenError::Spec { file, source })?;
     let mut c = Checkpoint { quantized, problems, ..Checkpoint::new(path, Kind::HuggingFace, spec) };
-    c.add_safetensors(dir, only)?;
+    c.add_safetensors(dir, only, rename)?;
+    c.untie();
     c.locate(arch::sources)?;
     Ok(c)
 }
@@ -223,6 +251,16 @@ fn open_gguf(path: &Path, problems: Option<Vec<Problem>>) -> Result<Checkpoint, 
     if let Some(n) = splits.filter(|n| *n > 1) {
         return Err(OpenError::bad(path, format!("one of {n} parts of a split GGUF file; join them first")));
     }
+    open_parsed(path, map, parsed, problems)
+}
+
+/// Opens a GGUF file whose header has been read.
+pub(crate) fn open_parsed(
+    path: &Path,
+    map: Mapped,
+    parsed: gguf::Gguf,
+    problems: Option<Vec<Problem>>,
+) -> Result<Checkpoint, OpenError> {
     let head = gguf_head(&parsed, map.bytes());
     let file = path.display().to_string();
     let spec = arch::from_gguf(&head).map_err(|source| OpenError::Spec { file, source })?;
@@ -289,6 +327,7 @@ impl Checkpoint {
             quantized: None,
             fitted: None,
             problems: None,
+            notes: Vec::new(),
         }
     }
 
@@ -309,43 +348,6 @@ impl Checkpoint {
         let file = self.files.len();
         self.tensors.extend(tensors.into_iter().filter(|t| keep(&t.name)).map(|t| (file, t)));
         self.files.push(map);
-        Ok(())
-    }
-
-    fn add_safetensors(&mut self, dir: &Path, only: Option<&Path>) -> Result<(), OpenError> {
-        let index_path = dir.join("model.safetensors.index.json");
-        if let Some(path) = only {
-            return self.add_file(path, |_| true);
-        }
-        if !index_path.is_file() {
-            let one = dir.join("model.safetensors");
-            return match one.is_file() {
-                true => self.add_file(&one, |_| true),
-                false => Err(OpenError::bad(
-                    dir,
-                    "there is no model.safetensors and no index of shards; other formats (.bin, .pth) are not read",
-                )),
-            };
-        }
-        let index = safetensors::parse_index(&read_json(&index_path)?).map_err(|e| OpenError::bad(&index_path, e))?;
-        let of: HashMap<&str, &str> = index.iter().map(|(t, f)| (t.as_str(), f.as_str())).collect();
-        let mut seen = HashSet::new();
-        let mut absent = HashSet::new();
-        for (_, name) in &index {
-            if seen.insert(name) {
-                // What the index gives to another shard is not this one's; what it does not know stays, like elsewhere.
-                if let Err(e) = self.add_file(&dir.join(name), |t| of.get(t).is_none_or(|f| f == name)) {
-                    absent.insert(name.as_str());
-                    self.fault(e, Some("fetch the file named in the index anew: lacuna pull MODEL"))?;
-                }
-            }
-        }
-        let have: HashSet<&str> = self.tensors.iter().map(|t| t.1.name.as_str()).collect();
-        let lacks = index.iter().find(|(t, f)| !have.contains(t.as_str()) && !absent.contains(f.as_str()));
-        if let Some((tensor, file)) = lacks {
-            let what = format!("tensor {tensor} should lie in {file}, which lacks it");
-            self.fault(OpenError::bad(&index_path, what), None)?;
-        }
         Ok(())
     }
 
@@ -400,8 +402,8 @@ impl Checkpoint {
 
     /// The same model with an adapter on it: as low-rank terms beside the matrices it changes, or merged into them.
     pub fn with_adapter(self, adapter: Adapter, merge: bool) -> Result<Checkpoint, OpenError> {
-        let fitted = Some(Fitted::new(adapter, &self.spec, merge)?);
-        Ok(Checkpoint { fitted, ..self })
+        let fitted = Fitted::new(adapter, &self.spec, merge)?;
+        Ok(Checkpoint { spec: fitted.spec.clone(), fitted: Some(fitted), ..self })
     }
 
     /// The directory of the adapter in force, and whether it is merged.
@@ -412,6 +414,7 @@ impl Checkpoint {
     /// Everything that makes it differ from what its files hold alone, or from what they were written for: a sentence each.
     pub fn remarks(&self) -> Vec<String> {
         let mut out = self.quantized.as_ref().map_or_else(Vec::new, |q| q.notes.clone());
+        out.extend(self.notes.iter().cloned());
         out.extend(self.fitted.as_ref().map(Fitted::describe));
         out
     }
@@ -423,6 +426,14 @@ impl Checkpoint {
 
     pub(crate) fn note(&mut self, p: Problem) {
         self.problems.get_or_insert_default().push(p);
+    }
+
+    /// Something odd that is told whenever the model is opened.
+    fn remark(&mut self, what: String, help: Option<&str>) {
+        match &mut self.problems {
+            Some(list) => list.push(Problem::odd(what, help)),
+            None => self.notes.push(what),
+        }
     }
 
     /// Every tensor of the files.
@@ -540,7 +551,7 @@ impl Checkpoint {
 }
 
 /// Rows `from..from + rows` of the transpose of a `[cols, all]` matrix of `size`-byte entries.
-fn transpose(data: &[u8], rows: usize, cols: usize, from: usize, size: usize) -> Bytes {
+pub(crate) fn transpose(data: &[u8], rows: usize, cols: usize, from: usize, size: usize) -> Bytes {
     let all = data.len() / size / cols;
     let mut out = Vec::with_capacity(rows * cols * size);
     for r in from..from + rows {
@@ -558,15 +569,14 @@ impl Weights for Checkpoint {
     }
 
     fn get(&self, place: &Place) -> Result<Option<Arc<Stored>>, WeightsError> {
-        let stored = self.stored(place)?;
-        match (&self.fitted, stored) {
-            (Some(f), Some(base)) => Ok(Some(f.apply(place, base)?)),
-            (_, stored) => Ok(stored),
-        }
+        let Some(f) = &self.fitted else { return self.stored(place) };
+        let base = if f.needs_base(place) { self.stored(&f.base_of(place))? } else { None };
+        f.apply(place, base)
     }
 
     fn release(&self, place: &Place) {
-        match self.places.get(place) {
+        let place = self.fitted.as_ref().map_or(*place, |f| f.base_of(place));
+        match self.places.get(&place) {
             Some(Located::Plain { tensor, bytes, .. }) => self.files[self.tensors[*tensor].0].release(bytes.clone()),
             Some(Located::Packed { buffers, .. }) => buffers.values().for_each(|i| self.let_go(*i)),
             Some(Located::Foreign(lazy)) => lazy.tensors().for_each(|i| self.let_go(i)),

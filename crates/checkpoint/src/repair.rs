@@ -11,10 +11,11 @@ use std::path::{Path, PathBuf};
 use serde_json::{Map, Value, json};
 
 use crate::map::Mapped;
+use crate::open::{open_as, open_parsed};
 use crate::save::OutDir;
 use crate::save::{OutFile, Pairs, Progress};
 use crate::writer::{copy_named_templates, io_at};
-use crate::{OpenError, SaveError, gguf, safetensors};
+use crate::{Checkpoint, OpenError, SaveError, gguf, safetensors};
 
 /// Something wrong with a checkpoint that [`repair`] mends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -29,20 +30,19 @@ fn fault(what: String) -> Fault {
 
 /// What of the known breakages a checkpoint has. Nothing is said about files that this program cannot read at all: opening does that.
 pub fn diagnose(path: &Path) -> Result<Vec<Fault>, OpenError> {
-    match Broken::look(path)? {
-        Some(Broken::Hf(b)) => Ok(b.faults()),
-        Some(Broken::Gguf(b)) => Ok(b.faults()),
-        None => Ok(Vec::new()),
-    }
+    Ok(Broken::look(path)?.map_or_else(Vec::new, |b| b.faults()))
+}
+
+/// What [`repair`] would mend, where the mended model opens; otherwise why it is refused. Nothing is written.
+pub fn mendable(path: &Path) -> Result<Vec<Fault>, SaveError> {
+    Broken::to_mend(path).map(|b| b.faults())
 }
 
 /// Writes the mended model to `out` (a directory, or a file for GGUF) and says what was mended.
 pub fn repair(path: &Path, out: &Path, overwrite: bool, progress: Progress<'_>) -> Result<Vec<Fault>, SaveError> {
-    let nothing = || SaveError::Refused(format!("{}: none of the known breakages is there", path.display()));
-    match Broken::look(path)?.ok_or_else(nothing)? {
-        Broken::Hf(b) if !b.faults().is_empty() => b.mend(out, overwrite, progress),
-        Broken::Gguf(b) if !b.faults().is_empty() => b.mend(out, overwrite, progress),
-        _ => Err(nothing()),
+    match Broken::to_mend(path)? {
+        Broken::Hf(b) => b.mend(out, overwrite, progress),
+        Broken::Gguf(b) => b.mend(out, overwrite, progress),
     }
 }
 
@@ -52,6 +52,32 @@ enum Broken {
 }
 
 impl Broken {
+    /// A checkpoint with a fault, which opens once it is mended.
+    fn to_mend(path: &Path) -> Result<Broken, SaveError> {
+        let refused = |what: String| SaveError::Refused(format!("{}: {what}", path.display()));
+        let broken = Broken::look(path)?.filter(|b| !b.faults().is_empty());
+        let broken = broken.ok_or_else(|| refused("none of the known breakages is there".into()))?;
+        let opened = match &broken {
+            Broken::Hf(b) => {
+                let renumber = b.renumber();
+                let rename = |n: &str| renumber.as_ref().map_or_else(|| n.to_owned(), |r| r.rename(n));
+                open_as(path, path, None, &b.mended_config()?, &rename, None)
+            }
+            Broken::Gguf(b) => b.mended()?,
+        };
+        match opened {
+            Ok(_) => Ok(broken),
+            Err(e) => Err(refused(format!("even mended it would not open: {e}"))),
+        }
+    }
+
+    fn faults(&self) -> Vec<Fault> {
+        match self {
+            Broken::Hf(b) => b.faults(),
+            Broken::Gguf(b) => b.faults(),
+        }
+    }
+
     fn look(path: &Path) -> Result<Option<Broken>, OpenError> {
         if path.is_dir() {
             return Ok(Hf::look(path)?.map(Broken::Hf));
@@ -397,6 +423,18 @@ impl Gguf {
             }
         }
         Ok(pairs)
+    }
+
+    /// The mended file, opened without being written.
+    fn mended(&self) -> Result<Result<Checkpoint, OpenError>, SaveError> {
+        let mut parsed = self.parsed.clone();
+        if let Some(r) = self.renumber() {
+            let pairs = self.mended_pairs(&r)?;
+            let head = [b"GGUF", &3u32.to_le_bytes()[..], &[0; 8], &pairs.count.to_le_bytes(), &pairs.bytes].concat();
+            parsed.metadata = gguf::parse(&head).map_err(|e| OpenError::bad(&self.path, e.what))?.metadata;
+            parsed.tensors.iter_mut().for_each(|t| t.name = r.rename(&t.name));
+        }
+        Ok(open_parsed(&self.path, Mapped::open(&self.path)?, parsed, None))
     }
 
     fn mend(&self, out: &Path, overwrite: bool, progress: Progress<'_>) -> Result<Vec<Fault>, SaveError> {

@@ -8,7 +8,7 @@ use std::path::{Path, PathBuf};
 
 use damage::{Damaged, F16};
 use lacuna_base::float::{round_bf16, round_f16};
-use lacuna_checkpoint::{Adapter, Checkpoint, examine, open};
+use lacuna_checkpoint::{Adapter, Checkpoint, OpenError, examine, mendable, open, repair};
 use lacuna_format::{Term, Weights};
 use lacuna_spec::{Part, Place, Role, arch};
 use serde_json::{Value, json};
@@ -159,23 +159,171 @@ fn adapters_that_compute_something_else_are_refused() {
         let e = Adapter::open(d.path()).and_then(|a| base.with_adapter(a, false)).unwrap_err().to_string();
         assert!(words.iter().all(|w| e.contains(w)), "{words:?} not in: {e}");
     };
-    refuse(&|c| c["use_dora"] = json!(true), &["adapter_config.json", "use_dora"]);
+    refuse(&|c| c["use_dora"] = json!(true), &["lora_magnitude_vector", "use_dora"]);
     refuse(&|c| c["peft_type"] = json!("LOHA"), &["LOHA"]);
-    refuse(&|c| c["bias"] = json!("all"), &["bias"]);
+    refuse(&|c| c["bias"] = json!("some"), &["bias"]);
+    refuse(&|c| (c["use_dora"], c["lora_bias"]) = (json!(true), json!(true)), &["use_dora and lora_bias"]);
+    refuse(&|c| c["layer_replication"] = json!([[0, 1]]), &["layer_replication"]);
+    refuse(&|c| c["alora_invocation_tokens"] = json!([1]), &["alora_invocation_tokens"]);
     refuse(&|c| c["init_lora_weights"] = json!("pissa_niter_4"), &["pissa_niter_4"]);
     refuse(&|c| c["of_tomorrow"] = json!({"x": 1}), &["of_tomorrow"]);
     refuse(&|c| c["r"] = json!(5), &["rank 4", "the configuration 5"]);
     refuse(&|c| c["r"] = json!(-1), &["r is -1"]);
     refuse(&|c| c["rank_pattern"] = json!([1]), &["rank_pattern"]);
-    let d = Damaged::copy(&foreign("peft_lora"));
-    std::fs::rename(d.path().join("adapter_model.safetensors"), d.path().join("adapter_model.bin")).unwrap();
-    let e = Adapter::open(d.path()).unwrap_err().to_string();
-    assert!(e.contains("adapter_model.bin") && e.contains("safe_serialization"), "{e}");
+    refuse(&|c| c["trainable_token_indices"] = json!({"embed_tokens": [-1]}), &["trainable_token_indices"]);
+    refuse(&|c| c["target_parameters"] = json!("x"), &["target_parameters"]);
     let e = open(foreign("pack_stream")).unwrap().with_adapter(Adapter::open(foreign("peft_lora")).unwrap(), false);
     e.expect("an adapter goes on a quantized base as well");
     let other = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny/gpt2");
     let e = open(other).unwrap().with_adapter(Adapter::open(foreign("peft_lora")).unwrap(), false).unwrap_err();
     assert!(e.to_string().contains("belongs to nothing in the base"), "{e}");
+}
+
+/// The model with an adapter on its base.
+fn adapted(dir: &Path, merge: bool) -> Result<Checkpoint, OpenError> {
+    let adapter = Adapter::open(dir)?;
+    let base = foreign("peft_lora").join(adapter.base().unwrap());
+    open(base)?.with_adapter(adapter, merge)
+}
+
+/// Every place of a model, decoded.
+fn everything(c: &Checkpoint) -> BTreeMap<Place, lacuna_base::Mat> {
+    let places = c.spec().places();
+    places.into_iter().map(|p| (p, c.get(&p).unwrap().unwrap_or_else(|| panic!("no {p}")).to_mat())).collect()
+}
+
+/// What PEFT can say in an adapter: how it is kept, what is told. That it computes the same is held in `crates/model`.
+#[test]
+fn adapters_of_every_form() {
+    let tied = |c: &Checkpoint| c.spec().tied;
+    for (name, lowrank, told) in [
+        ("peft_tied_embed", 2, "2 tensors are its own instead of the base's; the head is no longer the embedding"),
+        ("peft_tied_head", 2, "the head is no longer the embedding"),
+        ("peft_tied_both", 1, "changes 1 matrices"),
+        ("peft_embed_head", 2, "2 tensors are its own"),
+        ("peft_resized", 1, "the vocabulary has 70 rows now"),
+        ("peft_dora", 0, "DoRA rescales 3 of them, which are merged for that"),
+        ("peft_dora_fused", 0, "DoRA rescales 8 of them"),
+        ("peft_bias", 4, "6 tensors are its own"),
+        ("peft_bias_lora_only", 4, "2 tensors are its own"),
+        ("peft_lora_bias", 6, "6 biases are moved"),
+        ("peft_experts", 26, "changes 26 matrices"),
+        ("peft_experts_down", 10, "changes 10 matrices"),
+        ("peft_experts_apart", 26, "changes 26 matrices"),
+        ("peft_tokens", 1, "3 rows of single tokens are its own"),
+        ("peft_tokens_two", 2, "3 rows of single tokens"),
+        ("peft_modules", 1, "4 tensors are its own"),
+        ("peft_bin", 2, "changes 2 matrices"),
+    ] {
+        let c = adapted(&foreign(name), false).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert!(c.remarks()[0].contains(told), "{name}: {:?}", c.remarks());
+        let kept = |c: &Checkpoint| {
+            let kept = |p: &Place| c.get(p).unwrap().is_some_and(|s| s.codec_name().contains("lowrank"));
+            c.spec().places().iter().filter(|p| kept(p)).count()
+        };
+        assert_eq!(kept(&c), lowrank, "{name}");
+        // What changes one of two that are one parts them; of what changes neither or both, they stay one.
+        let base = open(foreign(name).join(Adapter::open(foreign(name)).unwrap().base().unwrap())).unwrap();
+        let parted = ["peft_tied_embed", "peft_tied_head", "peft_dora", "peft_modules"].contains(&name);
+        assert_eq!(tied(&c), tied(&base) && !parted, "{name}");
+        let merged = adapted(&foreign(name), true).unwrap();
+        assert_eq!(kept(&merged), 0, "{name}");
+        let (apart, merged) = (everything(&c), everything(&merged));
+        assert_eq!(apart.len(), merged.len());
+        for (place, m) in apart {
+            let off = m.data().iter().zip(merged[&place].data()).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(off < 1e-5, "{name}: {place}: {off}");
+        }
+    }
+    let c = adapted(&foreign("peft_tokens"), false).unwrap();
+    let embed = c.get(&Place::global(Role::Embed)).unwrap().unwrap();
+    assert!(embed.codec_name().contains("csr"), "{}", embed.codec_name());
+}
+
+#[test]
+fn tokens_have_the_rows_that_the_file_says() {
+    let file = std::fs::read(foreign("peft_tokens").join("adapter_model.safetensors")).unwrap();
+    let st = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let rows = st.tensor("base_model.model.model.embed_tokens.token_adapter.trainable_tokens_delta").unwrap();
+    let rows: Vec<f32> = rows.data().as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+    let (c, base) = (adapted(&foreign("peft_tokens"), false).unwrap(), open(foreign("peft_base")).unwrap());
+    let of = |c: &Checkpoint| c.get(&Place::global(Role::Embed)).unwrap().unwrap().to_mat();
+    let (have, before) = (of(&c), of(&base));
+    // As the configuration lists them.
+    for row in 0..have.rows() {
+        match [42, 3, 17].iter().position(|t| *t == row) {
+            Some(i) => {
+                let want = &rows[i * 32..][..32];
+                assert!(have.row(row).iter().zip(want).all(|(a, b)| (a - b).abs() < 1e-6), "{row}");
+            }
+            None => assert_eq!(have.row(row), before.row(row), "{row}"),
+        }
+    }
+}
+
+#[test]
+fn adapters_that_lie() {
+    let refuse = |name: &str, change: &dyn Fn(&Damaged), words: &[&str]| {
+        let d = Damaged::copy(&foreign(name));
+        change(&d);
+        let read =
+            |c: Checkpoint| c.spec().places().iter().try_for_each(|p| c.get(p).map(drop).map_err(|e| e.to_string()));
+        let e =
+            adapted(d.path(), false).map_err(|e| e.to_string()).and_then(read).expect_err("a damaged adapter was read");
+        assert!(words.iter().all(|w| e.contains(w)), "{name}: {words:?} not in: {e}");
+    };
+    let said = |key: &'static str, v: Value| move |d: &Damaged| d.config("adapter_config.json", |c| c[key] = v.clone());
+    let shape = |tensor: &'static str, shape: Value| {
+        move |d: &Damaged| {
+            d.header_of("adapter_model.safetensors", |h| {
+                h[format!("base_model.model.{tensor}")]["shape"] = shape.clone()
+            });
+        }
+    };
+    refuse(
+        "peft_tokens",
+        &said("trainable_token_indices", json!([42, 3])),
+        &["trainable_tokens_delta", "[3, 32] for 2"],
+    );
+    refuse("peft_tokens", &said("trainable_token_indices", json!([42, 3, 64])), &["token 64", "none of 64"]);
+    refuse("peft_tokens", &said("trainable_token_indices", json!([42, 3, 3])), &["token 3 stands twice"]);
+    refuse("peft_tokens", &said("trainable_token_indices", json!({"head": [1, 2, 3]})), &["does not say which rows"]);
+    refuse("peft_experts", &said("target_parameters", json!([])), &["experts", "belongs to nothing in the base"]);
+    refuse(
+        "peft_experts",
+        &said("rank_pattern", json!({"down_proj": 4})),
+        &["rank 12", "the configuration 4 for each of 4"],
+    );
+    refuse("peft_experts_down", &said("target_parameters", json!(["mlp.experts.gate_up_proj"])), &["experts.lora_B"]);
+    refuse("peft_dora", &said("use_dora", json!(false)), &["lora_magnitude_vector", "belongs to nothing"]);
+    refuse("peft_bias", &shape("model.layers.0.self_attn.k_proj.bias", json!([4, 4])), &["k_proj.bias", "[4, 4]"]);
+    refuse("peft_lora_bias", &shape("model.layers.0.self_attn.q_proj.lora_B.bias", json!([32, 1])), &["lora_B.bias"]);
+    refuse(
+        "peft_modules",
+        &shape("lm_head.weight", json!([32, 64])),
+        &["lm_head.weight", "[32, 64]", "head is (64, 32)"],
+    );
+    // Only one of two was resized.
+    refuse("peft_resized", &shape("lm_head.weight", json!([35, 64])), &["[70, 32]", "(64, 32)"]);
+    let zero = |d: &Damaged| {
+        for half in ["A", "B"] {
+            d.fill_in(
+                "adapter_model.safetensors",
+                &format!("base_model.model.model.embed_tokens.lora_embedding_{half}"),
+                &[0],
+            );
+        }
+        d.fill_in("adapter_model.safetensors", "base_model.model.model.embed_tokens.base_layer.weight", &[0]);
+    };
+    refuse("peft_dora", &zero, &["lora_magnitude_vector", "length 0"]);
+    let cut = |d: &Damaged| {
+        let path = d.path().join("adapter_model.bin");
+        let file = std::fs::read(&path).unwrap();
+        std::fs::write(path, &file[..file.len() / 2]).unwrap();
+    };
+    refuse("peft_bin", &cut, &["adapter_model.bin", "cut short"]);
+    let other = |d: &Damaged| std::fs::write(d.path().join("adapter_model.bin"), b"\x80\x02}.").unwrap();
+    refuse("peft_bin", &other, &["adapter_model.bin", "PyTorch 1.6"]);
 }
 
 /// A change to a copy of a checkpoint, and words of the refusal; opening and reading both count.
@@ -331,15 +479,122 @@ fn what_is_odd_is_told_with_what_helps() {
     let d = Damaged::copy(&tiny("llama_sharded"));
     std::fs::remove_file(d.path().join("model-00003-of-00003.safetensors")).unwrap();
     let t = told(&d);
-    assert!(t[0].1 && t[0].0.contains("model-00003-of-00003.safetensors") && t[0].0.contains("lacuna pull"), "{t:?}");
+    assert!(t[0].1 && t[0].0.contains("model-00003-of-00003.safetensors") && t[0].0.contains("copy it there"), "{t:?}");
     let d = Damaged::copy(&tiny("llama"));
     d.config("config.json", |c| c["tie_word_embeddings"] = json!(true));
     let t = told(&d);
-    assert!(t.len() == 1 && t[0].0.contains("differs") && t[0].0.contains("tie_word_embeddings"), "{t:?}");
+    assert!(t.len() == 1 && !t[0].1 && t[0].0.contains("differs") && t[0].0.contains("tie_word_embeddings"), "{t:?}");
     let d = Damaged::copy(&tiny("llama"));
     d.config("config.json", |c| {
         c["quantization_config"] = json!({"quant_method": "gptq", "bits": 4, "group_size": 128});
     });
     let t = told(&d);
     assert!(t.len() == 1 && t[0].0.contains("stored as plain numbers"), "{t:?}");
+}
+
+/// What to do with an advice.
+enum Advice {
+    /// `repair` is recommended, and mends it.
+    Repair,
+    /// An edit is recommended (words of it), and mends it.
+    Edit(&'static str, fn(&Damaged)),
+    /// Nothing that a program could do is recommended.
+    Nothing,
+}
+use Advice::{Edit, Nothing, Repair};
+
+fn set(key: &'static str, value: Value) -> impl Fn(&Damaged) {
+    move |d| d.config("config.json", |c| c[key] = value.clone())
+}
+
+fn renamed(d: &Damaged, from: &str, to: &str) {
+    d.header(|h| {
+        let old = std::mem::take(h.as_object_mut().unwrap());
+        h.as_object_mut().unwrap().extend(old.into_iter().map(|(k, v)| (k.replace(from, to), v)));
+    });
+}
+
+#[test]
+fn what_is_recommended_works() {
+    let tiny = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny").join(name);
+    let sparsity = json!({"quant_method": "compressed-tensors", "sparsity_config": {
+        "format": "dense", "targets": ["Linear"], "global_sparsity": 0.5, "sparsity_structure": "2:4"}});
+    let tie: fn(&Damaged) = |d| set("tie_word_embeddings", json!(true))(d);
+    type Damage = Vec<Box<dyn Fn(&Damaged)>>;
+    let count = |n: usize| -> Box<dyn Fn(&Damaged)> { Box::new(set("num_hidden_layers", json!(n))) };
+    let gap = || -> Box<dyn Fn(&Damaged)> { Box::new(|d| renamed(d, "layers.1.", "layers.5.")) };
+    let headless = || -> Box<dyn Fn(&Damaged)> { Box::new(|d| d.drop("lm_head.weight")) };
+    let second: fn(&Damaged) = |d| {
+        let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny/llama_sharded");
+        let name = "model-00002-of-00003.safetensors";
+        std::fs::copy(from.join(name), d.path().join(name)).unwrap();
+    };
+    let unequal = json!(["sliding_attention", "full_attention", "full_attention"]);
+    let table: Vec<(&str, &str, Damage, Advice)> = vec![
+        ("a dead sparsity_config", "llama", vec![Box::new(set("quantization_config", sparsity))], Repair),
+        ("too high a count", "llama", vec![count(4)], Repair),
+        ("layers gone from the middle", "llama", vec![count(6), gap()], Repair),
+        ("a gap that the count does not know", "llama", vec![count(2), gap()], Nothing),
+        ("layers gone, nobody knows which", "gemma2", vec![count(3), Box::new(set("layer_types", unequal))], Nothing),
+        ("no head", "llama", vec![headless()], Edit("\"tie_word_embeddings\": true", tie)),
+        ("no head, and too high a count", "llama", vec![headless(), count(4)], Nothing),
+        ("the same, once the head is tied", "llama", vec![headless(), count(4), Box::new(tie)], Repair),
+        (
+            "layers that are not counted",
+            "llama",
+            vec![count(1)],
+            Edit("raise the count", |d| set("num_hidden_layers", json!(2))(d)),
+        ),
+        ("layers that are not counted, with a gap", "llama", vec![count(1), gap()], Nothing),
+        (
+            "a head beside the embedding that it is said to be",
+            "llama",
+            vec![Box::new(tie)],
+            Edit("\"tie_word_embeddings\": false", |d| set("tie_word_embeddings", json!(false))(d)),
+        ),
+        (
+            "a quantization_config over plain numbers",
+            "llama",
+            vec![Box::new(set("quantization_config", json!({"quant_method": "gptq", "bits": 4, "group_size": 128})))],
+            Edit("take quantization_config out", |d| set("quantization_config", json!(null))(d)),
+        ),
+        (
+            "a shard that is not there",
+            "llama_sharded",
+            vec![Box::new(|d| std::fs::remove_file(d.path().join("model-00002-of-00003.safetensors")).unwrap())],
+            Edit("copy it there", second),
+        ),
+    ];
+    for (what, model, damage, advice) in table {
+        let d = Damaged::copy(&tiny(model));
+        damage.iter().for_each(|f| f(&d));
+        let problems = examine(d.path()).unwrap_or_else(|e| panic!("{what}: {e}")).problems().to_vec();
+        assert!(!problems.is_empty(), "{what}");
+        let told = |words: &str| problems.iter().any(|p| p.help.as_deref().is_some_and(|h| h.contains(words)));
+        let broken = problems.iter().any(|p| p.broken);
+        let out = tempfile::tempdir().unwrap();
+        let mended = repair(d.path(), &out.path().join("out"), false, &mut |_, _| {});
+        assert_eq!(mendable(d.path()).is_ok(), mended.is_ok(), "{what}");
+        // Advised by both who look, or by neither.
+        let opened = open(d.path()).map_err(|e| e.to_string());
+        assert_eq!(opened.is_err(), broken, "{what}");
+        if let Err(e) = opened {
+            assert_eq!(e.contains("lacuna repair"), matches!(advice, Repair), "{what}: {e}");
+        }
+        assert_eq!(told("lacuna repair"), matches!(advice, Repair), "{what}: {problems:?}");
+        match advice {
+            Repair => {
+                mended.unwrap_or_else(|e| panic!("{what}: {e}"));
+                let c = examine(out.path().join("out")).unwrap();
+                assert_eq!(c.problems(), [], "{what}");
+            }
+            Edit(words, follow) => {
+                assert!(mended.is_err() && told(words), "{what}: {problems:?}");
+                follow(&d);
+                assert_eq!(examine(d.path()).unwrap().problems(), [], "{what}");
+                open(d.path()).unwrap_or_else(|e| panic!("{what}: {e}"));
+            }
+            Nothing => assert!(mended.is_err(), "{what}"),
+        }
+    }
 }

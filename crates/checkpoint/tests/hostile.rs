@@ -111,6 +111,46 @@ fn indices_that_lead_elsewhere() {
 }
 
 #[test]
+fn an_index_may_name_what_nobody_needs() {
+    let remarks = |change: &dyn Fn(&mut Value)| {
+        let dir = copy("llama_sharded");
+        edit(&dir.path().join("model.safetensors.index.json"), |i| change(&mut i["weight_map"]));
+        let c = open(dir.path()).unwrap();
+        let looked = lacuna_checkpoint::examine(dir.path()).unwrap();
+        assert!(looked.problems().iter().all(|p| !p.broken) && looked.remarks().is_empty());
+        assert_eq!(looked.problems().len(), c.remarks().len());
+        c.remarks()
+    };
+    assert_eq!(remarks(&|_| ()), [""; 0]);
+    let told = remarks(&|w| {
+        for name in ["mtp.layers.0.up.weight", "mtp.norm.weight", "model.layers.0.self_attn.rotary_emb.inv_freq", "x"] {
+            w[name] = json!("model-00001-of-00003.safetensors");
+        }
+    });
+    assert!(
+        told[0].contains("4 tensors that lie in no file")
+            && told[0].contains("inv_freq, mtp.layers.0.up.weight, mtp.norm.weight, ..."),
+        "{told:?}"
+    );
+    // A whole file of them.
+    let told = remarks(&|w| w["mtp.norm.weight"] = json!("model-00009-of-00003.safetensors"));
+    assert!(told[0].contains("1 tensors") && told[0].contains("(mtp.norm.weight)"), "{told:?}");
+    // A file that is there and no safetensors file stays an error.
+    let dir = copy("llama_sharded");
+    fs::write(dir.path().join("mtp.safetensors"), [7; 100]).unwrap();
+    edit(&dir.path().join("model.safetensors.index.json"), |i| i["weight_map"]["mtp.x"] = json!("mtp.safetensors"));
+    refused(dir.path(), &["mtp.safetensors"]);
+    // A head that is the embedding is not needed; one that is not is.
+    let dir = copy("llama_sharded");
+    edit(&dir.path().join("model.safetensors.index.json"), |i| {
+        i["weight_map"]["lm_head.weight"] = json!("model-00001-of-00003.safetensors");
+    });
+    refused(dir.path(), &["index.json", "lm_head.weight", "lacks it"]);
+    edit(&dir.path().join("config.json"), |c| c["tie_word_embeddings"] = json!(true));
+    assert!(open(dir.path()).unwrap().remarks()[0].contains("(lm_head.weight)"));
+}
+
+#[test]
 fn configurations_that_are_none() {
     let dir = copy("llama");
     let path = dir.path().join("config.json");

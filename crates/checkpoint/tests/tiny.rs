@@ -176,3 +176,78 @@ fn a_network_that_a_configuration_cannot_say_is_refused_by_layer() {
     spec.layers[1].ffn = None;
     assert!(arch::to_config(&spec).unwrap_err().what.contains("layer 1"));
 }
+
+/// transformers 5 runs a head that is stored beside the embedding and differs, whatever the configuration says, and either of two that are one.
+#[test]
+fn a_head_that_is_said_to_be_the_embedding() {
+    let copy = |head: Option<&str>| {
+        let dir = tempfile::tempdir().unwrap();
+        let mut c = config(&tiny().join("llama"));
+        c["tie_word_embeddings"] = json!(true);
+        std::fs::write(dir.path().join("config.json"), c.to_string()).unwrap();
+        let file = std::fs::read(tiny().join("llama/model.safetensors")).unwrap();
+        let st = safetensors::SafeTensors::deserialize(&file).unwrap();
+        let mut tensors: Vec<_> = st.tensors();
+        let find = |name: &str| st.tensor(name).unwrap();
+        match head {
+            // As it is: another one.
+            None => {}
+            Some("same") => tensors
+                .iter_mut()
+                .filter(|t| t.0 == "lm_head.weight")
+                .for_each(|t| t.1 = find("model.embed_tokens.weight")),
+            Some(gone) => tensors.retain(|t| t.0 != gone),
+        }
+        let file = safetensors::serialize(tensors.iter().map(|(n, t)| (n.as_str(), t)), None).unwrap();
+        std::fs::write(dir.path().join("model.safetensors"), file).unwrap();
+        dir
+    };
+    let (embed, head) = (Place::global(Role::Embed), Place::global(Role::Head));
+    let llama = open(tiny().join("llama")).unwrap();
+    let dir = copy(None);
+    let c = open(dir.path()).unwrap();
+    assert!(!c.spec().tied && c.remarks().len() == 1 && c.remarks()[0].contains("transformers 5"), "{:?}", c.remarks());
+    assert_eq!(dense(&c, head), dense(&llama, head));
+    assert_ne!(dense(&c, head), dense(&c, embed));
+    for (gone, of) in [("same", embed), ("lm_head.weight", embed), ("model.embed_tokens.weight", head)] {
+        let dir = copy(Some(gone));
+        let c = open(dir.path()).unwrap_or_else(|e| panic!("{gone}: {e}"));
+        assert!(c.spec().tied && c.remarks().is_empty(), "{gone}");
+        assert_eq!(dense(&c, embed), dense(&llama, of), "{gone}");
+    }
+    // The same values in another type are the same.
+    let dir = copy(Some("same"));
+    let path = dir.path().join("model.safetensors");
+    let file = std::fs::read(&path).unwrap();
+    let st = safetensors::SafeTensors::deserialize(&file).unwrap();
+    let half = |v: &[u8]| -> Vec<u8> {
+        v.as_chunks::<4>().0.iter().flat_map(|b| half::f16::from_f32(f32::from_le_bytes(*b)).to_le_bytes()).collect()
+    };
+    let rounded = |v: &[u8]| -> Vec<u8> {
+        v.as_chunks::<4>()
+            .0
+            .iter()
+            .flat_map(|b| half::f16::from_f32(f32::from_le_bytes(*b)).to_f32().to_le_bytes())
+            .collect()
+    };
+    for (differs, tied) in [(false, true), (true, false)] {
+        let source = st.tensor("model.embed_tokens.weight").unwrap();
+        let (small, mut wide) = (half(source.data()), rounded(source.data()));
+        if differs {
+            *wide.last_mut().unwrap() ^= 1;
+        }
+        let shape = source.shape().to_vec();
+        let view = |dtype, data| safetensors::tensor::TensorView::new(dtype, shape.clone(), data).unwrap();
+        let mut tensors: Vec<_> = st.tensors();
+        for t in &mut tensors {
+            match t.0.as_str() {
+                "lm_head.weight" => t.1 = view(safetensors::Dtype::F16, &small),
+                "model.embed_tokens.weight" => t.1 = view(safetensors::Dtype::F32, &wide),
+                _ => {}
+            }
+        }
+        let file = safetensors::serialize(tensors.iter().map(|(n, t)| (n.as_str(), t)), None).unwrap();
+        std::fs::write(&path, file).unwrap();
+        assert_eq!(open(dir.path()).unwrap().spec().tied, tied);
+    }
+}

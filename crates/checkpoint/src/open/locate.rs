@@ -7,7 +7,7 @@ use lacuna_format::{FormatError, WeightsError};
 use lacuna_spec::arch::Source;
 use lacuna_spec::{Part, Place, Role, Spec};
 
-use super::{Checkpoint, Located, OpenError};
+use super::{Checkpoint, Kind, Located, OpenError};
 use crate::examine::{REPAIR, layers_differ};
 use crate::foreign::{self, Fault, Lazy, Module, Tensors};
 use crate::tensor::TensorType;
@@ -32,11 +32,11 @@ impl Checkpoint {
             }
         }
         // Where files are missing, so is what lies in them: that is said once.
-        let cut = self.problems.as_ref().is_some_and(|p| !p.is_empty());
+        let cut = self.problems().iter().any(|p| p.broken);
         let differ = layers_differ(&self.spec, self.tensors.iter().map(|t| t.1.name.as_str()), sources);
         let absent = match differ.filter(|d| !cut && !d.missing.is_empty()) {
             Some(d) if self.problems.is_none() => {
-                return Err(OpenError::bad(&self.path, format!("{d} {REPAIR} mends that")));
+                return Err(OpenError::bad(&self.path, d.to_string()));
             }
             Some(d) => {
                 self.fault(OpenError::bad(&self.path, d.to_string()), Some(REPAIR))?;
@@ -51,7 +51,11 @@ impl Checkpoint {
             if place.layer.is_some_and(|l| absent.contains(&(l as usize))) {
                 continue;
             }
-            let candidates = sources(&self.spec, &place);
+            let mut candidates = sources(&self.spec, &place);
+            if self.spec.tied && place.role == Role::Embed {
+                // One of two that are the same is enough, whichever it is.
+                candidates.extend(sources(&Spec { tied: false, ..self.spec.clone() }, &Place::global(Role::Head)));
+            }
             match self.locate_one(&place, &candidates, &by_name, &mut modules) {
                 Ok((located, of)) => {
                     if let Some(s) = of {
@@ -60,7 +64,11 @@ impl Checkpoint {
                     places.insert(place, located);
                 }
                 Err(WeightsError::Missing { .. }) if cut => {}
-                Err(e) => self.fault(e.into(), None)?,
+                Err(e) => {
+                    let head = matches!(e, WeightsError::Missing { .. }) && place.role == Role::Head;
+                    let tie = "if the head is the embedding, set \"tie_word_embeddings\": true in config.json";
+                    self.fault(e.into(), Some(tie).filter(|_| head && self.kind == Kind::HuggingFace))?;
+                }
             }
         }
         for (tensor, (rows, all)) in taken {
