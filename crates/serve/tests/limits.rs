@@ -222,9 +222,12 @@ fn too_many_connections_are_turned_away() {
     let held: Vec<_> = (0..3).map(|_| s.connect()).collect();
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(s.connect().answer().error(), (503, String::new(), "too_many_connections".into()));
+    // One that has sent its request already hears it, too.
+    assert_eq!(s.get("/health/live").error().0, 503);
     drop(held);
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(s.get("/health/live").status, 200);
+    assert!(s.get("/metrics").body.contains("lacuna_connections_turned_away_total 2"));
 }
 
 #[test]
