@@ -1,7 +1,8 @@
 //! A model behind OpenAI's interface: HTTP, streaming, limits, metrics, a web page.
 //!
-//! One thread runs the model ([`lacuna_run::Scheduler`]), another talks with everybody; they share channels. A request is held against the
-//! published OpenAPI document first, then becomes tokens and a grammar, then waits its turn; when its client leaves, so does it.
+//! One thread runs the model ([`lacuna_run::Scheduler`]), another talks with everybody; they share channels. A request takes a place in the
+//! queue first, is held against the published OpenAPI document, becomes tokens and a grammar, and waits its turn; when its client leaves, so
+//! does it.
 
 mod api;
 mod app;

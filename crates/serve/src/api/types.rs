@@ -62,6 +62,17 @@ pub enum Input {
     ManyTokens(Vec<Vec<u32>>),
 }
 
+impl Input {
+    /// How many texts these are.
+    pub fn texts(&self) -> usize {
+        match self {
+            Input::Text(_) | Input::Tokens(_) => 1,
+            Input::Texts(all) => all.len(),
+            Input::ManyTokens(all) => all.len(),
+        }
+    }
+}
+
 /// `/v1/chat/completions`
 #[derive(Clone, Debug, Deserialize)]
 pub struct Chat {
