@@ -1,7 +1,7 @@
 //! What all requests share, and what is asked of every one of them: a key, a name of this server, a line in the log.
 
 use std::sync::Arc;
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::time::{Duration, Instant};
 
 use axum::Router;
@@ -21,7 +21,7 @@ use crate::error::{ApiError, json_response};
 use crate::grammar::Grammars;
 use crate::metrics::Metrics;
 use crate::schema::Schema;
-use crate::worker::{Answers, Worker};
+use crate::worker::{Answers, Ticket, Worker};
 use crate::{api, page};
 
 /// Limits on requests.
@@ -97,18 +97,9 @@ pub struct App {
 }
 
 impl App {
-    /// Hands requests to the engine, unless too many wait.
-    pub fn submit(&self, requests: Vec<lacuna_run::Request>) -> Result<Answers, ApiError> {
-        if self.draining.load(Ordering::Acquire) || !self.worker.is_alive() {
-            return Err(ApiError::new(503, "the server is going down"));
-        }
-        let Some(ticket) = self.worker.ticket(requests.len()) else {
-            // About as long as an answer of those that wait takes, as far as anybody knows.
-            let retry_after_s = Some(1 + self.worker.pending() as u64 / 8);
-            let text = format!("{} answers are at work or wait; try again later", self.worker.pending());
-            return Err(ApiError { retry_after_s, ..ApiError::new(429, text) }.code("queue_full"));
-        };
-        Ok(self.worker.submit(requests, ticket))
+    /// Hands requests to the engine, for which there is room.
+    pub fn submit(&self, requests: Vec<lacuna_run::Request>, ticket: Ticket) -> Result<Answers, ApiError> {
+        self.closed().map_or_else(|| Ok(self.worker.submit(requests, ticket)), Err)
     }
 
     fn host_is_known(&self, request: &Request<Body>) -> bool {
@@ -206,8 +197,8 @@ pub fn router(app: Arc<App>) -> Router {
 }
 
 async fn ready(State(app): State<Arc<App>>) -> Response<Body> {
-    if app.draining.load(Ordering::Acquire) || !app.worker.is_alive() {
-        return ApiError::new(503, "the server is going down").into_response();
+    if let Some(closed) = app.closed() {
+        return closed.into_response();
     }
     json_response(200, &json!({ "status": "ready", "model": app.name }))
 }

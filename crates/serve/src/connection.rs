@@ -11,7 +11,7 @@ use axum::Router;
 use hyper::server::conn::http1;
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
-use tokio::io::{AsyncRead, AsyncWrite, AsyncWriteExt, ReadBuf};
+use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
 use tokio::net::{TcpListener, TcpStream};
 use tokio::sync::watch;
 use tokio::task::JoinSet;
@@ -19,6 +19,12 @@ use tokio::time::{Instant, Sleep, sleep, sleep_until, timeout};
 
 use crate::app::App;
 use crate::error::ApiError;
+
+/// Connections that are told at the same time why there is no room for them; more are closed without a word.
+const TOLD: usize = 64;
+
+/// Bytes that a connection without room may send and be heard out.
+const HEARD: usize = 64 << 10;
 
 /// Limits on connections.
 #[derive(Clone, Copy, Debug)]
@@ -42,7 +48,7 @@ pub async fn accept(
     mut stop: watch::Receiver<bool>,
 ) -> usize {
     let (drain, drained) = watch::channel(false);
-    let mut open = JoinSet::new();
+    let (mut open, mut outside) = (JoinSet::new(), Outside::new(Duration::from_secs(1)));
     loop {
         let accepted = tokio::select! {
             _ = stop.wait_for(|stop| *stop) => break,
@@ -60,7 +66,8 @@ pub async fn accept(
         };
         let _ = stream.set_nodelay(true);
         if open.len() >= patience.connections {
-            open.spawn(turn_away(stream));
+            app.metrics.turned_away.fetch_add(1, Ordering::Relaxed);
+            outside.turn_away(stream);
             continue;
         }
         let (router, app, drained) = (router.clone(), Arc::clone(&app), drained.clone());
@@ -108,19 +115,48 @@ async fn hold(stream: TcpStream, router: Router, patience: Patience, mut drained
     }
 }
 
-/// Says why there is no room, and closes.
-async fn turn_away(mut stream: TcpStream) {
+/// Those for whom there is no room.
+struct Outside {
+    told: JoinSet<()>,
+    /// For so long one is told.
+    moment: Duration,
+}
+
+impl Outside {
+    fn new(moment: Duration) -> Outside {
+        Outside { told: JoinSet::new(), moment }
+    }
+
+    /// Says why there is no room, and closes; closes at once where many are being told already. Whether it is told.
+    fn turn_away(&mut self, stream: TcpStream) -> bool {
+        while self.told.try_join_next().is_some() {}
+        let room = self.told.len() < TOLD;
+        if room {
+            let moment = self.moment;
+            self.told.spawn(async move { drop(timeout(moment, tell(stream)).await) });
+        }
+        room
+    }
+}
+
+/// Says why there is no room, and waits until the other side has closed: whoever closes on words unheard takes back what it said.
+async fn tell(mut stream: TcpStream) -> io::Result<()> {
     let body = ApiError::new(503, "too many connections are open").code("too_many_connections").body().to_string();
     let text = format!(
         "HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\nretry-after: 1\r\nconnection: close\r\n\
          content-length: {}\r\n\r\n{body}",
         body.len()
     );
-    let _ = timeout(Duration::from_secs(1), async {
-        stream.write_all(text.as_bytes()).await?;
-        stream.shutdown().await
-    })
-    .await;
+    stream.write_all(text.as_bytes()).await?;
+    stream.shutdown().await?;
+    let (mut rest, mut heard) = ([0; 1024], 0);
+    while heard < HEARD {
+        match stream.read(&mut rest).await? {
+            0 => break,
+            n => heard += n,
+        }
+    }
+    Ok(())
 }
 
 /// A connection whose client must take what is sent, however slowly: one that takes nothing for a while is gone.
@@ -176,5 +212,38 @@ impl AsyncWrite for Timed {
 
     fn poll_shutdown(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<io::Result<()>> {
         Pin::new(&mut self.stream).poll_shutdown(cx)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[tokio::test]
+    async fn only_so_many_are_told_at_once() {
+        let listener = TcpListener::bind("127.0.0.1:0").await.unwrap();
+        let at = listener.local_addr().unwrap();
+        let mut outside = Outside::new(Duration::from_secs(600));
+        let mut clients = Vec::new();
+        for i in 0..TOLD + 8 {
+            let mut client = TcpStream::connect(at).await.unwrap();
+            // A whole request is on its way already.
+            client.write_all(b"GET / HTTP/1.1\r\nhost: localhost\r\n\r\n").await.unwrap();
+            let (stream, _) = listener.accept().await.unwrap();
+            clients.push((i, client, outside.turn_away(stream)));
+            assert_eq!(outside.told.len(), TOLD.min(i + 1));
+        }
+        for (i, client, told) in &mut clients {
+            assert_eq!(*told, *i < TOLD);
+            let mut text = String::new();
+            // Closed at once, with what it had sent unread: an end or a reset.
+            let heard = client.read_to_string(&mut text).await.is_ok() && text.contains("too_many_connections");
+            assert_eq!(heard, *told, "{i}: {text}");
+        }
+        drop(clients);
+        while outside.told.join_next().await.is_some() {}
+        let client = TcpStream::connect(at).await.unwrap();
+        assert!(outside.turn_away(listener.accept().await.unwrap().0), "there is room again");
+        drop(client);
     }
 }

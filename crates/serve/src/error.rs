@@ -32,6 +32,11 @@ impl ApiError {
         ApiError { param: Some(param.into()), code: Some("invalid_value"), ..ApiError::new(400, message) }
     }
 
+    /// Nothing new is taken, and what is at work may not end.
+    pub fn going_down() -> ApiError {
+        ApiError::new(503, "the server is going down")
+    }
+
     /// With a word for programs.
     #[must_use]
     pub fn code(mut self, code: &'static str) -> ApiError {

@@ -1,12 +1,14 @@
 //! A model behind OpenAI's interface: HTTP, streaming, limits, metrics, a web page.
 //!
-//! One thread runs the model ([`lacuna_run::Scheduler`]), another talks with everybody; they share channels. A request is held against the
-//! published OpenAPI document first, then becomes tokens and a grammar, then waits its turn; when its client leaves, so does it.
+//! One thread runs the model ([`lacuna_run::Scheduler`]), another talks with everybody; they share channels. A request takes a place in the
+//! queue first, is held against the published OpenAPI document, becomes tokens and a grammar, and waits its turn; when its client leaves, so
+//! does it.
 
 mod api;
 mod app;
 mod connection;
 mod error;
+mod exact;
 mod grammar;
 mod metrics;
 mod page;
@@ -161,7 +163,7 @@ pub fn serve(served: Served, options: Options, listener: TcpListener, stop: &Sto
         kv_bytes: options.kv_bytes,
         reuse: true,
     };
-    let vocab = engine.model().spec.vocab;
+    let (vocab, width) = (engine.model().spec.vocab, engine.model().spec.hidden);
     let scheduler = Scheduler::new(engine, tokenizer.clone(), limits);
     let context = scheduler.most_tokens();
     anyhow::ensure!(context > 1, "the room for keys and values holds no text: give more of it");
@@ -169,7 +171,7 @@ pub fn serve(served: Served, options: Options, listener: TcpListener, stop: &Sto
     let (worker, thread) = worker::Worker::start(scheduler, limits.batch, options.queue, Arc::clone(&metrics))
         .context("the engine's thread")?;
     let app = Arc::new(app::App {
-        schema: schema::Schema::new(&name),
+        schema: schema::Schema::new(&name, width),
         grammars: grammar::Grammars::new(&tokenizer).map_err(|e| e.to_string()),
         limits: app::Bounds {
             body_bytes: options.body_bytes,

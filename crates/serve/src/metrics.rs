@@ -78,6 +78,8 @@ pub struct Metrics {
     pub panics: AtomicU64,
     /// Open connections.
     pub connections: AtomicUsize,
+    /// Connections for which there was no room.
+    pub turned_away: AtomicU64,
 }
 
 impl Default for Metrics {
@@ -97,6 +99,7 @@ impl Default for Metrics {
             cancelled: AtomicU64::new(0),
             panics: AtomicU64::new(0),
             connections: AtomicUsize::new(0),
+            turned_away: AtomicU64::new(0),
         }
     }
 }
@@ -194,6 +197,12 @@ impl Metrics {
         one("lacuna_queue_length", "gauge", "Texts that wait.", g.waiting as u64);
         one("lacuna_running", "gauge", "Texts at work.", g.running as u64);
         one("lacuna_connections", "gauge", "Open connections.", self.connections.load(Ordering::Relaxed) as u64);
+        one(
+            "lacuna_connections_turned_away_total",
+            "counter",
+            "Connections for which there was no room.",
+            count(&self.turned_away),
+        );
         one("lacuna_preemptions_total", "counter", "Texts that gave up their blocks to others.", g.preempted);
         one("lacuna_cancelled_total", "counter", "Answers that their client gave up.", count(&self.cancelled));
         one("lacuna_engine_panics_total", "counter", "Times that the engine began anew.", count(&self.panics));

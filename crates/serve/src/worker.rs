@@ -35,7 +35,19 @@ pub struct Worker {
 /// Room for some answers; it is given back when this is dropped.
 pub struct Ticket {
     pending: Arc<AtomicUsize>,
+    most: usize,
     n: usize,
+}
+
+impl Ticket {
+    /// Makes this room for `n` answers. Where too many wait it stays as it is, and false is returned.
+    pub fn widen(&mut self, n: usize) -> bool {
+        let more = n.saturating_sub(self.n);
+        let fits = |have: usize| have.checked_add(more).filter(|&all| all <= self.most);
+        let done = self.pending.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits).is_ok();
+        self.n += if done { more } else { 0 };
+        done
+    }
 }
 
 impl Drop for Ticket {
@@ -116,11 +128,15 @@ impl Worker {
         self.alive.load(Ordering::Acquire)
     }
 
-    /// Room for `n` answers, unless too many wait.
-    pub fn ticket(&self, n: usize) -> Option<Ticket> {
-        let fits = |have: usize| (have + n <= self.most).then_some(have + n);
-        self.pending.fetch_update(Ordering::AcqRel, Ordering::Acquire, fits).ok()?;
-        Some(Ticket { pending: Arc::clone(&self.pending), n })
+    /// Room for one answer, unless too many wait.
+    pub fn ticket(&self) -> Option<Ticket> {
+        let mut ticket = Ticket { pending: Arc::clone(&self.pending), most: self.most, n: 0 };
+        ticket.widen(1).then_some(ticket)
+    }
+
+    /// Whether there is room for nobody.
+    pub fn is_full(&self) -> bool {
+        self.pending() >= self.most
     }
 
     /// Answers accepted and not over.

@@ -274,6 +274,143 @@ fn tools_are_called_where_they_must_be() {
     }
 }
 
+/// Null, and what is done anyway, count as absent: the answer is the same.
+#[test]
+fn what_is_done_anyway_may_be_asked_for() {
+    let s = Server::plain();
+    let with = |mut body: Value, more: &Value| {
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let same = |path: &str, base: &Value, all: &[Value], of: &dyn Fn(&Value) -> Value| {
+        let expected = of(&s.post(path, base).json());
+        assert!(!expected.is_null());
+        for more in all {
+            let a = s.post(path, &with(base.clone(), more));
+            assert_eq!((a.status, of(&a.json())), (200, expected.clone()), "{more}: {}", a.body);
+        }
+    };
+    let chats = [
+        json!({"audio": null, "frequency_penalty": null, "function_call": null, "functions": null, "logit_bias": null,
+            "logprobs": null, "max_completion_tokens": null, "metadata": null, "modalities": null, "moderation": null, "n": null,
+            "parallel_tool_calls": null, "prediction": null, "presence_penalty": null, "prompt_cache_key": null,
+            "prompt_cache_options": null, "prompt_cache_retention": null, "reasoning_effort": null, "response_format": null,
+            "safety_identifier": null, "seed": null, "service_tier": null, "stop": null, "store": null, "stream": null,
+            "stream_options": null, "tool_choice": null, "tools": null, "top_logprobs": null, "top_p": null, "user": null,
+            "verbosity": null, "web_search_options": null}),
+        json!({"frequency_penalty": 0, "presence_penalty": 0, "n": 1, "top_p": 1, "stream": false, "logprobs": false}),
+        json!({"top_logprobs": 0, "logit_bias": {}, "stop": [], "response_format": {"type": "text"}, "max_completion_tokens": 12}),
+        json!({"store": false, "metadata": {}, "modalities": ["text"], "service_tier": "auto", "verbosity": "medium"}),
+        json!({"service_tier": "default", "function_call": "none", "functions": [], "tools": []}),
+        json!({"tool_choice": "auto", "parallel_tool_calls": true}),
+        json!({"tool_choice": "none", "parallel_tool_calls": false}),
+        json!({"stream_options": {"include_usage": false, "include_obfuscation": false}, "prompt_cache_options": {"mode": "implicit"}}),
+        json!({"prompt_cache_key": "k", "prompt_cache_retention": "in_memory", "safety_identifier": "s", "user": "u"}),
+        json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "hello", "prompt_cache_breakpoint": null}], "name": null}]}),
+    ];
+    same(CHAT, &chat(json!({})), &chats, &|v| v["choices"][0]["message"].clone());
+    let base = json!({"model": "tiny", "prompt": "hello", "max_tokens": 6, "temperature": 0, "n": 2});
+    let texts = [
+        json!({"best_of": null, "echo": null, "frequency_penalty": null, "logit_bias": null, "logprobs": null,
+            "presence_penalty": null, "seed": null, "stop": null, "stream": null, "stream_options": null, "suffix": null,
+            "top_p": null, "user": null}),
+        json!({"best_of": 2, "echo": false, "suffix": "", "stream_options": {}}),
+        json!({"n": 1, "best_of": 1}),
+    ];
+    same(TEXT, &base, &texts, &|v| v["choices"][0]["text"].clone());
+    let base = json!({"model": "tiny", "input": "hello"});
+    let width = s.post("/v1/embeddings", &base).json()["data"][0]["embedding"].as_array().unwrap().len();
+    let vectors = [
+        json!({"dimensions": null, "encoding_format": null, "pooling": null, "user": null}),
+        json!({"dimensions": width, "encoding_format": "float"}),
+    ];
+    same("/v1/embeddings", &base, &vectors, &|v| v["data"].clone());
+}
+
+/// What the official client makes of an answer goes back as it is.
+#[test]
+fn answers_go_back_as_clients_keep_them() {
+    let dumped = |content: &str| {
+        json!({"content": content, "refusal": null, "role": "assistant", "annotations": null, "audio": null,
+            "function_call": null, "tool_calls": null})
+    };
+    // A template that looks at what is there, not at what it is worth.
+    let strict = "{% if tools %}{% endif %}{% for m in messages %}{% for k in m %}{{ k }},{% endfor %}{{ m.tool_calls }}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>";
+    for template in [PLAIN, strict, TOOLS] {
+        let s = Server::start(Some(template), Options::default());
+        let ask = |message: Value| {
+            let user = json!({"role": "user", "content": "hello"});
+            let a = s.post(CHAT, &chat(json!({"messages": [user, message, user]})));
+            assert_eq!(a.status, 200, "{}", a.body);
+            let v = a.json();
+            (v["choices"][0]["message"]["content"].clone(), v["usage"]["prompt_tokens"].clone())
+        };
+        let plain = ask(json!({"content": "hi", "role": "assistant"}));
+        let mut more = dumped("hi");
+        assert_eq!(ask(more.clone()), plain);
+        more["annotations"] = json!([]);
+        more["tool_calls"] = json!([]);
+        more["parsed"] = json!({"x": [null, 1]});
+        assert_eq!(ask(more), plain);
+        let call = |more: Value| {
+            let mut function = json!({"name": "add", "arguments": "{\"a\": 1}"});
+            function.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            json!([{"id": "c", "function": function, "type": "function"}])
+        };
+        let mut calls = dumped("");
+        calls["content"] = Value::Null;
+        calls["tool_calls"] = call(json!({"parsed_arguments": {"a": 1}}));
+        calls["tool_calls"][0]["index"] = 0.into();
+        assert_eq!(ask(calls), ask(json!({"content": "", "role": "assistant", "tool_calls": call(json!({}))})));
+    }
+}
+
+/// Numbers of any length come back as they are, or are refused by name.
+#[test]
+fn numbers_are_exact_or_refused() {
+    let s = Server::start(Some(TOOLS), Options::default());
+    let held = |n: &str| {
+        let schema: Value = serde_json::from_str(&format!("{{\"properties\": {{\"id\": {{\"const\": {n}}}}}, \"required\": [\"id\"], \"type\": \"object\", \"additionalProperties\": false}}")).unwrap();
+        chat(
+            json!({"max_tokens": 80, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}),
+        )
+    };
+    let said = s.post(CHAT, &held("1152921504606846976")).json();
+    assert_eq!(said["choices"][0]["message"]["content"], "{\"id\": 1152921504606846976}");
+    let e = s.post(CHAT, &held("1234567890123456789"));
+    assert_eq!(e.error().1, "response_format.json_schema.schema.properties.id.const");
+    assert!(e.body.contains("1234567890123456789"), "{}", e.body);
+    let tool = |schema: Value| {
+        let tools = json!([{"type": "function", "function": {"name": "now"}}, {"type": "function", "function": {"name": "add", "parameters": schema}}]);
+        chat(json!({"tools": tools, "tool_choice": "required", "max_tokens": 200}))
+    };
+    let bounds =
+        json!({"type": "object", "properties": {"a": {"type": "integer", "maximum": u64::MAX}}, "required": ["a"]});
+    let forced = tool(bounds);
+    assert_eq!(s.post(CHAT, &forced).error().1, "tools.1.function.parameters.properties.a.maximum");
+    // Where nothing is held to it, the schema is text for the model.
+    let mut free = forced.clone();
+    free["tool_choice"] = "auto".into();
+    assert_eq!(s.post(CHAT, &free).status, 200);
+    // No value holds this one.
+    let long = free.to_string().replace("18446744073709551615", "118446744073709551615");
+    let raw = |body: &str| {
+        s.raw(&format!("POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}", body.len()))
+    };
+    assert_eq!(raw(&long).error().1, "tools.1.function.parameters.properties.a.maximum");
+    // What a model wrote before goes into the prompt digit by digit.
+    let show = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}{% endfor %}{% if tools %}{% endif %}";
+    let s = Server::start(Some(show), Options::default());
+    let tokens = |arguments: &str| {
+        let call = json!({"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}});
+        let v = s
+            .post(CHAT, &chat(json!({"messages": [{"role": "assistant", "content": null, "tool_calls": [call]}]})))
+            .json();
+        v["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    assert_eq!(tokens("{\"a\":123456789012345678901234567890}"), tokens("{\"a\":12345678901234567890123456789}") + 1);
+}
+
 #[test]
 fn whatever_is_wrong_is_said_in_openais_shape() {
     let s = Server::plain();
@@ -286,6 +423,14 @@ fn whatever_is_wrong_is_said_in_openais_shape() {
         (json!({"max_tokens": 0}), 400, "max_tokens"),
         (json!({"max_tokens": 5000}), 400, "max_tokens"),
         (json!({"max_completion_tokens": 5}), 400, "max_tokens"),
+        (json!({"messages": null}), 400, "messages"),
+        (json!({"reasoning_effort": "low"}), 400, "reasoning_effort"),
+        (json!({"service_tier": "flex"}), 400, "service_tier"),
+        (json!({"verbosity": "low"}), 400, "verbosity"),
+        (json!({"web_search_options": {}}), 400, "web_search_options"),
+        (json!({"functions": [{"name": "f"}]}), 400, "functions"),
+        (json!({"prompt_cache_retention": "24h"}), 400, "prompt_cache_retention"),
+        (json!({"tool_choice": {"type": "function", "function": {"name": "f"}}}), 400, "tool_choice"),
         (json!({"stream_options": {"include_usage": true}}), 400, "stream_options"),
         (json!({"top_logprobs": 2}), 400, "top_logprobs"),
         (json!({"logit_bias": {"96": 1}}), 400, "logit_bias.96"),
@@ -307,6 +452,8 @@ fn whatever_is_wrong_is_said_in_openais_shape() {
         (json!({"model": "tiny", "prompt": "a", "echo": true}), "echo"),
         (json!({"model": "tiny", "prompt": "a", "suffix": "b"}), "suffix"),
         (json!({"model": "tiny", "prompt": "a", "best_of": 2}), "best_of"),
+        (json!({"model": "tiny", "prompt": "a", "best_of": 1, "n": 2}), "best_of"),
+        (json!({"model": "tiny", "prompt": null}), "prompt"),
         (json!({"model": "tiny", "prompt": "a", "logprobs": 6}), "logprobs"),
         (json!({"prompt": "a"}), "model"),
     ] {

@@ -4,11 +4,12 @@ mod common;
 
 use std::time::{Duration, Instant};
 
-use common::{PLAIN, ROOM, Server, chat, request};
+use common::{PLAIN, ROOM, Server, chat, engine, request};
 use lacuna_serve::{Keys, Options};
 use serde_json::{Value, json};
 
 const CHAT: &str = "/v1/chat/completions";
+const TEXT: &str = "/v1/completions";
 
 /// A request whose answer takes long.
 fn long() -> Value {
@@ -78,6 +79,56 @@ fn a_full_queue_says_when_to_come_back() {
     assert!(refused.header("retry-after").unwrap().parse::<u64>().unwrap() > 0);
     assert_eq!(s.post(CHAT, &chat(json!({"n": 3}))).status, 429, "three never fit");
     assert_eq!(s.post("/v1/embeddings", &json!({"model": "tiny", "input": "a"})).status, 429);
+    talks.clear();
+    until(&s, "peace", |l| l["running"] == 0);
+    assert_eq!(s.post(CHAT, &chat(json!({"n": 2}))).status, 200);
+}
+
+/// A place in the queue comes first: what would fail once it is looked at, rendered or made tokens of is not looked at without one.
+#[test]
+fn who_finds_no_place_costs_nothing() {
+    let template = "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('rendered') }}{% endif %}<|im_start|>{{ m.content }}{% endfor %}";
+    let s = Server::with(
+        engine("llama").with_context(ROOM),
+        Some(template),
+        Options { batch: 1, queue: 1, ..Options::default() },
+    );
+    let bad = |more: Value| {
+        let mut v = chat(json!({"messages": [{"role": "user", "content": "bad"}]}));
+        v.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        v
+    };
+    let wrong = [bad(json!({})), bad(json!({"temperature": 9})), json!({"model": "other"}), json!([])];
+    let mut talks: Vec<_> = (0..2)
+        .map(|_| {
+            let mut t = s.connect();
+            t.send(&request(CHAT, &endless()));
+            assert_eq!(t.head().0, 200);
+            t
+        })
+        .collect();
+    for body in &wrong {
+        assert_eq!(s.post(CHAT, body).error(), (429, String::new(), "queue_full".into()), "{body}");
+    }
+    let broken = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: 1\r\n\r\n{";
+    assert_eq!(s.raw(broken).error().0, 429);
+    // The limits on a body stay before.
+    assert_eq!(s.raw(&broken.replace("application/json", "text/plain")).error().0, 415);
+    let huge = chat(json!({"messages": [{"role": "user", "content": "x".repeat(5 << 20)}]}));
+    assert_eq!(s.post(CHAT, &huge).error().0, 413);
+    // One place is free, and three are asked for.
+    talks.pop();
+    until(&s, "a free place", |l| l["waiting"] == 0);
+    assert_eq!(s.post(CHAT, &bad(json!({"n": 3}))).error().0, 429);
+    assert_eq!(s.post(TEXT, &json!({"model": "tiny", "prompt": [[96], [96], [96]]})).error().0, 429);
+    assert_eq!(s.post("/v1/embeddings", &json!({"model": "tiny", "input": [[96], [96], [96]]})).error().0, 429);
+    // With a place all of it is said, and the place is free again.
+    for (body, status) in wrong.iter().zip([400, 400, 404, 400]) {
+        for _ in 0..3 {
+            assert_eq!(s.post(CHAT, body).error().0, status, "{body}");
+        }
+    }
+    assert_eq!(s.raw(broken).error().0, 400);
     talks.clear();
     until(&s, "peace", |l| l["running"] == 0);
     assert_eq!(s.post(CHAT, &chat(json!({"n": 2}))).status, 200);
@@ -222,9 +273,12 @@ fn too_many_connections_are_turned_away() {
     let held: Vec<_> = (0..3).map(|_| s.connect()).collect();
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(s.connect().answer().error(), (503, String::new(), "too_many_connections".into()));
+    // One that has sent its request already hears it, too.
+    assert_eq!(s.get("/health/live").error().0, 503);
     drop(held);
     std::thread::sleep(Duration::from_millis(100));
     assert_eq!(s.get("/health/live").status, 200);
+    assert!(s.get("/metrics").body.contains("lacuna_connections_turned_away_total 2"));
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! OpenAI's endpoints.
 
+mod door;
 mod reply;
 mod stream;
 pub mod types;
@@ -12,13 +13,15 @@ use axum::extract::State;
 use axum::http::{HeaderValue, Request, Response, header};
 use axum::response::IntoResponse;
 use base64::Engine as _;
-use http_body_util::BodyExt;
 use lacuna_run::{Event, Generation, Job, Pooling};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::app::App;
 use crate::error::{ApiError, json_response};
+use crate::exact;
+use crate::schema::Path;
 use crate::tools::{Form, Tools};
+use crate::worker::Ticket;
 use reply::{Reply, Setting, Shape};
 use types::{Input, answer_tokens};
 
@@ -38,10 +41,8 @@ pub async fn model(State(app): State<Arc<App>>, axum::extract::Path(name): axum:
 /// `POST /v1/chat/completions`
 pub async fn chat(State(app): State<Arc<App>>, request: Request<Body>) -> Response<Body> {
     answer(async move {
-        let body = app.read("ChatCompletionRequest", request).await?;
-        let work = Arc::clone(&app);
-        let (requests, reply, stream) = blocking(move || prepare_chat(&work, body)).await?;
-        run(&app, requests, reply, stream).await
+        let (prepared, ticket) = app.admit("ChatCompletionRequest", request, prepare_chat).await?;
+        run(&app, prepared, ticket).await
     })
     .await
 }
@@ -49,10 +50,8 @@ pub async fn chat(State(app): State<Arc<App>>, request: Request<Body>) -> Respon
 /// `POST /v1/completions`
 pub async fn completions(State(app): State<Arc<App>>, request: Request<Body>) -> Response<Body> {
     answer(async move {
-        let body = app.read("CompletionRequest", request).await?;
-        let work = Arc::clone(&app);
-        let (requests, reply, stream) = blocking(move || prepare_completion(&work, body)).await?;
-        run(&app, requests, reply, stream).await
+        let (prepared, ticket) = app.admit("CompletionRequest", request, prepare_completion).await?;
+        run(&app, prepared, ticket).await
     })
     .await
 }
@@ -60,31 +59,12 @@ pub async fn completions(State(app): State<Arc<App>>, request: Request<Body>) ->
 /// `POST /v1/embeddings`
 pub async fn embeddings(State(app): State<Arc<App>>, request: Request<Body>) -> Response<Body> {
     answer(async move {
-        let body = app.read("EmbeddingRequest", request).await?;
-        let work = Arc::clone(&app);
-        let (texts, pooling, base64) = blocking(move || {
-            let e: types::Embedding = types::read(body)?;
-            tell_user(e.user.as_deref());
-            let pooling = match e.pooling.as_deref() {
-                Some("mean") => Pooling::Mean,
-                Some(_) => Pooling::Last,
-                None => work.pooling,
-            };
-            let texts = work.tokens(e.input, "input")?;
-            for t in &texts {
-                if t.len() > work.context {
-                    let text = format!("a text of {} tokens does not fit the context of {}", t.len(), work.context);
-                    return Err(ApiError::bad("input", text).code("context_length_exceeded"));
-                }
-            }
-            Ok((texts, pooling, e.encoding_format.as_deref() == Some("base64")))
-        })
-        .await?;
+        let ((texts, pooling, base64), ticket) = app.admit("EmbeddingRequest", request, prepare_embedding).await?;
         let tokens: usize = texts.iter().map(Vec::len).sum();
         let n = texts.len();
         let requests =
             texts.into_iter().map(|prompt| lacuna_run::Request { prompt, job: Job::Embed(pooling) }).collect();
-        let mut answers = app.submit(requests)?;
+        let mut answers = app.submit(requests, ticket)?;
         let mut vectors: Vec<Option<Vec<f32>>> = vec![None; n];
         let all = async {
             while let Some((i, event)) = answers.next().await {
@@ -99,7 +79,7 @@ pub async fn embeddings(State(app): State<Arc<App>>, request: Request<Body>) -> 
         in_time(app.limits.answer, all).await??;
         let mut data = Vec::with_capacity(n);
         for (i, v) in vectors.into_iter().enumerate() {
-            let v = v.ok_or_else(going_down)?;
+            let v = v.ok_or_else(ApiError::going_down)?;
             let embedding = if base64 {
                 let bytes: Vec<u8> = v.iter().flat_map(|x| x.to_le_bytes()).collect();
                 Value::from(base64::engine::general_purpose::STANDARD.encode(bytes))
@@ -118,19 +98,8 @@ async fn answer(work: impl Future<Output = Answer>) -> Response<Body> {
     work.await.unwrap_or_else(ApiError::into_response)
 }
 
-fn going_down() -> ApiError {
-    ApiError::new(503, "the server is going down")
-}
-
 async fn in_time<T>(limit: Duration, work: impl Future<Output = T>) -> Result<T, ApiError> {
     tokio::time::timeout(limit, work).await.map_err(|_| ApiError::new(504, "the answer took too long").code("timeout"))
-}
-
-/// Runs what may take long and does not wait (templates, tokens, grammars) beside the thread that talks.
-async fn blocking<T: Send + 'static>(
-    work: impl FnOnce() -> Result<T, ApiError> + Send + 'static,
-) -> Result<T, ApiError> {
-    tokio::task::spawn_blocking(work).await.unwrap_or_else(|_| Err(ApiError::new(500, "the request could not be read")))
 }
 
 fn tell_user(user: Option<&str>) {
@@ -139,8 +108,8 @@ fn tell_user(user: Option<&str>) {
     }
 }
 
-async fn run(app: &App, requests: Vec<lacuna_run::Request>, mut reply: Reply, stream: bool) -> Answer {
-    let mut answers = app.submit(requests)?;
+async fn run(app: &App, (requests, mut reply, stream): Prepared, ticket: Ticket) -> Answer {
+    let mut answers = app.submit(requests, ticket)?;
     if stream {
         let body = Body::new(stream::Events::new(reply, answers, app.limits.answer));
         let mut response = Response::new(body);
@@ -158,19 +127,43 @@ async fn run(app: &App, requests: Vec<lacuna_run::Request>, mut reply: Reply, st
     };
     in_time(app.limits.answer, all).await??;
     if !reply.is_whole() {
-        return Err(going_down());
+        return Err(ApiError::going_down());
     }
     Ok(json_response(200, &reply.whole()))
 }
 
 type Prepared = (Vec<lacuna_run::Request>, Reply, bool);
 
-fn prepare_completion(app: &App, body: Value) -> Result<Prepared, ApiError> {
+fn prepare_embedding(app: &App, body: Value, ticket: &mut Ticket) -> Result<(Vec<Vec<u32>>, Pooling, bool), ApiError> {
+    let e: types::Embedding = types::read(body)?;
+    tell_user(e.user.as_deref());
+    app.widen(ticket, e.input.texts())?;
+    let pooling = match e.pooling.as_deref() {
+        Some("mean") => Pooling::Mean,
+        Some(_) => Pooling::Last,
+        None => app.pooling,
+    };
+    let texts = app.tokens(e.input, "input")?;
+    for t in &texts {
+        if t.len() > app.context {
+            let text = format!("a text of {} tokens does not fit the context of {}", t.len(), app.context);
+            return Err(ApiError::bad("input", text).code("context_length_exceeded"));
+        }
+    }
+    Ok((texts, pooling, e.encoding_format.as_deref() == Some("base64")))
+}
+
+fn prepare_completion(app: &App, body: Value, ticket: &mut Ticket) -> Result<Prepared, ApiError> {
     let c: types::Completion = types::read(body)?;
     tell_user(c.common.user.as_deref());
     let (stream, usage_chunk) = c.common.stream()?;
-    let prompts = app.tokens(c.prompt, "prompt")?;
     let n = c.common.n.unwrap_or(1);
+    if c.best_of.is_some_and(|best_of| best_of != n) {
+        let text = "'best_of' is not supported: ask for n answers and choose";
+        return Err(ApiError::bad("best_of", text).code("unsupported_parameter"));
+    }
+    app.widen(ticket, c.prompt.texts().saturating_mul(n))?;
+    let prompts = app.tokens(c.prompt, "prompt")?;
     // The older interface writes 16 tokens unless told otherwise.
     let asked = c.common.max_tokens.unwrap_or(16);
     let mut requests = Vec::new();
@@ -208,13 +201,14 @@ fn copies(g: Generation, n: usize) -> impl Iterator<Item = Generation> {
     })
 }
 
-fn prepare_chat(app: &App, body: Value) -> Result<Prepared, ApiError> {
+fn prepare_chat(app: &App, body: Value, ticket: &mut Ticket) -> Result<Prepared, ApiError> {
     let c: types::Chat = types::read(body)?;
-    tell_user(c.common.user.as_deref());
+    tell_user(c.common.user.as_deref().or(c.safety_identifier.as_deref()));
+    app.widen(ticket, c.common.n.unwrap_or(1))?;
     let (stream, usage_chunk) = c.common.stream()?;
     let logprobs = match (c.logprobs.unwrap_or(false), c.top_logprobs) {
         (true, top) => Some(top.unwrap_or(0)),
-        (false, None) => None,
+        (false, None | Some(0)) => None,
         (false, Some(_)) => return Err(ApiError::bad("top_logprobs", "'top_logprobs' needs logprobs")),
     };
     let template = app.template.as_ref().ok_or_else(|| {
@@ -245,13 +239,13 @@ fn prepare_chat(app: &App, body: Value) -> Result<Prepared, ApiError> {
     let prompt = app.tokenizer.encode(&rendered, false).map_err(|e| ApiError::bad("messages", e.to_string()))?;
     app.check_tokens(&prompt, "messages")?;
     let asked = match (c.max_completion_tokens, c.common.max_tokens) {
-        (Some(_), Some(_)) => {
+        (Some(new), Some(old)) if new != old => {
             return Err(ApiError::bad(
                 "max_tokens",
-                "give 'max_completion_tokens' or its older name 'max_tokens', not both",
+                "'max_completion_tokens' and its older name 'max_tokens' say different things",
             ));
         }
-        (Some(n), None) => Some(("max_completion_tokens", n)),
+        (Some(n), _) => Some(("max_completion_tokens", n)),
         (None, n) => n.map(|n| ("max_tokens", n)),
     };
     let max_tokens = answer_tokens(asked, prompt.len(), app.context, app.limits.tokens)?;
@@ -269,6 +263,14 @@ fn prepare_chat(app: &App, body: Value) -> Result<Prepared, ApiError> {
         Some(t) => (Some(t.schema()), "tools"),
         None => (asked_schema, "response_format"),
     };
+    match forced {
+        Some(tools) => tools.check_numbers()?,
+        None => {
+            let path = Path::Field(&Path::Root, "response_format");
+            let path = Path::Field(&path, "json_schema");
+            exact::check_schema(&format["json_schema"]["schema"], &Path::Field(&path, "schema"))?;
+        }
+    }
     let generation = c.common.generation(max_tokens, app.vocab)?;
     let mut requests = Vec::new();
     for generation in copies(generation, c.common.n.unwrap_or(1)) {
@@ -304,21 +306,17 @@ fn plain(mut m: Value, form: Form) -> Value {
         m["role"] = "system".into();
     }
     let Some(fields) = m.as_object_mut() else { return m };
-    fields.remove("refusal");
+    exact::drop_unseen(fields);
+    if fields.get("tool_calls").and_then(Value::as_array).is_some_and(Vec::is_empty) {
+        fields.remove("tool_calls");
+    }
     if let Some(calls) = fields.get_mut("tool_calls").and_then(Value::as_array_mut) {
-        for call in calls.iter_mut() {
-            let arguments = call["function"]["arguments"].as_str().and_then(|a| serde_json::from_str::<Value>(a).ok());
-            if let Some(arguments) = arguments.filter(Value::is_object) {
-                call["function"]["arguments"] = arguments;
-            }
-        }
         if form == Form::Constrained {
-            let text: Vec<String> = calls
-                .iter()
-                .map(|c| json!({ "name": c["function"]["name"], "arguments": c["function"]["arguments"] }).to_string())
-                .collect();
+            let text: Vec<String> = calls.iter().map(|call| written(&call["function"])).collect();
             fields.remove("tool_calls");
             fields.insert("content".into(), text.join("\n").into());
+        } else {
+            calls.iter_mut().filter_map(Value::as_object_mut).for_each(open);
         }
     }
     if form == Form::Constrained && fields.get("role").is_some_and(|r| r == "tool") {
@@ -335,65 +333,25 @@ fn plain(mut m: Value, form: Form) -> Value {
     m
 }
 
-/// Bytes of a request that are taken in and dropped when it is too large: whoever sends first and listens then would find the connection
-/// broken, and not the reason.
-const DROPPED: usize = 64 << 20;
-
-fn too_large(most: usize) -> ApiError {
-    ApiError::new(413, format!("the request is larger than {most} bytes"))
+/// A call as its text, for a template without a place for it.
+fn written(function: &Value) -> String {
+    let arguments = function["arguments"].as_str().filter(|a| exact::fields(a).is_some());
+    let arguments = arguments.map_or_else(|| function["arguments"].to_string(), str::to_owned);
+    format!("{{\"name\": {}, \"arguments\": {arguments}}}", function["name"])
 }
 
-/// A body of `most` bytes at the most that comes within `time`.
-async fn within(mut body: Body, most: usize, time: Duration) -> Result<Vec<u8>, ApiError> {
-    let end = tokio::time::Instant::now() + time;
-    let (mut kept, mut seen) = (Vec::new(), 0);
-    loop {
-        let frame = match tokio::time::timeout_at(end, body.frame()).await {
-            Ok(Some(frame)) => frame.map_err(|_| ApiError::new(400, "the request was broken off"))?,
-            Ok(None) => break,
-            Err(_) if seen > most => break,
-            Err(_) => return Err(ApiError::new(408, "the request was not sent in time")),
-        };
-        let Ok(data) = frame.into_data() else { continue };
-        seen += data.len();
-        if seen <= most {
-            kept.extend_from_slice(&data);
-        } else if seen <= DROPPED.max(most) {
-            kept = Vec::new();
-        } else {
-            break;
-        }
+/// The arguments of a call as a value, which is what templates want; a text where a value would round its integers.
+fn open(call: &mut Map<String, Value>) {
+    exact::drop_unseen(call);
+    let Some(function) = call.get_mut("function").and_then(Value::as_object_mut) else { return };
+    exact::drop_unseen(function);
+    let text = function.get("arguments").and_then(Value::as_str).filter(|a| exact::survives(a));
+    if let Some(arguments @ Value::Object(_)) = text.and_then(|a| serde_json::from_str(a).ok()) {
+        function.insert("arguments".into(), arguments);
     }
-    if seen > most { Err(too_large(most)) } else { Ok(kept) }
 }
 
 impl App {
-    /// Reads a JSON request of the schema `name`, within the limits on its size and time.
-    async fn read(&self, name: &str, request: Request<Body>) -> Result<Value, ApiError> {
-        let kind = request.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
-        let kind = kind.split(';').next().unwrap_or_default().trim();
-        if !kind.eq_ignore_ascii_case("application/json") {
-            return Err(ApiError::new(415, "send JSON with the header Content-Type: application/json"));
-        }
-        let most = self.limits.body_bytes;
-        let told = request.headers().get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
-        let too_long = told.is_some_and(|n| n > most);
-        if too_long && request.headers().contains_key(header::EXPECT) {
-            return Err(too_large(most));
-        }
-        let body = match within(request.into_body(), most, self.limits.body).await {
-            Err(e) if e.status == 408 && too_long => return Err(too_large(most)),
-            body => body?,
-        };
-        let value: Value =
-            serde_json::from_slice(&body).map_err(|e| ApiError::new(400, format!("the request is no JSON: {e}")))?;
-        if let Some(model) = value["model"].as_str() {
-            self.known_model(model)?;
-        }
-        self.schema.check(name, &value)?;
-        Ok(value)
-    }
-
     fn known_model(&self, name: &str) -> Result<(), ApiError> {
         if name == self.name {
             return Ok(());

@@ -80,7 +80,7 @@ impl Body for Events {
                         this.ready.extend(this.reply.closing().as_ref().map(event));
                         this.ready.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
                     } else {
-                        this.fail(&ApiError::new(503, "the server is going down"));
+                        this.fail(&ApiError::going_down());
                     }
                 }
                 Poll::Pending => {

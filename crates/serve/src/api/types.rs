@@ -62,6 +62,17 @@ pub enum Input {
     ManyTokens(Vec<Vec<u32>>),
 }
 
+impl Input {
+    /// How many texts these are.
+    pub fn texts(&self) -> usize {
+        match self {
+            Input::Text(_) | Input::Tokens(_) => 1,
+            Input::Texts(all) => all.len(),
+            Input::ManyTokens(all) => all.len(),
+        }
+    }
+}
+
 /// `/v1/chat/completions`
 #[derive(Clone, Debug, Deserialize)]
 pub struct Chat {
@@ -75,6 +86,7 @@ pub struct Chat {
     pub tools: Option<Vec<Value>>,
     pub tool_choice: Option<Value>,
     pub parallel_tool_calls: Option<bool>,
+    pub safety_identifier: Option<String>,
 }
 
 /// `/v1/completions`
@@ -84,6 +96,7 @@ pub struct Completion {
     pub common: Common,
     pub prompt: Input,
     pub logprobs: Option<usize>,
+    pub best_of: Option<usize>,
 }
 
 /// `/v1/embeddings`
@@ -95,9 +108,13 @@ pub struct Embedding {
     pub user: Option<String>,
 }
 
+/// Fields that are handed on as they came.
+const HANDED_ON: &[&str] = &["messages", "response_format", "tool_choice", "tools"];
+
 /// Reads a request that the schema let through. Whole numbers may be written as 5.0.
 pub fn read<T: for<'de> Deserialize<'de>>(mut value: Value) -> Result<T, ApiError> {
-    whole(&mut value);
+    let fields = value.as_object_mut().into_iter().flatten();
+    fields.filter(|(name, _)| !HANDED_ON.contains(&name.as_str())).for_each(|(_, v)| whole(v));
     serde_json::from_value(value).map_err(|e| ApiError::new(400, format!("the request cannot be read: {e}")))
 }
 
@@ -130,10 +147,11 @@ impl Common {
     /// Whether the answer comes as a stream, and whether that ends with the usage.
     pub fn stream(&self) -> Result<(bool, bool), ApiError> {
         let stream = self.stream.unwrap_or(false);
-        if self.stream_options.is_some() && !stream {
+        let usage = self.stream_options.as_ref().and_then(|o| o.include_usage).unwrap_or(false);
+        if usage && !stream {
             return Err(ApiError::bad("stream_options", "'stream_options' is for streams; set stream as well"));
         }
-        Ok((stream, self.stream_options.as_ref().and_then(|o| o.include_usage).unwrap_or(false)))
+        Ok((stream, usage))
     }
 
     /// How tokens are chosen and where the answer ends, for the first of `n` answers. `vocab`: rows of the model's head.

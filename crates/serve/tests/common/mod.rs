@@ -56,15 +56,15 @@ pub struct Server {
 
 impl Server {
     pub fn start(template: Option<&str>, options: Options) -> Server {
-        Server::of(engine("llama"), template, options)
+        Server::with(engine("llama"), template, options)
     }
 
     /// One with [`ROOM`].
     pub fn roomy(options: Options) -> Server {
-        Server::of(engine("llama").with_context(ROOM), Some(PLAIN), options)
+        Server::with(engine("llama").with_context(ROOM), Some(PLAIN), options)
     }
 
-    fn of(engine: Engine, template: Option<&str>, options: Options) -> Server {
+    pub fn with(engine: Engine, template: Option<&str>, options: Options) -> Server {
         let served = Served {
             name: "tiny".into(),
             fingerprint: "test".into(),
