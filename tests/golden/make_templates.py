@@ -161,6 +161,8 @@ PIECES = r"""
 {{ ['a', 1] | sort }}
 {{ tools.numbers | min }} {{ tools.numbers | max }} {{ tools.numbers | sum }} {{ tools.people | sum(attribute='age') }} {{ [] | max }}| {{ tools.people | max(attribute='age') }}
 {{ tools.numbers | first }} {{ tools.numbers | last }} {{ [] | first }}| {{ 'abc' | last }} {{ tools.numbers | reverse | list }} {{ 'abc' | reverse }}
+{{ none | selectattr('age', 'equalto', 36) | list }} {{ 0 | map('upper') | list }} {{ '' | reject('none') | list }} {{ none | map(attribute='a') | list }}
+{{ 1 | select | list }}
 {{ tools.people | selectattr('age', 'equalto', 36) | map(attribute='name') | list }} {{ tools.people | selectattr('town') | list | length }} {{ tools.people | rejectattr('town', 'defined') | map(attribute='name') | join }}
 {{ tools.numbers | select('odd') | list }} {{ tools.numbers | reject('>', 2) | list }} {{ [0, 1, '', 'a'] | select | list }} {{ tools.people | map(attribute='town.name', default='?') | list }}
 {{ tools.words | map('replace', 'p', 'q') | join(' ') }} {{ tools.words | map('length') | list }} {{ ['1', 'x'] | map('int', 7) | list }}

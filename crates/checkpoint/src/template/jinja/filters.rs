@@ -325,16 +325,18 @@ impl Machine {
     fn mapped(&self, value: &Value, mut given: Given) -> Outcome<Value> {
         let by_name = given.list.is_empty() && given.named.iter().any(|(n, _)| &**n == "attribute");
         let mut out = Vec::new();
+        // In Jinja whatever is false has no items here, None and zero, too.
+        let items = if value.truth() { self.items(value)? } else { Vec::new() };
         if by_name {
             let [attribute, default] = given.take("map", ["attribute", "default"])?;
-            for item in self.items(value)? {
+            for item in items {
                 out.push(self.reached(item, &attribute, &default)?);
             }
         } else {
             let name = given.list.first().and_then(Value::as_str).map(str::to_owned);
             let name = name.ok_or_else(|| Fault::error("map takes a filter or an attribute"))?;
             given.list.remove(0);
-            for item in self.items(value)? {
+            for item in items {
                 self.meter.steps(1)?;
                 let given = Given { list: given.list.clone(), named: given.named.clone() };
                 out.push(self.filter(&name, item, given)?);
@@ -357,7 +359,8 @@ impl Machine {
         }
         let wanted = name.starts_with("select");
         let mut out = Vec::new();
-        for item in self.items(value)? {
+        let items = if value.truth() { self.items(value)? } else { Vec::new() };
+        for item in items {
             self.meter.steps(1)?;
             let found = self.reached(item.clone(), &attribute, &None)?;
             let holds = match &test {

@@ -4,7 +4,8 @@
 //! ([`meter`]). It sees no files, no other templates and no clock but the one that it is given.
 //!
 //! Departs from Jinja: whole numbers end at 128 bits; `include`, `import`, `extends` and `block` are refused, as are the filters that make
-//! HTML or draw lots; a generator can be walked twice, and is not printed; what Python prints with an address is printed without.
+//! HTML or draw lots; a generator can be walked twice, and is not printed; `safe` marks nothing, so that
+//! what is added to its text is not escaped; what Python prints with an address is printed without.
 
 mod checks;
 mod eval;
