@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use lacuna_checkpoint::{Checkpoint, PackedWriter, SaveError};
+use lacuna_checkpoint::{Checkpoint, PackedWriter};
 use lacuna_contract::{Made, MethodError, Needs, Outcome, PruneAsk, Slot, Sparsity, Stats, Verb};
 use lacuna_format::{Float, FormatError, PatternKind, Stored, Term, Weights, pack_float};
 use lacuna_model::{Block, Embedding, NoTap, Tap};
@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::account::{CompressError, Options, Outcomes, Progress, TensorReport};
 use crate::activations::Activations;
+use crate::identity;
 use crate::matrix::Matrix;
 use crate::memory;
 use crate::overlay::{Overlay, forward, need, nll, read_back, release_layer, report};
@@ -36,10 +37,10 @@ pub fn compress(
     let plan = memory::plan(&overlay.spec, recipe, &sequences, options.max_ram)?;
     let calibration = (sequences.len(), sequences.first().map_or(0, Vec::len));
     let identity = json!({
-        "recipe": recipe.resolved, "source": options.source, "bos": options.bos,
-        "sequences": calibration, "text": fingerprint(&sequences),
+        "recipe": recipe.resolved, "source": options.source, "files": identity::fingerprint(source), "bos": options.bos,
+        "sequences": calibration, "text": fingerprint(&sequences), "program": identity::revision(),
     });
-    let mut writer = begin(options, &identity)?;
+    let mut writer = PackedWriter::open(options.out, options.overwrite, options.resume, &identity)?;
     let mut walk = Walk {
         recipe,
         options,
@@ -59,9 +60,6 @@ pub fn compress(
         notes.push(format!("{n} matrices, {first} the first, keep what they were: no calibration token reached them"));
     }
     let recipe_json = serde_json::to_value(&recipe.resolved).unwrap_or(Value::Null);
-    let identity_path = writer.dir().join(IDENTITY);
-    std::fs::remove_file(&identity_path)
-        .map_err(|source| SaveError::Io { file: identity_path.display().to_string(), source })?;
     let path = writer.finish(
         overlay.spec.clone(),
         recipe_json,
@@ -71,34 +69,6 @@ pub fn compress(
     )?;
     let bytes = tensors.iter().map(|t| t.bytes_after).sum();
     Ok(Outcomes { path, bytes, spec: overlay.spec, tensors, calibration, notes })
-}
-
-/// Beside the data of a run under way: what must be equal for it to be gone on with.
-const IDENTITY: &str = "identity.json";
-
-/// Opens the writer: anew, or behind what an interrupted run of the same identity left.
-fn begin(options: &Options<'_>, identity: &Value) -> Result<PackedWriter, CompressError> {
-    let writer = if options.resume {
-        PackedWriter::resume(options.out, options.overwrite)?
-    } else {
-        PackedWriter::create(options.out, options.overwrite)?
-    };
-    let path = writer.dir().join(IDENTITY);
-    let io = |source| SaveError::Io { file: path.display().to_string(), source };
-    match std::fs::read(&path) {
-        Ok(old) if serde_json::from_slice::<Value>(&old).ok().as_ref() == Some(identity) => Ok(writer),
-        Ok(_) => Err(CompressError::Save(SaveError::Refused(format!(
-            "{}: was left by a run with another recipe, source, text or seed; run without --resume to start anew",
-            writer.dir().display()
-        )))),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            let tmp = path.with_extension("tmp");
-            let text = serde_json::to_vec(identity).unwrap_or_default();
-            std::fs::write(&tmp, text).and_then(|()| std::fs::rename(&tmp, &path)).map_err(io)?;
-            Ok(writer)
-        }
-        Err(e) => Err(CompressError::Save(io(e))),
-    }
 }
 
 /// Each step in words, for whoever loads the model.
