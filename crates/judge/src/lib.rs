@@ -3,9 +3,11 @@
 mod baselines;
 mod cost;
 mod gate;
+mod shelf;
 mod speed;
 
-pub use baselines::{Baseline, BaselineError, Bench, baselines, fingerprint, frequencies, measure};
+pub use baselines::{Baseline, BaselineError, Baselines, Bench, baselines, frequencies, measure};
 pub use cost::{CostTable, Forecast};
 pub use gate::{Against, LOSS_SLACK, Measured, Speed, Verdict, judge};
-pub use speed::{TIMING_BYTES, time_decode};
+pub use shelf::{MAX_AGE, MAX_BYTES, kept_baselines, remove_baselines};
+pub use speed::{Hold, time_decode};
