@@ -1,12 +1,12 @@
 //! The walk: model-wide steps, then block after block, each calibrated on what the compressed earlier blocks put out.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lacuna_checkpoint::{Checkpoint, PackedWriter};
 use lacuna_contract::{Made, MethodError, Needs, Outcome, PruneAsk, Slot, Sparsity, Stats, Verb};
-use lacuna_format::{Float, FormatError, PatternKind, Stored, Term, Weights, pack_float};
+use lacuna_format::{Float, FormatError, PatternKind, Piece, Stored, Term, Values, Weights, pack_float};
 use lacuna_model::{Block, Embedding, NoTap, Tap};
 use lacuna_spec::{Part, Place, Role, Spec};
 use serde_json::{Value, json};
@@ -16,7 +16,7 @@ use crate::activations::Activations;
 use crate::identity;
 use crate::matrix::Matrix;
 use crate::memory;
-use crate::overlay::{Overlay, forward, need, nll, read_back, release_layer, report};
+use crate::overlay::{Overlay, finite, forward, need, nll, read_back, release_layer, report};
 use crate::recipe::{Recipe, Rest, Step};
 use crate::select::{Scored, select};
 use crate::sequences::{cut, fingerprint};
@@ -49,6 +49,7 @@ pub fn compress(
         spill: plan.spill,
         budgets: HashMap::new(),
         unreached: Vec::new(),
+        wide: BTreeSet::new(),
     };
     walk.model_wide(&mut overlay, &mut notes)?;
     let mut tensors = Vec::new();
@@ -58,6 +59,10 @@ pub fn compress(
     if let Some(first) = walk.unreached.first() {
         let n = walk.unreached.len();
         notes.push(format!("{n} matrices, {first} the first, keep what they were: no calibration token reached them"));
+    }
+    if let Some(first) = walk.wide.first() {
+        let n = walk.wide.len();
+        notes.push(format!("{n} matrices, {first} the first, have values beyond f16: they are stored as bf16 or f32"));
     }
     let recipe_json = serde_json::to_value(&recipe.resolved).unwrap_or(Value::Null);
     let path = writer.finish(
@@ -83,6 +88,18 @@ fn approximations(recipe: &Recipe) -> Vec<String> {
         .collect()
 }
 
+/// Whose weights are looked at before anything is done to them.
+const SOURCE: &str = "the source's weight";
+
+/// Whether a matrix that was made here has floats of another type than f16.
+fn wide(stored: &Stored) -> bool {
+    let one = |p: &Piece| matches!(p.values, Values::Float(f, _) if f != Float::F16);
+    stored.terms.iter().any(|t| match t {
+        Term::Piece(p) => one(p),
+        Term::Product(a, b) => one(a) || one(b),
+    })
+}
+
 /// What a step's method, and its grid, read.
 pub(crate) fn step_needs(step: &Step) -> Needs {
     step.method.card.needs
@@ -98,6 +115,8 @@ struct Walk<'a> {
     budgets: HashMap<(String, Place), f64>,
     /// Matrices (of experts) that a step left alone since no calibration token reached them.
     unreached: Vec<Place>,
+    /// Matrices whose values f16 cannot say.
+    wide: BTreeSet<Place>,
 }
 
 impl Walk<'_> {
@@ -157,6 +176,9 @@ impl Walk<'_> {
                         self.progress.phase(&format!("{}: watching the dense model", step.name), layers as u64);
                         let mut x = self.embedded(overlay)?;
                         for l in 0..layers {
+                            for place in overlay.spec.layer_places(l) {
+                                finite(&place, &*need(overlay, &place)?, SOURCE)?;
+                            }
                             let block = Block::load(overlay, l)?;
                             self.through(&overlay.spec, &block, &mut x, &mut similarity, true)?;
                             release_layer(overlay, l);
@@ -271,6 +293,7 @@ impl Walk<'_> {
             let stored = match writer.read(&place)? {
                 Some(s) => Arc::new(s),
                 None => {
+                    finite(&place, &source, SOURCE)?;
                     let mut work = self.begin(&source, &place);
                     for step in self.recipe.steps.iter().filter(|s| !s.is_model_wide() && s.aims_at(&place)) {
                         if step_needs(step) != Needs::default() {
@@ -305,18 +328,31 @@ impl Walk<'_> {
         aimed.then(|| Matrix::new(source.clone()))
     }
 
-    fn finish(&self, work: Option<Matrix>, source: &Arc<Stored>, place: &Place) -> Result<Arc<Stored>, CompressError> {
+    /// The stored form of a matrix, which decodes to finite numbers.
+    fn finish(
+        &mut self,
+        work: Option<Matrix>,
+        source: &Arc<Stored>,
+        place: &Place,
+    ) -> Result<Arc<Stored>, CompressError> {
         let fail = |what| CompressError::Method { place: place.to_string(), step: "pack".into(), what };
-        let stored = match work {
+        let mut stored = match work {
             Some(m) => m.finish().map_err(fail)?,
             None => source.clone(),
         };
-        if self.recipe.rest == Rest::F16 && Arc::ptr_eq(&stored, source) {
+        if !Arc::ptr_eq(&stored, source) {
+            if wide(&stored) {
+                self.wide.insert(*place);
+            }
+        } else if self.recipe.rest == Rest::F16 {
             let float = if stored.rows == 1 { Float::F32 } else { Float::F16 };
             let piece = pack_float(source.to_mat().view(), None, PatternKind::Dense, float)
-                .map_err(|e: FormatError| fail(e.what))?;
-            return Ok(Arc::new(Stored { rows: stored.rows, cols: stored.cols, terms: vec![Term::Piece(piece)] }));
+                .map_err(|e: FormatError| fail(format!("{}; rest = \"source\" keeps it as it is", e.what)))?;
+            stored = Arc::new(Stored { rows: stored.rows, cols: stored.cols, terms: vec![Term::Piece(piece)] });
+        } else {
+            return Ok(stored);
         }
+        finite(place, &stored, &format!("the weight as {}", stored.codec_name()))?;
         Ok(stored)
     }
 
@@ -340,7 +376,11 @@ impl Walk<'_> {
             let done = writer.as_ref().is_some_and(|w| places.iter().all(|p| w.is_done(p)));
             let mut sources = HashMap::new();
             for p in &places {
-                sources.insert(*p, need(overlay, p)?);
+                let source = need(overlay, p)?;
+                if !done {
+                    finite(p, &source, SOURCE)?;
+                }
+                sources.insert(*p, source);
             }
             let mut gather = Gather::new(
                 &overlay.spec,
