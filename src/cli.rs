@@ -31,7 +31,7 @@ pub struct Global {
     /// Ask the caches alone, never the network.
     #[arg(long, global = true)]
     pub offline: bool,
-    /// Where pulled models and baselines are kept.
+    /// Where pulled models and baselines are kept: of baselines at most 32 GiB, and 30 days after their last use.
     #[arg(long, global = true, value_name = "DIR")]
     pub cache_dir: Option<PathBuf>,
     /// Put a LoRA adapter (a directory that PEFT wrote) on MODEL.
@@ -109,9 +109,9 @@ pub struct Pull {
 /// `pull list`, `pull rm`
 #[derive(Debug, Subcommand)]
 pub enum PullWhat {
-    /// What the cache holds.
+    /// What the cache holds, baselines together in one line.
     List,
-    /// Remove a model from the cache.
+    /// Remove a model, or the baselines, from the cache.
     Rm {
         /// Its name as `list` prints it.
         name: String,

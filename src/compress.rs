@@ -10,7 +10,9 @@ use lacuna_checkpoint::Tokenizer;
 use lacuna_compress::{Form, Options, Outcomes, Recipe, compress, memory};
 use lacuna_eval::{CALIBRATION, Eval, HELD_OUT, Judged, Room, Table};
 use lacuna_format::Weights;
-use lacuna_judge::{Bench, CostTable, Footprint, Forecast, Measured, Products, Verdict, baselines, judge, time_decode};
+use lacuna_judge::{
+    Bench, CostTable, Footprint, Forecast, Hold, Measured, Products, Verdict, baselines, judge, time_decode,
+};
 use serde_json::{Value, json};
 
 use crate::cli::{self, Gate, Global};
@@ -173,6 +175,10 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
             max_ram,
         };
         let mut others = baselines(&bench, &mut bar)?;
+        for why in std::mem::take(&mut others.left_out) {
+            common::say(format!("note: {why}"));
+            done.outcomes.notes.push(why);
+        }
         let mut measured = Measured {
             name: "result".into(),
             bytes: done.outcomes.bytes,
@@ -181,9 +187,9 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
             speed: None,
         };
         if a.gate == Gate::Full {
-            time(&mut measured, &result, &mut others, max_ram)?;
+            time(&mut measured, &result, &mut others.all, max_ram)?;
         }
-        let list: Vec<Measured> = others.into_iter().map(|b| b.measured).collect();
+        let list: Vec<Measured> = others.all.into_iter().map(|b| b.measured).collect();
         done.verdict = Some(judge(&measured, &list));
         done.judged = Some(judged);
         done.measured = Some(measured);
@@ -193,8 +199,9 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
     Ok(done)
 }
 
-/// Times the result beside every baseline that competes with it; the others cannot change the verdict. The models run in turn and so are in
-/// memory together: where they would break the ceiling nothing is timed, which is said, and bytes alone count.
+/// Times the result beside every baseline that competes with it; the others cannot change the verdict. The models run in turn, all in memory
+/// where they fit below the ceiling (without one: into the memory that is free), else one at a time. Where not even the largest fits, nothing is
+/// timed, which is said, and bytes alone count.
 fn time(
     measured: &mut Measured,
     result: &dyn Weights,
@@ -208,27 +215,35 @@ fn time(
         .filter(|(_, b)| competes(b))
         .filter_map(|(i, b)| b.path.clone().map(|p| (i, p)))
         .collect();
-    if let Some(max) = max_ram {
-        let stored = measured.bytes + rivals.iter().map(|(i, _)| others[*i].measured.bytes).sum::<u64>();
-        // The smaller ones' may be another one.
-        let timing = 2 * lacuna_judge::timing_bytes(Footprint::of(u64::MAX));
-        // Each is there twice for a moment, mapped and repacked, block by block; a quarter covers padding and the block.
-        let need = memory::resident().unwrap_or(0) + stored + stored / 4 + timing;
-        if need > max {
+    let stored: Vec<u64> =
+        std::iter::once(measured.bytes).chain(rivals.iter().map(|(i, _)| others[*i].measured.bytes)).collect();
+    let used = memory::resident().unwrap_or(0);
+    let room = max_ram.or_else(|| Some(memory::available()?.saturating_add(used)));
+    let hold = match (Hold::within(room, used, &stored), max_ram) {
+        (Ok(hold), _) => hold,
+        (Err(need), Some(max)) => {
             common::say(format!(
-                "not timed: {} models run in turn would take {}, above the ceiling of {}; bytes alone are compared",
-                rivals.len() + 1,
+                "not timed: the largest of {} models would take {}, above the ceiling of {}; bytes alone are compared",
+                stored.len(),
                 show_bytes(need),
                 show_bytes(max)
             ));
             return Ok(());
         }
+        // Nobody asked for a ceiling: what is free is the system's guess.
+        (Err(_), None) => Hold::InTurn,
+    };
+    if hold == Hold::InTurn {
+        common::say(format!(
+            "{} models are timed one at a time, each loaded anew for each run: together they do not fit into memory",
+            stored.len()
+        ));
     }
     let opened = rivals.iter().map(|(_, p)| Ok(lacuna_checkpoint::open(p)?)).collect::<anyhow::Result<Vec<_>>>()?;
     let mut models: Vec<&dyn Weights> = vec![result];
     models.extend(opened.iter().map(|c| c as &dyn Weights));
     let bar = common::bar(ROUNDS as u64, "timing in turn");
-    let speeds = time_decode(&models, ROUNDS, TIMED_TOKENS, |r| bar.set_position(r as u64))?;
+    let speeds = time_decode(&models, ROUNDS, TIMED_TOKENS, hold, |r| bar.set_position(r as u64))?;
     bar.finish_and_clear();
     measured.speed = speeds.first().copied().flatten();
     for ((i, _), speed) in rivals.iter().zip(&speeds[1..]) {

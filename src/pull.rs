@@ -8,6 +8,9 @@ use serde_json::json;
 use crate::cli::{Global, Pull, PullWhat};
 use crate::common::{self, Usage};
 
+/// What `pull list` and `pull rm` call the rounded models that the gate keeps.
+const BASELINES: &str = "baselines";
+
 /// Runs the verb.
 pub fn run(g: &Global, a: &Pull) -> anyhow::Result<ExitCode> {
     match (&a.what, &a.model) {
@@ -15,17 +18,25 @@ pub fn run(g: &Global, a: &Pull) -> anyhow::Result<ExitCode> {
             let all = lacuna_pull::list(g.cache_dir.as_deref())?;
             let rows: Vec<_> =
                 all.iter().map(|c| json!({ "name": c.name, "path": c.path, "bytes": c.bytes })).collect();
-            common::print(g, &json!({ "models": rows }), || {
+            let (path, bytes) = lacuna_judge::kept_baselines(&common::cache_dir(g)?);
+            let out = json!({ "models": rows, "baselines": { "path": path, "bytes": bytes } });
+            common::print(g, &out, || {
                 for c in &all {
                     println!("{:<32} {:>10}  {}", c.name, show_bytes(c.bytes), c.path.display());
                 }
+                if bytes > 0 {
+                    println!("{BASELINES:<32} {:>10}  {}", show_bytes(bytes), path.display());
+                }
                 if all.is_empty() {
-                    println!("the cache is empty; try: lacuna pull smollm2-135m-instruct");
+                    println!("no model is in the cache; try: lacuna pull smollm2-135m-instruct");
                 }
             });
         }
         (Some(PullWhat::Rm { name }), _) => {
-            let bytes = lacuna_pull::remove(g.cache_dir.as_deref(), name)?;
+            let bytes = match name.as_str() {
+                BASELINES => lacuna_judge::remove_baselines(&common::cache_dir(g)?)?,
+                name => lacuna_pull::remove(g.cache_dir.as_deref(), name)?,
+            };
             common::print(g, &json!({ "removed": name, "bytes": bytes }), || {
                 println!("removed {name}, {}", show_bytes(bytes));
             });

@@ -173,8 +173,23 @@ fn the_gate_says_no_with_status_3_and_the_model_is_there() {
         assert!(names.contains(&name), "{name} is not among {names:?}");
     }
     assert_eq!(object(0, &["inspect", out])["broken"], json!([]));
+    // The baselines are kept, and `pull` looks after them.
+    let kept = object(0, &["pull", "list"])["baselines"].clone();
+    let sets: Vec<PathBuf> =
+        std::fs::read_dir(kept["path"].as_str().unwrap()).unwrap().map(|e| e.unwrap().path()).collect();
+    assert!(kept["bytes"].as_u64().unwrap() > 0 && sets.len() == 1, "{kept}, {sets:?}");
+    let judged = sets[0].join("int8-g32/config.json");
+    let made = std::fs::metadata(&judged).unwrap().modified().unwrap();
     let again = [&["compress", &tiny, "-r", "f16", "-o", out, "--overwrite", "--accept"], &judging[..]].concat();
     assert_eq!(object(0, &again)["pays"], false);
+    assert_eq!(
+        std::fs::metadata(&judged).unwrap().modified().unwrap(),
+        made,
+        "the same program makes no baseline twice"
+    );
+    let removed = object(0, &["pull", "rm", "baselines"]);
+    // Another test may be using them, and then they stay.
+    assert!(removed["removed"] == "baselines" && removed["bytes"].is_number(), "{removed}");
 }
 
 #[test]

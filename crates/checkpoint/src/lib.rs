@@ -4,6 +4,7 @@
 //! read whole, and everything in them is checked before it is believed.
 
 mod examine;
+mod files;
 mod foreign;
 pub mod gguf;
 mod map;
@@ -19,6 +20,8 @@ pub mod torch;
 mod writer;
 
 pub use examine::{Found, Problem};
+#[cfg(feature = "faults")]
+pub use files::faults;
 pub use foreign::{Adapter, Quantized};
 pub use open::{Checkpoint, Kind, OpenError, examine, open};
 pub use repair::{Fault, diagnose, mendable, repair};

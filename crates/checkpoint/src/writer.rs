@@ -1,13 +1,23 @@
 //! Writing a packed model: shard by shard, atomically, resumable.
 //!
-//! A model is written into `.NAME.partial` beside its destination. Matrices go one after the other into a data file; a journal gets a
-//! line for each that is complete. When a data file is full it is sealed: its header, known only now, is written and the data copied
-//! behind it. [`PackedWriter::finish`] writes config.json and renames the directory. A run that was killed goes on behind the journal's
-//! last line, and the result is the same to the last byte.
+//! A model is written into `.NAME.partial` beside its destination. Whenever the process ends, the destination holds the old model whole or the
+//! new one whole, and what is unfinished can be gone on with by a run of the same identity and by no other. This is the order:
+//!
+//! 1. The journal is written under another name, with the run's identity as its first line, brought to the disk and renamed. A directory
+//!    without a journal holds nothing to go on with. As long as the run lives it holds a lock on the journal.
+//! 2. Matrices go one after the other into a data file. The data are on the disk before the journal gets the line that says so.
+//! 3. A full data file is sealed: its header, known only now, is written and the data are copied behind it. The new file and the journal are on
+//!    the disk before the new file gets its name, and it has its name before the data file goes.
+//! 4. [`PackedWriter::finish`] gives sealed files their last names and adds the tokenizer's files and config.json; all is brought to the disk.
+//! 5. The directory comes into its place, journal and all. Where a model stood there, the two exchange their names at once; where the system has
+//!    no such call, the old one steps aside to `.NAME.old` first, and whoever next writes to the same place brings it back if need be.
+//! 6. The parent directory is brought to the disk; the journal goes; the old model goes.
+//!
+//! A run that was killed goes on behind the journal's last line, and the result is the same to the last byte.
 
 use std::collections::{BTreeMap, HashSet};
-use std::fs::{self, File, OpenOptions};
-use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
+use std::fs::{self, File, OpenOptions, TryLockError};
+use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
 use lacuna_format::{Bytes, Descriptor, Elem, FormatError, Stored};
@@ -17,7 +27,7 @@ use serde_json::{Map, Value, json};
 
 use crate::packed::{FORMAT, PackedConfig, VERSION, fits};
 use crate::template::{DIR_OF_NAMED, named_files};
-use crate::{Checkpoint, Kind, OpenError};
+use crate::{Checkpoint, Kind, OpenError, files};
 
 /// Why a model cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -67,7 +77,16 @@ pub(crate) const SIDE_FILES: &[&str] = &[
 /// Bytes of data after which a file is sealed.
 const SHARD_BYTES: u64 = 2_000_000_000;
 
-/// One line of the journal: a matrix that is complete.
+/// What the journal is called.
+const JOURNAL: &str = "journal";
+
+/// The first line of the journal: whose it is.
+#[derive(Debug, PartialEq, Serialize, Deserialize)]
+struct Head {
+    identity: Value,
+}
+
+/// Every other line of the journal: a matrix that is complete.
 #[derive(Debug, Clone, Serialize, Deserialize)]
 struct Line {
     place: Place,
@@ -97,31 +116,41 @@ impl PackedWriter {
     /// Begins a model at `out`; an earlier attempt at the same place is thrown away. An existing `out` is refused unless `overwrite`
     /// is set, and even then unless it is a packed model itself.
     pub fn create(out: &Path, overwrite: bool) -> Result<PackedWriter, SaveError> {
-        let dir = partial(out)?;
-        refuse_existing(out, overwrite)?;
-        if dir.exists() {
-            fs::remove_dir_all(&dir).map_err(io_at(&dir))?;
-        }
-        PackedWriter::begin(out, dir, overwrite)
+        PackedWriter::open(out, overwrite, false, &Value::Null)
     }
 
-    /// Goes on with an interrupted model at `out` after the last complete matrix, or begins it where there is none.
-    pub fn resume(out: &Path, overwrite: bool) -> Result<PackedWriter, SaveError> {
+    /// As [`create`](PackedWriter::create); with `resume`, goes on after the last complete matrix of an interrupted run at `out`, where there
+    /// is one. `identity` is what must be equal for that: a run of another identity is refused.
+    pub fn open(out: &Path, overwrite: bool, resume: bool, identity: &Value) -> Result<PackedWriter, SaveError> {
         let dir = partial(out)?;
+        bring_back(out)?;
         refuse_existing(out, overwrite)?;
-        let mut w = PackedWriter::begin(out, dir, overwrite)?;
-        w.recover()?;
+        let head = serde_json::to_string(&Head { identity: identity.clone() });
+        let head = head.map_err(|e| SaveError::Refused(e.to_string()))? + "\n";
+        let path = dir.join(JOURNAL);
+        if !(resume && path.is_file()) {
+            clear(out)?;
+            files::create_dir(&dir)?;
+            // Renamed when it is whole: there is no journal that does not say whose it is.
+            let new = dir.join("journal.new");
+            let journal = files::create(&new)?;
+            lock(&journal, out)?;
+            files::append(&journal, &new, head.as_bytes())?;
+            files::sync(&journal, &new)?;
+            files::rename(&new, &path)?;
+            return Ok(PackedWriter::begin(out, dir, overwrite, journal));
+        }
+        let journal = OpenOptions::new().append(true).open(&path).map_err(io_at(&path))?;
+        lock(&journal, out)?;
+        let mut w = PackedWriter::begin(out, dir, overwrite, journal);
+        w.recover(&head)?;
         Ok(w)
     }
 
-    fn begin(out: &Path, dir: PathBuf, overwrite: bool) -> Result<PackedWriter, SaveError> {
-        fs::create_dir_all(&dir).map_err(io_at(&dir))?;
-        let path = dir.join("journal");
-        let journal = OpenOptions::new().create(true).append(true).open(&path).map_err(io_at(&path))?;
+    fn begin(out: &Path, dir: PathBuf, overwrite: bool, journal: File) -> PackedWriter {
         let (lines, done) = (Vec::new(), HashSet::new());
-        let out = out.to_owned();
-        let shard_bytes = SHARD_BYTES;
-        Ok(PackedWriter { out, dir, overwrite, shard_bytes, lines, done, journal, data: None, shard: 1, end: 0 })
+        let (out, shard_bytes) = (out.to_owned(), SHARD_BYTES);
+        PackedWriter { out, dir, overwrite, shard_bytes, lines, done, journal, data: None, shard: 1, end: 0 }
     }
 
     /// Seals files after `bytes` of data instead of 2 GB. A resumed writer must be given the same.
@@ -138,23 +167,35 @@ impl PackedWriter {
         self.dir.join(format!("shard-{shard:05}.safetensors"))
     }
 
-    fn recover(&mut self) -> Result<(), SaveError> {
+    fn recover(&mut self, head: &str) -> Result<(), SaveError> {
+        let path = self.dir.join(JOURNAL);
+        let mut reader = BufReader::new(File::open(&path).map_err(io_at(&path))?);
+        let mut text = String::new();
+        let read = reader.read_line(&mut text).unwrap_or(0);
+        let same = |a: &str, b: &str| Some(serde_json::from_str::<Head>(a).ok()? == serde_json::from_str(b).ok()?);
+        if read == 0 || same(&text, head) != Some(true) {
+            return Err(SaveError::Refused(format!(
+                "{}: was left by a run with another recipe, source, text, seed or version of this program; run without --resume to \
+                 start anew",
+                self.dir.display()
+            )));
+        }
         // A run killed within `finish` may have named its shards for good already.
+        let mut names = Vec::new();
         for entry in fs::read_dir(&self.dir).map_err(io_at(&self.dir))? {
             let path = entry.map_err(io_at(&self.dir))?.path();
             let name = path.file_name().and_then(|n| n.to_str()).unwrap_or_default();
-            let number = name.strip_prefix("model-").and_then(|r| r.split_once("-of-")).map(|r| r.0.parse());
-            match (name, number) {
-                _ if name.ends_with(".sealing") => fs::remove_file(&path).map_err(io_at(&path))?,
-                ("model.safetensors", _) => fs::rename(&path, self.sealed_path(1)).map_err(io_at(&path))?,
-                (_, Some(Ok(n))) => fs::rename(&path, self.sealed_path(n)).map_err(io_at(&path))?,
-                _ => {}
+            let number = match name.strip_prefix("model-").and_then(|r| r.split_once("-of-")) {
+                None => (name == "model.safetensors").then_some(1),
+                Some((n, _)) => n.parse().ok(),
+            };
+            if let Some(n) = number {
+                files::rename(&path, &self.sealed_path(n))?;
             }
+            names.push(number.map_or(path, |n| self.sealed_path(n)));
         }
-        let path = self.dir.join("journal");
-        let mut kept = 0;
-        let mut reader = BufReader::new(File::open(&path).map_err(io_at(&path))?);
-        let mut text = String::new();
+        let mut kept = text.len() as u64;
+        text.clear();
         // A torn last line, or data that never reached the disk, end what is kept.
         while reader.read_line(&mut text).is_ok_and(|n| n > 0) {
             let Some(line) = text.ends_with('\n').then(|| serde_json::from_str::<Line>(&text).ok()).flatten() else {
@@ -170,23 +211,27 @@ impl PackedWriter {
             self.lines.push(line);
             text.clear();
         }
-        self.journal.set_len(kept).map_err(io_at(&path))?;
+        files::cut(&self.journal, &path, kept)?;
         let data = self.data_path(self.shard);
-        if self.sealed_path(self.shard).is_file() {
-            if data.is_file() {
-                fs::remove_file(&data).map_err(io_at(&data))?;
+        let sealed: HashSet<PathBuf> = self.lines.iter().map(|l| self.sealed_path(l.shard)).collect();
+        let whole = sealed.contains(&self.sealed_path(self.shard)) && self.sealed_path(self.shard).is_file();
+        // What no line speaks of would travel into the model.
+        for name in names.iter().filter(|n| n.exists()) {
+            if !(*name == path || sealed.contains(name) || (*name == data && !whole)) {
+                files::remove(name)?;
             }
+        }
+        if whole {
             (self.shard, self.end) = (self.shard + 1, 0);
         } else if data.is_file() {
             let file = OpenOptions::new().append(true).open(&data).map_err(io_at(&data))?;
-            file.set_len(self.end).map_err(io_at(&data))?;
+            files::cut(&file, &data, self.end)?;
             self.data = Some(file);
         }
         Ok(())
     }
 
-    /// The directory being written, for what else a run wants to keep until it finishes: whatever does not belong to the model must
-    /// be gone by then.
+    /// The directory being written.
     pub fn dir(&self) -> &Path {
         &self.dir
     }
@@ -211,20 +256,19 @@ impl PackedWriter {
         let path = self.data_path(self.shard);
         let data = match &mut self.data {
             Some(data) => data,
-            empty => empty.insert(File::create(&path).map_err(io_at(&path))?),
+            empty => empty.insert(files::create(&path)?),
         };
         for p in &parts {
-            data.write_all(&p.bytes).map_err(io_at(&path))?;
+            files::append(data, &path, &p.bytes)?;
         }
         // The line may say that the matrix is complete only once it is.
-        data.sync_data().map_err(io_at(&path))?;
+        files::sync(data, &path)?;
         self.end += size;
         let parts = parts.into_iter().map(|p| (p.suffix, p.elem, p.shape, p.bytes.len() as u64)).collect();
         let line = Line { place: *place, shard: self.shard, end: self.end, desc, parts };
         let mut text = serde_json::to_vec(&line).map_err(|e| SaveError::Refused(e.to_string()))?;
         text.push(b'\n');
-        let path = self.dir.join("journal");
-        self.journal.write_all(&text).map_err(io_at(&path))?;
+        files::append(&self.journal, &self.dir.join(JOURNAL), &text)?;
         self.done.insert(*place);
         self.lines.push(line);
         Ok(())
@@ -276,13 +320,15 @@ impl PackedWriter {
         header.resize(header.len().next_multiple_of(8), b' ');
         let (from, to) = (self.data_path(self.shard), self.sealed_path(self.shard));
         let tmp = to.with_extension("sealing");
-        let mut file = File::create(&tmp).map_err(io_at(&tmp))?;
-        file.write_all(&(header.len() as u64).to_le_bytes()).map_err(io_at(&tmp))?;
-        file.write_all(&header).map_err(io_at(&tmp))?;
-        io::copy(&mut File::open(&from).map_err(io_at(&from))?, &mut file).map_err(io_at(&tmp))?;
-        file.sync_all().map_err(io_at(&tmp))?;
-        fs::rename(&tmp, &to).map_err(io_at(&to))?;
-        fs::remove_file(&from).map_err(io_at(&from))?;
+        let file = files::create(&tmp)?;
+        files::append(&file, &tmp, &(header.len() as u64).to_le_bytes())?;
+        files::append(&file, &tmp, &header)?;
+        files::append_file(&file, &tmp, &from)?;
+        files::sync(&file, &tmp)?;
+        // A sealed file says that all its lines are there.
+        files::sync(&self.journal, &self.dir.join(JOURNAL))?;
+        files::rename(&tmp, &to)?;
+        files::remove(&from)?;
         (self.shard, self.end) = (self.shard + 1, 0);
         Ok(())
     }
@@ -323,7 +369,7 @@ impl PackedWriter {
         };
         let files: Vec<String> = (1..=shards).map(name).collect();
         for (i, name) in files.iter().enumerate() {
-            fs::rename(self.sealed_path(i + 1), self.dir.join(name)).map_err(io_at(&self.dir.join(name)))?;
+            files::rename(&self.sealed_path(i + 1), &self.dir.join(name))?;
         }
         if let Some(source) = source {
             self.take_along(source)?;
@@ -332,23 +378,12 @@ impl PackedWriter {
         let config = PackedConfig { format, version: VERSION, spec, recipe, source, approximations, files, weights };
         let json = serde_json::to_vec_pretty(&config).map_err(|e| SaveError::Refused(e.to_string()))?;
         self.write("config.json", &json)?;
-        let journal = self.dir.join("journal");
-        fs::remove_file(&journal).map_err(io_at(&journal))?;
-        sync_dir(&self.dir)?;
-        if self.overwrite && self.out.exists() {
-            let old = beside(&self.out, "old")?;
-            if old.exists() {
-                fs::remove_dir_all(&old).map_err(io_at(&old))?;
-            }
-            fs::rename(&self.out, &old).map_err(io_at(&self.out))?;
-            fs::rename(&self.dir, &self.out).map_err(io_at(&self.out))?;
-            fs::remove_dir_all(&old).map_err(io_at(&old))?;
-        } else {
-            fs::rename(&self.dir, &self.out).map_err(io_at(&self.out))?;
-        }
-        if let Some(parent) = self.out.parent().filter(|p| !p.as_os_str().is_empty()) {
-            sync_dir(parent)?;
-        }
+        files::sync_dir(&self.dir)?;
+        // The work took its time: what stands there by now?
+        refuse_existing(&self.out, self.overwrite)?;
+        into_place(&self.out)?;
+        files::remove(&self.out.join(JOURNAL))?;
+        clear(&self.out)?;
         Ok(self.out)
     }
 
@@ -369,10 +404,7 @@ impl PackedWriter {
     }
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<(), SaveError> {
-        let path = self.dir.join(name);
-        let mut file = File::create(&path).map_err(io_at(&path))?;
-        file.write_all(bytes).map_err(io_at(&path))?;
-        file.sync_all().map_err(io_at(&path))
+        files::write(&self.dir.join(name), bytes)
     }
 }
 
@@ -394,12 +426,6 @@ pub(crate) fn copy_named_templates(from: &Path, to: &Path) -> Result<(), SaveErr
     Ok(())
 }
 
-pub(crate) fn sync_dir(dir: &Path) -> Result<(), SaveError> {
-    #[cfg(unix)]
-    File::open(dir).and_then(|d| d.sync_all()).map_err(io_at(dir))?;
-    Ok(())
-}
-
 pub(crate) fn beside(out: &Path, what: &str) -> Result<PathBuf, SaveError> {
     match out.file_name().and_then(|n| n.to_str()) {
         Some(name) => Ok(out.with_file_name(format!(".{name}.{what}"))),
@@ -409,6 +435,68 @@ pub(crate) fn beside(out: &Path, what: &str) -> Result<PathBuf, SaveError> {
 
 fn partial(out: &Path) -> Result<PathBuf, SaveError> {
     beside(out, "partial")
+}
+
+/// Holds a journal for as long as it is open, or says that another run does.
+fn lock(journal: &File, out: &Path) -> Result<(), SaveError> {
+    match journal.try_lock() {
+        Err(TryLockError::WouldBlock) => {
+            Err(SaveError::Refused(format!("{}: another run is writing there; wait for it or end it", out.display())))
+        }
+        // Some network file systems have no locks; a run alone is still safe there.
+        Ok(()) | Err(TryLockError::Error(_)) => Ok(()),
+    }
+}
+
+/// Takes away what earlier runs left beside `out`: unfinished work, and an old model that stepped aside for the one that is there.
+pub(crate) fn clear(out: &Path) -> Result<(), SaveError> {
+    let (dir, old) = (partial(out)?, beside(out, "old")?);
+    if dir.exists() {
+        let path = dir.join(JOURNAL);
+        if path.is_file() {
+            let journal = File::options().append(true).open(&path).map_err(io_at(&path))?;
+            lock(&journal, out)?;
+            // It goes first: without it nobody takes what is left of the rest for unfinished work.
+            files::remove(&path)?;
+        }
+        files::remove_dir(&dir)?;
+    }
+    if old.exists() && out.exists() {
+        files::remove_dir(&old)?;
+    }
+    Ok(())
+}
+
+/// Brings an old model back that stepped aside for one that never came.
+pub(crate) fn bring_back(out: &Path) -> Result<(), SaveError> {
+    let old = beside(out, "old")?;
+    if old.is_dir() && !out.exists() { files::rename(&old, out) } else { Ok(()) }
+}
+
+/// Gives the directory that was written the name `out`. An old one lies beside it afterwards, until [`clear`].
+pub(crate) fn into_place(out: &Path) -> Result<(), SaveError> {
+    let (new, old) = (partial(out)?, beside(out, "old")?);
+    let parent = match out.parent() {
+        Some(p) if !p.as_os_str().is_empty() => p,
+        _ => Path::new("."),
+    };
+    if out.exists() {
+        // Of a run that was killed when all but this was done.
+        let journal = out.join(JOURNAL);
+        if journal.exists() {
+            files::remove(&journal)?;
+        }
+        if files::exchange(&new, out)? {
+            return files::sync_dir(parent);
+        }
+        if old.exists() {
+            files::remove_dir(&old)?;
+        }
+        files::rename(out, &old)?;
+        files::sync_dir(parent)?;
+    }
+    files::rename(&new, out)?;
+    files::sync_dir(parent)
 }
 
 fn refuse_existing(out: &Path, overwrite: bool) -> Result<(), SaveError> {

@@ -126,7 +126,7 @@ fn a_killed_run_goes_on_to_the_same_bytes() {
         let mut journal = OpenOptions::new().append(true).open(partial.join("journal")).unwrap();
         journal.write_all(b"{\"place\":\"layers.0.at").unwrap();
         fs::write(partial.join("shard-00001.sealing"), b"half").unwrap();
-        let mut w = PackedWriter::resume(&out, false).unwrap().shard_bytes(SHARD);
+        let mut w = PackedWriter::open(&out, false, true, &Value::Null).unwrap().shard_bytes(SHARD);
         assert_eq!(all.iter().filter(|(p, _)| w.is_done(p)).count(), k);
         put(&mut w, 0..all.len());
         assert_eq!(files(&finish(w, &c)), expected, "killed after {k}");
@@ -147,7 +147,7 @@ fn data_that_never_reached_the_disk_are_written_again() {
     drop(w);
     let file = OpenOptions::new().write(true).open(&data).unwrap();
     file.set_len(file.metadata().unwrap().len() - 1).unwrap();
-    let w = PackedWriter::resume(&out, false).unwrap();
+    let w = PackedWriter::open(&out, false, true, &Value::Null).unwrap();
     assert!(w.is_done(&all[3].0) && !w.is_done(&all[4].0));
 }
 
@@ -169,7 +169,7 @@ fn killed_within_finish() {
     assert!(w.finish(c.spec().clone(), json!(null), json!(null), vec![], Some(&c)).is_err());
     assert!(partial.join("journal").exists() && !partial.join("shard-00001.safetensors").exists());
     fs::remove_dir(partial.join("config.json")).unwrap();
-    let w = PackedWriter::resume(&dir.path().join("stopped"), false).unwrap().shard_bytes(SHARD);
+    let w = PackedWriter::open(&dir.path().join("stopped"), false, true, &Value::Null).unwrap().shard_bytes(SHARD);
     assert!(all.iter().all(|(p, _)| w.is_done(p)));
     assert_eq!(files(&finish(w, &c)), expected);
 }

@@ -36,6 +36,14 @@ pub enum CompressError {
         /// What was wrong.
         what: String,
     },
+    /// A weight that is no finite number: whatever multiplies with it is none either.
+    #[error("{place}: {what}")]
+    NotFinite {
+        /// The tensor.
+        place: String,
+        /// The weight, and whose it is.
+        what: String,
+    },
     /// The scratch file failed.
     #[error("scratch file in {dir}: {source}")]
     Scratch {

@@ -1,21 +1,22 @@
 //! The walk: model-wide steps, then block after block, each calibrated on what the compressed earlier blocks put out.
 
-use std::collections::HashMap;
+use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
-use lacuna_checkpoint::{Checkpoint, PackedWriter, SaveError};
+use lacuna_checkpoint::{Checkpoint, PackedWriter};
 use lacuna_contract::{Made, MethodError, Needs, Outcome, PruneAsk, Slot, Sparsity, Stats, Verb};
-use lacuna_format::{Float, FormatError, PatternKind, Stored, Term, Weights, pack_float};
+use lacuna_format::{Float, FormatError, PatternKind, Piece, Stored, Term, Values, Weights, pack_float};
 use lacuna_model::{Block, Embedding, NoTap, Tap};
 use lacuna_spec::{Part, Place, Role, Spec};
 use serde_json::{Value, json};
 
 use crate::account::{CompressError, Options, Outcomes, Progress, TensorReport};
 use crate::activations::Activations;
+use crate::identity;
 use crate::matrix::Matrix;
 use crate::memory;
-use crate::overlay::{Overlay, forward, need, nll, read_back, release_layer, report};
+use crate::overlay::{Overlay, finite, forward, need, nll, read_back, release_layer, report};
 use crate::recipe::{Recipe, Rest, Step};
 use crate::select::{Scored, select};
 use crate::sequences::{cut, fingerprint};
@@ -36,10 +37,10 @@ pub fn compress(
     let plan = memory::plan(&overlay.spec, recipe, &sequences, options.max_ram)?;
     let calibration = (sequences.len(), sequences.first().map_or(0, Vec::len));
     let identity = json!({
-        "recipe": recipe.resolved, "source": options.source, "bos": options.bos,
-        "sequences": calibration, "text": fingerprint(&sequences),
+        "recipe": recipe.resolved, "source": options.source, "files": identity::fingerprint(source), "bos": options.bos,
+        "sequences": calibration, "text": fingerprint(&sequences), "program": identity::revision(),
     });
-    let mut writer = begin(options, &identity)?;
+    let mut writer = PackedWriter::open(options.out, options.overwrite, options.resume, &identity)?;
     let mut walk = Walk {
         recipe,
         options,
@@ -48,6 +49,7 @@ pub fn compress(
         spill: plan.spill,
         budgets: HashMap::new(),
         unreached: Vec::new(),
+        wide: BTreeSet::new(),
     };
     walk.model_wide(&mut overlay, &mut notes)?;
     let mut tensors = Vec::new();
@@ -58,10 +60,11 @@ pub fn compress(
         let n = walk.unreached.len();
         notes.push(format!("{n} matrices, {first} the first, keep what they were: no calibration token reached them"));
     }
+    if let Some(first) = walk.wide.first() {
+        let n = walk.wide.len();
+        notes.push(format!("{n} matrices, {first} the first, have values beyond f16: they are stored as bf16 or f32"));
+    }
     let recipe_json = serde_json::to_value(&recipe.resolved).unwrap_or(Value::Null);
-    let identity_path = writer.dir().join(IDENTITY);
-    std::fs::remove_file(&identity_path)
-        .map_err(|source| SaveError::Io { file: identity_path.display().to_string(), source })?;
     let path = writer.finish(
         overlay.spec.clone(),
         recipe_json,
@@ -71,34 +74,6 @@ pub fn compress(
     )?;
     let bytes = tensors.iter().map(|t| t.bytes_after).sum();
     Ok(Outcomes { path, bytes, spec: overlay.spec, tensors, calibration, notes })
-}
-
-/// Beside the data of a run under way: what must be equal for it to be gone on with.
-const IDENTITY: &str = "identity.json";
-
-/// Opens the writer: anew, or behind what an interrupted run of the same identity left.
-fn begin(options: &Options<'_>, identity: &Value) -> Result<PackedWriter, CompressError> {
-    let writer = if options.resume {
-        PackedWriter::resume(options.out, options.overwrite)?
-    } else {
-        PackedWriter::create(options.out, options.overwrite)?
-    };
-    let path = writer.dir().join(IDENTITY);
-    let io = |source| SaveError::Io { file: path.display().to_string(), source };
-    match std::fs::read(&path) {
-        Ok(old) if serde_json::from_slice::<Value>(&old).ok().as_ref() == Some(identity) => Ok(writer),
-        Ok(_) => Err(CompressError::Save(SaveError::Refused(format!(
-            "{}: was left by a run with another recipe, source, text or seed; run without --resume to start anew",
-            writer.dir().display()
-        )))),
-        Err(e) if e.kind() == std::io::ErrorKind::NotFound => {
-            let tmp = path.with_extension("tmp");
-            let text = serde_json::to_vec(identity).unwrap_or_default();
-            std::fs::write(&tmp, text).and_then(|()| std::fs::rename(&tmp, &path)).map_err(io)?;
-            Ok(writer)
-        }
-        Err(e) => Err(CompressError::Save(io(e))),
-    }
 }
 
 /// Each step in words, for whoever loads the model.
@@ -111,6 +86,18 @@ fn approximations(recipe: &Recipe) -> Vec<String> {
             format!("{} by {} on {}", s.name, s.method.card.name, targets.join(", "))
         })
         .collect()
+}
+
+/// Whose weights are looked at before anything is done to them.
+const SOURCE: &str = "the source's weight";
+
+/// Whether a matrix that was made here has floats of another type than f16.
+fn wide(stored: &Stored) -> bool {
+    let one = |p: &Piece| matches!(p.values, Values::Float(f, _) if f != Float::F16);
+    stored.terms.iter().any(|t| match t {
+        Term::Piece(p) => one(p),
+        Term::Product(a, b) => one(a) || one(b),
+    })
 }
 
 /// What a step's method, and its grid, read.
@@ -128,6 +115,8 @@ struct Walk<'a> {
     budgets: HashMap<(String, Place), f64>,
     /// Matrices (of experts) that a step left alone since no calibration token reached them.
     unreached: Vec<Place>,
+    /// Matrices whose values f16 cannot say.
+    wide: BTreeSet<Place>,
 }
 
 impl Walk<'_> {
@@ -187,6 +176,9 @@ impl Walk<'_> {
                         self.progress.phase(&format!("{}: watching the dense model", step.name), layers as u64);
                         let mut x = self.embedded(overlay)?;
                         for l in 0..layers {
+                            for place in overlay.spec.layer_places(l) {
+                                finite(&place, &*need(overlay, &place)?, SOURCE)?;
+                            }
                             let block = Block::load(overlay, l)?;
                             self.through(&overlay.spec, &block, &mut x, &mut similarity, true)?;
                             release_layer(overlay, l);
@@ -301,6 +293,7 @@ impl Walk<'_> {
             let stored = match writer.read(&place)? {
                 Some(s) => Arc::new(s),
                 None => {
+                    finite(&place, &source, SOURCE)?;
                     let mut work = self.begin(&source, &place);
                     for step in self.recipe.steps.iter().filter(|s| !s.is_model_wide() && s.aims_at(&place)) {
                         if step_needs(step) != Needs::default() {
@@ -335,18 +328,31 @@ impl Walk<'_> {
         aimed.then(|| Matrix::new(source.clone()))
     }
 
-    fn finish(&self, work: Option<Matrix>, source: &Arc<Stored>, place: &Place) -> Result<Arc<Stored>, CompressError> {
+    /// The stored form of a matrix, which decodes to finite numbers.
+    fn finish(
+        &mut self,
+        work: Option<Matrix>,
+        source: &Arc<Stored>,
+        place: &Place,
+    ) -> Result<Arc<Stored>, CompressError> {
         let fail = |what| CompressError::Method { place: place.to_string(), step: "pack".into(), what };
-        let stored = match work {
+        let mut stored = match work {
             Some(m) => m.finish().map_err(fail)?,
             None => source.clone(),
         };
-        if self.recipe.rest == Rest::F16 && Arc::ptr_eq(&stored, source) {
+        if !Arc::ptr_eq(&stored, source) {
+            if wide(&stored) {
+                self.wide.insert(*place);
+            }
+        } else if self.recipe.rest == Rest::F16 {
             let float = if stored.rows == 1 { Float::F32 } else { Float::F16 };
             let piece = pack_float(source.to_mat().view(), None, PatternKind::Dense, float)
-                .map_err(|e: FormatError| fail(e.what))?;
-            return Ok(Arc::new(Stored { rows: stored.rows, cols: stored.cols, terms: vec![Term::Piece(piece)] }));
+                .map_err(|e: FormatError| fail(format!("{}; rest = \"source\" keeps it as it is", e.what)))?;
+            stored = Arc::new(Stored { rows: stored.rows, cols: stored.cols, terms: vec![Term::Piece(piece)] });
+        } else {
+            return Ok(stored);
         }
+        finite(place, &stored, &format!("the weight as {}", stored.codec_name()))?;
         Ok(stored)
     }
 
@@ -370,7 +376,11 @@ impl Walk<'_> {
             let done = writer.as_ref().is_some_and(|w| places.iter().all(|p| w.is_done(p)));
             let mut sources = HashMap::new();
             for p in &places {
-                sources.insert(*p, need(overlay, p)?);
+                let source = need(overlay, p)?;
+                if !done {
+                    finite(p, &source, SOURCE)?;
+                }
+                sources.insert(*p, source);
             }
             let mut gather = Gather::new(
                 &overlay.spec,

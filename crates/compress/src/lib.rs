@@ -7,6 +7,7 @@
 mod account;
 mod activations;
 mod drive;
+mod identity;
 mod matrix;
 pub mod memory;
 mod overlay;
@@ -18,5 +19,6 @@ mod stats;
 
 pub use account::{CompressError, Options, Outcomes, Progress, Quiet, TensorReport};
 pub use drive::compress;
+pub use identity::{fingerprint, revision};
 pub use predict::{Form, Shaped, forms};
 pub use recipe::{Calibration, PruneKeys, QuantizeKeys, Recipe, RecipeError, Rest, Step};

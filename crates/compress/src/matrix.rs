@@ -5,8 +5,8 @@ use std::sync::Arc;
 use lacuna_base::{Mat, MatRef, dense};
 use lacuna_contract::{Grid, GridAsk, PruneAsk, RoundAsk, Score, Solve, SolveAsk, Sparsity, Stats};
 use lacuna_format::{
-    Affine, Float, FormatError, Group, Integers, Mask, PatternKind, Piece, ScaleCodec, Stored, Term, cheapest_pattern,
-    pack_float, pack_integers,
+    Affine, Float, FormatError, Group, Integers, Mask, PatternKind, Piece, ScaleCodec, Stored, Term, Values,
+    cheapest_pattern, pack_float, pack_integers,
 };
 
 use crate::recipe::QuantizeKeys;
@@ -90,7 +90,7 @@ impl Matrix {
         self.prune_to(mask, ask.pattern)
     }
 
-    /// Moves the `fraction` of weights that score highest into a sparse f16 term.
+    /// Moves the `fraction` of weights that score highest into a sparse term of floats.
     pub fn extract(&mut self, score: &dyn Score, stats: &Stats<'_>, fraction: f64) -> Result<(), String> {
         self.needs_dense("taking outliers out")?;
         let scores = score.score(self.w.view(), stats).map_err(|e| e.what)?;
@@ -100,7 +100,7 @@ impl Matrix {
         if out.kept() == 0 {
             return Ok(());
         }
-        let piece = pack_float(self.w.view(), Some(&out), PatternKind::Csr, Float::F16).map_err(|e| e.what)?;
+        let piece = self.floats(self.w.view(), Some(&out), |_| PatternKind::Csr).map_err(|e| e.what)?;
         self.outliers.push(Term::Piece(piece));
         let (rows, cols) = (self.w.rows(), self.w.cols());
         let mut left = Mask::from_fn(rows, cols, |r, c| !out.get(r, c));
@@ -149,6 +149,7 @@ impl Matrix {
                     }
                     let ints = round_to_nearest(thin.w.view(), None, grid, keys)?;
                     thin.w = values(&ints, None);
+                    finite(&thin.w)?;
                     thin.integers = Some((ints, keys.scale));
                 }
                 Ok(())
@@ -156,6 +157,7 @@ impl Matrix {
             Form::Dense => {
                 let ints = round_to_nearest(self.w.view(), self.mask.as_ref(), grid, keys)?;
                 self.w = values(&ints, self.mask.as_ref());
+                finite(&self.w)?;
                 self.form = Form::Integers(ints, keys.scale);
                 Ok(())
             }
@@ -197,21 +199,38 @@ impl Matrix {
         let e = |e: FormatError| e.what;
         let mask = self.mask.as_ref();
         let term = match &self.form {
-            Form::Dense => {
-                let kind = self.kind(16.0);
-                Term::Piece(pack_float(self.w.view(), mask, kind, Float::F16).map_err(e)?)
-            }
+            Form::Dense => Term::Piece(self.floats(self.w.view(), mask, |bits| self.kind(bits)).map_err(e)?),
             Form::Integers(ints, scale) => {
                 let kind = self.kind(f64::from(ints.bits));
                 Term::Piece(pack_integers(ints, mask, kind, codec(*scale)).map_err(e)?)
             }
-            Form::Factors(f) => Term::Product(thin_piece(&f.0).map_err(e)?, thin_piece(&f.1).map_err(e)?),
+            Form::Factors(f) => Term::Product(self.thin(&f.0).map_err(e)?, self.thin(&f.1).map_err(e)?),
         };
         let mut terms = vec![term];
         terms.extend(self.outliers);
         let stored = Stored { rows: self.source.rows, cols: self.source.cols, terms };
         stored.check().map_err(e)?;
         Ok(Arc::new(stored))
+    }
+
+    /// Floats in f16; where that cannot say all of them, in the source's own bf16 or else in f32. `kind` gives the pattern for so many bits a value.
+    fn floats(
+        &self,
+        w: MatRef<'_>,
+        mask: Option<&Mask>,
+        kind: impl Fn(f64) -> PatternKind,
+    ) -> Result<Piece, FormatError> {
+        let pack = |float: Float| pack_float(w, mask, kind(8.0 * float.bytes() as f64), float);
+        let own = |t: &Term| matches!(t, Term::Piece(p) if matches!(p.values, Values::Float(Float::Bf16, _)));
+        let wide = if self.source.terms.iter().all(own) { Float::Bf16 } else { Float::F32 };
+        pack(Float::F16).or_else(|_| pack(wide))
+    }
+
+    fn thin(&self, t: &Thin) -> Result<Piece, FormatError> {
+        match &t.integers {
+            Some((ints, scale)) => pack_integers(ints, None, PatternKind::Dense, codec(*scale)),
+            None => self.floats(t.w.view(), None, |_| PatternKind::Dense),
+        }
     }
 
     /// The pattern of fewest bytes that the mask allows.
@@ -221,13 +240,6 @@ impl Matrix {
             _ => None,
         };
         self.mask.as_ref().map_or(PatternKind::Dense, |mask| cheapest_pattern(mask, bits, blocks))
-    }
-}
-
-fn thin_piece(t: &Thin) -> Result<Piece, FormatError> {
-    match &t.integers {
-        Some((ints, scale)) => pack_integers(ints, None, PatternKind::Dense, codec(*scale)),
-        None => pack_float(t.w.view(), None, PatternKind::Dense, Float::F16),
     }
 }
 

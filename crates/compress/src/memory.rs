@@ -51,8 +51,17 @@ pub fn peak() -> Option<u64> {
     status("VmHWM:")
 }
 
+/// Bytes that processes may still take before the system has to swap, where it tells.
+pub fn available() -> Option<u64> {
+    told("/proc/meminfo", "MemAvailable:")
+}
+
 fn status(key: &str) -> Option<u64> {
-    let text = std::fs::read_to_string("/proc/self/status").ok()?;
+    told("/proc/self/status", key)
+}
+
+fn told(file: &str, key: &str) -> Option<u64> {
+    let text = std::fs::read_to_string(file).ok()?;
     let line = text.lines().find(|l| l.starts_with(key))?;
     let kb: u64 = line.split_whitespace().nth(1)?.parse().ok()?;
     Some(kb * 1024)

@@ -47,6 +47,25 @@ pub(crate) fn need(weights: &dyn Weights, place: &Place) -> Result<Arc<Stored>, 
     })
 }
 
+/// Values decoded at a time.
+const CHUNK: usize = 1 << 20;
+
+/// Refuses a matrix that does not decode to finite numbers alone; `whose` says what it is.
+pub(crate) fn finite(place: &Place, stored: &Stored, whose: &str) -> Result<(), CompressError> {
+    let step = (CHUNK / stored.cols.max(1)).max(1);
+    for from in (0..stored.rows).step_by(step) {
+        let to = (from + step).min(stored.rows);
+        let mut m = Mat::zeros(to - from, stored.cols);
+        stored.decode_rows(from, to, m.view_mut());
+        if let Some(i) = m.data().iter().position(|x| !x.is_finite()) {
+            let (r, c, v) = (from + i / stored.cols, i % stored.cols, m.data()[i]);
+            let what = format!("{whose} at row {r}, column {c} is {v}, not a finite number");
+            return Err(CompressError::NotFinite { place: place.to_string(), what });
+        }
+    }
+    Ok(())
+}
+
 pub(crate) fn read_back(
     writer: Option<&PackedWriter>,
     places: &[Place],

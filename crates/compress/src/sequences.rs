@@ -10,7 +10,7 @@ pub(crate) fn fingerprint(sequences: &[Vec<u32>]) -> String {
     for t in sequences.iter().flatten() {
         h.update(t.to_le_bytes());
     }
-    h.finalize().iter().map(|b| format!("{b:02x}")).collect()
+    crate::identity::hex(h)
 }
 
 /// The calibration sequences: from the start of the text, or from random places for a seed other than 0.

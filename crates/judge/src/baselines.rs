@@ -1,18 +1,20 @@
 //! The baselines: plain rounding of the same source to 8, 6, 5, 4 and 3 bits, f16, the source as it came, and a table of word frequencies.
 //!
-//! Rounded files and losses are made once and kept in a cache.
+//! Rounded files and losses are made once and kept in a cache, for the source's files as they are and the program as it is: of another
+//! revision nothing is taken, since its rounding, its kernels or its evaluation may be others.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
 use lacuna_checkpoint::{Checkpoint, OpenError};
-use lacuna_compress::{CompressError, Options, Progress, Recipe, compress};
+use lacuna_compress::{CompressError, Options, Progress, Recipe, compress, fingerprint, revision};
 use lacuna_contract::Method;
 use lacuna_eval::{Eval, EvalError};
 use lacuna_format::{Weights, WeightsError};
 use serde_json::{Value, json};
 
 use crate::gate::Measured;
+use crate::shelf::Set;
 
 /// A baseline that cannot be made.
 #[derive(Debug, thiserror::Error)]
@@ -52,6 +54,15 @@ pub struct Baseline {
     pub path: Option<PathBuf>,
 }
 
+/// All baselines of a result. Their files stay in the cache as long as this does.
+pub struct Baselines {
+    /// One by one.
+    pub all: Vec<Baseline>,
+    /// Those that this source does not have, and why, a sentence each: its weights are beyond what they can say.
+    pub left_out: Vec<String>,
+    _set: Set,
+}
+
 /// Where and on what baselines are measured.
 pub struct Bench<'a> {
     /// The model that is compressed.
@@ -86,30 +97,6 @@ fn recipe(bits: u8) -> String {
         step("body", "\"attn.*\", \"ffn.*\"", bits),
         step("ends", "\"embed\", \"head\"", 8)
     )
-}
-
-/// What a source is known by in the cache: its files' paths, sizes and times.
-pub fn fingerprint(source: &Checkpoint) -> String {
-    use std::hash::{DefaultHasher, Hash, Hasher};
-    let mut h = DefaultHasher::new();
-    source.path().hash(&mut h);
-    source.adapter().map(|(_, merge)| merge).hash(&mut h);
-    let mut files = Vec::new();
-    for path in [Some(source.path()), source.adapter().map(|(dir, _)| dir)].into_iter().flatten() {
-        match std::fs::read_dir(path) {
-            Ok(dir) => files.extend(dir.flatten().map(|f| f.path())),
-            Err(_) => files.push(path.to_owned()),
-        }
-    }
-    files.sort();
-    for f in files {
-        f.hash(&mut h);
-        if let Ok(m) = std::fs::metadata(&f) {
-            m.len().hash(&mut h);
-            m.modified().ok().hash(&mut h);
-        }
-    }
-    format!("{:016x}", h.finish())
 }
 
 /// Bytes and held-out loss of a model.
@@ -149,11 +136,12 @@ pub fn frequencies(calibration: &[u32], held_out: &[u32], vocab: usize) -> Measu
 }
 
 /// Makes (or finds) and measures every baseline.
-pub fn baselines(bench: &Bench<'_>, progress: &mut dyn Progress) -> Result<Vec<Baseline>, BaselineError> {
-    let dir = bench.cache.join("baselines").join(fingerprint(bench.source));
-    std::fs::create_dir_all(&dir).map_err(|source| BaselineError::Cache { path: dir.display().to_string(), source })?;
-    let key = text_key(bench);
-    let mut out = Vec::new();
+pub fn baselines(bench: &Bench<'_>, progress: &mut dyn Progress) -> Result<Baselines, BaselineError> {
+    let io = |source| BaselineError::Cache { path: bench.cache.join("baselines").display().to_string(), source };
+    let set = Set::open(bench.cache, &set_key(bench.source, revision())).map_err(io)?;
+    let made = set.make().map_err(io)?;
+    let (dir, key) = (set.dir().to_owned(), text_key(bench));
+    let (mut out, mut left_out) = (Vec::new(), Vec::new());
     let mut recipes: Vec<(String, String)> = BITS.iter().map(|b| (format!("int{b} g32"), recipe(*b))).collect();
     recipes.push(("f16".into(), "version = 1\nrest = \"f16\"\n".into()));
     for (name, text) in recipes {
@@ -170,7 +158,13 @@ pub fn baselines(bench: &Bench<'_>, progress: &mut dyn Progress) -> Result<Vec<B
                 source: json!("baseline"),
             };
             progress.phase(&format!("baseline {name}"), 1);
-            compress(bench.source, &[], &recipe, &options, progress).map_err(fail)?;
+            match compress(bench.source, &[], &recipe, &options, progress) {
+                Err(e @ CompressError::Method { .. }) => {
+                    left_out.push(format!("there is no baseline {name}: {e}"));
+                    continue;
+                }
+                done => drop(done.map_err(fail)?),
+            }
         }
         let model = lacuna_checkpoint::open(&path)?;
         let measured = cached(&dir, &name, &key, progress, || measure(&name, &model, bench.held_out, bench.eval))?;
@@ -182,7 +176,15 @@ pub fn baselines(bench: &Bench<'_>, progress: &mut dyn Progress) -> Result<Vec<B
     let windows = lacuna_eval::cut(bench.held_out, bench.eval.ctx, bench.eval.windows, bench.eval.bos)?;
     let judged: Vec<u32> = windows.into_iter().flat_map(|w| w.into_iter().skip(1)).collect();
     out.push(Baseline { measured: frequencies(bench.calibration, &judged, bench.source.spec().vocab), path: None });
-    Ok(out)
+    drop(made);
+    Ok(Baselines { all: out, left_out, _set: set })
+}
+
+/// What a set of baselines is known by.
+fn set_key(source: &Checkpoint, revision: &str) -> String {
+    let (mut source, revision) = (fingerprint(source), &revision[..revision.len().min(16)]);
+    source.truncate(16);
+    source + "-" + revision
 }
 
 fn text_key(bench: &Bench<'_>) -> String {
@@ -226,6 +228,22 @@ mod tests {
         let m = frequencies(&[0, 0, 1], &[0, 2], 4);
         let want = -((3.0f64 / 7.0).ln() + (1.0f64 / 7.0).ln()) / 2.0;
         assert!((m.loss - want).abs() < 1e-12 && m.bytes == 8);
+    }
+
+    #[test]
+    fn another_source_and_another_revision_have_a_set_of_their_own() {
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny/llama");
+        let dir = tempfile::tempdir().unwrap();
+        for file in ["config.json", "model.safetensors"] {
+            std::fs::copy(tiny.join(file), dir.path().join(file)).unwrap();
+        }
+        let key = |revision: &str| set_key(&lacuna_checkpoint::open(dir.path()).unwrap(), revision);
+        let one = key(&"0123456789abcdef".repeat(4));
+        assert_eq!(one, key(&"0123456789abcdef".repeat(4)));
+        assert_ne!(one, key(&"f123456789abcdef".repeat(4)), "another program");
+        let weights = std::fs::File::options().write(true).open(dir.path().join("model.safetensors")).unwrap();
+        weights.set_modified(std::time::SystemTime::UNIX_EPOCH).unwrap();
+        assert_ne!(one, key(&"0123456789abcdef".repeat(4)), "other weights");
     }
 
     #[test]

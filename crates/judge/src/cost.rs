@@ -19,7 +19,7 @@ use lacuna_run::RunError;
 
 use crate::footprint::Footprint;
 use crate::gate::middle;
-use crate::speed::{Pace, time_decode};
+use crate::speed::{Hold, Pace, time_decode};
 
 /// How long, and how often at least, they are passed over. The middle pass counts: a token's products meet the machine as it is, not at its best.
 const LONG: Duration = Duration::from_secs(3);
@@ -111,7 +111,7 @@ impl CostTable {
         if let Some(&s) = self.costs.get(&key) {
             return Ok(s);
         }
-        let speed = time_decode(&[model], RUNS, TOKENS, |_| ())?[0];
+        let speed = time_decode(&[model], RUNS, TOKENS, Hold::Together, |_| ())?[0];
         let s = speed.map_or(0.0, |s| (1.0 / s.median - products / s.pace).max(0.0));
         // Nothing at all comes of a machine that was busier during the products: not worth keeping.
         if s > 0.0 {
@@ -134,7 +134,8 @@ impl CostTable {
 
     /// Keeps what was measured. A table that cannot be written is measured again next time.
     pub fn save(&self) {
-        let tmp = self.path.with_extension("tmp");
+        // A name of this run's own: two may save at once.
+        let tmp = self.path.with_extension(format!("{}.tmp", std::process::id()));
         let text = serde_json::to_vec_pretty(&self.costs).unwrap_or_default();
         if std::fs::create_dir_all(self.path.parent().unwrap_or(Path::new("."))).is_ok()
             && std::fs::write(&tmp, text).is_ok()

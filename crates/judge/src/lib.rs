@@ -4,10 +4,12 @@ mod baselines;
 mod cost;
 mod footprint;
 mod gate;
+mod shelf;
 mod speed;
 
-pub use baselines::{Baseline, BaselineError, Bench, SOURCE, baselines, fingerprint, frequencies, measure};
+pub use baselines::{Baseline, BaselineError, Baselines, Bench, SOURCE, baselines, frequencies, measure};
 pub use cost::{CostTable, Forecast, Products};
 pub use footprint::Footprint;
 pub use gate::{Against, LOSS_SLACK, Measured, Speed, Verdict, judge};
-pub use speed::{time_decode, timing_bytes};
+pub use shelf::{MAX_AGE, MAX_BYTES, kept_baselines, remove_baselines};
+pub use speed::{Hold, time_decode};

@@ -43,9 +43,18 @@ impl Form {
             return Err(format!("a value is {bad}"));
         }
         match self {
-            Form::Float(f) => f.encode(values).map_err(|i| format!("{} is beyond {}", values[i], self.name())),
-            Form::Block(b) => b.encode(values).ok_or_else(|| format!("{b:?} is only read, never written")),
+            Form::Float(f) => f.encode(values).map_err(|i| self.beyond(values[i])),
+            Form::Block(b) => {
+                if let Some(v) = values.iter().find(|v| v.abs() > largest(b)) {
+                    return Err(self.beyond(*v));
+                }
+                b.encode(values).ok_or_else(|| format!("{b:?} is only read, never written"))
+            }
         }
+    }
+
+    fn beyond(self, value: f32) -> String {
+        format!("{value} is beyond {}; --type f32 of gguf and hf holds it", self.name())
     }
 
     fn decode(self, bytes: &[u8], out: &mut [f32]) {
@@ -53,6 +62,20 @@ impl Form {
             Form::Float(f) => f.decode(bytes, out),
             Form::Block(b) => b.decode(bytes, out),
         }
+    }
+}
+
+/// The largest magnitude that a block type meets with a scale that is an f16: what is beyond would be cut down in silence.
+fn largest(block: GgufType) -> f32 {
+    let scale = 65504.0;
+    match block {
+        GgufType::Q4_0 => 8.0 * scale,
+        GgufType::Q5_0 => 16.0 * scale,
+        GgufType::Q8_0 => 127.0 * scale,
+        // Minima are 6 bits under an f16; the values above them reach further.
+        GgufType::Q4_K => 63.0 * scale,
+        GgufType::Q6_K => 32.0 * 127.0 * scale,
+        _ => f32::INFINITY,
     }
 }
 
@@ -282,5 +305,30 @@ fn encode(form: Form, row: &[f32]) -> Result<(Vec<u8>, Loss), String> {
 impl From<lacuna_format::WeightsError> for SaveError {
     fn from(e: lacuna_format::WeightsError) -> SaveError {
         SaveError::Source(crate::OpenError::Tensor(e))
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_a_type_cannot_reach_is_refused_and_not_cut_down() {
+        for kind in [GgufType::Q4_0, GgufType::Q5_0, GgufType::Q8_0, GgufType::Q4_K, GgufType::Q6_K] {
+            let top = largest(kind);
+            let mut v: Vec<f32> = (0..256).map(|i| top * (1.0 - (i / 2) as f32 / 64.0) * [-1.0, 1.0][i % 2]).collect();
+            let bytes = Form::Block(kind).encode(&v).unwrap();
+            let mut back = vec![0.0; 256];
+            Form::Block(kind).decode(&bytes, &mut back);
+            // Half a step of four bits, or one where the extreme of the other sign has no code.
+            let off = v.iter().zip(&back).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
+            assert!(off <= top / 7.5, "{kind:?}: {off} of {top}");
+            v[77] = 1.01 * top;
+            let said = Form::Block(kind).encode(&v).unwrap_err();
+            assert!(said.contains(&v[77].to_string()) && said.contains(&format!("{kind:?}")), "{said}");
+        }
+        let said = Form::Float(Float::F16).encode(&[1.0, 1e6]).unwrap_err();
+        assert!(said.contains("1000000 is beyond F16"), "{said}");
+        assert!(Form::Float(Float::Bf16).encode(&[1e6]).is_ok());
     }
 }

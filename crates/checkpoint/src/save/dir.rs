@@ -8,7 +8,8 @@ use serde_json::{Map, Value, json};
 
 use super::Sink;
 use crate::SaveError;
-use crate::writer::{beside, io_at, sync_dir};
+use crate::files::sync_dir;
+use crate::writer::{beside, bring_back, clear, into_place, io_at};
 
 /// Bytes of weights after which a new file begins.
 pub(crate) const SHARD_BYTES: u64 = 5_000_000_000;
@@ -23,6 +24,7 @@ impl OutDir {
     /// Begins a directory at `out`. What stands there is refused unless `overwrite` is set and it is empty or holds a model or an adapter.
     pub fn create(out: &Path, overwrite: bool) -> Result<OutDir, SaveError> {
         let show = out.display();
+        bring_back(out)?;
         if out.exists() {
             if !overwrite {
                 return Err(SaveError::Refused(format!("{show} exists; --overwrite replaces it")));
@@ -34,9 +36,7 @@ impl OutDir {
             }
         }
         let dir = beside(out, "partial")?;
-        if dir.exists() {
-            fs::remove_dir_all(&dir).map_err(io_at(&dir))?;
-        }
+        clear(out)?;
         fs::create_dir_all(&dir).map_err(io_at(&dir))?;
         Ok(OutDir { out: out.to_owned(), dir })
     }
@@ -135,20 +135,8 @@ impl OutDir {
     /// Brings everything to the disk and gives the directory its name.
     pub fn finish(self) -> Result<PathBuf, SaveError> {
         sync_dir(&self.dir)?;
-        if self.out.exists() {
-            let old = beside(&self.out, "old")?;
-            if old.exists() {
-                fs::remove_dir_all(&old).map_err(io_at(&old))?;
-            }
-            fs::rename(&self.out, &old).map_err(io_at(&self.out))?;
-            fs::rename(&self.dir, &self.out).map_err(io_at(&self.out))?;
-            fs::remove_dir_all(&old).map_err(io_at(&old))?;
-        } else {
-            fs::rename(&self.dir, &self.out).map_err(io_at(&self.out))?;
-        }
-        if let Some(parent) = self.out.parent().filter(|p| !p.as_os_str().is_empty()) {
-            sync_dir(parent)?;
-        }
+        into_place(&self.out)?;
+        clear(&self.out)?;
         Ok(self.out)
     }
 

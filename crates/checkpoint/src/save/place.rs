@@ -5,7 +5,8 @@ use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
 
 use crate::SaveError;
-use crate::writer::{beside, io_at, sync_dir};
+use crate::files::sync_dir;
+use crate::writer::{beside, io_at};
 
 /// One file being written.
 pub(crate) struct OutFile {

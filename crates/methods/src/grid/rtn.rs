@@ -50,7 +50,7 @@ fn stored(scale: f32, codec: Float) -> Result<f32, MethodError> {
     };
     if !near.is_finite() {
         return Err(MethodError::new(format!(
-            "the scale {scale} is beyond the range of {codec:?}; use bf16 or f32 scales"
+            "a group needs the scale {scale}, which is beyond the range of {codec:?}; scale = \"f32\" holds it"
         )));
     }
     // Among the subnormal values of f16 the nearest may be so small that the grid would not reach the extremes: take the next one.
