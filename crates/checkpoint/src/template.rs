@@ -100,8 +100,8 @@ impl ChatTemplate {
         }
         for name in ["tokenizer_config.json", "chat_template.json"] {
             let Some(text) = get(name)? else { continue };
-            let config: serde_json::Value = serde_json::from_str(&text)
-                .map_err(|e| TemplateError::Read { path: dir.join(name).display().to_string(), what: e.to_string() })?;
+            let config: serde_json::Value = crate::json::parse(text.as_bytes())
+                .map_err(|what| TemplateError::Read { path: dir.join(name).display().to_string(), what })?;
             if !config["chat_template"].is_null() {
                 return ChatTemplate::from_config(&config);
             }
@@ -124,7 +124,7 @@ impl ChatTemplate {
             if name.ends_with(".jinja") {
                 return Ok(Some(text));
             }
-            let config: serde_json::Value = serde_json::from_str(&text).map_err(|e| fault(e.to_string()))?;
+            let config: serde_json::Value = crate::json::parse(text.as_bytes()).map_err(fault)?;
             match &config["chat_template"] {
                 serde_json::Value::String(source) => return Ok(Some(source.clone())),
                 serde_json::Value::Array(list) => {

@@ -10,6 +10,7 @@ use std::fs::{self, File, OpenOptions};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom, Write};
 use std::path::{Path, PathBuf};
 
+use lacuna_base::unfinished;
 use lacuna_format::{Bytes, Descriptor, Elem, FormatError, Stored};
 use lacuna_spec::{Place, Spec};
 use serde::{Deserialize, Serialize};
@@ -296,6 +297,7 @@ impl PackedWriter {
         approximations: Vec<String>,
         source: Option<&Checkpoint>,
     ) -> Result<PathBuf, SaveError> {
+        refuse_existing(&self.out, self.overwrite)?;
         spec.check().map_err(|e| SaveError::Refused(e.what))?;
         let mut weights = BTreeMap::new();
         for line in &self.lines {
@@ -334,17 +336,7 @@ impl PackedWriter {
         let journal = self.dir.join("journal");
         fs::remove_file(&journal).map_err(io_at(&journal))?;
         sync_dir(&self.dir)?;
-        if self.overwrite && self.out.exists() {
-            let old = beside(&self.out, "old")?;
-            if old.exists() {
-                fs::remove_dir_all(&old).map_err(io_at(&old))?;
-            }
-            fs::rename(&self.out, &old).map_err(io_at(&self.out))?;
-            fs::rename(&self.dir, &self.out).map_err(io_at(&self.out))?;
-            fs::remove_dir_all(&old).map_err(io_at(&old))?;
-        } else {
-            fs::rename(&self.dir, &self.out).map_err(io_at(&self.out))?;
-        }
+        unfinished::replace(&self.dir, &self.out).map_err(io_at(&self.out))?;
         if let Some(parent) = self.out.parent().filter(|p| !p.as_os_str().is_empty()) {
             sync_dir(parent)?;
         }
@@ -383,9 +375,19 @@ pub(crate) fn sync_dir(dir: &Path) -> Result<(), SaveError> {
 
 pub(crate) fn beside(out: &Path, what: &str) -> Result<PathBuf, SaveError> {
     match out.file_name().and_then(|n| n.to_str()) {
-        Some(name) => Ok(out.with_file_name(format!(".{name}.{what}"))),
+        Some(_) => Ok(unfinished::beside(out, what)),
         None => Err(SaveError::Refused(format!("{} names no directory to write", out.display()))),
     }
+}
+
+/// The folder in which a model for `out` waits to be gone on with after its run was interrupted. One in which no matrix is complete is taken away.
+pub fn left_behind(out: &Path) -> Option<PathBuf> {
+    let dir = partial(out).ok()?;
+    let begun = fs::metadata(dir.join("journal")).is_ok_and(|m| m.len() > 0);
+    if !begun {
+        let _ = fs::remove_dir_all(&dir);
+    }
+    begun.then_some(dir)
 }
 
 fn partial(out: &Path) -> Result<PathBuf, SaveError> {

@@ -169,6 +169,8 @@ fn adapters_that_compute_something_else_are_refused() {
     refuse(&|c| c["rank_pattern"] = json!([1]), &["rank_pattern"]);
     let d = Damaged::copy(&foreign("peft_lora"));
     std::fs::rename(d.path().join("adapter_model.safetensors"), d.path().join("adapter_model.bin")).unwrap();
+    Adapter::open(d.path()).expect("safetensors under the older name");
+    std::fs::write(d.path().join("adapter_model.bin"), b"\x80\x02}q\0.").unwrap();
     let e = Adapter::open(d.path()).unwrap_err().to_string();
     assert!(e.contains("adapter_model.bin") && e.contains("safe_serialization"), "{e}");
     let e = open(foreign("pack_stream")).unwrap().with_adapter(Adapter::open(foreign("peft_lora")).unwrap(), false);

@@ -11,10 +11,10 @@ use lacuna_spec::{Place, Role, RopeStyle, Spec, arch};
 use serde_json::{Map, Value};
 
 use super::config::Pattern as Name;
+use crate::OpenError;
+use crate::content::{self, Content};
 use crate::map::Mapped;
-use crate::open::read_json;
 use crate::tensor::{TensorInfo, TensorType};
-use crate::{OpenError, safetensors};
 
 /// What a configuration may say that changes nothing here, or is read.
 const KNOWN: [&str; 27] = [
@@ -76,19 +76,21 @@ impl Adapter {
     pub fn open(dir: impl AsRef<Path>) -> Result<Adapter, OpenError> {
         let dir = dir.as_ref();
         let config_path = dir.join("adapter_config.json");
-        let config: Value = serde_json::from_slice(&read_json(&config_path)?)
-            .map_err(|e| OpenError::bad(&config_path, e.to_string()))?;
+        let config = crate::json::read(&config_path)?;
         let config = config.as_object().ok_or_else(|| OpenError::bad(&config_path, "not an object"))?;
         let bad = |what: String| OpenError::bad(&config_path, what);
         refused(config).map_or(Ok(()), |what| Err(bad(what)))?;
-        let weights = dir.join("adapter_model.safetensors");
-        if !weights.is_file() && dir.join("adapter_model.bin").is_file() {
-            let what = "a Python pickle, which may run code, and is not read; save the adapter once more as safetensors: \
-                        PeftModel.from_pretrained(base, DIR).save_pretrained(DIR, safe_serialization=True)";
-            return Err(OpenError::bad(&dir.join("adapter_model.bin"), what));
+        let (mut weights, bin) = (dir.join("adapter_model.safetensors"), dir.join("adapter_model.bin"));
+        if !weights.is_file() && bin.is_file() {
+            if content::look(&bin)? == Content::Pickle {
+                let what = "a Python pickle, which may run code, and is not read; save the adapter once more as safetensors: \
+                            PeftModel.from_pretrained(base, DIR).save_pretrained(DIR, safe_serialization=True)";
+                return Err(OpenError::bad(&bin, what));
+            }
+            weights = bin;
         }
         let file = Mapped::open(&weights)?;
-        let tensors = safetensors::parse(file.bytes()).map_err(|e| OpenError::bad(&weights, e))?;
+        let tensors = content::safetensors(&weights, file.bytes())?;
         let rank = |v: &Value| v.as_u64().filter(|r| (1..=1 << 20).contains(r)).map(|r| r as usize);
         let alpha = |v: &Value| v.as_f64().filter(|a| a.is_finite());
         Ok(Adapter {

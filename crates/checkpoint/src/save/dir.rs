@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use lacuna_base::unfinished::Temporary;
 use serde_json::{Map, Value, json};
 
 use super::Sink;
@@ -13,10 +14,12 @@ use crate::writer::{beside, io_at, sync_dir};
 /// Bytes of weights after which a new file begins.
 pub(crate) const SHARD_BYTES: u64 = 5_000_000_000;
 
-/// A directory being written.
+/// A directory being written; unless it is finished, nothing of it stays.
 pub(crate) struct OutDir {
     out: PathBuf,
     dir: PathBuf,
+    /// None for a directory inside another one.
+    partial: Option<Temporary>,
 }
 
 impl OutDir {
@@ -37,15 +40,16 @@ impl OutDir {
         if dir.exists() {
             fs::remove_dir_all(&dir).map_err(io_at(&dir))?;
         }
+        let partial = Some(Temporary::new(dir.clone()));
         fs::create_dir_all(&dir).map_err(io_at(&dir))?;
-        Ok(OutDir { out: out.to_owned(), dir })
+        Ok(OutDir { out: out.to_owned(), dir, partial })
     }
 
     /// A directory inside; it goes along when this one is finished.
     pub fn inner(&self, name: &str) -> Result<OutDir, SaveError> {
         let dir = self.dir.join(name);
         fs::create_dir_all(&dir).map_err(io_at(&dir))?;
-        Ok(OutDir { out: dir.clone(), dir })
+        Ok(OutDir { out: dir.clone(), dir, partial: None })
     }
 
     /// Where a file of this directory is written.
@@ -135,32 +139,18 @@ impl OutDir {
     /// Brings everything to the disk and gives the directory its name.
     pub fn finish(self) -> Result<PathBuf, SaveError> {
         sync_dir(&self.dir)?;
-        if self.out.exists() {
-            let old = beside(&self.out, "old")?;
-            if old.exists() {
-                fs::remove_dir_all(&old).map_err(io_at(&old))?;
-            }
-            fs::rename(&self.out, &old).map_err(io_at(&self.out))?;
-            fs::rename(&self.dir, &self.out).map_err(io_at(&self.out))?;
-            fs::remove_dir_all(&old).map_err(io_at(&old))?;
-        } else {
-            fs::rename(&self.dir, &self.out).map_err(io_at(&self.out))?;
-        }
+        let Some(partial) = self.partial else { return Ok(self.out) };
+        partial.put(&self.out).map_err(io_at(&self.out))?;
         if let Some(parent) = self.out.parent().filter(|p| !p.as_os_str().is_empty()) {
             sync_dir(parent)?;
         }
         Ok(self.out)
     }
 
-    /// Runs `work`, then finishes; takes the unfinished directory away where it failed.
+    /// Runs `work`, then finishes.
     pub fn write_with<T>(self, work: impl FnOnce(&OutDir) -> Result<T, SaveError>) -> Result<(PathBuf, T), SaveError> {
-        match work(&self) {
-            Ok(t) => Ok((self.finish()?, t)),
-            Err(e) => {
-                let _ = fs::remove_dir_all(&self.dir);
-                Err(e)
-            }
-        }
+        let t = work(&self)?;
+        Ok((self.finish()?, t))
     }
 }
 

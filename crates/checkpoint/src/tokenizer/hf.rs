@@ -8,6 +8,7 @@ use tokenizers::AddedToken;
 use super::stream::Pieces;
 use super::vocabulary::wrap;
 use super::{Marks, TokenKind, Tokenizer, TokenizerError, Vocabulary, guarded};
+use crate::json;
 
 /// The bytes of the files that say something about a tokenizer. All but one are optional.
 #[derive(Clone, Debug, Default)]
@@ -73,7 +74,15 @@ impl Tokenizer {
         let (bos_name, eos_name) = (named("bos_token"), named("eos_token"));
         let numbered = |key: &str| ids(&generation[key]).chain(ids(&model[key])).collect::<Vec<u32>>();
 
-        let Some(json) = &files.tokenizer else {
+        for (file, v) in [("generation_config.json", &generation), ("config.json", &model)] {
+            for key in ["bos_token_id", "eos_token_id"] {
+                if let Some(x) = json::not_finite(&v[key]) {
+                    return Err(TokenizerError::Broken(format!("{file}: {key} is {x}, not a token's number")));
+                }
+            }
+        }
+
+        let Some(bytes) = &files.tokenizer else {
             let Some((vocab, merges)) = &files.vocab_and_merges else {
                 return Err(TokenizerError::Missing("neither tokenizer.json nor vocab.json with merges.txt".into()));
             };
@@ -91,8 +100,8 @@ impl Tokenizer {
             return Tokenizer::from_vocabulary(v);
         };
 
-        let mut encoder = guarded(|| tokenizers::Tokenizer::from_bytes(json))
-            .map_err(|e| TokenizerError::Broken(format!("tokenizer.json: {e}")))?;
+        let mut encoder = guarded(|| tokenizers::Tokenizer::from_bytes(json::without_mark(bytes)))
+            .map_err(|e| TokenizerError::Broken(format!("tokenizer.json: {}", json::explain(bytes, e))))?;
         // Some files carry the settings of somebody's training run, which would cut or fill our texts.
         encoder.with_padding(None);
         encoder.with_truncation(None).map_err(|e| TokenizerError::Broken(e.to_string()))?;
@@ -122,7 +131,7 @@ impl Tokenizer {
 /// A JSON object, or null where the file is missing.
 fn object(bytes: &Option<Vec<u8>>, name: &str) -> Result<Value, TokenizerError> {
     let Some(bytes) = bytes else { return Ok(Value::Null) };
-    serde_json::from_slice(bytes).map_err(|e| TokenizerError::Broken(format!("{name}: {e}")))
+    json::parse(bytes).map_err(|e| TokenizerError::Broken(format!("{name}: {e}")))
 }
 
 /// A token given as a string or as an object with its settings.
@@ -172,7 +181,7 @@ fn add_configured(encoder: &mut tokenizers::Tokenizer, config: &Value) -> Result
 /// GPT-2's pair of files as lists; `special`: the texts that are no text.
 fn from_pair(vocab: &[u8], merges: &[u8], special: &[String]) -> Result<Vocabulary, TokenizerError> {
     let map: std::collections::HashMap<String, u32> =
-        serde_json::from_slice(vocab).map_err(|e| TokenizerError::Broken(format!("vocab.json: {e}")))?;
+        json::parse(vocab).map_err(|e| TokenizerError::Broken(format!("vocab.json: {e}")))?;
     let mut tokens = vec![String::new(); map.len()];
     for (text, id) in map {
         let n = tokens.len();
