@@ -67,10 +67,11 @@ pub fn time_decode(
             Ok(Engine::new(Decoder::load(*w, &options)?).with_kv(KvFormat::F16))
         })
         .collect::<Result<_, RunError>>()?;
+    let context = engines.iter().map(Engine::context).min().unwrap_or(0);
     let stretches = tokens.div_ceil(STRETCH).max(1);
     let options = BenchOptions {
         prompt_tokens: 0,
-        gen_tokens: tokens.div_ceil(stretches),
+        gen_tokens: tokens.div_ceil(stretches).min(context.saturating_sub(1)),
         depth: 0,
         reps: stretches,
         ..BenchOptions::default()
