@@ -1,6 +1,7 @@
-//! The ground floor: matrices, dense operations, factorizations, small floats, seeded randomness, units of bytes.
+//! The ground floor: matrices, dense operations, factorizations, small floats, seeded randomness, units of bytes; and outputs
+//! that are not whole yet.
 //!
-//! Everything here is plain arithmetic on plain data. It knows no files, models or methods.
+//! Nearly everything here is plain arithmetic on plain data. It knows no models or methods.
 
 pub mod dense;
 pub mod factor;
@@ -9,6 +10,7 @@ mod mat;
 mod mat64;
 pub mod rng;
 pub mod testkit;
+pub mod unfinished;
 pub mod units;
 
 pub use dense::{Gram, GramError};

@@ -3,10 +3,12 @@
 //! [`open`] takes a directory in the Hugging Face layout, a packed model, a `.gguf` or a `.safetensors` file. Files are mapped, never
 //! read whole, and everything in them is checked before it is believed.
 
+mod content;
 mod examine;
 mod files;
 mod foreign;
 pub mod gguf;
+pub mod json;
 mod map;
 mod open;
 pub mod packed;
@@ -28,4 +30,4 @@ pub use repair::{Fault, diagnose, mendable, repair};
 pub use template::{ChatTemplate, Message, Setting, TemplateError};
 pub use tensor::{TensorInfo, TensorType};
 pub use tokenizer::{Compared, Decoder, Export, HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};
-pub use writer::{PackedWriter, SaveError};
+pub use writer::{PackedWriter, SaveError, left_behind};

@@ -15,13 +15,14 @@ use lacuna_spec::arch::{self, GgufHead};
 use lacuna_spec::{Place, Spec, SpecError};
 use serde_json::Value;
 
+use crate::content::{self, Content};
 use crate::examine::{Problem, REPAIR};
 use crate::foreign::{self, Adapter, Fitted, Lazy, Quantized};
 use crate::map::Mapped;
 use crate::packed::{self, PackedConfig};
 use crate::repair::mendable;
 use crate::tensor::{TensorInfo, TensorType};
-use crate::{gguf, safetensors};
+use crate::{gguf, json, safetensors};
 
 /// Why a checkpoint cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -110,10 +111,11 @@ enum Located {
     Foreign(Lazy),
 }
 
-/// Largest JSON file read.
-const MAX_JSON: u64 = 100_000_000;
+/// The list of a sharded checkpoint's tensors and files.
+const INDEX: &str = "model.safetensors.index.json";
 
-/// Opens a checkpoint: a directory (Hugging Face layout or packed), a `.gguf` file, or a `.safetensors` file with its config.json beside it.
+/// Opens a checkpoint: a directory (Hugging Face layout or packed), a GGUF file, or a safetensors file with its config.json beside it. Files are known
+/// by their bytes, whatever their names.
 ///
 /// Afterwards every place of the network has its tensor, of the right shape and of a type that can be decoded.
 pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint, OpenError> {
@@ -139,35 +141,17 @@ fn open_path(path: &Path, problems: Option<Vec<Problem>>) -> Result<Checkpoint, 
         if path.join("config.json").is_file() {
             return open_dir(path, path, None, problems);
         }
-        let mut ggufs = Vec::new();
-        for entry in std::fs::read_dir(path).map_err(io)? {
-            let p = entry.map_err(io)?.path();
-            if p.extension().is_some_and(|e| e == "gguf") {
-                ggufs.push(p);
-            }
-        }
-        return match ggufs.as_slice() {
-            [one] => open_gguf(one, problems),
-            [] => Err(OpenError::bad(path, "neither a config.json nor a GGUF file is in this directory")),
-            many => {
-                Err(OpenError::bad(path, format!("{} GGUF files are in this directory; name one of them", many.len())))
-            }
+        return match content::only(path, Content::Gguf)? {
+            Some(one) => open_gguf(&one, problems),
+            None => Err(OpenError::bad(path, "neither a config.json nor a GGUF file is in this directory")),
         };
     }
-    match path.extension().and_then(|e| e.to_str()) {
-        Some("gguf") => open_gguf(path, problems),
-        Some("safetensors") => open_dir(path, path.parent().unwrap_or(Path::new(".")), Some(path), problems),
-        _ => Err(OpenError::bad(path, "neither a directory nor a .gguf or .safetensors file")),
+    match content::look(path)? {
+        Content::Gguf => open_gguf(path, problems),
+        Content::Safetensors => open_dir(path, path.parent().unwrap_or(Path::new(".")), Some(path), problems),
+        Content::Json => Err(OpenError::bad(path, "JSON text and no weights; give the directory it lies in")),
+        other => Err(OpenError::bad(path, format!("neither a GGUF nor a safetensors file but {other}"))),
     }
-}
-
-pub(crate) fn read_json(path: &Path) -> Result<Vec<u8>, OpenError> {
-    let io = |source| OpenError::Io { file: path.display().to_string(), source };
-    let length = std::fs::metadata(path).map_err(io)?.len();
-    if length > MAX_JSON {
-        return Err(OpenError::bad(path, format!("{length} bytes of JSON; at most {MAX_JSON} are read")));
-    }
-    std::fs::read(path).map_err(io)
 }
 
 fn open_dir(
@@ -177,8 +161,8 @@ fn open_dir(
     problems: Option<Vec<Problem>>,
 ) -> Result<Checkpoint, OpenError> {
     let config_path = dir.join("config.json");
-    let json = read_json(&config_path)?;
-    let config: Value = serde_json::from_slice(&json).map_err(|e| OpenError::bad(&config_path, e.to_string()))?;
+    let json = json::bytes(&config_path)?;
+    let config: Value = json::parse(&json).map_err(|e| OpenError::bad(&config_path, e))?;
     if config.get("format").and_then(Value::as_str) == Some(packed::FORMAT) {
         return open_packed(dir, &config_path, &json, problems);
     }
@@ -196,6 +180,11 @@ pub(crate) fn open_as(
     problems: Option<Vec<Problem>>,
 ) -> Result<Checkpoint, OpenError> {
     let config_path = dir.join("config.json");
+    let found = if only.is_none() { weights_in(dir)? } else { None };
+    if let Some((gguf, Content::Gguf)) = &found {
+        return open_gguf(gguf, problems);
+    }
+    let only = only.or(found.as_ref().map(|f| f.0.as_path()));
     let quantized = foreign::read(dir, &config_path, config)?;
     let file = config_path.display().to_string();
     let spec = arch::from_config(config).map_err(|source| OpenError::Spec { file, source })?;
@@ -204,6 +193,21 @@ pub(crate) fn open_as(
     c.untie();
     c.locate(arch::sources)?;
     Ok(c)
+}
+
+/// The file that holds the weights of a directory, and what it is, where none has the name that is looked for first.
+fn weights_in(dir: &Path) -> Result<Option<(PathBuf, Content)>, OpenError> {
+    if ["model.safetensors", INDEX].iter().any(|name| dir.join(name).is_file()) {
+        return Ok(None);
+    }
+    for content in [Content::Safetensors, Content::Gguf] {
+        if let Some(one) = content::only(dir, content)? {
+            return Ok(Some((one, content)));
+        }
+    }
+    let what = "there is no model.safetensors and no index of shards";
+    let others = content::others(dir)?;
+    Err(OpenError::bad(dir, others.map_or_else(|| what.to_owned(), |o| format!("{what}; {o}"))))
 }
 
 fn open_packed(
@@ -344,7 +348,7 @@ impl Checkpoint {
 
     fn add_file(&mut self, path: &Path, keep: impl Fn(&str) -> bool) -> Result<(), OpenError> {
         let map = Mapped::open(path)?;
-        let tensors = safetensors::parse(map.bytes()).map_err(|e| OpenError::bad(path, e))?;
+        let tensors = content::safetensors(path, map.bytes())?;
         let file = self.files.len();
         self.tensors.extend(tensors.into_iter().filter(|t| keep(&t.name)).map(|t| (file, t)));
         self.files.push(map);

@@ -55,14 +55,14 @@ pub fn parse(json: &[u8]) -> Result<PackedConfig, String> {
         format: String,
         version: u32,
     }
-    let head: Head = serde_json::from_slice(json).map_err(|e| e.to_string())?;
+    let head: Head = crate::json::parse(json)?;
     if head.format != FORMAT {
         return Err(format!("format is '{}', not '{FORMAT}'", head.format));
     }
     if head.version == 0 || head.version > VERSION {
         return Err(format!("version {} of the packed format; this program reads up to {VERSION}", head.version));
     }
-    let config: PackedConfig = serde_json::from_slice(json).map_err(|e| e.to_string())?;
+    let config: PackedConfig = crate::json::parse(json)?;
     config.spec.check().map_err(|e| format!("spec: {e}"))?;
     for file in &config.files {
         plain_name(file)?;

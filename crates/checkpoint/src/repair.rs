@@ -10,12 +10,13 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use crate::content::{self, Content};
 use crate::map::Mapped;
 use crate::open::{open_as, open_parsed};
 use crate::save::OutDir;
 use crate::save::{OutFile, Pairs, Progress};
 use crate::writer::{copy_named_templates, io_at};
-use crate::{Checkpoint, OpenError, SaveError, gguf, safetensors};
+use crate::{Checkpoint, OpenError, SaveError, gguf, json, safetensors};
 
 /// Something wrong with a checkpoint that [`repair`] mends.
 #[derive(Debug, Clone, PartialEq, Eq)]
@@ -82,7 +83,7 @@ impl Broken {
         if path.is_dir() {
             return Ok(Hf::look(path)?.map(Broken::Hf));
         }
-        if path.extension().is_some_and(|e| e == "gguf") {
+        if content::look(path)? == Content::Gguf {
             let map = Mapped::open(path)?;
             let parsed = gguf::parse(map.bytes()).map_err(|e| OpenError::bad(path, e.what))?;
             return Ok(Some(Broken::Gguf(Box::new(Gguf { path: path.to_owned(), map, parsed }))));
@@ -164,14 +165,13 @@ impl Hf {
         if !path.is_file() {
             return Ok(None);
         }
-        let config: Value = serde_json::from_slice(&crate::open::read_json(&path)?)
-            .map_err(|e| OpenError::bad(&path, e.to_string()))?;
+        let config = json::read(&path)?;
         if config.get("format").and_then(Value::as_str) == Some(crate::packed::FORMAT) {
             return Ok(None);
         }
         let index = dir.join("model.safetensors.index.json");
         let names: BTreeSet<String> = match index.is_file() {
-            true => safetensors::parse_index(&crate::open::read_json(&index)?)
+            true => safetensors::parse_index(&json::bytes(&index)?)
                 .map_err(|e| OpenError::bad(&index, e))?
                 .into_iter()
                 .map(|t| t.1)
@@ -183,7 +183,7 @@ impl Hf {
             let path = dir.join(&name);
             let map = Mapped::open(&path)?;
             // The parser checks everything; the header itself is then only read once more.
-            safetensors::parse(map.bytes()).map_err(|e| OpenError::bad(&path, e))?;
+            content::safetensors(&path, map.bytes())?;
             let n = u64::from_le_bytes(map.bytes()[..8].try_into().unwrap_or_default()) as usize;
             let header =
                 serde_json::from_slice(&map.bytes()[8..8 + n]).map_err(|e| OpenError::bad(&path, e.to_string()))?;
@@ -460,24 +460,15 @@ impl Gguf {
             offset = (offset + t.bytes.len() as u64).next_multiple_of(align.into());
         }
         let mut file = OutFile::create(out, overwrite, b"GGUF")?;
-        let written = (|| {
-            file.write(&header)?;
+        file.write(&header)?;
+        file.pad(align.into())?;
+        for (i, t) in self.parsed.tensors.iter().enumerate() {
+            file.write(&self.map.bytes()[t.bytes.clone()])?;
             file.pad(align.into())?;
-            for (i, t) in self.parsed.tensors.iter().enumerate() {
-                file.write(&self.map.bytes()[t.bytes.clone()])?;
-                file.pad(align.into())?;
-                self.map.release(t.bytes.clone());
-                progress(i + 1, self.parsed.tensors.len());
-            }
-            Ok(())
-        })();
-        match written {
-            Ok(()) => file.finish().map(|_| self.faults()),
-            Err(e) => {
-                file.abandon();
-                Err(e)
-            }
+            self.map.release(t.bytes.clone());
+            progress(i + 1, self.parsed.tensors.len());
         }
+        file.finish().map(|_| self.faults())
     }
 }
 

@@ -13,7 +13,7 @@ use serde::de::{self, Deserialize, Deserializer, MapAccess, Visitor};
 use crate::tensor::{TensorInfo, TensorType};
 
 /// Longest header accepted, bytes: the format's own limit.
-const MAX_HEADER: usize = 100_000_000;
+pub(crate) const MAX_HEADER: usize = 100_000_000;
 
 /// A JSON object in its own order, in which no key stands twice.
 pub(crate) struct Unique<V>(pub Vec<(String, V)>);
@@ -126,7 +126,7 @@ pub fn parse_index(json: &[u8]) -> Result<Vec<(String, String)>, String> {
     struct Index {
         weight_map: Unique<String>,
     }
-    let index: Index = serde_json::from_slice(json).map_err(|e| e.to_string())?;
+    let index: Index = crate::json::parse(json)?;
     for (tensor, file) in &index.weight_map.0 {
         plain_name(file).map_err(|e| format!("tensor {tensor}: {e}"))?;
     }

@@ -20,6 +20,7 @@ use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
 
+use lacuna_base::unfinished;
 use lacuna_format::{Bytes, Descriptor, Elem, FormatError, Stored};
 use lacuna_spec::{Place, Spec};
 use serde::{Deserialize, Serialize};
@@ -343,6 +344,7 @@ impl PackedWriter {
         approximations: Vec<String>,
         source: Option<&Checkpoint>,
     ) -> Result<PathBuf, SaveError> {
+        refuse_existing(&self.out, self.overwrite)?;
         spec.check().map_err(|e| SaveError::Refused(e.what))?;
         let mut weights = BTreeMap::new();
         for line in &self.lines {
@@ -381,7 +383,7 @@ impl PackedWriter {
         files::sync_dir(&self.dir)?;
         // The work took its time: what stands there by now?
         refuse_existing(&self.out, self.overwrite)?;
-        into_place(&self.out)?;
+        unfinished::undisturbed(|| into_place(&self.out))?;
         files::remove(&self.out.join(JOURNAL))?;
         clear(&self.out)?;
         Ok(self.out)
@@ -428,9 +430,20 @@ pub(crate) fn copy_named_templates(from: &Path, to: &Path) -> Result<(), SaveErr
 
 pub(crate) fn beside(out: &Path, what: &str) -> Result<PathBuf, SaveError> {
     match out.file_name().and_then(|n| n.to_str()) {
-        Some(name) => Ok(out.with_file_name(format!(".{name}.{what}"))),
+        Some(_) => Ok(unfinished::beside(out, what)),
         None => Err(SaveError::Refused(format!("{} names no directory to write", out.display()))),
     }
+}
+
+/// The folder in which a model for `out` waits to be gone on with after its run was interrupted. One in which no matrix is complete is taken away.
+pub fn left_behind(out: &Path) -> Option<PathBuf> {
+    let dir = partial(out).ok()?;
+    // Its first line is the run's identity; each one more is a matrix.
+    let begun = fs::read_to_string(dir.join(JOURNAL)).is_ok_and(|lines| lines.lines().count() > 1);
+    if !begun {
+        let _ = fs::remove_dir_all(&dir);
+    }
+    begun.then_some(dir)
 }
 
 fn partial(out: &Path) -> Result<PathBuf, SaveError> {

@@ -172,6 +172,9 @@ fn adapters_that_compute_something_else_are_refused() {
     refuse(&|c| c["rank_pattern"] = json!([1]), &["rank_pattern"]);
     refuse(&|c| c["trainable_token_indices"] = json!({"embed_tokens": [-1]}), &["trainable_token_indices"]);
     refuse(&|c| c["target_parameters"] = json!("x"), &["target_parameters"]);
+    let d = Damaged::copy(&foreign("peft_lora"));
+    std::fs::rename(d.path().join("adapter_model.safetensors"), d.path().join("adapter_model.bin")).unwrap();
+    Adapter::open(d.path()).expect("safetensors under the older name");
     let e = open(foreign("pack_stream")).unwrap().with_adapter(Adapter::open(foreign("peft_lora")).unwrap(), false);
     e.expect("an adapter goes on a quantized base as well");
     let other = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny/gpt2");

@@ -8,6 +8,7 @@ use lacuna_checkpoint::{Checkpoint, open};
 use lacuna_compress::{CompressError, Options, Outcomes, Progress, Quiet, Recipe, Shaped, compress, forms};
 use lacuna_format::Weights;
 use lacuna_spec::{Part, Place, Role};
+use proptest::prelude::*;
 use serde_json::json;
 
 fn tiny(name: &str) -> Checkpoint {
@@ -205,6 +206,44 @@ fn dropped_parts_leave_the_network() {
     let packed = open(&done.path).unwrap();
     assert_eq!(packed.spec().layers.iter().filter(|l| l.attn.is_none()).count(), 1);
     assert!(done.notes.iter().any(|n| n.contains("dropped")));
+}
+
+proptest! {
+    #[test]
+    fn a_recipes_numbers_are_the_ones_written(bits in any::<u64>()) {
+        // A fraction of any size: the sign and the top of the exponent are taken away.
+        let x = f64::from_bits(bits & 0x3fef_ffff_ffff_ffff);
+        let place = Place::layer(0, Role::Q);
+        let registry = lacuna_methods::registry();
+        let prune = |text: &str, sets: &[String]| {
+            let recipe = Recipe::parse(text, &registry, sets).unwrap_or_else(|e| panic!("{text}: {e}"));
+            let sparsity = recipe.steps[0].prune(&place).unwrap().sparsity;
+            (sparsity.to_bits(), recipe.resolved)
+        };
+        let text = format!("version = 1\n[[step]]\nmethod = \"magnitude\"\nsparsity = {x:?}\n");
+        let (read, resolved) = prune(&text, &[]);
+        prop_assert_eq!(read, x.to_bits());
+        // Set on the command line; written as TOML again; kept in a model's config.json and in the identity of a run.
+        let zero = text.replace(&format!("{x:?}"), "0.0");
+        prop_assert_eq!(prune(&zero, &[format!("prune.sparsity={x:?}")]).0, x.to_bits());
+        prop_assert_eq!(prune(&resolved.to_string(), &[]).0, x.to_bits());
+        let kept = serde_json::to_value(&resolved).unwrap();
+        let again: serde_json::Value = serde_json::from_str(&kept.to_string()).unwrap();
+        prop_assert_eq!(again["step"][0]["sparsity"].as_f64().unwrap().to_bits(), x.to_bits());
+        prop_assert_eq!(again, kept);
+    }
+
+    #[test]
+    fn any_number_survives_toml(bits in any::<u64>()) {
+        let x = f64::from_bits(bits);
+        prop_assume!(x.is_finite());
+        let table: toml::Table = [("x".to_owned(), toml::Value::Float(x))].into_iter().collect();
+        let read: toml::Table = table.to_string().parse().unwrap();
+        prop_assert_eq!(read["x"].as_float().unwrap().to_bits(), x.to_bits());
+        let single = x as f32;
+        let read: toml::Table = format!("x = {single:?}").parse().unwrap();
+        prop_assert!(single.is_infinite() || (read["x"].as_float().unwrap() as f32).to_bits() == single.to_bits());
+    }
 }
 
 #[test]

@@ -1,5 +1,6 @@
 //! What a model is worth: loss, perplexity, divergence from the dense model, tasks, tables and plots.
 
+mod finite;
 pub mod html;
 pub mod loss;
 mod perplexity;
@@ -21,12 +22,14 @@ pub use windows::cut;
 pub struct EvalError {
     /// What is wrong, with the numbers.
     pub what: String,
+    /// Whether it is that the model computes numbers that are not finite.
+    pub not_finite: bool,
 }
 
 impl EvalError {
     /// An error that says `what`.
     pub fn new(what: impl Into<String>) -> EvalError {
-        EvalError { what: what.into() }
+        EvalError { what: what.into(), not_finite: false }
     }
 }
 

@@ -74,7 +74,8 @@ impl Eval<'_> {
         let windows = self.cut(tokens)?;
         // As if for two: the model to come needs as much again.
         let spill = must_spill(&[dense, dense], &windows, &self.room)?;
-        let streams = Streams::run(dense, &windows, spill, &self.room, &mut self.counter(steps(dense, &windows)))?;
+        let streams = Streams::run(dense, &windows, spill, &self.room, &mut self.counter(steps(dense, &windows)))
+            .map_err(|e| EvalError { what: format!("the dense model: {}", e.what), ..e })?;
         Ok(Reference { weights: dense, windows, streams })
     }
 

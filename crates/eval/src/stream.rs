@@ -13,7 +13,7 @@ use lacuna_model::{Batch, Block, ContiguousKv, Embedding, Head, ModelError, NoTa
 use lacuna_spec::{Place, Role};
 use rayon::prelude::*;
 
-use crate::EvalError;
+use crate::{EvalError, finite};
 
 /// Positions that go through a block together, unless one sequence alone is longer.
 const BATCH_TOKENS: usize = 2048;
@@ -109,7 +109,11 @@ impl Streams {
         for b in &batches {
             for s in b.clone() {
                 let positions: Vec<usize> = (0..sequences[s].len()).collect();
-                rows.write(starts[s] * width, embed.rows(&sequences[s], &positions)?.data())?;
+                let x = embed.rows(&sequences[s], &positions)?;
+                if let Some(r) = finite::first(x.view()) {
+                    return Err(finite::embedding(weights, sequences[s][r]));
+                }
+                rows.write(starts[s] * width, x.data())?;
             }
         }
         drop(embed);
@@ -125,6 +129,13 @@ impl Streams {
                 let mut x = Mat::zeros(to - from, width);
                 rows.read(from * width..to * width, x.data_mut())?;
                 block.forward(&mut x, &batch, &mut ContiguousKv::new(spec, b.len()), &mut NoTap)?;
+                if let Some(r) = finite::first(x.view()) {
+                    let mut watch = finite::Watch::default();
+                    rows.read(from * width..to * width, x.data_mut())?;
+                    block.forward(&mut x, &batch, &mut ContiguousKv::new(spec, b.len()), &mut watch)?;
+                    let s = b.clone().rfind(|s| starts[*s] <= from + r).unwrap_or(b.start);
+                    return Err(watch.error(weights, layer, s, from + r - starts[s]));
+                }
                 rows.write(from * width, x.data())?;
                 step();
             }
@@ -239,8 +250,13 @@ pub fn score<T: Send>(
     let mut out = Vec::with_capacity(wanted.len());
     for (c, rows) in wanted.chunks(chunk).enumerate() {
         let mut logits = Vec::with_capacity(nets.len());
-        for ((_, streams), head) in nets.iter_mut().zip(&heads) {
-            logits.push(head.logits(streams.gather(rows)?.view()));
+        for ((weights, streams), head) in nets.iter_mut().zip(&heads) {
+            let x = streams.gather(rows)?;
+            let l = head.logits(x.view());
+            if (0..l.rows()).into_par_iter().any(|r| l.row(r).iter().any(|v| !v.is_finite())) {
+                return Err(finite::logits(*weights, head, x.view()));
+            }
+            logits.push(l);
         }
         let one = |i: usize| f(c * chunk + i, &logits.iter().map(|l| l.row(i)).collect::<Vec<_>>());
         out.par_extend((0..rows.len()).into_par_iter().map(one));

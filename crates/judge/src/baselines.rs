@@ -6,6 +6,7 @@
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
 
+use lacuna_base::unfinished;
 use lacuna_checkpoint::{Checkpoint, OpenError};
 use lacuna_compress::{CompressError, Options, Progress, Recipe, compress, fingerprint, revision};
 use lacuna_contract::Method;
@@ -106,8 +107,13 @@ pub fn measure(
     held_out: &[u32],
     eval: &Eval<'_>,
 ) -> Result<Measured, BaselineError> {
-    let judged = eval.judge(held_out, weights)?;
-    Ok(Measured { name: name.into(), bytes: bytes(weights)?, loss: judged.nll, ppl: judged.ppl, speed: None })
+    let (loss, ppl) = match eval.judge(held_out, weights) {
+        Ok(judged) => (judged.nll, judged.ppl),
+        // A form that cannot hold the source's numbers is a baseline that nothing has to beat.
+        Err(e) if e.not_finite => (f64::INFINITY, f64::INFINITY),
+        Err(e) => return Err(e.into()),
+    };
+    Ok(Measured { name: name.into(), bytes: bytes(weights)?, loss, ppl, speed: None })
 }
 
 /// Bytes of every tensor as stored.
@@ -158,6 +164,8 @@ pub fn baselines(bench: &Bench<'_>, progress: &mut dyn Progress) -> Result<Basel
                 source: json!("baseline"),
             };
             progress.phase(&format!("baseline {name}"), 1);
+            // Half a baseline is of no use to anybody: it is made anew, and fast.
+            let _partial = unfinished::Temporary::new(unfinished::beside(&path, "partial"));
             match compress(bench.source, &[], &recipe, &options, progress) {
                 Err(e @ CompressError::Method { .. }) => {
                     left_out.push(format!("there is no baseline {name}: {e}"));
@@ -214,8 +222,7 @@ fn cached(
     progress.step(1, name);
     let io = |source| BaselineError::Cache { path: path.display().to_string(), source };
     let text = serde_json::to_value(&m).unwrap_or(Value::Null).to_string();
-    let tmp = path.with_extension("tmp");
-    std::fs::write(&tmp, text).and_then(|()| std::fs::rename(&tmp, &path)).map_err(io)?;
+    unfinished::write(&path, text.as_bytes()).map_err(io)?;
     Ok(m)
 }
 

@@ -11,7 +11,7 @@ use std::hint::black_box;
 use std::path::{Path, PathBuf};
 use std::time::{Duration, Instant};
 
-use lacuna_base::Mat;
+use lacuna_base::{Mat, unfinished};
 use lacuna_checkpoint::Checkpoint;
 use lacuna_format::{FormatError, Stored, Weights};
 use lacuna_kernels::{Activations, Isa, Linear, Packing};
@@ -134,13 +134,9 @@ impl CostTable {
 
     /// Keeps what was measured. A table that cannot be written is measured again next time.
     pub fn save(&self) {
-        // A name of this run's own: two may save at once.
-        let tmp = self.path.with_extension(format!("{}.tmp", std::process::id()));
         let text = serde_json::to_vec_pretty(&self.costs).unwrap_or_default();
-        if std::fs::create_dir_all(self.path.parent().unwrap_or(Path::new("."))).is_ok()
-            && std::fs::write(&tmp, text).is_ok()
-        {
-            let _ = std::fs::rename(&tmp, &self.path);
+        if std::fs::create_dir_all(self.path.parent().unwrap_or(Path::new("."))).is_ok() {
+            let _ = unfinished::write(&self.path, &text);
         }
     }
 }
@@ -227,6 +223,23 @@ mod tests {
         assert!(CostTable::open(dir.path()).costs.is_empty(), "other kernels' costs");
         std::fs::write(dir.path().join("costs.json"), "{").unwrap();
         assert!(CostTable::open(dir.path()).costs.is_empty());
+    }
+
+    #[test]
+    fn any_number_is_read_back_bit_for_bit() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut table = CostTable::open(dir.path());
+        let mut rng = lacuna_base::Rng::new(1);
+        // Every exponent is as likely as any other; the failure that was seen came first.
+        let bits = std::iter::once(68797.28453368829f64).chain(std::iter::from_fn(|| Some(f64::from_bits(rng.u64()))));
+        table.costs =
+            bits.filter(|x| x.is_finite()).take(20_000).enumerate().map(|(i, x)| (here(format!("{i}"), Footprint::of(1)), x)).collect();
+        table.save();
+        let read = CostTable::open(dir.path()).costs;
+        assert_eq!(read.len(), table.costs.len());
+        for (key, x) in &table.costs {
+            assert_eq!(read[key].to_bits(), x.to_bits(), "{key}: {x} was read as {}", read[key]);
+        }
     }
 
     #[test]

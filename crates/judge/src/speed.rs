@@ -143,6 +143,8 @@ pub fn time_decode(
         });
         let pace = &paces[at].1;
         let mut read = Vec::new();
+        let gen_tokens = options.gen_tokens.min(engine.context().saturating_sub(1));
+        let options = BenchOptions { gen_tokens, ..options.clone() };
         let b = engine.bench(&options, &mut |_, _| read.push(pace.take()))?;
         Ok((harmonic(&b.decode_all_tok_s), harmonic(&read)))
     };

@@ -8,6 +8,7 @@ use std::io::{self, Read};
 use std::path::{Path, PathBuf};
 use std::time::{SystemTime, UNIX_EPOCH};
 
+use lacuna_base::unfinished::Temporary;
 use serde::{Deserialize, Serialize};
 use sha2::{Digest, Sha256};
 
@@ -125,6 +126,7 @@ pub(crate) enum Lookup {
 }
 
 /// One model's place in a cache.
+#[derive(Clone)]
 pub(crate) struct Slot {
     pub(crate) dir: PathBuf,
     lock: PathBuf,
@@ -254,6 +256,13 @@ impl Slot {
         }
     }
 
+    /// Ends a pull that cannot finish, and says whether a later one has something to go on with.
+    pub(crate) fn give_up(&self) -> bool {
+        self.sweep(None);
+        // Only an empty folder goes.
+        fs::remove_dir(&self.dir).is_err() && tree_bytes(&self.dir) > 0
+    }
+
     /// A file that an earlier, unfinished pull has installed, if it is the one wanted.
     pub(crate) fn present(&self, name: &str, sha256: &str) -> Option<FileEntry> {
         let path = self.dir.join(name);
@@ -308,9 +317,10 @@ impl Slot {
 
     pub(crate) fn remember(&self, manifest: &Manifest) -> Result<(), Error> {
         let path = self.dir.join(MANIFEST);
-        let temporary = self.temporary(MANIFEST, None);
+        let temporary = Temporary::new(self.temporary(MANIFEST, None));
         let text = serde_json::to_vec_pretty(manifest).map_err(io::Error::other);
-        let written = text.and_then(|text| fs::write(&temporary, text)).and_then(|()| replace(&temporary, &path));
+        let written =
+            text.and_then(|text| fs::write(temporary.path(), text)).and_then(|()| replace(temporary.path(), &path));
         written.map(drop).map_err(io_error("write", &path))
     }
 }

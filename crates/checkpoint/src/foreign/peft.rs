@@ -14,10 +14,11 @@ use lacuna_format::{Float, FormatError, WeightsError};
 use serde_json::{Map, Value};
 
 use super::config::Pattern as Name;
+use crate::OpenError;
+use crate::content::{self, Content};
 use crate::map::Mapped;
-use crate::open::read_json;
 use crate::tensor::{TensorInfo, TensorType};
-use crate::{OpenError, safetensors, torch};
+use crate::torch;
 
 /// What a configuration may say that changes nothing here, or is read.
 const KNOWN: [&str; 32] = [
@@ -101,17 +102,20 @@ impl Adapter {
     pub fn open(dir: impl AsRef<Path>) -> Result<Adapter, OpenError> {
         let dir = dir.as_ref();
         let config_path = dir.join("adapter_config.json");
-        let config: Value = serde_json::from_slice(&read_json(&config_path)?)
-            .map_err(|e| OpenError::bad(&config_path, e.to_string()))?;
+        let config = crate::json::read(&config_path)?;
         let config = config.as_object().ok_or_else(|| OpenError::bad(&config_path, "not an object"))?;
         let bad = |what: String| OpenError::bad(&config_path, what);
         refused(config).map_or(Ok(()), |what| Err(bad(what)))?;
         let said = Said::read(config).map_err(bad)?;
-        let (safe, pickled) = (dir.join("adapter_model.safetensors"), dir.join("adapter_model.bin"));
-        let (weights, parse): (_, fn(&[u8]) -> Result<Vec<TensorInfo>, String>) =
-            if !safe.is_file() && pickled.is_file() { (pickled, torch::parse) } else { (safe, safetensors::parse) };
+        let (mut weights, bin) = (dir.join("adapter_model.safetensors"), dir.join("adapter_model.bin"));
+        if !weights.is_file() && bin.is_file() {
+            weights = bin;
+        }
         let file = Mapped::open(&weights)?;
-        let tensors = parse(file.bytes()).map_err(|e| OpenError::bad(&weights, e))?;
+        let tensors = match content::of(file.bytes()) {
+            Content::Pickle => torch::parse(file.bytes()).map_err(|e| OpenError::bad(&weights, e))?,
+            _ => content::safetensors(&weights, file.bytes())?,
+        };
         Ok(Adapter {
             dir: dir.to_owned(),
             file,

@@ -4,6 +4,7 @@ use std::fs::{self, File};
 use std::io::{BufWriter, Write};
 use std::path::{Path, PathBuf};
 
+use lacuna_base::unfinished::{self, Temporary};
 use serde_json::{Map, Value, json};
 
 use super::Sink;
@@ -14,10 +15,12 @@ use crate::writer::{beside, bring_back, clear, into_place, io_at};
 /// Bytes of weights after which a new file begins.
 pub(crate) const SHARD_BYTES: u64 = 5_000_000_000;
 
-/// A directory being written.
+/// A directory being written; unless it is finished, nothing of it stays.
 pub(crate) struct OutDir {
     out: PathBuf,
     dir: PathBuf,
+    /// None for a directory inside another one.
+    partial: Option<Temporary>,
 }
 
 impl OutDir {
@@ -37,15 +40,16 @@ impl OutDir {
         }
         let dir = beside(out, "partial")?;
         clear(out)?;
+        let partial = Some(Temporary::new(dir.clone()));
         fs::create_dir_all(&dir).map_err(io_at(&dir))?;
-        Ok(OutDir { out: out.to_owned(), dir })
+        Ok(OutDir { out: out.to_owned(), dir, partial })
     }
 
     /// A directory inside; it goes along when this one is finished.
     pub fn inner(&self, name: &str) -> Result<OutDir, SaveError> {
         let dir = self.dir.join(name);
         fs::create_dir_all(&dir).map_err(io_at(&dir))?;
-        Ok(OutDir { out: dir.clone(), dir })
+        Ok(OutDir { out: dir.clone(), dir, partial: None })
     }
 
     /// Where a file of this directory is written.
@@ -135,20 +139,17 @@ impl OutDir {
     /// Brings everything to the disk and gives the directory its name.
     pub fn finish(self) -> Result<PathBuf, SaveError> {
         sync_dir(&self.dir)?;
-        into_place(&self.out)?;
-        clear(&self.out)?;
+        if self.partial.is_some() {
+            unfinished::undisturbed(|| into_place(&self.out))?;
+            clear(&self.out)?;
+        }
         Ok(self.out)
     }
 
-    /// Runs `work`, then finishes; takes the unfinished directory away where it failed.
+    /// Runs `work`, then finishes.
     pub fn write_with<T>(self, work: impl FnOnce(&OutDir) -> Result<T, SaveError>) -> Result<(PathBuf, T), SaveError> {
-        match work(&self) {
-            Ok(t) => Ok((self.finish()?, t)),
-            Err(e) => {
-                let _ = fs::remove_dir_all(&self.dir);
-                Err(e)
-            }
-        }
+        let t = work(&self)?;
+        Ok((self.finish()?, t))
     }
 }
 

@@ -140,38 +140,29 @@ pub fn save_gguf(
     }
 
     let mut file = OutFile::create(out, overwrite, b"GGUF")?;
-    let written = (|| {
-        file.write(&header)?;
+    file.write(&header)?;
+    file.pad(ALIGNMENT)?;
+    for (_, list) in &lists {
+        file.write(&list.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>())?;
         file.pad(ALIGNMENT)?;
-        for (_, list) in &lists {
-            file.write(&list.iter().flat_map(|x| x.to_le_bytes()).collect::<Vec<u8>>())?;
+    }
+    for name in &extra {
+        if let Some((_, bytes)) = source.raw(name) {
+            file.write(&bytes)?;
             file.pad(ALIGNMENT)?;
-        }
-        for name in &extra {
-            if let Some((_, bytes)) = source.raw(name) {
-                file.write(&bytes)?;
-                file.pad(ALIGNMENT)?;
-            }
-        }
-        let mut tensors = Vec::with_capacity(planned.len());
-        for (i, (target, form, wanted)) in planned.iter().enumerate() {
-            let from = arranged.codec(target)?;
-            let loss = arranged.write(target, *form, &mut |bytes| file.write(bytes))?;
-            file.pad(ALIGNMENT)?;
-            let (to, instead_of) = (form.name(), wanted.map(|w| format!("{w:?}")));
-            tensors.push(Written { name: target.name.clone(), from, to, instead_of, loss });
-            progress(i + 1, planned.len());
-        }
-        Ok(tensors)
-    })();
-    let bytes = file.bytes();
-    match written {
-        Ok(tensors) => Ok(Saved { path: file.finish()?, bytes, tensors, notes }),
-        Err(e) => {
-            file.abandon();
-            Err(e)
         }
     }
+    let mut tensors = Vec::with_capacity(planned.len());
+    for (i, (target, form, wanted)) in planned.iter().enumerate() {
+        let from = arranged.codec(target)?;
+        let loss = arranged.write(target, *form, &mut |bytes| file.write(bytes))?;
+        file.pad(ALIGNMENT)?;
+        let (to, instead_of) = (form.name(), wanted.map(|w| format!("{w:?}")));
+        tensors.push(Written { name: target.name.clone(), from, to, instead_of, loss });
+        progress(i + 1, planned.len());
+    }
+    let bytes = file.bytes();
+    Ok(Saved { path: file.finish()?, bytes, tensors, notes })
 }
 
 /// The metadata of a GGUF source, without what this file says anew.

@@ -102,11 +102,7 @@ pub(crate) fn config(
     config.insert("torch_dtype".into(), dtype);
     let ids = ["bos_token_id", "eos_token_id", "pad_token_id"];
     let own = match source.kind() {
-        Kind::HuggingFace => {
-            let path = source.dir().join("config.json");
-            let text = std::fs::read(&path).map_err(io_at(&path))?;
-            serde_json::from_slice::<Value>(&text).unwrap_or(Value::Null)
-        }
+        Kind::HuggingFace => crate::json::read(&source.dir().join("config.json"))?,
         _ => {
             let t = Tokenizer::open(source).ok();
             let id = |f: fn(&Tokenizer) -> Option<u32>| t.as_ref().and_then(f);

@@ -1,18 +1,20 @@
 //! Where a saved model goes: a temporary name beside its own until it is whole.
 
-use std::fs::{self, File};
+use std::fs::File;
 use std::io::{BufWriter, Read, Write};
 use std::path::{Path, PathBuf};
+
+use lacuna_base::unfinished::Temporary;
 
 use crate::SaveError;
 use crate::files::sync_dir;
 use crate::writer::{beside, io_at};
 
-/// One file being written.
+/// One file being written; unless it is finished, nothing of it stays.
 pub(crate) struct OutFile {
     out: PathBuf,
-    partial: PathBuf,
     file: BufWriter<File>,
+    partial: Temporary,
     bytes: u64,
 }
 
@@ -35,14 +37,14 @@ impl OutFile {
                 )));
             }
         }
-        let partial = beside(out, "partial")?;
-        let file = BufWriter::with_capacity(1 << 20, File::create(&partial).map_err(io_at(&partial))?);
-        Ok(OutFile { out: out.to_owned(), partial, file, bytes: 0 })
+        let partial = Temporary::new(beside(out, "partial")?);
+        let file = File::create(partial.path()).map_err(io_at(partial.path()))?;
+        Ok(OutFile { out: out.to_owned(), file: BufWriter::with_capacity(1 << 20, file), partial, bytes: 0 })
     }
 
     pub fn write(&mut self, bytes: &[u8]) -> Result<(), SaveError> {
         self.bytes += bytes.len() as u64;
-        self.file.write_all(bytes).map_err(io_at(&self.partial))
+        self.file.write_all(bytes).map_err(io_at(self.partial.path()))
     }
 
     /// Zeros up to the next multiple of `n`.
@@ -57,18 +59,13 @@ impl OutFile {
 
     /// Brings the file to the disk and gives it its name.
     pub fn finish(self) -> Result<PathBuf, SaveError> {
-        let file = self.file.into_inner().map_err(|e| io_at(&self.partial)(e.into_error()))?;
-        file.sync_all().map_err(io_at(&self.partial))?;
-        fs::rename(&self.partial, &self.out).map_err(io_at(&self.out))?;
-        if let Some(parent) = self.out.parent().filter(|p| !p.as_os_str().is_empty()) {
+        let OutFile { out, file, partial, .. } = self;
+        let file = file.into_inner().map_err(|e| io_at(partial.path())(e.into_error()))?;
+        file.sync_all().map_err(io_at(partial.path()))?;
+        partial.put(&out).map_err(io_at(&out))?;
+        if let Some(parent) = out.parent().filter(|p| !p.as_os_str().is_empty()) {
             sync_dir(parent)?;
         }
-        Ok(self.out)
-    }
-
-    /// Takes the unfinished file away.
-    pub fn abandon(self) {
-        drop(self.file);
-        let _ = fs::remove_file(&self.partial);
+        Ok(out)
     }
 }

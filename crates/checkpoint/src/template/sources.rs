@@ -49,7 +49,7 @@ pub(crate) fn templates_in(dir: &Path) -> Result<Found, TemplateError> {
         }
         let path = dir.join(name);
         let Some(text) = read(&path, u64::MAX)? else { continue };
-        let config: Value = serde_json::from_str(&text).map_err(|e| unreadable(&path, e))?;
+        let config: Value = crate::json::parse(text.as_bytes()).map_err(|e| unreadable(&path, e))?;
         for (name, text) in of_config(&config)? {
             if !found.iter().any(|(n, _)| *n == name) {
                 found.push((name, text));

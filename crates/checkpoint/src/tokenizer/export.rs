@@ -36,7 +36,7 @@ impl Export {
         let files = HfFiles::read(dir)?;
         let templates = templates_in(dir).map_err(|e| TokenizerError::Broken(e.to_string()))?;
         let parse = |bytes: &Option<Vec<u8>>| match bytes {
-            Some(b) => serde_json::from_slice(b).map_err(|e| TokenizerError::Broken(e.to_string())),
+            Some(b) => crate::json::parse(b).map_err(TokenizerError::Broken),
             None => Ok(Value::Null),
         };
         let json: Value =

@@ -9,6 +9,7 @@ use super::pair::{Beside, Pair, SAVE_JSON};
 use super::stream::Pieces;
 use super::vocabulary::wrap;
 use super::{Marks, Tokenizer, TokenizerError, guarded};
+use crate::json;
 
 /// Files that hold a tokenizer in a form that is not read here.
 const OTHER_FORMS: [&str; 5] = ["tokenizer.model", "spiece.model", "tekken.json", "vocab.json", "vocab.txt"];
@@ -81,10 +82,18 @@ impl Tokenizer {
         let (mut bos_name, mut eos_name) = (named("bos_token"), named("eos_token"));
         let numbered = |key: &str| ids(&generation[key]).chain(ids(&model[key])).collect::<Vec<u32>>();
 
+        for (file, v) in [("generation_config.json", &generation), ("config.json", &model)] {
+            for key in ["bos_token_id", "eos_token_id"] {
+                if let Some(x) = json::not_finite(&v[key]) {
+                    return Err(TokenizerError::Broken(format!("{file}: {key} is {x}, not a token's number")));
+                }
+            }
+        }
+
         let mut encoder = match (&files.tokenizer, &files.vocab_and_merges) {
-            (Some(json), _) => {
-                let mut encoder = guarded(|| tokenizers::Tokenizer::from_bytes(json))
-                    .map_err(|e| TokenizerError::Broken(format!("tokenizer.json: {e}")))?;
+            (Some(bytes), _) => {
+                let mut encoder = guarded(|| tokenizers::Tokenizer::from_bytes(json::without_mark(bytes)))
+                    .map_err(|e| TokenizerError::Broken(format!("tokenizer.json: {}", json::explain(bytes, e))))?;
                 // Some files carry the settings of somebody's training run, which would cut or fill our texts.
                 encoder.with_padding(None);
                 encoder.with_truncation(None).map_err(|e| TokenizerError::Broken(e.to_string()))?;
@@ -131,7 +140,7 @@ impl Tokenizer {
 /// A JSON object, or null where the file is missing.
 fn object(bytes: &Option<Vec<u8>>, name: &str) -> Result<Value, TokenizerError> {
     let Some(bytes) = bytes else { return Ok(Value::Null) };
-    serde_json::from_slice(bytes).map_err(|e| TokenizerError::Broken(format!("{name}: {e}")))
+    json::parse(bytes).map_err(|e| TokenizerError::Broken(format!("{name}: {e}")))
 }
 
 /// A token given as a string or as an object with its settings.

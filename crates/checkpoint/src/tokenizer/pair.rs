@@ -92,7 +92,7 @@ impl Pair {
     pub fn read(vocab: &[u8], merges: &[u8], beside: &Beside<'_>) -> Result<Pair, TokenizerError> {
         let class = Class::of(beside.config, beside.model)?;
         let vocab: HashMap<String, u32> =
-            serde_json::from_slice(vocab).map_err(|e| TokenizerError::Broken(format!("vocab.json: {e}")))?;
+            crate::json::parse(vocab).map_err(|e| TokenizerError::Broken(format!("vocab.json: {e}")))?;
         if let Some((token, id)) = vocab.iter().find(|t| *t.1 as usize >= MAX_VOCAB) {
             return Err(TokenizerError::Broken(format!(
                 "vocab.json: {token:?} has the id {id}, past {MAX_VOCAB}, the most allowed"

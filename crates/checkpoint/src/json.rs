@@ -1,0 +1,182 @@
+//! JSON that other programs wrote, read as Python's `json` reads it.
+//!
+//! Python writes and reads `NaN`, `Infinity` and `-Infinity`, takes numbers beyond the range of f64 for infinite, and editors of some systems put a byte
+//! order mark in front. A number that is not finite becomes the object that transformers itself writes for one where JSON must be strict,
+//! `{"__float__": "NaN"}`: no reader takes it for a number, so a key that is read gives an error with its name, and one that is not does no harm.
+
+use std::borrow::Cow;
+use std::path::Path;
+
+use serde::de::DeserializeOwned;
+use serde_json::Value;
+
+use crate::OpenError;
+use crate::content::{self, Content};
+
+/// Largest file read.
+const MAX_BYTES: u64 = 100_000_000;
+
+/// The bytes of a file of JSON.
+pub(crate) fn bytes(path: &Path) -> Result<Vec<u8>, OpenError> {
+    let io = |source| OpenError::Io { file: path.display().to_string(), source };
+    let length = std::fs::metadata(path).map_err(io)?.len();
+    if length > MAX_BYTES {
+        return Err(OpenError::bad(path, format!("{length} bytes of JSON; at most {MAX_BYTES} are read")));
+    }
+    std::fs::read(path).map_err(io)
+}
+
+/// The value in a file.
+pub(crate) fn read(path: &Path) -> Result<Value, OpenError> {
+    parse(&bytes(path)?).map_err(|e| OpenError::bad(path, e))
+}
+
+/// What JSON says. The error is a sentence without the file's name; where the bytes are something else altogether, it says what.
+pub fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, String> {
+    let json = without_mark(json);
+    let first = match serde_json::from_slice(json) {
+        Ok(value) => return Ok(value),
+        Err(e) => e,
+    };
+    match strict(json) {
+        Cow::Owned(text) => serde_json::from_slice(&text).map_err(|e| e.to_string()),
+        Cow::Borrowed(_) => Err(explain(json, first)),
+    }
+}
+
+/// What keeps bytes from being read as JSON: that they are something else, where that is known, else what the parser says.
+pub(crate) fn explain(json: &[u8], error: impl ToString) -> String {
+    match content::of(json) {
+        Content::Json | Content::Text | Content::Unknown => error.to_string(),
+        other => format!("this is no JSON but {other}"),
+    }
+}
+
+pub(crate) fn without_mark(text: &[u8]) -> &[u8] {
+    text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text)
+}
+
+/// The name of a number that is not finite, where `v` is one.
+pub(crate) fn not_finite(v: &Value) -> Option<&str> {
+    v.as_object().filter(|o| o.len() == 1)?.get("__float__")?.as_str()
+}
+
+/// The text with an object in the place of every number that strict JSON does not know; borrowed where there is none. What is no JSON in any other way
+/// stays so.
+pub(crate) fn strict(text: &[u8]) -> Cow<'_, [u8]> {
+    let (mut out, mut copied, mut at) = (Vec::new(), 0, 0);
+    while at < text.len() {
+        let begin = at;
+        match text[at] {
+            b'"' => {
+                at += 1;
+                while at < text.len() && text[at] != b'"' {
+                    at += if text[at] == b'\\' { 2 } else { 1 };
+                }
+                at += 1;
+            }
+            b'-' | b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' => {
+                let word = |c: &u8| c.is_ascii_alphanumeric() || matches!(c, b'+' | b'-' | b'.');
+                at += text[at..].iter().take_while(|c| word(c)).count();
+                if let Some(name) = special(&text[begin..at]) {
+                    out.extend_from_slice(&text[copied..begin]);
+                    out.extend_from_slice(format!(r#"{{"__float__":"{name}"}}"#).as_bytes());
+                    copied = at;
+                }
+            }
+            _ => at += 1,
+        }
+    }
+    if copied == 0 {
+        return Cow::Borrowed(text);
+    }
+    out.extend_from_slice(&text[copied..]);
+    Cow::Owned(out)
+}
+
+/// Python's name of the number that a word stands for, where that is none of strict JSON's.
+fn special(word: &[u8]) -> Option<&'static str> {
+    match word {
+        b"NaN" => Some("NaN"),
+        b"Infinity" => Some("Infinity"),
+        b"-Infinity" => Some("-Infinity"),
+        [b'-', b'0'..=b'9', ..] | [b'0'..=b'9', ..] => {
+            // Whole numbers of any length have a nearest f64 or none, as others.
+            let x: f64 = std::str::from_utf8(word).ok()?.parse().ok()?;
+            x.is_infinite().then_some(if x > 0.0 { "Infinity" } else { "-Infinity" })
+        }
+        _ => None,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use serde_json::json;
+
+    use super::*;
+
+    fn value(text: &str) -> Value {
+        parse(text.as_bytes()).unwrap_or_else(|e| panic!("{text}: {e}"))
+    }
+
+    #[test]
+    fn what_python_reads_is_read() {
+        let float = |name: &str| json!({"__float__": name});
+        assert_eq!(value("\u{feff}{\"a\": 1}"), json!({"a": 1}));
+        let text = r#"{"a": NaN, "b":[-Infinity,Infinity , 1], "c": 1e999, "d": -1e400, "NaN": "NaN, \" Infinity", "e": -1.5e-7}"#;
+        let want = json!({
+            "a": float("NaN"), "b": [float("-Infinity"), float("Infinity"), 1], "c": float("Infinity"), "d": float("-Infinity"),
+            "NaN": "NaN, \" Infinity", "e": -1.5e-7,
+        });
+        assert_eq!(value(text), want);
+        assert_eq!(value(&format!("\u{feff}{text}")), want);
+        assert_eq!(value("NaN"), float("NaN"));
+        // What transformers writes for a length without a bound.
+        assert_eq!(value("1000000000000000019884624838656"), json!(1e30));
+        assert_eq!(not_finite(&want["a"]), Some("NaN"));
+        assert_eq!(not_finite(&want["e"]), None);
+    }
+
+    #[test]
+    fn what_python_refuses_is_refused() {
+        for text in [
+            "",
+            "nan",
+            "[Nan]",
+            "[-NaN]",
+            "[-inf]",
+            "[+Infinity]",
+            "[inf]",
+            "[infinity]",
+            "{\"a\": NaN,}",
+            "[NaN",
+            "\"NaN",
+            "\"\\",
+            "1e5x",
+        ] {
+            assert!(parse::<Value>(text.as_bytes()).is_err(), "{text}");
+        }
+    }
+
+    #[test]
+    fn what_is_no_json_is_named() {
+        let said = |bytes: &[u8]| parse::<Value>(bytes).unwrap_err();
+        assert!(said(b"").contains("empty"));
+        assert!(said(b"<!DOCTYPE html><html></html>").contains("HTML"));
+        assert!(said(b"\xff\xfe{\0\"\0").contains("UTF-16"));
+        assert!(said(b"{\"a\": }").contains("line 1 column 7"));
+    }
+
+    proptest::proptest! {
+        #[test]
+        fn any_bytes_are_taken(bytes in proptest::collection::vec(proptest::prelude::any::<u8>(), 0..60)) {
+            let _ = parse::<Value>(&bytes);
+        }
+
+        #[test]
+        fn strict_json_stays(x in proptest::prelude::any::<f64>(), s in "\\PC{0,20}") {
+            let text = json!({"x": x, s.clone(): [s, null, true]}).to_string();
+            proptest::prop_assert!(matches!(strict(text.as_bytes()), Cow::Borrowed(_)));
+        }
+    }
+}
