@@ -114,6 +114,52 @@ fn windows_and_rope_by_layer() {
     assert_eq!(g.norm.offset, 1.0);
 }
 
+#[test]
+fn what_transformers_5_writes_is_the_same_network() {
+    let mut read = 0;
+    for dir in all() {
+        let Ok(text) = std::fs::read(dir.join("config.v5.json")) else { continue };
+        let new = arch::from_config(&serde_json::from_slice(&text).unwrap())
+            .unwrap_or_else(|e| panic!("{}: {e}", dir.display()));
+        assert_eq!(new, arch::from_config(&config(&dir)).unwrap(), "{}", dir.display());
+        read += 1;
+    }
+    assert!(read >= 20, "{read} of them");
+}
+
+/// transformers 5 can save all experts of a layer in two tensors: gate above up, and down.
+#[test]
+fn stacked_experts_come_apart() {
+    for (name, width) in [("mixtral_stacked", 8), ("qwen3_moe_stacked", 12)] {
+        let dir = tiny().join(name);
+        let c = open(&dir).unwrap();
+        let file = std::fs::read(dir.join("model.safetensors")).unwrap();
+        let st = safetensors::SafeTensors::deserialize(&file).unwrap();
+        let floats = |name: &str| -> Vec<f32> {
+            let data = st.tensor(name).unwrap().data();
+            data.chunks_exact(4).map(|b| f32::from_le_bytes(b.try_into().unwrap())).collect()
+        };
+        let (both, down) =
+            (floats("model.layers.1.mlp.experts.gate_up_proj"), floats("model.layers.1.mlp.experts.down_proj"));
+        let one = width * 16;
+        for e in 0..4 {
+            let of = |role| dense(&c, Place::expert(1, role, e));
+            assert_eq!(of(Role::Gate), both[2 * e * one..(2 * e + 1) * one], "{name} {e}");
+            assert_eq!(of(Role::Up), both[(2 * e + 1) * one..(2 * e + 2) * one], "{name} {e}");
+            assert_eq!(of(Role::Down), down[e * one..(e + 1) * one], "{name} {e}");
+        }
+        // An expert too many, or too few, for the file.
+        for count in [3, 5] {
+            let mut said = config(&dir);
+            said["num_local_experts"] = json!(count);
+            let other = tempfile::tempdir().unwrap();
+            std::fs::write(other.path().join("config.json"), said.to_string()).unwrap();
+            std::fs::copy(dir.join("model.safetensors"), other.path().join("model.safetensors")).unwrap();
+            assert!(open(other.path()).unwrap_err().to_string().contains("model.layers.0.mlp"), "{name} {count}");
+        }
+    }
+}
+
 /// transformers 5 writes one `rope_parameters` where 4 wrote two keys.
 #[test]
 fn both_generations_of_configurations_mean_the_same() {

@@ -12,7 +12,10 @@ pub(super) fn bad<T>(what: impl std::fmt::Display) -> Result<T, SpecError> {
     Err(SpecError { what: format!("config.json: {what}") })
 }
 
-/// A config.json, or one of its nested objects. A null counts as absent, as everywhere in transformers.
+/// A config.json with its defaults filled in, or one of its nested objects.
+///
+/// What a null means differs by key in transformers: none (`sliding_window`), derived (`head_dim` of Llama), false, or an error. So
+/// the plain readers refuse it, `bool` takes it for false as Python does, and the `opt_` ones leave it to the family.
 #[derive(Clone, Copy)]
 pub(super) struct Config<'a>(pub &'a Value);
 
@@ -44,20 +47,21 @@ impl<'a> Config<'a> {
         self.typed(key, "a string", Value::as_str)
     }
 
+    fn must<T>(&self, key: &str, read: impl Fn(&Self) -> Result<Option<T>, SpecError>) -> Result<T, SpecError> {
+        let why = if self.0.get(key).is_some() { "null" } else { "missing" };
+        read(self)?.map_or_else(|| bad(format!("{key} is {why}")), Ok)
+    }
+
     pub fn usize(&self, key: &str) -> Result<usize, SpecError> {
-        self.opt_usize(key)?.map_or_else(|| bad(format!("{key} is missing")), Ok)
+        self.must(key, |c| c.opt_usize(key))
     }
 
-    pub fn usize_or(&self, key: &str, default: usize) -> Result<usize, SpecError> {
-        Ok(self.opt_usize(key)?.unwrap_or(default))
+    pub fn f64(&self, key: &str) -> Result<f64, SpecError> {
+        self.must(key, |c| c.opt_f64(key))
     }
 
-    pub fn f64_or(&self, key: &str, default: f64) -> Result<f64, SpecError> {
-        Ok(self.opt_f64(key)?.unwrap_or(default))
-    }
-
-    pub fn bool_or(&self, key: &str, default: bool) -> Result<bool, SpecError> {
-        Ok(self.typed(key, "true or false", Value::as_bool)?.unwrap_or(default))
+    pub fn bool(&self, key: &str) -> Result<bool, SpecError> {
+        Ok(self.typed(key, "true or false", Value::as_bool)?.unwrap_or(false))
     }
 
     pub fn f32s(&self, key: &str) -> Result<Vec<f32>, SpecError> {
@@ -82,11 +86,13 @@ impl<'a> Config<'a> {
         }
     }
 
-    pub fn activation(&self, key: &str, default: &str) -> Result<Activation, SpecError> {
-        match self.opt_str(key)?.unwrap_or(default) {
+    pub fn activation(&self, key: &str) -> Result<Activation, SpecError> {
+        match self.must(key, |c| c.opt_str(key))? {
             "silu" | "swish" => Ok(Activation::Silu),
-            "gelu" => Ok(Activation::Gelu),
-            "gelu_new" | "gelu_pytorch_tanh" | "gelu_fast" => Ok(Activation::GeluTanh),
+            "gelu" | "gelu_python" => Ok(Activation::Gelu),
+            "gelu_new" | "gelu_pytorch_tanh" | "gelu_python_tanh" | "gelu_accurate" | "gelu_fast" => {
+                Ok(Activation::GeluTanh)
+            }
             "relu" => Ok(Activation::Relu),
             other => bad(format!("{key} is \"{other}\"; supported are silu, gelu, gelu_new, gelu_pytorch_tanh, relu")),
         }
@@ -103,7 +109,7 @@ impl<'a> Config<'a> {
             None => (0..layers.min(1 << 16)).map(|l| window.is_some() && sliding(l)).collect(),
             Some(v) => {
                 let kind = |v: &Value| match v.as_str() {
-                    Some("full_attention") => Ok(false),
+                    Some("full_attention" | "attention") => Ok(false),
                     Some("sliding_attention") => Ok(true),
                     _ => bad(format!("layer_types has {v}; known are \"full_attention\" and \"sliding_attention\"")),
                 };
@@ -115,7 +121,7 @@ impl<'a> Config<'a> {
             return bad(format!("layer_types has {} entries for {layers} layers", slides.len()));
         }
         if slides.contains(&true) && window.is_none() {
-            return bad("layer_types has sliding_attention, but sliding_window is missing");
+            return bad("layer_types has sliding_attention, but sliding_window is missing or not used");
         }
         Ok(slides.into_iter().map(|s| window.filter(|_| s)).collect())
     }
@@ -126,23 +132,24 @@ pub(super) fn num(x: f32) -> Value {
     json!(x.to_string().parse::<f64>().unwrap_or(f64::from(x)))
 }
 
-/// What Llama's relatives share: RMS norms, gated SiLU, RoPE on whole heads, no biases, no windows. Families change what differs.
-pub(super) fn llama_like(c: &Config, arch: &str) -> Result<Spec, SpecError> {
+/// What Llama's relatives share: RMS norms, a gated feed-forward part, RoPE as `rope` reads it, no biases, no windows. Families change
+/// what differs.
+pub(super) fn llama_like(c: &Config, arch: &str, act: &str, rope: rope::Reader) -> Result<Spec, SpecError> {
     let hidden = c.usize("hidden_size")?;
     let heads = c.usize("num_attention_heads")?;
     let derived = hidden.checked_div(heads).unwrap_or(0);
-    let head_dim = c.usize_or("head_dim", derived)?;
+    let head_dim = c.opt_usize("head_dim")?.unwrap_or(derived);
     let layers = c.usize("num_hidden_layers")?;
     if layers > 4096 {
         return bad(format!("num_hidden_layers is {layers}; at most 4096 are accepted"));
     }
     let attn = AttnSpec {
         heads,
-        kv_heads: c.usize_or("num_key_value_heads", heads)?,
+        kv_heads: c.opt_usize("num_key_value_heads")?.unwrap_or(heads),
         head_dim,
         scale: inverse_root(head_dim as f64),
         window: None,
-        rope: Some(rope::from_config(c, head_dim, None)?),
+        rope: Some(rope(c, head_dim)?),
         qk_norm: false,
         softcap: None,
         qkv_bias: false,
@@ -152,7 +159,7 @@ pub(super) fn llama_like(c: &Config, arch: &str) -> Result<Spec, SpecError> {
     let ffn = FfnSpec {
         width: c.usize("intermediate_size")?,
         gated: true,
-        act: c.activation("hidden_act", "silu")?,
+        act: c.activation(act)?,
         bias: false,
         post_norm: false,
         experts: None,
@@ -163,9 +170,9 @@ pub(super) fn llama_like(c: &Config, arch: &str) -> Result<Spec, SpecError> {
         vocab: c.usize("vocab_size")?,
         context: c.usize("max_position_embeddings")?,
         embed_scale: 1.0,
-        tied: c.bool_or("tie_word_embeddings", false)?,
+        tied: c.bool("tie_word_embeddings")?,
         positions: Positions::None,
-        norm: Norm { kind: NormKind::Rms, eps: c.f64_or("rms_norm_eps", 1e-6)? as f32, offset: 0.0 },
+        norm: Norm { kind: NormKind::Rms, eps: c.f64("rms_norm_eps")? as f32, offset: 0.0 },
         final_norm: true,
         layers: vec![LayerSpec { attn: Some(attn), ffn: Some(ffn) }; layers],
         logit_softcap: None,

@@ -10,6 +10,7 @@ use super::config::{
     Config, attns, bad, ffns, first, inverse_root, layer_types, llama_like, llama_source, num, to_llama_like,
 };
 use super::config::{named, verified, window};
+use super::defaults::filled;
 use super::gguf::{self, GgufHead};
 use super::gguf_out::{self, GgufKeys, GgufValue};
 use super::{Family, Source, rope};
@@ -52,81 +53,66 @@ fn embed_scale(hidden: usize, dtype: &str) -> f32 {
     }
 }
 
-/// What both share. Large files leave out whatever is the default, so the defaults stand here.
-fn common(c: &Config, arch: &str, defaults: &[(&str, Value)]) -> Result<Spec, SpecError> {
-    let mut filled = c.0.clone();
-    for (key, v) in defaults {
-        if c.get(key).is_none() {
-            filled[*key] = v.clone();
-        }
-    }
-    let c = Config(&filled);
+/// What both share; `c` has its defaults.
+fn common(c: &Config, arch: &str, rope: rope::Reader) -> Result<Spec, SpecError> {
     c.only("use_bidirectional_attention", json!(false))?;
-    let mut spec = llama_like(&c, arch)?;
+    for key in ["num_key_value_heads", "head_dim"] {
+        c.usize(key)?;
+    }
+    let mut spec = llama_like(c, arch, "hidden_activation", rope)?;
     let dtype = c.opt_str("dtype")?.map_or_else(|| c.opt_str("torch_dtype"), |d| Ok(Some(d)))?;
     spec.embed_scale = embed_scale(spec.hidden, dtype.unwrap_or("float32"));
     spec.norm.offset = 1.0;
     spec.logit_softcap = c.opt_f32("final_logit_softcapping")?;
-    let act = c.activation("hidden_activation", "gelu_pytorch_tanh")?;
-    ffns(&mut spec).for_each(|f| (f.act, f.post_norm) = (act, true));
-    let scale = inverse_root(c.f64_or("query_pre_attn_scalar", 256.0)?);
-    let (softcap, bias) = (c.opt_f32("attn_logit_softcapping")?, c.bool_or("attention_bias", false)?);
+    let scale = inverse_root(c.f64("query_pre_attn_scalar")?);
+    let bias = c.bool("attention_bias")?;
+    ffns(&mut spec).for_each(|f| f.post_norm = true);
     for a in attns(&mut spec) {
-        (a.scale, a.softcap, a.post_norm, a.qkv_bias, a.o_bias) = (scale, softcap, true, bias, bias);
+        (a.scale, a.post_norm, a.qkv_bias, a.o_bias) = (scale, true, bias, bias);
     }
     Ok(spec)
 }
 
 fn from_gemma2(config: &Value) -> Result<Spec, SpecError> {
-    let c = Config(config);
-    let mut spec = common(&c, "gemma2", &[("head_dim", json!(256)), ("tie_word_embeddings", json!(true))])?;
-    let windows = c.windows(spec.layers.len(), Some(c.usize_or("sliding_window", 4096)?), |l| l % 2 == 0)?;
-    attns(&mut spec).zip(windows).for_each(|(a, w)| a.window = w);
+    let filled = filled(config, "gemma2")?;
+    let c = Config(&filled);
+    let mut spec = common(&c, "gemma2", rope::common)?;
+    let softcap = c.opt_f32("attn_logit_softcapping")?;
+    let windows = c.windows(spec.layers.len(), c.opt_usize("sliding_window")?, |l| l % 2 == 0)?;
+    attns(&mut spec).zip(windows).for_each(|(a, w)| (a.window, a.softcap) = (w, softcap));
     Ok(spec)
 }
 
 fn from_gemma3(config: &Value) -> Result<Spec, SpecError> {
     // A model that also sees images keeps its text part one level deeper.
-    let mut text = config.get("text_config").unwrap_or(config).clone();
+    let seeing = config.get("text_config").filter(|t| !t.is_null());
+    let text = seeing.unwrap_or(config);
     if !text.is_object() {
         return bad("text_config is no object");
     }
-    for key in ["dtype", "torch_dtype"] {
-        if let (None, Some(v)) = (text.get(key), config.get(key)) {
-            text[key] = v.clone();
+    let mut filled = filled(text, "gemma3")?;
+    if seeing.is_some() {
+        // Such a model is loaded in the outer dtype, ties its head by the outer word, and caps no logits.
+        let outer = |key: &str| config.get(key).filter(|v| !v.is_null());
+        if let Some(dtype) = outer("dtype").or(outer("torch_dtype")) {
+            filled["dtype"] = dtype.clone();
         }
+        if let Some(tied) = outer("tie_word_embeddings") {
+            filled["tie_word_embeddings"] = tied.clone();
+        }
+        filled["final_logit_softcapping"] = Value::Null;
     }
-    let c = Config(&text);
-    let theta = if c.get("rope_parameters").is_none() { json!(1e6) } else { Value::Null };
-    let defaults = [
-        ("vocab_size", json!(262_208)),
-        ("num_attention_heads", json!(8)),
-        ("num_key_value_heads", json!(4)),
-        ("head_dim", json!(256)),
-        ("max_position_embeddings", json!(131_072)),
-        ("tie_word_embeddings", json!(true)),
-        ("rope_theta", theta),
-    ];
-    // RoPE by type of layer is read below; for the common part one type will do.
-    let mut plain = text.clone();
-    let global = c.get("rope_parameters").and_then(|p| p.get("full_attention"));
-    if let Some(p) = global {
-        plain["rope_parameters"] = p.clone();
-    }
-    let mut spec = common(&Config(&plain), "gemma3", &defaults)?;
-    let pattern = c.usize_or("sliding_window_pattern", c.usize_or("_sliding_window_pattern", 6)?)?.max(1);
-    let window = Some(c.usize_or("sliding_window", 4096)?);
+    let c = Config(&filled);
+    // The class keeps attn_logit_softcapping and never uses it.
+    let mut spec = common(&c, "gemma3", rope::of_full_layers)?;
+    let pattern = c.usize("sliding_window_pattern")?.max(1);
+    let window = c.opt_usize("sliding_window")?;
     let windows = c.windows(spec.layers.len(), window, |l| !(l + 1).is_multiple_of(pattern))?;
-    let local = c.f64_or("rope_local_base_freq", 10000.0)? as f32;
-    let by_type = json!({"max_position_embeddings": spec.context, "rope_parameters": c.get("rope_parameters")});
+    let local = rope::of_sliding_layers(&c, c.usize("head_dim")?)?;
     for (a, w) in attns(&mut spec).zip(windows) {
         (a.qk_norm, a.window) = (true, w);
-        if let (Some(r), Some(_)) = (&mut a.rope, w) {
-            if global.is_some() {
-                *r = rope::from_config(&Config(&by_type), a.head_dim, Some("sliding_attention"))?;
-            } else {
-                (r.theta, r.scaling) = (local, RopeScaling::Default);
-            }
+        if w.is_some() {
+            a.rope = Some(local.clone());
         }
     }
     Ok(spec)

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::config::{Config, activation_name, first, inverse_root, named, num, verified};
+use super::defaults::filled;
 use super::gguf::{self, GgufHead};
 use super::gguf_out::{self, GgufKeys};
 use super::{Family, Source};
@@ -23,12 +24,13 @@ pub(super) const GPT2: Family = Family {
 };
 
 fn from_config(config: &Value) -> Result<Spec, SpecError> {
-    let c = Config(config);
+    let filled = filled(config, "gpt2")?;
+    let c = Config(&filled);
     c.only("add_cross_attention", json!(false))?;
     let (hidden, heads) = (c.usize("n_embd")?, c.usize("n_head")?);
     let head_dim = hidden.checked_div(heads).unwrap_or(0);
-    let scaled = c.bool_or("scale_attn_weights", true)?;
-    let by_layer = c.bool_or("scale_attn_by_inverse_layer_idx", false)?;
+    let scaled = c.bool("scale_attn_weights")?;
+    let by_layer = c.bool("scale_attn_by_inverse_layer_idx")?;
     let layer = |l: usize| LayerSpec {
         attn: Some(AttnSpec {
             heads,
@@ -51,9 +53,9 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
         ffn: None,
     };
     let ffn = FfnSpec {
-        width: c.usize_or("n_inner", hidden.saturating_mul(4))?,
+        width: c.opt_usize("n_inner")?.unwrap_or(hidden.saturating_mul(4)),
         gated: false,
-        act: c.activation("activation_function", "gelu_new")?,
+        act: c.activation("activation_function")?,
         bias: true,
         post_norm: false,
         experts: None,
@@ -64,9 +66,9 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
         vocab: c.usize("vocab_size")?,
         context: c.usize("n_positions")?,
         embed_scale: 1.0,
-        tied: c.bool_or("tie_word_embeddings", true)?,
+        tied: c.bool("tie_word_embeddings")?,
         positions: Positions::Learned { offset: 0 },
-        norm: Norm { kind: NormKind::Layer, eps: c.f64_or("layer_norm_epsilon", 1e-5)? as f32, offset: 0.0 },
+        norm: Norm { kind: NormKind::Layer, eps: c.f64("layer_norm_epsilon")? as f32, offset: 0.0 },
         final_norm: true,
         layers: (0..c.usize("n_layer")?.min(1 << 16))
             .map(|l| LayerSpec { ffn: Some(ffn.clone()), ..layer(l) })

@@ -2,10 +2,13 @@
 
 use serde_json::{Value, json};
 
-use super::Family;
-use super::config::{Config, attns, ffns, first, llama_like, llama_source, to_llama_like, verified, window};
+use super::config::{
+    Config, attns, ffns, first, layer_types, llama_like, llama_source, to_llama_like, verified, window,
+};
+use super::defaults::filled;
 use super::gguf::{self, GgufHead};
 use super::gguf_out::{self, GgufKeys};
+use super::{Family, rope};
 use crate::spec::{RopeStyle, Spec, SpecError};
 
 /// Llama.
@@ -21,10 +24,10 @@ pub(super) const LLAMA: Family = Family {
     to_gguf,
 };
 
-/// Mistral: windows on every layer. Its GGUF files call themselves llama.
+/// Mistral: windows on every layer, or on those that `layer_types` names (Ministral). Its GGUF files call themselves llama.
 pub(super) const MISTRAL: Family = Family {
     name: "mistral",
-    model_types: &["mistral"],
+    model_types: &["mistral", "ministral"],
     gguf: &[],
     from_config: from_mistral,
     to_config: to_mistral,
@@ -35,10 +38,10 @@ pub(super) const MISTRAL: Family = Family {
 };
 
 fn from_llama(config: &Value) -> Result<Spec, SpecError> {
-    let c = Config(config);
-    c.only("partial_rotary_factor", json!(1.0))?;
-    let mut spec = llama_like(&c, "llama")?;
-    let (attention, mlp) = (c.bool_or("attention_bias", false)?, c.bool_or("mlp_bias", false)?);
+    let filled = filled(config, "llama")?;
+    let c = Config(&filled);
+    let mut spec = llama_like(&c, "llama", "hidden_act", rope::common)?;
+    let (attention, mlp) = (c.bool("attention_bias")?, c.bool("mlp_bias")?);
     attns(&mut spec).for_each(|a| (a.qkv_bias, a.o_bias) = (attention, attention));
     ffns(&mut spec).for_each(|f| f.bias = mlp);
     Ok(spec)
@@ -53,11 +56,11 @@ fn to_llama(spec: &Spec) -> Result<Value, SpecError> {
 }
 
 fn from_mistral(config: &Value) -> Result<Spec, SpecError> {
-    let c = Config(config);
-    let mut spec = llama_like(&c, "mistral")?;
-    // Absent is not null here: transformers' default is a window of 4096.
-    let window = if config.get("sliding_window").is_some() { c.opt_usize("sliding_window")? } else { Some(4096) };
-    let windows = c.windows(spec.layers.len(), window, |_| true)?;
+    let filled = filled(config, "mistral")?;
+    let c = Config(&filled);
+    let mut spec = llama_like(&c, "mistral", "hidden_act", rope::common)?;
+    // Absent is not null here (4096). With layer_types transformers takes the file for a Ministral's, whose layers may differ.
+    let windows = c.windows(spec.layers.len(), c.opt_usize("sliding_window")?, |_| true)?;
     attns(&mut spec).zip(windows).for_each(|(a, w)| a.window = w);
     Ok(spec)
 }
@@ -65,6 +68,11 @@ fn from_mistral(config: &Value) -> Result<Spec, SpecError> {
 fn to_mistral(spec: &Spec) -> Result<Value, SpecError> {
     let mut out = to_llama_like(spec, "mistral", "MistralForCausalLM")?;
     out.insert("sliding_window".into(), json!(window(spec)));
+    let mut windows = spec.layers.iter().filter_map(|l| Some(l.attn.as_ref()?.window.is_some()));
+    let first = windows.next();
+    if windows.any(|w| Some(w) != first) {
+        out.insert("layer_types".into(), layer_types(spec));
+    }
     verified(spec, out, from_mistral)
 }
 

@@ -2,11 +2,9 @@
 
 use serde_json::{Value, json};
 
-use super::config::{
-    Config, attns, bad, ffns, first, llama_like, llama_source, named, to_llama_like, verified, window,
-};
-use super::gguf;
-use super::{Family, Source};
+use super::config::{Config, attns, ffns, first, llama_like, llama_source, named, to_llama_like, verified, window};
+use super::defaults::filled;
+use super::{Family, Source, gguf, rope};
 use crate::place::{Place, Role};
 use crate::spec::{Experts, RopeStyle, Spec, SpecError};
 
@@ -24,17 +22,16 @@ pub(super) const MIXTRAL: Family = Family {
 };
 
 fn from_config(config: &Value) -> Result<Spec, SpecError> {
-    let c = Config(config);
-    let mut spec = llama_like(&c, "mixtral")?;
-    if c.get("rope_theta").is_none() && c.get("rope_parameters").is_none() {
-        return bad("rope_theta is missing");
-    }
+    let filled = filled(config, "mixtral")?;
+    let c = Config(&filled);
+    let mut spec = llama_like(&c, "mixtral", "hidden_act", rope::common)?;
     // The softmax runs over the chosen experts only, which is the same as making the chosen ones' shares sum to 1.
     let experts =
         Experts { count: c.usize("num_local_experts")?, used: c.usize("num_experts_per_tok")?, normalize: true };
     ffns(&mut spec).for_each(|f| f.experts = Some(experts));
-    let windows = c.windows(spec.layers.len(), c.opt_usize("sliding_window")?, |_| true)?;
-    attns(&mut spec).zip(windows).for_each(|(a, w)| a.window = w);
+    // The class never asks for layer_types.
+    let window = c.opt_usize("sliding_window")?;
+    attns(&mut spec).for_each(|a| a.window = window);
     Ok(spec)
 }
 

@@ -6,6 +6,7 @@
 //! An option of a configuration that would change results and that the decoder does not know is refused, never passed over.
 
 mod config;
+mod defaults;
 mod export;
 mod gemma;
 mod gguf;
@@ -18,12 +19,15 @@ mod phi3;
 mod qwen;
 mod rope;
 
-use serde_json::Value;
+use serde_json::{Value, json};
 
 pub use export::{Target, Whole, gguf_spec, gguf_targets, hf_spec, hf_targets, to_gguf, whole};
 pub use gguf::GgufHead;
 pub use gguf_out::{GgufKeys, GgufValue};
 
+use config::{Config, bad};
+
+use crate::place::{Part, Role};
 use crate::{Place, Spec, SpecError};
 
 /// Where a tensor of the model lies in a file.
@@ -111,6 +115,16 @@ pub fn from_config(config: &Value) -> Result<Spec, SpecError> {
         let known = known(|f| f.model_types);
         return Err(SpecError { what: format!("config.json: model_type is \"{name}\"; known are {known}") });
     };
+    for part in [Some(config), config.get("text_config")].into_iter().flatten() {
+        // A null is as good as false to transformers here.
+        if let Some(v) = part.get("is_causal").filter(|v| **v != json!(true)) {
+            return bad(format!("is_causal is {v}; only true is supported"));
+        }
+        let differ = Config(part).get("per_layer_config");
+        if differ.is_some_and(|v| v.as_object().is_none_or(|o| !o.is_empty())) {
+            return bad("per_layer_config makes layers differ in ways that Lacuna does not read");
+        }
+    }
     let spec = (family.from_config)(config)?;
     spec.check()?;
     Ok(spec)
@@ -136,18 +150,37 @@ pub fn from_gguf(head: &GgufHead) -> Result<Spec, SpecError> {
 /// Where the tensor at `place` may lie in a Hugging Face checkpoint: the first name that the file has is the one. Empty where the
 /// network has no such tensor.
 ///
-/// Files saved from a bare model lack the outer `model.` or `transformer.`; those of a model that also sees images wrap the names once more.
+/// Files saved from a bare model lack the outer `model.` or `transformer.`; those of a model that also sees images wrap the names once
+/// more. transformers 5 can save all experts of a layer in two tensors, as its classes hold them.
 pub fn sources(spec: &Spec, place: &Place) -> Vec<Source> {
-    let Some(first) = of_place(spec, place, |f| f.source) else { return Vec::new() };
-    let mut names = vec![format!("language_model.{}", first.name)];
-    if let Some((_, bare)) =
-        ["model.", "transformer."].iter().find_map(|p| first.name.split_once(p).filter(|s| s.0.is_empty()))
-    {
-        names.push(bare.to_owned());
-        names.push(format!("model.language_model.{bare}"));
+    let Some(own) = of_place(spec, place, |f| f.source) else { return Vec::new() };
+    let mut out = Vec::new();
+    for first in [Some(own), stacked(spec, place)].into_iter().flatten() {
+        let mut names = vec![first.name.clone(), format!("language_model.{}", first.name)];
+        if let Some(bare) = ["model.", "transformer."].iter().find_map(|p| first.name.strip_prefix(p)) {
+            names.push(bare.to_owned());
+            names.push(format!("model.language_model.{bare}"));
+        }
+        out.extend(names.into_iter().map(|name| Source { name, ..first.clone() }));
     }
-    let others = names.into_iter().map(|name| Source { name, ..first.clone() }).collect::<Vec<_>>();
-    [vec![first], others].concat()
+    out
+}
+
+/// Where a layer's experts lie stacked: gate above up in `[experts, 2 * width, hidden]`, and down. The router beside them has one name
+/// in all classes.
+fn stacked(spec: &Spec, place: &Place) -> Option<Source> {
+    let l = place.layer?;
+    let ffn = spec.layers.get(l as usize)?.ffn.as_ref().filter(|f| f.experts.is_some())?;
+    let (module, rows) = match place.role {
+        Role::Router => ("gate.weight", None),
+        Role::Gate => ("experts.gate_up_proj", Some((0, ffn.width))),
+        Role::Up => ("experts.gate_up_proj", Some((ffn.width, 2 * ffn.width))),
+        Role::Down => ("experts.down_proj", None),
+        _ => return None,
+    };
+    let slice = place.expert.map(|e| e as usize);
+    let name = format!("model.layers.{l}.mlp.{module}");
+    (place.part == Part::Weight).then_some(Source { rows, slice, ..Source::whole(name) })
 }
 
 /// Where the tensor at `place` may lie in a GGUF file, as [`sources`]: experts stacked, or one by one as older files have them.

@@ -3,6 +3,7 @@
 use serde_json::{Map, Value, json};
 
 use super::config::{Config, activation_name, bad, first, inverse_root, named, verified};
+use super::defaults::filled;
 use super::{Family, Source, gguf};
 use crate::place::{Place, Role};
 use crate::spec::{AttnSpec, FfnSpec, LayerSpec, Norm, NormKind, Positions, Spec, SpecError};
@@ -21,9 +22,13 @@ pub(super) const OPT: Family = Family {
 };
 
 fn from_config(config: &Value) -> Result<Spec, SpecError> {
-    let c = Config(config);
-    c.only("do_layer_norm_before", json!(true))?;
-    c.only("layer_norm_elementwise_affine", json!(true))?;
+    let filled = filled(config, "opt")?;
+    let c = Config(&filled);
+    for key in ["do_layer_norm_before", "layer_norm_elementwise_affine"] {
+        if !c.bool(key)? {
+            return bad(format!("{key} is false; only true is supported"));
+        }
+    }
     let (hidden, heads) = (c.usize("hidden_size")?, c.usize("num_attention_heads")?);
     if let Some(n) = c.opt_usize("word_embed_proj_dim")?.filter(|n| *n != hidden) {
         return bad(format!(
@@ -31,7 +36,7 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
         ));
     }
     let head_dim = hidden.checked_div(heads).unwrap_or(0);
-    let bias = c.bool_or("enable_bias", true)?;
+    let bias = c.bool("enable_bias")?;
     let attn = AttnSpec {
         heads,
         kv_heads: heads,
@@ -48,7 +53,7 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
     let ffn = FfnSpec {
         width: c.usize("ffn_dim")?,
         gated: false,
-        act: c.activation("activation_function", "relu")?,
+        act: c.activation("activation_function")?,
         bias,
         post_norm: false,
         experts: None,
@@ -60,10 +65,10 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
         vocab: c.usize("vocab_size")?,
         context: c.usize("max_position_embeddings")?,
         embed_scale: 1.0,
-        tied: c.bool_or("tie_word_embeddings", true)?,
+        tied: c.bool("tie_word_embeddings")?,
         positions: Positions::Learned { offset: 2 },
         norm: Norm { kind: NormKind::Layer, eps: 1e-5, offset: 0.0 },
-        final_norm: !c.bool_or("_remove_final_layer_norm", false)?,
+        final_norm: !c.bool("_remove_final_layer_norm")?,
         layers: vec![LayerSpec { attn: Some(attn), ffn: Some(ffn) }; layers],
         logit_softcap: None,
         logit_scale: 1.0,

@@ -3,9 +3,10 @@
 use serde_json::{Value, json};
 
 use super::config::{Config, attns, llama_like, llama_source, named, to_llama_like, verified, window};
+use super::defaults::filled;
 use super::gguf::{self, GgufHead};
 use super::gguf_out::{self, GgufKeys};
-use super::{Family, Source};
+use super::{Family, Source, rope};
 use crate::place::{Place, Role};
 use crate::spec::{RopeStyle, Spec, SpecError};
 
@@ -25,10 +26,12 @@ pub(super) const PHI3: Family = Family {
 };
 
 fn from_config(config: &Value) -> Result<Spec, SpecError> {
-    let c = Config(config);
-    let mut spec = llama_like(&c, "phi3")?;
-    let windows = c.windows(spec.layers.len(), c.opt_usize("sliding_window")?, |_| true)?;
-    attns(&mut spec).zip(windows).for_each(|(a, w)| a.window = w);
+    let filled = filled(config, "phi3")?;
+    let c = Config(&filled);
+    let mut spec = llama_like(&c, "phi3", "hidden_act", rope::phi3)?;
+    // The class never asks for layer_types.
+    let window = c.opt_usize("sliding_window")?;
+    attns(&mut spec).for_each(|a| a.window = window);
     Ok(spec)
 }
 

@@ -2,12 +2,13 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Family;
 use super::config::{
     Config, attns, bad, ffns, first, layer_types, llama_like, llama_source, to_llama_like, verified, window,
 };
+use super::defaults::filled;
 use super::gguf::{self, GgufHead};
 use super::gguf_out::{self, GgufKeys};
+use super::{Family, rope};
 use crate::spec::{Experts, RopeStyle, Spec, SpecError};
 
 /// Qwen2.
@@ -73,14 +74,13 @@ fn common(c: &Config, arch: &str) -> Result<Spec, SpecError> {
     if c.get("dual_chunk_attention_config").is_some() {
         return bad("dual_chunk_attention_config is set, which Lacuna does not compute");
     }
-    llama_like(c, arch)
+    llama_like(c, arch, "hidden_act", rope::common)
 }
 
 /// The last layers slide, from `max_window_layers` on; only where `use_sliding_window` says so.
 fn set_windows(c: &Config, spec: &mut Spec) -> Result<(), SpecError> {
-    let used = c.bool_or("use_sliding_window", false)?;
-    let window = if used { Some(c.usize_or("sliding_window", 4096)?) } else { None };
-    let from = c.usize_or("max_window_layers", 28)?;
+    let window = if c.bool("use_sliding_window")? { c.opt_usize("sliding_window")? } else { None };
+    let from = if window.is_some() { c.usize("max_window_layers")? } else { 0 };
     let windows = c.windows(spec.layers.len(), window, |l| l >= from)?;
     attns(spec).zip(windows).for_each(|(a, w)| a.window = w);
     Ok(())
@@ -93,7 +93,8 @@ fn write_windows(spec: &Spec, out: &mut Map<String, Value>) {
 }
 
 fn from_qwen2(config: &Value) -> Result<Spec, SpecError> {
-    let c = Config(config);
+    let filled = filled(config, "qwen2")?;
+    let c = Config(&filled);
     let mut spec = common(&c, "qwen2")?;
     set_windows(&c, &mut spec)?;
     attns(&mut spec).for_each(|a| a.qkv_bias = true);
@@ -108,13 +109,14 @@ fn to_qwen2(spec: &Spec) -> Result<Value, SpecError> {
 
 fn heads_with_norms(c: &Config, arch: &str) -> Result<Spec, SpecError> {
     let mut spec = common(c, arch)?;
-    let bias = c.bool_or("attention_bias", false)?;
+    let bias = c.bool("attention_bias")?;
     attns(&mut spec).for_each(|a| (a.qk_norm, a.qkv_bias, a.o_bias) = (true, bias, bias));
     Ok(spec)
 }
 
 fn from_qwen3(config: &Value) -> Result<Spec, SpecError> {
-    let c = Config(config);
+    let filled = filled(config, "qwen3")?;
+    let c = Config(&filled);
     c.usize("head_dim")?;
     let mut spec = heads_with_norms(&c, "qwen3")?;
     set_windows(&c, &mut spec)?;
@@ -129,17 +131,19 @@ fn to_qwen3(spec: &Spec) -> Result<Value, SpecError> {
 }
 
 fn from_moe(config: &Value) -> Result<Spec, SpecError> {
-    let c = Config(config);
+    let filled = filled(config, "qwen3_moe")?;
+    let c = Config(&filled);
+    c.usize("num_key_value_heads")?;
     let mut spec = heads_with_norms(&c, "qwen3_moe")?;
     // Here the window, where used, is every layer's.
-    let window = if c.bool_or("use_sliding_window", false)? { c.opt_usize("sliding_window")? } else { None };
+    let window = if c.bool("use_sliding_window")? { c.opt_usize("sliding_window")? } else { None };
     attns(&mut spec).for_each(|a| a.window = window);
     let experts = Experts {
         count: c.usize("num_experts")?,
         used: c.usize("num_experts_per_tok")?,
-        normalize: c.bool_or("norm_topk_prob", false)?,
+        normalize: c.bool("norm_topk_prob")?,
     };
-    let (step, dense) = (c.usize_or("decoder_sparse_step", 1)?, c.usizes("mlp_only_layers")?);
+    let (step, dense) = (c.usize("decoder_sparse_step")?, c.usizes("mlp_only_layers")?);
     let width = c.usize("moe_intermediate_size")?;
     for (l, f) in ffns(&mut spec).enumerate() {
         if experts.count > 0 && step > 0 && (l + 1).is_multiple_of(step) && !dense.contains(&l) {

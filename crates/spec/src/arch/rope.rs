@@ -1,5 +1,5 @@
 //! RoPE in config.json: transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 one `rope_parameters`, possibly one for
-//! each type of layer.
+//! each type of layer. Which of them count, and where, differs by class: `tests/golden/variants.json` holds what transformers computes.
 
 use serde_json::{Map, Value, json};
 
@@ -27,78 +27,168 @@ const KEYS: &[&str] = &[
     "finetuned",
 ];
 
+/// Keys of sets by type of layer.
+const BY_TYPE: &[&str] = &["full_attention", "sliding_attention"];
+
 /// Most channels for which a list of factors is accepted.
 pub(super) const MAX_LISTED: usize = 4096;
 
-/// RoPE of the layers of type `kind` (`None`: of all layers).
-pub(super) fn from_config(c: &Config, head_dim: usize, kind: Option<&str>) -> Result<Rope, SpecError> {
-    let empty = json!({});
-    let (mut o, new) = match (c.get("rope_parameters"), c.get("rope_scaling")) {
-        (Some(p), _) => (p, true),
-        (None, Some(s)) => (s, false),
-        (None, None) => (&empty, false),
-    };
-    if new && ["full_attention", "sliding_attention"].iter().any(|k| o.get(k).is_some()) {
-        let Some(k) = kind else { return bad("rope_parameters differ by type of layer, which this family does not") };
-        o = match o.get(k) {
-            Some(p) => p,
-            None => return bad(format!("rope_parameters has no {k}")),
-        };
-    }
-    let Some(keys) = o.as_object() else { return bad(format!("rope_scaling is {o}, not an object")) };
-    if let Some(key) = keys.keys().find(|k| !KEYS.contains(&k.as_str())) {
-        return bad(format!("rope_scaling has {key}, which Lacuna does not know"));
-    }
-    let o = Config(o);
-    let theta = match o.opt_f32("rope_theta")? {
-        Some(t) => t,
-        None => c.f64_or("rope_theta", 10000.0)? as f32,
-    };
-    let part = match o.opt_f64("partial_rotary_factor")? {
-        Some(p) => p,
-        None => c.f64_or("partial_rotary_factor", 1.0)?,
-    };
-    let dims = (head_dim as f64 * part) as usize;
-    // Before the lists are repeated for each layer: a hostile file must not turn megabytes into gigabytes.
-    for key in ["short_factor", "long_factor"] {
-        match o.get(key).and_then(Value::as_array) {
-            Some(list) if list.len() != dims / 2 || dims > MAX_LISTED => {
-                return bad(format!("{key} has {} factors for {dims} channels", list.len()));
-            }
-            _ => {}
-        }
-    }
-    Ok(Rope { theta, dims, style: RopeStyle::Half, scaling: scaling(c, &o)? })
+/// Reads RoPE of heads of so many channels.
+pub(super) type Reader = fn(&Config, usize) -> Result<Rope, SpecError>;
+
+/// How a class of transformers reads the keys.
+#[derive(Clone, Copy, PartialEq)]
+enum Class {
+    /// One set for all layers; every channel of a head turns.
+    Common,
+    /// The same, but a part of the channels may turn, and the only scaling is longrope, once called "su" and "yarn".
+    Phi3,
+    /// A set for each type of layer. `truncate` is looked for beside the sets.
+    ByType {
+        /// Key of the base where the set has none.
+        theta: &'static str,
+        truncate: bool,
+    },
 }
 
-fn scaling(c: &Config, o: &Config) -> Result<RopeScaling, SpecError> {
-    let kind = match o.opt_str("rope_type")? {
-        Some(k) => Some(k),
-        None => o.opt_str("type")?,
+static NOTHING: Value = Value::Null;
+
+/// RoPE of most classes.
+pub(super) fn common(c: &Config, head_dim: usize) -> Result<Rope, SpecError> {
+    read(c, one_set(c)?, head_dim, Class::Common)
+}
+
+/// RoPE of Phi-3.
+pub(super) fn phi3(c: &Config, head_dim: usize) -> Result<Rope, SpecError> {
+    read(c, one_set(c)?, head_dim, Class::Phi3)
+}
+
+/// RoPE of Gemma 3's layers that see everything.
+pub(super) fn of_full_layers(c: &Config, head_dim: usize) -> Result<Rope, SpecError> {
+    let given = c.get("rope_parameters");
+    let mut set = set_of(c, "full_attention")?.cloned();
+    if let Some(more) = c.get("rope_scaling") {
+        // Without sets the class begins with this one, whose rope_type an older `type` does not replace.
+        let set = match (&mut set, given) {
+            (Some(set), _) => set,
+            (none, None) => none.insert(json!({"rope_type": "default"})),
+            _ => return bad("rope_scaling is for full_attention, which rope_parameters lacks"),
+        };
+        match (set.as_object_mut(), more.as_object()) {
+            (Some(set), Some(more)) => set.extend(more.clone()),
+            _ => return bad(format!("rope_scaling is {more}, not an object")),
+        }
+    }
+    read(c, set.as_ref().unwrap_or(&NOTHING), head_dim, by_type(c, "rope_theta"))
+}
+
+/// RoPE of Gemma 3's layers that see a window.
+pub(super) fn of_sliding_layers(c: &Config, head_dim: usize) -> Result<Rope, SpecError> {
+    let set = set_of(c, "sliding_attention")?.unwrap_or(&NOTHING);
+    read(c, set, head_dim, by_type(c, "rope_local_base_freq"))
+}
+
+fn by_type(c: &Config, theta: &'static str) -> Class {
+    let said = c.get("rope_parameters").and_then(|p| p.get("truncate"));
+    Class::ByType { theta, truncate: said.is_none_or(|t| *t == json!(true)) }
+}
+
+/// The set for one type of layer.
+fn set_of<'a>(c: &Config<'a>, kind: &str) -> Result<Option<&'a Value>, SpecError> {
+    match c.get("rope_parameters") {
+        Some(p) if !p.is_object() => bad(format!("rope_parameters is {p}, not an object")),
+        sets => Ok(sets.and_then(|p| p.get(kind)).filter(|s| !s.is_null())),
+    }
+}
+
+/// The one set. transformers 4 knows `rope_scaling` alone; transformers 5 reads both names, and the old one wins.
+fn one_set<'a>(c: &Config<'a>) -> Result<&'a Value, SpecError> {
+    let given = |key| c.get(key).filter(|v| v.as_object().is_none_or(|o| !o.is_empty()));
+    let set = given("rope_scaling").or(given("rope_parameters")).unwrap_or(&NOTHING);
+    // Classes that know types of layers take such keys for sets, and then miss the one. The others pass them over.
+    if c.0.get("layer_types").is_some() && BY_TYPE.iter().any(|k| set.get(k).is_some()) {
+        return bad("rope_parameters differ by type of layer, which this family does not");
+    }
+    Ok(set)
+}
+
+fn read(c: &Config, set: &Value, head_dim: usize, class: Class) -> Result<Rope, SpecError> {
+    if !(set.is_object() || set.is_null()) {
+        return bad(format!("rope_scaling is {set}, not an object"));
+    }
+    let mut keys = set.as_object().into_iter().flat_map(Map::keys);
+    if let Some(key) = keys.find(|k| !KEYS.contains(&k.as_str()) && !BY_TYPE.contains(&k.as_str())) {
+        return bad(format!("rope_scaling has {key}, which Lacuna does not know"));
+    }
+    let o = Config(set);
+    let theta = match (o.opt_f32("rope_theta")?, class) {
+        (Some(t), _) => t,
+        (None, Class::ByType { theta, .. }) => c.f64(theta)? as f32,
+        (None, _) => c.f64("rope_theta")? as f32,
     };
+    let (newer, older) = (o.opt_str("rope_type")?, o.opt_str("type")?);
+    let kind = match newer.or(older).unwrap_or("default") {
+        "yarn" if class == Class::Phi3 => "longrope",
+        "su" if class == Class::Phi3 && newer.is_none() => "longrope",
+        kind => kind,
+    };
+    let part = match (o.opt_f64("partial_rotary_factor")?, class) {
+        (Some(p), _) => p,
+        (None, Class::Phi3) => c.f64("partial_rotary_factor")?,
+        (None, _) => c.opt_f64("partial_rotary_factor")?.unwrap_or(1.0),
+    };
+    let turning = (head_dim as f64 * part) as usize;
+    let dims = match (kind, class) {
+        (_, Class::Phi3) => turning,
+        // Written and not read: every channel turns.
+        ("default", _) => head_dim,
+        _ if turning != head_dim => {
+            return bad(format!(
+                "partial_rotary_factor is {part} with rope_type \"{kind}\"; this class turns whole heads, and transformers \
+                 fails here"
+            ));
+        }
+        _ => head_dim,
+    };
+    if class == Class::Phi3 && !matches!(kind, "default" | "longrope") {
+        return bad(format!("rope_type is \"{kind}\"; Phi-3 knows default and longrope"));
+    }
+    Ok(Rope { theta, dims, style: RopeStyle::Half, scaling: scaling(c, &o, kind, dims, class)? })
+}
+
+fn scaling(c: &Config, o: &Config, kind: &str, dims: usize, class: Class) -> Result<RopeScaling, SpecError> {
     let must = |key: &str| o.opt_f32(key)?.map_or_else(|| bad(format!("rope_scaling.{key} is missing")), Ok);
     let context = c.usize("max_position_embeddings")?;
-    let original = || Ok(o.opt_usize("original_max_position_embeddings")?.unwrap_or(context));
-    let lists = o.get("short_factor").is_some() && o.get("long_factor").is_some();
+    // The context before stretching: where there is one set, the word outside it wins.
+    let original = || {
+        let (key, outside) = ("original_max_position_embeddings", !matches!(class, Class::ByType { .. }));
+        if class == Class::Phi3 {
+            return c.usize(key);
+        }
+        let said = if outside { c.opt_usize(key)? } else { None };
+        Ok(said.map_or_else(|| o.opt_usize(key), |n| Ok(Some(n)))?.unwrap_or(context))
+    };
     match kind {
-        None if o.get("factor").is_some() => bad("rope_scaling has a factor but no rope_type"),
-        None | Some("default") => Ok(RopeScaling::Default),
-        Some("linear") => Ok(RopeScaling::Linear { factor: must("factor")? }),
-        Some("llama3") => Ok(RopeScaling::Llama3 {
+        "default" => Ok(RopeScaling::Default),
+        "linear" => Ok(RopeScaling::Linear { factor: must("factor")? }),
+        "llama3" => Ok(RopeScaling::Llama3 {
             factor: must("factor")?,
             low_freq_factor: must("low_freq_factor")?,
             high_freq_factor: must("high_freq_factor")?,
             original: original()?,
         }),
-        // Early Phi-3 files call longrope "su" or even "yarn".
-        Some("longrope" | "su" | "yarn") if lists => {
-            // A context before stretching that stands outside gives the stretch itself and wins over `factor`.
-            let outside = c.opt_usize("original_max_position_embeddings")?;
-            let original = outside.map_or_else(original, Ok)?;
-            let factor = match (outside, o.opt_f64("factor")?) {
-                (None, Some(f)) => f,
-                _ => context as f64 / original as f64,
-            };
+        "longrope" => {
+            // Before the lists are repeated for each layer: a hostile file must not turn megabytes into gigabytes.
+            for key in ["short_factor", "long_factor"] {
+                match o.get(key).and_then(Value::as_array) {
+                    Some(list) if list.len() != dims / 2 || dims > MAX_LISTED => {
+                        return bad(format!("{key} has {} factors for {dims} channels", list.len()));
+                    }
+                    _ => {}
+                }
+            }
+            let original: usize = original()?;
+            let factor = o.opt_f64("factor")?.unwrap_or(context as f64 / original as f64);
             let attention_factor = match o.opt_f32("attention_factor")? {
                 Some(f) => f,
                 None => longrope_attention(factor, original),
@@ -106,9 +196,14 @@ fn scaling(c: &Config, o: &Config) -> Result<RopeScaling, SpecError> {
             let (short, long) = (o.f32s("short_factor")?, o.f32s("long_factor")?);
             Ok(RopeScaling::Longrope { short, long, attention_factor, original })
         }
-        Some("yarn") => {
+        "yarn" => {
             let original: usize = original()?;
-            let factor = o.f64_or("factor", context as f64 / original as f64)?;
+            // The key must stand there, and may be null.
+            let factor = match (o.opt_f64("factor")?, o.0.get("factor")) {
+                (Some(f), _) => f,
+                (None, Some(_)) => context as f64 / original as f64,
+                (None, None) => return bad("rope_scaling.factor is missing"),
+            };
             let attention_factor = match o.opt_f32("attention_factor")? {
                 Some(f) => f,
                 None => match (o.opt_f64("mscale")?, o.opt_f64("mscale_all_dim")?) {
@@ -118,18 +213,21 @@ fn scaling(c: &Config, o: &Config) -> Result<RopeScaling, SpecError> {
                     _ => yarn_attention(factor, 1.0) as f32,
                 },
             };
+            // Python's `or`: zero counts as absent here.
+            let beta = |key, default| Ok(o.opt_f32(key)?.filter(|b| *b != 0.0).unwrap_or(default));
             Ok(RopeScaling::Yarn {
                 factor: factor as f32,
-                beta_fast: o.f64_or("beta_fast", 32.0)? as f32,
-                beta_slow: o.f64_or("beta_slow", 1.0)? as f32,
+                beta_fast: beta("beta_fast", 32.0)?,
+                beta_slow: beta("beta_slow", 1.0)?,
                 attention_factor,
                 original,
-                truncate: o.bool_or("truncate", true)?,
+                truncate: match class {
+                    Class::ByType { truncate, .. } => truncate,
+                    _ => o.0.get("truncate").is_none() || o.bool("truncate")?,
+                },
             })
         }
-        Some(other) => bad(format!(
-            "rope_type is \"{other}\"; supported are default, linear, llama3, yarn and longrope (with its two lists)"
-        )),
+        other => bad(format!("rope_type is \"{other}\"; supported are default, linear, llama3, yarn and longrope")),
     }
 }
 
