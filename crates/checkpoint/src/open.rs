@@ -22,7 +22,7 @@ use crate::map::Mapped;
 use crate::packed::{self, PackedConfig};
 use crate::repair::mendable;
 use crate::tensor::{TensorInfo, TensorType};
-use crate::{gguf, json, safetensors};
+use crate::{gguf, json};
 
 /// Why a checkpoint cannot be opened.
 #[derive(Debug, thiserror::Error)]

@@ -212,11 +212,15 @@ mod tests {
         let w = Mat::from_fn(64, 96, |r, c| (r + c) as f32);
         let stored = Stored::from_piece(pack_float(w.view(), None, PatternKind::Dense, Float::F16).unwrap());
         let mut table = CostTable::open(dir.path());
-        let bytes = table.products(&[(&stored, 1.0)]).unwrap();
+        let products = |times: &[f64]| Products {
+            forms: times.iter().map(|t| (&stored, *t)).collect(),
+            footprint: Footprint::of(stored.bytes()),
+        };
+        let bytes = table.products(&products(&[1.0])).unwrap();
         assert!(bytes > 0.0 && bytes.is_finite());
         table.save();
         let mut again = CostTable::open(dir.path());
-        assert_eq!(again.products(&[(&stored, 2.0), (&stored, 1.0)]).unwrap(), 3.0 * bytes);
+        assert_eq!(again.products(&products(&[2.0, 1.0])).unwrap(), 3.0 * bytes);
         assert!(again.pace.is_none(), "what is known is not measured");
         again.costs = again.costs.into_iter().map(|(key, cost)| (format!("{key}0"), cost)).collect();
         again.save();
