@@ -43,8 +43,7 @@ fn run(variant: &Value, dir: &Path) -> Result<Vec<Vec<f64>>, String> {
     let mut out = Vec::new();
     for ids in json_of(&source.join("golden.json"))["input_ids"].as_array().unwrap() {
         let ids: Vec<u32> = ids.as_array().unwrap().iter().map(|i| i.as_u64().unwrap() as u32).collect();
-        let mut batch = Batch::new();
-        batch.push_extent(0, 0..ids.len(), ids.len());
+        let batch = Batch::one(0, 0..ids.len());
         let mut kv = ContiguousKv::new(&decoder.spec, 1);
         let hidden = decoder.forward(&ids, &batch, &mut kv, &mut NoTap).map_err(|e| e.to_string())?;
         let logits = decoder.logits(hidden.view());
