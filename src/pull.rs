@@ -1,5 +1,6 @@
 //! `pull`: fetch, list, remove.
 
+use std::path::Path;
 use std::process::ExitCode;
 
 use lacuna_base::units::show_bytes;
@@ -21,16 +22,16 @@ pub fn run(g: &Global, a: &Pull) -> anyhow::Result<ExitCode> {
             let (path, bytes) = lacuna_judge::kept_baselines(&common::cache_dir(g)?);
             let out = json!({ "models": rows, "baselines": { "path": path, "bytes": bytes } });
             common::print(g, &out, || {
-                for c in &all {
-                    println!("{:<32} {:>10}  {}", c.name, show_bytes(c.bytes), c.path.display());
-                }
+                let line = |name: &str, bytes, path: &Path| format!("{name:<32} {:>10}  {}\n", show_bytes(bytes), path.display());
+                let mut page: String = all.iter().map(|c| line(&c.name, c.bytes, &c.path)).collect();
                 if bytes > 0 {
-                    println!("{BASELINES:<32} {:>10}  {}", show_bytes(bytes), path.display());
+                    page += &line(BASELINES, bytes, &path);
                 }
                 if all.is_empty() {
-                    println!("no model is in the cache; try: lacuna pull smollm2-135m-instruct");
+                    page += "no model is in the cache; try: lacuna pull smollm2-135m-instruct\n";
                 }
-            });
+                page
+            })?;
         }
         (Some(PullWhat::Rm { name }), _) => {
             let bytes = match name.as_str() {
@@ -38,13 +39,13 @@ pub fn run(g: &Global, a: &Pull) -> anyhow::Result<ExitCode> {
                 name => lacuna_pull::remove(g.cache_dir.as_deref(), name)?,
             };
             common::print(g, &json!({ "removed": name, "bytes": bytes }), || {
-                println!("removed {name}, {}", show_bytes(bytes));
-            });
+                format!("removed {name}, {}\n", show_bytes(bytes))
+            })?;
         }
         (None, Some(model)) => {
             let p = common::pull(g, model)?;
             let out = json!({ "model": model, "path": p.path, "files": p.files, "from_cache": p.from_cache, "source": p.source });
-            common::print(g, &out, || println!("{}", p.path.display()));
+            common::print(g, &out, || format!("{}\n", p.path.display()))?;
         }
         (None, None) => return Err(Usage("which model? for example: lacuna pull smollm2-135m-instruct".into()).into()),
     }

@@ -46,9 +46,7 @@ pub fn write(
     parts.push(Part::Heading("Error by layer".into()));
     parts.push(Part::Layers { y: "relative output error".into(), series: errors(d) });
     let html = Report { title: format!("Lacuna: {model} by {recipe}"), parts }.html();
-    let tmp = path.with_extension("html.tmp");
-    std::fs::write(&tmp, html)
-        .and_then(|()| std::fs::rename(&tmp, path))
+    lacuna_base::unfinished::write(path, html.as_bytes())
         .with_context(|| format!("{}: cannot be written", path.display()))
 }
 

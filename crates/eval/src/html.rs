@@ -355,13 +355,14 @@ fn place(x: i32, y: i32, wide: i32, taken: &[Box2]) -> Box2 {
     let (width, height) = (CANVAS.0 as i32, CANVAS.1 as i32);
     let at = |left: i32, top: i32| Box2 { left, top, right: left + wide, bottom: top + LETTERS };
     let beside = |dy: i32| [at(x + 11, y - LETTERS / 2 + dy), at(x - 11 - wide, y - LETTERS / 2 + dy)];
-    let around = (0..14).flat_map(|i| {
+    let around = (0..40).flat_map(|i| {
         let d = i * LETTERS / 2;
         [beside(-d), beside(d), [at(x - wide / 2, y - 10 - LETTERS - d), at(x - wide / 2, y + 10 + d)]].concat()
     });
     let inside = |b: &Box2| b.left >= 66 && b.right <= width && b.top >= 0 && b.bottom <= height - 50;
     let free = around.into_iter().find(|b| inside(b) && !taken.iter().any(|t| t.meets(b)));
-    free.unwrap_or_else(|| at(x + 11, y - LETTERS / 2))
+    // A drawing so full that labels have to lie on each other still shows all of them.
+    free.unwrap_or_else(|| at((width - wide).min(x + 11).max(66), (y - LETTERS / 2).clamp(0, height - 50 - LETTERS)))
 }
 
 #[cfg(test)]

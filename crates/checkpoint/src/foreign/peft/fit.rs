@@ -185,9 +185,10 @@ impl super::Said {
     }
 }
 
-/// Where a place may lie, in the names of all releases of transformers.
+/// Where a place may lie, in the names of all releases of transformers; experts in one tensor apart, which [`Adapter::product`] looks for.
 fn spellings(spec: &Spec, place: &Place) -> Vec<Source> {
     let mut out = arch::sources(spec, place);
+    out.retain(|s| s.slice.is_none());
     let newer = |s: &Source| Source { name: s.name.replace(".block_sparse_moe.", ".mlp."), ..s.clone() };
     let new: Vec<Source> = out.iter().map(newer).filter(|s| !out.contains(s)).collect();
     out.extend(new);
