@@ -98,7 +98,7 @@ pub fn read(jsonl: &str) -> Result<(&'static dyn Kind, Vec<Question>), EvalError
     let mut questions = Vec::new();
     for (n, line) in jsonl.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
         let bad = |what: String| EvalError::new(format!("line {}: {what}", n + 1));
-        let value: Map<String, Value> = serde_json::from_str(line).map_err(|e| bad(e.to_string()))?;
+        let value: Map<String, Value> = lacuna_checkpoint::json::parse(line.as_bytes()).map_err(bad)?;
         let kinds = KINDS.iter().filter(|k| found.is_none_or(|f| f.name() == k.name()));
         let (kind, question) = kinds
             .filter_map(|k| Some((*k, k.read(&value)?)))
