@@ -9,7 +9,8 @@ use lacuna_run::{BenchOptions, Engine, Spent};
 use serde_json::json;
 
 use crate::cli::{self, Global};
-use crate::{common, recipes, shapes};
+use crate::common::{self, Usage};
+use crate::{recipes, shapes};
 
 /// Bytes streamed to measure bandwidth: far beyond any cache.
 const STREAM_BYTES: usize = 512 << 20;
@@ -17,9 +18,15 @@ const STREAM_BYTES: usize = 512 << 20;
 /// Runs the verb.
 pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
     let (name, engine) = engine(g, a)?;
+    let (context, why) = (engine.context(), common::NO_FURTHER);
+    // A step needs a token before it.
+    let room = context.saturating_sub(a.depth.max(1));
+    if room == 0 {
+        return Err(Usage(format!("--depth {}: this model takes less than {context} before a step", a.depth)).into());
+    }
     let options = BenchOptions {
-        prompt_tokens: a.prompt,
-        gen_tokens: a.generate,
+        prompt_tokens: a.prompt.unwrap_or_else(|| common::fitting("prompt tokens", 512, context, why)),
+        gen_tokens: a.generate.unwrap_or_else(|| common::fitting("steps", 128, room, why)),
         depth: a.depth,
         reps: a.reps,
         seed: 0,
@@ -41,23 +48,24 @@ pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
         "model": name, "prefill_tok_s": b.prefill_tok_s, "decode_tok_s": b.decode_tok_s, "prefill_runs": b.prefill_all_tok_s,
         "decode_runs": b.decode_all_tok_s, "weights_bytes": b.weights_bytes, "kv_bytes": b.kv_bytes, "token_bytes": b.token_bytes,
         "read_bytes_per_second": bandwidth, "roofline_fraction": of_memory, "f32_multiply_adds_per_second": floats,
-        "int8_multiply_adds_per_second": bytes, "arithmetic_fraction": of_arithmetic, "threads": threads, "prompt": a.prompt,
-        "gen": a.generate, "depth": a.depth, "activations": a.running.activations.name(),
+        "int8_multiply_adds_per_second": bytes, "arithmetic_fraction": of_arithmetic, "threads": threads, "prompt": options.prompt_tokens,
+        "gen": options.gen_tokens, "depth": options.depth, "activations": a.running.activations.name(),
         "kv": format!("{:?}", a.running.kv).to_lowercase(), "peak_rss_bytes": lacuna_compress::memory::peak(),
         "prefill_profile": b.prefill_profile, "decode_profile": b.decode_profile,
     });
     common::print(g, &out, || {
+        let mut page = String::new();
         if let (Some(p), Some(f)) = (b.prefill_tok_s, of_arithmetic) {
-            println!(
-                "prefill  {p:>8.1} tok/s  ({} tokens): {:.0}% of the multiply-adds that {threads} threads can do out of registers",
-                a.prompt,
+            page += &format!(
+                "prefill  {p:>8.1} tok/s  ({} tokens): {:.0}% of the multiply-adds that {threads} threads can do out of registers\n",
+                options.prompt_tokens,
                 100.0 * f
             );
         }
         if let (Some(d), Some(f)) = (b.decode_tok_s, of_memory) {
-            println!("decode   {d:>8.1} tok/s  ({} tokens at depth {})", a.generate, a.depth);
-            println!(
-                "bytes    {:>8} a token ({} weights, {} cache): {:.0}% of the {:.1} GB/s that memory gives {threads} threads",
+            page += &format!("decode   {d:>8.1} tok/s  ({} tokens at depth {})\n", options.gen_tokens, options.depth);
+            page += &format!(
+                "bytes    {:>8} a token ({} weights, {} cache): {:.0}% of the {:.1} GB/s that memory gives {threads} threads\n",
                 show_bytes(b.token_bytes),
                 show_bytes(b.weights_bytes),
                 show_bytes(b.kv_bytes),
@@ -65,9 +73,8 @@ pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
                 bandwidth / 1e9
             );
         }
-        table("prefill", &b.prefill_profile);
-        table("decode", &b.decode_profile);
-    });
+        page + &table("prefill", &b.prefill_profile) + &table("decode", &b.decode_profile)
+    })?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -76,7 +83,7 @@ fn engine(g: &Global, a: &cli::Bench) -> anyhow::Result<(String, Engine)> {
     if let Some(shape) = &a.shape {
         let registry = lacuna_methods::registry();
         let text = a.recipe.as_deref().map_or_else(|| Ok("version = 1".to_owned()), recipes::text)?;
-        let recipe = Recipe::parse(&text, &registry, &a.set).map_err(|e| common::Usage(format!("the recipe: {e}")))?;
+        let recipe = Recipe::parse(&text, &registry, &a.set).map_err(|e| Usage(format!("the recipe: {e}")))?;
         let weights = Shaped::new(shapes::spec(shape)?, &recipe)?;
         let name = a.recipe.as_ref().map_or_else(|| shape.clone(), |r| format!("{shape}, {r}"));
         return Ok((name, common::engine(&weights, &a.running)?));
@@ -86,13 +93,14 @@ fn engine(g: &Global, a: &cli::Bench) -> anyhow::Result<(String, Engine)> {
 }
 
 /// Where the time of a run went.
-fn table(of: &str, spent: &[Spent]) {
+fn table(of: &str, spent: &[Spent]) -> String {
     let whole: f64 = spent.iter().map(|s| s.seconds).sum();
     if spent.is_empty() {
-        return;
+        return String::new();
     }
-    println!("\n{of:<26} {:>8} {:>10} {:>7}", "calls", "ms", "share");
-    for s in spent {
-        println!("  {:<24} {:>8} {:>10.2} {:>6.1}%", s.name, s.calls, 1e3 * s.seconds, 100.0 * s.seconds / whole);
-    }
+    let row = |s: &Spent| {
+        let (ms, share) = (1e3 * s.seconds, 100.0 * s.seconds / whole);
+        format!("  {:<24} {:>8} {ms:>10.2} {share:>6.1}%\n", s.name, s.calls)
+    };
+    format!("\n{of:<26} {:>8} {:>10} {:>7}\n", "calls", "ms", "share") + &spent.iter().map(row).collect::<String>()
 }

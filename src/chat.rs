@@ -1,15 +1,14 @@
 //! `chat`: a conversation on the terminal.
 
-use std::io::{BufRead, Write};
-use std::ops::ControlFlow;
+use std::io::BufRead;
 use std::process::ExitCode;
 
 use lacuna_run::{Chat, Generation};
 use serde_json::json;
 
 use crate::cli::{self, Global};
-use crate::common;
-use crate::generate::tell;
+use crate::generate::{show, tell};
+use crate::{common, out};
 
 /// Runs the verb.
 pub fn run(g: &Global, a: &cli::Chat) -> anyhow::Result<ExitCode> {
@@ -29,7 +28,7 @@ pub fn run(g: &Global, a: &cli::Chat) -> anyhow::Result<ExitCode> {
     };
     let stdin = std::io::stdin();
     loop {
-        eprint!("> ");
+        out::say("> ");
         let mut line = String::new();
         if stdin.lock().read_line(&mut line)? == 0 {
             break;
@@ -45,16 +44,13 @@ pub fn run(g: &Global, a: &cli::Chat) -> anyhow::Result<ExitCode> {
                 continue;
             }
             text => {
-                let mut out = std::io::stdout();
-                let mut on_text = |t: &str| {
-                    if !g.json && (out.write_all(t.as_bytes()).is_err() || out.flush().is_err()) {
-                        return ControlFlow::Break(());
-                    }
-                    ControlFlow::Continue(())
-                };
-                match chat.say(text, &generation, &mut on_text) {
+                let mut shown = Ok(());
+                let mut on_text = |t: &str| show(t, !g.json, &mut shown);
+                let said = chat.say(text, &generation, &mut on_text);
+                shown?;
+                match said {
                     Ok(done) => {
-                        common::print(g, &json!({ "text": done.text, "stats": done.stats }), || println!());
+                        common::print(g, &json!({ "text": done.text, "stats": done.stats }), || "\n".into())?;
                         tell(&done);
                     }
                     Err(e) => common::say(format!("error: {e}")),

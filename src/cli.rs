@@ -171,12 +171,12 @@ pub struct Compress {
     /// Held-out text to judge on; by default a small one that Lacuna carries.
     #[arg(long, value_name = "FILE")]
     pub eval: Option<PathBuf>,
-    /// Tokens of a judging window.
-    #[arg(long, default_value_t = 512)]
-    pub ctx: usize,
-    /// Judging windows at the most.
-    #[arg(long, default_value_t = 16)]
-    pub windows: usize,
+    /// Tokens of a judging window; by default 512, where model and text have as many.
+    #[arg(long)]
+    pub ctx: Option<usize>,
+    /// Judging windows; by default 16, where the text has as many.
+    #[arg(long)]
+    pub windows: Option<usize>,
     /// How far the judging goes.
     #[arg(long, value_enum, default_value_t = Gate::Full)]
     pub gate: Gate,
@@ -331,9 +331,9 @@ pub struct Convert {
     /// Windows of held-out text on which KL is measured.
     #[arg(long, value_name = "K", default_value_t = 4)]
     pub windows: usize,
-    /// Tokens of a window.
-    #[arg(long, default_value_t = 512)]
-    pub ctx: usize,
+    /// Tokens of a window; by default 512, where the model takes as many.
+    #[arg(long)]
+    pub ctx: Option<usize>,
     /// Ceiling of memory for measuring, e.g. 600MiB.
     #[arg(long, value_name = "SIZE")]
     pub max_ram: Option<String>,
@@ -360,9 +360,9 @@ pub struct Eval {
     /// Text for perplexity; by default a small held-out one that Lacuna carries.
     #[arg(long, value_name = "FILE")]
     pub text: Option<PathBuf>,
-    /// Tokens of a window.
-    #[arg(long, default_value_t = 1024)]
-    pub ctx: usize,
+    /// Tokens of a window; by default 1024, where model and text have as many.
+    #[arg(long)]
+    pub ctx: Option<usize>,
     /// Windows at the most; by default all.
     #[arg(long, value_name = "K")]
     pub windows: Option<usize>,
@@ -472,12 +472,12 @@ pub struct Bench {
     /// Time every operation, and print where the time goes.
     #[arg(long)]
     pub profile: bool,
-    /// Prompt tokens for the prefill timing.
-    #[arg(long, default_value_t = 512)]
-    pub prompt: usize,
-    /// Single-token steps for the decode timing.
-    #[arg(long = "gen", value_name = "N", default_value_t = 128)]
-    pub generate: usize,
+    /// Prompt tokens for the prefill timing; by default 512, where the model takes as many.
+    #[arg(long)]
+    pub prompt: Option<usize>,
+    /// Single-token steps for the decode timing; by default 128, where the model takes as many.
+    #[arg(long = "gen", value_name = "N")]
+    pub generate: Option<usize>,
     /// Tokens of context before the steps.
     #[arg(long, default_value_t = 0)]
     pub depth: usize,

@@ -1,7 +1,7 @@
 //! What every verb shares: pulling, opening, printing, progress.
 
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex};
+use std::sync::{Arc, Mutex, Once};
 use std::time::Duration;
 
 use anyhow::{Context, Result};
@@ -14,6 +14,7 @@ use lacuna_run::Engine;
 use serde_json::Value;
 
 use crate::cli::Global;
+use crate::out::{self, Closed};
 
 /// A mistake on the command line: exit status 2.
 #[derive(Debug, thiserror::Error)]
@@ -30,6 +31,7 @@ pub fn logging(verbose: u8) {
     let _ = tracing_subscriber::fmt()
         .with_env_filter(tracing_subscriber::EnvFilter::new(level))
         .with_writer(std::io::stderr)
+        .log_internal_errors(false)
         .without_time()
         .try_init();
 }
@@ -44,13 +46,13 @@ pub fn threads(n: Option<usize>) -> Result<()> {
 }
 
 /// One JSON object where asked, else words.
-pub fn print(g: &Global, json: &Value, words: impl FnOnce()) {
-    if g.json { println!("{json}") } else { words() }
+pub fn print(g: &Global, json: &Value, words: impl FnOnce() -> String) -> Result<(), Closed> {
+    if g.json { out::write(&format!("{json}\n")) } else { out::write(&words()) }
 }
 
 /// Says something on standard error.
 pub fn say(text: impl AsRef<str>) {
-    eprintln!("{}", text.as_ref());
+    out::say(&format!("{}\n", text.as_ref()));
 }
 
 /// The cache directory in force.
@@ -121,7 +123,10 @@ pub fn engine(weights: &dyn Weights, running: &crate::cli::Running) -> Result<En
     let decoder = Decoder::load(weights, &options)?;
     bar.finish_and_clear();
     if running.activations == crate::cli::Activations::Int8 {
-        say("running with 8-bit activations where weights are integers; --activations exact keeps 32 bits");
+        static SAID: Once = Once::new();
+        SAID.call_once(|| {
+            say("running with 8-bit activations where weights are integers; --activations exact keeps 32 bits");
+        });
     }
     Ok(Engine::new(decoder).with_kv(running.kv.into()))
 }
@@ -187,10 +192,38 @@ fn opened(model: &str, path: PathBuf, checkpoint: Checkpoint) -> Model {
 
 /// A text file whole, its lines ended by LF alone, with an error that names it.
 pub fn read_text(path: &Path) -> Result<String> {
-    let text =
-        std::fs::read_to_string(path).with_context(|| format!("{}: cannot be read as UTF-8 text", path.display()))?;
+    if path.is_dir() {
+        anyhow::bail!("{}: a directory, where a text file is expected", path.display());
+    }
+    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    let text = String::from_utf8(bytes).with_context(|| format!("{}: this is no UTF-8 text", path.display()))?;
     // Line ends as everywhere else in this field: perplexities of a file must not depend on the system that wrote it.
     Ok(lacuna_eval::normal_lines(&text))
+}
+
+/// Why a default is cut down to a model's context.
+pub const NO_FURTHER: &str = "the model sees no further";
+
+/// A default that nobody typed, cut down to what there is of it, which is said.
+pub fn fitting(what: &str, default: usize, most: usize, why: &str) -> usize {
+    if most < default {
+        say(format!("note: {most} {what} instead of {default}: {why}"));
+    }
+    default.min(most)
+}
+
+/// The tokens of a window: as typed, where a model of this context sees that far; else a default that fits both the model and the text.
+pub fn window(typed: Option<usize>, default: usize, context: usize, text_tokens: usize) -> Result<usize> {
+    match typed {
+        Some(n) if n < 2 || n > context => {
+            Err(Usage(format!("--ctx {n}: give 2 to {context}, the model's context")).into())
+        }
+        Some(n) => Ok(n),
+        None => {
+            let n = fitting("tokens in a window", default, context, NO_FURTHER);
+            Ok(fitting("tokens in a window", n, text_tokens, "the text has no more"))
+        }
+    }
 }
 
 /// A size as people write it, if given.

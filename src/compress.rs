@@ -5,9 +5,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Context;
+use lacuna_base::unfinished;
 use lacuna_base::units::show_bytes;
-use lacuna_checkpoint::Tokenizer;
-use lacuna_compress::{Options, Outcomes, Recipe, compress, memory};
+use lacuna_checkpoint::{SaveError, Tokenizer};
+use lacuna_compress::{CompressError, Options, Outcomes, Recipe, compress, memory};
+use lacuna_contract::{Method, Needs};
 use lacuna_eval::{CALIBRATION, Eval, HELD_OUT, Judged, Room, Table};
 use lacuna_format::Weights;
 use lacuna_judge::{Bench, CostTable, Forecast, Measured, Verdict, baselines, judge, time_decode};
@@ -21,6 +23,8 @@ use crate::{recipes, report};
 const ROUNDS: usize = 5;
 /// Tokens of a timed run.
 const TIMED_TOKENS: usize = 48;
+/// Tokens of a judging window and how many windows, where nobody says.
+const JUDGED: (usize, usize) = (512, 16);
 /// Bytes of a source that is loaded once to learn what its tokens take beside products.
 const LOADED: u64 = 1 << 30;
 
@@ -55,7 +59,7 @@ pub fn run(g: &Global, a: &cli::Compress) -> anyhow::Result<ExitCode> {
     let source = common::open(g, &a.model)?;
     let done = work(g, a, &source)?;
     let json = to_json(a, &done);
-    common::print(g, &json, || print!("{}", words(&done)));
+    common::print(g, &json, || words(&done))?;
     if let Some(path) = &a.report {
         report::write(path, &a.model, &a.recipe, &done, &[])?;
         common::say(format!("report: {}", path.display()));
@@ -70,14 +74,9 @@ fn save_report(model: &Path, report: &Value) -> anyhow::Result<()> {
     if let Some(fields) = report.as_object_mut() {
         fields.retain(|key, _| key != "tensors" && key != "out");
     }
-    let (path, partial) = (model.join(crate::serve::REPORT), model.join(".report.json.partial"));
-    let write = || {
-        let mut file = std::fs::File::create(&partial)?;
-        std::io::Write::write_all(&mut file, format!("{report:#}\n").as_bytes())?;
-        file.sync_all()?;
-        std::fs::rename(&partial, &path)
-    };
-    write().with_context(|| format!("the report at {}", path.display()))
+    let path = model.join(crate::serve::REPORT);
+    unfinished::write(&path, format!("{report:#}\n").as_bytes())
+        .with_context(|| format!("the report at {}", path.display()))
 }
 
 /// A text's tokens, from a file or the one carried along.
@@ -97,16 +96,15 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
     let mut sets = a.sets.clone();
     let flags = [("samples", a.samples.map(|n| n as u64)), ("seq_len", a.seq_len.map(|n| n as u64)), ("seed", a.seed)];
     sets.extend(flags.iter().filter_map(|(k, v)| v.map(|v| format!("calibration.{k}={v}"))));
-    let recipe = Recipe::parse(&recipes::text(&a.recipe)?, &registry, &sets)
-        .map_err(|e| Usage(format!("recipe {}: {e}", a.recipe)))?;
-    if a.ctx < 2 || a.ctx > source.checkpoint.spec().context {
-        return Err(Usage(format!("--ctx {}: give 2 to {}", a.ctx, source.checkpoint.spec().context)).into());
-    }
+    let context = source.checkpoint.spec().context;
+    let recipe = fitting_recipe(a, sets, &registry, context)?;
     let tokenizer = source.tokenizer()?;
     // A model made with BOS in front of every text is calibrated and judged so, too.
     let bos = wants_bos(&tokenizer)?;
     let calibration = tokens_of(&tokenizer, a.calibration.as_deref(), CALIBRATION)?;
     let held_out = tokens_of(&tokenizer, a.eval.as_deref(), HELD_OUT)?;
+    let had = held_out.len() + usize::from(bos.is_some());
+    let ctx = if a.gate == Gate::Off && a.ctx.is_none() { 0 } else { common::window(a.ctx, JUDGED.0, context, had)? };
     let options = Options {
         out: &a.out,
         overwrite: a.overwrite,
@@ -121,7 +119,9 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
     });
     drop(tokenizer);
     let mut bar = CompressBar::default();
-    let outcomes = compress(&source.checkpoint, &calibration, &recipe, &options, &mut bar)?;
+    let outcomes = kept_if_stopped(&a.out, || compress(&source.checkpoint, &calibration, &recipe, &options, &mut bar))?;
+    let whole = outcomes.path.display().to_string();
+    let _end = unfinished::on_end(move || Some(format!("{whole} is whole; the rest of the command was not done")));
     for n in &outcomes.notes {
         common::say(format!("note: {n}"));
     }
@@ -145,10 +145,20 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
             bars.set_position(at as u64);
         };
         let room = Room { max_ram, ..Room::default() };
-        let eval = Eval { ctx: a.ctx, windows: Some(a.windows), bos, room, progress: Some(&progress) };
+        let there = held_out.len() / (ctx - usize::from(bos.is_some())).max(1);
+        let few = || common::fitting("judging windows", JUDGED.1, there, "the text has no more");
+        let windows = Some(a.windows.unwrap_or_else(few));
+        let eval = Eval { ctx, windows, bos, room, progress: Some(&progress) };
         let result = lacuna_checkpoint::open(&done.outcomes.path)?;
         let mut reference = eval.reference(&held_out, &source.checkpoint)?;
-        let judged = eval.against(&result, &mut reference)?;
+        let judged = match eval.against(&result, &mut reference) {
+            // What ruins a model does not pay, whatever the baselines are.
+            Err(e) if e.not_finite => {
+                common::say(format!("{}: {e}", done.outcomes.path.display()));
+                None
+            }
+            judged => Some(judged?),
+        };
         drop(reference);
         bars.finish_and_clear();
         let cache = common::cache_dir(g)?;
@@ -165,21 +175,66 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         let mut measured = Measured {
             name: "result".into(),
             bytes: done.outcomes.bytes,
-            loss: judged.nll,
-            ppl: judged.ppl,
+            loss: judged.as_ref().map_or(f64::INFINITY, |j| j.nll),
+            ppl: judged.as_ref().map_or(f64::INFINITY, |j| j.ppl),
             speed: None,
         };
-        if a.gate == Gate::Full {
+        if a.gate == Gate::Full && judged.is_some() {
             time(&mut measured, &result, &mut others, max_ram)?;
         }
         let list: Vec<Measured> = others.into_iter().map(|b| b.measured).collect();
         done.verdict = Some(judge(&measured, &list));
-        done.judged = Some(judged);
+        done.judged = judged;
         done.measured = Some(measured);
     }
     done.seconds = start.elapsed().as_secs_f64();
     save_report(&done.outcomes.path, &to_json(a, &done))?;
     Ok(done)
+}
+
+/// The recipe with what was set; calibration sequences that nobody asked for by length are no longer than the model's context.
+fn fitting_recipe(
+    a: &cli::Compress,
+    mut sets: Vec<String>,
+    registry: &[Method],
+    context: usize,
+) -> anyhow::Result<Recipe> {
+    const KEY: &str = "calibration.seq_len";
+    let text = recipes::text(&a.recipe)?;
+    let parse =
+        |sets: &[String]| Recipe::parse(&text, registry, sets).map_err(|e| Usage(format!("recipe {}: {e}", a.recipe)));
+    let recipe = parse(&sets)?;
+    let len = recipe.calibration.seq_len;
+    if len <= context || recipe.steps.iter().all(|s| s.method.card.needs == Needs::default()) {
+        return Ok(recipe);
+    }
+    let in_file = recipe.resolved.get("calibration").is_some_and(|c| c.get("seq_len").is_some());
+    let set = sets.iter().any(|s| s.split('=').next() == Some(KEY));
+    if set || (in_file && !recipes::is_carried(&a.recipe)) {
+        return Err(Usage(format!("{KEY} = {len}: give 2 to {context}, the model's context")).into());
+    }
+    let len = common::fitting("tokens in a calibration sequence", len, context, common::NO_FURTHER);
+    sets.push(format!("{KEY}={len}"));
+    Ok(parse(&sets)?)
+}
+
+/// Compresses, and says how to go on where that comes to no end: what is complete stays in a hidden folder on purpose.
+fn kept_if_stopped<T>(out: &Path, compress: impl FnOnce() -> Result<T, CompressError>) -> Result<T, CompressError> {
+    let told = |out: &Path| {
+        let kept = lacuna_checkpoint::left_behind(out)?;
+        Some(format!(
+            "what is complete is kept in {}: the same command with --resume goes on from there",
+            kept.display()
+        ))
+    };
+    let stopped = out.to_owned();
+    let _end = unfinished::on_end(move || told(&stopped));
+    compress().inspect_err(|e| {
+        // A refusal has not begun.
+        if !matches!(e, CompressError::Save(SaveError::Refused(_))) {
+            told(out).into_iter().for_each(common::say);
+        }
+    })
 }
 
 /// Times the result beside every baseline that competes with it; the others cannot change the verdict. The models run in turn and so are in

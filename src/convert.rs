@@ -61,7 +61,7 @@ pub fn run(g: &Global, a: &Convert) -> anyhow::Result<ExitCode> {
     }
     out["seconds"] = json!(start.elapsed().as_secs_f64());
     out["peak_rss_bytes"] = json!(lacuna_compress::memory::peak());
-    common::print(g, &out, || words(&saved, &forms, &all, &judged));
+    common::print(g, &out, || words(&saved, &forms, &all, &judged))?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -124,8 +124,7 @@ fn forms(saved: &Saved) -> BTreeMap<(String, String), Way> {
     ways
 }
 
-fn words(saved: &Saved, forms: &BTreeMap<(String, String), Way>, all: &Loss, judged: &Value) {
-    println!("{}: {}\n", saved.path.display(), show_bytes(saved.bytes));
+fn words(saved: &Saved, forms: &BTreeMap<(String, String), Way>, all: &Loss, judged: &Value) -> String {
     let mut t = Table::new(["was", "is", "tensors", "values changed", "relative error", "zeros lost"]);
     for ((from, to), way) in forms {
         let part = way.loss.changed as f64 / way.loss.values.max(1) as f64;
@@ -138,29 +137,32 @@ fn words(saved: &Saved, forms: &BTreeMap<(String, String), Way>, all: &Loss, jud
             if way.loss.zeros_lost == 0 { String::new() } else { way.loss.zeros_lost.to_string() },
         ]);
     }
-    print!("{}", t.text());
+    let mut page = format!("{}: {}\n\n{}", saved.path.display(), show_bytes(saved.bytes), t.text());
     let fallen: Vec<&str> = saved.tensors.iter().filter(|t| t.instead_of.is_some()).map(|t| t.name.as_str()).collect();
     if !fallen.is_empty() {
-        println!("\nof another type than asked for: {}", fallen.join(", "));
+        page += &format!("\nof another type than asked for: {}\n", fallen.join(", "));
     }
-    saved.notes.iter().for_each(|n| println!("\n{n}"));
+    page.extend(saved.notes.iter().map(|n| format!("\n{n}\n")));
     if all.zeros_lost > 0 {
-        println!(
-            "\n{} weights that were zero are none any more: the type has no zero in their group's grid",
+        page += &format!(
+            "\n{} weights that were zero are none any more: the type has no zero in their group's grid\n",
             all.zeros_lost
         );
     }
     match (judged["kl_mean"].as_f64(), judged["not_measured"].as_str()) {
-        (Some(kl), _) => println!(
-            "\nKL(source || converted) {kl:.6} nats a token, the same first choice {:.2}%, perplexity {:.3} -> {:.3} ({} tokens held out)",
-            100.0 * judged["top1_agree"].as_f64().unwrap_or(0.0),
-            judged["ppl_source"].as_f64().unwrap_or(0.0),
-            judged["ppl"].as_f64().unwrap_or(0.0),
-            judged["kl_tokens"],
-        ),
-        (None, Some(why)) => println!("\nKL was not measured: {why}"),
+        (Some(kl), _) => {
+            page += &format!(
+                "\nKL(source || converted) {kl:.6} nats a token, the same first choice {:.2}%, perplexity {:.3} -> {:.3} ({} tokens held out)\n",
+                100.0 * judged["top1_agree"].as_f64().unwrap_or(0.0),
+                judged["ppl_source"].as_f64().unwrap_or(0.0),
+                judged["ppl"].as_f64().unwrap_or(0.0),
+                judged["kl_tokens"],
+            )
+        }
+        (None, Some(why)) => page += &format!("\nKL was not measured: {why}\n"),
         (None, None) => {}
     }
+    page
 }
 
 /// The converted model beside its source on text that Lacuna carries; first of all, that both read the text as the same tokens.
@@ -198,12 +200,17 @@ fn judge(m: &Model, a: &Convert, max_ram: Option<u64>, saved: &Saved) -> anyhow:
         bar.set_position(done as u64);
     };
     let room = Room { max_ram, ..Room::default() };
-    let ctx = a.ctx.min(m.checkpoint.spec().context).min(written.spec().context);
+    let context = m.checkpoint.spec().context.min(written.spec().context);
+    let ctx = common::window(a.ctx, 512, context, tokens.len())?;
     let windows = (tokens.len() / ctx.max(1)).min(a.windows).max(1);
     let eval = Eval { ctx, windows: Some(windows), room, progress: Some(&progress), ..Eval::default() };
-    let mut reference = eval.reference(&tokens, &m.checkpoint)?;
-    let judged = eval.against(&written, &mut reference)?;
+    let judged =
+        eval.reference(&tokens, &m.checkpoint).and_then(|mut reference| eval.against(&written, &mut reference));
     bar.finish_and_clear();
+    let judged = match judged {
+        Err(e) if e.not_finite => return Ok(json!({"not_measured": e.what})),
+        judged => judged?,
+    };
     let Some(x) = judged.against else { return Ok(Value::Null) };
     Ok(json!({
         "kl_mean": x.kl_mean, "top1_agree": x.top1_agree, "ppl_source": x.ppl_dense, "ppl": judged.ppl, "kl_tokens": judged.tokens,

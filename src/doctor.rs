@@ -31,30 +31,30 @@ pub fn run(g: &Global) -> anyhow::Result<ExitCode> {
         "threads": threads, "read_bytes_per_second": bandwidth, "f32_multiply_adds_per_second": floats, "int8_multiply_adds_per_second": bytes, "kernels": ops, "gpu": null,
     });
     common::print(g, &out, || {
-        println!("processor    {} {}", std::env::consts::OS, std::env::consts::ARCH);
         let yes: Vec<_> = features.iter().filter(|f| f.1).map(|f| f.0).collect();
         let no: Vec<_> = features.iter().filter(|f| !f.1).map(|f| f.0).collect();
-        println!(
-            "features     {}{}",
-            yes.join(" "),
-            if no.is_empty() { String::new() } else { format!("  (not: {})", no.join(" ")) }
-        );
-        println!("kernels      {}: the widest instruction set that this processor has", Isa::best().name());
-        for (op, codecs) in &ops {
-            println!("  {op:<12} {}", codecs.join(", "));
-        }
-        println!("threads      {threads}");
-        println!(
-            "memory       {:.1} GB/s read by all threads (best of 7 streams over {} MB)",
-            bandwidth / 1e9,
-            STREAM_BYTES >> 20
-        );
-        println!(
-            "arithmetic   {:.0} G multiply-adds/s on f32, {:.0} on 8-bit codes, by all threads out of registers",
-            floats / 1e9,
-            bytes / 1e9
-        );
-        println!("gpu          not used by this version");
-    });
+        let no = if no.is_empty() { String::new() } else { format!("  (not: {})", no.join(" ")) };
+        let isa = Isa::best().name();
+        let kernels: String = ops.iter().map(|(op, codecs)| format!("  {op:<12} {}\n", codecs.join(", "))).collect();
+        [
+            format!("processor    {} {}\n", std::env::consts::OS, std::env::consts::ARCH),
+            format!("features     {}{no}\n", yes.join(" ")),
+            format!("kernels      {isa}: the widest instruction set that this processor has\n"),
+            kernels,
+            format!("threads      {threads}\n"),
+            format!(
+                "memory       {:.1} GB/s read by all threads (best of 7 streams over {} MB)\n",
+                bandwidth / 1e9,
+                STREAM_BYTES >> 20
+            ),
+            format!(
+                "arithmetic   {:.0} G multiply-adds/s on f32, {:.0} on 8-bit codes, by all threads out of registers\n",
+                floats / 1e9,
+                bytes / 1e9
+            ),
+            "gpu          not used by this version\n".to_owned(),
+        ]
+        .concat()
+    })?;
     Ok(ExitCode::SUCCESS)
 }

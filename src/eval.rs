@@ -38,8 +38,9 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
             bar.set_length(all as u64);
             bar.set_position(done as u64);
         };
+        let had = tokens.len() + usize::from(bos.is_some());
         let eval = Eval {
-            ctx: ctx(m.checkpoint.spec(), a.ctx)?,
+            ctx: common::window(a.ctx, 1024, m.checkpoint.spec().context, had)?,
             windows: a.windows,
             bos,
             room: room.clone(),
@@ -115,16 +116,8 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
     }
     out.insert("seconds".into(), json!(start.elapsed().as_secs_f64()));
     out.insert("peak_rss_bytes".into(), json!(lacuna_compress::memory::peak()));
-    common::print(g, &Value::Object(out), || print!("{}", table.text()));
+    common::print(g, &Value::Object(out), || table.text())?;
     Ok(ExitCode::SUCCESS)
-}
-
-/// The window, refused where the model cannot see that far.
-fn ctx(spec: &Spec, ctx: usize) -> anyhow::Result<usize> {
-    if ctx < 2 || ctx > spec.context {
-        return Err(Usage(format!("--ctx {ctx}: give 2 to {}, the model's context", spec.context)).into());
-    }
-    Ok(ctx)
 }
 
 fn same_vocabulary(a: &Spec, b: &Spec) -> anyhow::Result<()> {

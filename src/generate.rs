@@ -1,6 +1,6 @@
 //! `generate`: continue a text.
 
-use std::io::{Read, Write};
+use std::io::Read;
 use std::ops::ControlFlow;
 use std::process::ExitCode;
 
@@ -13,6 +13,7 @@ use serde_json::json;
 
 use crate::cli::{Generate, Global};
 use crate::common::{self, Model};
+use crate::out::{self, Closed};
 
 /// Runs the verb.
 pub fn run(g: &Global, a: &Generate) -> anyhow::Result<ExitCode> {
@@ -35,16 +36,16 @@ pub fn run(g: &Global, a: &Generate) -> anyhow::Result<ExitCode> {
         ignore_end: false,
     };
     if !g.json && !a.chat {
-        print!("{prompt}");
+        out::write(&prompt)?;
     }
     let done = stream(&engine, &tokenizer, &generation, !g.json)?;
-    let out = json!({
+    let json = json!({
         "text": done.text, "tokens": done.stats.tokens, "token_ids": done.tokens, "prompt_tokens": done.stats.prompt_tokens,
         "prefill_tok_s": done.stats.prefill_tok_s, "decode_tok_s": done.stats.decode_tok_s, "stop": done.stats.stop,
         "peak_rss_bytes": memory::peak(), "weights_bytes": engine.model().weights_bytes(), "kv_bytes": done.stats.kv_bytes,
         "tokenizer_bytes": tokenizer_bytes,
     });
-    common::print(g, &out, || println!());
+    common::print(g, &json, || "\n".into())?;
     if !g.json {
         tell(&done);
         if let Some(peak) = memory::peak() {
@@ -73,16 +74,19 @@ pub fn prompt_tokens(m: &Model, tokenizer: &Tokenizer, prompt: &str, chat: bool)
 
 /// Generates, printing as it comes.
 pub fn stream(engine: &Engine, tokenizer: &Tokenizer, g: &Generation, show: bool) -> anyhow::Result<Generated> {
-    let mut out = std::io::stdout();
-    let mut on_text = |t: &str| {
-        // A reader that went away ends the generation.
-        if show && (out.write_all(t.as_bytes()).is_err() || out.flush().is_err()) {
-            return ControlFlow::Break(());
-        }
-        ControlFlow::Continue(())
-    };
+    let mut shown = Ok(());
     let mut seq = engine.sequence();
-    Ok(engine.generate(&mut seq, tokenizer, g, &mut on_text)?)
+    let done = engine.generate(&mut seq, tokenizer, g, &mut |t| self::show(t, show, &mut shown));
+    shown?;
+    Ok(done?)
+}
+
+/// Shows a piece of text as it comes. Where it cannot be written, the generation ends and `shown` keeps why.
+pub fn show(text: &str, wanted: bool, shown: &mut Result<(), Closed>) -> ControlFlow<()> {
+    if wanted {
+        *shown = out::write(text);
+    }
+    if shown.is_ok() { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
 }
 
 /// Counts and speeds, in words.

@@ -123,9 +123,9 @@ fn closed(g: &Global, a: &Inspect, path: &Path, e: OpenError) -> anyhow::Result<
     let problems: Vec<_> = broken.iter().map(|b| json!({"what": b, "help": help, "broken": true})).collect();
     let out = json!({"model": a.model, "path": path, "broken": broken, "problems": problems, "error": e.to_string()});
     common::print(g, &out, || {
-        println!("does not open: {e}");
-        broken.iter().for_each(|b| println!("broken: {b}\n  what helps: {help}"));
-    });
+        let broken: String = broken.iter().map(|b| format!("broken: {b}\n  what helps: {help}\n")).collect();
+        format!("does not open: {e}\n{broken}")
+    })?;
     Ok(ExitCode::FAILURE)
 }
 
@@ -177,8 +177,8 @@ pub fn run(g: &Global, a: &Inspect) -> anyhow::Result<ExitCode> {
     common::print(g, &out, || {
         let one = spec.layers.iter().find_map(|l| l.attn.as_ref());
         let heads = one.map_or_else(String::new, |x| format!(", {}/{} heads of {}", x.heads, x.kv_heads, x.head_dim));
-        println!(
-            "{} ({:?}): {} layers, hidden {}{heads}, vocabulary {}, context {}{}",
+        let mut page = format!(
+            "{} ({:?}): {} layers, hidden {}{heads}, vocabulary {}, context {}{}\n",
             spec.arch,
             m.checkpoint.kind(),
             spec.layers.len(),
@@ -187,12 +187,11 @@ pub fn run(g: &Global, a: &Inspect) -> anyhow::Result<ExitCode> {
             spec.context,
             if spec.tied { ", tied embeddings" } else { "" }
         );
-        println!("{parameters} parameters in {}, {bits:.2} bits each", show_bytes(bytes));
+        page += &format!("{parameters} parameters in {}, {bits:.2} bits each\n", show_bytes(bytes));
         if let Some(q) = quantized {
-            println!("written by {}", q.describe());
+            page += &format!("written by {}\n", q.describe());
         }
-        m.checkpoint.remarks().iter().for_each(|r| println!("{r}"));
-        println!();
+        page.extend(m.checkpoint.remarks().iter().map(|r| format!("{r}\n")));
         let mut t = Table::new(["role", "tensors", "parameters", "bytes", "zeros", "stored as"]);
         for (k, r) in roles {
             let codecs: Vec<_> = r.codecs.iter().map(|(c, n)| format!("{c} x{n}")).collect();
@@ -206,21 +205,22 @@ pub fn run(g: &Global, a: &Inspect) -> anyhow::Result<ExitCode> {
                 codecs.join(", "),
             ]);
         }
-        print!("{}", t.text());
+        page += &format!("\n{}", t.text());
         if let Some(p) = packed {
-            println!("\ncompressed: {}", p.approximations.join("; "));
+            page += &format!("\ncompressed: {}\n", p.approximations.join("; "));
         }
         if a.tensors {
-            println!();
-            walk.tensors.iter().for_each(|t| println!("{t}"));
+            page.push('\n');
+            page.extend(walk.tensors.iter().map(|t| format!("{t}\n")));
         }
         if !unused.is_empty() {
-            println!("\nin the file but not part of the network: {}", unused.join(", "));
+            page += &format!("\nin the file but not part of the network: {}\n", unused.join(", "));
         }
         for p in &problems {
-            println!("{}: {}", if p.broken { "broken" } else { "odd" }, p.what);
-            p.help.iter().for_each(|h| println!("  what helps: {}", h.replace("MODEL", &a.model)));
+            page += &format!("{}: {}\n", if p.broken { "broken" } else { "odd" }, p.what);
+            page.extend(p.help.iter().map(|h| format!("  what helps: {}\n", h.replace("MODEL", &a.model))));
         }
-    });
+        page
+    })?;
     Ok(if broken.is_empty() { ExitCode::SUCCESS } else { ExitCode::FAILURE })
 }

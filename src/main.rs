@@ -1,5 +1,8 @@
 //! The Lacuna binary: one thin file a verb, and the one place where methods meet the rest.
 
+// What is printed goes through `out`, which knows what to do where nobody reads or the disk is full.
+#![deny(clippy::print_stdout, clippy::print_stderr)]
+
 mod bench;
 mod chat;
 mod cli;
@@ -11,6 +14,7 @@ mod eval;
 mod generate;
 mod inspect;
 mod methods;
+mod out;
 mod pull;
 mod quickstart;
 mod recipes;
@@ -18,44 +22,45 @@ mod repair;
 mod report;
 mod serve;
 mod shapes;
+mod signals;
 
+use std::io::Write;
 use std::process::ExitCode;
 
 use clap::Parser;
 
 use cli::{Cli, Verb};
-
-/// A reader that has seen enough and went away (`lacuna methods | head`) is no failure: standard output's panic ends the program in silence.
-fn leave_quietly_when_nobody_reads() {
-    let other = std::panic::take_hook();
-    std::panic::set_hook(Box::new(move |info| {
-        let what = info.payload().downcast_ref::<String>();
-        if what.is_some_and(|w| w.starts_with("failed printing to stdout") && w.contains("Broken pipe")) {
-            std::process::exit(0);
-        }
-        other(info);
-    }));
-}
+use out::Closed;
 
 fn main() -> ExitCode {
-    leave_quietly_when_nobody_reads();
+    let told = signals::watch().map_err(|e| anyhow::Error::new(e).context("signals"));
+    match told.and_then(|()| command()) {
+        Ok(code) => code,
+        Err(e) if e.downcast_ref::<Closed>().is_some_and(Closed::nobody_reads) => ExitCode::SUCCESS,
+        Err(e) => {
+            common::say(format!("error: {}", out::told(&e)));
+            ExitCode::from(if e.is::<common::Usage>() { 2 } else { 1 })
+        }
+    }
+}
+
+/// What the command line asks for, or says about itself.
+fn command() -> anyhow::Result<ExitCode> {
     let cli = match Cli::try_parse() {
         Ok(cli) => cli,
-        Err(e) => {
+        Err(e) if e.use_stderr() => {
             let _ = e.print();
-            return ExitCode::from(if e.use_stderr() { 2 } else { 0 });
+            return Ok(ExitCode::from(2));
+        }
+        Err(e) => {
+            e.print().and_then(|()| std::io::stdout().flush()).map_err(Closed::from)?;
+            return Ok(ExitCode::SUCCESS);
         }
     };
     if !matches!(cli.verb, Verb::Serve(_)) {
         common::logging(cli.global.verbose);
     }
-    match run(&cli) {
-        Ok(code) => code,
-        Err(e) => {
-            eprintln!("error: {e:#}");
-            ExitCode::from(if e.is::<common::Usage>() { 2 } else { 1 })
-        }
-    }
+    run(&cli)
 }
 
 fn run(cli: &Cli) -> anyhow::Result<ExitCode> {

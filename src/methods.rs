@@ -48,6 +48,7 @@ pub fn run(g: &Global) -> anyhow::Result<ExitCode> {
     let (runs, names) = (measured(PAGE), cards.iter().map(|c| c.name).collect::<Vec<_>>());
     let out = json!({ "methods": cards, "recipes": recipes::names(), "measured": runs });
     common::print(g, &out, || {
+        let mut page = String::new();
         for c in &cards {
             let mut needs = Vec::new();
             for (on, what) in
@@ -59,16 +60,17 @@ pub fn run(g: &Global) -> anyhow::Result<ExitCode> {
             }
             let needs =
                 if needs.is_empty() { "no calibration".to_owned() } else { format!("needs {}", needs.join(", ")) };
-            println!("{:<12} {:<9} {}", c.name, format!("{:?}", c.verb).to_lowercase(), c.summary);
+            page += &format!("{:<12} {:<9} {}\n", c.name, format!("{:?}", c.verb).to_lowercase(), c.summary);
             let arxiv = if c.arxiv.is_empty() { String::new() } else { format!(" (arXiv {})", c.arxiv) };
-            println!("{:<22} {}{arxiv}; {needs}", "", c.paper);
+            page += &format!("{:<22} {}{arxiv}; {needs}\n", "", c.paper);
             for r in runs.iter().filter(|r| own(r.recipe, c.name, &names)) {
                 let beside = if r.beside == "-" { String::new() } else { format!(" ({})", r.beside) };
-                println!("{:<22} measured: {} on {}: perplexity {}{beside}", "", r.recipe, r.model, r.perplexity);
+                page +=
+                    &format!("{:<22} measured: {} on {}: perplexity {}{beside}\n", "", r.recipe, r.model, r.perplexity);
             }
         }
-        println!("\nrecipes carried along: {}", recipes::names().join(", "));
-    });
+        page + &format!("\nrecipes carried along: {}\n", recipes::names().join(", "))
+    })?;
     Ok(ExitCode::SUCCESS)
 }
 

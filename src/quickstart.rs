@@ -8,7 +8,7 @@ use serde_json::json;
 
 use crate::cli::{Activations, Cache, Compress, Gate, Global, Quickstart, Running};
 use crate::common::{self, Model};
-use crate::{compress, generate, report};
+use crate::{compress, generate, out, report};
 
 /// Both run as `generate` would.
 const RUNNING: Running = Running { activations: Activations::Int8, kv: Cache::F16 };
@@ -35,8 +35,8 @@ pub fn run(g: &Global, a: &Quickstart) -> anyhow::Result<ExitCode> {
         seq_len: None,
         seed: None,
         eval: None,
-        ctx: 512,
-        windows: 6,
+        ctx: None,
+        windows: Some(6),
         gate: Gate::Full,
         max_ram: None,
         resume: false,
@@ -46,7 +46,7 @@ pub fn run(g: &Global, a: &Quickstart) -> anyhow::Result<ExitCode> {
     };
     let done = compress::work(g, &args, &source)?;
     if !g.json {
-        print!("{}", compress::words(&done));
+        out::write(&compress::words(&done))?;
     }
     common::say("3. the same prompt, dense and compressed");
     let mut samples = Vec::new();
@@ -67,7 +67,7 @@ pub fn run(g: &Global, a: &Quickstart) -> anyhow::Result<ExitCode> {
         };
         let said = generate::stream(&engine, &tokenizer, &generation, false)?;
         if !g.json {
-            println!("\n{who}: {}", said.text.trim());
+            out::write(&format!("\n{who}: {}\n", said.text.trim()))?;
         }
         generate::tell(&said);
         // An answer begins anew; a continuation goes on.
@@ -75,16 +75,16 @@ pub fn run(g: &Global, a: &Quickstart) -> anyhow::Result<ExitCode> {
         samples.push((who.to_owned(), asked, said.text));
     }
     report::write(&a.report, &a.model, &recipe, &done, &samples)?;
-    let out = json!({
+    let json = json!({
         "model": a.model, "out": done.outcomes.path, "report": a.report, "source_bytes": done.source_bytes,
         "bytes_after": done.outcomes.bytes, "ppl": done.judged.as_ref().map(|j| j.ppl),
         "pays": done.verdict.as_ref().map(|v| v.pays), "baselines": done.verdict.as_ref().map(|v| &v.against),
         "samples": samples.iter().map(|(who, _, text)| json!({ "who": who, "text": text })).collect::<Vec<_>>(),
         "seconds": start.elapsed().as_secs_f64(),
     });
-    common::print(g, &out, || {
-        println!("\nreport: {}", a.report.display());
-        println!("model:  {}   (try: lacuna chat {})", a.out.display(), a.out.display());
-    });
+    common::print(g, &json, || {
+        let out = a.out.display();
+        format!("\nreport: {}\nmodel:  {out}   (try: lacuna chat {out})\n", a.report.display())
+    })?;
     Ok(ExitCode::SUCCESS)
 }

@@ -44,6 +44,11 @@ pub fn names() -> Vec<&'static str> {
     CARRIED.iter().map(|(n, _)| *n).collect()
 }
 
+/// Whether a name means a carried recipe.
+pub fn is_carried(name: &str) -> bool {
+    !Path::new(name).is_file() && names().contains(&name)
+}
+
 /// The text of a recipe: a file where one is at that path, else a carried one.
 pub fn text(name: &str) -> Result<String> {
     let path = Path::new(name);

@@ -22,10 +22,8 @@ pub fn run(g: &Global, a: &Repair) -> anyhow::Result<ExitCode> {
     let mended: Vec<&str> = mended.iter().map(|f| f.what.as_str()).collect();
     let out = json!({"model": a.model, "out": a.out, "mended": mended});
     common::print(g, &out, || {
-        for m in &mended {
-            println!("mended: {m}");
-        }
-        println!("{} opens", a.out.display());
-    });
+        let lines: String = mended.iter().map(|m| format!("mended: {m}\n")).collect();
+        format!("{lines}{} opens\n", a.out.display())
+    })?;
     Ok(ExitCode::SUCCESS)
 }

@@ -58,9 +58,7 @@ pub fn write(
         parts.push(Part::Samples(samples.to_vec()));
     }
     let html = Report { title: format!("Lacuna: {model} by {recipe}"), parts }.html();
-    let tmp = path.with_extension("html.tmp");
-    std::fs::write(&tmp, html)
-        .and_then(|()| std::fs::rename(&tmp, path))
+    lacuna_base::unfinished::write(path, html.as_bytes())
         .with_context(|| format!("{}: cannot be written", path.display()))
 }
 

@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::cli::{self, Cli, Global, LogFormat};
 use crate::common::{self, Model, Usage};
+use crate::signals;
 
 /// Where a compressed model keeps what was measured when it was made.
 pub const REPORT: &str = "report.json";
@@ -76,6 +77,7 @@ pub fn run(g: &Global, a: &cli::Serve) -> anyhow::Result<ExitCode> {
         drain_timeout: seconds(a.drain_timeout)?,
     };
     let stop = Stop::default();
+    signals::hand_over();
     stop.on_signals().context("signals")?;
     let url = format!("http://{address}");
     let out = json!({
@@ -83,9 +85,11 @@ pub fn run(g: &Global, a: &cli::Serve) -> anyhow::Result<ExitCode> {
         "max_batch": a.max_batch, "max_queue": a.max_queue,
     });
     common::print(g, &out, || {
-        println!("{name} at {url}: the page at {url}/, the interface at {url}/v1");
-        println!("{} for keys and values; ctrl-c stops", show_bytes(kv_bytes as u64));
-    });
+        format!(
+            "{name} at {url}: the page at {url}/, the interface at {url}/v1\n{} for keys and values; ctrl-c stops\n",
+            show_bytes(kv_bytes as u64)
+        )
+    })?;
     let cut = lacuna_serve::serve(served, options, listener, &stop)?;
     if cut > 0 {
         common::say(format!("{cut} connections were cut: their answers were not complete after {} s", a.drain_timeout));
@@ -98,7 +102,7 @@ pub fn completions(g: &Global, a: &cli::Completions) -> anyhow::Result<ExitCode>
     let mut script = Vec::new();
     clap_complete::generate(a.shell, &mut Cli::command(), "lacuna", &mut script);
     let script = String::from_utf8(script).context("the completions")?;
-    common::print(g, &json!({ "shell": a.shell.to_string(), "script": script }), || print!("{script}"));
+    common::print(g, &json!({ "shell": a.shell.to_string(), "script": script }), || script.clone())?;
     Ok(ExitCode::SUCCESS)
 }
 
@@ -106,7 +110,8 @@ fn logging(verbose: u8, format: LogFormat) {
     let level = if verbose == 0 { "info" } else { "debug" };
     let filter =
         tracing_subscriber::EnvFilter::new(format!("warn,lacuna={level},lacuna_serve={level},lacuna_run={level}"));
-    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr).with_target(false);
+    let log = tracing_subscriber::fmt().with_env_filter(filter).with_writer(std::io::stderr);
+    let log = log.with_target(false).log_internal_errors(false);
     // Whoever set up a log before keeps it.
     let _ = match format {
         LogFormat::Text => log.with_ansi(std::io::IsTerminal::is_terminal(&std::io::stderr())).try_init(),

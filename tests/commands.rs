@@ -90,6 +90,8 @@ fn object(status: i32, args: &[&str]) -> Value {
     assert_eq!(out.status.code(), Some(status), "{args:?}: {said}");
     let text = String::from_utf8(out.stdout).unwrap();
     assert_eq!(text.lines().count(), 1, "{args:?} printed {text}");
+    let mut seen = std::collections::HashSet::new();
+    said.lines().for_each(|l| assert!(seen.insert(l), "'{l}' is said twice: {said}"));
     let value: Value = serde_json::from_str(&text).unwrap();
     assert!(value.is_object());
     value
