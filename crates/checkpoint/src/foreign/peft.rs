@@ -107,11 +107,11 @@ impl Adapter {
         let bad = |what: String| OpenError::bad(&config_path, what);
         refused(config).map_or(Ok(()), |what| Err(bad(what)))?;
         let said = Said::read(config).map_err(bad)?;
-        let (safe, pickled) = (dir.join("adapter_model.safetensors"), dir.join("adapter_model.bin"));
-        let (weights, parse): (_, fn(&[u8]) -> Result<Vec<TensorInfo>, String>) =
-            if !safe.is_file() && pickled.is_file() { (pickled, torch::parse) } else { (safe, safetensors::parse) };
-        let file = Mapped::open(&weights)?;
-        let tensors = parse(file.bytes()).map_err(|e| OpenError::bad(&weights, e))?;
+        let safe = dir.join("adapter_model.safetensors");
+        let pickle = Some(dir.join("adapter_model.bin")).filter(|p| !safe.is_file() && p.is_file());
+        let file = Mapped::open(pickle.as_ref().unwrap_or(&safe))?;
+        let parsed = if pickle.is_some() { torch::parse(file.bytes()) } else { safetensors::parse(file.bytes()) };
+        let tensors = parsed.map_err(|e| OpenError::bad(&file.path, e))?;
         Ok(Adapter {
             dir: dir.to_owned(),
             file,
