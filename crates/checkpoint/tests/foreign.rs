@@ -8,6 +8,7 @@ use std::path::{Path, PathBuf};
 
 use damage::{Damaged, F16};
 use lacuna_base::float::{round_bf16, round_f16};
+use lacuna_checkpoint::save::{GgufKind, save_gguf};
 use lacuna_checkpoint::{Adapter, Checkpoint, OpenError, examine, mendable, open, repair};
 use lacuna_format::{Term, Weights};
 use lacuna_spec::{Part, Place, Role, arch};
@@ -600,4 +601,52 @@ fn what_is_recommended_works() {
             Nothing => assert!(mended.is_err(), "{what}"),
         }
     }
+}
+
+#[test]
+fn what_is_recommended_for_gguf_files_works() {
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny/llama");
+    let dir = tempfile::tempdir().unwrap();
+    let file = dir.path().join("m.gguf");
+    save_gguf(&open(tiny).unwrap(), &file, GgufKind::F16, false, &mut |_, _| {}).unwrap();
+    let bytes = std::fs::read(&file).unwrap();
+    let find = |what: &[u8]| bytes.windows(what.len()).position(|w| w == what).unwrap();
+    // The count lies behind its key and type.
+    let count = find(b"llama.block_count") + b"llama.block_count".len() + 4;
+    for (what, gone, works) in [("too high a count", None, true), ("and no embedding", Some(b"token_embd"), false)] {
+        let mut bytes = bytes.clone();
+        assert_eq!(bytes[count], 2);
+        bytes[count] = 5;
+        if let Some(name) = gone {
+            bytes[find(name)] = b'x';
+        }
+        let broken = dir.path().join("broken.gguf");
+        std::fs::write(&broken, bytes).unwrap();
+        let told = examine(&broken).map(|c| c.problems().to_vec()).unwrap_or_default();
+        let told = told.iter().any(|p| p.help.as_deref().is_some_and(|h| h.contains("lacuna repair")));
+        let e = open(&broken).unwrap_err().to_string();
+        assert_eq!((told, e.contains("lacuna repair")), (works, works), "{what}: {e}");
+        let out = dir.path().join("mended.gguf");
+        assert_eq!(repair(&broken, &out, true, &mut |_, _| {}).is_ok(), works, "{what}");
+        assert!(!works || examine(&out).unwrap().problems().is_empty(), "{what}");
+    }
+}
+
+/// GGUF files of Gemma keep a norm's scale, adapters what it differs from one by.
+#[test]
+fn a_norm_that_the_base_keeps_in_another_way_is_refused() {
+    let dir = tempfile::tempdir().unwrap();
+    let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny/gemma3_linear");
+    let file = dir.path().join("m.gguf");
+    save_gguf(&open(&tiny).unwrap(), &file, GgufKind::F16, false, &mut |_, _| {}).unwrap();
+    let saved = std::fs::read(foreign("peft_modules").join("adapter_model.safetensors")).unwrap();
+    let st = safetensors::SafeTensors::deserialize(&saved).unwrap();
+    let name = "base_model.model.model.norm.weight";
+    let one = safetensors::serialize([(name, st.tensor(name).unwrap())], None).unwrap();
+    std::fs::write(dir.path().join("adapter_model.safetensors"), one).unwrap();
+    std::fs::copy(foreign("peft_modules").join("adapter_config.json"), dir.path().join("adapter_config.json")).unwrap();
+    let on = |base: &Path| open(base).unwrap().with_adapter(Adapter::open(dir.path()).unwrap(), false);
+    on(&tiny).unwrap();
+    let e = on(&file).unwrap_err().to_string();
+    assert!(e.contains(name) && e.contains("in another way") && e.contains("safetensors"), "{e}");
 }
