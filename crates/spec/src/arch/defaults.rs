@@ -16,6 +16,10 @@ pub(super) fn filled(config: &Value, class: &str) -> Result<Value, SpecError> {
     };
     for (name, other) in second_names(class) {
         if let Some(v) = out.remove(*other) {
+            // Told here, by the name that the file has.
+            if !(v.is_u64() || v.is_null()) {
+                return bad(format!("{other} is {v}, not a whole number"));
+            }
             out.insert((*name).into(), v);
         }
     }
