@@ -1,5 +1,5 @@
-//! Whether two tokenizers give the same ids, asked where tokenizers part: around special tokens, at the white space of a text's edges, in rare letters,
-//! and in chats as the model's own template writes them.
+//! Whether two tokenizers give the same ids, asked where tokenizers part: around special tokens, at the white space of
+//! a text's edges, in rare letters, and in chats as the model's own template writes them.
 
 use std::collections::BTreeMap;
 
@@ -65,8 +65,8 @@ impl std::fmt::Display for Apart {
 }
 
 impl Tokenizer {
-    /// Holds `other`, which is meant to be this tokenizer in another form, against this one. `template`: the model's own, for text as it meets it in
-    /// chats; `more`: further texts that must have the same ids.
+    /// Holds `other`, which is meant to be this tokenizer in another form, against this one. `template`: the model's
+    /// own, for text as it meets it in chats; `more`: further texts that must have the same ids.
     pub fn compare(
         &self,
         other: &Tokenizer,
@@ -101,8 +101,8 @@ impl Tokenizer {
         }
         out.notes.extend(lacks_space.map(|a| {
             format!(
-                "the source puts a space before a text that begins without one, here it has to be written (chats, which begin with a token, \
-                 keep their ids): {a}"
+                "the source puts a space before a text that begins without one, here it has to be written (chats, \
+                 which begin with a token, keep their ids): {a}"
             )
         }));
         for (texts, what) in [(&SPACES[..], "white space at the edge of a text"), (&RARE[..], "rare letters")] {
@@ -118,23 +118,23 @@ impl Tokenizer {
     }
 
     /// What stands around every special token.
-    fn around_tokens(
-        &self,
-        apart: &dyn Fn(&str, bool) -> Result<Option<Apart>, TokenizerError>,
-        out: &mut Compared,
-    ) -> Result<(), TokenizerError> {
+    fn around_tokens(&self, apart: &Asked<'_>, out: &mut Compared) -> Result<(), TokenizerError> {
         let mut tokens: Vec<(u32, AddedToken)> = self.0.encoder.get_added_tokens_decoder().into_iter().collect();
         tokens.sort_by_key(|(id, t)| (how(t) == PLAINLY, *id));
         tokens.truncate(MOST_TOKENS);
-        let mut groups: BTreeMap<&str, (Vec<&str>, Apart)> = BTreeMap::new();
+        let mut found: Vec<Option<Apart>> = Vec::new();
+        for (_, token) in &tokens {
+            found.push(out.first(alone(&token.content), apart)?);
+        }
+        // Two tokens side by side: what one of them does by itself is told already.
         for (i, (_, token)) in tokens.iter().enumerate() {
-            let mut first = None;
-            for text in around(&token.content, &tokens[(i + 1) % tokens.len()].1.content) {
-                if let Some(a) = apart(&text, false)? {
-                    out.texts += 1;
-                    first.get_or_insert(a);
-                }
+            let next = (i + 1) % tokens.len();
+            if found[i].is_none() && found[next].is_none() {
+                found[i] = out.first(beside(&token.content, &tokens[next].1.content), apart)?;
             }
+        }
+        let mut groups: BTreeMap<&str, (Vec<&str>, Apart)> = BTreeMap::new();
+        for ((_, token), first) in tokens.iter().zip(found) {
             if let Some(a) = first {
                 groups.entry(how(token)).or_insert_with(|| (Vec::new(), a)).0.push(&token.content);
             }
@@ -162,7 +162,26 @@ impl Tokenizer {
     }
 }
 
+/// Asks both tokenizers for a text, with or without the tokens put around it.
+type Asked<'a> = dyn Fn(&str, bool) -> Result<Option<Apart>, TokenizerError> + 'a;
+
 impl Compared {
+    /// The first of `texts` that differs; all count.
+    fn first<const N: usize>(
+        &mut self,
+        texts: [String; N],
+        apart: &Asked<'_>,
+    ) -> Result<Option<Apart>, TokenizerError> {
+        let mut first = None;
+        for text in texts {
+            if let Some(a) = apart(&text, false)? {
+                self.texts += 1;
+                first.get_or_insert(a);
+            }
+        }
+        Ok(first)
+    }
+
     fn refuse(&mut self, why: String) {
         self.texts += 1;
         self.refused.get_or_insert(why);
@@ -185,7 +204,7 @@ fn how(t: &AddedToken) -> &'static str {
 }
 
 /// What may stand around a special token.
-fn around(a: &str, b: &str) -> [String; 17] {
+fn alone(a: &str) -> [String; 13] {
     [
         a.to_owned(),
         format!("{a}hi"),
@@ -199,10 +218,11 @@ fn around(a: &str, b: &str) -> [String; 17] {
         format!(" {a}"),
         format!("{a}\n"),
         format!("{a}{a}"),
-        format!("{a}{b}"),
-        format!("{a} {b}"),
-        format!("{a}\n{b}"),
         format!("  hi{a}there"),
-        format!("{a}\nhi{b}\n{a}\n"),
     ]
+}
+
+/// Two special tokens and what may lie between.
+fn beside(a: &str, b: &str) -> [String; 4] {
+    [format!("{a}{b}"), format!("{a} {b}"), format!("{a}\n{b}"), format!("{a}\nhi{b}\n{a}\n")]
 }
