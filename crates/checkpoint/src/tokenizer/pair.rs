@@ -155,7 +155,7 @@ fn encoder(class: Class, vocab: Vocab, merges: Merges, prefix: bool) -> Result<t
 fn lines(merges: &[u8]) -> Result<Merges, TokenizerError> {
     let text = std::str::from_utf8(merges).map_err(|e| TokenizerError::Broken(format!("merges.txt: {e}")))?;
     let lines =
-        text.lines().enumerate().filter(|(i, l)| !(*i == 0 && l.starts_with("#version")) && !l.trim().is_empty());
+        text.lines().enumerate().filter(|(i, l)| !(l.trim().is_empty() || *i == 0 && l.starts_with("#version")));
     let pair = |(i, line): (usize, &str)| match line.trim_end().split_once(' ') {
         Some((l, r)) if !l.is_empty() && !r.is_empty() && !r.contains(' ') => Ok((l.to_owned(), r.to_owned())),
         _ => Err(TokenizerError::Broken(format!(
