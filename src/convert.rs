@@ -188,7 +188,8 @@ fn judge(m: &Model, a: &Convert, max_ram: Option<u64>, saved: &mut Saved) -> any
     if let Some(why) = compared.refused {
         remove(&saved.path);
         bail!(
-            "the tokenizer that was written gives other ids than the source's ({why}): this tokenizer cannot be converted; {} was taken away again",
+            "the tokenizer that was written gives other ids than the source's ({why}): this tokenizer cannot be \
+             converted; {} was taken away again",
             saved.path.display()
         );
     }

@@ -105,7 +105,8 @@ impl Walk {
     }
 }
 
-/// A tokenizer that cannot be read or is doubtful, and tokens that the embedding has no row for. To have none at all is no fault.
+/// A tokenizer that cannot be read or is doubtful, and tokens that the embedding has no row for. To have none at all is
+/// no fault.
 fn tokenizer_problem(m: &Model) -> Option<Problem> {
     let tokenizer = match Tokenizer::open(&m.checkpoint) {
         Ok(t) => t,

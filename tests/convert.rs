@@ -413,7 +413,8 @@ fn repair_mends_gguf_files() {
     assert_eq!(diagnose(&mended).unwrap(), []);
 }
 
-/// Special tokens of Phi-3 take the white space behind them away. llama.cpp knows that by the file's name alone, and so it is kept at every station.
+/// Special tokens of Phi-3 take the white space behind them away. llama.cpp knows that by the file's name alone, and so
+/// it is kept at every station.
 #[test]
 fn special_tokens_keep_taking_white_space() {
     let home = TempDir::new().unwrap();

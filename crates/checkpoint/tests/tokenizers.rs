@@ -285,7 +285,8 @@ fn white_space_behind_special_tokens() {
     assert!(apart.contains(&"<|user|>\nhi".to_owned()) && apart.len() > 15, "{apart:?}");
 }
 
-/// What takes white space away otherwise than Phi-3 does has no form: named where it is rare, refused where chats hang on it.
+/// What takes white space away otherwise than Phi-3 does has no form: named where it is rare, refused where chats hang
+/// on it.
 #[test]
 fn other_settings_of_special_tokens_are_told() {
     let flag = |t: &mut Value, token: &str, flag: &str, on: bool| {
@@ -295,7 +296,8 @@ fn other_settings_of_special_tokens_are_told() {
     let dir = changed("phi3", |t| flag(t, "<|system|>", "lstrip", true));
     let notes = exported(dir.path()).0.notes.join("\n");
     assert!(notes.contains("the white space around <|system|>") && notes.contains("hi <|system|>"), "{notes}");
-    // Nor can the tokens of one file differ: without a `<|end|>` that does, either its line's end or that of the others is lost.
+    // Nor can the tokens of one file differ: without a `<|end|>` that does, either its line's end or that of the others
+    // is lost.
     let dir = changed("phi3", |t| flag(t, "<|end|>", "rstrip", false));
     let e = Export::of_dir(dir.path(), 603).unwrap_err();
     assert!(matches!(&e, TokenizerError::Unsupported(e) if e.contains("a chat has other ids")), "{e}");
@@ -330,7 +332,8 @@ fn other_settings_of_special_tokens_are_told() {
     assert_eq!(apart(&again, &classes["qwen2"]["cases"]), [""; 0]);
 }
 
-/// When a space is put before a text: Metaspace has three schemes, each looking at what is there; GGUF knows only always and never.
+/// When a space is put before a text: Metaspace has three schemes, each looking at what is there; GGUF knows only
+/// always and never.
 #[test]
 fn the_space_before_a_text() {
     let schemes = page(&golden("schemes.json"));
@@ -352,7 +355,7 @@ fn the_space_before_a_text() {
             "always" => {
                 assert!(prefix == Some(true) && notes.contains("white space at the edge of a text"), "{notes}");
                 assert!(notes.contains("<bos>") && !differ.is_empty(), "{notes}");
-                let spaced = |t: &String| [" ", "▁", "> ", "▁ "].iter().any(|s| t.starts_with(s) || t.contains("> "));
+                let spaced = |t: &String| t.starts_with([' ', '▁']) || t.contains("> ");
                 assert!(differ.iter().all(spaced), "{differ:?}");
             }
             // The template begins with <bos>: no text of a chat is the first, and a prompt can bring its own space.

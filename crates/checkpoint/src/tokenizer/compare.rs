@@ -1,5 +1,5 @@
-//! Whether two tokenizers give the same ids, asked where tokenizers part: around special tokens, at the white space of a text's edges, in rare letters,
-//! and in chats as the model's own template writes them.
+//! Whether two tokenizers give the same ids, asked where tokenizers part: around special tokens, at the white space of
+//! a text's edges, in rare letters, and in chats as the model's own template writes them.
 
 use std::collections::BTreeMap;
 
@@ -65,8 +65,8 @@ impl std::fmt::Display for Apart {
 }
 
 impl Tokenizer {
-    /// Holds `other`, which is meant to be this tokenizer in another form, against this one. `template`: the model's own, for text as it meets it in
-    /// chats; `more`: further texts that must have the same ids.
+    /// Holds `other`, which is meant to be this tokenizer in another form, against this one. `template`: the model's
+    /// own, for text as it meets it in chats; `more`: further texts that must have the same ids.
     pub fn compare(
         &self,
         other: &Tokenizer,
@@ -101,8 +101,8 @@ impl Tokenizer {
         }
         out.notes.extend(lacks_space.map(|a| {
             format!(
-                "the source puts a space before a text that begins without one, here it has to be written (chats, which begin with a token, \
-                 keep their ids): {a}"
+                "the source puts a space before a text that begins without one, here it has to be written (chats, \
+                 which begin with a token, keep their ids): {a}"
             )
         }));
         for (texts, what) in [(&SPACES[..], "white space at the edge of a text"), (&RARE[..], "rare letters")] {

@@ -30,7 +30,8 @@ fn unsupported<T>(what: impl Into<String>) -> Result<T, TokenizerError> {
 }
 
 impl Export {
-    /// From the tokenizer files in `dir`, for a model whose embedding has `rows` rows. Refused where chats or plain text would have other ids.
+    /// From the tokenizer files in `dir`, for a model whose embedding has `rows` rows. Refused where chats or plain
+    /// text would have other ids.
     pub fn of_dir(dir: &Path, rows: usize) -> Result<Export, TokenizerError> {
         let tokenizer = Tokenizer::from_dir(dir)?;
         let files = HfFiles::read(dir)?;
@@ -50,8 +51,8 @@ impl Export {
         let (vocabulary, mut notes) = closest(&tokenizer, &json, lists, ChatTemplate::from_dir(dir).ok().as_ref())?;
         if vocabulary.pre.as_deref() == Some("qwen2") {
             notes.push(
-                "the source composes accents before it looks for tokens (NFC); llama.cpp does not: letters written with separate accents have other \
-                 ids there"
+                "the source composes accents before it looks for tokens (NFC); llama.cpp does not: letters written \
+                 with separate accents have other ids there"
                     .into(),
             );
         }
@@ -59,8 +60,9 @@ impl Export {
     }
 }
 
-/// Lists that give the source's ids, or those that come closest, and what is still different. Two things GGUF says for all texts or for none: that a
-/// space stands before each piece of text, and that special tokens take the white space behind them away.
+/// Lists that give the source's ids, or those that come closest, and what is still different. Two things GGUF says for
+/// all texts or for none: that a space stands before each piece of text, and that special tokens take the white space
+/// behind them away.
 fn closest(
     tokenizer: &Tokenizer,
     json: &Value,
@@ -72,7 +74,8 @@ fn closest(
     let mut steps = Vec::new();
     flatten(&json["pre_tokenizer"], "pretokenizers", &mut steps);
     let prefix = lists.add_space_prefix;
-    // Metaspace asks what a text begins with, and its scheme `first` where the text stands; only the outcome tells what is nearest to that.
+    // Metaspace asks what a text begins with, and its scheme `first` where the text stands; only the outcome tells what
+    // is nearest to that.
     let either = steps.iter().any(|s| s["type"] == "Metaspace") && prefix == Some(true);
     let prefixes = if either { vec![prefix, Some(false)] } else { vec![prefix] };
     let named = if takes_space { vec![true, false] } else { vec![false] };
@@ -96,15 +99,15 @@ fn closest(
     }
 }
 
-/// `general.name` for a model called `name`, and what to say where it had to change: by this name alone llama.cpp decides whether special tokens take
-/// the white space behind them away.
+/// `general.name` for a model called `name`, and what to say where it had to change: by this name alone llama.cpp
+/// decides whether special tokens take the white space behind them away.
 pub(crate) fn general_name(name: Option<String>, phi3: bool) -> (Option<String>, Option<String>) {
     match (phi3, name) {
         (true, name) if !name.as_deref().is_some_and(named_phi3) => {
             let new = name.map_or("phi-3".into(), |n| format!("phi-3 {n}"));
             let note = format!(
-                "general.name is {new:?}: llama.cpp goes by this name in taking away the white space behind special tokens, which this model's \
-                 tokenizer does; keep \"phi-3\" in it"
+                "general.name is {new:?}: llama.cpp goes by this name in taking away the white space behind special \
+                 tokens, which this model's tokenizer does; keep \"phi-3\" in it"
             );
             (Some(new), Some(note))
         }
@@ -116,8 +119,8 @@ pub(crate) fn general_name(name: Option<String>, phi3: bool) -> (Option<String>,
                 }
             }
             let note = format!(
-                "general.name is {new:?}, not {name:?}: in a file of that name llama.cpp would take away the white space behind special tokens, which \
-                 this tokenizer does not do"
+                "general.name is {new:?}, not {name:?}: in a file of that name llama.cpp would take away the white \
+                 space behind special tokens, which this tokenizer does not do"
             );
             (Some(new), Some(note))
         }

@@ -120,8 +120,8 @@ impl Tokenizer {
         let marks = Marks { bos, eos, more_eos: numbered("eos_token_id") };
 
         let tokenizer = Tokenizer::assemble(encoder.clone(), None, pieces, marks)?;
-        // The Llama and Gemma classes put these tokens around a text by their own settings, whatever tokenizer.json says; so does a class that
-        // has no such file.
+        // The Llama and Gemma classes put these tokens around a text by their own settings, whatever tokenizer.json
+        // says; so does a class that has no such file.
         let class = config["tokenizer_class"].as_str().unwrap_or("").trim_end_matches("Fast");
         let llama = matches!(class, "LlamaTokenizer" | "GemmaTokenizer");
         if !llama && files.tokenizer.is_some() {

@@ -1,5 +1,6 @@
-//! `vocab.json` and `merges.txt`: the older pair of files. They list the pieces; how a text is cut into words before, and what is normalized, only
-//! the tokenizer's class knows, and which tokens steer is written in up to three files beside them.
+//! `vocab.json` and `merges.txt`: the older pair of files. They list the pieces; how a text is cut into words before,
+//! and what is normalized, only the tokenizer's class knows, and which tokens steer is written in up to three files
+//! beside them.
 
 use std::collections::{HashMap, HashSet};
 
@@ -35,7 +36,8 @@ impl Class {
         let named = config["tokenizer_class"].as_str().or_else(|| model["tokenizer_class"].as_str());
         let unknown = |what: String| {
             Err(TokenizerError::Unsupported(format!(
-                "vocab.json and merges.txt without tokenizer.json: {what}; known are GPT2Tokenizer, CodeGenTokenizer and Qwen2Tokenizer; {SAVE_JSON}"
+                "vocab.json and merges.txt without tokenizer.json: {what}; known are GPT2Tokenizer, CodeGenTokenizer \
+                 and Qwen2Tokenizer; {SAVE_JSON}"
             )))
         };
         match named.map(|n| n.trim_end_matches("Fast")) {
@@ -46,7 +48,8 @@ impl Class {
                 Some("gpt2" | "opt") => Ok(Class::Gpt2),
                 Some("qwen2" | "qwen3" | "qwen3_moe") => Ok(Class::Qwen2),
                 Some(kind) => unknown(format!(
-                    "no tokenizer_class says how words are cut, and models of the type {kind} have no class of their own"
+                    "no tokenizer_class says how words are cut, and models of the type {kind} have no class of their \
+                     own"
                 )),
                 None => unknown("neither tokenizer_config.json nor config.json says which class reads them".into()),
             },
@@ -152,7 +155,7 @@ fn encoder(class: Class, vocab: Vocab, merges: Merges, prefix: bool) -> Result<t
 fn lines(merges: &[u8]) -> Result<Merges, TokenizerError> {
     let text = std::str::from_utf8(merges).map_err(|e| TokenizerError::Broken(format!("merges.txt: {e}")))?;
     let lines =
-        text.lines().enumerate().filter(|(i, l)| !(*i == 0 && l.starts_with("#version")) && !l.trim().is_empty());
+        text.lines().enumerate().filter(|(i, l)| !(l.trim().is_empty() || *i == 0 && l.starts_with("#version")));
     let pair = |(i, line): (usize, &str)| match line.trim_end().split_once(' ') {
         Some((l, r)) if !l.is_empty() && !r.is_empty() && !r.contains(' ') => Ok((l.to_owned(), r.to_owned())),
         _ => Err(TokenizerError::Broken(format!(

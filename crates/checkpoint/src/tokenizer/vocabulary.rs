@@ -88,7 +88,8 @@ pub struct Vocabulary {
     pub add_eos: Option<bool>,
     /// `add_space_prefix` (`llama`); absent: yes.
     pub add_space_prefix: Option<bool>,
-    /// Special tokens take the white space behind them away, but for `<unk>`, `<s>` and `<|endoftext|>`. No key says so, but `general.name`: a Phi-3.
+    /// Special tokens take the white space behind them away, but for `<unk>`, `<s>` and `<|endoftext|>`. No key says
+    /// so, but `general.name`: a Phi-3.
     pub phi3: bool,
 }
 
@@ -97,13 +98,14 @@ pub(super) const PHI3_NAMES: [&str; 2] = ["phi-3", "phi3"];
 /// Special tokens of a Phi-3 that keep the white space behind them.
 const PHI3_KEEPS: [&str; 3] = ["<unk>", "<s>", "<|endoftext|>"];
 
-/// Whether a file of this name is called a Phi-3. GGUF has no key for the white space that special tokens take away: llama.cpp goes by the name.
+/// Whether a file of this name is called a Phi-3. GGUF has no key for the white space that special tokens take away:
+/// llama.cpp goes by the name.
 pub(super) fn named_phi3(name: &str) -> bool {
     PHI3_NAMES.iter().any(|mark| name.to_ascii_lowercase().contains(mark))
 }
 
-/// Whether these are the tokens of a Phi-3: llama.cpp opens no file of that name without them. In such a file it takes the white space behind every
-/// special token away, but for three.
+/// Whether these are the tokens of a Phi-3: llama.cpp opens no file of that name without them. In such a file it takes
+/// the white space behind every special token away, but for three.
 pub(super) fn is_phi3(tokens: &[String]) -> bool {
     PHI3_KEEPS.iter().chain(&["</s>"]).all(|needed| tokens.iter().any(|t| t == needed))
 }
@@ -146,11 +148,14 @@ impl Vocabulary {
 }
 
 impl Tokenizer {
-    /// What makes the tokenizer of a GGUF file doubtful, where something does: it can be read, but hardly gives the ids that the model knows.
+    /// What makes the tokenizer of a GGUF file doubtful, where something does: it can be read, but hardly gives the ids
+    /// that the model knows.
     pub fn doubt(metadata: &Metadata) -> Option<String> {
         let text = |key: &str| metadata.get_str(key).ok().flatten().filter(|t| !t.is_empty());
         (text("tokenizer.ggml.model") == Some("gpt2") && text("tokenizer.ggml.pre").is_none()).then(|| {
-            "the file has no tokenizer.ggml.pre: words are cut by llama.cpp's `default` pattern, and the model has probably learned others".into()
+            "the file has no tokenizer.ggml.pre: words are cut by llama.cpp's `default` pattern, and the model has \
+             probably learned others"
+                .into()
         })
     }
 
@@ -342,8 +347,8 @@ fn words(pre: &str) -> Result<Words, TokenizerError> {
         ),
         other => {
             return Err(TokenizerError::Unsupported(format!(
-                "tokenizer.ggml.pre is `{other}`, and how that cuts words is not known here; known are gpt-2, smollm, llama-bpe, smaug-bpe, qwen2 and \
-                 default; take the model in the Hugging Face layout, with its tokenizer.json"
+                "tokenizer.ggml.pre is `{other}`, and how that cuts words is not known here; known are gpt-2, smollm, \
+                 llama-bpe, smaug-bpe, qwen2 and default; take the model in the Hugging Face layout, with its tokenizer.json"
             )));
         }
     };
