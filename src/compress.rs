@@ -111,6 +111,9 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
     sets.extend(flags.iter().filter_map(|(k, v)| v.map(|v| format!("calibration.{k}={v}"))));
     let context = source.checkpoint.spec().context;
     let recipe = fitting_recipe(a, sets, &registry, context)?;
+    if a.out.exists() && !(a.overwrite || a.resume) {
+        anyhow::bail!("{} exists; --overwrite replaces it", a.out.display());
+    }
     let tokenizer = source.tokenizer()?;
     // A model made with BOS in front of every text is calibrated and judged so, too.
     let bos = wants_bos(&tokenizer)?;

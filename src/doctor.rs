@@ -41,7 +41,10 @@ pub fn run(g: &Global) -> anyhow::Result<ExitCode> {
         let cached = match (cache, from_cache) {
             (Some(bytes), Some(rate)) => {
                 let bytes = show_bytes(bytes as u64);
-                format!("cache        {bytes} in the last level, half of it read at {:.1} GB/s by all threads\n", rate / 1e9)
+                format!(
+                    "cache        {bytes} in the last level, half of it read at {:.1} GB/s by all threads\n",
+                    rate / 1e9
+                )
             }
             _ => String::new(),
         };

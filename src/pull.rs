@@ -22,7 +22,9 @@ pub fn run(g: &Global, a: &Pull) -> anyhow::Result<ExitCode> {
             let (path, bytes) = lacuna_judge::kept_baselines(&common::cache_dir(g)?);
             let out = json!({ "models": rows, "baselines": { "path": path, "bytes": bytes } });
             common::print(g, &out, || {
-                let line = |name: &str, bytes, path: &Path| format!("{name:<32} {:>10}  {}\n", show_bytes(bytes), path.display());
+                let line = |name: &str, bytes, path: &Path| {
+                    format!("{name:<32} {:>10}  {}\n", show_bytes(bytes), path.display())
+                };
                 let mut page: String = all.iter().map(|c| line(&c.name, c.bytes, &c.path)).collect();
                 if bytes > 0 {
                     page += &line(BASELINES, bytes, &path);

@@ -88,6 +88,15 @@ pub fn escape(text: &str) -> String {
     out
 }
 
+/// Text for HTML in which what stands between backticks is code.
+fn with_code(text: &str) -> String {
+    let parts = text.split('`').enumerate().map(|(i, part)| match i % 2 {
+        0 => escape(part),
+        _ => format!("<code>{}</code>", escape(part)),
+    });
+    parts.collect()
+}
+
 const STYLE: &str = "\
 :root{color-scheme:light dark;--ink:#1b1b1f;--paper:#fdfdfb;--faint:#8884;--yes:#1a7f3c;--no:#b3441e}\
 @media (prefers-color-scheme:dark){:root{--ink:#e4e4e0;--paper:#17181b;--yes:#5cc47f;--no:#f0936b}}\
@@ -130,7 +139,7 @@ impl Part {
     fn html(&self) -> String {
         match self {
             Part::Heading(t) => format!("<h2>{}</h2>\n", escape(t)),
-            Part::Text(t) => format!("<p>{}</p>\n", escape(t)),
+            Part::Text(t) => format!("<p>{}</p>\n", with_code(t)),
             Part::Answer(a) => a.html(),
             Part::Table(t) => {
                 let head: String = t.head.iter().map(|c| format!("<th>{}</th>", escape(c))).collect();
@@ -309,57 +318,64 @@ fn scatter(area: &Area<'_>, points: &[Point]) -> Drawn {
     let xs = range(seen.iter().map(|p| mega(p)));
     // By its logarithm, since one broken baseline would lay all others on one line.
     let ys = range(seen.iter().map(|p| p.ppl.ln()));
-    let mut chart = chart!(area, xs, ys, "size (MB)", "perplexity", 6, &short, &|v: &f64| short(&two_digits(v.exp())));
-    let mut taken: Vec<Box2> = Vec::new();
+    let mut chart =
+        chart!(area, xs, ys, "size (MB)", "perplexity", 6, &short, &|v: &f64| short(&three_digits(v.exp())));
+    let mut taken: Vec<Rect> = Vec::new();
     let spots: Vec<(i32, i32)> = seen.iter().map(|p| chart.backend_coord(&(mega(p), p.ppl.ln()))).collect();
-    taken.extend(spots.iter().map(|&(x, y)| Box2 { left: x - 7, top: y - 7, right: x + 7, bottom: y + 7 }));
+    taken.extend(spots.iter().map(|&(x, y)| Rect { left: x - 7, top: y - 7, right: x + 7, bottom: y + 7 }));
+    let mut labels = Vec::new();
     for (p, &(x, y)) in seen.iter().zip(&spots).rev() {
-        let at = (mega(p), p.ppl.ln());
-        let style = if p.baseline { SERIES[5].stroke_width(2) } else { SERIES[1].filled() };
-        chart.draw_series([Circle::new(at, if p.baseline { 5 } else { 7 }, style)])?;
         let wide = area.estimate_text_size(&p.label, &text())?.0 as i32;
         let free = place(x, y, wide, &taken);
-        if (free.left - x).abs().max((free.top - y).abs()) > 3 * LETTERS {
-            let (from, to) = ((x, y), (free.left, (free.top + free.bottom) / 2));
-            area.draw(&PathElement::new([from, to], INK.mix(0.4)))?;
-        }
-        area.draw_text(&p.label, &text(), (free.left, free.top))?;
         taken.push(free);
+        labels.push((free, &p.label));
+        // To the nearer end of a label that had to go far, below all text.
+        let end = (if free.right < x { free.right } else { free.left }, (free.top + free.bottom) / 2);
+        if (end.0 - x).abs().max((end.1 - y).abs()) > 2 * LETTERS {
+            area.draw(&PathElement::new([(x, y), end], INK.mix(0.25)))?;
+        }
+    }
+    for p in &seen {
+        let style = if p.baseline { SERIES[5].stroke_width(2) } else { SERIES[1].filled() };
+        chart.draw_series([Circle::new((mega(p), p.ppl.ln()), if p.baseline { 5 } else { 7 }, style)])?;
+    }
+    for (free, label) in labels {
+        area.draw_text(label, &text(), (free.left, free.top))?;
     }
     area.present().map_err(Into::into)
 }
 
 /// `v` in the digits that a label on an axis needs.
-fn two_digits(v: f64) -> f64 {
-    let unit = 10f64.powf(v.abs().max(1e-300).log10().floor() - 1.0);
+fn three_digits(v: f64) -> f64 {
+    let unit = 10f64.powf(v.abs().max(1e-300).log10().floor() - 2.0);
     (v / unit).round() * unit
 }
 
 /// A rectangle of the drawing, in pixels.
 #[derive(Clone, Copy)]
-struct Box2 {
+struct Rect {
     left: i32,
     top: i32,
     right: i32,
     bottom: i32,
 }
 
-impl Box2 {
-    fn meets(&self, other: &Box2) -> bool {
+impl Rect {
+    fn meets(&self, other: &Rect) -> bool {
         self.left < other.right && other.left < self.right && self.top < other.bottom && other.top < self.bottom
     }
 }
 
 /// Where a label of so many pixels finds room near a point: beside it, else above or below, farther and farther away, inside the drawing.
-fn place(x: i32, y: i32, wide: i32, taken: &[Box2]) -> Box2 {
+fn place(x: i32, y: i32, wide: i32, taken: &[Rect]) -> Rect {
     let (width, height) = (CANVAS.0 as i32, CANVAS.1 as i32);
-    let at = |left: i32, top: i32| Box2 { left, top, right: left + wide, bottom: top + LETTERS };
+    let at = |left: i32, top: i32| Rect { left, top, right: left + wide, bottom: top + LETTERS };
     let beside = |dy: i32| [at(x + 11, y - LETTERS / 2 + dy), at(x - 11 - wide, y - LETTERS / 2 + dy)];
     let around = (0..40).flat_map(|i| {
         let d = i * LETTERS / 2;
         [beside(-d), beside(d), [at(x - wide / 2, y - 10 - LETTERS - d), at(x - wide / 2, y + 10 + d)]].concat()
     });
-    let inside = |b: &Box2| b.left >= 66 && b.right <= width && b.top >= 0 && b.bottom <= height - 50;
+    let inside = |b: &Rect| b.left >= 66 && b.right <= width && b.top >= 0 && b.bottom <= height - 50;
     let free = around.into_iter().find(|b| inside(b) && !taken.iter().any(|t| t.meets(b)));
     // A drawing so full that labels have to lie on each other still shows all of them.
     free.unwrap_or_else(|| at((width - wide).min(x + 11).max(66), (y - LETTERS / 2).clamp(0, height - 50 - LETTERS)))
@@ -432,7 +448,7 @@ mod tests {
         let mut taken = vec![];
         for i in 0..12 {
             let free = place(530 - i, 180 + i, 90, &taken);
-            assert!(taken.iter().all(|t: &Box2| !t.meets(&free)), "{i}");
+            assert!(taken.iter().all(|t: &Rect| !t.meets(&free)), "{i}");
             assert!(
                 free.left >= 66 && free.right <= CANVAS.0 as i32 && free.top >= 0 && free.bottom <= CANVAS.1 as i32
             );

@@ -236,8 +236,12 @@ mod tests {
         let mut rng = lacuna_base::Rng::new(1);
         // Every exponent is as likely as any other; the failure that was seen came first.
         let bits = std::iter::once(68797.28453368829f64).chain(std::iter::from_fn(|| Some(f64::from_bits(rng.u64()))));
-        table.costs =
-            bits.filter(|x| x.is_finite()).take(20_000).enumerate().map(|(i, x)| (here(format!("{i}"), Footprint::of(1)), x)).collect();
+        table.costs = bits
+            .filter(|x| x.is_finite())
+            .take(20_000)
+            .enumerate()
+            .map(|(i, x)| (here(format!("{i}"), Footprint::of(1)), x))
+            .collect();
         table.save();
         let read = CostTable::open(dir.path()).costs;
         assert_eq!(read.len(), table.costs.len());

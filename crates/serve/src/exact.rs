@@ -120,7 +120,7 @@ fn check_literal(value: &Value, path: &Path<'_>) -> Result<(), ApiError> {
 
 fn not_held(n: &Number, path: &Path<'_>) -> ApiError {
     path.bad(format!(
-        "is {n}, which answers cannot be held to exactly: it is beyond {SAFE}. Leave it out, or let the value be a text"
+        "is {n}, which answers cannot be held to exactly: of integers beyond {SAFE} the grammar holds only some. Leave it out, or let the value be a text"
     ))
 }
 
