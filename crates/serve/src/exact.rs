@@ -57,8 +57,8 @@ pub fn check_request(json: &str, value: &Value) -> Result<(), ApiError> {
     // By the bits of what became of them: of a value alone nobody can tell how it was written.
     let long: HashMap<u64, &str> =
         long_integers(json).filter_map(|text| Some((text.parse::<f64>().ok()?.to_bits(), text))).collect();
-    let fields = value.as_object().into_iter().flatten().filter(|_| !long.is_empty());
-    fields.map(|(name, v)| find(&long, v, &Path::Field(&Path::Root, name), name == "messages")).collect()
+    let mut fields = value.as_object().into_iter().flatten().filter(|_| !long.is_empty());
+    fields.try_for_each(|(name, v)| find(&long, v, &Path::Field(&Path::Root, name), name == "messages"))
 }
 
 fn find(long: &HashMap<u64, &str>, value: &Value, path: &Path<'_>, message: bool) -> Result<(), ApiError> {
@@ -74,8 +74,8 @@ fn find(long: &HashMap<u64, &str>, value: &Value, path: &Path<'_>, message: bool
             all.iter().enumerate().try_for_each(|(i, v)| find(long, v, &Path::Index(path, i), message))
         }
         Value::Object(all) => {
-            let seen = all.iter().filter(|(name, _)| !message || !UNSEEN.contains(&name.as_str()));
-            seen.map(|(name, v)| find(long, v, &Path::Field(path, name), message)).collect()
+            let mut seen = all.iter().filter(|(name, _)| !message || !UNSEEN.contains(&name.as_str()));
+            seen.try_for_each(|(name, v)| find(long, v, &Path::Field(path, name), message))
         }
         _ => Ok(()),
     }
