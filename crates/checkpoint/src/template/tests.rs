@@ -93,6 +93,8 @@ fn hostile_templates_end() {
         "{{ (-170141183460469231731687303715884105727 - 1) // -1 }}".into(),
         "{{ ('\\n' * 9999999).splitlines() | length }}".into(),
         "{{ (' x' * 9999999).split() | length }}".into(),
+        "{{ ('\\n' * 9999999) | indent }}".into(),
+        "{{ ([1] * 999999) | sort | length }}".into(),
         "{{ ('x' * 9999999) | list | length }}".into(),
         "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}".into(),
         "{% macro m(n) %}{% if n %}{% for x in [1] %}{{ m(n - 1) if n else 0 }}{% endfor %}{% endif %}{% endmacro %}{{ m(99999) }}".into(),

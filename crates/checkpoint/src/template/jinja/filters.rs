@@ -3,7 +3,7 @@
 use super::eval::{Given, Machine};
 use super::meter::Builder;
 use super::methods::{int_arg, size};
-use super::{Fault, Outcome, Row, Value, methods, text};
+use super::{Fault, Outcome, Row, Value, methods};
 
 pub(super) const NAMES: [&str; 45] = [
     "abs",
@@ -198,13 +198,18 @@ impl Machine {
                     }
                 };
                 let mut out = Builder::new(&self.meter)?;
-                let whole = format!("{}\n", &*text);
-                for (i, line) in text::lines(&whole, false).into_iter().enumerate() {
+                // A line's end at the end begins no line of its own.
+                let mut whole = Builder::new(&self.meter)?;
+                whole.push(&text)?;
+                whole.push("\n")?;
+                let (lines, room) = self.lines(whole.as_str(), false)?;
+                for (i, line) in lines.into_iter().enumerate() {
                     out.push(if i > 0 { "\n" } else { "" })?;
                     let indented = if i == 0 { truth(&first) } else { truth(&blank) || !line.is_empty() };
                     out.push(if indented { &step } else { "" })?;
                     out.push(line)?;
                 }
+                drop(room);
                 Ok(Value::Str(out.finish()))
             }
             "truncate" => {

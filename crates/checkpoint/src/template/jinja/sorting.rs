@@ -64,8 +64,11 @@ impl Machine {
                 (attribute, None, truth(&sensitive), name == "max")
             }
         };
+        let items = self.items(value)?;
+        // A key, its folded form and the item, and as many again while they are merged.
+        let _room = self.meter.hold(items.len().saturating_mul(6 * size_of::<Value>()))?;
         let mut keyed = Vec::new();
-        for item in self.items(value)? {
+        for item in items {
             let key = self.reached(item.clone(), &attribute, &default)?;
             keyed.push((self.folded(key.clone(), sensitive)?, key, item));
         }

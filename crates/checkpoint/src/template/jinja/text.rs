@@ -1,7 +1,7 @@
 //! The methods of a text, by letters as Python counts them.
 
 use super::eval::{Given, Machine};
-use super::meter::Builder;
+use super::meter::{Builder, Held};
 use super::methods::{int_arg, size, text_arg};
 use super::{Fault, Outcome, Str, Value};
 
@@ -66,7 +66,7 @@ fn has_case(c: char) -> bool {
 }
 
 /// Lines, with what ended them where `keep` is set.
-pub(super) fn lines(text: &str, keep: bool) -> Vec<&str> {
+fn lines(text: &str, keep: bool) -> Vec<&str> {
     let mut out = Vec::new();
     let mut rest = text;
     while let Some(at) = rest.find(line_end) {
@@ -148,6 +148,12 @@ impl Machine {
         Value::str(&self.meter, text)
     }
 
+    /// The lines of a text, and the memory that they take.
+    pub(super) fn lines<'t>(&self, text: &'t str, keep: bool) -> Outcome<(Vec<&'t str>, Held)> {
+        let room = self.meter.hold(text.matches(line_end).count().saturating_mul(size_of::<&str>()))?;
+        Ok((lines(text, keep), room))
+    }
+
     fn texts<'t>(&self, list: impl IntoIterator<Item = &'t str>) -> Outcome<Vec<Value>> {
         list.into_iter().map(|t| self.str(t)).collect()
     }
@@ -191,8 +197,8 @@ impl Machine {
             }
             "splitlines" => {
                 let [keep] = given.take(name, ["keepends"])?;
-                let room = self.meter.hold(s.matches(line_end).count().saturating_mul(64))?;
-                let lines = self.texts(lines(s, keep.is_some_and(|k| k.truth())));
+                let (lines, room) = self.lines(s, keep.is_some_and(|k| k.truth()))?;
+                let lines = self.texts(lines);
                 drop(room);
                 Value::list(&self.meter, lines?)
             }
