@@ -119,6 +119,44 @@ fn hostile_templates_end() {
     }
 }
 
+/// One run of a template, without the trials that a template is put to when it is read.
+fn once(source: &str) -> Result<String, Fault> {
+    Program::parse(source)?.render(&[], SystemTime::UNIX_EPOCH)
+}
+
+/// What nests ends at a depth, and what holds itself is let go of.
+#[test]
+fn chains_of_filters_and_loops_end() {
+    let small = std::thread::Builder::new().stack_size(2 << 20);
+    let maps = || once("{{ 'a' | map(*['map'] * 20000) | list }}").unwrap_err().what;
+    let told = small.spawn(maps).unwrap().join().unwrap();
+    assert!(told.contains("deep") || told.contains("instructions"), "{told}");
+    let chain = "{% set ns = namespace(p=1) %}{% for i in range(100000) %}{% for j in [1] %}\
+        {% set _ = loop.changed(ns.p) %}{% set ns.p = loop %}{% endfor %}{% endfor %}";
+    once(chain).unwrap();
+    let ended = "{% set ns = namespace() %}{% for j in [1] %}{% set ns.l = loop %}{% endfor %}{{ ns.l.changed(ns.l) }}";
+    assert!(once(ended).unwrap_err().what.contains("has ended"));
+    assert_eq!(once("{% for j in [1, 1] %}{{ loop.changed(loop) }}{% endfor %}").unwrap(), "TrueFalse");
+}
+
+/// Bytes in use, as the system counts them.
+#[cfg(target_os = "linux")]
+fn resident() -> usize {
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+    pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_loop_that_compares_itself_is_let_go_of() {
+    let before = resident();
+    for _ in 0..20 {
+        once("{% for j in [1] %}{% if loop.changed(loop, 'a' * 30000000) %}x{% endif %}{% endfor %}").unwrap();
+    }
+    // Other tests run beside this one; what leaked were 600 MB.
+    assert!(resident() < before + (400 << 20));
+}
+
 #[test]
 fn templates_that_look_at_tools_are_known() {
     let takes = |source: &str| ChatTemplate::new(source).unwrap().takes_tools();

@@ -48,6 +48,8 @@ pub(super) struct Loop {
     /// Loops of the same recursion around.
     pub level: usize,
     pub changed: RefCell<Option<Value>>,
+    /// Past its end a loop keeps nothing more: chains and rings of loops could grow, which drop by recursion or never.
+    pub ended: Cell<bool>,
     recursive: Option<(Arc<ForNode>, Rc<Scope>)>,
     _held: Held,
 }
@@ -131,7 +133,7 @@ impl Machine {
         Ok(())
     }
 
-    fn deeper<T>(&self, run: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    pub(super) fn deeper<T>(&self, run: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
         self.meter.steps(1)?;
         if self.depth.get() >= MAX_DEPTH {
             return Err(Fault::error(format!("it calls itself, or nests, more than {MAX_DEPTH} deep")));
@@ -278,9 +280,17 @@ impl Machine {
             index: Cell::new(0),
             level,
             changed: RefCell::default(),
+            ended: Cell::new(false),
             recursive,
             _held: self.meter.hold(128)?,
         });
+        let done = self.turns(node, &state, scope, out);
+        state.ended.set(true);
+        state.changed.take();
+        done
+    }
+
+    fn turns(&self, node: &ForNode, state: &Rc<Loop>, scope: &Rc<Scope>, out: &mut Builder) -> Outcome<()> {
         for (i, item) in state.row.items.iter().enumerate() {
             self.meter.steps(1)?;
             state.index.set(i);

@@ -337,9 +337,10 @@ impl Machine {
             let name = name.ok_or_else(|| Fault::error("map takes a filter or an attribute"))?;
             given.list.remove(0);
             for item in items {
-                self.meter.steps(1)?;
+                // What is copied is paid for, and a filter that calls `map` again nests.
+                self.meter.steps(1 + given.list.len() + given.named.len())?;
                 let given = Given { list: given.list.clone(), named: given.named.clone() };
-                out.push(self.filter(&name, item, given)?);
+                out.push(self.deeper(|| self.filter(&name, item, given))?);
             }
         }
         self.row(Row::Generator, out)

@@ -155,6 +155,7 @@ impl Machine {
                 let chosen = given.list.get(l.index.get() % given.list.len().max(1)).cloned();
                 chosen.ok_or_else(|| Fault::error("cycle() takes values"))
             }
+            (Value::Loop(l), _) if l.ended.get() => Err(Fault::error(format!("{name}() of a loop that has ended"))),
             (Value::Loop(l), _) => {
                 let now = Value::tuple(&self.meter, given.list)?;
                 let before = l.changed.replace(Some(now.clone()));
