@@ -90,10 +90,22 @@ pub(super) fn of_config(config: &Value) -> Result<Found, TemplateError> {
         Value::Object(map) => map.iter().map(|(name, t)| Some((name.clone(), t.as_str()?.to_owned()))).collect(),
         _ => None,
     };
-    found.ok_or_else(|| {
+    let found = found.ok_or_else(|| {
         let what = "the chat_template of the configuration is neither a text nor a list of {name, template}";
         TemplateError::Syntax(what.into())
-    })
+    })?;
+    bounded(found)
+}
+
+/// Templates inside other files have no more bytes than those in files of their own.
+fn bounded(found: Found) -> Result<Found, TemplateError> {
+    match found.iter().find(|(_, text)| text.len() as u64 > MAX_BYTES) {
+        Some((_, text)) => {
+            let bytes = text.len();
+            Err(TemplateError::Syntax(format!("it has {bytes} bytes; a template has {MAX_BYTES} at the most")))
+        }
+        None => Ok(found),
+    }
 }
 
 /// The templates of a GGUF file by their names.
@@ -107,5 +119,5 @@ pub(crate) fn templates_of(metadata: &Metadata) -> Result<Found, TemplateError> 
         let Some(name) = key.strip_prefix("tokenizer.chat_template.") else { continue };
         found.extend(text(key)?.map(|source| (name.to_owned(), source.to_owned())));
     }
-    Ok(found)
+    bounded(found)
 }

@@ -121,6 +121,137 @@ fn hostile_templates_end() {
     }
 }
 
+/// One run of a template, without the trials that a template is put to when it is read.
+fn once(source: &str) -> Result<String, Fault> {
+    Program::parse(source)?.render(&[], SystemTime::UNIX_EPOCH)
+}
+
+/// What nests ends at a depth, and what holds itself is let go of.
+#[test]
+fn chains_of_filters_and_loops_end() {
+    let small = std::thread::Builder::new().stack_size(2 << 20);
+    let maps = || once("{{ 'a' | map(*['map'] * 20000) | list }}").unwrap_err().what;
+    let told = small.spawn(maps).unwrap().join().unwrap();
+    assert!(told.contains("deep") || told.contains("instructions"), "{told}");
+    let chain = "{% set ns = namespace(p=1) %}{% for i in range(100000) %}{% for j in [1] %}\
+        {% set _ = loop.changed(ns.p) %}{% set ns.p = loop %}{% endfor %}{% endfor %}";
+    once(chain).unwrap();
+    let ended = "{% set ns = namespace() %}{% for j in [1] %}{% set ns.l = loop %}{% endfor %}{{ ns.l.changed(ns.l) }}";
+    assert!(once(ended).unwrap_err().what.contains("has ended"));
+    assert_eq!(once("{% for j in [1, 1] %}{{ loop.changed(loop) }}{% endfor %}").unwrap(), "TrueFalse");
+}
+
+/// Whatever a program asks for over and over is paid for, in steps or in memory.
+#[test]
+fn what_is_looked_at_is_paid_for() {
+    let over =
+        |set: &str, body: &str| format!("{set}{{% for i in range(100000) %}}{{% set x = {body} %}}{{% endfor %}}");
+    let long = "{% set s = 'a' * 3000000 %}";
+    let doubled = "{% set ns = namespace(a=[], b=[], t=(1,), u=(1,)) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}\
+        {% set ns.b = [ns.b, ns.b] %}{% set ns.t = (ns.t, ns.t) %}{% set ns.u = (ns.u, ns.u) %}{% endfor %}";
+    let names = "{% set d = dict.fromkeys(range(90000) | map('string') | list, 1) %}";
+    let mut all = vec![over("{% set s = 'a' * 30000000 %}", "s | wordcount")];
+    for body in [
+        "s | wordcount",
+        "s | list",
+        "s.find('b')",
+        "s | lower",
+        "s | title",
+        "s | tojson",
+        "[s] | string",
+        "s | length",
+        "s ~ 'b' == s ~ 'b'",
+        "s[5]",
+        "s | int",
+        "s | trim",
+        "s.split('b')",
+        "s | indent",
+        "'b' in s",
+        "s is lower",
+        "s.isalpha()",
+        "s | escape",
+        "'%s' % s",
+        "'{}'.format(s)",
+        "{}[s]",
+    ] {
+        all.push(over(long, body));
+    }
+    for value in [
+        "ns.a == ns.b",
+        "{ns.t: 1}",
+        "ns.a in [ns.b]",
+        "[ns.a, ns.b] | sort",
+        "[ns.a, ns.b] | unique | list",
+        "{1: 2}.get(ns.t)",
+        "[ns.a].index(ns.b)",
+        "[ns.a, ns.b] | groupby(0)",
+        "ns.t < ns.u",
+    ] {
+        all.push(format!("{doubled}{{{{ {value} }}}}"));
+    }
+    for body in ["namespace(**d)", "range(1, **d)", "dict(**d)", "d.copy()", "d == d.copy()", "d | list", "d | tojson"]
+    {
+        all.push(over(names, body));
+    }
+    all.push(over(
+        "{% set t = ((range(100000) | map('string') | list) | join(' ')).split() %}",
+        "t | map('upper') | list",
+    ));
+    all.push(over("{% set ns = namespace(t=()) %}{% set t = ('bc',) * 100000 %}", "'a'.startswith(t)"));
+    all.push(
+        "{% set s = 'a' * 20000000 %}{% set ns = namespace(l=[]) %}{% for i in range(200) %}\
+        {% set ns.l = ns.l + [namespace(**{s: 1})] %}{% endfor %}"
+            .into(),
+    );
+    all.push("{{ ('\\n' * 30000000) | indent }}".into());
+    for source in all {
+        let start = std::time::Instant::now();
+        let told = once(&source).expect_err(&source).what;
+        let known = ["instructions", "bytes of memory", "takes no names"].iter().any(|w| told.contains(w));
+        assert!(known && start.elapsed().as_secs() < 20, "{source}: {told}, {:?}", start.elapsed());
+    }
+    // What is not there keeps the start of its name only.
+    let missing = "{% set s = 'a' * 50000000 %}{{ {}[s].x }}";
+    assert!(once(missing).unwrap_err().what.len() < 300);
+    // Names are found at once, however many there are.
+    let many: String = (0..60_000).map(|i| format!("{{% set a{i} = 1 %}}")).collect();
+    assert_eq!(once(&many).unwrap(), "");
+    let found =
+        format!("{names}{{% set ns = namespace(**d) %}}{{% for i in range(100000) %}}{{{{ ns.zz }}}}{{% endfor %}}");
+    assert_eq!(once(&found).unwrap(), "");
+}
+
+/// A template is bounded before it is a tree, and so is what it says of its end.
+#[test]
+fn large_templates_and_messages_are_cut() {
+    for list in ["a,".repeat(250_000), "a,".repeat(2_000_000)] {
+        let told = once(&format!("{{{{ 0 if false else [{list}] }}}}")).unwrap_err();
+        assert!(told.kind == FaultKind::Syntax && told.what.contains("too large"), "{}", told.what);
+    }
+    let large = ChatTemplate::from_config(&json!({"chat_template": "a".repeat(5 << 20)}));
+    assert!(matches!(large, Err(TemplateError::Syntax(t)) if t.contains("at the most")));
+    assert_eq!(once("{{ raise_exception('a' * 30000000) }}").unwrap_err().what.len(), 1000);
+    assert_eq!(once("{{ '--5' | int }} {{ '-5' | int }} {{ '+5' | int }} {{ '-+5' | int(7) }}").unwrap(), "0 -5 5 7");
+}
+
+/// Bytes in use, as the system counts them.
+#[cfg(target_os = "linux")]
+fn resident() -> usize {
+    let pages = std::fs::read_to_string("/proc/self/statm").unwrap();
+    pages.split(' ').nth(1).unwrap().parse::<usize>().unwrap() * 4096
+}
+
+#[cfg(target_os = "linux")]
+#[test]
+fn a_loop_that_compares_itself_is_let_go_of() {
+    let before = resident();
+    for _ in 0..20 {
+        once("{% for j in [1] %}{% if loop.changed(loop, 'a' * 30000000) %}x{% endif %}{% endfor %}").unwrap();
+    }
+    // Other tests run beside this one; what leaked were 600 MB.
+    assert!(resident() < before + (400 << 20));
+}
+
 #[test]
 fn templates_that_look_at_tools_are_known() {
     let takes = |source: &str| ChatTemplate::new(source).unwrap().takes_tools();

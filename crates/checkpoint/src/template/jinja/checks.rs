@@ -1,6 +1,8 @@
 //! What may stand behind `is`.
 
 use super::eval::{Given, Machine};
+use super::same::equal;
+use super::value::{MAX_TOLD, cut};
 use super::{Fault, Outcome, Row, Value, filters};
 
 const NAMES: [&str; 24] = [
@@ -63,7 +65,7 @@ impl Machine {
             let other = other.ok_or_else(|| Fault::error(format!("the test '{name}' takes a value")))?;
             return match name {
                 "sameas" => Ok(same(value, &other)),
-                _ => Ok(self.binary("%", value.defined()?, other.defined()?)? == Value::Int(0)),
+                _ => equal(&self.meter, &self.binary("%", value.defined()?, other.defined()?)?, &Value::Int(0)),
             };
         }
         let [] = given.take(name, [])?;
@@ -92,7 +94,7 @@ impl Machine {
             }
             "odd" | "even" => {
                 let rest = self.binary("%", value.defined()?, &Value::Int(2))?;
-                rest == Value::Int(i128::from(name == "odd"))
+                equal(&self.meter, &rest, &Value::Int(i128::from(name == "odd")))?
             }
             "lower" | "upper" => {
                 let text = self.text_of(value)?;
@@ -104,7 +106,7 @@ impl Machine {
                 let known = |n: &str| NAMES.contains(&n) || COMPARISONS.iter().any(|(name, _)| *name == n);
                 value.as_str().is_some_and(known)
             }
-            _ => return Err(Fault::error(format!("there is no test named '{name}'"))),
+            _ => return Err(Fault::error(format!("there is no test named '{}'", cut(name, MAX_TOLD)))),
         })
     }
 }
@@ -118,7 +120,7 @@ fn same(a: &Value, b: &Value) -> bool {
         (Value::Seq(a), Value::Seq(b)) => std::rc::Rc::ptr_eq(a, b),
         (Value::Dict(a), Value::Dict(b)) => std::rc::Rc::ptr_eq(a, b),
         (Value::None, Value::None) => true,
-        (Value::Namespace(_), Value::Namespace(_)) => a == b,
+        (Value::Namespace(a), Value::Namespace(b)) => std::rc::Rc::ptr_eq(a, b),
         _ => false,
     }
 }

@@ -1,6 +1,7 @@
 //! Runs the tree: statements into text, expressions into values.
 
 use std::cell::{Cell, RefCell};
+use std::collections::HashMap;
 use std::rc::Rc;
 use std::sync::Arc;
 use std::time::SystemTime;
@@ -15,7 +16,7 @@ const MAX_DEPTH: usize = 250;
 
 /// Names of one block, above those of the blocks around it.
 pub(super) struct Scope {
-    names: RefCell<Vec<(Arc<str>, Value)>>,
+    names: RefCell<HashMap<Arc<str>, Value>>,
     parent: Option<Rc<Scope>>,
 }
 
@@ -25,19 +26,12 @@ impl Scope {
     }
 
     pub fn set(&self, name: &Arc<str>, value: Value) {
-        put(&mut self.names.borrow_mut(), name, value);
+        self.names.borrow_mut().insert(name.clone(), value);
     }
 
     fn get(&self, name: &str) -> Option<Value> {
-        let own = self.names.borrow().iter().find(|(n, _)| &**n == name).map(|(_, v)| v.clone());
+        let own = self.names.borrow().get(name).cloned();
         own.or_else(|| self.parent.as_ref()?.get(name))
-    }
-}
-
-fn put(list: &mut Vec<(Arc<str>, Value)>, name: &Arc<str>, value: Value) {
-    match list.iter_mut().find(|(n, _)| n == name) {
-        Some(known) => known.1 = value,
-        None => list.push((name.clone(), value)),
     }
 }
 
@@ -48,6 +42,8 @@ pub(super) struct Loop {
     /// Loops of the same recursion around.
     pub level: usize,
     pub changed: RefCell<Option<Value>>,
+    /// Past its end a loop keeps nothing more: chains and rings of loops could grow, which drop by recursion or never.
+    pub ended: Cell<bool>,
     recursive: Option<(Arc<ForNode>, Rc<Scope>)>,
     _held: Held,
 }
@@ -119,8 +115,9 @@ impl Machine {
         if let Some((name, _)) = names.iter().find(|(n, _)| n.starts_with('_')) {
             return Err(Fault::error(format!("a namespace has no place for '{name}'")));
         }
-        let held = self.meter.hold(128 + names.len().saturating_mul(64))?;
-        let namespace = Rc::new(RefCell::new(names));
+        let letters: usize = names.iter().map(|(n, _)| n.len()).sum();
+        let held = self.meter.hold(128 + letters + names.len().saturating_mul(96))?;
+        let namespace = Rc::new(RefCell::new(names.into_iter().collect::<HashMap<_, _>>()));
         self.namespaces.borrow_mut().push((namespace.clone(), held));
         Ok(Value::Namespace(namespace))
     }
@@ -131,7 +128,7 @@ impl Machine {
         Ok(())
     }
 
-    fn deeper<T>(&self, run: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
+    pub(super) fn deeper<T>(&self, run: impl FnOnce() -> Outcome<T>) -> Outcome<T> {
         self.meter.steps(1)?;
         if self.depth.get() >= MAX_DEPTH {
             return Err(Fault::error(format!("it calls itself, or nests, more than {MAX_DEPTH} deep")));
@@ -222,7 +219,9 @@ impl Machine {
                 Some(Value::Namespace(_)) if name.starts_with('_') => {
                     return Err(Fault::error(format!("a namespace has no place for '{name}'")));
                 }
-                Some(Value::Namespace(n)) => put(&mut n.borrow_mut(), name, value),
+                Some(Value::Namespace(n)) => {
+                    n.borrow_mut().insert(name.clone(), value);
+                }
                 _ => return Err(Fault::error(format!("'{of}' is no namespace: its attributes cannot be set"))),
             },
             Target::Tuple(targets) => {
@@ -278,9 +277,17 @@ impl Machine {
             index: Cell::new(0),
             level,
             changed: RefCell::default(),
+            ended: Cell::new(false),
             recursive,
             _held: self.meter.hold(128)?,
         });
+        let done = self.turns(node, &state, scope, out);
+        state.ended.set(true);
+        state.changed.take();
+        done
+    }
+
+    fn turns(&self, node: &ForNode, state: &Rc<Loop>, scope: &Rc<Scope>, out: &mut Builder) -> Outcome<()> {
         for (i, item) in state.row.items.iter().enumerate() {
             self.meter.steps(1)?;
             state.index.set(i);
@@ -410,6 +417,9 @@ impl Machine {
             };
             for (name, value) in rest.entries() {
                 let name = name.as_str().ok_or_else(|| Fault::error("** takes a dict with texts as keys"))?;
+                // The names are copied; a call may then search all of them for each of its parameters.
+                drop(self.meter.hold(name.len())?);
+                self.meter.look(name.len())?;
                 given.named.push((name.into(), value.clone()));
             }
         }
@@ -418,6 +428,7 @@ impl Machine {
 
     /// Calls a value.
     pub fn call(&self, callee: &Value, given: Given) -> Outcome<Value> {
+        self.meter.steps(given.list.len() + given.named.len())?;
         match callee {
             Value::Function(name) => self.function(name, given),
             Value::Method(of, name) => self.method(of, name, given),
@@ -440,9 +451,11 @@ impl Machine {
         let (node, scope) = (&m.node, Scope::new(Some(&m.scope)));
         let mut list = given.list.into_iter();
         let mut named = given.named;
+        let given_names = named.len();
         let mut take = |name: &str| named.iter().position(|(n, _)| &**n == name).map(|i| named.remove(i).1);
         let caller = if node.caller { take("caller") } else { None };
         for (name, default) in &node.params {
+            self.meter.steps(1 + given_names)?;
             let value = match (list.next(), take(name)) {
                 (Some(_), Some(_)) => {
                     return Err(Fault::error(format!("macro '{}' got two values for '{name}'", node.name)));
@@ -479,10 +492,14 @@ impl Machine {
         match value {
             Value::Undefined(_) => Ok(Vec::new()),
             Value::Seq(s) => {
-                self.meter.look(s.items.len().saturating_mul(size_of::<Value>()))?;
+                // There has to be room for the copy.
+                drop(self.meter.hold(s.items.len().saturating_mul(size_of::<Value>()))?);
                 Ok(s.items.clone())
             }
-            Value::Dict(d) => Ok(d.entries().iter().map(|(k, _)| k.clone()).collect()),
+            Value::Dict(d) => {
+                drop(self.meter.hold(d.entries().len().saturating_mul(size_of::<Value>()))?);
+                Ok(d.entries().iter().map(|(k, _)| k.clone()).collect())
+            }
             Value::Str(s) => {
                 let mut bytes = [0; 4];
                 s.chars().map(|c| Value::str(&self.meter, c.encode_utf8(&mut bytes))).collect()

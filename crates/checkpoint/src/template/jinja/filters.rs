@@ -3,6 +3,7 @@
 use super::eval::{Given, Machine};
 use super::meter::Builder;
 use super::methods::{int_arg, size};
+use super::value::{MAX_TOLD, cut};
 use super::{Fault, Outcome, Row, Value, methods};
 
 pub(super) const NAMES: [&str; 45] = [
@@ -72,7 +73,10 @@ impl Machine {
             | "truncate" | "wordcount" | "format" => self.text_filter(name, &value, given),
             "length" | "count" => Ok(Value::int(match &value {
                 Value::Undefined(_) => 0,
-                Value::Str(s) => s.chars().count(),
+                Value::Str(s) => {
+                    self.meter.look(s.len())?;
+                    s.chars().count()
+                }
                 Value::Seq(s) if s.row != Row::Generator => s.items.len(),
                 Value::Dict(d) => d.entries().len(),
                 other => return Err(Fault::error(format!("{} has no length", other.kind()))),
@@ -86,6 +90,10 @@ impl Machine {
             "first" | "last" => {
                 let end = match &value {
                     Value::Seq(s) => if name == "first" { s.items.first() } else { s.items.last() }.cloned(),
+                    Value::Str(s) => {
+                        let letter = if name == "first" { s.chars().next() } else { s.chars().next_back() };
+                        letter.map(|c| self.str(c.encode_utf8(&mut [0; 4]))).transpose()?
+                    }
                     other => {
                         let items = self.items(other)?;
                         if name == "first" { items.into_iter().next() } else { items.into_iter().next_back() }
@@ -128,18 +136,19 @@ impl Machine {
                 let attribute = methods::text_arg(name, attribute)?;
                 match &value {
                     Value::Dict(_) if !methods::has(&value, &attribute) => {
-                        Ok(Value::undefined(format!("dict has no attribute '{}'", &*attribute)))
+                        Ok(Value::undefined(format!("dict has no attribute '{}'", cut(&attribute, MAX_TOLD))))
                     }
-                    _ => self.attribute(&value, &(&*attribute).into()),
+                    _ => self.attribute(&value, &attribute),
                 }
             }
             "abs" | "round" | "int" | "float" => self.number_filter(name, &value, given),
-            _ => Err(Fault::error(format!("there is no filter named '{name}'"))),
+            _ => Err(Fault::error(format!("there is no filter named '{}'", cut(name, MAX_TOLD)))),
         }
     }
 
     fn text_filter(&self, name: &str, value: &Value, given: Given) -> Outcome<Value> {
         let text = self.text_of(value)?;
+        self.meter.walk(text.len())?;
         match name {
             "lower" | "upper" | "capitalize" => self.text_method(&text, name, given),
             "trim" => self.text_method(&text, "strip", given),
@@ -248,6 +257,7 @@ impl Machine {
     }
 
     fn number_filter(&self, name: &str, value: &Value, given: Given) -> Outcome<Value> {
+        self.meter.walk(value.as_str().map_or(0, str::len))?;
         let read = |text: &str| text.trim().replace('_', "").parse::<f64>().ok();
         match name {
             "abs" => {
@@ -277,7 +287,12 @@ impl Machine {
                         2 => "0b",
                         _ => "",
                     };
-                    i128::from_str_radix(digits.strip_prefix(prefix).unwrap_or(digits), base).ok().map(|n| sign * n)
+                    let digits = digits.strip_prefix(prefix).unwrap_or(digits);
+                    // One sign, and none behind a prefix; the parser would take another.
+                    if digits.starts_with(['-', '+']) && (sign < 0 || !text.starts_with('+')) {
+                        return None;
+                    }
+                    i128::from_str_radix(digits, base).ok().map(|n| sign * n)
                 };
                 let n = match value {
                     Value::Str(s) => digits(s).or_else(|| whole(read(s)?)),
@@ -342,9 +357,10 @@ impl Machine {
             let name = name.ok_or_else(|| Fault::error("map takes a filter or an attribute"))?;
             given.list.remove(0);
             for item in items {
-                self.meter.steps(1)?;
+                // What is copied is paid for, and a filter that calls `map` again nests.
+                self.meter.steps(1 + given.list.len() + given.named.len())?;
                 let given = Given { list: given.list.clone(), named: given.named.clone() };
-                out.push(self.filter(&name, item, given)?);
+                out.push(self.deeper(|| self.filter(&name, item, given))?);
             }
         }
         self.row(Row::Generator, out)
@@ -366,7 +382,7 @@ impl Machine {
         let mut out = Vec::new();
         let items = if value.truth() { self.items(value)? } else { Vec::new() };
         for item in items {
-            self.meter.steps(1)?;
+            self.meter.steps(1 + given.list.len() + given.named.len())?;
             let found = self.reached(item.clone(), &attribute, &None)?;
             let holds = match &test {
                 None => found.truth(),

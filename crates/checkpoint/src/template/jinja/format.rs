@@ -210,8 +210,9 @@ fn grouped(digits: &str, group: Option<char>, step: usize) -> String {
 impl Machine {
     /// `format % values`.
     pub(super) fn percent(&self, format: &str, values: &Value) -> Outcome<Value> {
+        self.meter.look(format.len())?;
         let list = match values {
-            Value::Seq(s) if s.row == Row::Tuple => s.items.clone(),
+            Value::Seq(s) if s.row == Row::Tuple => self.items(values)?,
             other => vec![other.clone()],
         };
         let mut list = list.into_iter();
@@ -358,6 +359,7 @@ impl Machine {
                 open == 0
             });
             let Some(end) = end else { return bad("a format has a single '{'") };
+            self.meter.walk(end)?;
             let field = &rest[..end];
             rest = &rest[end + 1..];
             if depth > 1 {
@@ -413,6 +415,7 @@ impl Machine {
             };
             given.list.get(place).ok_or_else(|| Fault::error("a format has more places than values"))?.clone()
         } else {
+            self.meter.steps(given.named.len())?;
             let found = given.named.iter().find(|(n, _)| &**n == first);
             found.ok_or_else(|| Fault::error(format!("no value '{first}'")))?.1.clone()
         };
@@ -427,7 +430,7 @@ impl Machine {
                 rest = after;
             } else if let Some(inner) = rest.strip_prefix('.') {
                 let end = inner.find(['.', '[']).unwrap_or(inner.len());
-                value = self.attribute(&value, &inner[..end].into())?;
+                value = self.attribute(&value, &inner[..end])?;
                 rest = &inner[end..];
             } else {
                 return bad(format!("'{path}' is no field of a format"));

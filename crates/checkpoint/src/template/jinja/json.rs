@@ -82,7 +82,10 @@ impl Machine {
             Value::Bool(b) => out.push(if *b { "true" } else { "false" }),
             Value::Int(n) => out.push(&n.to_string()),
             Value::Float(x) => out.push(&float(*x)),
-            Value::Str(s) => quoted(s, layout.ascii, out),
+            Value::Str(s) => {
+                self.meter.walk(s.len())?;
+                quoted(s, layout.ascii, out)
+            }
             Value::Seq(s) if matches!(s.row, Row::List | Row::Tuple) => {
                 out.push("[")?;
                 for (i, item) in s.items.iter().enumerate() {
@@ -96,6 +99,7 @@ impl Machine {
                 out.push("]")
             }
             Value::Dict(d) => {
+                let _room = self.meter.hold(d.entries().len().saturating_mul(2 * size_of::<Value>()))?;
                 let mut entries = d.entries().to_vec();
                 if layout.sorted {
                     entries = self.sorted(entries, |(k, _)| k.clone(), false)?;
@@ -105,7 +109,10 @@ impl Machine {
                     out.push(if i > 0 { &layout.between } else { "" })?;
                     line(depth + 1, out)?;
                     match key {
-                        Value::Str(s) => quoted(s, layout.ascii, out)?,
+                        Value::Str(s) => {
+                            self.meter.walk(s.len())?;
+                            quoted(s, layout.ascii, out)?;
+                        }
                         Value::None => out.push("\"null\"")?,
                         Value::Bool(b) => out.push(if *b { "\"true\"" } else { "\"false\"" })?,
                         Value::Int(n) => out.push(&format!("\"{n}\""))?,

@@ -43,6 +43,9 @@ const OPERATORS: [&str; 27] = [
     ":", "|", ",", ";", "!",
 ];
 
+/// Tokens of a template: each takes more memory than it takes letters.
+const MAX_TOKENS: usize = 600_000;
+
 /// The tokens of a template, each with its line.
 pub(super) fn tokens(source: &str) -> Outcome<Vec<(u32, Token)>> {
     let mut source = source.replace("\r\n", "\n").replace('\r', "\n");
@@ -213,6 +216,9 @@ impl<'s> Lexer<'s> {
                     Token::Op(op)
                 }
             };
+            if self.out.len() >= MAX_TOKENS {
+                return self.fail(format!("the template is too large: it has more than {MAX_TOKENS} tokens"));
+            }
             self.out.push((line, token));
         }
     }

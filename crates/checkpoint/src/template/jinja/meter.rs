@@ -12,17 +12,22 @@ const FUEL: u64 = 10_000_000;
 const MEMORY: usize = 64 << 20;
 
 /// A step is paid for every so many bytes that are made or searched.
-const BYTES_A_STEP: usize = 256;
+const BYTES_A_STEP: usize = 64;
+
+/// What the making of anything costs beside its bytes, so that many small things cost, too.
+const BYTES_A_PIECE: usize = 16;
 
 /// The two budgets of one run.
 pub(super) struct Meter {
     fuel: Cell<u64>,
     held: Cell<usize>,
+    /// Bytes that no step was paid for yet.
+    rest: Cell<usize>,
 }
 
 impl Meter {
     pub fn new() -> Rc<Meter> {
-        Rc::new(Meter { fuel: Cell::new(FUEL), held: Cell::new(0) })
+        Rc::new(Meter { fuel: Cell::new(FUEL), held: Cell::new(0), rest: Cell::new(0) })
     }
 
     /// Pays for `steps`.
@@ -32,9 +37,21 @@ impl Meter {
         Ok(())
     }
 
-    /// Pays for looking at `bytes`.
+    /// Pays for looking at `bytes`, one step at least.
     pub fn look(&self, bytes: usize) -> Outcome<()> {
-        self.steps(bytes / BYTES_A_STEP)
+        self.steps(bytes / BYTES_A_STEP + 1)
+    }
+
+    /// Pays for going through a text letter by letter, which is slower than a search or a copy.
+    pub fn walk(&self, bytes: usize) -> Outcome<()> {
+        self.look(bytes.saturating_mul(4))
+    }
+
+    /// Pays for making a piece of `bytes`.
+    fn make(&self, bytes: usize) -> Outcome<()> {
+        let sum = self.rest.get().saturating_add(bytes).saturating_add(BYTES_A_PIECE);
+        self.rest.set(sum % BYTES_A_STEP);
+        self.steps(sum / BYTES_A_STEP)
     }
 
     /// Pays for `bytes` and holds them until the answer is dropped. Ask before allocating.
@@ -55,7 +72,7 @@ impl Held {
     pub fn grow(&mut self, bytes: usize) -> Outcome<()> {
         let sum = self.meter.held.get().checked_add(bytes).filter(|sum| *sum <= MEMORY);
         let sum = sum.ok_or_else(|| Fault::error(format!("it needs more than {MEMORY} bytes of memory")))?;
-        self.meter.look(bytes)?;
+        self.meter.make(bytes)?;
         self.meter.held.set(sum);
         self.bytes += bytes;
         Ok(())

@@ -3,6 +3,8 @@
 use std::sync::Arc;
 
 use super::eval::{Given, Machine};
+use super::same::equal;
+use super::value::{MAX_TOLD, cut};
 use super::{Fault, FaultKind, Outcome, Row, Str, Value, text};
 
 /// Values that `range` may give, as in the sandbox.
@@ -43,7 +45,7 @@ impl Machine {
     pub(super) fn global(name: &str) -> Value {
         match FUNCTIONS.into_iter().find(|f| *f == name) {
             Some(f) => Value::Function(f),
-            None => Value::undefined(format!("'{name}' is undefined")),
+            None => Value::undefined(format!("'{}' is undefined", cut(name, MAX_TOLD))),
         }
     }
 
@@ -54,13 +56,15 @@ impl Machine {
             "namespace" => {
                 let Value::Dict(names) = self.dict(given)? else { return self.namespace(Vec::new()) };
                 let name = |v: &Value| v.as_str().map(Arc::from);
+                let letters = names.entries().iter().map(|(k, _)| k.as_str().map_or(0, str::len)).sum();
+                drop(self.meter.hold(letters)?);
                 let names = names.entries().iter().filter_map(|(k, v)| Some((name(k)?, v.clone())));
                 self.namespace(names.collect())
             }
             "raise_exception" => {
                 let [message] = given.take(name, ["message"])?;
-                let what = self.text_of(&message.unwrap_or(Value::None))?.to_string();
-                Err(Fault { kind: FaultKind::Raised, line: None, what })
+                let what = self.text_of(&message.unwrap_or(Value::None))?;
+                Err(Fault::of(FaultKind::Raised, &what))
             }
             _ => {
                 let [format] = given.take(name, ["format"])?;
@@ -72,6 +76,9 @@ impl Machine {
 
     fn range(&self, given: Given) -> Outcome<Value> {
         let mut bounds = [0, 0, 1];
+        if !given.named.is_empty() {
+            return Err(Fault::error("range() takes no names"));
+        }
         let numbers = given.list.iter().map(Value::as_int).collect::<Option<Vec<_>>>();
         match numbers.as_deref() {
             Some([stop]) => bounds[1] = *stop,
@@ -121,7 +128,7 @@ impl Machine {
                 let key = key.ok_or_else(|| Fault::error("get() takes a key"))?;
                 Ok(d.get(&key, &self.meter)?.cloned().or(default).unwrap_or(Value::None))
             }
-            (Value::Dict(d), "copy") => Value::dict(&self.meter, d.entries().to_vec()),
+            (Value::Dict(d), "copy") => self.items(of).and_then(|_| Value::dict(&self.meter, d.entries().to_vec())),
             (Value::Dict(d), _) => {
                 let [] = given.take(name, [])?;
                 let entries = d.entries().iter();
@@ -141,7 +148,7 @@ impl Machine {
                 let mut places = Vec::new();
                 for (i, item) in s.items.iter().enumerate() {
                     self.meter.steps(1)?;
-                    if super::ops::equal(self, item, &value)? {
+                    if equal(&self.meter, item, &value)? {
                         places.push(i);
                     }
                 }
@@ -155,10 +162,14 @@ impl Machine {
                 let chosen = given.list.get(l.index.get() % given.list.len().max(1)).cloned();
                 chosen.ok_or_else(|| Fault::error("cycle() takes values"))
             }
+            (Value::Loop(l), _) if l.ended.get() => Err(Fault::error(format!("{name}() of a loop that has ended"))),
             (Value::Loop(l), _) => {
                 let now = Value::tuple(&self.meter, given.list)?;
                 let before = l.changed.replace(Some(now.clone()));
-                Ok(Value::Bool(before.is_none_or(|b| b != now)))
+                Ok(Value::Bool(match before {
+                    Some(before) => !equal(&self.meter, &before, &now)?,
+                    None => true,
+                }))
             }
             _ => {
                 let [keys, value] = given.take(name, ["keys", "value"])?;

@@ -19,6 +19,7 @@ mod ops;
 mod parse;
 mod parse_expr;
 mod print;
+mod same;
 mod sorting;
 mod text;
 mod time;
@@ -28,7 +29,10 @@ mod value;
 use std::time::SystemTime;
 
 use meter::{Builder, Meter};
-use value::{Row, Str, Value};
+use value::{Row, Str, Value, cut};
+
+/// Bytes of a message.
+const MAX_MESSAGE: usize = 1000;
 
 /// Why a program ended early.
 #[derive(Debug)]
@@ -53,12 +57,17 @@ pub(super) enum FaultKind {
 pub(super) type Outcome<T> = Result<T, Fault>;
 
 impl Fault {
+    /// A message may quote what a program made, which has any length.
+    fn of(kind: FaultKind, what: &str) -> Fault {
+        Fault { kind, line: None, what: cut(what, MAX_MESSAGE).to_owned() }
+    }
+
     fn error(what: impl Into<String>) -> Fault {
-        Fault { kind: FaultKind::Error, line: None, what: what.into() }
+        Fault::of(FaultKind::Error, &what.into())
     }
 
     fn syntax(what: impl Into<String>) -> Fault {
-        Fault { kind: FaultKind::Syntax, line: None, what: what.into() }
+        Fault::of(FaultKind::Syntax, &what.into())
     }
 
     /// At `line`, unless a line nearer to it is known.

@@ -4,6 +4,8 @@ use std::cmp::Ordering;
 
 use super::eval::Machine;
 use super::meter::Builder;
+use super::same::equal;
+use super::value::{MAX_TOLD, cut};
 use super::{Fault, Outcome, Row, Value, methods};
 
 fn unsupported<T>(op: &str, a: &Value, b: &Value) -> Outcome<T> {
@@ -53,7 +55,7 @@ pub(super) fn order(machine: &Machine, a: &Value, b: &Value) -> Outcome<Option<O
         }
         (Value::Seq(a), Value::Seq(b)) if a.row == b.row && matches!(a.row, Row::List | Row::Tuple) => {
             for (x, y) in a.items.iter().zip(&b.items) {
-                if !equal(machine, x, y)? {
+                if !equal(&machine.meter, x, y)? {
                     return order(machine, x, y);
                 }
             }
@@ -61,17 +63,6 @@ pub(super) fn order(machine: &Machine, a: &Value, b: &Value) -> Outcome<Option<O
         }
         _ => Ok(None),
     }
-}
-
-/// `==`, paid for by the size of what is compared.
-pub(super) fn equal(machine: &Machine, a: &Value, b: &Value) -> Outcome<bool> {
-    match (a, b) {
-        (Value::Str(a), Value::Str(b)) => machine.meter.look(a.len().min(b.len()))?,
-        (Value::Seq(a), Value::Seq(b)) => machine.meter.steps(a.items.len().min(b.items.len()))?,
-        (Value::Dict(a), Value::Dict(b)) => machine.meter.steps(a.entries().len().min(b.entries().len()))?,
-        _ => {}
-    }
-    Ok(a == b)
 }
 
 impl Machine {
@@ -148,8 +139,8 @@ impl Machine {
 
     pub(super) fn compare(&self, op: &str, a: &Value, b: &Value) -> Outcome<bool> {
         match op {
-            "==" => return equal(self, a, b),
-            "!=" => return Ok(!equal(self, a, b)?),
+            "==" => return equal(&self.meter, a, b),
+            "!=" => return Ok(!equal(&self.meter, a, b)?),
             "in" => return self.contains(b, a),
             "not in" => return Ok(!self.contains(b, a)?),
             _ => {}
@@ -175,7 +166,7 @@ impl Machine {
             (Value::Seq(s), value) => {
                 for item in &s.items {
                     self.meter.steps(1)?;
-                    if equal(self, item, value)? {
+                    if equal(&self.meter, item, value)? {
                         return Ok(true);
                     }
                 }
@@ -188,19 +179,21 @@ impl Machine {
     }
 
     /// `value.name`: what Python has under the name, and else the item.
-    pub(super) fn attribute(&self, value: &Value, name: &std::sync::Arc<str>) -> Outcome<Value> {
+    pub(super) fn attribute(&self, value: &Value, name: &str) -> Outcome<Value> {
         value.defined()?;
-        let missing = || Value::undefined(format!("{} has no attribute '{name}'", value.kind()));
+        self.meter.look(name.len())?;
+        let told = cut(name, MAX_TOLD);
+        let missing = || Value::undefined(format!("{} has no attribute '{told}'", value.kind()));
         if methods::unsafe_name(value, name) {
-            return Ok(Value::undefined(format!("{name} of {} is not for templates", value.kind())));
+            return Ok(Value::undefined(format!("{told} of {} is not for templates", value.kind())));
         }
         if methods::has(value, name) {
-            return Ok(Value::Method(value.clone().into(), name.clone()));
+            return Ok(Value::Method(value.clone().into(), name.into()));
         }
         Ok(match value {
             Value::Dict(d) => d.get_str(name).cloned().unwrap_or_else(missing),
             Value::Namespace(n) => {
-                let found = n.borrow().iter().find(|(n, _)| n == name).map(|(_, v)| v.clone());
+                let found = n.borrow().get(name).cloned();
                 found.unwrap_or_else(missing)
             }
             Value::Loop(l) => {
@@ -209,7 +202,7 @@ impl Machine {
                     let item = i.and_then(|i| l.row.items.get(i)).cloned();
                     item.unwrap_or_else(|| Value::undefined(format!("there is no {what} item")))
                 };
-                match &**name {
+                match name {
                     "index" => Value::int(i + 1),
                     "index0" => Value::int(i),
                     "revindex" => Value::int(len - i),
@@ -224,7 +217,7 @@ impl Machine {
                     _ => missing(),
                 }
             }
-            Value::Macro(m) if &**name == "name" => Value::str(&self.meter, &m.node.name)?,
+            Value::Macro(m) if name == "name" => Value::str(&self.meter, &m.node.name)?,
             _ => missing(),
         })
     }
@@ -232,7 +225,7 @@ impl Machine {
     /// `value[index]`: the item, and else, for a text, the attribute.
     pub(super) fn item(&self, value: &Value, index: &Value) -> Outcome<Value> {
         let missing = || match index.as_str() {
-            Some(name) => self.attribute(value, &name.into()),
+            Some(name) => self.attribute(value, name),
             None => Ok(Value::undefined(format!("{} has no such item", value.kind()))),
         };
         let place = |len: usize| {

@@ -1,5 +1,6 @@
 //! Tokens into a tree, by Jinja's grammar: statements.
 
+use std::cell::Cell;
 use std::sync::Arc;
 
 use super::lex::{Token, tokens};
@@ -9,10 +10,13 @@ use super::{Fault, Outcome};
 /// Expressions and blocks within each other.
 pub(super) const MAX_DEPTH: usize = 100;
 
+/// Statements and expressions of a template: each takes a hundred bytes and more.
+const MAX_NODES: usize = 200_000;
+
 /// The tree of a template.
 pub(super) fn parse(source: &str) -> Outcome<Vec<Stmt>> {
     let tokens = tokens(source)?;
-    let mut p = Parser { tokens, at: 0, nesting: 0, loops: 0, asked: Vec::new() };
+    let mut p = Parser { tokens, at: 0, nesting: 0, nodes: Cell::new(0), loops: 0, asked: Vec::new() };
     p.statements(&[])
 }
 
@@ -20,6 +24,7 @@ pub(super) struct Parser {
     pub tokens: Vec<(u32, Token)>,
     pub at: usize,
     nesting: usize,
+    nodes: Cell<usize>,
     /// Loops around, within the same macro.
     loops: usize,
     /// Names used so far, for what a macro asks for.
@@ -46,6 +51,15 @@ impl Parser {
 
     pub fn fail<T>(&self, what: impl Into<String>) -> Outcome<T> {
         Err(Fault::syntax(what).at(self.line()))
+    }
+
+    /// Counts a statement or an expression.
+    pub fn count(&self) -> Outcome<()> {
+        self.nodes.set(self.nodes.get() + 1);
+        if self.nodes.get() > MAX_NODES {
+            return self.fail(format!("the template is too large: it has more than {MAX_NODES} parts"));
+        }
+        Ok(())
     }
 
     pub fn is_op(&self, op: &str) -> bool {
@@ -113,6 +127,7 @@ impl Parser {
         let mut out = Vec::new();
         loop {
             let line = self.line();
+            self.count()?;
             match self.now().clone() {
                 Token::Text(text) => {
                     self.step();

@@ -8,6 +8,7 @@ use super::{Fault, Outcome};
 impl Parser {
     /// An expression over those below it. Trees are walked and dropped by recursion, so that their depth has a bound.
     pub fn node(&self, line: u32, kind: Kind) -> Outcome<Expr> {
+        self.count()?;
         let many = |list: &[Expr]| list.iter().map(|e| e.depth).max().unwrap_or(0);
         let args = |a: &Args| {
             let named = a.named.iter().map(|(_, e)| e.depth).max().unwrap_or(0);

@@ -23,7 +23,10 @@ impl Machine {
             Value::Bool(b) => out.push(if *b { "True" } else { "False" }),
             Value::Int(n) => out.push(&n.to_string()),
             Value::Float(x) => out.push(&float(*x)),
-            Value::Str(s) => quoted(s, out),
+            Value::Str(s) => {
+                self.meter.walk(s.len())?;
+                quoted(s, out)
+            }
             Value::Seq(s) => {
                 let (open, close) = match s.row {
                     Row::List => ("[", "]"),

@@ -2,7 +2,8 @@
 
 use super::eval::{Given, Machine};
 use super::filters::truth;
-use super::ops::{equal, order};
+use super::ops::order;
+use super::same::equal;
 use super::{Fault, Outcome, Row, Value};
 
 impl Machine {
@@ -42,6 +43,7 @@ impl Machine {
                 None | Some("key") => false,
                 Some(_) => return Err(Fault::error("dictsort sorts by key or by value")),
             };
+            let _room = self.meter.hold(d.entries().len().saturating_mul(4 * size_of::<Value>()))?;
             let mut keyed = Vec::new();
             for (k, v) in d.entries() {
                 let key = self.folded(if by_value { v } else { k }.clone(), truth(&sensitive))?;
@@ -78,7 +80,7 @@ impl Machine {
                 let mut known = false;
                 for (other, _) in &kept {
                     self.meter.steps(1)?;
-                    known = known || equal(self, other, &key)?;
+                    known = known || equal(&self.meter, other, &key)?;
                 }
                 if !known {
                     kept.push((key, item));
@@ -93,7 +95,7 @@ impl Machine {
                 let mut groups: Vec<(Value, Value, Vec<Value>)> = Vec::new();
                 for (folded, key, item) in sorted {
                     match groups.last_mut() {
-                        Some((last, _, group)) if equal(self, last, &folded)? => group.push(item),
+                        Some((last, _, group)) if equal(&self.meter, last, &folded)? => group.push(item),
                         _ => groups.push((folded, key, vec![item])),
                     }
                 }

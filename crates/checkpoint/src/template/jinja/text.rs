@@ -57,7 +57,7 @@ fn blank(c: char) -> bool {
     c.is_whitespace() || ('\u{1c}'..='\u{1f}').contains(&c)
 }
 
-fn line_end(c: char) -> bool {
+pub(super) fn line_end(c: char) -> bool {
     matches!(c, '\n' | '\r' | '\u{b}' | '\u{c}' | '\u{1c}'..='\u{1e}' | '\u{85}' | '\u{2028}' | '\u{2029}')
 }
 
@@ -159,7 +159,11 @@ impl Machine {
     }
 
     pub(super) fn text_method(&self, s: &Str, name: &str, given: Given) -> Outcome<Value> {
-        self.meter.look(s.len())?;
+        // Starts and ends are looked at alone; everything else goes through the letters.
+        match name {
+            "startswith" | "endswith" | "removeprefix" | "removesuffix" => self.meter.look(s.len())?,
+            _ => self.meter.walk(s.len())?,
+        }
         match name {
             "find" | "rfind" | "index" | "rindex" | "count" | "startswith" | "endswith" => self.search(s, name, given),
             "split" | "rsplit" => {
@@ -335,7 +339,9 @@ impl Machine {
                 Some(Value::Seq(list)) if list.row == super::Row::Tuple => {
                     let mut any = false;
                     for item in &list.items {
-                        any |= one(&text_arg(name, Some(item.clone()))?);
+                        let item = text_arg(name, Some(item.clone()))?;
+                        self.meter.look(item.len().min(within.len()))?;
+                        any |= one(&item);
                     }
                     Ok(Value::Bool(any))
                 }

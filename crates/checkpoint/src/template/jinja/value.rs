@@ -8,6 +8,7 @@ use std::sync::Arc;
 
 use super::eval::{Loop, Scope};
 use super::meter::{Held, Meter};
+use super::same::equal;
 use super::tree::MacroNode;
 use super::{Fault, Outcome};
 
@@ -63,7 +64,8 @@ impl Seq {
     pub fn new(meter: &Rc<Meter>, row: Row, items: Vec<Value>) -> Outcome<Seq> {
         let depth = 1 + items.iter().map(Value::depth).max().unwrap_or(0);
         check_depth(depth)?;
-        let held = meter.hold(64 + items.len().saturating_mul(size_of::<Value>()))?;
+        let told: usize = items.iter().map(Value::told).sum();
+        let held = meter.hold(64 + told + items.len().saturating_mul(size_of::<Value>()))?;
         Ok(Seq { row, items, depth, _held: held })
     }
 }
@@ -95,12 +97,22 @@ impl Dict {
     /// The value of a key; a list or a dict is none.
     pub fn get(&self, key: &Value, meter: &Meter) -> Outcome<Option<&Value>> {
         if let Value::Str(s) = key {
+            meter.look(s.len().saturating_mul(FEW))?;
             return Ok(self.get_str(s));
         }
-        key.hashable()?;
-        meter.steps(self.entries.len())?;
-        Ok(self.entries.iter().find(|(k, _)| k == key).map(|e| &e.1))
+        key.hashable(meter)?;
+        Ok(place(&self.entries, key, meter)?.map(|i| &self.entries[i].1))
     }
+}
+
+/// Where a key is, searched one by one.
+fn place(entries: &[(Value, Value)], key: &Value, meter: &Meter) -> Outcome<Option<usize>> {
+    for (i, (known, _)) in entries.iter().enumerate() {
+        if equal(meter, known, key)? {
+            return Ok(Some(i));
+        }
+    }
+    Ok(None)
 }
 
 pub(super) struct MacroValue {
@@ -108,7 +120,7 @@ pub(super) struct MacroValue {
     pub scope: Rc<Scope>,
 }
 
-pub(super) type Namespace = RefCell<Vec<(Arc<str>, Value)>>;
+pub(super) type Namespace = RefCell<HashMap<Arc<str>, Value>>;
 
 /// A value.
 #[derive(Clone)]
@@ -132,8 +144,16 @@ pub(super) enum Value {
 }
 
 impl Value {
-    pub fn undefined(what: impl Into<Rc<str>>) -> Value {
-        Value::Undefined(what.into())
+    pub fn undefined(what: impl AsRef<str>) -> Value {
+        Value::Undefined(cut(what.as_ref(), MAX_TOLD).into())
+    }
+
+    /// Bytes of what is said of something missing: a list of many such holds them.
+    fn told(&self) -> usize {
+        match self {
+            Value::Undefined(what) => what.len(),
+            _ => 0,
+        }
     }
 
     pub fn str(meter: &Rc<Meter>, text: &str) -> Outcome<Value> {
@@ -155,19 +175,20 @@ impl Value {
     /// A dict of the pairs; a later value of the same key takes the earlier one's place.
     pub fn dict(meter: &Rc<Meter>, pairs: Vec<(Value, Value)>) -> Outcome<Value> {
         let depth = 1 + pairs.iter().map(|(k, v)| k.depth().max(v.depth())).max().unwrap_or(0);
-        let mut bytes = 64 + pairs.len().saturating_mul(3 * size_of::<Value>());
+        let told: usize = pairs.iter().map(|(_, v)| v.told()).sum();
+        let mut bytes = 64 + told + pairs.len().saturating_mul(3 * size_of::<Value>());
         check_depth(depth)?;
         let many = pairs.len() > FEW;
         let mut entries: Vec<(Value, Value)> = Vec::with_capacity(pairs.len());
         let mut places = HashMap::new();
         for (key, value) in pairs {
-            key.hashable()?;
+            key.hashable(meter)?;
             let known = match &key {
-                Value::Str(s) if many => places.get(&**s).copied(),
-                key => {
-                    meter.steps(entries.len())?;
-                    entries.iter().position(|(k, _)| k == key)
+                Value::Str(s) if many => {
+                    meter.look(s.len())?;
+                    places.get(&**s).copied()
                 }
+                key => place(&entries, key, meter)?,
             };
             match (known, &key) {
                 (Some(i), _) => entries[i].1 = value,
@@ -200,10 +221,11 @@ impl Value {
         }
     }
 
-    fn hashable(&self) -> Outcome<()> {
+    fn hashable(&self, meter: &Meter) -> Outcome<()> {
+        meter.steps(1)?;
         match self {
             Value::Dict(_) => Err(Fault::error("a dict cannot be a key")),
-            Value::Seq(s) if s.row == Row::Tuple => s.items.iter().try_for_each(Value::hashable),
+            Value::Seq(s) if s.row == Row::Tuple => s.items.iter().try_for_each(|v| v.hashable(meter)),
             Value::Seq(s) if s.row == Row::List => Err(Fault::error("a list cannot be a key")),
             _ => Ok(()),
         }
@@ -282,45 +304,17 @@ impl Value {
     }
 }
 
+/// Bytes of a name, or of what is said of something missing, that are kept.
+pub(super) const MAX_TOLD: usize = 200;
+
+/// The start of a text, in whole letters: what a program makes up may be of any length.
+pub(super) fn cut(text: &str, most: usize) -> &str {
+    if text.len() <= most { text } else { &text[..text.floor_char_boundary(most)] }
+}
+
 fn check_depth(depth: usize) -> Outcome<()> {
     if depth > MAX_DEPTH {
         return Err(Fault::error(format!("it nests values more than {MAX_DEPTH} deep")));
     }
     Ok(())
-}
-
-impl PartialEq for Value {
-    fn eq(&self, other: &Value) -> bool {
-        match (self, other) {
-            (Value::Undefined(_), Value::Undefined(_)) | (Value::None, Value::None) => true,
-            (Value::Str(a), Value::Str(b)) => **a == **b,
-            (Value::Seq(a), Value::Seq(b)) => {
-                let plain = |r: Row| match r {
-                    Row::Keys | Row::Items => Row::Keys,
-                    Row::Range(..) => Row::Range(0, 0, 0),
-                    other => other,
-                };
-                Rc::ptr_eq(a, b)
-                    || (plain(a.row) == plain(b.row)
-                        && !matches!(a.row, Row::Generator | Row::Values)
-                        && a.items == b.items)
-            }
-            (Value::Dict(a), Value::Dict(b)) => {
-                Rc::ptr_eq(a, b)
-                    || (a.entries.len() == b.entries.len()
-                        && a.entries.iter().all(|(k, v)| match k {
-                            Value::Str(k) => b.get_str(k).is_some_and(|w| v == w),
-                            k => b.entries.iter().any(|(l, w)| k == l && v == w),
-                        }))
-            }
-            (Value::Namespace(a), Value::Namespace(b)) => Rc::ptr_eq(a, b),
-            (Value::Macro(a), Value::Macro(b)) => Rc::ptr_eq(a, b),
-            (Value::Loop(a), Value::Loop(b)) => Rc::ptr_eq(a, b),
-            (Value::Function(a), Value::Function(b)) => a == b,
-            (a, b) => match (a.as_int(), b.as_int()) {
-                (Some(a), Some(b)) => a == b,
-                _ => matches!((a.as_float(), b.as_float()), (Some(a), Some(b)) if a == b),
-            },
-        }
-    }
 }
