@@ -147,7 +147,8 @@ fn what_is_looked_at_is_paid_for() {
     let over =
         |set: &str, body: &str| format!("{set}{{% for i in range(100000) %}}{{% set x = {body} %}}{{% endfor %}}");
     let long = "{% set s = 'a' * 3000000 %}";
-    let doubled = "{% set ns = namespace(a=[], b=[], t=(1,), u=(1,)) %}{% for i in range(60) %}{% set ns.a = [ns.a, ns.a] %}\
+    let doubled = "{% set ns = namespace(a=[], b=[], t=(1,), u=(1,)) %}{% for i in range(60) %}\
+        {% set ns.a = [ns.a, ns.a] %}\
         {% set ns.b = [ns.b, ns.b] %}{% set ns.t = (ns.t, ns.t) %}{% set ns.u = (ns.u, ns.u) %}{% endfor %}";
     let names = "{% set d = dict.fromkeys(range(90000) | map('string') | list, 1) %}";
     let mut all = vec![over("{% set s = 'a' * 30000000 %}", "s | wordcount")];

@@ -1,4 +1,4 @@
-//! `==` of values, paid for by what is compared: values that share their parts may stand for more than could ever be walked.
+//! `==` of values, paid for by what is compared: values that share their parts may stand for more than can be walked.
 
 use std::rc::Rc;
 
