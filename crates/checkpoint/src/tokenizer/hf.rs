@@ -36,14 +36,19 @@ pub struct HfFiles {
 impl HfFiles {
     /// Reads those that exist in `dir`.
     pub fn read(dir: &Path) -> Result<HfFiles, TokenizerError> {
-        let get = |name: &str| match std::fs::read(dir.join(name)) {
-            Ok(bytes) => Ok(Some(bytes)),
+        let up_to = |name: &str, most| match json::read_up_to(&dir.join(name), most) {
+            Ok(Ok(bytes)) => Ok(Some(bytes)),
+            Ok(Err(length)) => {
+                Err(TokenizerError::Broken(format!("{}: {}", dir.join(name).display(), json::too_long(length, most))))
+            }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(TokenizerError::Read { path: dir.join(name).display().to_string(), source }),
         };
+        let list = |name: &str| up_to(name, json::MAX_LIST);
+        let get = |name: &str| up_to(name, json::MAX_SETTINGS);
         Ok(HfFiles {
-            tokenizer: get("tokenizer.json")?,
-            vocab_and_merges: get("vocab.json")?.zip(get("merges.txt")?),
+            tokenizer: list("tokenizer.json")?,
+            vocab_and_merges: list("vocab.json")?.zip(list("merges.txt")?),
             added_tokens: get("added_tokens.json")?,
             tokenizer_config: get("tokenizer_config.json")?,
             special_tokens_map: get("special_tokens_map.json")?,
@@ -140,7 +145,9 @@ impl Tokenizer {
 /// A JSON object, or null where the file is missing.
 fn object(bytes: &Option<Vec<u8>>, name: &str) -> Result<Value, TokenizerError> {
     let Some(bytes) = bytes else { return Ok(Value::Null) };
-    json::parse(bytes).map_err(|e| TokenizerError::Broken(format!("{name}: {e}")))
+    json::few_objects(bytes)
+        .and_then(|()| json::parse(bytes))
+        .map_err(|e| TokenizerError::Broken(format!("{name}: {e}")))
 }
 
 /// A token given as a string or as an object with its settings.
