@@ -99,6 +99,7 @@ impl Tokenizer {
             (Some(bytes), _) => {
                 let mut encoder = guarded(|| tokenizers::Tokenizer::from_bytes(json::without_mark(bytes)))
                     .map_err(|e| TokenizerError::Broken(format!("tokenizer.json: {}", json::explain(bytes, e))))?;
+                super::bounds::check_growth(&encoder)?;
                 // Some files carry the settings of somebody's training run, which would cut or fill our texts.
                 encoder.with_padding(None);
                 encoder.with_truncation(None).map_err(|e| TokenizerError::Broken(e.to_string()))?;
