@@ -13,20 +13,65 @@ use serde_json::Value;
 use crate::OpenError;
 use crate::content::{self, Content};
 
-/// Largest file read.
-const MAX_BYTES: u64 = 100_000_000;
+/// Largest list of tensors or tokens read, bytes.
+pub(crate) const MAX_LIST: u64 = 100_000_000;
 
-/// The bytes of a file of JSON.
+/// Largest file of settings read, bytes. Those of a packed model name each matrix of each expert.
+pub(crate) const MAX_SETTINGS: u64 = 32_000_000;
+
+/// Most objects in settings: each takes some 700 bytes of memory where the file may have three for it. Braces in texts
+/// (templates) count as well, which is quicker and far from the bound.
+const MAX_OBJECTS: usize = 250_000;
+
+/// Most values in lists and objects of settings, which take up to 128 bytes each; told by commas and brackets.
+const MAX_VALUES: usize = 2_000_000;
+
+/// Most numbers that are not finite: each becomes an object.
+const MAX_SPECIAL: usize = 10_000;
+
+/// The bytes of a file of settings.
 pub(crate) fn bytes(path: &Path) -> Result<Vec<u8>, OpenError> {
-    let io = |source| OpenError::Io { file: path.display().to_string(), source };
-    let length = std::fs::metadata(path).map_err(io)?.len();
-    if length > MAX_BYTES {
-        return Err(OpenError::bad(path, format!("{length} bytes of JSON; at most {MAX_BYTES} are read")));
-    }
-    std::fs::read(path).map_err(io)
+    let bytes = bytes_up_to(path, MAX_SETTINGS)?;
+    few_objects(&bytes).map_err(|e| OpenError::bad(path, e))?;
+    Ok(bytes)
 }
 
-/// The value in a file.
+/// The bytes of a file that lists tensors.
+pub(crate) fn list_bytes(path: &Path) -> Result<Vec<u8>, OpenError> {
+    bytes_up_to(path, MAX_LIST)
+}
+
+fn bytes_up_to(path: &Path, most: u64) -> Result<Vec<u8>, OpenError> {
+    let io = |source| OpenError::Io { file: path.display().to_string(), source };
+    let bytes = read_up_to(path, most).map_err(io)?;
+    bytes.map_err(|length| OpenError::bad(path, too_long(length, most)))
+}
+
+/// The bytes of a file, or its length where that is more than `most`.
+pub(crate) fn read_up_to(path: &Path, most: u64) -> std::io::Result<Result<Vec<u8>, u64>> {
+    let length = std::fs::metadata(path)?.len();
+    if length > most { Ok(Err(length)) } else { std::fs::read(path).map(Ok) }
+}
+
+/// What is said of a file that is longer than it may be.
+pub(crate) fn too_long(length: u64, most: u64) -> String {
+    format!("{length} bytes; at most {most} are read of such a file")
+}
+
+/// Refuses settings that would take memory far beyond the file's length.
+pub(crate) fn few_objects(json: &[u8]) -> Result<(), String> {
+    let braces = json.iter().filter(|b| **b == b'{').count();
+    if braces > MAX_OBJECTS {
+        return Err(format!("{braces} opening braces; at most {MAX_OBJECTS} are read in a file of settings"));
+    }
+    let values = json.iter().filter(|b| matches!(b, b',' | b'[')).count();
+    if values > MAX_VALUES {
+        return Err(format!("{values} commas and brackets; at most {MAX_VALUES} are read in a file of settings"));
+    }
+    Ok(())
+}
+
+/// The value in a file of settings.
 pub(crate) fn read(path: &Path) -> Result<Value, OpenError> {
     parse(&bytes(path)?).map_err(|e| OpenError::bad(path, e))
 }
@@ -38,7 +83,7 @@ pub fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, String> {
         Ok(value) => return Ok(value),
         Err(e) => e,
     };
-    match strict(json) {
+    match strict(json)? {
         Cow::Owned(text) => serde_json::from_slice(&text).map_err(|e| e.to_string()),
         Cow::Borrowed(_) => Err(explain(json, first)),
     }
@@ -63,8 +108,8 @@ pub(crate) fn not_finite(v: &Value) -> Option<&str> {
 
 /// The text with an object in the place of every number that strict JSON does not know; borrowed where there is none. What is no JSON in any other way
 /// stays so.
-pub(crate) fn strict(text: &[u8]) -> Cow<'_, [u8]> {
-    let (mut out, mut copied, mut at) = (Vec::new(), 0, 0);
+pub(crate) fn strict(text: &[u8]) -> Result<Cow<'_, [u8]>, String> {
+    let (mut out, mut copied, mut at, mut found) = (Vec::new(), 0, 0, 0);
     while at < text.len() {
         let begin = at;
         match text[at] {
@@ -79,6 +124,10 @@ pub(crate) fn strict(text: &[u8]) -> Cow<'_, [u8]> {
                 let word = |c: &u8| c.is_ascii_alphanumeric() || matches!(c, b'+' | b'-' | b'.');
                 at += text[at..].iter().take_while(|c| word(c)).count();
                 if let Some(name) = special(&text[begin..at]) {
+                    found += 1;
+                    if found > MAX_SPECIAL {
+                        return Err(format!("more than {MAX_SPECIAL} numbers that are not finite (NaN, Infinity)"));
+                    }
                     out.extend_from_slice(&text[copied..begin]);
                     out.extend_from_slice(format!(r#"{{"__float__":"{name}"}}"#).as_bytes());
                     copied = at;
@@ -88,10 +137,10 @@ pub(crate) fn strict(text: &[u8]) -> Cow<'_, [u8]> {
         }
     }
     if copied == 0 {
-        return Cow::Borrowed(text);
+        return Ok(Cow::Borrowed(text));
     }
     out.extend_from_slice(&text[copied..]);
-    Cow::Owned(out)
+    Ok(Cow::Owned(out))
 }
 
 /// Python's name of the number that a word stands for, where that is none of strict JSON's.
@@ -158,6 +207,32 @@ mod tests {
         }
     }
 
+    /// Each of these would take hundreds of times its length in memory.
+    #[test]
+    fn what_takes_too_much_memory_is_refused() {
+        let many = |n: usize| format!("[{}0]", "NaN,".repeat(n));
+        assert!(parse::<Value>(many(MAX_SPECIAL).as_bytes()).is_ok());
+        let e = parse::<Value>(many(MAX_SPECIAL + 1).as_bytes()).unwrap_err();
+        assert!(e.contains("10000 numbers that are not finite"), "{e}");
+
+        let dir = tempfile::tempdir().unwrap();
+        let path = dir.path().join("config.json");
+        let said = |text: String| {
+            std::fs::write(&path, text).unwrap();
+            read(&path).map_or_else(|e| e.to_string(), |_| "nothing".into())
+        };
+        assert_eq!(said(format!("[{}{{}}]", "{},".repeat(1000))), "nothing");
+        let e = said(format!("[{}{{}}]", "{},".repeat(MAX_OBJECTS)));
+        assert!(e.contains("config.json") && e.contains("250001 opening braces"), "{e}");
+        let e = said(format!("[{}0]", "0,".repeat(MAX_VALUES)));
+        assert!(e.contains("config.json") && e.contains("2000001 commas"), "{e}");
+        std::fs::File::create(&path).unwrap().set_len(MAX_SETTINGS + 1).unwrap();
+        let e = read(&path).unwrap_err().to_string();
+        assert!(e.contains("config.json") && e.contains("32000001 bytes; at most 32000000"), "{e}");
+        // A list of tensors may be longer.
+        assert!(list_bytes(&path).is_ok());
+    }
+
     #[test]
     fn what_is_no_json_is_named() {
         let said = |bytes: &[u8]| parse::<Value>(bytes).unwrap_err();
@@ -176,7 +251,7 @@ mod tests {
         #[test]
         fn strict_json_stays(x in proptest::prelude::any::<f64>(), s in "\\PC{0,20}") {
             let text = json!({"x": x, s.clone(): [s, null, true]}).to_string();
-            proptest::prop_assert!(matches!(strict(text.as_bytes()), Cow::Borrowed(_)));
+            proptest::prop_assert!(matches!(strict(text.as_bytes()), Ok(Cow::Borrowed(_))));
         }
     }
 }

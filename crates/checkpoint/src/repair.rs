@@ -171,7 +171,7 @@ impl Hf {
         }
         let index = dir.join("model.safetensors.index.json");
         let names: BTreeSet<String> = match index.is_file() {
-            true => safetensors::parse_index(&json::bytes(&index)?)
+            true => safetensors::parse_index(&json::list_bytes(&index)?)
                 .map_err(|e| OpenError::bad(&index, e))?
                 .into_iter()
                 .map(|t| t.1)

@@ -5,6 +5,7 @@
 //! Decoding is our own, because a stream of tokens must give the same text as all of them at once: every token is a run of bytes, and the
 //! bytes are cut into text only where UTF-8 allows.
 
+mod bounds;
 mod compare;
 mod export;
 mod hf;
@@ -82,6 +83,8 @@ struct Inner {
     bos: Option<u32>,
     eos: Option<u32>,
     eos_set: Vec<u32>,
+    /// How much text a token may stand for, where that is known.
+    bound: Option<bounds::Bound>,
 }
 
 /// The ids that a source names as beginning and end.
@@ -149,6 +152,7 @@ impl Tokenizer {
         let mut eos_set: Vec<u32> = marks.eos.into_iter().chain(marks.more_eos).chain(known).collect();
         eos_set.sort_unstable();
         eos_set.dedup();
+        let bound = bounds::Bound::of(&encoder);
         Ok(Tokenizer(Arc::new(Inner {
             encoder,
             texts,
@@ -158,6 +162,7 @@ impl Tokenizer {
             bos: marks.bos,
             eos: marks.eos,
             eos_set,
+            bound,
         })))
     }
 
@@ -167,6 +172,12 @@ impl Tokenizer {
         guarded(|| self.0.encoder.encode_fast(text, special))
             .map(|e| e.get_ids().to_vec())
             .map_err(TokenizerError::Encode)
+    }
+
+    /// Whether `text` has more than `tokens` tokens for certain, told by its length alone: without the time and the
+    /// memory that encoding takes. `false` says nothing.
+    pub fn exceeds(&self, text: &str, tokens: usize) -> bool {
+        self.0.bound.is_some_and(|b| b.exceeded(text, tokens))
     }
 
     /// The text of `ids`, without special tokens. An id that the vocabulary lacks gives nothing; bytes that are no UTF-8 give U+FFFD.

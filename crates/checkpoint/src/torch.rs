@@ -15,7 +15,7 @@ use lacuna_format::{Elem, Float};
 use crate::tensor::{TensorInfo, TensorType};
 
 /// Longest pickle read, bytes: far more than the names of any model's tensors.
-const MAX_PICKLE: usize = 64 << 20;
+const MAX_PICKLE: usize = 16 << 20;
 
 /// Classes of storages, what their values are, and bytes a value.
 const STORAGES: [(&str, TensorType, usize); 10] = [
@@ -197,6 +197,12 @@ mod tests {
             b"\x89ccollections\nOrderedDict\n)RtRu.".to_vec(),
         ]
         .concat()
+    }
+
+    #[test]
+    fn a_pickle_that_is_too_long() {
+        let e = parse(&zipped(&vec![b'N'; MAX_PICKLE + 1], &[])).unwrap_err();
+        assert!(e.contains("data.pkl has 16777217 bytes; at most 16777216"), "{e}");
     }
 
     #[test]

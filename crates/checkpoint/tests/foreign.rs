@@ -328,6 +328,10 @@ fn adapters_that_lie() {
     refuse("peft_bin", &cut, &["adapter_model.bin", "cut short"]);
     let other = |d: &Damaged| std::fs::write(d.path().join("adapter_model.bin"), b"\x80\x02}.").unwrap();
     refuse("peft_bin", &other, &["adapter_model.bin", "PyTorch 1.6"]);
+    let none = |d: &Damaged| {
+        std::fs::write(d.path().join("adapter_model.safetensors"), b"\x08\0\0\0\0\0\0\0{}      ").unwrap();
+    };
+    refuse("peft_lora", &none, &["adapter_model.safetensors", "holds no tensors"]);
 }
 
 /// A change to a copy of a checkpoint, and words of the refusal; opening and reading both count.

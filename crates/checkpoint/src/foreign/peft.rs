@@ -116,6 +116,9 @@ impl Adapter {
             Content::Pickle => torch::parse(file.bytes()).map_err(|e| OpenError::bad(&weights, e))?,
             _ => content::safetensors(&weights, file.bytes())?,
         };
+        if tensors.is_empty() {
+            return Err(OpenError::bad(&weights, "it holds no tensors"));
+        }
         Ok(Adapter {
             dir: dir.to_owned(),
             file,

@@ -36,7 +36,7 @@ impl Checkpoint {
     }
 
     fn add_indexed(&mut self, dir: &Path, path: &Path, rename: &dyn Fn(&str) -> String) -> Result<(), OpenError> {
-        let index = safetensors::parse_index(&json::bytes(path)?).map_err(|e| OpenError::bad(path, e))?;
+        let index = safetensors::parse_index(&json::list_bytes(path)?).map_err(|e| OpenError::bad(path, e))?;
         let of: HashMap<&str, &str> = index.iter().map(|(t, f)| (t.as_str(), f.as_str())).collect();
         let asked = self.asked();
         let needed = |t: &str| {

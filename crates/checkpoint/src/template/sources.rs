@@ -48,7 +48,8 @@ pub(crate) fn templates_in(dir: &Path) -> Result<Found, TemplateError> {
             break;
         }
         let path = dir.join(name);
-        let Some(text) = read(&path, u64::MAX)? else { continue };
+        let Some(text) = read(&path, crate::json::MAX_SETTINGS)? else { continue };
+        crate::json::few_objects(text.as_bytes()).map_err(|e| unreadable(&path, e))?;
         let config: Value = crate::json::parse(text.as_bytes()).map_err(|e| unreadable(&path, e))?;
         for (name, text) in of_config(&config)? {
             if !found.iter().any(|(n, _)| *n == name) {

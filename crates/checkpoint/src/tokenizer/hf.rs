@@ -36,14 +36,19 @@ pub struct HfFiles {
 impl HfFiles {
     /// Reads those that exist in `dir`.
     pub fn read(dir: &Path) -> Result<HfFiles, TokenizerError> {
-        let get = |name: &str| match std::fs::read(dir.join(name)) {
-            Ok(bytes) => Ok(Some(bytes)),
+        let up_to = |name: &str, most| match json::read_up_to(&dir.join(name), most) {
+            Ok(Ok(bytes)) => Ok(Some(bytes)),
+            Ok(Err(length)) => {
+                Err(TokenizerError::Broken(format!("{}: {}", dir.join(name).display(), json::too_long(length, most))))
+            }
             Err(e) if e.kind() == std::io::ErrorKind::NotFound => Ok(None),
             Err(source) => Err(TokenizerError::Read { path: dir.join(name).display().to_string(), source }),
         };
+        let list = |name: &str| up_to(name, json::MAX_LIST);
+        let get = |name: &str| up_to(name, json::MAX_SETTINGS);
         Ok(HfFiles {
-            tokenizer: get("tokenizer.json")?,
-            vocab_and_merges: get("vocab.json")?.zip(get("merges.txt")?),
+            tokenizer: list("tokenizer.json")?,
+            vocab_and_merges: list("vocab.json")?.zip(list("merges.txt")?),
             added_tokens: get("added_tokens.json")?,
             tokenizer_config: get("tokenizer_config.json")?,
             special_tokens_map: get("special_tokens_map.json")?,
@@ -94,6 +99,7 @@ impl Tokenizer {
             (Some(bytes), _) => {
                 let mut encoder = guarded(|| tokenizers::Tokenizer::from_bytes(json::without_mark(bytes)))
                     .map_err(|e| TokenizerError::Broken(format!("tokenizer.json: {}", json::explain(bytes, e))))?;
+                super::bounds::check_growth(&encoder)?;
                 // Some files carry the settings of somebody's training run, which would cut or fill our texts.
                 encoder.with_padding(None);
                 encoder.with_truncation(None).map_err(|e| TokenizerError::Broken(e.to_string()))?;
@@ -140,7 +146,9 @@ impl Tokenizer {
 /// A JSON object, or null where the file is missing.
 fn object(bytes: &Option<Vec<u8>>, name: &str) -> Result<Value, TokenizerError> {
     let Some(bytes) = bytes else { return Ok(Value::Null) };
-    json::parse(bytes).map_err(|e| TokenizerError::Broken(format!("{name}: {e}")))
+    json::few_objects(bytes)
+        .and_then(|()| json::parse(bytes))
+        .map_err(|e| TokenizerError::Broken(format!("{name}: {e}")))
 }
 
 /// A token given as a string or as an object with its settings.

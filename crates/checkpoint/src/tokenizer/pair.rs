@@ -101,6 +101,7 @@ impl Pair {
                 "vocab.json: {token:?} has the id {id}, past {MAX_VOCAB}, the most allowed"
             )));
         }
+        one_token_an_id(&vocab)?;
         // What `added_tokens_decoder` lists it lists whole; only without it do the older files count.
         let listed = beside.config["added_tokens_decoder"].as_object();
         let sides = if listed.is_some() { vec![beside.config] } else { vec![beside.map, beside.config] };
@@ -130,6 +131,19 @@ impl Pair {
         let (bos, eos) = (name("bos_token"), name("eos_token"));
         let prefix = beside.config["add_prefix_space"] == true;
         Ok(Pair { encoder: encoder(class, vocab.into_iter().collect(), lines(merges)?, prefix)?, added, bos, eos })
+    }
+}
+
+/// Two tokens with one id would be one token with either text, by chance.
+fn one_token_an_id(vocab: &HashMap<String, u32>) -> Result<(), TokenizerError> {
+    let mut sorted: Vec<(u32, &String)> = vocab.iter().map(|(token, id)| (*id, token)).collect();
+    sorted.sort_unstable();
+    match sorted.windows(2).find(|w| w[0].0 == w[1].0) {
+        Some(w) => {
+            let ((id, a), (_, b)) = (w[0], w[1]);
+            Err(TokenizerError::Broken(format!("vocab.json: {a:?} and {b:?} both have the id {id}")))
+        }
+        None => Ok(()),
     }
 }
 
@@ -178,4 +192,20 @@ fn numbered(ids: &Value, named: &[AddedToken]) -> Result<Vec<(Option<u32>, Added
     }
     tokens.sort_by_key(|t| t.0);
     Ok(tokens)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn an_id_belongs_to_one_token() {
+        let config = serde_json::json!({"tokenizer_class": "GPT2Tokenizer"});
+        let none = Value::Null;
+        let beside = Beside { config: &config, map: &none, added: &none, model: &none };
+        let read = |vocab: &[u8]| Pair::read(vocab, b"", &beside).map(|_| ()).map_err(|e| e.to_string());
+        assert_eq!(read(br#"{"a": 0, "b": 1, "c": 2}"#), Ok(()));
+        let e = read(br#"{"a": 0, "b": 1, "c": 0}"#).unwrap_err();
+        assert!(e.contains(r#""a" and "c" both have the id 0"#), "{e}");
+    }
 }

@@ -10,6 +10,10 @@ use super::{STORAGES, View};
 /// Most axes of a tensor, and most values with which something is called.
 const MAX_AXES: usize = 8;
 
+/// Most values that may be there at a time, and places to keep them: some tens of millions of bytes. A tensor needs
+/// about 35.
+const MAX_VALUES: usize = 2_000_000;
+
 /// What stands for a value. All that the result does not hang on is `Other`.
 #[derive(Debug, Clone, Copy)]
 enum Value<'a> {
@@ -56,6 +60,8 @@ struct Machine<'a> {
     tuples: Vec<Vec<Value<'a>>>,
     dicts: Vec<Vec<(Value<'a>, Value<'a>)>>,
     views: Vec<View<'a>>,
+    /// Places taken for good: tuples and dictionaries with what is in them, and tensors.
+    taken: usize,
 }
 
 /// The tensors of the dictionary that a pickle makes, by name.
@@ -69,6 +75,7 @@ pub(super) fn tensors(data: &[u8]) -> Result<Vec<(&str, View<'_>)>, String> {
         tuples: Vec::new(),
         dicts: Vec::new(),
         views: Vec::new(),
+        taken: 0,
     };
     let Value::Dict(made) = m.follow()? else { return Err("it makes something else than a dictionary".into()) };
     let mut seen = HashSet::new();
@@ -123,11 +130,14 @@ impl<'a> Machine<'a> {
     }
 
     fn tuple(&mut self, of: Vec<Value<'a>>) {
+        self.taken += 1 + of.len();
         self.tuples.push(of);
         self.stack.push(Value::Tuple(self.tuples.len() - 1));
     }
 
     fn dict(&mut self) -> Value<'a> {
+        // One with a pair has room for four.
+        self.taken += 4;
         self.dicts.push(Vec::new());
         Value::Dict(self.dicts.len() - 1)
     }
@@ -146,6 +156,7 @@ impl<'a> Machine<'a> {
 
     /// Puts pairs into the dictionary on top.
     fn put(&mut self, pairs: &[Value<'a>]) -> Result<(), String> {
+        self.taken += pairs.len();
         let (pairs, odd) = pairs.as_chunks::<2>();
         match self.stack.last() {
             Some(Value::Dict(d)) if odd.is_empty() => self.dicts[*d].extend(pairs.iter().map(|p| (p[0], p[1]))),
@@ -156,6 +167,10 @@ impl<'a> Machine<'a> {
 
     fn follow(&mut self) -> Result<Value<'a>, String> {
         loop {
+            // An instruction of one byte may make a value of a hundred.
+            if self.taken + self.stack.len() + self.marks.len() + self.memo.len() > MAX_VALUES {
+                return Err(format!("more than {MAX_VALUES} values at byte {}", self.at));
+            }
             let op = self.take(1)?[0];
             match op {
                 0x80 => match self.take(1)?[0] {
@@ -328,6 +343,7 @@ impl<'a> Machine<'a> {
                 if shape.len() != strides.len() {
                     return Err(format!("a tensor of {} axes and {} strides", shape.len(), strides.len()));
                 }
+                self.taken += 1 + 2 * shape.len();
                 self.views.push(View { key, class: *class, length: *length, offset, shape, strides });
                 Value::Tensor(self.views.len() - 1)
             }
@@ -383,10 +399,21 @@ mod tests {
     /// A tuple of a tuple of a tuple, and values kept and kept again, take no more than their instructions do.
     #[test]
     fn deep_and_wide_stays_small() {
-        let deep = [b"\x80\x02)".to_vec(), vec![0x85; 1 << 20], b".".to_vec()].concat();
+        let deep = [b"\x80\x02)".to_vec(), vec![0x85; 1 << 19], b".".to_vec()].concat();
         refused(&deep, "dictionary");
         let doubled = [b"\x80\x02)".to_vec(), b"q\x00h\x00\x86".repeat(1 << 16), b".".to_vec()].concat();
         refused(&doubled, "dictionary");
+    }
+
+    /// Short pickles that would take a hundred times their length in memory.
+    #[test]
+    fn more_values_than_any_file_needs() {
+        let n = MAX_VALUES;
+        let kept = (0..n as u32).flat_map(|i| [&b"r"[..], &i.to_le_bytes()].concat()).collect();
+        let again = [&b")"[..], b"}", b"N", b"(", b"(NNNNNNNNt", b"}K\x01K\x02s"].map(|bomb| bomb.repeat(n));
+        for many in again.into_iter().chain([kept]) {
+            refused(&[b"\x80\x02]", &many[..], b"."].concat(), "more than 2000000 values");
+        }
     }
 
     #[test]

@@ -236,6 +236,7 @@ fn prepare_chat(app: &App, body: Value, ticket: &mut Ticket) -> Result<Prepared,
     if let Some(t) = forced {
         rendered += t.form.opening();
     }
+    app.check_length(&rendered, "messages")?;
     let prompt = app.tokenizer.encode(&rendered, false).map_err(|e| ApiError::bad("messages", e.to_string()))?;
     app.check_tokens(&prompt, "messages")?;
     let asked = match (c.max_completion_tokens, c.common.max_tokens) {
@@ -368,6 +369,7 @@ impl App {
     /// The tokens of a request's texts; special tokens as the model wants them around a text.
     fn tokens(&self, input: Input, param: &str) -> Result<Vec<Vec<u32>>, ApiError> {
         let encode = |text: &String| {
+            self.check_length(text, param)?;
             let ids = self.tokenizer.encode(text, true).map_err(|e| ApiError::bad(param, e.to_string()))?;
             if ids.is_empty() {
                 return Err(ApiError::bad(param, format!("'{param}' has a text without tokens")));
@@ -382,6 +384,15 @@ impl App {
         };
         all.iter().try_for_each(|ids| self.check_tokens(ids, param))?;
         Ok(all)
+    }
+
+    /// Refuses a text that cannot fit before it is encoded, which takes a hundred times its length in memory.
+    fn check_length(&self, text: &str, param: &str) -> Result<(), ApiError> {
+        if !self.tokenizer.exceeds(text, self.context) {
+            return Ok(());
+        }
+        let text = format!("a text of {} bytes does not fit the context of {} tokens", text.len(), self.context);
+        Err(ApiError::bad(param, text).code("context_length_exceeded"))
     }
 
     fn check_tokens(&self, ids: &[u32], param: &str) -> Result<(), ApiError> {
