@@ -244,6 +244,15 @@ def tools(r):
 
 
 @test
+def numbers(r):
+    form = lambda n: {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "properties": {"id": {"const": n}}, "required": ["id"], "additionalProperties": False}}}
+    a = r.chat(response_format=form(2**60), max_tokens=60).choices[0].message.content
+    assert json.loads(a) == {"id": 2**60}
+    for n in (1234567890123456789, 10**30 + 1):
+        r.refused(r.openai.BadRequestError, lambda: r.chat(response_format=form(n)), param="response_format.json_schema.schema.properties.id.const")
+
+
+@test
 def embeddings(r):
     texts = ["The cat sat on the mat.", "A cat was sitting on a mat.", "Interest rates rose by two points."]
     for pooling in ("mean", "last"):

@@ -103,6 +103,8 @@ impl Grammar for Json {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::exact;
+    use crate::schema::Path;
     use lacuna_base::Rng;
     use lacuna_checkpoint::{TokenKind, Vocabulary};
 
@@ -160,6 +162,19 @@ mod tests {
             assert!((1..=3).contains(&v["deep"].as_array().unwrap().len()), "{text}");
             assert_eq!(v.as_object().unwrap().len(), 3, "{text}");
         }
+        // Large numbers come out as they went in, where `exact` lets them in.
+        for n in [json!(9_007_199_254_740_992_i64), json!(-1_152_921_504_606_846_976_i64), json!(i64::MAX), json!(0.1)]
+        {
+            for schema in [json!({"const": n}), json!({"type": "number", "enum": [n]})] {
+                exact::check_schema(&schema, &Path::Root).unwrap();
+                assert_eq!(walk(&mut *grammars.json(&schema).unwrap(), &t, &mut rng), n.to_string(), "{schema}");
+            }
+        }
+        let n = json!(10_000_000_000_000_000_000_u64);
+        assert_eq!(walk(&mut *grammars.json(&json!({"const": n})).unwrap(), &t, &mut rng), n.to_string());
+        let top = json!({"type": "integer", "minimum": i64::MAX, "maximum": i64::MAX});
+        exact::check_schema(&top, &Path::Root).unwrap();
+        assert_eq!(walk(&mut *grammars.json(&top).unwrap(), &t, &mut rng), i64::MAX.to_string());
         // A local reference works; what is not understood is said.
         let tree = json!({"$defs": {"b": {"type": "boolean"}}, "$ref": "#/$defs/b"});
         let text = walk(&mut *grammars.json(&tree).unwrap(), &t, &mut rng);

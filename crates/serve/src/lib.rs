@@ -8,6 +8,7 @@ mod api;
 mod app;
 mod connection;
 mod error;
+mod exact;
 mod grammar;
 mod metrics;
 mod page;

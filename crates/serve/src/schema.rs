@@ -3,7 +3,9 @@
 //! The document is the only description of a request: what it does not name is refused, and what it promises is checked here before anything
 //! else looks at the request. The checker knows the part of JSON Schema that the document uses, and a test holds the document to that part.
 
-use serde_json::{Map, Value};
+use std::cmp::Ordering;
+
+use serde_json::{Map, Number, Value};
 
 use crate::error::ApiError;
 
@@ -69,12 +71,12 @@ impl Schema {
         }
         match value {
             Value::Number(n) => {
-                let x = n.as_f64().unwrap_or(f64::NAN);
-                let bound = |key: &str| schema.get(key).and_then(Value::as_f64);
-                if bound("minimum").is_some_and(|m| x < m) || bound("maximum").is_some_and(|m| x > m) {
+                let against =
+                    |key: &str| schema.get(key).and_then(Value::as_number).and_then(|bound| compare(n, bound));
+                if against("minimum") == Some(Ordering::Less) || against("maximum") == Some(Ordering::Greater) {
                     return Err(path.bad(format!("is {n}; it must be {}", range(schema))));
                 }
-                if bound("exclusiveMinimum").is_some_and(|m| x <= m) {
+                if against("exclusiveMinimum").is_some_and(Ordering::is_le) {
                     return Err(path.bad(format!("is {n}; it must be above {}", schema["exclusiveMinimum"])));
                 }
             }
@@ -209,6 +211,15 @@ impl Schema {
     }
 }
 
+/// Integers are compared as such, whatever their length.
+fn compare(a: &Number, b: &Number) -> Option<Ordering> {
+    let whole = |n: &Number| n.as_i64().map(i128::from).or(n.as_u64().map(i128::from));
+    match (whole(a), whole(b)) {
+        (Some(a), Some(b)) => Some(a.cmp(&b)),
+        _ => a.as_f64()?.partial_cmp(&b.as_f64()?),
+    }
+}
+
 fn range(schema: &Map<String, Value>) -> String {
     match (schema.get("minimum"), schema.get("maximum")) {
         (Some(a), Some(b)) => format!("between {a} and {b}"),
@@ -228,10 +239,13 @@ fn brief(value: &Value) -> String {
     }
 }
 
-/// Where in the request the checker is.
-enum Path<'a> {
+/// Where in the request whoever checks it is.
+pub enum Path<'a> {
+    /// At its top.
     Root,
+    /// At a field of what lies there.
     Field(&'a Path<'a>, &'a str),
+    /// At an item of what lies there.
     Index(&'a Path<'a>, usize),
 }
 
@@ -245,7 +259,8 @@ impl Path<'_> {
         }
     }
 
-    fn bad(&self, what: impl AsRef<str>) -> ApiError {
+    /// An error about what lies there.
+    pub fn bad(&self, what: impl AsRef<str>) -> ApiError {
         let path = self.text();
         if path.is_empty() {
             return ApiError { param: None, ..ApiError::bad("", format!("the request {}", what.as_ref())) };
@@ -344,6 +359,7 @@ mod tests {
             (json!({"top_p": 0}), "top_p", "invalid_value"),
             (json!({"stop": ["a", "b", "c", "d", "e"]}), "stop", "invalid_value"),
             (json!({"zzz": 1}), "zzz", "unknown_parameter"),
+            (json!({"seed": 9_223_372_036_854_775_808_u64}), "seed", "invalid_value"),
             (json!({"store": true}), "store", "unsupported_parameter"),
             (json!({"messages": []}), "messages", "invalid_value"),
             (json!({"messages": [{"role": "user"}]}), "messages.0.content", "missing_required_parameter"),

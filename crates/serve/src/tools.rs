@@ -4,6 +4,8 @@ use serde_json::{Value, json};
 
 use crate::api::types::name;
 use crate::error::ApiError;
+use crate::exact;
+use crate::schema::Path;
 
 /// How a model writes its calls, read off its chat template.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -23,8 +25,8 @@ pub enum Form {
 pub struct Call {
     /// The function.
     pub name: String,
-    /// Its arguments.
-    pub arguments: Value,
+    /// Its arguments: an object as JSON, the very text that the model wrote.
+    pub arguments: String,
 }
 
 impl Call {
@@ -32,7 +34,7 @@ impl Call {
     pub fn json(&self) -> Value {
         json!({
             "id": name("call_"), "type": "function",
-            "function": { "name": self.name, "arguments": self.arguments.to_string() },
+            "function": { "name": self.name, "arguments": self.arguments },
         })
     }
 }
@@ -174,6 +176,17 @@ impl Tools {
         Value::Object(root)
     }
 
+    /// Refuses numbers that a forced call could not be held to.
+    pub fn check_numbers(&self) -> Result<(), ApiError> {
+        let tools = Path::Field(&Path::Root, "tools");
+        self.forced.iter().try_for_each(|&i| {
+            let tool = Path::Index(&tools, i);
+            let function = Path::Field(&tool, "function");
+            let schema = &self.list[i]["function"]["parameters"];
+            exact::check_schema(schema, &Path::Field(&function, "parameters"))
+        })
+    }
+
     /// The words that tell a model of tools where its template has no place for them.
     pub fn instruction(&self) -> String {
         let list: Vec<&Value> = self.forced.iter().map(|&i| &self.list[i]["function"]).collect();
@@ -183,24 +196,22 @@ impl Tools {
         )
     }
 
-    fn call(&self, v: &Value) -> Option<Call> {
-        let name = v["name"].as_str()?;
+    fn call(&self, text: &str) -> Option<Call> {
+        let fields = exact::fields(text)?;
+        let field = |name: &str| fields.iter().rev().find(|(key, _)| key == name).map(|(_, value)| *value);
+        let name: String = serde_json::from_str(field("name")?).ok()?;
         self.list.iter().find(|t| t["function"]["name"] == name)?;
-        let arguments = v.get("arguments").or_else(|| v.get("parameters")).cloned().unwrap_or_else(|| json!({}));
+        let arguments = field("arguments").or_else(|| field("parameters")).unwrap_or("{}");
         // Some models write the arguments as a text of JSON.
-        let arguments = match arguments.as_str().map(serde_json::from_str::<Value>) {
-            Some(Ok(inner)) => inner,
-            _ => arguments,
-        };
-        arguments.is_object().then(|| Call { name: name.to_owned(), arguments })
+        let arguments = serde_json::from_str(arguments).unwrap_or_else(|_| arguments.to_owned());
+        exact::fields(&arguments).is_some().then_some(Call { name, arguments })
     }
 
     /// The calls of a piece of JSON: one or a list; none where it is not all calls.
     fn calls(&self, text: &str) -> Option<Vec<Call>> {
-        let v: Value = serde_json::from_str(text.trim()).ok()?;
-        match &v {
-            Value::Array(all) if !all.is_empty() => all.iter().map(|v| self.call(v)).collect(),
-            one => Some(vec![self.call(one)?]),
+        match exact::items(text) {
+            Some(all) if !all.is_empty() => all.into_iter().map(|one| self.call(one)).collect(),
+            _ => Some(vec![self.call(text)?]),
         }
     }
 }
@@ -319,7 +330,7 @@ mod tests {
 
     #[test]
     fn calls_are_found_however_the_answer_is_cut() {
-        let call = |name: &str, arguments: Value| Call { name: name.into(), arguments };
+        let call = |name: &str, arguments: &str| Call { name: name.into(), arguments: arguments.into() };
         let add = r#"{"name": "add", "arguments": {"a": 1}}"#;
         let cases = [
             (Form::Tagged, format!("Let me see.\n<tool_call>\n{add}\n</tool_call>"), "Let me see.", 1),
@@ -349,13 +360,23 @@ mod tests {
                 let (said, calls) = split(&tools, &text, step);
                 assert_eq!((said.as_str(), calls.len()), (expected, n), "{form:?} {text} by {step}");
                 if n > 0 {
-                    assert_eq!(calls[0], call("add", json!({"a": 1})));
+                    assert_eq!(calls[0], call("add", r#"{"a": 1}"#));
                 }
             }
         }
         let forced = tools(Form::Tagged, json!("required"));
-        assert_eq!(split(&forced, add, 2), (String::new(), vec![call("add", json!({"a": 1}))]));
+        assert_eq!(split(&forced, add, 2), (String::new(), vec![call("add", r#"{"a": 1}"#)]));
         assert_eq!(split(&forced, "{\"name\": \"ad", 3).0, "{\"name\": \"ad");
+        // The very text, whatever its numbers, and however it is wrapped.
+        let long = r#"{"b": 1.50,  "a": 12345678901234567890123456789}"#;
+        let wrapped = format!(r#"{{"name": "add", "arguments": {}}}"#, json!(long));
+        for text in [format!(r#"{{"arguments": {long}, "name": "add"}}"#), wrapped] {
+            assert_eq!(split(&forced, &text, 5).1, [call("add", long)]);
+        }
+        for none in ["[1, 2]", "\"text\"", "7", "{\"a\": 01}", "null"] {
+            let text = format!(r#"{{"name": "add", "arguments": {none}}}"#);
+            assert_eq!(split(&forced, &text, 5), (text, vec![]));
+        }
         let single = Tools { single: true, ..tools(Form::List, json!("auto")) };
         assert_eq!(split(&single, &format!("[TOOL_CALLS][{add}, {add}]"), 4).1.len(), 1);
     }

@@ -249,6 +249,52 @@ fn tools_are_called_where_they_must_be() {
     }
 }
 
+/// Numbers of any length come back as they are, or are refused by name.
+#[test]
+fn numbers_are_exact_or_refused() {
+    let s = Server::start(Some(TOOLS), Options::default());
+    let held = |n: &str| {
+        let schema: Value = serde_json::from_str(&format!("{{\"properties\": {{\"id\": {{\"const\": {n}}}}}, \"required\": [\"id\"], \"type\": \"object\", \"additionalProperties\": false}}")).unwrap();
+        chat(
+            json!({"max_tokens": 80, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}),
+        )
+    };
+    let said = s.post(CHAT, &held("1152921504606846976")).json();
+    assert_eq!(said["choices"][0]["message"]["content"], "{\"id\": 1152921504606846976}");
+    let e = s.post(CHAT, &held("1234567890123456789"));
+    assert_eq!(e.error().1, "response_format.json_schema.schema.properties.id.const");
+    assert!(e.body.contains("1234567890123456789"), "{}", e.body);
+    let tool = |schema: Value| {
+        let tools = json!([{"type": "function", "function": {"name": "now"}}, {"type": "function", "function": {"name": "add", "parameters": schema}}]);
+        chat(json!({"tools": tools, "tool_choice": "required", "max_tokens": 200}))
+    };
+    let bounds =
+        json!({"type": "object", "properties": {"a": {"type": "integer", "maximum": u64::MAX}}, "required": ["a"]});
+    let forced = tool(bounds);
+    assert_eq!(s.post(CHAT, &forced).error().1, "tools.1.function.parameters.properties.a.maximum");
+    // Where nothing is held to it, the schema is text for the model.
+    let mut free = forced.clone();
+    free["tool_choice"] = "auto".into();
+    assert_eq!(s.post(CHAT, &free).status, 200);
+    // No value holds this one.
+    let long = free.to_string().replace("18446744073709551615", "118446744073709551615");
+    let raw = |body: &str| {
+        s.raw(&format!("POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}", body.len()))
+    };
+    assert_eq!(raw(&long).error().1, "tools.1.function.parameters.properties.a.maximum");
+    // What a model wrote before goes into the prompt digit by digit.
+    let show = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}{% endfor %}{% if tools %}{% endif %}";
+    let s = Server::start(Some(show), Options::default());
+    let tokens = |arguments: &str| {
+        let call = json!({"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}});
+        let v = s
+            .post(CHAT, &chat(json!({"messages": [{"role": "assistant", "content": null, "tool_calls": [call]}]})))
+            .json();
+        v["usage"]["prompt_tokens"].as_u64().unwrap()
+    };
+    assert_eq!(tokens("{\"a\":123456789012345678901234567890}"), tokens("{\"a\":12345678901234567890123456789}") + 1);
+}
+
 #[test]
 fn whatever_is_wrong_is_said_in_openais_shape() {
     let s = Server::plain();

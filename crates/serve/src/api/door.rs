@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use crate::app::App;
 use crate::error::ApiError;
+use crate::exact;
 use crate::worker::Ticket;
 
 /// Bytes of a request that are taken in and dropped when it is too large: whoever sends first and listens then would find the connection
@@ -91,12 +92,14 @@ impl App {
 
     /// Reads a JSON request and holds it against the published document.
     fn read(&self, name: &str, body: Vec<u8>) -> Result<Value, ApiError> {
-        let value: Value =
-            serde_json::from_slice(&body).map_err(|e| ApiError::new(400, format!("the request is no JSON: {e}")))?;
+        let no_json = |why: String| ApiError::new(400, format!("the request is no JSON: {why}"));
+        let text = String::from_utf8(body).map_err(|e| no_json(e.to_string()))?;
+        let value: Value = serde_json::from_str(&text).map_err(|e| no_json(e.to_string()))?;
         if let Some(model) = value["model"].as_str() {
             self.known_model(model)?;
         }
         self.schema.check(name, &value)?;
+        exact::check_request(&text, &value)?;
         Ok(value)
     }
 

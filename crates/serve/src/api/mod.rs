@@ -14,10 +14,12 @@ use axum::http::{HeaderValue, Request, Response, header};
 use axum::response::IntoResponse;
 use base64::Engine as _;
 use lacuna_run::{Event, Generation, Job, Pooling};
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use crate::app::App;
 use crate::error::{ApiError, json_response};
+use crate::exact;
+use crate::schema::Path;
 use crate::tools::{Form, Tools};
 use crate::worker::Ticket;
 use reply::{Reply, Setting, Shape};
@@ -254,6 +256,14 @@ fn prepare_chat(app: &App, body: Value, ticket: &mut Ticket) -> Result<Prepared,
         Some(t) => (Some(t.schema()), "tools"),
         None => (asked_schema, "response_format"),
     };
+    match forced {
+        Some(tools) => tools.check_numbers()?,
+        None => {
+            let path = Path::Field(&Path::Root, "response_format");
+            let path = Path::Field(&path, "json_schema");
+            exact::check_schema(&format["json_schema"]["schema"], &Path::Field(&path, "schema"))?;
+        }
+    }
     let generation = c.common.generation(max_tokens, app.vocab)?;
     let mut requests = Vec::new();
     for generation in copies(generation, c.common.n.unwrap_or(1)) {
@@ -293,21 +303,15 @@ fn plain(mut m: Value, form: Form) -> Value {
         m["role"] = "system".into();
     }
     let Some(fields) = m.as_object_mut() else { return m };
+    exact::drop_unseen(fields);
     fields.remove("refusal");
     if let Some(calls) = fields.get_mut("tool_calls").and_then(Value::as_array_mut) {
-        for call in calls.iter_mut() {
-            let arguments = call["function"]["arguments"].as_str().and_then(|a| serde_json::from_str::<Value>(a).ok());
-            if let Some(arguments) = arguments.filter(Value::is_object) {
-                call["function"]["arguments"] = arguments;
-            }
-        }
         if form == Form::Constrained {
-            let text: Vec<String> = calls
-                .iter()
-                .map(|c| json!({ "name": c["function"]["name"], "arguments": c["function"]["arguments"] }).to_string())
-                .collect();
+            let text: Vec<String> = calls.iter().map(|call| written(&call["function"])).collect();
             fields.remove("tool_calls");
             fields.insert("content".into(), text.join("\n").into());
+        } else {
+            calls.iter_mut().filter_map(Value::as_object_mut).for_each(open);
         }
     }
     if form == Form::Constrained && fields.get("role").is_some_and(|r| r == "tool") {
@@ -319,6 +323,24 @@ fn plain(mut m: Value, form: Form) -> Value {
         fields.insert("content".into(), "".into());
     }
     m
+}
+
+/// A call as its text, for a template without a place for it.
+fn written(function: &Value) -> String {
+    let arguments = function["arguments"].as_str().filter(|a| exact::fields(a).is_some());
+    let arguments = arguments.map_or_else(|| function["arguments"].to_string(), str::to_owned);
+    format!("{{\"name\": {}, \"arguments\": {arguments}}}", function["name"])
+}
+
+/// The arguments of a call as a value, which is what templates want; a text where a value would round its integers.
+fn open(call: &mut Map<String, Value>) {
+    exact::drop_unseen(call);
+    let Some(function) = call.get_mut("function").and_then(Value::as_object_mut) else { return };
+    exact::drop_unseen(function);
+    let text = function.get("arguments").and_then(Value::as_str).filter(|a| exact::survives(a));
+    if let Some(arguments @ Value::Object(_)) = text.and_then(|a| serde_json::from_str(a).ok()) {
+        function.insert("arguments".into(), arguments);
+    }
 }
 
 impl App {

@@ -106,9 +106,13 @@ pub struct Embedding {
     pub user: Option<String>,
 }
 
+/// Fields that are handed on as they came.
+const HANDED_ON: &[&str] = &["messages", "response_format", "tool_choice", "tools"];
+
 /// Reads a request that the schema let through. Whole numbers may be written as 5.0.
 pub fn read<T: for<'de> Deserialize<'de>>(mut value: Value) -> Result<T, ApiError> {
-    whole(&mut value);
+    let fields = value.as_object_mut().into_iter().flatten();
+    fields.filter(|(name, _)| !HANDED_ON.contains(&name.as_str())).for_each(|(_, v)| whole(v));
     serde_json::from_value(value).map_err(|e| ApiError::new(400, format!("the request cannot be read: {e}")))
 }
 
