@@ -243,6 +243,86 @@ def tools(r):
     assert name == "get_weather" and set(json.loads(arguments)) == {"city", "unit"}
 
 
+def sent_back(message):
+    """A message as applications keep it: the object itself, and all that it can be made into."""
+    return [message, message.model_dump(), message.model_dump(exclude_none=True), message.model_dump(exclude_unset=True), message.to_dict()]
+
+
+@test
+def round_trip(r):
+    first = r.chat().choices[0].message
+    more = lambda m: r.chat(USER + [m, {"role": "user", "content": "And three more."}]).choices[0].message.content
+    plain = more({"role": "assistant", "content": first.content})
+    assert plain
+    for m in sent_back(first):
+        assert more(m) == plain, m
+    with r.client.chat.completions.stream(model=r.model, messages=USER, max_tokens=24, temperature=0) as events:
+        for _ in events:
+            pass
+        streamed = events.current_completion_snapshot.choices[0].message
+    for m in sent_back(streamed):
+        assert more(m) == plain, m
+
+
+@test
+def round_trip_of_calls(r):
+    ask = [{"role": "user", "content": "How warm is it in Paris?"}]
+    settings = dict(tools=[WEATHER], tool_choice="required", max_tokens=120)
+    call = r.chat(ask, **settings).choices[0].message
+    assert call.content is None and call.model_dump()["function_call"] is None
+    parsed = r.client.chat.completions.parse(model=r.model, messages=ask, temperature=0, **{**settings, "tools": [{**WEATHER, "function": {**WEATHER["function"], "strict": True}}]}).choices[0].message
+    assert parsed.tool_calls[0].function.parsed_arguments
+    with r.client.chat.completions.stream(model=r.model, messages=ask, temperature=0, **settings) as events:
+        streamed = events.get_final_completion().choices[0].message
+    assert "index" in streamed.model_dump()["tool_calls"][0]
+    told = lambda m: r.chat(ask + [m, {"role": "tool", "tool_call_id": "x", "content": "21 degrees"}]).choices[0].message.content
+    plain = told({"role": "assistant", "content": None, "tool_calls": [call.tool_calls[0].to_dict()]})
+    assert plain
+    for m in sent_back(call) + sent_back(parsed) + sent_back(streamed):
+        assert told(m) == plain, m
+
+
+@test
+def null_is_nothing(r):
+    import typing
+
+    from openai.types import completion_create_params, embedding_create_params
+    from openai.types.chat import completion_create_params as chat_params
+
+    def optional(*kinds):
+        names = set()
+        for kind in kinds:
+            names |= set(typing.get_type_hints(kind))
+        return names
+
+    # Whatever the client knows, set to null.
+    fields = optional(chat_params.CompletionCreateParamsNonStreaming) - {"model", "messages", "max_tokens", "temperature"}
+    assert len(fields) > 25
+    plain = r.chat().choices[0].message.content
+    assert r.chat(extra_body=dict.fromkeys(fields)).choices[0].message.content == plain
+    fields = optional(completion_create_params.CompletionCreateParamsNonStreaming) - {"model", "prompt", "max_tokens", "temperature"}
+    text = lambda **more: r.client.completions.create(model=r.model, prompt="The sky is", max_tokens=8, temperature=0, **more).choices[0].text
+    assert text(extra_body=dict.fromkeys(fields)) == text()
+    fields = optional(embedding_create_params.EmbeddingCreateParams) - {"model", "input"}
+    vector = lambda **more: r.client.embeddings.create(model=r.model, input="x", encoding_format="float", **more).data[0].embedding
+    assert vector(extra_body=dict.fromkeys(fields)) == vector()
+
+
+@test
+def what_is_done_anyway(r):
+    plain = r.chat().choices[0].message.content
+    for more in (
+        dict(store=False, metadata={}, modalities=["text"], service_tier="auto", verbosity="medium"),
+        dict(tool_choice="auto", parallel_tool_calls=True, tools=[], logprobs=False, top_logprobs=0),
+        dict(prompt_cache_key="k", safety_identifier="s", user="u", stream_options={"include_usage": False}),
+    ):
+        assert r.chat(**more).choices[0].message.content == plain, more
+    text = lambda **more: r.client.completions.create(model=r.model, prompt="The sky is", max_tokens=8, temperature=0, **more).choices[0].text
+    assert text(best_of=1, echo=False, suffix="") == text()
+    width = len(r.client.embeddings.create(model=r.model, input="x").data[0].embedding)
+    assert len(r.client.embeddings.create(model=r.model, input="x", dimensions=width).data[0].embedding) == width
+
+
 @test
 def numbers(r):
     form = lambda n: {"type": "json_schema", "json_schema": {"name": "x", "schema": {"type": "object", "properties": {"id": {"const": n}}, "required": ["id"], "additionalProperties": False}}}

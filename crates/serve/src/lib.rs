@@ -163,7 +163,7 @@ pub fn serve(served: Served, options: Options, listener: TcpListener, stop: &Sto
         kv_bytes: options.kv_bytes,
         reuse: true,
     };
-    let vocab = engine.model().spec.vocab;
+    let (vocab, width) = (engine.model().spec.vocab, engine.model().spec.hidden);
     let scheduler = Scheduler::new(engine, tokenizer.clone(), limits);
     let context = scheduler.most_tokens();
     anyhow::ensure!(context > 1, "the room for keys and values holds no text: give more of it");
@@ -171,7 +171,7 @@ pub fn serve(served: Served, options: Options, listener: TcpListener, stop: &Sto
     let (worker, thread) = worker::Worker::start(scheduler, limits.batch, options.queue, Arc::clone(&metrics))
         .context("the engine's thread")?;
     let app = Arc::new(app::App {
-        schema: schema::Schema::new(&name),
+        schema: schema::Schema::new(&name, width),
         grammars: grammar::Grammars::new(&tokenizer).map_err(|e| e.to_string()),
         limits: app::Bounds {
             body_bytes: options.body_bytes,

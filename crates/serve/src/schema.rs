@@ -2,6 +2,9 @@
 //!
 //! The document is the only description of a request: what it does not name is refused, and what it promises is checked here before anything
 //! else looks at the request. The checker knows the part of JSON Schema that the document uses, and a test holds the document to that part.
+//!
+//! Fields of OpenAI's API that this server does not have are in the document, too: their schema allows the values that ask for what is done
+//! anyway, and `x-unsupported` says why there are no others.
 
 use std::cmp::Ordering;
 
@@ -9,25 +12,20 @@ use serde_json::{Map, Number, Value};
 
 use crate::error::ApiError;
 
-/// Fields of OpenAI's API that this server does not have, and why; everything else that is unknown is said to be unknown.
-const UNSUPPORTED: &[(&str, &str)] = &[
-    ("audio", "there is no sound here"),
-    ("best_of", "ask for n answers and choose"),
-    ("dimensions", "the model's vectors have one length"),
-    ("echo", "the prompt is known to who sent it"),
-    ("function_call", "use tool_choice"),
-    ("functions", "use tools"),
-    ("metadata", "nothing is stored"),
-    ("modalities", "there is text only"),
-    ("name", "chat templates do not know names of speakers"),
-    ("prediction", "there are no predicted outputs"),
-    ("reasoning_effort", "the model has no such setting"),
-    ("service_tier", "there is one tier"),
-    ("store", "nothing is stored"),
-    ("suffix", "the model continues texts, it does not fill gaps"),
-    ("verbosity", "the model has no such setting"),
-    ("web_search_options", "nothing is searched"),
-];
+/// Fields that hold a JSON schema of the client's own, in which null is a value like others.
+const FOREIGN: &[&str] = &["parameters", "schema"];
+
+/// Takes the fields that are null out of a request: they count as absent. A message's content may be null and still be said.
+pub fn drop_nulls(value: &mut Value) {
+    match value {
+        Value::Array(items) => items.iter_mut().for_each(drop_nulls),
+        Value::Object(fields) => {
+            fields.retain(|name, value| name == "content" || !value.is_null());
+            fields.iter_mut().filter(|(name, _)| !FOREIGN.contains(&name.as_str())).for_each(|(_, v)| drop_nulls(v));
+        }
+        _ => {}
+    }
+}
 
 /// The published document.
 pub struct Schema {
@@ -35,11 +33,13 @@ pub struct Schema {
 }
 
 impl Schema {
-    /// The document of this server, which serves `model`.
-    pub fn new(model: &str) -> Schema {
+    /// The document of this server, which serves `model`, whose vectors have `width` numbers.
+    pub fn new(model: &str, width: usize) -> Schema {
         let mut document: Value = serde_json::from_str(include_str!("openapi.json")).unwrap_or_default();
         document["info"]["version"] = env!("CARGO_PKG_VERSION").into();
-        document["components"]["schemas"]["ModelName"]["enum"] = Value::from(vec![model]);
+        let schemas = &mut document["components"]["schemas"];
+        schemas["ModelName"]["enum"] = Value::from(vec![model]);
+        schemas["EmbeddingRequest"]["properties"]["dimensions"]["enum"] = Value::from(vec![width.into(), Value::Null]);
         Schema { document }
     }
 
@@ -115,14 +115,13 @@ impl Schema {
         for (name, value) in fields {
             let path = Path::Field(path, name);
             match (known.get(name), other) {
-                (Some(schema), _) => self.visit(schema, value, &path)?,
-                (None, Some(Value::Bool(false))) => {
-                    let why = UNSUPPORTED.iter().find(|(field, _)| field == name).map(|(_, why)| *why);
-                    return Err(match why {
+                (Some(schema), _) => {
+                    self.visit(schema, value, &path).map_err(|e| match schema["x-unsupported"].as_str() {
                         Some(why) => path.bad(format!("is not supported: {why}")).code("unsupported_parameter"),
-                        None => path.bad("is not known").code("unknown_parameter"),
-                    });
+                        None => e,
+                    })?
                 }
+                (None, Some(Value::Bool(false))) => return Err(path.bad("is not known").code("unknown_parameter")),
                 (None, Some(schema)) => self.visit(schema, value, &path)?,
                 (None, None) => {}
             }
@@ -275,7 +274,7 @@ mod tests {
     use serde_json::json;
 
     fn wrong(name: &str, value: Value) -> (String, &'static str) {
-        let e = Schema::new("m").check(name, &value).unwrap_err();
+        let e = Schema::new("m", 64).check(name, &value).unwrap_err();
         assert_eq!(e.status, 400, "{e:?}");
         (e.param.unwrap_or_default(), e.code.unwrap_or_default())
     }
@@ -306,6 +305,7 @@ mod tests {
             "properties",
             "required",
             "type",
+            "x-unsupported",
         ];
         fn walk(schema: &Value, at: &str) {
             let fields = schema.as_object().unwrap_or_else(|| panic!("{at} is no schema"));
@@ -320,7 +320,7 @@ mod tests {
                 }
             }
         }
-        let schema = Schema::new("m");
+        let schema = Schema::new("m", 64);
         let all = schema.document()["components"]["schemas"].as_object().unwrap();
         assert!(all.len() > 10);
         all.iter().for_each(|(name, s)| walk(s, name));
@@ -342,6 +342,53 @@ mod tests {
         }
     }
 
+    /// What the document says of fields that may be left out: they may be null as well.
+    #[test]
+    fn null_is_allowed_wherever_nothing_is() {
+        let s = Schema::new("m", 64);
+        let mut todo = ["ChatCompletionRequest", "CompletionRequest", "EmbeddingRequest"]
+            .map(|n| (n.to_owned(), &s.document["components"]["schemas"][n]))
+            .to_vec();
+        let (mut seen, mut fields) = (Vec::new(), 0);
+        while let Some((at, schema)) = todo.pop() {
+            let to = s.target(schema);
+            if seen.contains(&std::ptr::from_ref(to)) {
+                continue;
+            }
+            seen.push(to);
+            let required = to["required"].as_array().cloned().unwrap_or_default();
+            for (name, field) in to["properties"].as_object().into_iter().flatten() {
+                let at = format!("{at}.{name}");
+                let optional = !required.iter().any(|r| r == name);
+                let allowed = s.visit(field, &Value::Null, &Path::Root).is_ok();
+                assert!(allowed || !optional, "{at} may be left out, but may not be null");
+                fields += usize::from(optional);
+                todo.push((at, field));
+            }
+            todo.extend(to["anyOf"].as_array().into_iter().flatten().map(|s| (at.clone(), s)));
+            todo.extend(to.get("items").map(|s| (at.clone(), s)));
+        }
+        assert!(fields > 60, "{fields}");
+    }
+
+    #[test]
+    fn nulls_are_dropped_but_for_those_that_say_something() {
+        let mut v = json!({
+            "seed": null, "stop": ["a", null], "messages": [{"role": "assistant", "content": null, "audio": null,
+                "tool_calls": [{"id": null, "function": {"name": "f", "arguments": "null"}}]}],
+            "tools": [{"function": {"description": null, "strict": null, "parameters": {"const": null, "default": null}}}],
+            "response_format": {"json_schema": {"strict": null, "schema": {"enum": [null], "x": {"const": null}}}},
+        });
+        drop_nulls(&mut v);
+        let expected = json!({
+            "stop": ["a", null], "messages": [{"role": "assistant", "content": null,
+                "tool_calls": [{"function": {"name": "f", "arguments": "null"}}]}],
+            "tools": [{"function": {"parameters": {"const": null, "default": null}}}],
+            "response_format": {"json_schema": {"schema": {"enum": [null], "x": {"const": null}}}},
+        });
+        assert_eq!(v, expected);
+    }
+
     #[test]
     fn what_is_wrong_is_named() {
         let chat = |more: Value| {
@@ -350,7 +397,9 @@ mod tests {
             v
         };
         let name = "ChatCompletionRequest";
-        assert!(Schema::new("m").check(name, &chat(json!({"temperature": 0.5, "n": 2.0, "stop": ["a", "b"]}))).is_ok());
+        assert!(
+            Schema::new("m", 64).check(name, &chat(json!({"temperature": 0.5, "n": 2.0, "stop": ["a", "b"]}))).is_ok()
+        );
         for (more, param, code) in [
             (json!({"temperature": 3}), "temperature", "invalid_value"),
             (json!({"temperature": "hot"}), "temperature", "invalid_type"),
@@ -359,8 +408,34 @@ mod tests {
             (json!({"top_p": 0}), "top_p", "invalid_value"),
             (json!({"stop": ["a", "b", "c", "d", "e"]}), "stop", "invalid_value"),
             (json!({"zzz": 1}), "zzz", "unknown_parameter"),
+            (json!({"zzz": null}), "zzz", "unknown_parameter"),
             (json!({"seed": 9_223_372_036_854_775_808_u64}), "seed", "invalid_value"),
             (json!({"store": true}), "store", "unsupported_parameter"),
+            (json!({"audio": {"voice": "x", "format": "wav"}}), "audio", "unsupported_parameter"),
+            (json!({"modalities": ["text", "audio"]}), "modalities", "unsupported_parameter"),
+            (json!({"metadata": {"a": "b"}}), "metadata", "unsupported_parameter"),
+            (json!({"prompt_cache_options": {"ttl": "30m"}}), "prompt_cache_options", "unsupported_parameter"),
+            (
+                json!({"stream_options": {"include_obfuscation": true}}),
+                "stream_options.include_obfuscation",
+                "unsupported_parameter",
+            ),
+            (json!({"messages": [{"role": "user", "content": null}]}), "messages.0.content", "invalid_value"),
+            (
+                json!({"messages": [{"role": "user", "content": "x", "name": "Ann"}]}),
+                "messages.0.name",
+                "unsupported_parameter",
+            ),
+            (
+                json!({"messages": [{"role": "assistant", "content": "x", "annotations": [{"type": "url_citation"}]}]}),
+                "messages.0.annotations",
+                "unsupported_parameter",
+            ),
+            (
+                json!({"tools": [{"type": "custom", "custom": {"name": "x"}}]}),
+                "tools.0.function",
+                "missing_required_parameter",
+            ),
             (json!({"messages": []}), "messages", "invalid_value"),
             (json!({"messages": [{"role": "user"}]}), "messages.0.content", "missing_required_parameter"),
             (json!({"messages": [{"role": "pope", "content": "x"}]}), "messages.0.role", "invalid_value"),

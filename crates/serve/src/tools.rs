@@ -97,9 +97,8 @@ impl Tools {
         let list = list.unwrap_or_default();
         let bad = |message: String| ApiError::bad("tool_choice", message);
         if list.is_empty() {
-            return match (choice, parallel) {
-                (Some(c), _) if c != "none" => Err(bad("'tool_choice' needs tools".into())),
-                (_, Some(_)) => Err(ApiError::bad("parallel_tool_calls", "'parallel_tool_calls' needs tools")),
+            return match choice {
+                Some(c) if c != "none" && c != "auto" => Err(bad("'tool_choice' needs tools".into())),
                 _ => Ok(None),
             };
         }
@@ -395,6 +394,8 @@ mod tests {
         assert_eq!(read(vec![tool("a")], named("a"), Form::Constrained), Ok(true));
         assert_eq!(read(vec![tool("a")], named("b"), Form::Tagged), Err("tool_choice".into()));
         assert_eq!(read(vec![], json!("required"), Form::Tagged), Err("tool_choice".into()));
+        assert_eq!(read(vec![], named("a"), Form::Tagged), Err("tool_choice".into()));
+        assert_eq!(read(vec![], json!("auto"), Form::Tagged), Ok(false));
         assert_eq!(read(vec![tool("a"), tool("a")], Value::Null, Form::Tagged), Err("tools.1.function.name".into()));
         assert_eq!(read(vec![tool("a b")], Value::Null, Form::Tagged), Err("tools.0.function.name".into()));
         assert_eq!(Form::of("{{ tools }}<tool_call>", true), Form::Tagged);

@@ -249,6 +249,97 @@ fn tools_are_called_where_they_must_be() {
     }
 }
 
+/// Null, and what is done anyway, count as absent: the answer is the same.
+#[test]
+fn what_is_done_anyway_may_be_asked_for() {
+    let s = Server::plain();
+    let with = |mut body: Value, more: &Value| {
+        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+        body
+    };
+    let same = |path: &str, base: &Value, all: &[Value], of: &dyn Fn(&Value) -> Value| {
+        let expected = of(&s.post(path, base).json());
+        assert!(!expected.is_null());
+        for more in all {
+            let a = s.post(path, &with(base.clone(), more));
+            assert_eq!((a.status, of(&a.json())), (200, expected.clone()), "{more}: {}", a.body);
+        }
+    };
+    let chats = [
+        json!({"audio": null, "frequency_penalty": null, "function_call": null, "functions": null, "logit_bias": null,
+            "logprobs": null, "max_completion_tokens": null, "metadata": null, "modalities": null, "moderation": null, "n": null,
+            "parallel_tool_calls": null, "prediction": null, "presence_penalty": null, "prompt_cache_key": null,
+            "prompt_cache_options": null, "prompt_cache_retention": null, "reasoning_effort": null, "response_format": null,
+            "safety_identifier": null, "seed": null, "service_tier": null, "stop": null, "store": null, "stream": null,
+            "stream_options": null, "tool_choice": null, "tools": null, "top_logprobs": null, "top_p": null, "user": null,
+            "verbosity": null, "web_search_options": null}),
+        json!({"frequency_penalty": 0, "presence_penalty": 0, "n": 1, "top_p": 1, "stream": false, "logprobs": false}),
+        json!({"top_logprobs": 0, "logit_bias": {}, "stop": [], "response_format": {"type": "text"}, "max_completion_tokens": 12}),
+        json!({"store": false, "metadata": {}, "modalities": ["text"], "service_tier": "auto", "verbosity": "medium"}),
+        json!({"service_tier": "default", "function_call": "none", "functions": [], "tools": []}),
+        json!({"tool_choice": "auto", "parallel_tool_calls": true}),
+        json!({"tool_choice": "none", "parallel_tool_calls": false}),
+        json!({"stream_options": {"include_usage": false, "include_obfuscation": false}, "prompt_cache_options": {"mode": "implicit"}}),
+        json!({"prompt_cache_key": "k", "prompt_cache_retention": "in_memory", "safety_identifier": "s", "user": "u"}),
+        json!({"messages": [{"role": "user", "content": [{"type": "text", "text": "hello", "prompt_cache_breakpoint": null}], "name": null}]}),
+    ];
+    same(CHAT, &chat(json!({})), &chats, &|v| v["choices"][0]["message"].clone());
+    let base = json!({"model": "tiny", "prompt": "hello", "max_tokens": 6, "temperature": 0, "n": 2});
+    let texts = [
+        json!({"best_of": null, "echo": null, "frequency_penalty": null, "logit_bias": null, "logprobs": null,
+            "presence_penalty": null, "seed": null, "stop": null, "stream": null, "stream_options": null, "suffix": null,
+            "top_p": null, "user": null}),
+        json!({"best_of": 2, "echo": false, "suffix": "", "stream_options": {}}),
+        json!({"n": 1, "best_of": 1}),
+    ];
+    same(TEXT, &base, &texts, &|v| v["choices"][0]["text"].clone());
+    let base = json!({"model": "tiny", "input": "hello"});
+    let width = s.post("/v1/embeddings", &base).json()["data"][0]["embedding"].as_array().unwrap().len();
+    let vectors = [
+        json!({"dimensions": null, "encoding_format": null, "pooling": null, "user": null}),
+        json!({"dimensions": width, "encoding_format": "float"}),
+    ];
+    same("/v1/embeddings", &base, &vectors, &|v| v["data"].clone());
+}
+
+/// What the official client makes of an answer goes back as it is.
+#[test]
+fn answers_go_back_as_clients_keep_them() {
+    let dumped = |content: &str| {
+        json!({"content": content, "refusal": null, "role": "assistant", "annotations": null, "audio": null,
+            "function_call": null, "tool_calls": null})
+    };
+    // A template that looks at what is there, not at what it is worth.
+    let strict = "{% if tools %}{% endif %}{% for m in messages %}{% for k in m %}{{ k }},{% endfor %}{{ m.tool_calls }}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>";
+    for template in [PLAIN, strict, TOOLS] {
+        let s = Server::start(Some(template), Options::default());
+        let ask = |message: Value| {
+            let user = json!({"role": "user", "content": "hello"});
+            let a = s.post(CHAT, &chat(json!({"messages": [user, message, user]})));
+            assert_eq!(a.status, 200, "{}", a.body);
+            let v = a.json();
+            (v["choices"][0]["message"]["content"].clone(), v["usage"]["prompt_tokens"].clone())
+        };
+        let plain = ask(json!({"content": "hi", "role": "assistant"}));
+        let mut more = dumped("hi");
+        assert_eq!(ask(more.clone()), plain);
+        more["annotations"] = json!([]);
+        more["tool_calls"] = json!([]);
+        more["parsed"] = json!({"x": [null, 1]});
+        assert_eq!(ask(more), plain);
+        let call = |more: Value| {
+            let mut function = json!({"name": "add", "arguments": "{\"a\": 1}"});
+            function.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
+            json!([{"id": "c", "function": function, "type": "function"}])
+        };
+        let mut calls = dumped("");
+        calls["content"] = Value::Null;
+        calls["tool_calls"] = call(json!({"parsed_arguments": {"a": 1}}));
+        calls["tool_calls"][0]["index"] = 0.into();
+        assert_eq!(ask(calls), ask(json!({"content": "", "role": "assistant", "tool_calls": call(json!({}))})));
+    }
+}
+
 /// Numbers of any length come back as they are, or are refused by name.
 #[test]
 fn numbers_are_exact_or_refused() {
@@ -307,6 +398,14 @@ fn whatever_is_wrong_is_said_in_openais_shape() {
         (json!({"max_tokens": 0}), 400, "max_tokens"),
         (json!({"max_tokens": 5000}), 400, "max_tokens"),
         (json!({"max_completion_tokens": 5}), 400, "max_tokens"),
+        (json!({"messages": null}), 400, "messages"),
+        (json!({"reasoning_effort": "low"}), 400, "reasoning_effort"),
+        (json!({"service_tier": "flex"}), 400, "service_tier"),
+        (json!({"verbosity": "low"}), 400, "verbosity"),
+        (json!({"web_search_options": {}}), 400, "web_search_options"),
+        (json!({"functions": [{"name": "f"}]}), 400, "functions"),
+        (json!({"prompt_cache_retention": "24h"}), 400, "prompt_cache_retention"),
+        (json!({"tool_choice": {"type": "function", "function": {"name": "f"}}}), 400, "tool_choice"),
         (json!({"stream_options": {"include_usage": true}}), 400, "stream_options"),
         (json!({"top_logprobs": 2}), 400, "top_logprobs"),
         (json!({"logit_bias": {"96": 1}}), 400, "logit_bias.96"),
@@ -328,6 +427,8 @@ fn whatever_is_wrong_is_said_in_openais_shape() {
         (json!({"model": "tiny", "prompt": "a", "echo": true}), "echo"),
         (json!({"model": "tiny", "prompt": "a", "suffix": "b"}), "suffix"),
         (json!({"model": "tiny", "prompt": "a", "best_of": 2}), "best_of"),
+        (json!({"model": "tiny", "prompt": "a", "best_of": 1, "n": 2}), "best_of"),
+        (json!({"model": "tiny", "prompt": null}), "prompt"),
         (json!({"model": "tiny", "prompt": "a", "logprobs": 6}), "logprobs"),
         (json!({"prompt": "a"}), "model"),
     ] {

@@ -12,8 +12,8 @@ use serde_json::Value;
 
 use crate::app::App;
 use crate::error::ApiError;
-use crate::exact;
 use crate::worker::Ticket;
+use crate::{exact, schema};
 
 /// Bytes of a request that are taken in and dropped when it is too large: whoever sends first and listens then would find the connection
 /// broken, and not the reason.
@@ -90,16 +90,17 @@ impl App {
         refused.map_or(Ok(body), Err)
     }
 
-    /// Reads a JSON request and holds it against the published document.
+    /// Reads a JSON request and holds it against the published document. What is null is gone afterwards.
     fn read(&self, name: &str, body: Vec<u8>) -> Result<Value, ApiError> {
         let no_json = |why: String| ApiError::new(400, format!("the request is no JSON: {why}"));
         let text = String::from_utf8(body).map_err(|e| no_json(e.to_string()))?;
-        let value: Value = serde_json::from_str(&text).map_err(|e| no_json(e.to_string()))?;
+        let mut value: Value = serde_json::from_str(&text).map_err(|e| no_json(e.to_string()))?;
         if let Some(model) = value["model"].as_str() {
             self.known_model(model)?;
         }
         self.schema.check(name, &value)?;
         exact::check_request(&text, &value)?;
+        schema::drop_nulls(&mut value);
         Ok(value)
     }
 

@@ -158,6 +158,10 @@ fn prepare_completion(app: &App, body: Value, ticket: &mut Ticket) -> Result<Pre
     tell_user(c.common.user.as_deref());
     let (stream, usage_chunk) = c.common.stream()?;
     let n = c.common.n.unwrap_or(1);
+    if c.best_of.is_some_and(|best_of| best_of != n) {
+        let text = "'best_of' is not supported: ask for n answers and choose";
+        return Err(ApiError::bad("best_of", text).code("unsupported_parameter"));
+    }
     app.widen(ticket, c.prompt.texts().saturating_mul(n))?;
     let prompts = app.tokens(c.prompt, "prompt")?;
     // The older interface writes 16 tokens unless told otherwise.
@@ -199,12 +203,12 @@ fn copies(g: Generation, n: usize) -> impl Iterator<Item = Generation> {
 
 fn prepare_chat(app: &App, body: Value, ticket: &mut Ticket) -> Result<Prepared, ApiError> {
     let c: types::Chat = types::read(body)?;
-    tell_user(c.common.user.as_deref());
+    tell_user(c.common.user.as_deref().or(c.safety_identifier.as_deref()));
     app.widen(ticket, c.common.n.unwrap_or(1))?;
     let (stream, usage_chunk) = c.common.stream()?;
     let logprobs = match (c.logprobs.unwrap_or(false), c.top_logprobs) {
         (true, top) => Some(top.unwrap_or(0)),
-        (false, None) => None,
+        (false, None | Some(0)) => None,
         (false, Some(_)) => return Err(ApiError::bad("top_logprobs", "'top_logprobs' needs logprobs")),
     };
     let template = app.template.as_ref().ok_or_else(|| {
@@ -232,13 +236,13 @@ fn prepare_chat(app: &App, body: Value, ticket: &mut Ticket) -> Result<Prepared,
     let prompt = app.tokenizer.encode(&rendered, false).map_err(|e| ApiError::bad("messages", e.to_string()))?;
     app.check_tokens(&prompt, "messages")?;
     let asked = match (c.max_completion_tokens, c.common.max_tokens) {
-        (Some(_), Some(_)) => {
+        (Some(new), Some(old)) if new != old => {
             return Err(ApiError::bad(
                 "max_tokens",
-                "give 'max_completion_tokens' or its older name 'max_tokens', not both",
+                "'max_completion_tokens' and its older name 'max_tokens' say different things",
             ));
         }
-        (Some(n), None) => Some(("max_completion_tokens", n)),
+        (Some(n), _) => Some(("max_completion_tokens", n)),
         (None, n) => n.map(|n| ("max_tokens", n)),
     };
     let max_tokens = answer_tokens(asked, prompt.len(), app.context, app.limits.tokens)?;
@@ -304,7 +308,9 @@ fn plain(mut m: Value, form: Form) -> Value {
     }
     let Some(fields) = m.as_object_mut() else { return m };
     exact::drop_unseen(fields);
-    fields.remove("refusal");
+    if fields.get("tool_calls").and_then(Value::as_array).is_some_and(Vec::is_empty) {
+        fields.remove("tool_calls");
+    }
     if let Some(calls) = fields.get_mut("tool_calls").and_then(Value::as_array_mut) {
         if form == Form::Constrained {
             let text: Vec<String> = calls.iter().map(|call| written(&call["function"])).collect();

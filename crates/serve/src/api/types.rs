@@ -86,6 +86,7 @@ pub struct Chat {
     pub tools: Option<Vec<Value>>,
     pub tool_choice: Option<Value>,
     pub parallel_tool_calls: Option<bool>,
+    pub safety_identifier: Option<String>,
 }
 
 /// `/v1/completions`
@@ -95,6 +96,7 @@ pub struct Completion {
     pub common: Common,
     pub prompt: Input,
     pub logprobs: Option<usize>,
+    pub best_of: Option<usize>,
 }
 
 /// `/v1/embeddings`
@@ -145,10 +147,11 @@ impl Common {
     /// Whether the answer comes as a stream, and whether that ends with the usage.
     pub fn stream(&self) -> Result<(bool, bool), ApiError> {
         let stream = self.stream.unwrap_or(false);
-        if self.stream_options.is_some() && !stream {
+        let usage = self.stream_options.as_ref().and_then(|o| o.include_usage).unwrap_or(false);
+        if usage && !stream {
             return Err(ApiError::bad("stream_options", "'stream_options' is for streams; set stream as well"));
         }
-        Ok((stream, self.stream_options.as_ref().and_then(|o| o.include_usage).unwrap_or(false)))
+        Ok((stream, usage))
     }
 
     /// How tokens are chosen and where the answer ends, for the first of `n` answers. `vocab`: rows of the model's head.
