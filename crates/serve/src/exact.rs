@@ -15,6 +15,9 @@ const UNSEEN: &[&str] = &["annotations", "index", "parsed", "parsed_arguments"];
 /// Up to here a float tells every integer from its neighbours.
 const SAFE: f64 = 9_007_199_254_740_991.0;
 
+/// The largest step between numbers that the grammar library knows.
+const STEP: f64 = 4_294_967_295.0;
+
 /// Takes what nobody looks at out of a message or a part of one, so that no template finds it.
 pub fn drop_unseen(fields: &mut Map<String, Value>) {
     fields.retain(|name, _| !UNSEEN.contains(&name.as_str()));
@@ -93,7 +96,9 @@ pub fn check_schema(schema: &Value, path: &Path<'_>) -> Result<(), ApiError> {
         match key.as_str() {
             "const" | "enum" => check_literal(value, &path)?,
             "minimum" | "maximum" | "exclusiveMinimum" | "exclusiveMaximum" | "multipleOf" => match value {
-                Value::Number(n) if !bound_is_held(fields, key, n) => return Err(not_held(n, &path)),
+                Value::Number(n) if !bound_is_held(fields, key, n) => {
+                    return Err(not_held(n, if key == "multipleOf" { STEP } else { SAFE }, &path));
+                }
                 _ => {}
             },
             "default" | "examples" => {}
@@ -111,16 +116,16 @@ pub fn check_schema(schema: &Value, path: &Path<'_>) -> Result<(), ApiError> {
 
 fn check_literal(value: &Value, path: &Path<'_>) -> Result<(), ApiError> {
     match value {
-        Value::Number(n) if !literal_is_held(n) => Err(not_held(n, path)),
+        Value::Number(n) if !literal_is_held(n) => Err(not_held(n, SAFE, path)),
         Value::Array(all) => all.iter().enumerate().try_for_each(|(i, v)| check_literal(v, &Path::Index(path, i))),
         Value::Object(all) => all.iter().try_for_each(|(k, v)| check_literal(v, &Path::Field(path, k))),
         _ => Ok(()),
     }
 }
 
-fn not_held(n: &Number, path: &Path<'_>) -> ApiError {
+fn not_held(n: &Number, most: f64, path: &Path<'_>) -> ApiError {
     path.bad(format!(
-        "is {n}, which answers cannot be held to exactly: of integers beyond {SAFE} the grammar holds only some. Leave it out, or let the value be a text"
+        "is {n}, which answers cannot be held to exactly: of numbers beyond {most} the grammar holds only some or none. Leave it out, or let the value be a text"
     ))
 }
 
@@ -139,7 +144,7 @@ fn literal_is_held(n: &Number) -> bool {
 fn bound_is_held(fields: &Map<String, Value>, key: &str, n: &Number) -> bool {
     let Some(x) = n.as_f64() else { return false };
     if key == "multipleOf" {
-        return x.abs() <= f64::from(u32::MAX);
+        return x.abs() <= STEP;
     }
     if x.abs() <= SAFE {
         return true;
