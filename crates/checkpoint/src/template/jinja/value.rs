@@ -309,7 +309,8 @@ pub(super) const MAX_TOLD: usize = 200;
 
 /// The start of a text, in whole letters: what a program makes up may be of any length.
 pub(super) fn cut(text: &str, most: usize) -> &str {
-    if text.len() <= most { text } else { &text[..text.floor_char_boundary(most)] }
+    let end = (0..=most.min(text.len())).rev().find(|&at| text.is_char_boundary(at));
+    &text[..end.unwrap_or(0)]
 }
 
 fn check_depth(depth: usize) -> Outcome<()> {
