@@ -2,9 +2,11 @@
 
 mod common;
 
+use std::path::Path;
 use std::time::{Duration, Instant};
 
 use common::{PLAIN, ROOM, Server, chat, engine, request};
+use lacuna_checkpoint::Tokenizer;
 use lacuna_serve::{Keys, Options};
 use serde_json::{Value, json};
 
@@ -142,7 +144,27 @@ fn too_much_is_told_to_whoever_sends_first() {
     assert_eq!(s.post(CHAT, &huge).error().0, 413);
 }
 
-/// Encoding takes much more time and memory than the text has bytes: what cannot fit is refused before.
+/// Encoding takes much more time and memory than the text has bytes: what cannot fit is refused before. The vocabulary has every byte, so
+/// that a text's length bounds its tokens.
+#[test]
+fn a_text_that_cannot_fit_is_not_encoded() {
+    let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tokenizers/bytelevel");
+    let tokenizer = Tokenizer::from_dir(&dir).unwrap();
+    let s = Server::reading(tokenizer, engine("llama"), Some(PLAIN), Options::default());
+    let text = "a ".repeat(500_000);
+    let asked = [
+        (CHAT, chat(json!({"messages": [{"role": "user", "content": text}]}))),
+        ("/v1/completions", json!({"model": "tiny", "prompt": text})),
+    ];
+    for (path, body) in asked {
+        let answer = s.post(path, &body);
+        assert_eq!(answer.status, 400);
+        let body = answer.json();
+        assert_eq!(body["error"]["code"], "context_length_exceeded");
+        let said = body["error"]["message"].as_str().unwrap();
+        assert!(said.contains("bytes does not fit the context of 1024 tokens"), "{said}");
+    }
+}
 
 #[test]
 fn sizes_and_times_have_limits() {

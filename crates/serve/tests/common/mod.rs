@@ -65,11 +65,16 @@ impl Server {
     }
 
     pub fn with(engine: Engine, template: Option<&str>, options: Options) -> Server {
+        Server::reading(tokenizer(), engine, template, options)
+    }
+
+    /// One with another tokenizer.
+    pub fn reading(tokenizer: Tokenizer, engine: Engine, template: Option<&str>, options: Options) -> Server {
         let served = Served {
             name: "tiny".into(),
             fingerprint: "test".into(),
             engine,
-            tokenizer: tokenizer(),
+            tokenizer,
             template: template.map(|t| ChatTemplate::new(t).unwrap()),
             card: json!({ "model": "tiny" }),
         };
