@@ -9,7 +9,7 @@ use lacuna_base::unfinished;
 use lacuna_base::units::show_bytes;
 use lacuna_checkpoint::{SaveError, Tokenizer};
 use lacuna_compress::{CompressError, Form, Options, Outcomes, Recipe, compress, memory};
-use lacuna_contract::{Method, Needs};
+use lacuna_contract::Registry;
 use lacuna_eval::{CALIBRATION, Eval, HELD_OUT, Judged, Room, Table};
 use lacuna_format::Weights;
 use lacuna_judge::{
@@ -216,7 +216,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
 fn fitting_recipe(
     a: &cli::Compress,
     mut sets: Vec<String>,
-    registry: &[Method],
+    registry: &Registry,
     context: usize,
 ) -> anyhow::Result<Recipe> {
     const KEY: &str = "calibration.seq_len";
@@ -225,7 +225,7 @@ fn fitting_recipe(
         |sets: &[String]| Recipe::parse(&text, registry, sets).map_err(|e| Usage(format!("recipe {}: {e}", a.recipe)));
     let recipe = parse(&sets)?;
     let len = recipe.calibration.seq_len;
-    if len <= context || recipe.steps.iter().all(|s| s.method.card.needs == Needs::default()) {
+    if len <= context || !recipe.calibrates() {
         return Ok(recipe);
     }
     let in_file = recipe.resolved.get("calibration").is_some_and(|c| c.get("seq_len").is_some());
@@ -337,7 +337,8 @@ fn plan(g: &Global, source: &Model, recipe: &Recipe, timed: bool) -> anyhow::Res
     let mut forecast = None;
     if timed {
         let mut table = CostTable::open(&common::cache_dir(g)?);
-        let before = lacuna_compress::forms(&source.checkpoint, &Recipe::parse("version = 1", &[], &[])?)?;
+        let before =
+            lacuna_compress::forms(&source.checkpoint, &Recipe::parse("version = 1", &Registry::default(), &[])?)?;
         let [after, before] = [&forms, &before].map(|forms| products(forms));
         table.learn(&[&after, &before])?;
         let loaded = source.checkpoint.source_bytes() <= LOADED;

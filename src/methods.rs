@@ -44,23 +44,16 @@ fn own(recipe: &str, name: &str, all: &[&str]) -> bool {
 /// Runs the verb.
 pub fn run(g: &Global) -> anyhow::Result<ExitCode> {
     let all = lacuna_methods::registry();
-    let cards: Vec<_> = all.iter().map(|m| &m.card).collect();
+    let cards: Vec<_> = all.methods.iter().map(|m| &m.card).collect();
     let (runs, names) = (measured(PAGE), cards.iter().map(|c| c.name).collect::<Vec<_>>());
     let out = json!({ "methods": cards, "recipes": recipes::names(), "measured": runs });
     common::print(g, &out, || {
         let mut page = String::new();
         for c in &cards {
-            let mut needs = Vec::new();
-            for (on, what) in
-                [(c.needs.gram, "X'X"), (c.needs.squares, "channel norms"), (c.needs.similarity, "block similarity")]
-            {
-                if on {
-                    needs.push(what);
-                }
-            }
+            let needs: Vec<&str> = c.needs.iter().map(|ask| ask.describe()).collect();
             let needs =
                 if needs.is_empty() { "no calibration".to_owned() } else { format!("needs {}", needs.join(", ")) };
-            page += &format!("{:<12} {:<9} {}\n", c.name, format!("{:?}", c.verb).to_lowercase(), c.summary);
+            page += &format!("{:<12} {:<9} {}\n", c.name, c.verb, c.summary);
             let arxiv = if c.arxiv.is_empty() { String::new() } else { format!(" (arXiv {})", c.arxiv) };
             page += &format!("{:<22} {}{arxiv}; {needs}\n", "", c.paper);
             for r in runs.iter().filter(|r| own(r.recipe, c.name, &names)) {

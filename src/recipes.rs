@@ -6,38 +6,8 @@ use anyhow::{Context, Result};
 
 use crate::common::Usage;
 
-macro_rules! carried {
-    ($($name:literal),* $(,)?) => {
-        &[$(($name, include_str!(concat!("../recipes/", $name, ".toml")))),*]
-    };
-}
-
-/// Name and text of each.
-pub const CARRIED: &[(&str, &str)] = carried![
-    "default",
-    "f16",
-    "gptq",
-    "gptq-3bit",
-    "int4-outliers",
-    "llm-drop",
-    "llm-drop-2",
-    "magnitude",
-    "magnitude-30",
-    "magnitude-90",
-    "rtn",
-    "rtn-2",
-    "rtn-8",
-    "sparsegpt",
-    "sparsegpt-2-4",
-    "sparsegpt-30",
-    "sparsegpt-int4",
-    "svd",
-    "svd-int8",
-    "svd-llm",
-    "uniform",
-    "wanda",
-    "wanda-30",
-];
+/// Name and text of each, by name: the files of `recipes/`.
+pub const CARRIED: &[(&str, &str)] = include!(concat!(env!("OUT_DIR"), "/recipes.rs"));
 
 /// Names of the carried recipes.
 pub fn names() -> Vec<&'static str> {

@@ -4,8 +4,8 @@ use anyhow::{Context, Result, bail};
 
 use crate::tree::Tree;
 
-/// What a family asks, in the words of `lacuna_contract`.
-struct Family {
+/// What a question's methods are asked, in the words of `lacuna_contract`.
+struct Question {
     name: &'static str,
     question: &'static str,
     verb: &'static str,
@@ -21,11 +21,11 @@ struct Family {
 
 const TARGETS: &str = "targets = [\"attn.*\", \"ffn.*\"]\n";
 
-const FAMILIES: [Family; 6] = [
-    Family {
+const QUESTIONS: [Question; 6] = [
+    Question {
         name: "score",
         question: "Score",
-        verb: "Prune",
+        verb: "prune",
         uses: &["Scope", "Stats"],
         answer: "    fn score(&self, w: MatRef<'_>, stats: &Stats<'_>) -> Result<Mat, MethodError> {
         EMPTY
@@ -37,10 +37,10 @@ const FAMILIES: [Family; 6] = [
         call: "score(random(3, 4, 1).view(), &Stats::default())",
         step: "sparsity = 0.5\npattern = \"unstructured\"\n",
     },
-    Family {
+    Question {
         name: "grid",
         question: "Grid",
-        verb: "Quantize",
+        verb: "quantize",
         uses: &["GridAsk"],
         answer: "    fn fit(&self, values: &[f32], ask: &GridAsk) -> Result<Affine, MethodError> {
         EMPTY
@@ -48,10 +48,10 @@ const FAMILIES: [Family; 6] = [
         call: "fit(&[-1.0, 0.5], &GridAsk { bits: 4, symmetric: true, scale: Float::F32 })",
         step: "bits = 4\ngroup = 64\nsymmetric = true\nscale = \"f16\"\n",
     },
-    Family {
+    Question {
         name: "solve",
         question: "Solve",
-        verb: "Prune",
+        verb: "prune",
         uses: &["SolveAsk", "Solved"],
         answer: "    fn solve(&self, ask: &SolveAsk<'_>) -> Result<Solved, MethodError> {
         EMPTY
@@ -59,49 +59,99 @@ const FAMILIES: [Family; 6] = [
         call: "solve(&SolveAsk { w: random(3, 4, 1).view(), stats: &Stats::default(), mask: None, prune: None, round: None })",
         step: "sparsity = 0.5\npattern = \"unstructured\"\n",
     },
-    Family {
+    Question {
         name: "factor",
         question: "Factor",
-        verb: "Factor",
+        verb: "factor",
         uses: &["Stats"],
-        answer: "    fn factor(&self, w: MatRef<'_>, stats: &Stats<'_>, rank: usize) -> Result<(Mat, Mat), MethodError> {
+        answer:
+            "    fn factor(&self, w: MatRef<'_>, stats: &Stats<'_>, rank: usize) -> Result<(Mat, Mat), MethodError> {
         EMPTY
     }",
         call: "factor(random(3, 4, 1).view(), &Stats::default(), 2)",
         step: "keep = 0.8\n",
     },
-    Family {
-        name: "drop",
-        question: "Drop",
-        verb: "Drop",
-        uses: &["DropPart", "DropStats"],
-        answer: "    fn drop(&self, part: DropPart, count: usize, stats: &DropStats<'_>) -> Result<Vec<usize>, MethodError> {
-        EMPTY
-    }",
-        call: "drop(DropPart::Block, 1, &DropStats { similarity: &[Some(0.5), Some(0.9)] })",
-        step: "part = \"block\"\ncount = 1\n",
-    },
-    Family {
-        name: "budget",
-        question: "Budget",
-        verb: "Budget",
-        uses: &["Outcome", "Slot"],
-        answer: "    fn ask(&mut self, slots: &[Slot], target: f64) -> Result<Option<Vec<f64>>, MethodError> {
+    Question {
+        name: "structure",
+        question: "Structure",
+        verb: "drop",
+        uses: &["Compete", "StructureAsk"],
+        answer: "    fn score(&self, ask: &StructureAsk<'_>) -> Result<Vec<f64>, MethodError> {
         EMPTY
     }
 
-    fn tell(&mut self, assignment: &[f64], outcome: &Outcome) {}",
-        call: "ask(&[], 0.5)",
-        step: "step = \"prune\"\n\n[[step]]\nname = \"prune\"\nmethod = \"wanda\"\nsparsity = 0.5\n",
+    fn compete(&self) -> Compete {
+        Compete::Model
+    }
+
+    fn keeps_means(&self) -> bool {
+        false
+    }",
+        call: "score(&StructureAsk { unit: Unit::Block, layer: 0, count: 1, width: 0, reader: None, writers: &[], stats: Stats::default() })",
+        step: "part = \"block\"\ncount = 1\n",
+    },
+    Question {
+        name: "search",
+        question: "Search",
+        verb: "search",
+        uses: &["Assignment", "Lab", "SearchAsk"],
+        answer: "    fn search(&self, lab: &mut dyn Lab, ask: &SearchAsk) -> Result<Assignment, MethodError> {
+        EMPTY
+    }",
+        call: "search(&mut Bench::new(3, 4, 1), &SearchAsk { budget_bytes: 2000, trials: 9, tokens: 2, seed: 0 })",
+        step: "step = \"prune\"\nkey = \"sparsity\"\nvalues = [0.4, 0.5, 0.6]\ntarget = 0.5\n\n[[step]]\nname = \"prune\"\nmethod = \"wanda\"\nsparsity = 0.5\n",
     },
 ];
 
 /// Writes the method's file and recipe and puts it into the two lists.
-pub fn write(tree: &Tree, family: &str, name: &str) -> Result<()> {
-    let known = FAMILIES.iter().find(|f| f.name == family).with_context(|| {
-        let names: Vec<&str> = FAMILIES.iter().map(|f| f.name).collect();
-        format!("'{family}' is no family that can be started; these are: {}", names.join(", "))
+pub fn write(tree: &Tree, question: &str, name: &str) -> Result<()> {
+    if question == "family" {
+        return write_family(tree, name);
+    }
+    let known = QUESTIONS.iter().find(|f| f.name == question).with_context(|| {
+        let names: Vec<&str> = QUESTIONS.iter().map(|f| f.name).collect();
+        format!("'{question}' is no question that can be started; these are: {}, and family", names.join(", "))
     })?;
+    check_name(name)?;
+    let module = name.replace('-', "_");
+    let folder = format!("crates/methods/src/{question}");
+    let (file, list, registry) =
+        (format!("{folder}/{module}.rs"), format!("{folder}/mod.rs"), "crates/methods/src/lib.rs");
+    let recipe = format!("recipes/{name}.toml");
+    let list_text = tree.read(&list)? + &format!("pub(crate) mod {module};\n");
+    let registry_text = registered(&tree.read(registry)?, "methods", &format!("{question}::{module}::method(),"))?;
+    write_all(
+        tree,
+        &[
+            (&file, method(known, name), true),
+            (&recipe, recipe_text(known, name), true),
+            (&list, list_text, false),
+            (registry, registry_text, false),
+        ],
+    )?;
+    println!("next: fill {file}, then `cargo test --workspace --lib {module}`");
+    Ok(())
+}
+
+/// Writes a family's file and puts it into the two lists.
+fn write_family(tree: &Tree, name: &str) -> Result<()> {
+    check_name(name)?;
+    let module = name.replace('-', "_");
+    let (file, list, registry) = (
+        format!("crates/methods/src/family/{module}.rs"),
+        "crates/methods/src/family/mod.rs",
+        "crates/methods/src/lib.rs",
+    );
+    let list_text = tree.read(list)?;
+    let Some(at) = list_text.find("pub(crate) mod ") else { bail!("{list} has no list of modules") };
+    let list_text = format!("{}pub(crate) mod {module};\n{}", &list_text[..at], &list_text[at..]);
+    let registry_text = registered(&tree.read(registry)?, "families", &format!("family::{module}::family(),"))?;
+    write_all(tree, &[(&file, family(name), true), (list, list_text, false), (registry, registry_text, false)])?;
+    println!("next: fill {file}, then start a method whose card says verb: \"{name}\"");
+    Ok(())
+}
+
+fn check_name(name: &str) -> Result<()> {
     if name.is_empty()
         || !name.starts_with(|c: char| c.is_ascii_lowercase())
         || !name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-')
@@ -110,36 +160,29 @@ pub fn write(tree: &Tree, family: &str, name: &str) -> Result<()> {
             "'{name}' is no name for a method: a small letter, then small letters, digits and hyphens, like \"svd-llm\""
         );
     }
-    let module = name.replace('-', "_");
-    let folder = format!("crates/methods/src/{family}");
-    let (file, list, registry) =
-        (format!("{folder}/{module}.rs"), format!("{folder}/mod.rs"), "crates/methods/src/lib.rs");
-    let recipe = format!("recipes/{name}.toml");
-    for there in [&file, &recipe] {
-        if tree.root().join(there).exists() {
-            bail!("{there} exists already");
-        }
-    }
-    let list_text = tree.read(&list)? + &format!("pub(crate) mod {module};\n");
-    let registry_text = registered(&tree.read(registry)?, &format!("{family}::{module}::method(),"))
-        .with_context(|| format!("{registry} has no list that ends with `    ]`"))?;
-    for (path, text) in [
-        (&file, method(known, name)),
-        (&recipe, recipe_text(known, name)),
-        (&list, list_text),
-        (&registry.to_owned(), registry_text),
-    ] {
-        std::fs::write(tree.root().join(path), text).with_context(|| format!("cannot write {path}"))?;
-        println!("wrote {path}");
-    }
-    println!("next: fill {file}, then `cargo test -p lacuna-methods {module}`");
     Ok(())
 }
 
-/// The registry with one more line at its end.
-fn registered(text: &str, line: &str) -> Option<String> {
-    let end = text.rfind("\n    ]\n")?;
-    Some(format!("{}\n        {line}{}", &text[..end], &text[end..]))
+/// Writes files, each with whether it must be new; nothing is written where one is in the way.
+fn write_all(tree: &Tree, all: &[(&str, String, bool)]) -> Result<()> {
+    for (path, _, fresh) in all {
+        if *fresh && tree.root().join(path).exists() {
+            bail!("{path} exists already");
+        }
+    }
+    for (path, text, _) in all {
+        std::fs::write(tree.root().join(path), text).with_context(|| format!("cannot write {path}"))?;
+        println!("wrote {path}");
+    }
+    Ok(())
+}
+
+/// The registry with one more line at the end of one of its lists.
+fn registered(text: &str, list: &str, line: &str) -> Result<String> {
+    let from = text.find(&format!("        {list}: vec![\n"));
+    let end = from.and_then(|from| Some(from + text[from..].find("\n        ],")?));
+    let end = end.with_context(|| format!("the registry has no list `{list}: vec![ ... ]`"))?;
+    Ok(format!("{}\n            {line}{}", &text[..end], &text[end..]))
 }
 
 fn type_name(name: &str) -> String {
@@ -156,12 +199,12 @@ fn type_name(name: &str) -> String {
     out
 }
 
-fn method(family: &Family, name: &str) -> String {
-    let (kind, question) = (type_name(name), family.question);
+fn method(asked: &Question, name: &str) -> String {
+    let (kind, question) = (type_name(name), asked.question);
     let empty = format!("Err(MethodError::new(\"{name} has no answer yet\"))");
-    let answer = family.answer.replace("EMPTY", &empty);
-    let mut uses = vec!["Card", "Made", "Method", "MethodError", "Needs", question, "Verb"];
-    uses.extend(family.uses);
+    let answer = asked.answer.replace("EMPTY", &empty);
+    let mut uses = vec!["Card", "Made", "Method", "MethodError", question];
+    uses.extend(asked.uses);
     uses.sort_unstable();
     let needs = |word: &str| answer.contains(word);
     let mut imports = String::new();
@@ -175,16 +218,22 @@ fn method(family: &Family, name: &str) -> String {
         imports += "use lacuna_format::Affine;\n";
     }
     let mut test_imports = String::from("    use super::*;\n");
-    if family.call.contains("random(") {
+    if asked.call.contains("random(") {
         test_imports += "    use lacuna_base::testkit::random;\n";
     }
-    if family.call.contains("Stats::default()") && !family.uses.contains(&"Stats") {
+    if asked.call.contains("Stats::default()") && !asked.uses.contains(&"Stats") {
         test_imports += "    use lacuna_contract::Stats;\n";
     }
-    if family.call.contains("Float::") {
+    if asked.call.contains("Bench::") {
+        test_imports += "    use crate::search::testkit::Bench;\n";
+    }
+    if asked.call.contains("Unit::") {
+        test_imports += "    use lacuna_contract::Unit;\n";
+    }
+    if asked.call.contains("Float::") {
         test_imports += "    use lacuna_format::Float;\n";
     }
-    let (verb, call) = (family.verb, family.call);
+    let (verb, call) = (asked.verb, asked.call);
     format!(
         "\
 //! One sentence: what {name} does.
@@ -215,9 +264,12 @@ pub(crate) fn method() -> Method {{
             paper: \"\",
             arxiv: \"\",
             summary: \"\",
-            verb: Verb::{verb},
-            needs: Needs::default(),
+            system: None,
+            verb: \"{verb}\",
+            needs: &[],
+            abilities: &[],
         }},
+        keys: make::keys::<{kind}>,
         make: |given| Ok(Made::{question}(Box::new(make::parameters::<{kind}>(\"{name}\", given)?))),
     }}
 }}
@@ -240,9 +292,70 @@ mod tests {{
     )
 }
 
-fn recipe_text(family: &Family, name: &str) -> String {
-    let verb = family.verb.to_lowercase();
-    let targets = if ["drop", "budget"].contains(&family.name) { "" } else { TARGETS };
+/// A family that works on single matrices, as most do.
+fn family(name: &str) -> String {
+    let kind = type_name(name);
+    format!(
+        "\
+//! `{name}`: one sentence, what it does with its methods' answers.
+
+use lacuna_contract::{{Ask, Card, Edit, Family, Left, Local, Making, MethodError, Step, Work}};
+use lacuna_format::Unpacked;
+use lacuna_spec::Place;
+use serde::Deserialize;
+
+use crate::make;
+
+/// What the methods share, each with its unit and range.
+#[derive(Clone, Debug, Default, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Keys {{}}
+
+pub(crate) fn family() -> Family {{
+    Family {{ verb: \"{name}\", keys: make::keys::<Keys>, make: make_step }}
+}}
+
+struct {kind} {{
+    card: Card,
+}}
+
+fn make_step(making: &Making<'_>) -> Result<Step, MethodError> {{
+    let (Keys {{}}, _answers) = make::split::<Keys>(making)?;
+    Ok(Step::Local(Box::new({kind} {{ card: making.method.card.clone() }})))
+}}
+
+impl Local for {kind} {{
+    fn together(&self) -> bool {{
+        false
+    }}
+
+    fn needs(&self, _: &Place) -> Vec<Ask> {{
+        self.card.needs.to_vec()
+    }}
+
+    fn check(&self, _: (usize, usize), _: &[Left]) -> Result<Left, MethodError> {{
+        Err(MethodError::new(\"{name} has no edit yet\"))
+    }}
+
+    fn foretell(&self, sample: Unpacked, _: u64) -> Result<Unpacked, MethodError> {{
+        Ok(sample)
+    }}
+
+    fn scratch_bytes(&self, (rows, cols): (usize, usize)) -> u64 {{
+        8 * rows as u64 * cols as u64
+    }}
+
+    fn edit(&self, work: Vec<Work<'_>>) -> Result<Vec<Edit>, MethodError> {{
+        Ok(work.into_iter().map(|w| Edit::Matrix(w.place, w.matrix)).collect())
+    }}
+}}
+"
+    )
+}
+
+fn recipe_text(family: &Question, name: &str) -> String {
+    let verb = family.verb;
+    let targets = if ["structure", "search"].contains(&family.name) { "" } else { TARGETS };
     format!(
         "# One sentence: what the result is.
 version = 1
@@ -266,17 +379,21 @@ mod tests {
         let dir = tempfile::tempdir().unwrap();
         std::fs::create_dir_all(dir.path().join("crates/methods/src/factor")).unwrap();
         std::fs::create_dir_all(dir.path().join("recipes")).unwrap();
-        let lists = ["crates/methods/src/factor/mod.rs", "crates/methods/src/lib.rs"];
+        let lists =
+            ["crates/methods/src/factor/mod.rs", "crates/methods/src/lib.rs", "crates/methods/src/family/mod.rs"];
         std::fs::write(dir.path().join(lists[0]), "//! Factors.\n\npub(crate) mod svd;\n").unwrap();
-        let registry = "pub fn registry() -> Vec<Method> {\n    vec![\n        factor::svd::method(),\n    ]\n}\n";
+        let registry = "pub fn registry() -> Registry {\n    Registry {\n        methods: vec![\n            factor::svd::method(),\n        ],\n        \
+                        families: vec![\n            family::factor::family(),\n        ],\n    }\n}\n";
         std::fs::write(dir.path().join(lists[1]), registry).unwrap();
+        std::fs::create_dir_all(dir.path().join("crates/methods/src/family")).unwrap();
+        std::fs::write(dir.path().join(lists[2]), "//! Families.\n\npub(crate) mod factor;\nmod keys;\n").unwrap();
         let tree = Tree::of(dir.path(), &lists);
         (dir, tree)
     }
 
     #[test]
     fn a_started_method_keeps_the_laws_of_its_file() {
-        for family in &FAMILIES {
+        for family in &QUESTIONS {
             let file = format!("crates/methods/src/{}/new_one.rs", family.name);
             assert_eq!(method_laws::in_file(&file, &method(family, "new-one")), [], "{}", family.name);
             assert!(recipe_text(family, "new-one").contains("method = \"new-one\""));
@@ -292,7 +409,13 @@ mod tests {
         assert!(read("recipes/new-one.toml").contains("keep = 0.8"));
         assert!(read("crates/methods/src/factor/mod.rs").ends_with("pub(crate) mod svd;\npub(crate) mod new_one;\n"));
         let registry = read("crates/methods/src/lib.rs");
-        assert!(registry.contains("factor::svd::method(),\n        factor::new_one::method(),\n    ]"), "{registry}");
+        let line = "            factor::svd::method(),\n            factor::new_one::method(),\n        ],";
+        assert!(registry.contains(line), "{registry}");
+        // A family: its file and its two lines, nothing else.
+        write(&tree, "family", "fold-away").unwrap();
+        assert!(read("crates/methods/src/family/fold_away.rs").contains("impl Local for FoldAway"));
+        let list = read("crates/methods/src/family/mod.rs");
+        assert!(list.contains("pub(crate) mod fold_away;\npub(crate) mod factor;"), "{list}");
         assert!(write(&tree, "factor", "new-one").unwrap_err().to_string().contains("exists already"));
     }
 

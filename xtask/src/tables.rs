@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use anyhow::{Context, Result};
-use lacuna_contract::{Method, Needs};
+use lacuna_contract::{Ask, Registry};
 use lacuna_kernels::table::Row;
 
 use crate::evidence;
@@ -51,11 +51,11 @@ fn stale(file: &str, have: &str, want: &str) -> Option<Finding> {
     })
 }
 
-fn methods(registry: &[Method]) -> Result<String> {
+fn methods(registry: &Registry) -> Result<String> {
     let mut out =
         format!("# Methods\n\n{GENERATED} One file each in `crates/methods/src`, one recipe each in `recipes`.\n\n");
     out += "| method | question | what it does | reads | paper |\n|---|---|---|---|---|\n";
-    for method in registry {
+    for method in &registry.methods {
         let card = &method.card;
         let made = (method.make)(Default::default()).with_context(|| format!("{} with its defaults", card.name))?;
         let paper = match card.arxiv {
@@ -99,13 +99,8 @@ fn measured(tree: &Tree) -> Result<String> {
     Ok(out)
 }
 
-fn reads(needs: Needs) -> String {
-    let all = [
-        (needs.gram, "the Gram matrix of its inputs"),
-        (needs.squares, "the squares of its inputs"),
-        (needs.similarity, "how like its input a part's output is"),
-    ];
-    let asked: Vec<&str> = all.into_iter().filter(|(asked, _)| *asked).map(|(_, what)| what).collect();
+fn reads(needs: &[Ask]) -> String {
+    let asked: Vec<&str> = needs.iter().map(|ask| ask.describe()).collect();
     if asked.is_empty() { "the weights alone".into() } else { asked.join(", ") }
 }
 
@@ -141,7 +136,7 @@ mod tests {
     #[test]
     fn every_method_and_every_kernel_has_its_row() {
         let [(_, methods), (_, kernels)] = pages(&Tree::open().unwrap()).unwrap();
-        for method in lacuna_methods::registry() {
+        for method in lacuna_methods::registry().methods {
             assert!(methods.contains(&format!("| [{0}](recipes/{0}.toml) |", method.card.name)));
         }
         for row in lacuna_kernels::table::rows() {

@@ -15,7 +15,7 @@
 //!
 //! A run that was killed goes on behind the journal's last line, and the result is the same to the last byte.
 
-use std::collections::{BTreeMap, HashSet};
+use std::collections::{BTreeMap, HashMap, HashSet};
 use std::fs::{self, File, OpenOptions, TryLockError};
 use std::io::{self, BufRead, BufReader, Read, Seek, SeekFrom};
 use std::path::{Path, PathBuf};
@@ -106,7 +106,10 @@ pub struct PackedWriter {
     overwrite: bool,
     shard_bytes: u64,
     lines: Vec<Line>,
-    done: HashSet<Place>,
+    /// Index of each matrix's line.
+    done: HashMap<Place, usize>,
+    /// Lines that the journal has.
+    journaled: usize,
     journal: File,
     data: Option<File>,
     shard: usize,
@@ -149,9 +152,21 @@ impl PackedWriter {
     }
 
     fn begin(out: &Path, dir: PathBuf, overwrite: bool, journal: File) -> PackedWriter {
-        let (lines, done) = (Vec::new(), HashSet::new());
+        let (lines, done) = (Vec::new(), HashMap::new());
         let (out, shard_bytes) = (out.to_owned(), SHARD_BYTES);
-        PackedWriter { out, dir, overwrite, shard_bytes, lines, done, journal, data: None, shard: 1, end: 0 }
+        PackedWriter {
+            out,
+            dir,
+            overwrite,
+            shard_bytes,
+            lines,
+            done,
+            journaled: 0,
+            journal,
+            data: None,
+            shard: 1,
+            end: 0,
+        }
     }
 
     /// Seals files after `bytes` of data instead of 2 GB. A resumed writer must be given the same.
@@ -208,10 +223,11 @@ impl PackedWriter {
             }
             kept += text.len() as u64;
             (self.shard, self.end) = (line.shard, line.end);
-            self.done.insert(line.place);
+            self.done.insert(line.place, self.lines.len());
             self.lines.push(line);
             text.clear();
         }
+        self.journaled = self.lines.len();
         files::cut(&self.journal, &path, kept)?;
         let data = self.data_path(self.shard);
         let sealed: HashSet<PathBuf> = self.lines.iter().map(|l| self.sealed_path(l.shard)).collect();
@@ -239,11 +255,27 @@ impl PackedWriter {
 
     /// Whether the matrix of `place` is complete, from this run or the one that it resumes.
     pub fn is_done(&self, place: &Place) -> bool {
-        self.done.contains(place)
+        self.done.contains_key(place)
     }
 
     /// Writes the matrix of `place`.
     pub fn put(&mut self, place: &Place, stored: &Stored) -> Result<(), SaveError> {
+        self.append(place, stored)?;
+        self.commit()
+    }
+
+    /// Writes those of `all` that are not written yet, and brings them to the disk once for all of them.
+    pub fn put_all(&mut self, all: &[(Place, std::sync::Arc<Stored>)]) -> Result<(), SaveError> {
+        for (place, stored) in all {
+            if !self.is_done(place) {
+                self.append(place, stored)?;
+            }
+        }
+        self.commit()
+    }
+
+    /// Appends a matrix to the data; [`commit`](Self::commit) says so in the journal.
+    fn append(&mut self, place: &Place, stored: &Stored) -> Result<(), SaveError> {
         let fault = |source| SaveError::Matrix { place: place.to_string(), source };
         stored.check().map_err(fault)?;
         if self.is_done(place) {
@@ -262,22 +294,35 @@ impl PackedWriter {
         for p in &parts {
             files::append(data, &path, &p.bytes)?;
         }
-        // The line may say that the matrix is complete only once it is.
-        files::sync(data, &path)?;
         self.end += size;
         let parts = parts.into_iter().map(|p| (p.suffix, p.elem, p.shape, p.bytes.len() as u64)).collect();
-        let line = Line { place: *place, shard: self.shard, end: self.end, desc, parts };
-        let mut text = serde_json::to_vec(&line).map_err(|e| SaveError::Refused(e.to_string()))?;
-        text.push(b'\n');
+        self.done.insert(*place, self.lines.len());
+        self.lines.push(Line { place: *place, shard: self.shard, end: self.end, desc, parts });
+        Ok(())
+    }
+
+    /// Journals every matrix appended since the last time.
+    fn commit(&mut self) -> Result<(), SaveError> {
+        if self.journaled == self.lines.len() {
+            return Ok(());
+        }
+        // The lines may say that the matrices are complete only once they are.
+        if let Some(data) = &self.data {
+            files::sync(data, &self.data_path(self.shard))?;
+        }
+        let mut text = Vec::new();
+        for line in &self.lines[self.journaled..] {
+            serde_json::to_writer(&mut text, line).map_err(|e| SaveError::Refused(e.to_string()))?;
+            text.push(b'\n');
+        }
         files::append(&self.journal, &self.dir.join(JOURNAL), &text)?;
-        self.done.insert(*place);
-        self.lines.push(line);
+        self.journaled = self.lines.len();
         Ok(())
     }
 
     /// Reads back the matrix of `place`, if it is complete.
     pub fn read(&self, place: &Place) -> Result<Option<Stored>, SaveError> {
-        let Some(line) = self.lines.iter().find(|l| l.place == *place) else { return Ok(None) };
+        let Some(line) = self.done.get(place).and_then(|&i| self.lines.get(i)) else { return Ok(None) };
         let size: u64 = line.parts.iter().map(|p| p.3).sum();
         let sealed = self.sealed_path(line.shard);
         let (path, header) = if sealed.is_file() {
@@ -305,6 +350,8 @@ impl PackedWriter {
 
     /// Turns the current data file into a safetensors file and begins the next.
     fn seal(&mut self) -> Result<(), SaveError> {
+        // Before the data go under another name, the journal has all their lines.
+        self.commit()?;
         let Some(data) = self.data.take() else { return Ok(()) };
         drop(data);
         let mut header = Map::new();

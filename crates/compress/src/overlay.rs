@@ -1,23 +1,90 @@
 //! The source's weights with some replaced, and small things that the walk does with weights.
 
 use std::collections::HashMap;
-use std::sync::Arc;
+use std::path::Path;
+use std::sync::{Arc, Mutex, PoisonError};
 
 use lacuna_base::Mat;
 use lacuna_checkpoint::PackedWriter;
-use lacuna_contract::Stats;
-use lacuna_format::{Stored, Weights, WeightsError};
+use lacuna_format::{Float, FormatError, PatternKind, Stored, Term, Values, Weights, WeightsError, pack_float};
 use lacuna_model::{Batch, Block, ContiguousKv, Tap};
 use lacuna_spec::{Place, Spec};
 
 use crate::account::{CompressError, TensorReport};
-use crate::matrix::relative_error;
+use crate::scratch::Scratch;
 
 /// Weights of the source with some tensors, and perhaps the network, replaced.
 pub(crate) struct Overlay<'a> {
     pub(crate) base: &'a dyn Weights,
     pub(crate) spec: Spec,
+    /// Tensors of the block at hand, and of what stands outside the blocks.
     pub(crate) new: HashMap<Place, Arc<Stored>>,
+    /// What model-wide steps changed.
+    changed: HashMap<Place, Change>,
+    scratch: Option<Mutex<Scratch>>,
+}
+
+/// A tensor that a model-wide step changed.
+#[derive(Clone, Debug)]
+enum Change {
+    /// Rows and columns of the source's that stay.
+    Kept(Option<Vec<usize>>, Option<Vec<usize>>),
+    /// Another, in the scratch file.
+    Spilled(usize),
+}
+
+/// `of[i]` for each `i` of `then`.
+fn composed(of: Option<Vec<usize>>, then: Option<Vec<usize>>) -> Option<Vec<usize>> {
+    match (of, then) {
+        (Some(of), Some(then)) => Some(then.iter().map(|&i| of[i]).collect()),
+        (of, then) => of.or(then),
+    }
+}
+
+impl<'a> Overlay<'a> {
+    /// The source as it is.
+    pub(crate) fn new(base: &'a dyn Weights) -> Overlay<'a> {
+        Overlay { base, spec: base.spec().clone(), new: HashMap::new(), changed: HashMap::new(), scratch: None }
+    }
+
+    /// Keeps some rows and columns of a tensor from now on. The indices are within it.
+    pub(crate) fn keep(
+        &mut self,
+        place: Place,
+        rows: Option<Vec<usize>>,
+        cols: Option<Vec<usize>>,
+        dir: &Path,
+    ) -> Result<(), CompressError> {
+        let change = match self.changed.remove(&place) {
+            None => Change::Kept(rows, cols),
+            Some(Change::Kept(r, c)) => Change::Kept(composed(r, rows), composed(c, cols)),
+            Some(Change::Spilled(number)) => {
+                let cut = sliced(&*self.spilled(number, &place)?, rows.as_deref(), cols.as_deref());
+                return self.replace(place, &cut.map_err(|e| packing(&place, e))?, dir);
+            }
+        };
+        self.changed.insert(place, change);
+        Ok(())
+    }
+
+    /// Puts another tensor in the place of one, by way of the scratch file.
+    pub(crate) fn replace(&mut self, place: Place, stored: &Stored, dir: &Path) -> Result<(), CompressError> {
+        let fault = |source| CompressError::Scratch { dir: dir.display().to_string(), source };
+        let scratch = match &mut self.scratch {
+            Some(s) => s,
+            empty => empty.insert(Mutex::new(Scratch::new(dir).map_err(fault)?)),
+        };
+        let number = scratch.get_mut().unwrap_or_else(PoisonError::into_inner).put(stored).map_err(fault)?;
+        self.changed.insert(place, Change::Spilled(number));
+        Ok(())
+    }
+
+    fn spilled(&self, number: usize, place: &Place) -> Result<Arc<Stored>, WeightsError> {
+        let bad = |what: String| WeightsError::Bad { file: "scratch".into(), tensor: place.to_string(), what };
+        let Some(scratch) = &self.scratch else { return Err(bad("there is no scratch file".into())) };
+        let mut scratch = scratch.lock().unwrap_or_else(PoisonError::into_inner);
+        scratch.get(number).map(Arc::new).map_err(|e| bad(e.to_string()))
+    }
 }
 
 impl Weights for Overlay<'_> {
@@ -26,15 +93,45 @@ impl Weights for Overlay<'_> {
     }
 
     fn get(&self, place: &Place) -> Result<Option<Arc<Stored>>, WeightsError> {
-        match self.new.get(place) {
-            Some(s) => Ok(Some(s.clone())),
+        if let Some(s) = self.new.get(place) {
+            return Ok(Some(s.clone()));
+        }
+        match self.changed.get(place) {
             None => self.base.get(place),
+            Some(Change::Spilled(number)) => self.spilled(*number, place).map(Some),
+            Some(Change::Kept(rows, cols)) => {
+                let Some(whole) = self.base.get(place)? else { return Ok(None) };
+                let cut = sliced(&whole, rows.as_deref(), cols.as_deref());
+                self.base.release(place);
+                cut.map(|s| Some(Arc::new(s))).map_err(|e| WeightsError::bad("the source", place.to_string(), e))
+            }
         }
     }
 
     fn release(&self, place: &Place) {
         self.base.release(place);
     }
+}
+
+/// Some rows and columns of a tensor: as its own floats where it is one piece of floats, else as f16 (a vector as f32).
+fn sliced(stored: &Stored, rows: Option<&[usize]>, cols: Option<&[usize]>) -> Result<Stored, FormatError> {
+    let own = match stored.terms.as_slice() {
+        [Term::Piece(p)] => match p.values {
+            Values::Float(f, _) => Some(f),
+            _ => None,
+        },
+        _ => None,
+    };
+    let float = own.unwrap_or(if stored.rows == 1 { Float::F32 } else { Float::F16 });
+    let w = stored.to_mat();
+    let at = |list: Option<&[usize]>, i: usize| list.map_or(i, |l| l[i]);
+    let (m, n) = (rows.map_or(w.rows(), <[usize]>::len), cols.map_or(w.cols(), <[usize]>::len));
+    let cut = Mat::from_fn(m, n, |r, c| w[(at(rows, r), at(cols, c))]);
+    Ok(Stored::from_piece(pack_float(cut.view(), None, PatternKind::Dense, float)?))
+}
+
+pub(crate) fn packing(place: &Place, e: FormatError) -> CompressError {
+    CompressError::Method { place: place.to_string(), step: "pack".into(), what: e.what }
 }
 
 pub(crate) fn need(weights: &dyn Weights, place: &Place) -> Result<Arc<Stored>, CompressError> {
@@ -57,13 +154,21 @@ pub(crate) fn finite(place: &Place, stored: &Stored, whose: &str) -> Result<(), 
         let to = (from + step).min(stored.rows);
         let mut m = Mat::zeros(to - from, stored.cols);
         stored.decode_rows(from, to, m.view_mut());
-        if let Some(i) = m.data().iter().position(|x| !x.is_finite()) {
-            let (r, c, v) = (from + i / stored.cols, i % stored.cols, m.data()[i]);
-            let what = format!("{whose} at row {r}, column {c} is {v}, not a finite number");
-            return Err(CompressError::NotFinite { place: place.to_string(), what });
-        }
+        finite_rows(place, &m, from, whose)?;
     }
     Ok(())
+}
+
+/// The same for decoded rows, the first of which is row `from` of the matrix.
+pub(crate) fn finite_rows(place: &Place, m: &Mat, from: usize, whose: &str) -> Result<(), CompressError> {
+    match m.data().iter().position(|x| !x.is_finite()) {
+        None => Ok(()),
+        Some(i) => {
+            let (r, c, v) = (from + i / m.cols(), i % m.cols(), m.data()[i]);
+            let what = format!("{whose} at row {r}, column {c} is {v}, not a finite number");
+            Err(CompressError::NotFinite { place: place.to_string(), what })
+        }
+    }
 }
 
 pub(crate) fn read_back(
@@ -95,18 +200,7 @@ pub(crate) fn forward(spec: &Spec, block: &Block, x: &mut Mat, tap: &mut dyn Tap
     Ok(())
 }
 
-/// Negative log likelihood of `target`, nats.
-pub(crate) fn nll(logits: &[f32], target: usize) -> f64 {
-    let top = logits.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    let sum: f64 = logits.iter().map(|x| f64::from(x - top).exp()).sum();
-    sum.ln() - f64::from(logits[target] - top)
-}
-
-pub(crate) fn report(place: &Place, before: &Arc<Stored>, after: &Arc<Stored>, stats: &Stats<'_>) -> TensorReport {
-    let error = (!Arc::ptr_eq(before, after) && before.terms != after.terms).then(|| {
-        let (b, a) = (before.to_mat(), after.to_mat());
-        relative_error(b.view(), a.view(), stats)
-    });
+pub(crate) fn report(place: &Place, before: &Arc<Stored>, after: &Arc<Stored>, error: Option<f64>) -> TensorReport {
     TensorReport {
         place: *place,
         parameters: before.rows as u64 * before.cols as u64,
@@ -115,5 +209,24 @@ pub(crate) fn report(place: &Place, before: &Arc<Stored>, after: &Arc<Stored>, s
         codec: after.codec_name(),
         sparsity: after.sparsity(),
         error,
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lacuna_base::testkit::random;
+    use lacuna_format::Unpacked;
+
+    #[test]
+    fn rows_and_columns_that_stay() {
+        let stored = Unpacked::dense(random(5, 6, 1)).pack(Float::F32).unwrap();
+        let w = stored.to_mat();
+        let cut = sliced(&stored, Some(&[0, 3]), Some(&[1, 2, 5])).unwrap().to_mat();
+        assert_eq!((cut.rows(), cut.cols()), (2, 3));
+        assert!((0..2).all(|r| (0..3).all(|c| cut[(r, c)] == w[([0, 3][r], [1, 2, 5][c])])));
+        assert_eq!(composed(Some(vec![1, 4, 7]), Some(vec![0, 2])), Some(vec![1, 7]));
+        assert_eq!(composed(None, Some(vec![3])), Some(vec![3]));
+        assert_eq!(composed(None, None), None);
     }
 }

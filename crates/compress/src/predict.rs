@@ -4,15 +4,13 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use lacuna_base::{Mat, Rng};
-use lacuna_contract::{Grid, Made, Scope, Stats, Verb};
-use lacuna_format::{Float, PatternKind, Stored, Weights, WeightsError, pack_float};
+use lacuna_format::{Float, PatternKind, Stored, Unpacked, Weights, WeightsError, pack_float};
 use lacuna_spec::{Part, Place, Role, Spec};
 
 use crate::CompressError;
 use crate::drive::at_step;
-use crate::matrix::Matrix;
-use crate::recipe::{Recipe, Rest, Step};
-use crate::select::{Scored, select};
+use crate::overlay::packing;
+use crate::recipe::{Recipe, RecipeStep, Rest};
 
 /// Weights of a sample at the most; of larger matrices, some rows stand for all.
 const SAMPLE: usize = 1 << 22;
@@ -37,6 +35,7 @@ pub struct Form {
 /// The forms of all matrices of `source` after `recipe`, parts that it drops included. An error where a method refuses its own grid.
 pub fn forms(source: &dyn Weights, recipe: &Recipe) -> Result<Vec<Form>, CompressError> {
     let spec = source.spec();
+    recipe.check(spec)?;
     let mut known: HashMap<String, usize> = HashMap::new();
     let mut out: Vec<Form> = Vec::new();
     for place in spec.places() {
@@ -44,7 +43,7 @@ pub fn forms(source: &dyn Weights, recipe: &Recipe) -> Result<Vec<Form>, Compres
         else {
             continue;
         };
-        let steps: Vec<&Step> = recipe.steps.iter().filter(|s| !s.is_model_wide() && s.aims_at(&place)).collect();
+        let steps: Vec<&RecipeStep> = recipe.local().map(|(_, s)| s).filter(|s| s.local(&place).is_some()).collect();
         let kept = steps.is_empty() && recipe.rest == Rest::Source;
         let stored = if kept { source.get(&place)? } else { None };
         let form = stored.as_ref().map_or_else(|| steps.iter().map(|s| asked(s, &place)).collect(), |s| s.codec_name());
@@ -96,6 +95,7 @@ impl Shaped {
             let what = "drops or budgets by what a real model does; random weights have nothing to say to it".into();
             return Err(CompressError::Method { place: "the whole model".into(), step: step.name.clone(), what });
         }
+        recipe.check(&spec)?;
         let mut known: HashMap<String, Arc<Stored>> = HashMap::new();
         let mut tensors = HashMap::new();
         for place in spec.places() {
@@ -103,11 +103,12 @@ impl Shaped {
             if place.part != Part::Weight || !(place.role.is_linear() || place.role == Role::Embed) {
                 let ones = Mat::from_fn(rows, cols, |_, _| if place.part == Part::Weight { 1.0 } else { 0.0 });
                 let made = pack_float(ones.view(), None, PatternKind::Dense, Float::F32);
-                let made = made.map_err(|e| unpacked(&place, e.what))?;
+                let made = made.map_err(|e| packing(&place, e))?;
                 tensors.insert(place, Arc::new(Stored::from_piece(made)));
                 continue;
             }
-            let steps: Vec<&Step> = recipe.steps.iter().filter(|s| !s.is_model_wide() && s.aims_at(&place)).collect();
+            let steps: Vec<&RecipeStep> =
+                recipe.local().map(|(_, s)| s).filter(|s| s.local(&place).is_some()).collect();
             let key = format!("{rows} {cols} {}", steps.iter().map(|s| asked(s, &place)).collect::<String>());
             let stored = match known.get(&key) {
                 Some(stored) => stored.clone(),
@@ -133,64 +134,26 @@ impl Weights for Shaped {
     }
 }
 
-/// What a step asks of a place, as text that tells forms apart.
-fn asked(s: &Step, place: &Place) -> String {
-    format!("{} {:?} {:?} {:?} {:?}", s.name, s.prune(place), s.quantize(place), s.keep(place), s.fraction(place))
-}
-
-fn unpacked(place: &Place, what: String) -> CompressError {
-    CompressError::Method { place: place.to_string(), step: "pack".into(), what }
+/// What a step does at a place, as text that tells forms apart.
+fn asked(s: &RecipeStep, place: &Place) -> String {
+    // One object stands for one set of keys.
+    format!("{} {:p} ", s.name, s.local(place).map_or(std::ptr::null(), |l| std::ptr::from_ref(l).cast::<u8>()))
 }
 
 /// Random values in the form that `steps` give, and how many times more rows the matrix has.
-fn sample(place: &Place, steps: &[&Step], rows: usize, cols: usize) -> Result<(Arc<Stored>, f64), CompressError> {
+fn sample(place: &Place, steps: &[&RecipeStep], rows: usize, cols: usize) -> Result<(Arc<Stored>, f64), CompressError> {
     let few = rows.min((SAMPLE / cols.max(1)).next_multiple_of(64));
     Ok((sampled(place, steps, few, cols)?, rows as f64 / few.max(1) as f64))
 }
 
 /// The same, `few` rows of it and no more.
-fn sampled(place: &Place, steps: &[&Step], few: usize, cols: usize) -> Result<Arc<Stored>, CompressError> {
+fn sampled(place: &Place, steps: &[&RecipeStep], few: usize, cols: usize) -> Result<Arc<Stored>, CompressError> {
     let mut rng = Rng::new(0);
-    let mut random = |r, c| Mat::from_fn(r, c, |_, _| rng.normal());
-    let fail = |step: &Step, what: String| at_step(step, place, lacuna_contract::MethodError::new(what));
-    let plain = pack_float(random(few, cols).view(), None, PatternKind::Dense, Float::F16);
-    let mut m = Matrix::new(Arc::new(Stored::from_piece(plain.map_err(|e| unpacked(place, e.what))?)));
-    for &step in steps {
-        let done = match step.verb {
-            Verb::Prune => step.prune(place).map(|k| {
-                let scores = random(few, cols);
-                let one = Scored { scores: &scores, before: m.mask(), sparsity: k.sparsity };
-                m.prune_to(select(&[one], k.pattern, Scope::Row)?.remove(0), k.pattern)
-            }),
-            Verb::Quantize => match (&step.made, &step.grid) {
-                (Made::Grid(grid), _) | (_, Some(Made::Grid(grid))) => {
-                    let grid: &dyn Grid = grid.as_ref();
-                    step.quantize(place).map(|k| m.round(grid, &k))
-                }
-                _ => None,
-            },
-            Verb::Factor => step.keep(place).map(|keep| {
-                let rank = Step::rank(keep, few, cols);
-                m.factored(random(few, rank), random(rank, cols))
-            }),
-            Verb::Outliers => step.fraction(place).map(|fraction| m.extract(&Chance, &Stats::default(), fraction)),
-            Verb::Drop | Verb::Budget => None,
-        };
-        done.unwrap_or(Ok(())).map_err(|what| fail(step, what))?;
+    let mut m = Unpacked::dense(Mat::from_fn(few, cols, |_, _| rng.normal()));
+    for (i, step) in steps.iter().enumerate() {
+        if let Some(local) = step.local(place) {
+            m = local.foretell(m, i as u64 + 1).map_err(|e| at_step(step, place, e))?;
+        }
     }
-    m.finish().map_err(|what| unpacked(place, what))
-}
-
-/// Scores drawn by lot.
-struct Chance;
-
-impl lacuna_contract::Score for Chance {
-    fn scope(&self) -> Scope {
-        Scope::Matrix
-    }
-
-    fn score(&self, w: lacuna_base::MatRef<'_>, _: &Stats<'_>) -> Result<Mat, lacuna_contract::MethodError> {
-        let mut rng = Rng::new(1);
-        Ok(Mat::from_fn(w.rows(), w.cols(), |_, _| rng.normal()))
-    }
+    m.pack(Float::F32).map(Arc::new).map_err(|e| packing(place, e))
 }

@@ -1,14 +1,13 @@
 //! Recipes: ordered steps in TOML, checked against the registry before anything runs.
 //!
-//! Keys that a whole family understands (`sparsity`, `bits`, `keep`, ...) are read here; what is left of a step belongs to its method,
-//! which refuses what it does not know.
+//! A step's own keys are its family's and its method's: they are made into a [`Step`] by the family and never looked at here.
 
 use std::collections::BTreeMap;
 
-use lacuna_contract::{DropPart, Made, Method, Scope, Sparsity, Verb};
-use lacuna_format::Float;
-use lacuna_spec::{Place, Target};
+use lacuna_contract::{Ask, Card, Left, Local, Making, Method, MethodError, Registry, Step, Varied};
+use lacuna_spec::{Part, Place, Spec, Target};
 use serde::{Deserialize, Serialize};
+use serde_json::Map;
 use toml::{Table, Value};
 
 /// A recipe that cannot be followed.
@@ -66,236 +65,143 @@ pub enum Rest {
     F16,
 }
 
-/// A parsed recipe whose methods exist.
+/// A parsed recipe whose steps are made.
 pub struct Recipe {
     /// How to calibrate.
     pub calibration: Calibration,
     /// What happens to untouched tensors.
     pub rest: Rest,
     /// The steps, in order.
-    pub steps: Vec<Step>,
+    pub steps: Vec<RecipeStep>,
     /// The recipe as resolved (defaults and `--set` applied), for saving.
     pub resolved: Table,
 }
 
 /// One step.
-pub struct Step {
+pub struct RecipeStep {
     /// Unique; the verb unless given.
     pub name: String,
-    /// What is done with the answer.
-    pub verb: Verb,
     /// Who answers.
-    pub method: Method,
-    /// The method, made from its own keys.
-    pub made: Made,
-    /// The grid for solvers that round.
-    pub grid: Option<Made>,
+    pub card: Card,
     /// What it aims at.
     pub targets: Vec<Target>,
+    step: Step,
+    /// Places where other keys hold, or where the step does nothing; the last one that matches decides.
+    except: Vec<(Vec<Target>, Option<Step>)>,
+    made_from: MadeFrom,
+    /// The step with each value that a search varies.
+    pub(crate) variants: Vec<RecipeStep>,
+    /// In a variant: the value, where it is a number.
+    varied: f64,
+}
+
+/// What a step was made from: a search makes it again with a key changed.
+#[derive(Clone)]
+struct MadeFrom {
+    method: Method,
     keys: Keys,
-    except: Vec<(Vec<Target>, Keys)>,
+    except: Vec<(Vec<Target>, Option<Keys>)>,
 }
 
-/// The keys of all families; each verb accepts its own.
-#[derive(Clone, Debug, Default, PartialEq)]
-struct Keys {
-    sparsity: Option<f64>,
-    pattern: Option<Sparsity>,
-    scope: Option<Scope>,
-    bits: Option<u8>,
-    group: Option<usize>,
-    symmetric: Option<bool>,
-    scale: Option<Float>,
-    part: Option<String>,
-    keep: Option<f64>,
-    count: Option<usize>,
-    fraction: Option<f64>,
-    step: Option<String>,
-    skip: Option<bool>,
-}
+/// A step's own keys.
+type Keys = Map<String, serde_json::Value>;
 
-/// What a prune step asks of one matrix.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct PruneKeys {
-    /// Fraction of zeros.
-    pub sparsity: f64,
-    /// Which zeros.
-    pub pattern: Sparsity,
-    /// Who competes; `None`: as the paper says.
-    pub scope: Option<Scope>,
-}
+impl RecipeStep {
+    /// The step itself, as it is where no exception holds.
+    pub fn step(&self) -> &Step {
+        &self.step
+    }
 
-/// What a quantize step asks of one matrix.
-#[derive(Clone, Copy, Debug, PartialEq)]
-pub struct QuantizeKeys {
-    /// 2 to 8.
-    pub bits: u8,
-    /// Columns that share a scale; 0: a whole row.
-    pub group: usize,
-    /// Without zero points.
-    pub symmetric: bool,
-    /// How scales are written.
-    pub scale: Float,
-    /// Whether the step is meant for the factors of an earlier step; `None`: whatever the matrix is.
-    pub factors: Option<bool>,
-}
-
-impl Step {
-    fn of(&self, place: &Place) -> Option<Keys> {
+    /// For a local step: what works on `place`, if it aims there.
+    pub fn local(&self, place: &Place) -> Option<&dyn Local> {
         if !self.targets.iter().any(|t| t.matches(place)) {
             return None;
         }
-        let mut keys = self.keys.clone();
-        for (targets, over) in &self.except {
-            if targets.iter().any(|t| t.matches(place)) {
-                keys = keys.overridden(over);
-            }
+        let over = self.except.iter().rev().find(|(targets, _)| targets.iter().any(|t| t.matches(place)));
+        match over.map_or(Some(&self.step), |(_, step)| step.as_ref())? {
+            Step::Local(local) => Some(local.as_ref()),
+            _ => None,
         }
-        (keys.skip != Some(true)).then_some(keys)
-    }
-
-    /// Whether the step aims at `place` (and no exception skips it).
-    pub fn aims_at(&self, place: &Place) -> bool {
-        self.of(place).is_some()
-    }
-
-    /// For a prune step: what it asks of `place`.
-    pub fn prune(&self, place: &Place) -> Option<PruneKeys> {
-        let k = self.of(place)?;
-        let pattern = k.pattern.unwrap_or(Sparsity::Unstructured);
-        let sparsity = match (pattern, k.sparsity) {
-            (Sparsity::Nm { n, m }, _) => 1.0 - n as f64 / m as f64,
-            (_, s) => s.unwrap_or(0.5),
-        };
-        Some(PruneKeys { sparsity, pattern, scope: k.scope })
-    }
-
-    /// For a quantize step: what it asks of `place`.
-    pub fn quantize(&self, place: &Place) -> Option<QuantizeKeys> {
-        let k = self.of(place)?;
-        Some(QuantizeKeys {
-            bits: k.bits.unwrap_or(4),
-            group: k.group.unwrap_or(64),
-            symmetric: k.symmetric.unwrap_or(false),
-            scale: k.scale.unwrap_or(Float::F16),
-            factors: k.part.map(|p| p == "factors"),
-        })
-    }
-
-    /// For a factor step: the fraction of the matrix's parameters kept.
-    pub fn keep(&self, place: &Place) -> Option<f64> {
-        Some(self.of(place)?.keep.unwrap_or(0.8))
-    }
-
-    /// The rank of two thin matrices that hold the fraction `keep` of a matrix's parameters.
-    pub(crate) fn rank(keep: f64, rows: usize, cols: usize) -> usize {
-        let rank = ((keep * (rows * cols) as f64) / (rows + cols) as f64).floor() as usize;
-        rank.clamp(1, rows.min(cols))
-    }
-
-    /// For an outliers step: the fraction of weights moved.
-    pub fn fraction(&self, place: &Place) -> Option<f64> {
-        Some(self.of(place)?.fraction.unwrap_or(0.005))
-    }
-
-    /// For a drop step: which part, how many.
-    pub fn drop_part(&self) -> Result<(DropPart, usize), RecipeError> {
-        let part = self.keys.part.as_deref().unwrap_or("block");
-        let part = part.parse().map_err(|e| RecipeError { what: format!("step '{}': {e}", self.name) })?;
-        Ok((part, self.keys.count.unwrap_or(1)))
-    }
-
-    /// For a budget step: the prune step whose sparsity it divides.
-    pub fn budget_for(&self) -> &str {
-        self.keys.step.as_deref().unwrap_or("prune")
     }
 
     /// Whether the step works on the whole model before the blocks.
     pub fn is_model_wide(&self) -> bool {
-        matches!(self.verb, Verb::Drop | Verb::Budget)
-    }
-}
-
-impl Keys {
-    fn overridden(&self, o: &Keys) -> Keys {
-        Keys {
-            sparsity: o.sparsity.or(self.sparsity),
-            pattern: o.pattern.or(self.pattern),
-            scope: o.scope.or(self.scope),
-            bits: o.bits.or(self.bits),
-            group: o.group.or(self.group),
-            symmetric: o.symmetric.or(self.symmetric),
-            scale: o.scale.or(self.scale),
-            part: o.part.clone().or(self.part.clone()),
-            keep: o.keep.or(self.keep),
-            count: o.count.or(self.count),
-            fraction: o.fraction.or(self.fraction),
-            step: o.step.clone().or(self.step.clone()),
-            skip: o.skip.or(self.skip),
-        }
+        !matches!(self.step, Step::Local(_))
     }
 
-    /// Takes the keys of `verb` out of `table`; what other keys there are stays behind for the method.
-    fn take(verb: Verb, table: &mut Table, at: &str) -> Result<Keys, RecipeError> {
-        let names: &[&str] = match verb {
-            Verb::Prune => &["sparsity", "pattern", "scope", "skip"],
-            Verb::Quantize => &["bits", "group", "symmetric", "scale", "part", "skip"],
-            Verb::Factor => &["keep", "skip"],
-            Verb::Outliers => &["fraction", "skip"],
-            Verb::Drop => &["part", "count"],
-            Verb::Budget => &["step"],
-        };
-        let mut k = Keys::default();
-        for name in names {
-            let Some(v) = table.remove(*name) else { continue };
-            let bad = |want: &str| RecipeError { what: format!("{at}: {name} = {v} is not {want}") };
-            let fraction = |v: &Value| match v.as_float().or(v.as_integer().map(|i| i as f64)) {
-                Some(x) if (0.0..=1.0).contains(&x) => Ok(x),
-                _ => Err(bad("a fraction from 0 to 1")),
-            };
-            let whole = |low: i64, high: i64, want: &str| match v.as_integer() {
-                Some(i) if (low..=high).contains(&i) => Ok(i as usize),
-                _ => Err(bad(want)),
-            };
-            let text = || v.as_str().ok_or_else(|| bad("a text"));
-            match *name {
-                "sparsity" => k.sparsity = Some(fraction(&v)?),
-                "keep" => k.keep = Some(fraction(&v)?),
-                "fraction" => k.fraction = Some(fraction(&v)?),
-                "pattern" => {
-                    k.pattern = Some(text()?.parse().map_err(|e| RecipeError { what: format!("{at}: {e}") })?);
-                }
-                "scope" => {
-                    k.scope = Some(match text()? {
-                        "row" => Scope::Row,
-                        "matrix" => Scope::Matrix,
-                        "layer" => Scope::Layer,
-                        _ => return Err(bad("\"row\", \"matrix\" or \"layer\"")),
-                    });
-                }
-                "bits" => k.bits = Some(whole(2, 8, "a whole number from 2 to 8")? as u8),
-                "group" => k.group = Some(whole(0, 1 << 24, "a number of columns (0: a whole row)")?),
-                "count" => k.count = Some(whole(0, 4096, "a number of layers")?),
-                "symmetric" => k.symmetric = Some(v.as_bool().ok_or_else(|| bad("true or false"))?),
-                "skip" => k.skip = Some(v.as_bool().ok_or_else(|| bad("true or false"))?),
-                "scale" => {
-                    k.scale = Some(match text()? {
-                        "f32" => Float::F32,
-                        "f16" => Float::F16,
-                        _ => return Err(bad("\"f32\" or \"f16\"")),
-                    });
-                }
-                "part" => {
-                    let part = text()?;
-                    if verb == Verb::Quantize && !["weights", "factors"].contains(&part) {
-                        return Err(bad("\"weights\" or \"factors\""));
-                    }
-                    k.part = Some(part.to_owned());
-                }
-                _ => k.step = Some(text()?.to_owned()),
+    /// In words, for whoever loads the model.
+    pub(crate) fn describe(&self) -> String {
+        match self.step {
+            Step::Local(_) => {
+                let targets: Vec<&str> = self.targets.iter().map(|t| t.0.as_str()).collect();
+                format!("{} by {} on {}", self.name, self.card.name, targets.join(", "))
             }
+            _ => format!("{} by {}", self.name, self.card.name),
         }
-        Ok(k)
+    }
+
+    /// The numbers that a search varies, where they are numbers.
+    pub(crate) fn variant_values(&self) -> Vec<f64> {
+        self.variants.iter().map(|v| v.varied).collect()
+    }
+
+    /// The statistics that it reads at `place`.
+    pub fn needs(&self, place: &Place) -> Vec<Ask> {
+        self.local(place).map_or_else(Vec::new, |l| l.needs(place))
+    }
+
+    /// Whether it reads any statistics at all.
+    pub fn calibrates(&self) -> bool {
+        !self.card.needs.is_empty() || matches!(self.step, Step::Search(_))
+    }
+
+    fn make(name: &str, targets: Vec<Target>, from: MadeFrom, registry: &Registry) -> Result<RecipeStep, RecipeError> {
+        let card = from.method.card.clone();
+        let verb = from.keys.get("verb").and_then(|v| v.as_str()).unwrap_or(card.verb).to_owned();
+        let fail = |e: MethodError| RecipeError { what: format!("step '{name}': {}", e.what) };
+        let Some(family) = registry.family(&verb) else {
+            let all: Vec<_> = registry.families.iter().map(|f| f.verb).collect();
+            return err(format!("step '{name}': verb = \"{verb}\" is none of {}", all.join(", ")));
+        };
+        let one = |keys: &Keys| {
+            let mut keys = keys.clone();
+            keys.remove("verb");
+            (family.make)(&Making { method: &from.method, keys: &keys, registry }).map_err(fail)
+        };
+        let step = one(&from.keys)?;
+        let mut except = Vec::new();
+        for (targets, over) in &from.except {
+            let over = match over {
+                None => None,
+                Some(over) => {
+                    let mut keys = from.keys.clone();
+                    keys.extend(over.clone());
+                    Some(one(&keys)?)
+                }
+            };
+            except.push((targets.clone(), over));
+        }
+        if !except.is_empty() && !matches!(step, Step::Local(_)) {
+            return err(format!("step '{name}' works on the whole model: it has no exceptions"));
+        }
+        Ok(RecipeStep {
+            name: name.to_owned(),
+            card,
+            targets,
+            step,
+            except,
+            made_from: from,
+            variants: Vec::new(),
+            varied: 0.0,
+        })
+    }
+
+    /// The same step with `key` set to `value`, exceptions that set it themselves apart.
+    fn with(&self, key: &str, value: &serde_json::Value, registry: &Registry) -> Result<RecipeStep, RecipeError> {
+        let mut from = self.made_from.clone();
+        from.keys.insert(key.to_owned(), value.clone());
+        let made = RecipeStep::make(&self.name, self.targets.clone(), from, registry)?;
+        Ok(RecipeStep { varied: value.as_f64().unwrap_or(0.0), ..made })
     }
 }
 
@@ -311,7 +217,7 @@ fn targets(v: Option<Value>, at: &str) -> Result<Option<Vec<Target>>, RecipeErro
 
 impl Recipe {
     /// Reads a recipe. `sets` are `STEP.KEY=VALUE` overrides (`calibration.KEY=VALUE` works too).
-    pub fn parse(text: &str, registry: &[Method], sets: &[String]) -> Result<Recipe, RecipeError> {
+    pub fn parse(text: &str, registry: &Registry, sets: &[String]) -> Result<Recipe, RecipeError> {
         let mut root: Table = text
             .parse()
             .map_err(|e: toml::de::Error| RecipeError { what: format!("not valid TOML: {}", e.message()) })?;
@@ -355,66 +261,74 @@ impl Recipe {
                 "unknown key '{k}'; a recipe has version, description, calibration, rest and [[step]]"
             ));
         }
-        let steps: Vec<Step> =
+        let mut steps: Vec<RecipeStep> =
             steps.into_iter().enumerate().map(|(i, v)| step(i, v, registry)).collect::<Result<_, _>>()?;
         check_order(&steps)?;
+        vary(&mut steps, registry)?;
         Ok(Recipe { calibration, rest, steps, resolved })
     }
-}
 
-fn find<'a>(registry: &'a [Method], name: &str, at: &str) -> Result<&'a Method, RecipeError> {
-    registry.iter().find(|m| m.card.name == name).ok_or_else(|| RecipeError {
-        what: format!(
-            "{at}: no method is called '{name}'; there are {}",
-            registry.iter().map(|m| m.card.name).collect::<Vec<_>>().join(", ")
-        ),
-    })
-}
+    /// The steps that work on blocks, with their index.
+    pub(crate) fn local(&self) -> impl Iterator<Item = (usize, &RecipeStep)> {
+        self.steps.iter().enumerate().filter(|(_, s)| !s.is_model_wide())
+    }
 
-fn make(method: &Method, keys: Table, at: &str) -> Result<Made, RecipeError> {
-    let json = serde_json::to_value(keys).map_err(|e| RecipeError { what: format!("{at}: {e}") })?;
-    (method.make)(json).map_err(|e| RecipeError { what: format!("{at}: {e}") })
-}
+    /// Whether any step reads statistics.
+    pub fn calibrates(&self) -> bool {
+        self.steps.iter().any(RecipeStep::calibrates)
+    }
 
-fn verb_of(table: &Table, method: &Method, at: &str) -> Result<Verb, RecipeError> {
-    match table.get("verb") {
-        None => Ok(method.card.verb),
-        Some(v) => v.clone().try_into().map_err(|_| RecipeError {
-            what: format!("{at}: verb = {v}; verbs are prune, quantize, factor, outliers, drop, budget"),
-        }),
+    /// Holds every step against a network before work begins: shapes, and what cannot come after what.
+    pub fn check(&self, spec: &Spec) -> Result<(), RecipeError> {
+        for place in spec.places() {
+            let (Part::Weight, Some(shape)) = (place.part, spec.shape(&place)) else { continue };
+            let mut earlier: Vec<Left> = Vec::new();
+            for (_, step) in self.local() {
+                let Some(local) = step.local(&place) else { continue };
+                let fail = |what: String| RecipeError { what: format!("step '{}' on {place}: {what}", step.name) };
+                if place.layer.is_none() && !local.needs(&place).is_empty() {
+                    let why = "which are gathered in blocks only; use rtn";
+                    return Err(fail(format!("{} needs statistics of its inputs, {why}", step.card.name)));
+                }
+                let left = local.check(shape, &earlier).map_err(|e| fail(e.what))?;
+                for variant in &step.variants {
+                    if let Some(local) = variant.local(&place) {
+                        local.check(shape, &earlier).map_err(|e| fail(e.what))?;
+                    }
+                }
+                earlier.push(left);
+            }
+        }
+        for step in &self.steps {
+            if let Step::Model(m) = &step.step {
+                let fail = |e: MethodError| RecipeError { what: format!("step '{}': {}", step.name, e.what) };
+                m.check(spec).map_err(fail)?;
+            }
+        }
+        Ok(())
     }
 }
 
-fn verb_name(v: Verb) -> &'static str {
-    match v {
-        Verb::Prune => "prune",
-        Verb::Quantize => "quantize",
-        Verb::Factor => "factor",
-        Verb::Outliers => "outliers",
-        Verb::Drop => "drop",
-        Verb::Budget => "budget",
-    }
-}
-
-fn step(i: usize, v: Value, registry: &[Method]) -> Result<Step, RecipeError> {
+fn step(i: usize, v: Value, registry: &Registry) -> Result<RecipeStep, RecipeError> {
     let Value::Table(mut t) = v else { return err("steps are written [[step]]") };
     let at = format!("step {}", i + 1);
     let Some(name) = t.get("method").and_then(Value::as_str).map(str::to_owned) else {
         return err(format!("{at}: method = \"...\" is missing"));
     };
-    let method = find(registry, &name, &at)?.clone();
-    let verb = verb_of(&t, &method, &at)?;
-    let name = match t.get("name") {
-        None => verb_name(verb).to_owned(),
+    let Some(method) = registry.method(&name) else {
+        let all: Vec<_> = registry.methods.iter().map(|m| m.card.name).collect();
+        return err(format!("{at}: no method is called '{name}'; there are {}", all.join(", ")));
+    };
+    let name = match t.get("name").or(t.get("verb")) {
+        None => method.card.verb.to_owned(),
         Some(v) => {
             v.as_str().map(str::to_owned).ok_or_else(|| RecipeError { what: format!("{at}: name must be a text") })?
         }
     };
     let at = format!("step '{name}'");
-    for k in ["method", "verb", "name"] {
-        t.remove(k);
-    }
-    let targets_here =
+    t.remove("method");
+    t.remove("name");
+    let aims =
         targets(t.remove("targets"), &at)?.unwrap_or_else(|| vec![Target("attn.*".into()), Target("ffn.*".into())]);
     let mut except = Vec::new();
     match t.remove("except") {
@@ -425,56 +339,27 @@ fn step(i: usize, v: Value, registry: &[Method]) -> Result<Step, RecipeError> {
                 let Some(tg) = targets(e.remove("targets"), &at)? else {
                     return err(format!("{at}: an exception needs targets"));
                 };
-                let keys = Keys::take(verb, &mut e, &at)?;
-                if let Some(k) = e.keys().next() {
-                    return err(format!("{at}: an exception cannot set '{k}'"));
+                match e.remove("skip") {
+                    None => except.push((tg, Some(keys(e, &at)?))),
+                    Some(Value::Boolean(skip)) => except.push((tg, (!skip).then(|| keys(e, &at)).transpose()?)),
+                    Some(v) => return err(format!("{at}: skip = {v} is neither true nor false")),
                 }
-                except.push((tg, keys));
             }
         }
         Some(_) => return err(format!("{at}: except is a list of tables")),
     }
-    let keys = Keys::take(verb, &mut t, &at)?;
-    let grid = match (verb, t.remove("grid")) {
-        (Verb::Quantize, Some(g)) => {
-            let g = g.as_str().ok_or_else(|| RecipeError { what: format!("{at}: grid names a method") })?.to_owned();
-            Some(make(find(registry, &g, &at)?, Table::new(), &at)?)
-        }
-        (Verb::Quantize, None) => match registry.iter().find(|m| m.card.name == "rtn") {
-            Some(m) => Some(make(m, Table::new(), &at)?),
-            None => None,
-        },
-        (_, Some(_)) => return err(format!("{at}: grid belongs to quantize steps")),
-        (_, None) => None,
-    };
-    let made = make(&method, t, &at)?;
-    let fits = match verb {
-        Verb::Prune => matches!(made, Made::Score(_) | Made::Solve(_)),
-        Verb::Quantize => {
-            matches!(made, Made::Grid(_)) || (matches!(made, Made::Solve(_)) && matches!(grid, Some(Made::Grid(_))))
-        }
-        Verb::Factor => matches!(made, Made::Factor(_)),
-        Verb::Outliers => matches!(made, Made::Score(_)),
-        Verb::Drop => matches!(made, Made::Drop(_)),
-        Verb::Budget => matches!(made, Made::Budget(_)),
-    };
-    if !fits {
-        return err(format!(
-            "{at}: {} answers the question {made:?}, which a {} step cannot use",
-            method.card.name,
-            verb_name(verb)
-        ));
-    }
-    if targets_here.iter().any(|t| t.0 == "embed") && method.card.needs != lacuna_contract::Needs::default() {
-        return err(format!(
-            "{at}: {} needs statistics of inputs, and an embedding has none; use rtn there",
-            method.card.name
-        ));
-    }
-    Ok(Step { name, verb, method, made, grid, targets: targets_here, keys, except })
+    let from = MadeFrom { method: method.clone(), keys: keys(t, &at)?, except };
+    RecipeStep::make(&name, aims, from, registry)
 }
 
-fn check_order(steps: &[Step]) -> Result<(), RecipeError> {
+fn keys(table: Table, at: &str) -> Result<Keys, RecipeError> {
+    match serde_json::to_value(table) {
+        Ok(serde_json::Value::Object(map)) => Ok(map),
+        other => err(format!("{at}: {other:?} is no table of keys")),
+    }
+}
+
+fn check_order(steps: &[RecipeStep]) -> Result<(), RecipeError> {
     let mut seen = BTreeMap::new();
     let mut local: Option<&str> = None;
     for s in steps {
@@ -488,21 +373,29 @@ fn check_order(steps: &[Step]) -> Result<(), RecipeError> {
             (false, _) => local = Some(&s.name),
             _ => {}
         }
-        s.drop_part().map(|_| ()).or_else(|e| if s.verb == Verb::Drop { Err(e) } else { Ok(()) })?;
-    }
-    for s in steps.iter().filter(|s| s.verb == Verb::Budget) {
-        if !steps.iter().any(|p| p.verb == Verb::Prune && p.name == s.budget_for()) {
-            return err(format!(
-                "step '{}' divides the sparsity of a prune step called '{}', and there is none",
-                s.name,
-                s.budget_for()
-            ));
-        }
     }
     Ok(())
 }
 
-fn apply_sets(root: &mut Table, registry: &[Method], sets: &[String]) -> Result<(), RecipeError> {
+/// Makes each step that a search varies once more for each value.
+fn vary(steps: &mut [RecipeStep], registry: &Registry) -> Result<(), RecipeError> {
+    for i in 0..steps.len() {
+        let Step::Search(search) = &steps[i].step else { continue };
+        let Varied::Key { step: name, key, values, .. } = search.varies() else { continue };
+        let by = steps[i].name.clone();
+        let Some(at) = steps.iter().position(|s| s.name == name && matches!(s.step, Step::Local(_))) else {
+            return err(format!("step '{by}' varies a step called '{name}', and there is none"));
+        };
+        if !steps[at].variants.is_empty() {
+            return err(format!("step '{by}' varies '{name}', which another search varies already"));
+        }
+        let made = values.iter().map(|v| steps[at].with(&key, v, registry)).collect::<Result<_, _>>();
+        steps[at].variants = made.map_err(|e| RecipeError { what: format!("step '{by}' varies {key}: {}", e.what) })?;
+    }
+    Ok(())
+}
+
+fn apply_sets(root: &mut Table, registry: &Registry, sets: &[String]) -> Result<(), RecipeError> {
     for set in sets {
         let bad = || RecipeError { what: format!("--set {set}: write STEP.KEY=VALUE, for example prune.sparsity=0.6") };
         let (path, value) = set.split_once('=').ok_or_else(bad)?;
@@ -520,10 +413,10 @@ fn apply_sets(root: &mut Table, registry: &[Method], sets: &[String]) -> Result<
         let mut done = false;
         if let Some(Value::Array(steps)) = root.get_mut("step") {
             for s in steps.iter_mut().filter_map(Value::as_table_mut) {
-                let own = s.get("name").and_then(Value::as_str).map(str::to_owned).or_else(|| {
-                    let m = registry.iter().find(|m| Some(m.card.name) == s.get("method").and_then(Value::as_str))?;
-                    verb_of(s, m, "").ok().map(|v| verb_name(v).to_owned())
-                });
+                let own =
+                    s.get("name").or(s.get("verb")).and_then(Value::as_str).map(str::to_owned).or_else(|| {
+                        Some(registry.method(s.get("method").and_then(Value::as_str)?)?.card.verb.to_owned())
+                    });
                 names.extend(own.clone());
                 if own.as_deref() == Some(name) {
                     s.insert(key.to_owned(), value.clone());

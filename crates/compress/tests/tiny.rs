@@ -217,8 +217,8 @@ proptest! {
         let registry = lacuna_methods::registry();
         let prune = |text: &str, sets: &[String]| {
             let recipe = Recipe::parse(text, &registry, sets).unwrap_or_else(|e| panic!("{text}: {e}"));
-            let sparsity = recipe.steps[0].prune(&place).unwrap().sparsity;
-            (sparsity.to_bits(), recipe.resolved)
+            assert!(recipe.steps[0].local(&place).is_some());
+            (recipe.resolved["step"][0]["sparsity"].as_float().unwrap().to_bits(), recipe.resolved)
         };
         let text = format!("version = 1\n[[step]]\nmethod = \"magnitude\"\nsparsity = {x:?}\n");
         let (read, resolved) = prune(&text, &[]);
@@ -265,7 +265,17 @@ fn recipes_that_cannot_be_followed_are_refused_with_the_key() {
         (&step("method = \"wanda\"\nbits = 4"), "bits"),
         (&step("method = \"gptq\"\nbits = 9"), "bits = 9"),
         (&step("method = \"wanda\"\nverb = \"factor\""), "cannot use"),
-        (&step("method = \"wanda\"\ntargets = [\"embed\"]"), "embedding"),
+        (&step("method = \"rtn\"\nbit = 4"), "did you mean 'bits'"),
+        (&step("method = \"rtn\"\nmehtod = 4"), "did you mean 'method'"),
+        (&step("method = \"gptq\"\ndampening = 0.1"), "did you mean 'damping'"),
+        (&step("method = \"gptq\"\nverb = \"prune\""), "gptq does not prune"),
+        (&step("method = \"gptq\"\ngrid = \"wanda\""), "no grid"),
+        (&step("method = \"rtn\"\ngrid = \"rtn\""), "a grid itself"),
+        (&step("method = \"sparsegpt\"\nscope = \"row\""), "scope"),
+        (&step("method = \"svd\"\nkeep = 0.5\nrank = 3"), "twice"),
+        (&step("method = \"uniform\"\nkey = \"sparsity\""), "target"),
+        (&step("method = \"uniform\"\nvalues = [0.4]\ntarget = 0.5"), "not among"),
+        (&step("method = \"uniform\"\ntarget = 0.5"), "a step called 'prune'"),
         (&step("method = \"wanda\"\nexcept = [{ sparsity = 0.1 }]"), "targets"),
         (&format!("{}[[step]]\nmethod = \"wanda\"\n", step("method = \"wanda\"")), "two steps"),
         (&format!("{}[[step]]\nmethod = \"llm-drop\"\n", step("method = \"wanda\"")), "must come before"),
@@ -278,8 +288,109 @@ fn recipes_that_cannot_be_followed_are_refused_with_the_key() {
     assert!(set("quantize.bits=4").err().unwrap().what.contains("no step is called"));
     assert!(set("nonsense").is_err());
     let prune = set("prune.sparsity=0.7").unwrap();
-    let place = Place::layer(0, Role::Up);
-    assert_eq!(prune.steps[0].prune(&place).unwrap().sparsity, 0.7);
+    assert_eq!(prune.resolved["step"][0]["sparsity"].as_float(), Some(0.7));
+}
+
+#[test]
+fn steps_that_do_not_fit_a_model_or_each_other_are_refused_before_work_begins() {
+    let source = tiny("llama");
+    let fails = |text: &str| recipe(text).check(source.spec()).expect_err(text).what;
+    let two = |a: &str, b: &str| format!("{}[[step]]\nname = \"second\"\n{b}\n", step(a));
+    let rtn = "method = \"rtn\"\nbits = 4\ngroup = 16";
+    for (text, word) in [
+        (step("method = \"wanda\"\ntargets = [\"embed\"]"), "gathered in blocks only"),
+        (step("method = \"wanda\"\npattern = \"3:7\""), "do not divide into runs of 7"),
+        (step("method = \"sparsegpt\"\npattern = \"block:7x1\""), "does not divide"),
+        (two(rtn, "method = \"wanda\""), "after rounding"),
+        (two(rtn, rtn), "already rounded"),
+        (two("method = \"svd\"", "method = \"magnitude\""), "after factoring"),
+        (two("method = \"magnitude\"", "method = \"svd\""), "would fill the zeros"),
+        (two("method = \"svd\"", "method = \"gptq\""), "cannot round factors"),
+        (two("method = \"svd\"", "method = \"rtn\"\npart = \"weights\""), "was factored"),
+        (step("method = \"rtn\"\npart = \"factors\""), "no factors"),
+        (step("method = \"svd\"\nof = \"error\""), "nothing before"),
+        (
+            two("method = \"magnitude\"", "method = \"svd\"\nof = \"error\"") + "[[step]]\nname = \"third\"\n" + rtn,
+            "correction",
+        ),
+        (step("method = \"llm-drop\"\ncount = 99"), "99 to drop"),
+    ] {
+        let said = fails(&text);
+        assert!(said.contains(word) && said.contains("step '"), "{text}: {said}");
+    }
+    // The same from the verb itself, with nothing written.
+    let dir = tempfile::tempdir().unwrap();
+    let said = run(&source, &two(rtn, rtn), &dir.path().join("m")).err().expect("refused").to_string();
+    assert!(said.contains("already rounded") && fs::read_dir(dir.path()).unwrap().count() == 0, "{said}");
+}
+
+#[test]
+fn an_error_gets_a_term_of_its_own() {
+    let dir = tempfile::tempdir().unwrap();
+    let source = tiny("llama");
+    let text = step("method = \"magnitude\"\nsparsity = 0.5")
+        + "[[step]]\nmethod = \"rtn\"\nbits = 4\ngroup = 16\n"
+        + "[[step]]\nname = \"correct\"\nmethod = \"svd-llm\"\nof = \"error\"\nrank = 4\n"
+        + "[[step]]\nname = \"thin\"\nmethod = \"rtn\"\npart = \"factors\"\nbits = 8\ngroup = 0\n";
+    let done = run(&source, &text, &dir.path().join("m")).unwrap();
+    let short = text.split("[[step]]\nname = \"correct\"").next().unwrap().to_owned();
+    let plain = run(&source, &short, &dir.path().join("p")).unwrap();
+    let (packed, bare) = (open(&done.path).unwrap(), open(&plain.path).unwrap());
+    for t in done.tensors.iter().filter(|t| t.error.is_some()) {
+        let (a, b) = (packed.get(&t.place).unwrap().unwrap(), bare.get(&t.place).unwrap().unwrap());
+        assert_eq!((a.terms.len(), &a.terms[0]), (2, &b.terms[0]), "{}", t.place);
+        let before = plain.tensors.iter().find(|p| p.place == t.place).unwrap();
+        assert!(t.error < before.error, "{}: {:?} {:?}", t.place, t.error, before.error);
+    }
+}
+
+/// Two levels of sparsity, searched by every listed search.
+fn searched(method: &str, extra: &str) -> String {
+    format!(
+        "version = 1\n[[step]]\nname = \"search\"\nmethod = \"{method}\"\nkey = \"sparsity\"\nvalues = [0.25, 0.5, 0.75]\ntarget = 0.5\n\
+         tokens = 64\n{extra}\n[[step]]\nmethod = \"wanda\"\nsparsity = 0.1\n"
+    )
+}
+
+#[test]
+fn searches_stay_within_their_budget_and_resume() {
+    let source = tiny("llama");
+    for method in lacuna_methods::registry().methods.iter().filter(|m| m.card.verb == "search") {
+        let (name, dir) = (method.card.name, tempfile::tempdir().unwrap());
+        let uniform = run(&source, &step("method = \"wanda\"\nsparsity = 0.5"), &dir.path().join("u")).unwrap();
+        let text = searched(name, "trials = 40");
+        let done = run(&source, &text, &dir.path().join("a")).unwrap_or_else(|e| panic!("{name}: {e}"));
+        assert!(done.bytes <= uniform.bytes, "{name}: {} above {}", done.bytes, uniform.bytes);
+        assert!(done.notes.iter().any(|n| n.contains("chose prune.sparsity")), "{name}: {:?}", done.notes);
+        // Stopped in the blocks, after the search: what was measured is known, and the bytes are the same.
+        let (tokens, recipe) = (tokens(source.spec().vocab), recipe(&text));
+        let out = dir.path().join("b");
+        let killed = std::panic::catch_unwind(std::panic::AssertUnwindSafe(|| {
+            let _ = compress(&source, &tokens, &recipe, &options(&out), &mut StopInBlocks(false));
+        }));
+        assert!(killed.is_err() && !out.exists(), "{name}");
+        let resume = Options { resume: true, ..options(&out) };
+        let again = compress(&source, &tokens, &recipe, &resume, &mut Quiet).unwrap();
+        assert_eq!(files(&done.path), files(&again.path), "{name}");
+        let left: Vec<_> = fs::read_dir(dir.path()).unwrap().map(|f| f.unwrap().file_name()).collect();
+        assert_eq!(left.len(), 3, "{name}: {left:?}");
+        // Without text there is nothing to measure on.
+        let none = compress(&source, &[], &recipe, &options(&dir.path().join("c")), &mut Quiet).err().expect("refused");
+        assert!(none.to_string().contains("calibration text"), "{none}");
+    }
+}
+
+/// Stops the walk in its first block.
+struct StopInBlocks(bool);
+
+impl Progress for StopInBlocks {
+    fn phase(&mut self, name: &str, _: u64) {
+        self.0 = name == "compressing";
+    }
+
+    fn step(&mut self, _: u64, _: &str) {
+        assert!(!self.0, "stopped");
+    }
 }
 
 #[test]

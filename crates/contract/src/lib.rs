@@ -1,13 +1,20 @@
-//! What a method is asked, and what it answers: traits and plain data, no code that computes.
+//! What a method is asked and what it answers; what a family does with the answers: traits and plain data, no code that computes.
 //!
-//! A method gets borrowed matrices and statistics and returns a small value. It never sees files, kernels, threads, the network or the
-//! engine. It declares the statistics it needs; one calibration pass gathers the union of what a recipe's methods asked for.
+//! A *method* answers one question ([`Score`], [`Grid`], [`Solve`], ...) with plain data: it gets borrowed matrices and statistics and never
+//! sees files, kernels, threads, the network or the engine. A *family* is a recipe verb (prune, quantize, ...): from its keys and a method it
+//! makes a [`Step`], which turns answers into [`Edit`]s. The driver knows steps, statistics, edits and the [`Lab`], and no family by name.
 
-mod answers;
+mod card;
+mod lab;
 mod questions;
+mod stats;
+mod step;
 
-pub use answers::{DropPart, Made, Method, MethodError, Outcome, Slot, Solved};
+pub use card::{Ability, Card, Family, Made, Making, Method, MethodError, Registry};
+pub use lab::{Assignment, Lab, Level, Outcome, Slot};
 pub use questions::{
-    Budget, Card, Drop, DropStats, Factor, Grid, GridAsk, Needs, PruneAsk, RoundAsk, Scope, Score, Solve, SolveAsk,
-    Sparsity, Stats, Verb,
+    Compete, Factor, Grid, GridAsk, PruneAsk, RoundAsk, Scope, Score, Search, SearchAsk, Solve, SolveAsk, Solved,
+    Sparsity, Structure, StructureAsk, Unit,
 };
+pub use stats::{Ask, Gathered, Site, Stats};
+pub use step::{Edit, Finished, LayerWork, Left, Local, ModelWide, Searching, Step, Varied, Walker, Work};

@@ -3,79 +3,13 @@
 use std::fmt;
 use std::str::FromStr;
 
-use lacuna_base::{Mat, MatRef, dense::Gram};
-use lacuna_format::{Affine, Float, Mask};
+use lacuna_base::{Mat, MatRef};
+use lacuna_format::{Affine, Float, Integers, Mask, ScaleCodec, UnpackedPiece};
 use serde::{Deserialize, Serialize};
 
-use crate::answers::{DropPart, MethodError, Outcome, Slot, Solved};
-
-/// Who a method is and what it needs.
-#[derive(Clone, Debug, Serialize)]
-pub struct Card {
-    /// The name recipes use.
-    pub name: &'static str,
-    /// Authors, title, year.
-    pub paper: &'static str,
-    /// arXiv id, or empty.
-    pub arxiv: &'static str,
-    /// One sentence: what it does.
-    pub summary: &'static str,
-    /// The step it makes by default.
-    pub verb: Verb,
-    /// The statistics it reads.
-    pub needs: Needs,
-}
-
-/// What a recipe's step does with an answer.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
-#[serde(rename_all = "snake_case")]
-pub enum Verb {
-    /// Sets weights to zero.
-    Prune,
-    /// Writes weights with few bits.
-    Quantize,
-    /// Replaces a matrix by a product of thin ones.
-    Factor,
-    /// Moves the weights that score highest into a sparse term of their own.
-    Outliers,
-    /// Removes whole blocks, attentions or FFNs.
-    Drop,
-    /// Divides sparsity among matrices.
-    Budget,
-}
-
-/// Statistics of the inputs of a matrix, or of the blocks.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize)]
-pub struct Needs {
-    /// `XᵀX` of the matrix's inputs, `[in, in]`.
-    pub gram: bool,
-    /// `Σ x²` of every input channel, `[in]`.
-    pub squares: bool,
-    /// Cosine similarity of what goes into a block, attention or FFN and what comes out.
-    pub similarity: bool,
-}
-
-impl Needs {
-    /// What either needs.
-    pub fn union(self, other: Needs) -> Needs {
-        Needs {
-            gram: self.gram || other.gram,
-            squares: self.squares || other.squares,
-            similarity: self.similarity || other.similarity,
-        }
-    }
-}
-
-/// Statistics of one matrix's inputs over the calibration tokens; what was not asked for is absent.
-#[derive(Clone, Copy, Debug, Default)]
-pub struct Stats<'a> {
-    /// Rows of `X` seen (for an expert: those routed to it).
-    pub tokens: u64,
-    /// `XᵀX`, `[in, in]`.
-    pub gram: Option<&'a Gram>,
-    /// `Σ x²`, `[in]`.
-    pub squares: Option<&'a [f64]>,
-}
+use crate::card::MethodError;
+use crate::lab::{Assignment, Lab};
+use crate::stats::Stats;
 
 /// Which weights compete when the lowest scores go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -107,6 +41,13 @@ pub struct GridAsk {
     pub symmetric: bool,
     /// How the scale will be written (f32 or f16): a grid answers with a scale that this codec keeps exactly.
     pub scale: Float,
+}
+
+impl GridAsk {
+    /// How scales of such a grid are packed.
+    pub fn codec(&self) -> ScaleCodec {
+        if self.scale == Float::F32 { ScaleCodec::F32 } else { ScaleCodec::F16 }
+    }
 }
 
 /// Grid: which values may the weights of one group take?
@@ -207,6 +148,19 @@ pub struct SolveAsk<'a> {
     pub round: Option<RoundAsk<'a>>,
 }
 
+/// A solver's answer.
+#[derive(Clone, Debug)]
+pub struct Solved {
+    /// The new weights, `[out, in]`; where `integers` are given, exactly their decoded values.
+    pub w: Mat,
+    /// What is kept, where anything was pruned now or before.
+    pub mask: Option<Mask>,
+    /// The rounded form, where rounding was asked.
+    pub integers: Option<Integers>,
+    /// Weights in a term of their own, beside `w`.
+    pub aside: Vec<UnpackedPiece>,
+}
+
 /// Solve: choose what stays, and compensate with the rest.
 pub trait Solve: Send + Sync {
     /// New weights for the request.
@@ -215,28 +169,84 @@ pub trait Solve: Send + Sync {
 
 /// Factor: thin matrices instead of one.
 pub trait Factor: Send + Sync {
-    /// `(a, b)` with `a` `[out, rank]`, `b` `[rank, in]` and `a · b` near `w`.
+    /// `(a, b)` with `a` `[out, rank]`, `b` `[rank, in]` and `a · b` near `w`, which is a matrix or the error of the terms so far.
     fn factor(&self, w: MatRef<'_>, stats: &Stats<'_>, rank: usize) -> Result<(Mat, Mat), MethodError>;
 }
 
-/// What a dropping method may look at.
-#[derive(Clone, Copy, Debug)]
-pub struct DropStats<'a> {
-    /// Mean cosine of input and output of the part, by layer; `None` where a layer lacks the part.
-    pub similarity: &'a [Option<f64>],
+/// What can go as a whole.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Unit {
+    /// Attention and FFN of a decoder block.
+    Block,
+    /// An attention.
+    Attention,
+    /// An FFN.
+    Ffn,
+    /// A key and value head with the query heads that read it.
+    Head,
+    /// A channel of an FFN.
+    Channel,
 }
 
-/// Drop: which whole pieces go?
-pub trait Drop: Send + Sync {
-    /// The layers whose `part` goes, `count` of them, rising.
-    fn drop(&self, part: DropPart, count: usize, stats: &DropStats<'_>) -> Result<Vec<usize>, MethodError>;
+/// What a structural method is asked about one layer.
+#[derive(Clone, Copy)]
+pub struct StructureAsk<'a> {
+    /// Of what.
+    pub unit: Unit,
+    /// The layer.
+    pub layer: usize,
+    /// How many there are in it (1 for a whole part).
+    pub count: usize,
+    /// Columns of `reader` that a unit writes; 0 for a whole part.
+    pub width: usize,
+    /// The matrix that reads what the units write, `[hidden, count * width]`: `attn.o` or `ffn.down`. Absent for a whole part.
+    pub reader: Option<MatRef<'a>>,
+    /// The matrices that write it: for heads q, k, v, for channels gate (where there is one) and up.
+    pub writers: &'a [MatRef<'a>],
+    /// Statistics of the reader's inputs; for a whole part those of the layer.
+    pub stats: Stats<'a>,
 }
 
-/// Budget: how much for each place?
-pub trait Budget: Send {
-    /// A sparsity for each slot such that the whole meets `target`, or `None` when the search is over.
-    fn ask(&mut self, slots: &[Slot], target: f64) -> Result<Option<Vec<f64>>, MethodError>;
+/// Whose units compete.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Compete {
+    /// Those of a layer.
+    Layer,
+    /// Those of the whole model, by their scores as they are.
+    Model,
+    /// Those of the whole model, by their scores less the mean of their layer and kind, over its standard deviation.
+    Standardized,
+}
 
-    /// What the assignment asked last led to.
-    fn tell(&mut self, assignment: &[f64], outcome: &Outcome);
+/// Structure: which heads, channels or whole parts go?
+pub trait Structure: Send + Sync {
+    /// Importance of each unit, `[count]`: larger = keep.
+    fn score(&self, ask: &StructureAsk<'_>) -> Result<Vec<f64>, MethodError>;
+
+    /// Whose units compete.
+    fn compete(&self) -> Compete;
+
+    /// Whether what the units that go wrote on average (the mean of the reader's inputs) is put into the reader's bias.
+    fn keeps_means(&self) -> bool;
+}
+
+/// What a search is asked.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct SearchAsk {
+    /// Most bytes of all slots together.
+    pub budget_bytes: u64,
+    /// Most trials.
+    pub trials: usize,
+    /// Tokens of a trial at the most.
+    pub tokens: usize,
+    /// Where randomness comes from.
+    pub seed: u64,
+}
+
+/// Search: how much for each place?
+pub trait Search: Send + Sync {
+    /// A level for each slot whose bytes stay within the budget.
+    fn search(&self, lab: &mut dyn Lab, ask: &SearchAsk) -> Result<Assignment, MethodError>;
 }

@@ -22,6 +22,7 @@ mod piece;
 mod recode;
 mod serial;
 mod size;
+mod unpacked;
 mod values;
 mod weights;
 
@@ -38,6 +39,7 @@ pub use pattern::Pattern;
 pub use piece::{Piece, Stored, Term};
 pub use recode::IntRows;
 pub use serial::{Descriptor, Elem, GroupDesc, Part, PieceDesc, ScalesDesc, TermDesc, ValuesDesc};
+pub use unpacked::{Code, Layout, Unpacked, UnpackedPiece, UnpackedTerm};
 pub use values::{Float, Group, Scales, Values};
 pub use weights::{Weights, WeightsError};
 

@@ -9,7 +9,7 @@ use std::path::{Path, PathBuf};
 use lacuna_base::unfinished;
 use lacuna_checkpoint::{Checkpoint, OpenError};
 use lacuna_compress::{CompressError, Options, Progress, Recipe, compress, fingerprint, revision};
-use lacuna_contract::Method;
+use lacuna_contract::Registry;
 use lacuna_eval::{Eval, EvalError};
 use lacuna_format::{Weights, WeightsError};
 use serde_json::{Value, json};
@@ -69,7 +69,7 @@ pub struct Bench<'a> {
     /// The model that is compressed.
     pub source: &'a Checkpoint,
     /// Every method there is.
-    pub registry: &'a [Method],
+    pub registry: &'a Registry,
     /// Where baselines are kept.
     pub cache: &'a Path,
     /// Held-out tokens.

@@ -1,30 +1,41 @@
-//! The methods, one paper a file, and their list.
+//! The methods, one paper a file, the families, one verb a file, and their list.
 //!
 //! Nothing here knows files, kernels or networks: a method gets matrices and statistics and gives an answer of
-//! [`lacuna_contract`]. A new method is one file and one line of [`registry`].
+//! [`lacuna_contract`]; a family turns answers into edits. A new method is one file and one line of [`registry`], and so is a family.
 
-mod budget;
-mod drop;
 mod factor;
+mod family;
 mod grid;
 mod make;
 mod obs;
 mod score;
+mod search;
 mod solve;
+mod structure;
 
-use lacuna_contract::Method;
+use lacuna_contract::Registry;
 
-/// Every method, in the order in which `lacuna methods` shows them.
-pub fn registry() -> Vec<Method> {
-    vec![
-        score::magnitude::method(),
-        score::wanda::method(),
-        solve::sparsegpt::method(),
-        grid::rtn::method(),
-        solve::gptq::method(),
-        factor::svd::method(),
-        factor::svd_llm::method(),
-        drop::llm_drop::method(),
-        budget::uniform::method(),
-    ]
+/// Every method, in the order in which `lacuna methods` shows them, and every family.
+pub fn registry() -> Registry {
+    Registry {
+        methods: vec![
+            score::magnitude::method(),
+            score::wanda::method(),
+            solve::sparsegpt::method(),
+            grid::rtn::method(),
+            solve::gptq::method(),
+            factor::svd::method(),
+            factor::svd_llm::method(),
+            structure::llm_drop::method(),
+            search::uniform::method(),
+        ],
+        families: vec![
+            family::prune::family(),
+            family::quantize::family(),
+            family::factor::family(),
+            family::outliers::family(),
+            family::drop::family(),
+            family::search::family(),
+        ],
+    }
 }

@@ -5,17 +5,16 @@ use std::collections::HashSet;
 use lacuna_base::testkit::{max_abs_diff, random};
 use lacuna_base::{Gram, Mat, Mat64, dense};
 use lacuna_contract::{
-    Budget, DropPart, DropStats, Factor, Grid, GridAsk, Made, Outcome, PruneAsk, RoundAsk, Score, Slot, Solve,
-    SolveAsk, Solved, Sparsity, Stats,
+    Ability, Ask, Factor, Gathered, Grid, GridAsk, Made, Making, PruneAsk, RoundAsk, Score, Solve, SolveAsk, Solved,
+    Sparsity, Stats,
 };
 use lacuna_format::{Float, Mask, PatternKind, ScaleCodec, pack_integers};
 use lacuna_methods::registry;
-use lacuna_spec::{Place, Role};
 
 /// Statistics of correlated inputs; input 1 is zero in every token.
 struct Inputs {
     gram: Gram,
-    squares: Vec<f64>,
+    found: Vec<(Ask, Gathered)>,
 }
 
 impl Inputs {
@@ -27,11 +26,13 @@ impl Inputs {
         });
         let mut gram = Gram::new(n);
         gram.add(x.view());
-        Inputs { squares: gram.diag(), gram }
+        let found =
+            vec![(Ask::InputGram, Gathered::Gram(gram.clone())), (Ask::InputSquares, Gathered::Vector(gram.diag()))];
+        Inputs { gram, found }
     }
 
     fn stats(&self) -> Stats<'_> {
-        Stats { tokens: self.gram.tokens(), gram: Some(&self.gram), squares: Some(&self.squares) }
+        Stats { tokens: self.gram.tokens(), found: &self.found, gradients: &[] }
     }
 }
 
@@ -45,9 +46,11 @@ fn output_error(old: &Mat, new: &Mat, inputs: &Inputs) -> f64 {
 /// The registry's answers to one question, made with default parameters.
 macro_rules! each {
     ($variant:ident) => {
-        registry().into_iter().filter_map(|m| match (m.make)(serde_json::Value::Null).expect("made from nothing") {
-            Made::$variant(made) => Some((m.card.name, made)),
-            _ => None,
+        registry().methods.into_iter().filter_map(|m| {
+            match (m.make)(serde_json::Value::Null).expect("made from nothing") {
+                Made::$variant(made) => Some((m.card.name, made)),
+                _ => None,
+            }
         })
     };
 }
@@ -79,11 +82,61 @@ fn unstructured(sparsity: f64) -> Option<PruneAsk> {
     Some(PruneAsk { sparsity, pattern: Sparsity::Unstructured })
 }
 
-/// Whether a solver prunes; one that does not only rounds.
+/// Whether a solver can be asked for something; what its card says and what it does must be the same.
+fn can(solve: &dyn Solve, what: Ability) -> bool {
+    let (w, inputs, grid) = (random(4, 8, 1), Inputs::new(8, 30, 2), grid());
+    let ask = GridAsk { bits: 4, symmetric: false, scale: Float::F32 };
+    let round = Some(RoundAsk { ask, grid: grid.as_ref(), group: 4 });
+    let prune = |pattern| Some(PruneAsk { sparsity: 0.5, pattern });
+    let (prune, round) = match what {
+        Ability::Unstructured => (unstructured(0.5), None),
+        Ability::Nm => (prune(Sparsity::Nm { n: 2, m: 4 }), None),
+        Ability::Blocks => (prune(Sparsity::Block { height: 2, width: 2 }), None),
+        Ability::PruneAndRound => (unstructured(0.5), round),
+        _ => (None, round),
+    };
+    solve.solve(&SolveAsk { w: w.view(), stats: &inputs.stats(), mask: None, prune, round }).is_ok()
+}
+
 fn prunes(solve: &dyn Solve) -> bool {
-    let (w, inputs) = (random(4, 8, 1), Inputs::new(8, 30, 2));
-    let ask = SolveAsk { w: w.view(), stats: &inputs.stats(), mask: None, prune: unstructured(0.5), round: None };
-    solve.solve(&ask).is_ok()
+    can(solve, Ability::Unstructured)
+}
+
+#[test]
+fn cards_say_what_can_be_asked_together() {
+    for m in registry().methods {
+        let Made::Solve(solve) = (m.make)(serde_json::Value::Null).expect("made") else { continue };
+        for what in [Ability::Unstructured, Ability::Nm, Ability::Blocks, Ability::Round, Ability::PruneAndRound] {
+            assert_eq!(m.card.can(what), can(solve.as_ref(), what), "{} {what:?}", m.card.name);
+        }
+    }
+}
+
+#[test]
+fn families_tell_their_keys_from_their_methods_keys() {
+    let registry = registry();
+    for m in &registry.methods {
+        let family = registry.family(m.card.verb).expect("a family");
+        let shared = (family.keys)();
+        assert!(
+            (m.keys)().iter().all(|k| !shared.contains(k)),
+            "{}: a key of its own that {} has",
+            m.card.name,
+            family.verb
+        );
+        let mut keys = serde_json::Map::new();
+        keys.insert("no_such_key".into(), serde_json::json!(1));
+        let making = Making { method: m, keys: &keys, registry: &registry };
+        let refused = (family.make)(&making).expect_err("refused").what;
+        assert!(refused.contains("no_such_key"), "{refused}");
+        for key in shared {
+            let near = format!("{key}x");
+            let keys = [(near.clone(), serde_json::json!(1))].into_iter().collect();
+            let refused =
+                (family.make)(&Making { method: m, keys: &keys, registry: &registry }).expect_err("refused").what;
+            assert!(refused.contains(&near) && refused.contains("did you mean"), "{refused}");
+        }
+    }
 }
 
 fn pruners() -> Vec<(&'static str, Box<dyn Solve>)> {
@@ -102,11 +155,12 @@ fn everything(solve: &dyn Solve, w: &Mat, inputs: &Inputs, ask: GridAsk, group: 
 #[test]
 fn names_are_unique_and_unknown_keys_are_refused() {
     let mut names = HashSet::new();
-    for m in registry() {
+    for m in registry().methods {
         let name = m.card.name;
         assert!(names.insert(name), "{name} twice");
         assert!(name.chars().all(|c| c.is_ascii_lowercase() || c.is_ascii_digit() || c == '-'), "{name}");
         assert!(!m.card.summary.is_empty(), "{name}");
+        assert!(registry().family(m.card.verb).is_some(), "{name} is of no family");
         let refused = (m.make)(serde_json::json!({ "no_such_key": 1 })).expect_err("refused").what;
         assert!(refused.contains("no_such_key") && refused.contains(name), "{refused}");
     }
@@ -310,38 +364,6 @@ fn a_full_rank_factor_gives_the_matrix_back() {
             assert!(max_abs_diff(product.view(), w.view()) < 2e-4, "{name} {rows} x {cols}");
             assert!(factor.factor(w.view(), &inputs.stats(), 0).is_err(), "{name}");
             assert!(factor.factor(w.view(), &inputs.stats(), rank + 1).is_err(), "{name}");
-        }
-    }
-}
-
-#[test]
-fn drops_are_as_many_as_asked() {
-    let stats = DropStats { similarity: &[Some(0.5), None, Some(0.9), Some(0.9), Some(-0.1)] };
-    for (name, drop) in each!(Drop) {
-        for count in 0..=4 {
-            let gone = drop.as_ref().drop(DropPart::Ffn, count, &stats).expect("drops");
-            assert_eq!(gone.len(), count, "{name}");
-            assert!(gone.windows(2).all(|w| w[0] < w[1]), "{name}");
-            assert!(gone.iter().all(|&l| stats.similarity[l].is_some()), "{name}");
-        }
-        assert!(drop.as_ref().drop(DropPart::Ffn, 5, &stats).is_err(), "{name}");
-    }
-}
-
-#[test]
-fn budgets_meet_their_target_and_end() {
-    let slots: Vec<Slot> =
-        (0..6).map(|l| Slot { place: Place::layer(l, Role::Up), parameters: 100 * (1 + l as u64) }).collect();
-    let all: u64 = slots.iter().map(|slot| slot.parameters).sum();
-    for (name, budget) in each!(Budget) {
-        let mut budget: Box<dyn Budget> = budget;
-        for round in 0..=10_000 {
-            assert!(round < 10_000, "{name} does not end");
-            let Some(assignment) = budget.ask(&slots, 0.4).expect("answers") else { break };
-            let zeros: f64 = assignment.iter().zip(&slots).map(|(s, slot)| s * slot.parameters as f64).sum();
-            assert!((zeros / all as f64 - 0.4).abs() < 1e-9, "{name}");
-            assert!(assignment.iter().all(|s| (0.0..=1.0).contains(s)), "{name}");
-            budget.tell(&assignment, &Outcome { loss: 3.0 + f64::from(round), bytes: 1 });
         }
     }
 }

@@ -11,7 +11,7 @@
 //! **Departs.** The singular values are shared evenly between the factors, which keeps both within the range of f16.
 
 use lacuna_base::{Mat, Mat64, MatRef, factor};
-use lacuna_contract::{Card, Factor, Made, Method, MethodError, Needs, Stats, Verb};
+use lacuna_contract::{Ability, Card, Factor, Made, Method, MethodError, Stats};
 use serde::Deserialize;
 
 use crate::make;
@@ -28,9 +28,12 @@ pub(crate) fn method() -> Method {
             paper: "Eckart, Young: The approximation of one matrix by another of lower rank, 1936",
             arxiv: "",
             summary: "Two thin matrices whose product is the nearest of its rank.",
-            verb: Verb::Factor,
-            needs: Needs::default(),
+            system: None,
+            verb: "factor",
+            needs: &[],
+            abilities: &[Ability::Error],
         },
+        keys: make::keys::<Svd>,
         make: |given| Ok(Made::Factor(Box::new(make::parameters::<Svd>("svd", given)?))),
     }
 }

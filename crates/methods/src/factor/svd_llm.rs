@@ -17,7 +17,7 @@
 
 use lacuna_base::dense::{matmul_nn_f64, matmul_nt_f64};
 use lacuna_base::{Mat, Mat64, MatRef, factor};
-use lacuna_contract::{Card, Factor, Made, Method, MethodError, Needs, Stats, Verb};
+use lacuna_contract::{Ability, Ask, Card, Factor, Made, Method, MethodError, Stats};
 use serde::Deserialize;
 
 use super::svd::{check, halves};
@@ -46,9 +46,12 @@ pub(crate) fn method() -> Method {
             paper: "Wang, Zheng, Wan, Zhang: SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression, 2024",
             arxiv: "2403.07378",
             summary: "Two thin matrices whose outputs on calibration text are the nearest of their rank.",
-            verb: Verb::Factor,
-            needs: Needs { gram: true, ..Needs::default() },
+            system: None,
+            verb: "factor",
+            needs: &[Ask::InputGram],
+            abilities: &[Ability::Error],
         },
+        keys: make::keys::<SvdLlm>,
         make: |given| {
             let p: SvdLlm = make::parameters("svd-llm", given)?;
             if !(p.whiten > 0.0 && p.whiten.is_finite()) {
@@ -93,6 +96,7 @@ mod tests {
     use super::*;
     use lacuna_base::Gram;
     use lacuna_base::testkit::random;
+    use lacuna_contract::Gathered;
 
     /// `‖(W - A B) Xᵀ‖² / tokens` token by token.
     fn output_error(w: &Mat, a: &Mat, b: &Mat, x: &Mat) -> f64 {
@@ -154,7 +158,8 @@ mod tests {
     fn agrees_with_brute_force_outputs() {
         for (out, cols, rank) in [(6, 8, 3), (8, 5, 2), (1, 4, 1), (4, 1, 1), (5, 5, 5)] {
             let (w, x, gram) = case(out, cols);
-            let stats = Stats { tokens: 50, gram: Some(&gram), squares: None };
+            let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
+            let stats = Stats { tokens: 50, found: &found, gradients: &[] };
             let best = brute_error(&w, &x, rank);
             for update in [false, true] {
                 let method = SvdLlm { update, ..SvdLlm::default() };
@@ -168,7 +173,8 @@ mod tests {
     #[test]
     fn the_update_never_makes_outputs_worse() {
         let (w, x, gram) = case(7, 9);
-        let stats = Stats { tokens: 50, gram: Some(&gram), squares: None };
+        let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
+        let stats = Stats { tokens: 50, found: &found, gradients: &[] };
         for whiten in [1e-6, 0.5] {
             let [plain, updated] = [false, true].map(|update| {
                 let (a, b) = SvdLlm { whiten, update }.factor(w.view(), &stats, 4).expect("factors");
@@ -185,7 +191,8 @@ mod tests {
             let x = Mat::from_fn(20, 6, |t, c| if c < live { ((t * 3 + c) as f32).sin() } else { 0.0 });
             let mut gram = Gram::new(6);
             gram.add(x.view());
-            let stats = Stats { tokens: 20, gram: Some(&gram), squares: None };
+            let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
+            let stats = Stats { tokens: 20, found: &found, gradients: &[] };
             let (a, b) = SvdLlm { update: true, ..SvdLlm::default() }.factor(w.view(), &stats, 4).expect("factors");
             assert!(output_error(&w, &a, &b, &x) < 1e-6);
         }

@@ -15,7 +15,7 @@
 //! rounding saw.
 
 use lacuna_base::float;
-use lacuna_contract::{Card, Grid, GridAsk, Made, Method, MethodError, Needs, Verb};
+use lacuna_contract::{Ability, Card, Grid, GridAsk, Made, Method, MethodError};
 use lacuna_format::{Affine, Float};
 use serde::Deserialize;
 
@@ -33,9 +33,12 @@ pub(crate) fn method() -> Method {
             paper: "Jacob et al.: Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference, 2017",
             arxiv: "1712.05877",
             summary: "Every weight goes to the nearest of evenly spaced values between the extremes of its group.",
-            verb: Verb::Quantize,
-            needs: Needs::default(),
+            system: None,
+            verb: "quantize",
+            needs: &[],
+            abilities: &[Ability::Round, Ability::FixedMask],
         },
+        keys: make::keys::<Rtn>,
         make: |given| Ok(Made::Grid(Box::new(make::parameters::<Rtn>("rtn", given)?))),
     }
 }

@@ -13,7 +13,7 @@
 //! the lowest of each matrix. The baseline that every method with calibration has to beat.
 
 use lacuna_base::{Mat, MatRef};
-use lacuna_contract::{Card, Made, Method, MethodError, Needs, Scope, Score, Stats, Verb};
+use lacuna_contract::{Ability, Card, Made, Method, MethodError, Scope, Score, Stats};
 use serde::Deserialize;
 
 use crate::make;
@@ -30,9 +30,12 @@ pub(crate) fn method() -> Method {
             paper: "Han, Pool, Tran, Dally: Learning both Weights and Connections for Efficient Neural Networks, 2015",
             arxiv: "1506.02626",
             summary: "The smallest weights of each matrix go.",
-            verb: Verb::Prune,
-            needs: Needs::default(),
+            system: None,
+            verb: "prune",
+            needs: &[],
+            abilities: &[Ability::Unstructured, Ability::Nm, Ability::Blocks, Ability::FixedMask],
         },
+        keys: make::keys::<Magnitude>,
         make: |given| Ok(Made::Score(Box::new(make::parameters::<Magnitude>("magnitude", given)?))),
     }
 }

@@ -14,7 +14,7 @@
 //! **Departs.** The paper scales `Σ x²` by the number of tokens; within a row that changes no order.
 
 use lacuna_base::{Mat, MatRef};
-use lacuna_contract::{Card, Made, Method, MethodError, Needs, Scope, Score, Stats, Verb};
+use lacuna_contract::{Ability, Ask, Card, Made, Method, MethodError, Scope, Score, Stats};
 use serde::Deserialize;
 
 use crate::make;
@@ -31,9 +31,12 @@ pub(crate) fn method() -> Method {
             paper: "Sun, Liu, Bair, Kolter: A Simple and Effective Pruning Approach for Large Language Models, 2023",
             arxiv: "2306.11695",
             summary: "The weights go whose size times the norm of their input is smallest in each output row.",
-            verb: Verb::Prune,
-            needs: Needs { squares: true, ..Needs::default() },
+            system: None,
+            verb: "prune",
+            needs: &[Ask::InputSquares],
+            abilities: &[Ability::Unstructured, Ability::Nm, Ability::Blocks, Ability::FixedMask],
         },
+        keys: make::keys::<Wanda>,
         make: |given| Ok(Made::Score(Box::new(make::parameters::<Wanda>("wanda", given)?))),
     }
 }
@@ -41,7 +44,7 @@ pub(crate) fn method() -> Method {
 impl Score for Wanda {
     fn score(&self, w: MatRef<'_>, stats: &Stats<'_>) -> Result<Mat, MethodError> {
         make::finite(w)?;
-        let squares = stats.squares.ok_or_else(|| MethodError::new("the squares of the inputs were not gathered"))?;
+        let squares = stats.squares()?;
         if squares.len() != w.cols() {
             return Err(MethodError::new(format!("squares of {} inputs for a matrix of {}", squares.len(), w.cols())));
         }
@@ -65,6 +68,7 @@ impl Score for Wanda {
 mod tests {
     use super::*;
     use lacuna_base::testkit::random;
+    use lacuna_contract::Gathered;
 
     /// Straight from the meaning: the norm of the change of a row's outputs when one weight goes.
     #[test]
@@ -74,7 +78,8 @@ mod tests {
             (0..tokens).for_each(|t| x[(t, 0)] = 0.0);
             let squares: Vec<f64> =
                 (0..inputs).map(|j| (0..tokens).map(|t| f64::from(x[(t, j)]).powi(2)).sum()).collect();
-            let stats = Stats { tokens: tokens as u64, squares: Some(&squares), ..Stats::default() };
+            let found = [(Ask::InputSquares, Gathered::Vector(squares))];
+            let stats = Stats { tokens: tokens as u64, found: &found, gradients: &[] };
             let scores = Wanda {}.score(w.view(), &stats).expect("scores");
             for r in 0..out {
                 for j in 0..inputs {
@@ -97,7 +102,8 @@ mod tests {
         let w = random(2, 3, 1);
         assert!(Wanda {}.score(w.view(), &Stats::default()).is_err());
         for squares in [vec![1.0, 2.0], vec![1.0, f64::NAN, 1.0]] {
-            let stats = Stats { tokens: 1, squares: Some(&squares), ..Stats::default() };
+            let found = [(Ask::InputSquares, Gathered::Vector(squares))];
+            let stats = Stats { tokens: 1, found: &found, gradients: &[] };
             assert!(Wanda {}.score(w.view(), &stats).is_err());
         }
     }

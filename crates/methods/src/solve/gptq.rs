@@ -20,7 +20,7 @@
 use std::ops::Range;
 
 use lacuna_base::Mat;
-use lacuna_contract::{Card, Made, Method, MethodError, Needs, RoundAsk, Solve, SolveAsk, Solved, Verb};
+use lacuna_contract::{Ability, Ask, Card, Made, Method, MethodError, RoundAsk, Solve, SolveAsk, Solved};
 use lacuna_format::{Affine, Group, Integers};
 use serde::Deserialize;
 
@@ -54,9 +54,12 @@ pub(crate) fn method() -> Method {
             paper: "Frantar, Ashkboos, Hoefler, Alistarh: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, 2022",
             arxiv: "2210.17323",
             summary: "Weights are rounded column by column; the columns not yet rounded make up for each error.",
-            verb: Verb::Quantize,
-            needs: Needs { gram: true, ..Needs::default() },
+            system: None,
+            verb: "quantize",
+            needs: &[Ask::InputGram],
+            abilities: &[Ability::Round, Ability::FixedMask],
         },
+        keys: make::keys::<Gptq>,
         make: |given| {
             let p: Gptq = make::parameters("gptq", given)?;
             check(p.damping, p.block)?;
@@ -219,7 +222,12 @@ impl Solve for Gptq {
         let integers = rounder.finish(&rows, &order)?;
         let mut back = vec![0; cols];
         order.iter().enumerate().for_each(|(j, &c)| back[c] = j);
-        Ok(Solved { w: permuted(w.view(), &back), mask: ask.mask.cloned(), integers: Some(integers) })
+        Ok(Solved {
+            w: permuted(w.view(), &back),
+            mask: ask.mask.cloned(),
+            integers: Some(integers),
+            aside: Vec::new(),
+        })
     }
 }
 
@@ -229,7 +237,7 @@ mod tests {
     use crate::grid::rtn::Rtn;
     use crate::obs::slow;
     use lacuna_base::testkit::{max_abs_diff, random};
-    use lacuna_contract::{Grid, GridAsk, PruneAsk, Sparsity, Stats};
+    use lacuna_contract::{Gathered, Grid, GridAsk, PruneAsk, Sparsity, Stats};
     use lacuna_format::{Float, Mask};
 
     fn ask4(symmetric: bool) -> GridAsk {
@@ -279,7 +287,8 @@ mod tests {
                 for masked in [false, true] {
                     let (w, gram) = (random(out, cols, 1), slow::inputs(cols, 40, 2));
                     let mask = masked.then(|| Mask::from_fn(out, cols, |r, c| (r + 2 * c) % 3 != 0));
-                    let stats = Stats { tokens: 40, gram: Some(&gram), squares: None };
+                    let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
+                    let stats = Stats { tokens: 40, found: &found, gradients: &[] };
                     let round = RoundAsk { ask: ask4(!masked), grid: &Rtn {}, group };
                     let gptq = Gptq { block, act_order, late_grid, ..Gptq::default() };
                     let ask =
@@ -312,22 +321,22 @@ mod tests {
     #[test]
     fn what_it_cannot_do_is_refused() {
         let (w, gram) = (random(2, 4, 1), slow::inputs(4, 9, 2));
-        let stats = Stats { tokens: 9, gram: Some(&gram), squares: None };
+        let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
+        let stats = Stats { tokens: 9, found: &found, gradients: &[] };
         let round = RoundAsk { ask: ask4(true), grid: &Rtn {}, group: 2 };
         let ask = SolveAsk { w: w.view(), stats: &stats, mask: None, prune: None, round: Some(round) };
         let fails = |ask: &SolveAsk<'_>| Gptq::default().solve(ask).expect_err("refused").what;
         assert!(fails(&SolveAsk { round: None, ..ask }).contains("not asked"));
         let prune = PruneAsk { sparsity: 0.5, pattern: Sparsity::Unstructured };
         assert!(fails(&SolveAsk { prune: Some(prune), ..ask }).contains("sparsegpt"));
-        let none = lacuna_base::Gram::new(4);
-        assert!(
-            fails(&SolveAsk { stats: &Stats { gram: Some(&none), ..stats }, ..ask }).contains("no calibration token")
-        );
+        let none = [(Ask::InputGram, Gathered::Gram(lacuna_base::Gram::new(4)))];
+        assert!(fails(&SolveAsk { stats: &Stats { found: &none, ..stats }, ..ask }).contains("no calibration token"));
         let bad = Mat::from_fn(2, 4, |_, c| if c == 3 { f32::NAN } else { 1.0 });
         assert!(fails(&SolveAsk { w: bad.view(), ..ask }).contains("column 3"));
         let mut wild = lacuna_base::Gram::new(4);
         wild.add(Mat::from_fn(1, 4, |_, _| f32::NAN).view());
-        assert!(fails(&SolveAsk { stats: &Stats { gram: Some(&wild), ..stats }, ..ask }).contains("beyond the range"));
+        let wild = [(Ask::InputGram, Gathered::Gram(wild))];
+        assert!(fails(&SolveAsk { stats: &Stats { found: &wild, ..stats }, ..ask }).contains("beyond the range"));
         assert!((method().make)(serde_json::json!({ "damping": 0 })).is_err());
         assert!((method().make)(serde_json::json!({ "dampening": 0.1 })).is_err());
     }

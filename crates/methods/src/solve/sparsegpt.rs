@@ -20,12 +20,13 @@
 use std::ops::Range;
 
 use lacuna_base::{Mat, MatRef};
-use lacuna_contract::{Card, Made, Method, MethodError, Needs, PruneAsk, Solve, SolveAsk, Solved, Sparsity, Verb};
+use lacuna_contract::{Ability, Ask, Card, Made, Method, MethodError, PruneAsk, Solve, SolveAsk, Solved, Sparsity};
 use lacuna_format::Mask;
 use serde::Deserialize;
 
 use super::gptq::{self, RoundedRow, Rounder};
 
+use crate::family::select::asked;
 use crate::make;
 use crate::obs::{self, Hessian};
 
@@ -52,9 +53,19 @@ pub(crate) fn method() -> Method {
             paper: "Frantar, Alistarh: SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot, 2023",
             arxiv: "2301.00774",
             summary: "Weights are dropped column by column; the columns after them make up for each loss.",
-            verb: Verb::Prune,
-            needs: Needs { gram: true, ..Needs::default() },
+            system: None,
+            verb: "prune",
+            needs: &[Ask::InputGram],
+            abilities: &[
+                Ability::Unstructured,
+                Ability::Nm,
+                Ability::Blocks,
+                Ability::FixedMask,
+                Ability::Round,
+                Ability::PruneAndRound,
+            ],
         },
+        keys: make::keys::<SparseGpt>,
         make: |given| {
             let p: SparseGpt = make::parameters("sparsegpt", given)?;
             gptq::check(p.damping, p.mask_block)?;
@@ -108,7 +119,7 @@ fn choose(w: &Mat, u: &Mat, block: Range<usize>, sparsity: f64, (height, width):
         }
     }
     // Shares of the blocks add up to exactly the share of the whole.
-    let until = |column: usize| (sparsity * (down * (column / width)) as f64).round() as usize;
+    let until = |column: usize| asked(sparsity, down * (column / width));
     let drop = until(block.end) - until(block.start);
     let mut cells: Vec<usize> = (0..price.len()).collect();
     let order = |&a: &usize, &b: &usize| price[a].total_cmp(&price[b]).then(a.cmp(&b));
@@ -189,7 +200,7 @@ impl Solve for SparseGpt {
         let mask = pruned.then(|| Mask::from_fn(out, cols, |r, c| states[r].keep[c]));
         let rows: Vec<RoundedRow> = states.into_iter().map(|s| s.done).collect();
         let integers = rounder.map(|rounder| rounder.finish(&rows, &order)).transpose()?;
-        Ok(Solved { w, mask, integers })
+        Ok(Solved { w, mask, integers, aside: Vec::new() })
     }
 }
 
@@ -200,7 +211,7 @@ mod tests {
     use crate::obs::slow;
     use lacuna_base::Gram;
     use lacuna_base::testkit::{max_abs_diff, random};
-    use lacuna_contract::{Grid, GridAsk, RoundAsk, Stats};
+    use lacuna_contract::{Gathered, Grid, GridAsk, RoundAsk, Stats};
     use lacuna_format::{Affine, Float};
 
     /// The definition: the price of every weight of the block from a fresh inverse, a full sort, then column by column with a fresh inverse.
@@ -286,7 +297,8 @@ mod tests {
             w.row_mut(0).fill(0.25); // ties
             let gram = slow::inputs(cols, 40, 2);
             let mask = masked.then(|| Mask::from_fn(out, cols, |r, c| (r + 2 * c) % 3 != 0));
-            let stats = Stats { tokens: 40, gram: Some(&gram), squares: None };
+            let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
+            let stats = Stats { tokens: 40, found: &found, gradients: &[] };
             let round = bits.map(|(bits, group)| RoundAsk {
                 ask: GridAsk { bits, symmetric: false, scale: Float::F32 },
                 grid: &Rtn {},
@@ -304,7 +316,8 @@ mod tests {
     #[test]
     fn blocks_go_whole() {
         let (w, gram) = (random(8, 12, 1), slow::inputs(12, 40, 2));
-        let stats = Stats { tokens: 40, gram: Some(&gram), squares: None };
+        let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
+        let stats = Stats { tokens: 40, found: &found, gradients: &[] };
         let prune = PruneAsk { sparsity: 0.5, pattern: Sparsity::Block { height: 4, width: 2 } };
         let ask = SolveAsk { w: w.view(), stats: &stats, mask: None, prune: Some(prune), round: None };
         let kept =
@@ -320,7 +333,8 @@ mod tests {
     #[test]
     fn shapes_and_numbers_that_do_not_fit_are_refused() {
         let (w, gram) = (random(3, 6, 1), slow::inputs(6, 9, 2));
-        let stats = Stats { tokens: 9, gram: Some(&gram), squares: None };
+        let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
+        let stats = Stats { tokens: 9, found: &found, gradients: &[] };
         for prune in [
             PruneAsk { sparsity: 0.5, pattern: Sparsity::Nm { n: 2, m: 4 } },
             PruneAsk { sparsity: 0.5, pattern: Sparsity::Block { height: 2, width: 1 } },

@@ -1,0 +1,160 @@
+//! Statistics gathered in forward passes: one reducer a file, over the events that the model emits.
+
+mod gram;
+mod moments;
+mod similarity;
+mod squares;
+
+use std::collections::{BTreeMap, HashMap};
+
+use lacuna_base::MatRef;
+use lacuna_contract::{Ask, Gathered, Site, Stats, Unit};
+use lacuna_model::{BlockPart, Tap, Wants};
+use lacuna_spec::{Place, Role, Spec};
+
+/// What a reducer is shown.
+pub(crate) enum Event<'a> {
+    /// Rows that multiply a matrix, `[rows, in]`.
+    Input(MatRef<'a>),
+    /// The residual stream before and after a part of a block, `[rows, hidden]` each.
+    Residual(Unit, MatRef<'a>, MatRef<'a>),
+}
+
+/// Turns events into a statistic, in the order in which the tokens come.
+pub(crate) trait Reducer: Send {
+    /// Takes an event in.
+    fn see(&mut self, event: &Event<'_>);
+
+    /// What came of all of them.
+    fn gathered(self: Box<Self>) -> Gathered;
+}
+
+/// The reducer of a statistic; `None` for one that forward passes do not give. A new statistic is a file and a line here.
+fn reducer(ask: Ask) -> Option<Box<dyn Reducer>> {
+    Some(match ask {
+        Ask::InputGram => Box::new(gram::InputGram::default()),
+        Ask::InputSquares => Box::new(squares::InputSquares::default()),
+        Ask::InputMoments => Box::new(moments::InputMoments::default()),
+        Ask::Similarity(unit) => Box::new(similarity::Similarity::new(unit)),
+        Ask::GradientAbsolute | Ask::GradientSquares | Ask::GradientMean | Ask::OutputGradientGram => return None,
+    })
+}
+
+/// Bytes of a statistic of a matrix with `inputs` inputs.
+fn bytes(ask: Ask, inputs: u64) -> u64 {
+    match ask {
+        Ask::InputGram => 8 * inputs * inputs,
+        Ask::InputSquares => 8 * inputs,
+        Ask::InputMoments => 24 * inputs,
+        _ => 0,
+    }
+}
+
+/// Gathers statistics of one block. Matrices that read the same input share one entry.
+pub(crate) struct Gather {
+    sites: BTreeMap<Site, Running>,
+}
+
+struct Running {
+    tokens: u64,
+    reducers: Vec<(Ask, Box<dyn Reducer>)>,
+}
+
+/// The matrix in whose name the input of `place` is gathered: q for k and v, gate for up.
+fn reader(spec: &Spec, place: &Place) -> Place {
+    let gated = place.layer.and_then(|l| spec.layers.get(l as usize)?.ffn.as_ref()).is_some_and(|f| f.gated);
+    let role = match place.role {
+        Role::K | Role::V => Role::Q,
+        Role::Up if gated => Role::Gate,
+        r => r,
+    };
+    Place { role, ..*place }
+}
+
+fn shared(spec: &Spec, site: Site) -> Site {
+    match site {
+        Site::Matrix(place) => Site::Matrix(reader(spec, &place)),
+        layer => layer,
+    }
+}
+
+impl Gather {
+    /// For the union of what is asked; what a forward pass does not give is left out.
+    pub(crate) fn new(spec: &Spec, asks: impl IntoIterator<Item = (Site, Ask)>) -> Gather {
+        let mut sites: BTreeMap<Site, Running> = BTreeMap::new();
+        for (site, ask) in asks {
+            let Some(made) = reducer(ask) else { continue };
+            let entry = sites.entry(shared(spec, site)).or_insert(Running { tokens: 0, reducers: Vec::new() });
+            if entry.reducers.iter().all(|(a, _)| *a != ask) {
+                entry.reducers.push((ask, made));
+            }
+        }
+        Gather { sites }
+    }
+
+    /// Whether anything is to be gathered.
+    pub(crate) fn is_needed(&self) -> bool {
+        !self.sites.is_empty()
+    }
+
+    /// Bytes that the statistics of a block take at the most.
+    pub(crate) fn bytes(spec: &Spec, asks: impl IntoIterator<Item = (Site, Ask)>) -> u64 {
+        let gather = Gather::new(spec, asks);
+        let one = |(site, running): (&Site, &Running)| {
+            let Site::Matrix(place) = site else { return 0 };
+            let inputs = spec.shape(place).map_or(0, |(_, n)| n as u64);
+            running.reducers.iter().map(|(ask, _)| bytes(*ask, inputs)).sum::<u64>()
+        };
+        gather.sites.iter().map(one).sum()
+    }
+
+    /// What was gathered.
+    pub(crate) fn finish(self) -> Statistics {
+        let done = |r: Running| (r.tokens, r.reducers.into_iter().map(|(a, r)| (a, r.gathered())).collect());
+        Statistics { found: self.sites.into_iter().map(|(site, r)| (site, done(r))).collect() }
+    }
+}
+
+/// The statistics of one block.
+#[derive(Default)]
+pub(crate) struct Statistics {
+    found: HashMap<Site, (u64, Vec<(Ask, Gathered)>)>,
+}
+
+impl Statistics {
+    /// Those of a site.
+    pub(crate) fn of(&self, spec: &Spec, site: Site) -> Stats<'_> {
+        match self.found.get(&shared(spec, site)) {
+            Some((tokens, found)) => Stats { tokens: *tokens, found, gradients: &[] },
+            None => Stats::default(),
+        }
+    }
+}
+
+impl Tap for Gather {
+    fn wants(&self) -> Wants {
+        Wants {
+            inputs: self.sites.keys().any(|s| matches!(s, Site::Matrix(_))),
+            residuals: self.sites.keys().any(|s| matches!(s, Site::Layer(_))),
+        }
+    }
+
+    fn input(&mut self, place: &Place, x: MatRef<'_>) {
+        let Some(running) = self.sites.get_mut(&Site::Matrix(*place)) else { return };
+        running.tokens += x.rows() as u64;
+        running.reducers.iter_mut().for_each(|(_, r)| r.see(&Event::Input(x)));
+    }
+
+    fn residual(&mut self, layer: usize, part: BlockPart, before: MatRef<'_>, after: MatRef<'_>) {
+        let Some(running) = self.sites.get_mut(&Site::Layer(layer)) else { return };
+        let unit = match part {
+            BlockPart::Block => Unit::Block,
+            BlockPart::Attention => Unit::Attention,
+            BlockPart::Ffn => Unit::Ffn,
+        };
+        if unit == Unit::Block {
+            running.tokens += before.rows() as u64;
+        }
+        running.reducers.iter_mut().for_each(|(_, r)| r.see(&Event::Residual(unit, before, after)));
+    }
+}

@@ -1,0 +1,188 @@
+//! Local steps on the matrices of one block, from their sources to their stored form.
+
+use std::collections::HashMap;
+use std::sync::Arc;
+
+use lacuna_contract::{Ask, Edit, Local, MethodError, Site, Work};
+use lacuna_format::{Float, Piece, Stored, Term, Unpacked, Values};
+use lacuna_spec::{Part, Place, Spec};
+use rayon::prelude::*;
+
+use crate::account::CompressError;
+use crate::calibrate::Statistics;
+use crate::drive::{SOURCE, Walk, at_step};
+use crate::overlay::{finite, finite_rows, packing};
+use crate::recipe::{Recipe, RecipeStep};
+
+/// What searches chose: for a step (by index) the variant at each place.
+#[derive(Clone, Debug, Default)]
+pub(crate) struct Chosen(pub(crate) HashMap<usize, HashMap<Place, usize>>);
+
+/// What works on `place` at the step of index `i`.
+pub(crate) fn local_of<'a>(step: &'a RecipeStep, i: usize, chosen: &Chosen, place: &Place) -> Option<&'a dyn Local> {
+    match chosen.0.get(&i).and_then(|of| of.get(place)) {
+        Some(&variant) => step.variants.get(variant)?.local(place),
+        None => step.local(place),
+    }
+}
+
+/// The statistics that local steps read in a block.
+pub(crate) fn asks(recipe: &Recipe, chosen: &Chosen, spec: &Spec, layer: usize) -> Vec<(Site, Ask)> {
+    let mut out = Vec::new();
+    for place in spec.layer_places(layer).into_iter().filter(|p| p.part == Part::Weight) {
+        for (i, step) in recipe.local() {
+            let needs = local_of(step, i, chosen, &place).map_or_else(Vec::new, |l| l.needs(&place));
+            out.extend(needs.into_iter().map(|ask| (Site::Matrix(place), ask)));
+        }
+    }
+    out
+}
+
+/// Matrices that one call of a step works on.
+struct Group<'a> {
+    local: &'a dyn Local,
+    places: Vec<Place>,
+    scratch_bytes: u64,
+}
+
+/// Whether a matrix that was made here has floats of another type than f16.
+fn is_wide(stored: &Stored) -> bool {
+    let one = |p: &Piece| matches!(p.values, Values::Float(f, _) if f != Float::F16);
+    stored.terms.iter().any(|t| match t {
+        Term::Piece(p) => one(p),
+        Term::Product(a, b) => one(a) || one(b),
+    })
+}
+
+/// The codec of floats that f16 cannot say: the source's own bf16, else f32.
+fn wide_of(source: &Stored) -> Float {
+    let bf16 = |t: &Term| matches!(t, Term::Piece(p) if matches!(p.values, Values::Float(Float::Bf16, _)));
+    if source.terms.iter().all(bf16) { Float::Bf16 } else { Float::F32 }
+}
+
+impl Walk<'_> {
+    /// The local steps on one block's matrices, step after step. Answers with the matrices that changed.
+    pub(crate) fn local_steps(
+        &mut self,
+        spec: &Spec,
+        places: &[Place],
+        sources: &HashMap<Place, Arc<Stored>>,
+        statistics: &Statistics,
+    ) -> Result<Vec<(Place, Arc<Stored>)>, CompressError> {
+        let recipe = self.recipe;
+        let stats = |p: &Place| statistics.of(spec, Site::Matrix(*p));
+        // An expert that no token reached says nothing of how its weights are used: a method that asks must not guess.
+        let mut work: HashMap<Place, Unpacked> = HashMap::new();
+        let mut aimed: Vec<Place> = Vec::new();
+        for p in places {
+            let locals: Vec<_> = recipe.local().filter_map(|(i, s)| local_of(s, i, &self.chosen, p)).collect();
+            let blind = |l: &&dyn Local| !l.needs(p).is_empty() && stats(p).tokens == 0;
+            if locals.iter().any(blind) {
+                self.unreached.insert(*p);
+            } else if !locals.is_empty() {
+                aimed.push(*p);
+            }
+        }
+        let decoded: Vec<_> = places
+            .par_iter()
+            .map(|p| {
+                if !aimed.contains(p) {
+                    return finite(p, &sources[p], SOURCE).map(|()| None);
+                }
+                let w = sources[p].to_mat();
+                finite_rows(p, &w, 0, SOURCE)?;
+                Ok(Some((*p, Unpacked::dense(w))))
+            })
+            .collect::<Result<Vec<_>, CompressError>>()?;
+        work.extend(decoded.into_iter().flatten());
+        for (i, step) in recipe.local() {
+            let groups = self.groups(step, i, &aimed, spec);
+            for batch in in_turn(groups, self.scratch_bytes) {
+                let batch: Vec<(Group<'_>, Vec<Work<'_>>)> = batch
+                    .into_iter()
+                    .map(|g| {
+                        let take = |p: &Place| {
+                            let matrix = work.remove(p)?;
+                            Some(Work { place: *p, matrix, source: &sources[p], stats: stats(p) })
+                        };
+                        let taken = g.places.iter().filter_map(take).collect();
+                        (g, taken)
+                    })
+                    .collect();
+                let edited = batch
+                    .into_par_iter()
+                    .map(|(g, work)| {
+                        let whose = work.first().map(|w| w.place.to_string()).unwrap_or_default();
+                        g.local.edit(work).map_err(|e| at_step(step, whose, e))
+                    })
+                    .collect::<Result<Vec<_>, CompressError>>()?;
+                for edit in edited.into_iter().flatten() {
+                    match edit {
+                        Edit::Matrix(p, m) if Some(m.shape()) == spec.shape(&p) => work.insert(p, m),
+                        other => {
+                            let what = format!("a step on single matrices cannot make this change: {other:?}");
+                            return Err(at_step(step, "the block", MethodError::new(what)));
+                        }
+                    };
+                }
+            }
+        }
+        let packed = aimed
+            .par_iter()
+            .map(|p| {
+                let m = work.get(p).ok_or_else(|| lost(p))?;
+                for piece in m.pieces() {
+                    finite_rows(p, &piece.w, 0, "the new weight")?;
+                }
+                let stored = m.pack(wide_of(&sources[p])).map_err(|e| packing(p, e))?;
+                // A sum or a product of finite numbers need not be finite.
+                if stored.terms.len() > 1 || matches!(stored.terms[..], [Term::Product(..)]) {
+                    finite(p, &stored, &format!("the weight as {}", stored.codec_name()))?;
+                }
+                Ok((*p, Arc::new(stored)))
+            })
+            .collect::<Result<Vec<_>, CompressError>>()?;
+        self.wide.extend(packed.iter().filter(|(_, s)| is_wide(s)).map(|(p, _)| *p));
+        Ok(packed)
+    }
+
+    /// The calls of a step on a block: one for each matrix, or one for all that compete.
+    fn groups<'s>(&self, step: &'s RecipeStep, i: usize, aimed: &[Place], spec: &Spec) -> Vec<Group<'s>> {
+        let mut out: Vec<Group<'s>> = Vec::new();
+        for p in aimed {
+            let Some(local) = local_of(step, i, &self.chosen, p) else { continue };
+            let bytes = spec.shape(p).map_or(0, |shape| local.scratch_bytes(shape));
+            let same = |g: &&mut Group<'_>| std::ptr::addr_eq(g.local, local);
+            match out.iter_mut().find(same).filter(|_| local.together()) {
+                Some(g) => {
+                    g.places.push(*p);
+                    g.scratch_bytes += bytes;
+                }
+                None => out.push(Group { local, places: vec![*p], scratch_bytes: bytes }),
+            }
+        }
+        out
+    }
+}
+
+/// Groups that go at once, batch after batch: as many as the scratch memory holds, at least one.
+fn in_turn(groups: Vec<Group<'_>>, scratch_bytes: u64) -> Vec<Vec<Group<'_>>> {
+    let mut out: Vec<Vec<Group<'_>>> = Vec::new();
+    let mut sum = 0u64;
+    for g in groups {
+        sum = sum.saturating_add(g.scratch_bytes);
+        match out.last_mut().filter(|_| sum <= scratch_bytes) {
+            Some(batch) => batch.push(g),
+            None => {
+                sum = g.scratch_bytes;
+                out.push(vec![g]);
+            }
+        }
+    }
+    out
+}
+
+fn lost(place: &Place) -> CompressError {
+    let what = "a step took the matrix and gave nothing back".into();
+    CompressError::Method { place: place.to_string(), step: "pack".into(), what }
+}

@@ -1,0 +1,155 @@
+//! The registry: methods with their cards, and families.
+
+use std::fmt;
+
+use serde::Serialize;
+use serde_json::{Map, Value};
+
+use crate::questions::{Factor, Grid, Score, Search, Solve, Structure};
+use crate::stats::Ask;
+use crate::step::Step;
+
+/// Who a method is, what it needs and what can be asked of it together.
+#[derive(Clone, Debug, Serialize)]
+pub struct Card {
+    /// The name recipes use.
+    pub name: &'static str,
+    /// Authors, title, year.
+    pub paper: &'static str,
+    /// arXiv id, or empty.
+    pub arxiv: &'static str,
+    /// One sentence: what it does.
+    pub summary: &'static str,
+    /// Its id in the list of published systems, where it is there.
+    pub system: Option<u32>,
+    /// The verb of its family by default.
+    pub verb: &'static str,
+    /// The statistics it reads, of the inputs of each matrix or, for whole parts, of each decoder block.
+    pub needs: &'static [Ask],
+    /// What can be asked of it; a step that asks for more is refused before work begins.
+    pub abilities: &'static [Ability],
+}
+
+impl Card {
+    /// Whether it can do `what`.
+    pub fn can(&self, what: Ability) -> bool {
+        self.abilities.contains(&what)
+    }
+}
+
+/// Something that can be asked of a method.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ability {
+    /// Weights go anywhere.
+    Unstructured,
+    /// `n` of every `m` consecutive columns stay.
+    Nm,
+    /// Blocks of weights go whole.
+    Blocks,
+    /// Zeros of an earlier step are kept, and their drift is made up for or left out.
+    FixedMask,
+    /// Kept weights are rounded to a grid.
+    Round,
+    /// Pruning and rounding in one walk.
+    PruneAndRound,
+    /// The error that earlier terms leave is approximated, and not the matrix alone.
+    Error,
+}
+
+/// A method that could not answer, or a step that cannot be made.
+#[derive(Debug, Clone, PartialEq, thiserror::Error)]
+#[error("{what}")]
+pub struct MethodError {
+    /// What is wrong, with the numbers; the driver adds the names of the step and the matrix.
+    pub what: String,
+}
+
+impl MethodError {
+    /// An error that says `what`.
+    pub fn new(what: impl Into<String>) -> MethodError {
+        MethodError { what: what.into() }
+    }
+}
+
+/// A method ready to answer: its question and itself.
+pub enum Made {
+    /// See [`Score`].
+    Score(Box<dyn Score>),
+    /// See [`Grid`].
+    Grid(Box<dyn Grid>),
+    /// See [`Solve`].
+    Solve(Box<dyn Solve>),
+    /// See [`Factor`].
+    Factor(Box<dyn Factor>),
+    /// See [`Structure`].
+    Structure(Box<dyn Structure>),
+    /// See [`Search`].
+    Search(Box<dyn Search>),
+}
+
+impl fmt::Debug for Made {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(match self {
+            Made::Score(_) => "Score",
+            Made::Grid(_) => "Grid",
+            Made::Solve(_) => "Solve",
+            Made::Factor(_) => "Factor",
+            Made::Structure(_) => "Structure",
+            Made::Search(_) => "Search",
+        })
+    }
+}
+
+/// A method's row of the registry.
+#[derive(Clone)]
+pub struct Method {
+    /// Who it is.
+    pub card: Card,
+    /// Names of its own parameters.
+    pub keys: fn() -> &'static [&'static str],
+    /// Makes it from its own parameters (a JSON object; the family's keys are not among them). Unknown keys are refused.
+    pub make: fn(Value) -> Result<Made, MethodError>,
+}
+
+/// A family's row of the registry: a verb of recipes.
+#[derive(Clone)]
+pub struct Family {
+    /// The verb: `prune`, `quantize`, ...
+    pub verb: &'static str,
+    /// Names of the keys that its methods share.
+    pub keys: fn() -> &'static [&'static str],
+    /// Makes a step. Errors name the key.
+    pub make: fn(&Making<'_>) -> Result<Step, MethodError>,
+}
+
+/// What a step is made from.
+pub struct Making<'a> {
+    /// The method that the step names.
+    pub method: &'a Method,
+    /// The step's keys, the family's and the method's together; those of every step (`targets`, ...) are gone.
+    pub keys: &'a Map<String, Value>,
+    /// Everybody else, for keys that name another method.
+    pub registry: &'a Registry,
+}
+
+/// Every method and every family, handed to the driver by the binary.
+#[derive(Clone, Default)]
+pub struct Registry {
+    /// Methods, in the order in which they are listed.
+    pub methods: Vec<Method>,
+    /// Families.
+    pub families: Vec<Family>,
+}
+
+impl Registry {
+    /// The method of that name.
+    pub fn method(&self, name: &str) -> Option<&Method> {
+        self.methods.iter().find(|m| m.card.name == name)
+    }
+
+    /// The family of that verb.
+    pub fn family(&self, verb: &str) -> Option<&Family> {
+        self.families.iter().find(|f| f.verb == verb)
+    }
+}

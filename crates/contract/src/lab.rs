@@ -1,0 +1,51 @@
+//! What a search may ask.
+
+use crate::card::MethodError;
+
+/// A set of places that are decided on together.
+#[derive(Clone, Debug)]
+pub struct Slot {
+    /// Its name, for reports: `layers.3.attn.q`, `layers.3`.
+    pub name: String,
+    /// Weights in it.
+    pub parameters: u64,
+    /// Slots of one group may exchange levels: a matrix's kind, or the kind of a part.
+    pub group: usize,
+}
+
+/// One choice for a slot.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Level {
+    /// The value of the key that varies (bits, sparsity, ...); 0 for absent and 1 for present.
+    pub value: f64,
+    /// What the budget counts: bytes.
+    pub bytes: u64,
+    /// Relative error on the source's calibration text, weighted by the weights of each matrix.
+    pub error: f64,
+}
+
+/// A level for each slot, by index.
+pub type Assignment = Vec<usize>;
+
+/// What an assignment led to.
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Outcome {
+    /// Nats a token on the calibration text.
+    pub loss: f64,
+    /// KL(source || trial), nats a token.
+    pub kl: f64,
+    /// Bytes of all slots.
+    pub bytes: u64,
+}
+
+/// A database of levels with a way to measure what is stitched from it.
+pub trait Lab {
+    /// What is decided on.
+    fn slots(&self) -> &[Slot];
+
+    /// The levels of a slot, in the order of the values that vary.
+    fn levels(&self, slot: usize) -> &[Level];
+
+    /// Measures assignments on the first `tokens` calibration tokens (at least one sequence). An error when the budget of trials is spent.
+    fn measure(&mut self, batch: &[Assignment], tokens: usize) -> Result<Vec<Outcome>, MethodError>;
+}

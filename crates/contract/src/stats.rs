@@ -1,0 +1,145 @@
+//! Statistics: what is gathered, of which event, and how a method reads it.
+
+use std::fmt;
+
+use lacuna_base::{Mat, dense::Gram};
+use lacuna_spec::Place;
+use serde::Serialize;
+
+use crate::card::MethodError;
+use crate::questions::Unit;
+
+/// A statistic over the calibration tokens. One line here and one reducer in `compress/calibrate` make a new one.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Ask {
+    /// `XᵀX` of a matrix's inputs, `[in, in]`.
+    InputGram,
+    /// `Σ x²` of every input channel of a matrix, `[in]`.
+    InputSquares,
+    /// Mean and variance of every input channel of a matrix, `[in]` each.
+    InputMoments,
+    /// Mean over tokens of the cosine of what goes into a part of a decoder block and what comes out.
+    Similarity(Unit),
+    /// `Σ |G|` over sequences, `G` the gradient of one sequence's mean loss, `[out, in]`.
+    GradientAbsolute,
+    /// `Σ G²` over sequences, `[out, in]`: the diagonal of the Fisher matrix times their number.
+    GradientSquares,
+    /// The mean of `G` over sequences, `[out, in]`.
+    GradientMean,
+    /// `Σ dyᵀ dy` of a matrix's output gradients, `[out, out]`.
+    OutputGradientGram,
+}
+
+impl Ask {
+    /// Whether it takes a backward pass.
+    pub fn is_gradient(self) -> bool {
+        matches!(self, Ask::GradientAbsolute | Ask::GradientSquares | Ask::GradientMean | Ask::OutputGradientGram)
+    }
+
+    /// In words.
+    pub fn describe(self) -> &'static str {
+        match self {
+            Ask::InputGram => "the Gram matrix of its inputs",
+            Ask::InputSquares => "the squares of its inputs",
+            Ask::InputMoments => "mean and variance of its inputs",
+            Ask::Similarity(_) => "how like its input a part's output is",
+            Ask::GradientAbsolute => "the sizes of its gradients",
+            Ask::GradientSquares => "the squares of its gradients",
+            Ask::GradientMean => "its mean gradient",
+            Ask::OutputGradientGram => "the Gram matrix of its output gradients",
+        }
+    }
+}
+
+/// Where an event happens.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
+pub enum Site {
+    /// At a matrix.
+    Matrix(Place),
+    /// In a decoder block as a whole.
+    Layer(usize),
+}
+
+impl fmt::Display for Site {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        match self {
+            Site::Matrix(p) => p.fmt(f),
+            Site::Layer(l) => write!(f, "layers.{l}"),
+        }
+    }
+}
+
+/// What was gathered.
+#[derive(Clone, Debug)]
+pub enum Gathered {
+    /// A sum of outer products.
+    Gram(Gram),
+    /// A number for each channel.
+    Vector(Vec<f64>),
+    /// Mean and variance of each channel.
+    Moments {
+        /// Means.
+        mean: Vec<f64>,
+        /// Variances (of the tokens seen, not of a sample).
+        variance: Vec<f64>,
+    },
+    /// A number for each weight.
+    Matrix(Mat),
+    /// One number.
+    Number(f64),
+}
+
+/// Statistics of one site; what was not asked for is absent.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Stats<'a> {
+    /// Rows seen (for an expert: those routed to it).
+    pub tokens: u64,
+    /// What forward passes gave: matrices of one input share it.
+    pub found: &'a [(Ask, Gathered)],
+    /// What backward passes gave, of this matrix alone.
+    pub gradients: &'a [(Ask, Gathered)],
+}
+
+impl<'a> Stats<'a> {
+    /// What was gathered for `ask`.
+    pub fn get(&self, ask: Ask) -> Option<&'a Gathered> {
+        self.found.iter().chain(self.gradients).find(|(a, _)| *a == ask).map(|(_, g)| g)
+    }
+
+    fn need<T>(&self, ask: Ask, of: impl Fn(&'a Gathered) -> Option<T>) -> Result<T, MethodError> {
+        let missing = || MethodError::new(format!("{} was not gathered", ask.describe()));
+        self.get(ask).and_then(of).ok_or_else(missing)
+    }
+
+    /// `XᵀX` of the inputs.
+    pub fn gram(&self) -> Result<&'a Gram, MethodError> {
+        self.need(Ask::InputGram, |g| if let Gathered::Gram(g) = g { Some(g) } else { None })
+    }
+
+    /// `Σ x²` of each input.
+    pub fn squares(&self) -> Result<&'a [f64], MethodError> {
+        self.need(Ask::InputSquares, |g| if let Gathered::Vector(v) = g { Some(v.as_slice()) } else { None })
+    }
+
+    /// Mean and variance of each input.
+    pub fn moments(&self) -> Result<(&'a [f64], &'a [f64]), MethodError> {
+        self.need(Ask::InputMoments, |g| {
+            if let Gathered::Moments { mean, variance } = g {
+                Some((mean.as_slice(), variance.as_slice()))
+            } else {
+                None
+            }
+        })
+    }
+
+    /// The mean cosine of a part's input and output.
+    pub fn similarity(&self, unit: Unit) -> Result<f64, MethodError> {
+        self.need(Ask::Similarity(unit), |g| if let Gathered::Number(x) = g { Some(*x) } else { None })
+    }
+
+    /// A statistic with a number for each weight.
+    pub fn matrix(&self, ask: Ask) -> Result<&'a Mat, MethodError> {
+        self.need(ask, |g| if let Gathered::Matrix(m) = g { Some(m) } else { None })
+    }
+}

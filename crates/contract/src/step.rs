@@ -1,0 +1,170 @@
+//! Steps: what a family makes of its keys and a method, and the driver drives.
+
+use lacuna_base::Mat;
+use lacuna_format::{Stored, Unpacked};
+use lacuna_spec::{Place, Spec};
+use serde_json::Value;
+
+use crate::card::MethodError;
+use crate::lab::{Assignment, Lab};
+use crate::stats::{Ask, Site, Stats};
+
+/// A step of a recipe, by how it walks.
+pub enum Step {
+    /// Matrix by matrix, or block by block, each calibrated on what the compressed earlier blocks put out.
+    Local(Box<dyn Local>),
+    /// The whole model, before the blocks.
+    Model(Box<dyn ModelWide>),
+    /// Chooses a key of another step place by place, before the blocks.
+    Search(Box<dyn Searching>),
+}
+
+impl std::fmt::Debug for Step {
+    fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
+        f.write_str(match self {
+            Step::Local(_) => "Local",
+            Step::Model(_) => "Model",
+            Step::Search(_) => "Search",
+        })
+    }
+}
+
+/// A change to the model. A whole list is held against [`Spec::check`] and the shapes before one is applied.
+#[derive(Debug)]
+pub enum Edit {
+    /// New terms for a matrix.
+    Matrix(Place, Unpacked),
+    /// New values for a norm's scale or a bias, `[1, n]`.
+    Vector(Place, Vec<f32>),
+    /// Rows and columns of a matrix that stay, rising; `None`: all. A vector has columns only.
+    Keep {
+        /// The tensor.
+        place: Place,
+        /// Rows that stay.
+        rows: Option<Vec<usize>>,
+        /// Columns that stay.
+        cols: Option<Vec<usize>>,
+    },
+    /// The network from now on.
+    Spec(Box<Spec>),
+}
+
+/// What a step leaves of a matrix, for the steps after it.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Left {
+    /// Zeros that must stay.
+    Masked,
+    /// Codes.
+    Rounded,
+    /// Thin matrices in place of the one.
+    Factored,
+    /// Some weights in a term of their own, the rest as it was.
+    Aside,
+    /// A term beside what was there.
+    Corrected,
+}
+
+/// One matrix at a local step.
+pub struct Work<'a> {
+    /// Which.
+    pub place: Place,
+    /// The matrix as earlier steps left it.
+    pub matrix: Unpacked,
+    /// As it came.
+    pub source: &'a Stored,
+    /// Statistics of its inputs.
+    pub stats: Stats<'a>,
+}
+
+/// A step that works on the matrices of one decoder block at a time.
+pub trait Local: Send + Sync {
+    /// Whether the matrices of a block compete, so that they must come together; else each comes alone, several at once in parallel.
+    fn together(&self) -> bool;
+
+    /// Statistics that the step reads at a matrix.
+    fn needs(&self, place: &Place) -> Vec<Ask>;
+
+    /// Refuses what a matrix of `shape` `(rows, cols)` does not allow, or what cannot come after `earlier`; says what the step leaves.
+    fn check(&self, shape: (usize, usize), earlier: &[Left]) -> Result<Left, MethodError>;
+
+    /// Brings a matrix of random values into the form that the step gives: bytes and speed are foretold from it. No statistics.
+    fn foretell(&self, sample: Unpacked, seed: u64) -> Result<Unpacked, MethodError>;
+
+    /// Bytes that one matrix of `shape` takes while the step works on it, beside itself and its statistics.
+    fn scratch_bytes(&self, shape: (usize, usize)) -> u64;
+
+    /// Works on one matrix, or on all that compete.
+    fn edit(&self, work: Vec<Work<'_>>) -> Result<Vec<Edit>, MethodError>;
+}
+
+/// A step that looks at the whole model before it decides.
+pub trait ModelWide: Send + Sync {
+    /// Statistics that the step reads at a layer of a network.
+    fn needs(&self, spec: &Spec, layer: usize) -> Vec<(Site, Ask)>;
+
+    /// Refuses a network that the step cannot work on.
+    fn check(&self, spec: &Spec) -> Result<(), MethodError>;
+
+    /// Begins a walk over the layers.
+    fn begin(&self, spec: &Spec) -> Result<Box<dyn Walker>, MethodError>;
+}
+
+/// One decoder block at a model-wide step.
+pub trait LayerWork {
+    /// The network.
+    fn spec(&self) -> &Spec;
+
+    /// A tensor's values, `[rows, cols]`.
+    fn weight(&self, place: &Place) -> Result<Mat, MethodError>;
+
+    /// The statistics of a site.
+    fn stats(&self, site: Site) -> Stats<'_>;
+}
+
+/// A walk over the layers of a model, first to last.
+pub trait Walker {
+    /// Looks at a layer. Edits given here are kept aside by the driver until the walk ends.
+    fn visit(&mut self, layer: usize, work: &dyn LayerWork) -> Result<Vec<Edit>, MethodError>;
+
+    /// Decides.
+    fn finish(self: Box<Self>, spec: &Spec) -> Result<Finished, MethodError>;
+}
+
+/// What a walk came to.
+#[derive(Debug, Default)]
+pub struct Finished {
+    /// The last edits.
+    pub edits: Vec<Edit>,
+    /// What was decided, for the report.
+    pub note: String,
+}
+
+/// What a search varies.
+#[derive(Clone, Debug)]
+pub enum Varied {
+    /// Values of a key of the step called so.
+    Key {
+        /// The step.
+        step: String,
+        /// Its key.
+        key: String,
+        /// The values, each a level.
+        values: Vec<Value>,
+        /// Whether all matrices of a decoder block are one slot.
+        by_layer: bool,
+    },
+    /// Whether attentions and FFNs are there at all.
+    Parts,
+}
+
+/// A step that chooses levels.
+pub trait Searching: Send + Sync {
+    /// What varies.
+    fn varies(&self) -> Varied;
+
+    /// Most trials, each of them one assignment measured.
+    fn trials(&self) -> usize;
+
+    /// Chooses.
+    fn search(&self, lab: &mut dyn Lab) -> Result<Assignment, MethodError>;
+}

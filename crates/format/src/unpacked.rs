@@ -1,0 +1,201 @@
+//! A matrix on its way through a recipe: terms whose values are plain matrices, packed once when the last step is done.
+
+use lacuna_base::{Mat, MatRef, dense};
+
+use crate::{
+    Codebook, Float, FormatError, Integers, Mask, PatternKind, Piece, ScaleCodec, Stored, Term, cheapest_pattern,
+    pack_codebook, pack_float, pack_integers,
+};
+
+/// How the values of a piece will be written.
+#[derive(Clone, Debug)]
+pub enum Code {
+    /// Floats: f16 where that says every value.
+    Float,
+    /// Grouped integers, whose decoded values are the piece's.
+    Integers(Integers, ScaleCodec),
+    /// Codes into a table, whose decoded values are the piece's.
+    Codebook(Codebook, ScaleCodec),
+}
+
+/// Where the values of a piece will lie.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Layout {
+    /// The pattern of fewest bytes that the mask allows; blocks are tried where the mask was made of `(height, width)`.
+    Cheapest(Option<(usize, usize)>),
+    /// This one.
+    Fixed(PatternKind),
+}
+
+/// A piece that is not packed yet.
+#[derive(Clone, Debug)]
+pub struct UnpackedPiece {
+    /// The values, `[rows, cols]`: what the codes decode to; floats before they are rounded to their codec.
+    pub w: Mat,
+    /// What is kept; the rest of `w` is zero. `None`: everything.
+    pub mask: Option<Mask>,
+    /// Where the values will lie.
+    pub layout: Layout,
+    /// How they will be written.
+    pub code: Code,
+}
+
+/// A summand that is not packed yet.
+#[derive(Clone, Debug)]
+pub enum UnpackedTerm {
+    /// A piece as it is.
+    Piece(UnpackedPiece),
+    /// `left · right`: `[rows, rank] · [rank, cols]`.
+    Product(Box<(UnpackedPiece, UnpackedPiece)>),
+}
+
+/// A matrix that is not packed yet: the sum of the term that steps work on and of those set aside.
+#[derive(Clone, Debug)]
+pub struct Unpacked {
+    /// The term that the next step works on.
+    pub main: UnpackedTerm,
+    /// Terms that earlier steps set aside: outliers, corrections of an error.
+    pub aside: Vec<UnpackedTerm>,
+}
+
+impl UnpackedPiece {
+    /// Floats, all of them kept.
+    pub fn dense(w: Mat) -> UnpackedPiece {
+        UnpackedPiece { w, mask: None, layout: Layout::Cheapest(None), code: Code::Float }
+    }
+
+    /// Sets what `mask` drops to zero and keeps the mask.
+    pub fn keep(&mut self, mask: Mask) {
+        let cols = self.w.cols().max(1);
+        for (r, row) in self.w.data_mut().chunks_mut(cols).enumerate() {
+            row.iter_mut().enumerate().filter(|(c, _)| !mask.get(r, *c)).for_each(|(_, v)| *v = 0.0);
+        }
+        self.mask = Some(mask);
+    }
+
+    /// Packs. Floats that f16 cannot say are written as `wide`.
+    pub fn pack(&self, wide: Float) -> Result<Piece, FormatError> {
+        let mask = self.mask.as_ref();
+        match &self.code {
+            Code::Float => {
+                let kind = |float: Float| self.kind(8.0 * float.bytes() as f64);
+                pack_float(self.w.view(), mask, kind(Float::F16), Float::F16)
+                    .or_else(|_| pack_float(self.w.view(), mask, kind(wide), wide))
+            }
+            Code::Integers(q, scale) => pack_integers(q, mask, self.kind(f64::from(q.bits)), *scale),
+            Code::Codebook(q, scale) => {
+                let shape = (self.w.rows(), self.w.cols());
+                pack_codebook(shape, q, mask, self.kind(f64::from(q.bits)), *scale)
+            }
+        }
+    }
+
+    fn kind(&self, bits: f64) -> PatternKind {
+        match (self.layout, &self.mask) {
+            (Layout::Fixed(kind), _) => kind,
+            (Layout::Cheapest(_), None) => PatternKind::Dense,
+            (Layout::Cheapest(blocks), Some(mask)) => cheapest_pattern(mask, bits, blocks),
+        }
+    }
+}
+
+impl UnpackedTerm {
+    /// The values, `[rows, cols]`.
+    pub fn to_mat(&self) -> Mat {
+        match self {
+            UnpackedTerm::Piece(p) => p.w.clone(),
+            UnpackedTerm::Product(p) => dense::matmul_nn(p.0.w.view(), p.1.w.view()),
+        }
+    }
+
+    fn pack(&self, wide: Float) -> Result<Term, FormatError> {
+        Ok(match self {
+            UnpackedTerm::Piece(p) => Term::Piece(p.pack(wide)?),
+            UnpackedTerm::Product(p) => Term::Product(p.0.pack(wide)?, p.1.pack(wide)?),
+        })
+    }
+}
+
+impl Unpacked {
+    /// One dense term.
+    pub fn dense(w: Mat) -> Unpacked {
+        Unpacked { main: UnpackedTerm::Piece(UnpackedPiece::dense(w)), aside: Vec::new() }
+    }
+
+    /// `[rows, cols]`.
+    pub fn shape(&self) -> (usize, usize) {
+        match &self.main {
+            UnpackedTerm::Piece(p) => (p.w.rows(), p.w.cols()),
+            UnpackedTerm::Product(p) => (p.0.w.rows(), p.1.w.cols()),
+        }
+    }
+
+    /// All terms, the main one first.
+    pub fn terms(&self) -> impl Iterator<Item = &UnpackedTerm> {
+        std::iter::once(&self.main).chain(&self.aside)
+    }
+
+    /// All pieces.
+    pub fn pieces(&self) -> impl Iterator<Item = &UnpackedPiece> {
+        self.terms().flat_map(|t| match t {
+            UnpackedTerm::Piece(p) => vec![p],
+            UnpackedTerm::Product(p) => vec![&p.0, &p.1],
+        })
+    }
+
+    /// The sum of the terms, `[rows, cols]`.
+    pub fn to_mat(&self) -> Mat {
+        let mut sum = self.main.to_mat();
+        for term in &self.aside {
+            match term {
+                UnpackedTerm::Piece(p) => add(&mut sum, p.w.view()),
+                UnpackedTerm::Product(_) => add(&mut sum, term.to_mat().view()),
+            }
+        }
+        sum
+    }
+
+    /// Packs every term. Floats that f16 cannot say are written as `wide`. Errors name the row, the column and the number.
+    pub fn pack(&self, wide: Float) -> Result<Stored, FormatError> {
+        let (rows, cols) = self.shape();
+        let terms = self.terms().map(|t| t.pack(wide)).collect::<Result<_, _>>()?;
+        let stored = Stored { rows, cols, terms };
+        stored.check()?;
+        Ok(stored)
+    }
+}
+
+fn add(sum: &mut Mat, w: MatRef<'_>) {
+    let cols = w.cols().max(1);
+    for (r, row) in sum.data_mut().chunks_mut(cols).enumerate() {
+        row.iter_mut().zip(w.row(r)).for_each(|(a, b)| *a += b);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lacuna_base::testkit::{max_abs_diff, random};
+
+    #[test]
+    fn the_sum_of_terms_packs_and_decodes() {
+        let (rows, cols) = (6, 16);
+        let half = |m: Mat| Mat::from_fn(m.rows(), m.cols(), |r, c| half::f16::from_f32(m[(r, c)]).to_f32());
+        let mut main = UnpackedPiece::dense(half(random(rows, cols, 1)));
+        main.keep(Mask::from_fn(rows, cols, |r, c| (r + c) % 3 != 0));
+        let mut out = UnpackedPiece::dense(half(random(rows, cols, 2)));
+        out.keep(Mask::from_fn(rows, cols, |r, c| (r * 5 + c) % 11 == 0));
+        out.layout = Layout::Fixed(PatternKind::Csr);
+        let thin = (UnpackedPiece::dense(half(random(rows, 2, 3))), UnpackedPiece::dense(half(random(2, cols, 4))));
+        let all = Unpacked {
+            main: UnpackedTerm::Piece(main),
+            aside: vec![UnpackedTerm::Piece(out), UnpackedTerm::Product(Box::new(thin))],
+        };
+        let stored = all.pack(Float::F32).unwrap();
+        assert_eq!((stored.terms.len(), all.pieces().count()), (3, 4));
+        assert!(max_abs_diff(stored.to_mat().view(), all.to_mat().view()) < 1e-5);
+        // Beyond f16: the wide codec.
+        let big = Unpacked::dense(Mat::from_fn(1, 2, |_, _| 1e6));
+        assert_eq!(big.pack(Float::F32).unwrap().to_mat().data(), [1e6, 1e6]);
+    }
+}

@@ -1,3 +1,0 @@
-//! Budgets: how much for each place?
-
-pub(crate) mod uniform;

@@ -1,3 +1,0 @@
-//! Drops: which whole pieces go?
-
-pub(crate) mod llm_drop;

@@ -1,0 +1,88 @@
+//! Families: one recipe verb a file. A family holds what its methods share — the keys of recipes, selection, the form of the answer — and
+//! makes the step that the driver drives.
+
+pub(crate) mod drop;
+pub(crate) mod factor;
+mod keys;
+pub(crate) mod outliers;
+pub(crate) mod prune;
+pub(crate) mod quantize;
+pub(crate) mod search;
+pub(crate) mod select;
+
+use lacuna_base::{Mat, Rng};
+use lacuna_contract::{Edit, Left, Made, Making, MethodError, Work};
+use lacuna_format::{Code, Unpacked, UnpackedPiece, UnpackedTerm};
+
+/// A step whose method answers another question than the family asks.
+fn wrong(making: &Making<'_>, made: &Made) -> MethodError {
+    let card = &making.method.card;
+    MethodError::new(format!(
+        "{} answers the question {made:?}, which this step cannot use; its own verb is '{}'",
+        card.name, card.verb
+    ))
+}
+
+/// Refuses a step that `wants` one piece of floats after steps that leave something else.
+fn wants_floats(what: &str, earlier: &[Left]) -> Result<(), MethodError> {
+    for left in earlier {
+        match left {
+            Left::Rounded => {
+                return Err(MethodError::new(format!("{what} after rounding would undo it; put it before")));
+            }
+            Left::Factored => {
+                return Err(MethodError::new(format!(
+                    "{what} after factoring has no matrix to work on; put it before"
+                )));
+            }
+            Left::Corrected => {
+                return Err(MethodError::new(format!("{what} after a correction would undo it; put it before")));
+            }
+            Left::Masked | Left::Aside => {}
+        }
+    }
+    Ok(())
+}
+
+/// The main piece, which must be one of floats.
+fn floats(m: &mut Unpacked) -> Result<&mut UnpackedPiece, MethodError> {
+    match &mut m.main {
+        UnpackedTerm::Piece(p) if matches!(p.code, Code::Float) => Ok(p),
+        _ => Err(MethodError::new("the matrix is rounded or factored already")),
+    }
+}
+
+/// Refuses new weights that are not finite numbers.
+fn finite(w: &Mat) -> Result<(), MethodError> {
+    match w.data().iter().position(|x| !x.is_finite()) {
+        Some(i) => {
+            let (r, c) = (i / w.cols(), i % w.cols());
+            Err(MethodError::new(format!("the new weight at ({r}, {c}) is {}", w.data()[i])))
+        }
+        None => Ok(()),
+    }
+}
+
+/// Each work by itself.
+fn one_by_one(
+    work: Vec<Work<'_>>,
+    mut edit: impl FnMut(&mut Work<'_>) -> Result<(), MethodError>,
+) -> Result<Vec<Edit>, MethodError> {
+    work.into_iter()
+        .map(|mut w| {
+            edit(&mut w)?;
+            Ok(Edit::Matrix(w.place, w.matrix))
+        })
+        .collect()
+}
+
+/// Scores drawn by lot, for samples.
+fn chance(rows: usize, cols: usize, seed: u64) -> Mat {
+    let mut rng = Rng::new(seed);
+    Mat::from_fn(rows, cols, |_, _| rng.normal())
+}
+
+/// Bytes that a column-by-column solver takes: three square f64 matrices of the inputs, the matrix and its errors.
+fn solver_bytes((rows, cols): (usize, usize)) -> u64 {
+    24 * (cols as u64) * (cols as u64) + 24 * (rows as u64) * (cols as u64)
+}

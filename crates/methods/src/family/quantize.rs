@@ -1,0 +1,236 @@
+//! `quantize`: weights are written with few bits, each to the nearest value of a grid or by a solver that makes up for the errors.
+
+use lacuna_base::{Mat, MatRef};
+use lacuna_contract::{
+    Ability, Ask, Card, Edit, Family, Grid, GridAsk, Left, Local, Made, Making, MethodError, RoundAsk, Solve, SolveAsk,
+    Stats, Step, Work,
+};
+use lacuna_format::{Affine, Code, Float, Group, Integers, Mask, Unpacked, UnpackedPiece, UnpackedTerm};
+use lacuna_spec::Place;
+use serde::Deserialize;
+use serde_json::Value;
+
+use super::keys::{Scale, Whole};
+use super::{finite, one_by_one, solver_bytes, wrong};
+use crate::make;
+
+/// What the methods share.
+#[derive(Clone, Debug, Deserialize)]
+#[serde(deny_unknown_fields, default)]
+struct Keys {
+    /// Bits of a code.
+    bits: Whole<2, 8>,
+    /// Columns that share a scale; 0: a whole row.
+    group: Whole<0, { 1 << 24 }>,
+    /// Without zero points.
+    symmetric: bool,
+    /// How scales are written.
+    scale: Scale,
+    /// What is rounded: the weights, or the thin matrices of a factor step; whatever the matrix is where absent.
+    part: Option<Part>,
+    /// The grid that a solver rounds to.
+    grid: String,
+}
+
+#[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
+#[serde(rename_all = "snake_case")]
+enum Part {
+    Weights,
+    Factors,
+}
+
+impl Default for Keys {
+    fn default() -> Keys {
+        Keys {
+            bits: Whole(4),
+            group: Whole(64),
+            symmetric: false,
+            scale: Scale(Float::F16),
+            part: None,
+            grid: "rtn".into(),
+        }
+    }
+}
+
+pub(crate) fn family() -> Family {
+    Family { verb: "quantize", keys: make::keys::<Keys>, make: quantize }
+}
+
+struct Quantize {
+    ask: GridAsk,
+    group: usize,
+    part: Option<Part>,
+    grid: Box<dyn Grid>,
+    solver: Option<Box<dyn Solve>>,
+    card: Card,
+}
+
+fn quantize(making: &Making<'_>) -> Result<Step, MethodError> {
+    let (keys, made) = make::split::<Keys>(making)?;
+    let card = making.method.card.clone();
+    let (grid, solver) = match made {
+        Made::Grid(_) if making.keys.contains_key("grid") => {
+            return Err(MethodError::new(format!("{} is a grid itself; grid belongs to solvers", card.name)));
+        }
+        Made::Grid(grid) => (grid, None),
+        Made::Solve(solver) => {
+            let named = making.registry.method(&keys.grid);
+            match named.map(|m| (m.make)(Value::Null)).transpose()? {
+                Some(Made::Grid(grid)) => (grid, Some(solver)),
+                Some(_) => return Err(MethodError::new(format!("grid = \"{}\" is a method but no grid", keys.grid))),
+                None => return Err(MethodError::new(format!("grid = \"{}\": no method is called so", keys.grid))),
+            }
+        }
+        other => return Err(wrong(making, &other)),
+    };
+    if !card.can(Ability::Round) {
+        return Err(MethodError::new(format!("{} does not round", card.name)));
+    }
+    let ask = GridAsk { bits: keys.bits.0 as u8, symmetric: keys.symmetric, scale: keys.scale.0 };
+    Ok(Step::Local(Box::new(Quantize { ask, group: keys.group.0, part: keys.part, grid, solver, card })))
+}
+
+impl Quantize {
+    /// Rounds a piece of floats, each value to the nearest of its group's grid.
+    fn nearest(&self, piece: &mut UnpackedPiece) -> Result<(), MethodError> {
+        if !matches!(piece.code, Code::Float) {
+            return Err(MethodError::new("already rounded"));
+        }
+        let q = round_to_nearest(piece.w.view(), piece.mask.as_ref(), self.grid.as_ref(), &self.ask, self.group)?;
+        self.set(piece, q)
+    }
+
+    fn set(&self, piece: &mut UnpackedPiece, q: Integers) -> Result<(), MethodError> {
+        piece.w = values(&q, piece.mask.as_ref());
+        finite(&piece.w)?;
+        piece.code = Code::Integers(q, self.ask.codec());
+        Ok(())
+    }
+
+    /// The thin matrices of the last product: the main term, or a correction set aside.
+    fn factors(m: &mut Unpacked) -> Option<&mut (UnpackedPiece, UnpackedPiece)> {
+        let all = std::iter::once(&mut m.main).chain(&mut m.aside);
+        let products = all.filter_map(|t| match t {
+            UnpackedTerm::Product(p) => Some(p.as_mut()),
+            UnpackedTerm::Piece(_) => None,
+        });
+        products.last()
+    }
+
+    fn round(&self, m: &mut Unpacked, solver: Option<&dyn Solve>, stats: &Stats<'_>) -> Result<(), MethodError> {
+        let product = matches!(m.main, UnpackedTerm::Product(_));
+        if product || self.part == Some(Part::Factors) {
+            let factors = Quantize::factors(m).ok_or_else(|| MethodError::new("there are no factors to round"))?;
+            self.nearest(&mut factors.0)?;
+            return self.nearest(&mut factors.1);
+        }
+        let UnpackedTerm::Piece(piece) = &mut m.main else {
+            return Err(MethodError::new("the matrix was factored; write part = \"factors\""));
+        };
+        let Some(solver) = solver else { return self.nearest(piece) };
+        if !matches!(piece.code, Code::Float) {
+            return Err(MethodError::new("the matrix is already rounded"));
+        }
+        let round = RoundAsk { ask: self.ask, grid: self.grid.as_ref(), group: self.group };
+        let ask = SolveAsk { w: piece.w.view(), stats, mask: piece.mask.as_ref(), prune: None, round: Some(round) };
+        let solved = solver.solve(&ask)?;
+        let q = solved.integers.ok_or_else(|| MethodError::new("the method rounded nothing"))?;
+        finite(&solved.w)?;
+        piece.w = solved.w;
+        piece.code = Code::Integers(q, self.ask.codec());
+        m.aside.extend(solved.aside.into_iter().map(UnpackedTerm::Piece));
+        Ok(())
+    }
+}
+
+impl Local for Quantize {
+    fn together(&self) -> bool {
+        false
+    }
+
+    fn needs(&self, _: &Place) -> Vec<Ask> {
+        self.card.needs.to_vec()
+    }
+
+    fn check(&self, _: (usize, usize), earlier: &[Left]) -> Result<Left, MethodError> {
+        let fail = |what: String| Err(MethodError::new(what));
+        let thin = earlier.iter().any(|l| matches!(l, Left::Factored | Left::Corrected));
+        let factored = earlier.contains(&Left::Factored);
+        match self.part {
+            Some(Part::Factors) if !thin => {
+                return fail("there are no factors to round; put a factor step before".into());
+            }
+            Some(Part::Weights) if factored => {
+                return fail("the matrix was factored; write part = \"factors\"".into());
+            }
+            None | Some(Part::Weights) if !factored && earlier.contains(&Left::Corrected) => {
+                return fail(
+                    "rounding after a correction would undo it; write part = \"factors\" or put it before".into(),
+                );
+            }
+            _ => {}
+        }
+        let factors = factored || self.part == Some(Part::Factors);
+        if factors && self.solver.is_some() {
+            return fail("a solver that needs the inputs' statistics cannot round factors; use rtn".into());
+        }
+        if !factors && earlier.contains(&Left::Rounded) {
+            return fail("the matrix is already rounded".into());
+        }
+        if earlier.contains(&Left::Masked) && !self.card.can(Ability::FixedMask) {
+            return fail(format!("{} cannot keep the zeros of an earlier step", self.card.name));
+        }
+        Ok(Left::Rounded)
+    }
+
+    fn foretell(&self, mut sample: Unpacked, _: u64) -> Result<Unpacked, MethodError> {
+        self.round(&mut sample, None, &Stats::default())?;
+        Ok(sample)
+    }
+
+    fn scratch_bytes(&self, shape: (usize, usize)) -> u64 {
+        if self.solver.is_some() { solver_bytes(shape) } else { 8 * shape.0 as u64 * shape.1 as u64 }
+    }
+
+    fn edit(&self, work: Vec<Work<'_>>) -> Result<Vec<Edit>, MethodError> {
+        one_by_one(work, |w| self.round(&mut w.matrix, self.solver.as_deref(), &w.stats))
+    }
+}
+
+/// The values that integers stand for; what the mask drops is 0.
+fn values(q: &Integers, mask: Option<&Mask>) -> Mat {
+    Mat::from_fn(q.rows, q.cols, |r, c| if mask.is_none_or(|m| m.get(r, c)) { q.value(r, c) } else { 0.0 })
+}
+
+/// Each group of each row on its own grid, each value to the nearest point.
+fn round_to_nearest(
+    w: MatRef<'_>,
+    mask: Option<&Mask>,
+    grid: &dyn Grid,
+    ask: &GridAsk,
+    group: usize,
+) -> Result<Integers, MethodError> {
+    let (rows, cols) = (w.rows(), w.cols());
+    let run = if group == 0 { cols } else { group.min(cols) };
+    let groups = cols.div_ceil(run.max(1));
+    let mut scales = Mat::zeros(rows, groups);
+    let mut zeros = vec![0u8; rows * groups];
+    let mut codes = vec![0u8; rows * cols];
+    let mut kept = Vec::with_capacity(run);
+    for r in 0..rows {
+        let row = w.row(r);
+        for g in 0..groups {
+            let span = g * run..((g + 1) * run).min(cols);
+            kept.clear();
+            kept.extend(span.clone().filter(|&c| mask.is_none_or(|m| m.get(r, c))).map(|c| row[c]));
+            let a: Affine = grid.fit(&kept, ask)?;
+            scales[(r, g)] = a.scale;
+            zeros[r * groups + g] = a.zero;
+            for c in span {
+                codes[r * cols + c] = if mask.is_none_or(|m| m.get(r, c)) { a.code(row[c], ask.bits) } else { a.zero };
+            }
+        }
+    }
+    let zeros = (!ask.symmetric).then_some(zeros);
+    Ok(Integers { rows, cols, bits: ask.bits, codes, scales, zeros, group: Group::Run(run) })
+}

@@ -1,0 +1,3 @@
+//! Structures: which heads, channels or whole parts go?
+
+pub(crate) mod llm_drop;
