@@ -125,8 +125,9 @@ impl Statistics {
     /// Those of a site.
     pub(crate) fn of(&self, spec: &Spec, site: Site) -> Stats<'_> {
         match self.found.get(&shared(spec, site)) {
-            Some((tokens, found)) => Stats { tokens: *tokens, found, gradients: &[] },
-            None => Stats::default(),
+            // What saw nothing has nothing to say.
+            Some((tokens, found)) if *tokens > 0 => Stats { tokens: *tokens, found, gradients: &[] },
+            _ => Stats::default(),
         }
     }
 }
