@@ -38,22 +38,30 @@ pub struct Row {
     pub recipe: Option<String>,
     #[serde(default)]
     bos: bool,
-    pub reference: f64,
+    pub reference: Option<f64>,
     #[serde(default)]
     within: f64,
     #[serde(default)]
     magnitude: bool,
     pub beside: Option<String>,
+    /// Whether the claim is a lower perplexity than the row beside it.
+    #[serde(default)]
+    pub below: bool,
 }
 
 impl Row {
     /// Whether a perplexity lands where the reference is.
     fn holds(&self, ppl: f64) -> bool {
-        if self.magnitude {
-            (ppl / self.reference).log10().abs() <= 1.0
-        } else {
-            (ppl / self.reference - 1.0).abs() <= self.within
+        match self.reference {
+            None => true,
+            Some(reference) if self.magnitude => (ppl / reference).log10().abs() <= 1.0,
+            Some(reference) => (ppl / reference - 1.0).abs() <= self.within,
         }
+    }
+
+    /// How far from the reference, in words.
+    fn off(&self, ppl: f64) -> String {
+        self.reference.map_or_else(String::new, |r| format!("{:+.2}%", 100.0 * (ppl / r - 1.0)))
     }
 }
 
@@ -62,7 +70,11 @@ pub fn list(tree: &Tree) -> Result<List> {
     let list: List = toml::from_str(&tree.read(LIST)?).with_context(|| LIST.to_owned())?;
     ensure!(list.version == 1, "{LIST}: version {} is not known", list.version);
     for row in &list.rows {
-        ensure!(row.reference > 0.0 && (row.magnitude || row.within > 0.0), "{LIST}: {} has no tolerance", row.name);
+        let told = row.reference.is_none_or(|r| r > 0.0 && (row.magnitude || row.within > 0.0));
+        ensure!(told, "{LIST}: {} has no tolerance", row.name);
+        let alone = row.reference.is_none() && row.beside.is_none();
+        ensure!(!alone, "{LIST}: {} has neither a reference nor a row beside it", row.name);
+        ensure!(!row.below || row.beside.is_some(), "{LIST}: {} is below no row", row.name);
         if let Some(beside) = &row.beside {
             ensure!(list.rows.iter().any(|r| r.name == *beside), "{LIST}: {} stands beside no row {beside}", row.name);
         }
@@ -135,13 +147,7 @@ pub fn run(tree: &Tree, args: &[&str]) -> Result<()> {
             value
         };
         let ppl = value["eval"]["ppl"].as_f64().with_context(|| format!("{}: no perplexity", file.display()))?;
-        println!(
-            "{:14} {:>12.4}   reference {:>12.4}   {:+.2}%",
-            row.name,
-            ppl,
-            row.reference,
-            100.0 * (ppl / row.reference - 1.0)
-        );
+        println!("{:18} {:>12.4}   {}", row.name, ppl, row.off(ppl));
         if !row.holds(ppl) {
             missed.push(row.name.as_str());
         }
@@ -220,13 +226,17 @@ fn table(list: &List, folder: &Path) -> Result<String> {
         let v: Value = serde_json::from_str(&text).with_context(|| file.display().to_string())?;
         let ppl = v["eval"]["ppl"].as_f64().unwrap_or(f64::NAN);
         let number = |v: &Value, digits: usize| v.as_f64().map_or_else(String::new, |x| format!("{x:.digits$}"));
-        let allowed = if row.magnitude { "order of magnitude".into() } else { format!("{:.1}%", 100.0 * row.within) };
+        let allowed = match row.reference {
+            None => String::new(),
+            Some(_) if row.magnitude => "order of magnitude".into(),
+            Some(_) => format!("{:.1}%", 100.0 * row.within),
+        };
         out += &format!(
-            "| {} | {} | {} | {:+.2}% | {allowed} | {} | {} | {} |\n",
+            "| {} | {} | {} | {} | {allowed} | {} | {} | {} |\n",
             row.name,
             show(ppl),
-            show(row.reference),
-            100.0 * (ppl / row.reference - 1.0),
+            row.reference.map_or_else(String::new, show),
+            row.off(ppl),
             number(&v["compress"]["bytes_after"], 0),
             number(&v["compress"]["seconds"], 0),
             number(&v["eval"]["seconds"], 0),

@@ -1,4 +1,5 @@
-//! METHODS.md and KERNELS.md: what is registered and compiled in, never what one machine has.
+//! METHODS.md, KERNELS.md and SYSTEMS.md: what is registered and compiled in, never what one machine has; and the recorded figures as data,
+//! which those pages and the binary print.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -6,6 +7,7 @@ use std::fmt::Write;
 use anyhow::{Context, Result};
 use lacuna_contract::{Ask, Registry};
 use lacuna_kernels::table::Row;
+use serde::{Deserialize, Serialize};
 
 use crate::evidence;
 use crate::finding::Finding;
@@ -13,13 +15,114 @@ use crate::tree::Tree;
 
 const GENERATED: &str = "Written by `cargo xtask tables`; edit the source instead.";
 
-/// Both files as they should be.
-fn pages(tree: &Tree) -> Result<[(&'static str, String); 2]> {
-    let methods = methods(&lacuna_methods::registry())? + &measured(tree)?;
-    Ok([("METHODS.md", methods), ("KERNELS.md", kernels(&lacuna_kernels::table::rows()))])
+/// The recorded figures as data.
+const MEASURED: &str = "bench/measured.json";
+
+/// The claimed systems.
+const SYSTEMS: &str = "systems.toml";
+
+/// A recorded run, as pages and the binary print it.
+#[derive(Debug, Serialize)]
+struct Measured {
+    /// The row of `bench/evidence.toml`.
+    name: String,
+    model: String,
+    recipe: Option<String>,
+    perplexity: f64,
+    /// The row that it is compared with, and its perplexity.
+    beside: Option<(String, f64)>,
+    /// Of all tensors; absent for a model as it came.
+    bytes: Option<u64>,
+    /// The record's folder.
+    record: String,
+    /// The commands that made it.
+    commands: Vec<String>,
 }
 
-/// Writes both files.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct Systems {
+    #[serde(rename = "system")]
+    all: Vec<System>,
+}
+
+/// A published system that works here.
+#[derive(Debug, Deserialize)]
+#[serde(deny_unknown_fields)]
+struct System {
+    id: u32,
+    name: String,
+    claim: String,
+    evidence: Vec<String>,
+}
+
+/// The files as they should be.
+fn pages(tree: &Tree) -> Result<[(&'static str, String); 4]> {
+    let (registry, measured) = (lacuna_methods::registry(), measured(tree)?);
+    let systems: Systems = toml::from_str(&tree.read(SYSTEMS)?).with_context(|| SYSTEMS.to_owned())?;
+    Ok([
+        ("METHODS.md", methods(&registry)? + &measured_table(&measured)?),
+        ("KERNELS.md", kernels(&lacuna_kernels::table::rows())),
+        ("SYSTEMS.md", systems_table(&registry, &systems.all, &measured)?),
+        (MEASURED, serde_json::to_string_pretty(&measured)? + "\n"),
+    ])
+}
+
+/// The law of claims: every card's system is claimed, and every claim has its recorded rows.
+fn claims(registry: &Registry, systems: &[System], measured: &[Measured]) -> Vec<Finding> {
+    let cure = "run `cargo xtask evidence` for the row, or take the claim back until it is run";
+    let mut found = vec![];
+    for system in systems {
+        let at = format!("system {} ({})", system.id, system.name);
+        if system.evidence.is_empty() {
+            found.push(Finding::new(SYSTEMS, 0, "tables", format!("{at} names no evidence"), cure));
+        }
+        for name in system.evidence.iter().filter(|n| !measured.iter().any(|m| m.name == **n)) {
+            found.push(Finding::new(SYSTEMS, 0, "tables", format!("{at}: no record of '{name}'"), cure));
+        }
+    }
+    for card in registry.methods.iter().map(|m| &m.card) {
+        let Some(id) = card.system else { continue };
+        if !systems.iter().any(|s| s.id == id) {
+            let what = format!("{} says it is system {id}, which is not claimed", card.name);
+            found.push(Finding::new(SYSTEMS, 0, "tables", what, "add it with its evidence"));
+        }
+    }
+    found
+}
+
+fn systems_table(registry: &Registry, systems: &[System], measured: &[Measured]) -> Result<String> {
+    let mut out = format!(
+        "# Systems\n\n{GENERATED} Published systems that work here, by their number in our list of the field, each with its evidence: perplexity\n\
+         on WikiText-2 under the protocol of `bench/evidence.toml`, beside the row that it has to beat.\n\n\
+         | id | system | claim | method | evidence |\n|---|---|---|---|---|\n"
+    );
+    for system in systems {
+        let of = registry.methods.iter().filter(|m| m.card.system == Some(system.id));
+        let names: Vec<String> = of.map(|m| format!("[{0}](recipes/{0}.toml)", m.card.name)).collect();
+        let shown = system.evidence.iter().filter_map(|n| measured.iter().find(|m| m.name == *n));
+        let shown: Vec<String> =
+            shown.map(|m| format!("{}: {}{}", m.name, evidence::show(m.perplexity), m.versus())).collect();
+        writeln!(
+            out,
+            "| {} | {} | {} | {} | {} |",
+            system.id,
+            system.name,
+            system.claim,
+            names.join(", "),
+            shown.join("; ")
+        )?;
+    }
+    Ok(out)
+}
+
+impl Measured {
+    fn versus(&self) -> String {
+        self.beside.as_ref().map_or_else(String::new, |(name, ppl)| format!(" ({name}: {})", evidence::show(*ppl)))
+    }
+}
+
+/// Writes the files.
 pub fn write(tree: &Tree) -> Result<()> {
     for (file, text) in pages(tree)? {
         std::fs::write(tree.root().join(file), text).with_context(|| format!("cannot write {file}"))?;
@@ -28,13 +131,15 @@ pub fn write(tree: &Tree) -> Result<()> {
     Ok(())
 }
 
-/// Compares both files with what they should be.
+/// Compares the files with what they should be, and claims with their evidence.
 pub fn check(tree: &Tree) -> Result<Vec<Finding>> {
     let mut found = vec![];
     for (file, want) in pages(tree)? {
         let have = if tree.has(file) { tree.read(file)? } else { String::new() };
         found.extend(stale(file, &have, &want));
     }
+    let systems: Systems = toml::from_str(&tree.read(SYSTEMS)?).with_context(|| SYSTEMS.to_owned())?;
+    found.extend(claims(&lacuna_methods::registry(), &systems.all, &measured(tree)?));
     Ok(found)
 }
 
@@ -70,30 +175,46 @@ fn methods(registry: &Registry) -> Result<String> {
 }
 
 /// What was measured: rows of the last record of each, in the list's order, beside the row that each is compared with.
-fn measured(tree: &Tree) -> Result<String> {
+fn measured(tree: &Tree) -> Result<Vec<Measured>> {
     let (list, recorded) = (evidence::list(tree)?, evidence::recorded(tree)?);
+    let ppl = |v: &serde_json::Value| v["eval"]["ppl"].as_f64();
+    let mut out = Vec::new();
+    for row in &list.rows {
+        let Some((folder, value)) = recorded.get(&row.name) else { continue };
+        let beside = row.beside.as_ref().and_then(|b| Some((b.clone(), ppl(&recorded.get(b)?.1)?)));
+        let commands = value["commands"].as_array().into_iter().flatten();
+        out.push(Measured {
+            name: row.name.clone(),
+            model: row.model.clone(),
+            recipe: row.recipe.clone(),
+            perplexity: ppl(value).with_context(|| format!("{folder}: {} has no perplexity", row.name))?,
+            beside,
+            bytes: value["compress"]["bytes_after"].as_u64(),
+            record: folder.clone(),
+            commands: commands.filter_map(|c| c.as_str().map(str::to_owned)).collect(),
+        });
+    }
+    Ok(out)
+}
+
+fn measured_table(all: &[Measured]) -> Result<String> {
     let mut out = String::from(
         "\n## Measured\n\nPerplexity on WikiText-2 under the protocol of `bench/evidence.toml`, from recorded runs; size is of all tensors, embedding\n\
          and head included. These models have little to spare: the same omission costs a larger one less.\n\n",
     );
-    out += "| recipe | model | perplexity | beside | bytes | record |\n|---|---|---|---|---|---|\n";
-    for row in &list.rows {
-        let Some((folder, value)) = recorded.get(&row.name) else { continue };
-        let ppl = |v: &serde_json::Value| v["eval"]["ppl"].as_f64().map_or_else(|| "none".into(), evidence::show);
-        let beside = row.beside.as_ref().and_then(|b| recorded.get(b).map(|(_, v)| format!("{b}: {}", ppl(v))));
-        let name = match &row.recipe {
-            Some(r) => format!("[{r}](recipes/{r}.toml)"),
-            None => "none".into(),
+    out += "| row | model | perplexity | beside | bytes | record |\n|---|---|---|---|---|---|\n";
+    for m in all {
+        let name = match &m.recipe {
+            Some(r) => format!("[{}](recipes/{r}.toml)", m.name),
+            None => m.name.clone(),
         };
-        let bytes = value["compress"]["bytes_after"].as_u64().map_or_else(|| "as it came".into(), |b| b.to_string());
+        let beside = m.beside.as_ref().map_or_else(|| "-".into(), |(b, ppl)| format!("{b}: {}", evidence::show(*ppl)));
+        let bytes = m.bytes.map_or_else(|| "as it came".into(), |b| b.to_string());
+        let (ppl, folder) = (evidence::show(m.perplexity), m.record.trim_start_matches("bench/record/"));
         writeln!(
             out,
-            "| {name} | {} | {} | {} | {bytes} | [{}]({folder}/evidence/{}.json) |",
-            row.model,
-            ppl(value),
-            beside.unwrap_or_else(|| "-".into()),
-            folder.trim_start_matches("bench/record/"),
-            row.name
+            "| {name} | {} | {ppl} | {beside} | {bytes} | [{folder}]({}/evidence/{}.json) |",
+            m.model, m.record, m.name
         )?;
     }
     Ok(out)
@@ -135,13 +256,31 @@ mod tests {
 
     #[test]
     fn every_method_and_every_kernel_has_its_row() {
-        let [(_, methods), (_, kernels)] = pages(&Tree::open().unwrap()).unwrap();
+        let [(_, methods), (_, kernels), (_, systems), _] = pages(&Tree::open().unwrap()).unwrap();
         for method in lacuna_methods::registry().methods {
             assert!(methods.contains(&format!("| [{0}](recipes/{0}.toml) |", method.card.name)));
         }
         for row in lacuna_kernels::table::rows() {
             assert!(kernels.contains(&format!("| {} | {} | {} |", row.op, row.pattern, row.codec)));
         }
-        assert!(!methods.contains("| |") && !methods.contains("|  |"), "an empty cell:\n{methods}");
+        for page in [methods, systems] {
+            assert!(!page.contains("| |") && !page.contains("|  |"), "an empty cell:\n{page}");
+        }
+    }
+
+    #[test]
+    fn a_claim_without_a_record_is_found() {
+        let registry = lacuna_methods::registry();
+        let claim = |id, evidence: &[&str]| System {
+            id,
+            name: "x".into(),
+            claim: "y".into(),
+            evidence: evidence.iter().map(|e| (*e).to_owned()).collect(),
+        };
+        let found = claims(&registry, &[claim(224, &["nothing"]), claim(314, &[])], &[]);
+        let said: Vec<&str> = found.iter().map(|f| f.brief().1).collect();
+        assert!(said[0].contains("no record of 'nothing'") && said[1].contains("names no evidence"), "{said:?}");
+        let none: Vec<Finding> = claims(&registry, &[], &[]);
+        assert!(none.iter().any(|f| f.brief().1.contains("system 224")));
     }
 }

@@ -35,9 +35,9 @@ pub fn plan(spec: &Spec, recipe: &Recipe, sequences: &[Vec<u32>], max_ram: Optio
         return Ok(Plan { spill: false, floor, scratch_bytes });
     };
     if max < floor {
-        // Rounded up to a whole MiB, so that the number printed is one that works.
-        let least = floor.div_ceil(1 << 20);
-        return Err(CompressError::Memory { asked: show_bytes(max), floor: format!("{least}MiB") });
+        // Rounded up to whole MB, so that the number printed is one that works.
+        let least = floor.div_ceil(1_000_000);
+        return Err(CompressError::Memory { asked: show_bytes(max), floor: format!("{least}MB") });
     }
     let spill = floor + all > max;
     let scratch_bytes = max - floor - if spill { 0 } else { all };

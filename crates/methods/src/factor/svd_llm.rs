@@ -46,7 +46,7 @@ pub(crate) fn method() -> Method {
             paper: "Wang, Zheng, Wan, Zhang: SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression, 2024",
             arxiv: "2403.07378",
             summary: "Two thin matrices whose outputs on calibration text are the nearest of their rank.",
-            system: None,
+            system: Some(224),
             verb: "factor",
             needs: &[Ask::InputGram],
             abilities: &[Ability::Error],
