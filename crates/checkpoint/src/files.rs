@@ -2,7 +2,7 @@
 //! at each; without the feature `faults`, which tests alone ask for, nothing stands between a call and the system.
 
 use std::fs::{self, File};
-use std::io::{self, Write};
+use std::io::{self, Seek, SeekFrom, Write};
 use std::path::Path;
 
 use crate::SaveError;
@@ -86,9 +86,10 @@ pub(crate) fn append(file: &File, path: &Path, bytes: &[u8]) -> Result<(), SaveE
     change(path, || { file }.write_all(bytes), || { file }.write_all(&bytes[..bytes.len() / 2]))
 }
 
-/// Appends the file at `from` to an open one.
-pub(crate) fn append_file(file: &File, path: &Path, from: &Path) -> Result<(), SaveError> {
+/// Appends the file at `from`, its first `skip` bytes left out, to an open one.
+pub(crate) fn append_file(file: &File, path: &Path, from: &Path, skip: u64) -> Result<(), SaveError> {
     let mut source = File::open(from).map_err(io_at(from))?;
+    source.seek(SeekFrom::Start(skip)).map_err(io_at(from))?;
     change(path, || io::copy(&mut source, &mut { file }).map(drop), || Ok(()))
 }
 

@@ -6,8 +6,8 @@
 //! 1. The journal is written under another name, with the run's identity as its first line, brought to the disk and renamed. A directory
 //!    without a journal holds nothing to go on with. As long as the run lives it holds a lock on the journal.
 //! 2. Matrices go one after the other into a data file. The data are on the disk before the journal gets the line that says so.
-//! 3. A full data file is sealed: its header, known only now, is written and the data are copied behind it. The new file and the journal are on
-//!    the disk before the new file gets its name, and it has its name before the data file goes.
+//! 3. A full data file is sealed: its header, known only now, is written into the room kept for it at the start; where that is too small, into a
+//!    new file with the data copied behind it. File and journal are on the disk before the file gets its name.
 //! 4. [`PackedWriter::finish`] gives sealed files their last names and adds the tokenizer's files and config.json; all is brought to the disk.
 //! 5. The directory comes into its place, journal and all. Where a model stood there, the two exchange their names at once; where the system has
 //!    no such call, the old one steps aside to `.NAME.old` first, and whoever next writes to the same place brings it back if need be.
@@ -114,18 +114,33 @@ pub struct PackedWriter {
     data: Option<File>,
     shard: usize,
     end: u64,
+    /// Bytes kept free at the start of a data file for its header.
+    reserved: u64,
 }
+
+/// Bytes of a tensor's entries in a file's header at the most, as far as most tensors go.
+const HEADER_ENTRY: u64 = 512;
 
 impl PackedWriter {
     /// Begins a model at `out`; an earlier attempt at the same place is thrown away. An existing `out` is refused unless `overwrite`
     /// is set, and even then unless it is a packed model itself.
     pub fn create(out: &Path, overwrite: bool) -> Result<PackedWriter, SaveError> {
-        PackedWriter::open(out, overwrite, false, &Value::Null)
+        PackedWriter::open(out, overwrite, false, &Value::Null, 0)
     }
 
     /// As [`create`](PackedWriter::create); with `resume`, goes on after the last complete matrix of an interrupted run at `out`, where there
     /// is one. `identity` is what must be equal for that: a run of another identity is refused.
-    pub fn open(out: &Path, overwrite: bool, resume: bool, identity: &Value) -> Result<PackedWriter, SaveError> {
+    ///
+    /// Room for the header of `tensors` tensors is kept at the start of each data file, so that sealing it writes the header there instead of
+    /// copying all data behind a new one. It follows from what is compressed, and so is the same when a run goes on.
+    pub fn open(
+        out: &Path,
+        overwrite: bool,
+        resume: bool,
+        identity: &Value,
+        tensors: usize,
+    ) -> Result<PackedWriter, SaveError> {
+        let reserved = if tensors == 0 { 0 } else { (8 + tensors as u64 * HEADER_ENTRY).next_multiple_of(4096) };
         let dir = partial(out)?;
         bring_back(out)?;
         refuse_existing(out, overwrite)?;
@@ -142,11 +157,11 @@ impl PackedWriter {
             files::append(&journal, &new, head.as_bytes())?;
             files::sync(&journal, &new)?;
             files::rename(&new, &path)?;
-            return Ok(PackedWriter::begin(out, dir, overwrite, journal));
+            return Ok(PackedWriter { reserved, ..PackedWriter::begin(out, dir, overwrite, journal) });
         }
         let journal = OpenOptions::new().append(true).open(&path).map_err(io_at(&path))?;
         lock(&journal, out)?;
-        let mut w = PackedWriter::begin(out, dir, overwrite, journal);
+        let mut w = PackedWriter { reserved, ..PackedWriter::begin(out, dir, overwrite, journal) };
         w.recover(&head)?;
         Ok(w)
     }
@@ -166,6 +181,7 @@ impl PackedWriter {
             data: None,
             shard: 1,
             end: 0,
+            reserved: 0,
         }
     }
 
@@ -218,7 +234,7 @@ impl PackedWriter {
                 break;
             };
             let have = fs::metadata(self.data_path(line.shard)).map_or(0, |m| m.len());
-            if have < line.end && !self.sealed_path(line.shard).is_file() {
+            if have < self.reserved + line.end && !self.sealed_path(line.shard).is_file() {
                 break;
             }
             kept += text.len() as u64;
@@ -242,7 +258,7 @@ impl PackedWriter {
             (self.shard, self.end) = (self.shard + 1, 0);
         } else if data.is_file() {
             let file = OpenOptions::new().append(true).open(&data).map_err(io_at(&data))?;
-            files::cut(&file, &data, self.end)?;
+            files::cut(&file, &data, self.reserved + self.end)?;
             self.data = Some(file);
         }
         Ok(())
@@ -289,7 +305,13 @@ impl PackedWriter {
         let path = self.data_path(self.shard);
         let data = match &mut self.data {
             Some(data) => data,
-            empty => empty.insert(files::create(&path)?),
+            empty => {
+                let data = files::create(&path)?;
+                if self.reserved > 0 {
+                    files::append(&data, &path, &vec![b' '; self.reserved as usize])?;
+                }
+                empty.insert(data)
+            }
         };
         for p in &parts {
             files::append(data, &path, &p.bytes)?;
@@ -330,7 +352,7 @@ impl PackedWriter {
             File::open(&sealed).and_then(|mut f| f.read_exact(&mut n)).map_err(io_at(&sealed))?;
             (sealed, 8 + u64::from_le_bytes(n))
         } else {
-            (self.data_path(line.shard), 0)
+            (self.data_path(line.shard), self.reserved)
         };
         let mut file = File::open(&path).map_err(io_at(&path))?;
         file.seek(SeekFrom::Start(header + line.end - size)).map_err(io_at(&path))?;
@@ -365,16 +387,27 @@ impl PackedWriter {
             }
         }
         let mut header = Value::Object(header).to_string().into_bytes();
-        header.resize(header.len().next_multiple_of(8), b' ');
         let (from, to) = (self.data_path(self.shard), self.sealed_path(self.shard));
+        // A sealed file says that all its lines are there.
+        files::sync(&self.journal, &self.dir.join(JOURNAL))?;
+        if 8 + header.len() as u64 <= self.reserved {
+            header.resize(self.reserved as usize - 8, b' ');
+            let mut head = (header.len() as u64).to_le_bytes().to_vec();
+            head.append(&mut header);
+            let file = OpenOptions::new().write(true).open(&from).map_err(io_at(&from))?;
+            files::append(&file, &from, &head)?;
+            files::sync(&file, &from)?;
+            files::rename(&from, &to)?;
+            (self.shard, self.end) = (self.shard + 1, 0);
+            return Ok(());
+        }
+        header.resize(header.len().next_multiple_of(8), b' ');
         let tmp = to.with_extension("sealing");
         let file = files::create(&tmp)?;
         files::append(&file, &tmp, &(header.len() as u64).to_le_bytes())?;
         files::append(&file, &tmp, &header)?;
-        files::append_file(&file, &tmp, &from)?;
+        files::append_file(&file, &tmp, &from, self.reserved)?;
         files::sync(&file, &tmp)?;
-        // A sealed file says that all its lines are there.
-        files::sync(&self.journal, &self.dir.join(JOURNAL))?;
         files::rename(&tmp, &to)?;
         files::remove(&from)?;
         (self.shard, self.end) = (self.shard + 1, 0);

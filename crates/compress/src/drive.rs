@@ -41,7 +41,8 @@ pub fn compress(
         "recipe": recipe.resolved, "source": options.source, "files": identity::fingerprint(source), "bos": options.bos,
         "sequences": calibration, "text": fingerprint(&sequences), "program": identity::revision(),
     });
-    let mut writer = PackedWriter::open(options.out, options.overwrite, options.resume, &identity)?;
+    let mut writer =
+        PackedWriter::open(options.out, options.overwrite, options.resume, &identity, source.spec().places().len())?;
     let mut walk = Walk {
         recipe,
         options,

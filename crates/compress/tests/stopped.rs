@@ -159,7 +159,7 @@ fn sealed_files_are_resumed_too() {
     let source = tiny();
     let home = tempfile::tempdir().unwrap();
     let write = |out: &Path, resume: bool| -> Result<PathBuf, SaveError> {
-        let mut w = PackedWriter::open(out, false, resume, &json!("a"))?.shard_bytes(20_000);
+        let mut w = PackedWriter::open(out, false, resume, &json!("a"), 40)?.shard_bytes(20_000);
         for place in source.spec().places() {
             if !w.is_done(&place) {
                 w.put(&place, &source.get(&place)?.unwrap())?;
@@ -191,7 +191,7 @@ fn one_run_at_a_time_writes_to_a_place() {
     let source = tiny();
     let dir = tempfile::tempdir().unwrap();
     let out = dir.path().join("out");
-    let begin = |resume| PackedWriter::open(&out, false, resume, &Value::Null);
+    let begin = |resume| PackedWriter::open(&out, false, resume, &Value::Null, 40);
     let mut first = begin(false).unwrap();
     let place = source.spec().places()[0];
     first.put(&place, &source.get(&place).unwrap().unwrap()).unwrap();
