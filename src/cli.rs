@@ -180,6 +180,9 @@ pub struct Compress {
     /// How far the judging goes.
     #[arg(long, value_enum, default_value_t = Gate::Full)]
     pub gate: Gate,
+    /// Where scratch files go: activations, gradients, levels of a search; beside the output by default.
+    #[arg(long, value_name = "DIR")]
+    pub scratch: Option<PathBuf>,
     /// Ceiling of memory for the whole command, e.g. 600MiB.
     #[arg(long, value_name = "SIZE")]
     pub max_ram: Option<String>,

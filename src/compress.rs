@@ -125,6 +125,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         out: &a.out,
         overwrite: a.overwrite,
         resume: a.resume,
+        scratch: a.scratch.as_deref(),
         max_ram,
         bos,
         source: json!({ "model": source.name, "bytes": source.checkpoint.source_bytes() }),

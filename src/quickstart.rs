@@ -25,6 +25,7 @@ pub fn run(g: &Global, a: &Quickstart) -> anyhow::Result<ExitCode> {
         "2. compressing by the recipe '{recipe}', then judging on held-out text beside plain rounding"
     ));
     let args = Compress {
+        scratch: None,
         model: a.model.clone(),
         recipe: recipe.clone(),
         out: a.out.clone(),

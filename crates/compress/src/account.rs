@@ -79,6 +79,8 @@ pub struct Options<'a> {
     pub overwrite: bool,
     /// Go on with an interrupted run.
     pub resume: bool,
+    /// Where scratch files go, which have no names and go with the process; beside the output where absent.
+    pub scratch: Option<&'a Path>,
     /// Ceiling of the whole process in bytes.
     pub max_ram: Option<u64>,
     /// Put before each calibration sequence (its last token then goes), for models that need it.

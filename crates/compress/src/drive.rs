@@ -13,6 +13,7 @@ use serde_json::{Value, json};
 
 use crate::account::{CompressError, Options, Outcomes, Progress, TensorReport};
 use crate::activations::Activations;
+use crate::calibrate::gradients::Gradients;
 use crate::calibrate::{Gather, Statistics};
 use crate::error::relative_error;
 use crate::identity;
@@ -51,10 +52,12 @@ pub fn compress(
         spill: plan.spill,
         scratch_bytes: plan.scratch_bytes,
         chosen: Chosen::default(),
+        gradients: None,
         identity: &identity,
         unreached: BTreeSet::new(),
         wide: BTreeSet::new(),
     };
+    walk.backward(&overlay, &mut notes)?;
     walk.model_wide(&mut overlay, &mut notes)?;
     let mut tensors = Vec::new();
     walk.globals(&mut overlay, &mut writer, &[Role::Embed, Role::Positions], &mut tensors)?;
@@ -90,6 +93,8 @@ pub(crate) struct Walk<'a> {
     pub(crate) scratch_bytes: u64,
     /// What searches chose.
     pub(crate) chosen: Chosen,
+    /// What backward passes gave, where a step asked for it.
+    pub(crate) gradients: Option<Gradients>,
     /// What must be equal for a run to be gone on with.
     pub(crate) identity: &'a Value,
     /// Matrices (of experts) that a step left alone since no calibration token reached them.
@@ -100,6 +105,9 @@ pub(crate) struct Walk<'a> {
 
 impl Walk<'_> {
     pub(crate) fn scratch_dir(&self) -> PathBuf {
+        if let Some(dir) = self.options.scratch {
+            return dir.to_owned();
+        }
         let parent = self.options.out.parent().filter(|p| !p.as_os_str().is_empty());
         parent.map_or_else(|| PathBuf::from("."), Path::to_owned)
     }
@@ -124,6 +132,47 @@ impl Walk<'_> {
             x.put(i, embed.rows(s, &positions)?.into_mat()).map_err(self.scratch_error())?;
         }
         Ok(x)
+    }
+
+    /// Gradients of the source, where any step reads them: taken before anything changes.
+    fn backward(&mut self, overlay: &Overlay<'_>, notes: &mut Vec<String>) -> Result<(), CompressError> {
+        let asked = memory::gradients_asked(&overlay.spec, self.recipe);
+        if asked.is_empty() {
+            return Ok(());
+        }
+        for l in 0..overlay.spec.layers.len() {
+            for place in overlay.spec.layer_places(l) {
+                finite(&place, &*need(overlay, &place)?, SOURCE)?;
+            }
+            release_layer(overlay, l);
+        }
+        let dir = self.scratch_dir();
+        let progress = &mut self.progress;
+        let mut begun = false;
+        let mut tell = |at: usize, all: usize| {
+            if !std::mem::replace(&mut begun, true) {
+                progress.phase("gradients of the source", all as u64);
+            }
+            progress.step(at as u64, "there and back");
+        };
+        let made = Gradients::gather(overlay, self.sequences, &asked, &dir, self.spill, &mut tell)?;
+        notes.push(
+            "gradients are those of the source: steps that read them do not see what earlier blocks became".into(),
+        );
+        self.gradients = Some(made);
+        Ok(())
+    }
+
+    /// Statistics with what backward passes gave for the same matrices.
+    pub(crate) fn with_gradients(
+        &mut self,
+        statistics: Statistics,
+        places: &[Place],
+    ) -> Result<Statistics, CompressError> {
+        match &mut self.gradients {
+            None => Ok(statistics),
+            Some(g) => Ok(statistics.with_gradients(g.of(places)?, g.seen)),
+        }
     }
 
     /// Runs every sequence through `block`, keeping what comes out if `keep`.
@@ -200,7 +249,8 @@ impl Walk<'_> {
     ) -> Result<(), CompressError> {
         let layers = overlay.spec.layers.len();
         let mut x = self.embedded(overlay)?;
-        let calibrates = |spec: &Spec, l: usize| !asks(self.recipe, &self.chosen, spec, l).is_empty();
+        let calibrates =
+            |spec: &Spec, l: usize| Gather::new(spec, asks(self.recipe, &self.chosen, spec, l)).is_needed();
         let last = (0..layers).rev().find(|&l| calibrates(&overlay.spec, l));
         self.progress.phase("compressing", layers as u64);
         for l in 0..layers {
@@ -218,7 +268,7 @@ impl Walk<'_> {
                 let block = Block::load(overlay, l)?;
                 self.through(&overlay.spec, &block, &mut x, &mut gather, false)?;
             }
-            let statistics = gather.finish();
+            let statistics = if done { Statistics::default() } else { self.with_gradients(gather.finish(), &places)? };
             let made = if done {
                 read_back(Some(writer), &places)?
             } else {

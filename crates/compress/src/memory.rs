@@ -1,11 +1,14 @@
 //! The ceiling: what the work needs at the least, and what must go to a scratch file.
 
+use std::collections::BTreeSet;
+
 use lacuna_base::units::show_bytes;
-use lacuna_spec::{Part, Spec};
+use lacuna_contract::{Ask, Site, Step};
+use lacuna_spec::{Part, Place, Spec};
 
 use crate::account::CompressError;
 use crate::activations::Activations;
-use crate::calibrate::Gather;
+use crate::calibrate::{Gather, gradients};
 use crate::local::{Chosen, asks};
 use crate::recipe::Recipe;
 
@@ -20,19 +23,43 @@ pub struct Plan {
     pub scratch_bytes: u64,
 }
 
+/// The statistics of backward passes that a recipe's steps read of a network.
+pub(crate) fn gradients_asked(spec: &Spec, recipe: &Recipe) -> BTreeSet<(Place, Ask)> {
+    let mut out = BTreeSet::new();
+    let mut take = |site: Site, ask: Ask| {
+        if let (Site::Matrix(place), true) = (site, ask.is_gradient()) {
+            out.insert((place, ask));
+        }
+    };
+    for l in 0..spec.layers.len() {
+        asks(recipe, &Chosen::default(), spec, l).into_iter().for_each(|(site, ask)| take(site, ask));
+        for step in &recipe.steps {
+            if let Step::Model(model) = step.step() {
+                model.needs(spec, l).into_iter().for_each(|(site, ask)| take(site, ask));
+            }
+        }
+    }
+    out
+}
+
 /// For what no formula counts: thread stacks, allocator slack, journals.
 const SLACK: u64 = 48 << 20;
 
 /// Plans the memory of a run, or refuses a ceiling below the floor.
 pub fn plan(spec: &Spec, recipe: &Recipe, sequences: &[Vec<u32>], max_ram: Option<u64>) -> Result<Plan, CompressError> {
     let lens: Vec<usize> = sequences.iter().map(Vec::len).collect();
-    // A search keeps what goes into the first block and what comes out of the last.
+    // A search keeps what goes into the first block and what comes out of the last; a pass back what goes into each.
     let copies = if recipe.steps.iter().any(|s| s.is_model_wide()) { 3 } else { 1 };
-    let all = copies * Activations::bytes(&lens, spec.hidden);
+    let one = Activations::bytes(&lens, spec.hidden);
+    let asked = gradients_asked(spec, recipe);
+    let shapes = asked.iter().filter_map(|(p, ask)| Some((*ask, spec.shape(p)?)));
+    let back = if asked.is_empty() { 0 } else { gradients::scratch_bytes(spec.layers.len(), one, shapes) };
+    let all = (copies * one).max(back);
     let floor = floor(spec, recipe, lens.iter().copied().max().unwrap_or(0)) + in_use();
     let Some(max) = max_ram else {
-        let scratch_bytes = available().map_or(1 << 30, |free| free / 4);
-        return Ok(Plan { spill: false, floor, scratch_bytes });
+        let free = available().unwrap_or(4 << 30);
+        // Nobody set a ceiling: what the machine has free is one.
+        return Ok(Plan { spill: all > free / 2, floor, scratch_bytes: free / 4 });
     };
     if max < floor {
         // Rounded up to whole MB, so that the number printed is one that works.
@@ -79,6 +106,7 @@ fn told(file: &str, key: &str) -> Option<u64> {
 /// for the matrices it works on at once, and the activations of one sequence inside the block; or the embedding being rewritten.
 fn floor(spec: &Spec, recipe: &Recipe, seq_len: usize) -> u64 {
     let mut most = 0u64;
+    let backward = !gradients_asked(spec, recipe).is_empty();
     for (l, layer) in spec.layers.iter().enumerate() {
         let grams = Gather::bytes(spec, asks(recipe, &Chosen::default(), spec, l));
         let (mut weights, mut scratch) = (0u64, 0u64);
@@ -96,7 +124,9 @@ fn floor(spec: &Spec, recipe: &Recipe, seq_len: usize) -> u64 {
         let attn = layer.attn.as_ref().map_or(0, |a| (a.heads + 2 * a.kv_heads) * a.head_dim + a.heads * a.head_dim);
         let ffn = layer.ffn.as_ref().map_or(0, |f| 3 * f.width);
         let rows = seq_len as u64 * 4 * (5 * spec.hidden + attn.max(ffn) + attn) as u64;
-        most = most.max(2 * 4 * weights + grams + scratch + rows);
+        // On the way back a block's gradients stand beside it, with two sums of each, and what its forward kept of one sequence.
+        let back = if backward { 4 * 4 * weights + 6 * rows } else { 0 };
+        most = most.max(2 * 4 * weights + (grams + scratch + rows).max(back));
     }
     let embed = (spec.vocab as u64) * (spec.hidden as u64);
     let changes = |p: &lacuna_spec::Place| p.layer.is_none() && recipe.local().any(|(_, s)| s.local(p).is_some());

@@ -76,7 +76,8 @@ impl Walk<'_> {
                 let block = Block::load(overlay, l)?;
                 self.through(&overlay.spec, &block, x, &mut gather, true)?;
             }
-            let statistics = gather.finish();
+            let places = overlay.spec.layer_places(l);
+            let statistics = self.with_gradients(gather.finish(), &places)?;
             let work = Layer { weights: overlay, statistics: &statistics };
             let edits = walker.visit(l, &work).map_err(|e| at_step(step, format!("layers.{l}"), e))?;
             pending.take(edits)?;

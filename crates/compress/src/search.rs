@@ -341,7 +341,7 @@ impl Walk<'_> {
             let block = Block::load(overlay, layer)?;
             self.through(&overlay.spec, &block, x, &mut gather, false)?;
         }
-        let statistics = gather.finish();
+        let statistics = self.with_gradients(gather.finish(), &places)?;
         let mut sources = HashMap::new();
         for p in &places {
             sources.insert(*p, need(overlay, p)?);

@@ -26,7 +26,7 @@ fn recipe(text: &str) -> Recipe {
 }
 
 fn options(out: &Path) -> Options<'_> {
-    Options { out, overwrite: false, resume: false, max_ram: None, bos: None, source: json!("tiny") }
+    Options { out, overwrite: false, resume: false, scratch: None, max_ram: None, bos: None, source: json!("tiny") }
 }
 
 fn run(model: &Checkpoint, text: &str, out: &Path) -> Result<Outcomes, CompressError> {

@@ -21,9 +21,9 @@ pub enum Ask {
     InputMoments,
     /// Mean over tokens of the cosine of what goes into a part of a decoder block and what comes out.
     Similarity(Unit),
-    /// `Σ |G|` over sequences, `G` the gradient of one sequence's mean loss, `[out, in]`.
+    /// The mean of `|G|` over sequences, `G` the gradient of one sequence's mean loss on the source, `[out, in]`.
     GradientAbsolute,
-    /// `Σ G²` over sequences, `[out, in]`: the diagonal of the Fisher matrix times their number.
+    /// The mean of `G²` over sequences, `[out, in]`: the diagonal of the empirical Fisher matrix, a sample being a sequence.
     GradientSquares,
     /// The mean of `G` over sequences, `[out, in]`.
     GradientMean,
@@ -99,6 +99,8 @@ pub struct Stats<'a> {
     pub found: &'a [(Ask, Gathered)],
     /// What backward passes gave, of this matrix alone.
     pub gradients: &'a [(Ask, Gathered)],
+    /// Sequences of the backward passes.
+    pub sequences: u64,
 }
 
 impl<'a> Stats<'a> {

@@ -159,6 +159,7 @@ pub fn baselines(bench: &Bench<'_>, progress: &mut dyn Progress) -> Result<Basel
                 out: &path,
                 overwrite: true,
                 resume: false,
+                scratch: None,
                 max_ram: bench.max_ram,
                 bos: None,
                 source: json!("baseline"),

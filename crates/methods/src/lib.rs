@@ -21,6 +21,7 @@ pub fn registry() -> Registry {
         methods: vec![
             score::magnitude::method(),
             score::wanda::method(),
+            score::gblm::method(),
             solve::sparsegpt::method(),
             grid::rtn::method(),
             solve::gptq::method(),

@@ -15,6 +15,7 @@ use lacuna_methods::registry;
 struct Inputs {
     gram: Gram,
     found: Vec<(Ask, Gathered)>,
+    gradients: Vec<(Ask, Gathered)>,
 }
 
 impl Inputs {
@@ -28,11 +29,23 @@ impl Inputs {
         gram.add(x.view());
         let found =
             vec![(Ask::InputGram, Gathered::Gram(gram.clone())), (Ask::InputSquares, Gathered::Vector(gram.diag()))];
-        Inputs { gram, found }
+        Inputs { gram, found, gradients: Vec::new() }
+    }
+
+    /// With gradients of a matrix of `rows` outputs.
+    fn with_gradients(mut self, rows: usize, seed: u64) -> Inputs {
+        let g = random(rows, self.gram.n(), seed);
+        let of = |f: fn(f32) -> f32| Mat::from_fn(g.rows(), g.cols(), |r, c| f(g[(r, c)]));
+        self.gradients = vec![
+            (Ask::GradientAbsolute, Gathered::Matrix(of(f32::abs))),
+            (Ask::GradientSquares, Gathered::Matrix(of(|x| x * x))),
+            (Ask::GradientMean, Gathered::Matrix(of(|x| x))),
+        ];
+        self
     }
 
     fn stats(&self) -> Stats<'_> {
-        Stats { tokens: self.gram.tokens(), found: &self.found, gradients: &[] }
+        Stats { tokens: self.gram.tokens(), found: &self.found, gradients: &self.gradients, sequences: 3 }
     }
 }
 
@@ -171,7 +184,7 @@ fn scores_are_finite_repeatable_and_larger_for_larger_weights() {
     for (name, score) in each!(Score) {
         let score: Box<dyn Score> = score;
         for (rows, cols) in SHAPES {
-            let (w, inputs) = (weights(rows, cols, 3), Inputs::new(cols, 50, 4));
+            let (w, inputs) = (weights(rows, cols, 3), Inputs::new(cols, 50, 4).with_gradients(rows, 5));
             let s = score.score(w.view(), &inputs.stats()).expect("scores");
             assert_eq!((s.rows(), s.cols()), (rows, cols), "{name}");
             assert!(s.data().iter().all(|v| v.is_finite() && *v >= 0.0), "{name}");

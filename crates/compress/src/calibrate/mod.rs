@@ -1,5 +1,6 @@
 //! Statistics gathered in forward passes: one reducer a file, over the events that the model emits.
 
+pub(crate) mod gradients;
 mod gram;
 mod moments;
 mod similarity;
@@ -111,7 +112,8 @@ impl Gather {
     /// What was gathered.
     pub(crate) fn finish(self) -> Statistics {
         let done = |r: Running| (r.tokens, r.reducers.into_iter().map(|(a, r)| (a, r.gathered())).collect());
-        Statistics { found: self.sites.into_iter().map(|(site, r)| (site, done(r))).collect() }
+        let found = self.sites.into_iter().map(|(site, r)| (site, done(r))).collect();
+        Statistics { found, gradients: HashMap::new(), tokens: 0, sequences: 0 }
     }
 }
 
@@ -119,16 +121,39 @@ impl Gather {
 #[derive(Default)]
 pub(crate) struct Statistics {
     found: HashMap<Site, (u64, Vec<(Ask, Gathered)>)>,
+    gradients: HashMap<Place, Vec<(Ask, Gathered)>>,
+    /// Tokens and sequences of the backward passes.
+    tokens: u64,
+    sequences: u64,
 }
 
 impl Statistics {
     /// Those of a site.
     pub(crate) fn of(&self, spec: &Spec, site: Site) -> Stats<'_> {
+        let gradients: &[_] = match site {
+            Site::Matrix(place) => self.gradients.get(&place).map_or(&[], Vec::as_slice),
+            Site::Layer(_) => &[],
+        };
         match self.found.get(&shared(spec, site)) {
             // What saw nothing has nothing to say.
-            Some((tokens, found)) if *tokens > 0 => Stats { tokens: *tokens, found, gradients: &[] },
-            _ => Stats::default(),
+            Some((tokens, found)) if *tokens > 0 => {
+                Stats { tokens: *tokens, found, gradients, sequences: self.sequences }
+            }
+            Some(_) => Stats::default(),
+            None => {
+                let tokens = if gradients.is_empty() { 0 } else { self.tokens };
+                Stats { tokens, found: &[], gradients, sequences: self.sequences }
+            }
         }
+    }
+
+    /// Adds what backward passes over so many tokens and sequences gave.
+    pub(crate) fn with_gradients(
+        self,
+        gradients: HashMap<Place, Vec<(Ask, Gathered)>>,
+        (tokens, sequences): (u64, u64),
+    ) -> Statistics {
+        Statistics { gradients, tokens, sequences, ..self }
     }
 }
 
@@ -136,6 +161,7 @@ impl Tap for Gather {
     fn wants(&self) -> Wants {
         Wants {
             inputs: self.sites.keys().any(|s| matches!(s, Site::Matrix(_))),
+            outputs: false,
             residuals: self.sites.keys().any(|s| matches!(s, Site::Layer(_))),
         }
     }

@@ -159,7 +159,7 @@ mod tests {
         for (out, cols, rank) in [(6, 8, 3), (8, 5, 2), (1, 4, 1), (4, 1, 1), (5, 5, 5)] {
             let (w, x, gram) = case(out, cols);
             let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-            let stats = Stats { tokens: 50, found: &found, gradients: &[] };
+            let stats = Stats { tokens: 50, found: &found, gradients: &[], sequences: 0 };
             let best = brute_error(&w, &x, rank);
             for update in [false, true] {
                 let method = SvdLlm { update, ..SvdLlm::default() };
@@ -174,7 +174,7 @@ mod tests {
     fn the_update_never_makes_outputs_worse() {
         let (w, x, gram) = case(7, 9);
         let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-        let stats = Stats { tokens: 50, found: &found, gradients: &[] };
+        let stats = Stats { tokens: 50, found: &found, gradients: &[], sequences: 0 };
         for whiten in [1e-6, 0.5] {
             let [plain, updated] = [false, true].map(|update| {
                 let (a, b) = SvdLlm { whiten, update }.factor(w.view(), &stats, 4).expect("factors");
@@ -192,7 +192,7 @@ mod tests {
             let mut gram = Gram::new(6);
             gram.add(x.view());
             let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-            let stats = Stats { tokens: 20, found: &found, gradients: &[] };
+            let stats = Stats { tokens: 20, found: &found, gradients: &[], sequences: 0 };
             let (a, b) = SvdLlm { update: true, ..SvdLlm::default() }.factor(w.view(), &stats, 4).expect("factors");
             assert!(output_error(&w, &a, &b, &x) < 1e-6);
         }

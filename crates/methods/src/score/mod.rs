@@ -1,4 +1,5 @@
 //! Scores: how much does each weight matter?
 
+pub(crate) mod gblm;
 pub(crate) mod magnitude;
 pub(crate) mod wanda;

@@ -288,7 +288,7 @@ mod tests {
                     let (w, gram) = (random(out, cols, 1), slow::inputs(cols, 40, 2));
                     let mask = masked.then(|| Mask::from_fn(out, cols, |r, c| (r + 2 * c) % 3 != 0));
                     let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-                    let stats = Stats { tokens: 40, found: &found, gradients: &[] };
+                    let stats = Stats { tokens: 40, found: &found, gradients: &[], sequences: 0 };
                     let round = RoundAsk { ask: ask4(!masked), grid: &Rtn {}, group };
                     let gptq = Gptq { block, act_order, late_grid, ..Gptq::default() };
                     let ask =
@@ -322,7 +322,7 @@ mod tests {
     fn what_it_cannot_do_is_refused() {
         let (w, gram) = (random(2, 4, 1), slow::inputs(4, 9, 2));
         let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-        let stats = Stats { tokens: 9, found: &found, gradients: &[] };
+        let stats = Stats { tokens: 9, found: &found, gradients: &[], sequences: 0 };
         let round = RoundAsk { ask: ask4(true), grid: &Rtn {}, group: 2 };
         let ask = SolveAsk { w: w.view(), stats: &stats, mask: None, prune: None, round: Some(round) };
         let fails = |ask: &SolveAsk<'_>| Gptq::default().solve(ask).expect_err("refused").what;

@@ -298,7 +298,7 @@ mod tests {
             let gram = slow::inputs(cols, 40, 2);
             let mask = masked.then(|| Mask::from_fn(out, cols, |r, c| (r + 2 * c) % 3 != 0));
             let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-            let stats = Stats { tokens: 40, found: &found, gradients: &[] };
+            let stats = Stats { tokens: 40, found: &found, gradients: &[], sequences: 0 };
             let round = bits.map(|(bits, group)| RoundAsk {
                 ask: GridAsk { bits, symmetric: false, scale: Float::F32 },
                 grid: &Rtn {},
@@ -317,7 +317,7 @@ mod tests {
     fn blocks_go_whole() {
         let (w, gram) = (random(8, 12, 1), slow::inputs(12, 40, 2));
         let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-        let stats = Stats { tokens: 40, found: &found, gradients: &[] };
+        let stats = Stats { tokens: 40, found: &found, gradients: &[], sequences: 0 };
         let prune = PruneAsk { sparsity: 0.5, pattern: Sparsity::Block { height: 4, width: 2 } };
         let ask = SolveAsk { w: w.view(), stats: &stats, mask: None, prune: Some(prune), round: None };
         let kept =
@@ -334,7 +334,7 @@ mod tests {
     fn shapes_and_numbers_that_do_not_fit_are_refused() {
         let (w, gram) = (random(3, 6, 1), slow::inputs(6, 9, 2));
         let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-        let stats = Stats { tokens: 9, found: &found, gradients: &[] };
+        let stats = Stats { tokens: 9, found: &found, gradients: &[], sequences: 0 };
         for prune in [
             PruneAsk { sparsity: 0.5, pattern: Sparsity::Nm { n: 2, m: 4 } },
             PruneAsk { sparsity: 0.5, pattern: Sparsity::Block { height: 2, width: 1 } },

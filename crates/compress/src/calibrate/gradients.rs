@@ -1,0 +1,173 @@
+//! Gradients of the source's loss: one pass back over the whole model before the walk, what it gave in a scratch file.
+
+use std::collections::{BTreeSet, HashMap};
+use std::io;
+use std::path::{Path, PathBuf};
+
+use lacuna_base::{Mat, MatRef};
+use lacuna_contract::{Ask, Gathered};
+use lacuna_format::{Float, PatternKind, Stored, Weights, pack_float};
+use lacuna_model::ModelError;
+use lacuna_model::derive::stats::{Mean, Norms, OutputGrams, WeightGradients};
+use lacuna_model::derive::{BlockInputs, GradientSink, gradients};
+use lacuna_spec::Place;
+
+use crate::account::CompressError;
+use crate::activations::Activations;
+use crate::scratch::Scratch;
+
+/// What a backward pass gave, by matrix and statistic.
+pub(crate) struct Gradients {
+    kept: HashMap<(Place, Ask), usize>,
+    scratch: Scratch,
+    dir: PathBuf,
+    /// Tokens and number of the sequences.
+    pub(crate) seen: (u64, u64),
+}
+
+/// Bytes of scratch that the pass takes: the residual stream before every block and after the last, and what it gives.
+pub(crate) fn scratch_bytes(
+    layers: usize,
+    activation_bytes: u64,
+    asked: impl Iterator<Item = (Ask, (usize, usize))>,
+) -> u64 {
+    let given = asked.map(|(ask, (m, n))| match ask {
+        Ask::OutputGradientGram => 4 * (m * m) as u64,
+        _ => 4 * (m * n) as u64,
+    });
+    (layers as u64 + 1) * activation_bytes + given.sum::<u64>()
+}
+
+impl Gradients {
+    /// Runs the pass over `sequences` for what is `asked`. Block inputs lie in files in `dir` where `spill` is set, else in memory.
+    pub(crate) fn gather(
+        weights: &dyn Weights,
+        sequences: &[Vec<u32>],
+        asked: &BTreeSet<(Place, Ask)>,
+        dir: &Path,
+        spill: bool,
+        progress: &mut dyn FnMut(usize, usize),
+    ) -> Result<Gradients, CompressError> {
+        let fault = |source| CompressError::Scratch { dir: dir.display().to_string(), source };
+        let lens: Vec<usize> = sequences.iter().map(Vec::len).collect();
+        let slots = (0..=weights.spec().layers.len())
+            .map(|_| Activations::new(lens.clone(), weights.spec().hidden, spill.then_some(dir)))
+            .collect::<io::Result<Vec<_>>>()
+            .map_err(fault)?;
+        let of =
+            |want: &dyn Fn(Ask) -> bool| asked.iter().filter(|(_, a)| want(*a)).map(|(p, _)| *p).collect::<Vec<_>>();
+        let mut sink = Sink {
+            asked,
+            folds: WeightGradients::new(of(&|a| a != Ask::OutputGradientGram)),
+            grams: OutputGrams::new(of(&|a| a == Ask::OutputGradientGram)),
+            kept: HashMap::new(),
+            scratch: Scratch::new(dir).map_err(fault)?,
+        };
+        gradients(weights, sequences, &mut Slots(slots), &mut sink, progress)?;
+        let seen = (lens.iter().map(|n| *n as u64).sum(), lens.len() as u64);
+        Ok(Gradients { kept: sink.kept, scratch: sink.scratch, dir: dir.to_owned(), seen })
+    }
+
+    /// What was gathered for some matrices.
+    pub(crate) fn of(&mut self, places: &[Place]) -> Result<HashMap<Place, Vec<(Ask, Gathered)>>, CompressError> {
+        let mut out: HashMap<Place, Vec<(Ask, Gathered)>> = HashMap::new();
+        let mut wanted: Vec<((Place, Ask), usize)> =
+            self.kept.iter().filter(|((p, _), _)| places.contains(p)).map(|(k, n)| (*k, *n)).collect();
+        wanted.sort_unstable();
+        for ((place, ask), number) in wanted {
+            let stored = self.scratch.get(number);
+            let stored =
+                stored.map_err(|source| CompressError::Scratch { dir: self.dir.display().to_string(), source })?;
+            out.entry(place).or_default().push((ask, Gathered::Matrix(stored.to_mat())));
+        }
+        Ok(out)
+    }
+}
+
+/// The residual stream of every block.
+struct Slots(Vec<Activations>);
+
+impl Slots {
+    fn slot(&mut self, slot: usize) -> Result<&mut Activations, ModelError> {
+        let all = self.0.len();
+        self.0.get_mut(slot).ok_or_else(|| ModelError::Store { what: format!("slot {slot} of {all}") })
+    }
+}
+
+fn store(e: io::Error) -> ModelError {
+    ModelError::Store { what: e.to_string() }
+}
+
+impl BlockInputs for Slots {
+    fn take(&mut self, slot: usize, sequence: usize) -> Result<Mat, ModelError> {
+        self.slot(slot)?.take(sequence).map_err(store)
+    }
+
+    fn put(&mut self, slot: usize, sequence: usize, x: Mat) -> Result<(), ModelError> {
+        self.slot(slot)?.put(sequence, x).map_err(store)
+    }
+}
+
+/// Folds gradients block by block and puts what came of them aside.
+struct Sink<'a> {
+    asked: &'a BTreeSet<(Place, Ask)>,
+    folds: WeightGradients<(Mean, Norms)>,
+    grams: OutputGrams,
+    kept: HashMap<(Place, Ask), usize>,
+    scratch: Scratch,
+}
+
+impl Sink<'_> {
+    fn keep(&mut self, place: Place, ask: Ask, m: &Mat) -> Result<(), ModelError> {
+        let bad = |what: String| ModelError::Store { what: format!("gradients of {place}: {what}") };
+        if let Some(i) = m.data().iter().position(|x| !x.is_finite()) {
+            return Err(bad(format!("entry {i} is {}, not a finite number", m.data()[i])));
+        }
+        let piece = pack_float(m.view(), None, PatternKind::Dense, Float::F32).map_err(|e| bad(e.what))?;
+        let number = self.scratch.put(&Stored::from_piece(piece)).map_err(store)?;
+        self.kept.insert((place, ask), number);
+        Ok(())
+    }
+}
+
+impl GradientSink for Sink<'_> {
+    fn wants(&self, place: &Place) -> bool {
+        self.folds.wants(place) || self.grams.wants(place)
+    }
+
+    fn gradient(&mut self, place: &Place, x: MatRef<'_>, dy: MatRef<'_>) {
+        self.folds.gradient(place, x, dy);
+        self.grams.gradient(place, x, dy);
+    }
+
+    fn end_of_sequence(&mut self) {
+        self.folds.end_of_sequence();
+        self.grams.end_of_sequence();
+    }
+
+    fn end_of_part(&mut self, layer: Option<usize>) -> Result<(), ModelError> {
+        self.folds.end_of_part(layer)?;
+        self.grams.end_of_part(layer)?;
+        let n = self.folds.sequences();
+        let asked = self.asked;
+        for (place, (mean, norms)) in self.folds.take() {
+            for ask in asked.iter().filter(|(p, _)| *p == place).map(|(_, a)| *a) {
+                let m = match ask {
+                    Ask::GradientMean => mean.mean(n),
+                    Ask::GradientAbsolute => norms.mean_abs(n),
+                    Ask::GradientSquares => {
+                        let root = norms.root_sum_of_squares();
+                        Mat::from_fn(root.rows(), root.cols(), |r, c| root[(r, c)] * root[(r, c)] / n.max(1) as f32)
+                    }
+                    _ => continue,
+                };
+                self.keep(place, ask, &m)?;
+            }
+        }
+        for (place, gram) in self.grams.take() {
+            let m = Mat::from_fn(gram.n(), gram.n(), |i, j| gram.at(i, j) as f32);
+            self.keep(place, Ask::OutputGradientGram, &m)?;
+        }
+        Ok(())
+    }
+}
