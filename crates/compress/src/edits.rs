@@ -9,7 +9,7 @@ use lacuna_format::{Float, PatternKind, Stored, Weights, pack_float};
 use lacuna_spec::{Place, Spec};
 
 use crate::account::CompressError;
-use crate::overlay::{Overlay, packing};
+use crate::overlay::{Overlay, finite, packing};
 
 /// Changes that wait for the end of a walk, their tensors in the overlay's scratch file.
 #[derive(Default)]
@@ -19,7 +19,8 @@ pub(crate) struct Pending {
 }
 
 enum Tensor {
-    New(Stored),
+    /// Its number in the scratch file and its shape.
+    New(usize, (usize, usize)),
     Keep(Option<Vec<usize>>, Option<Vec<usize>>),
 }
 
@@ -29,19 +30,29 @@ fn rising(list: &[usize], n: usize) -> bool {
 }
 
 impl Pending {
-    /// Takes edits in; matrices are packed at once.
-    pub(crate) fn take(&mut self, edits: Vec<Edit>) -> Result<(), CompressError> {
+    /// Takes edits in; matrices are packed and set aside at once.
+    pub(crate) fn take(
+        &mut self,
+        edits: Vec<Edit>,
+        overlay: &mut Overlay<'_>,
+        dir: &Path,
+    ) -> Result<(), CompressError> {
+        let mut aside = |place: &Place, stored: Stored| {
+            // What the network becomes later must be sound now.
+            finite(place, &stored, "the new value")?;
+            Ok::<_, CompressError>(Tensor::New(overlay.set_aside(&stored, dir)?, (stored.rows, stored.cols)))
+        };
         for edit in edits {
             match edit {
                 Edit::Matrix(place, m) => {
                     let stored = m.pack(Float::F32).map_err(|e| packing(&place, e))?;
-                    self.tensors.push((place, Tensor::New(stored)));
+                    self.tensors.push((place, aside(&place, stored)?));
                 }
                 Edit::Vector(place, values) => {
                     let m = Mat::from_vec(1, values.len(), values);
                     let piece = pack_float(m.view(), None, PatternKind::Dense, Float::F32);
                     let piece = piece.map_err(|e| packing(&place, e))?;
-                    self.tensors.push((place, Tensor::New(Stored::from_piece(piece))));
+                    self.tensors.push((place, aside(&place, Stored::from_piece(piece))?));
                 }
                 Edit::Keep { place, rows, cols } => self.tensors.push((place, Tensor::Keep(rows, cols))),
                 Edit::Spec(spec) => self.spec = Some(spec),
@@ -57,7 +68,7 @@ impl Pending {
         let mut shapes: HashMap<Place, (usize, usize)> = HashMap::new();
         for (place, tensor) in &self.tensors {
             let shape = match tensor {
-                Tensor::New(s) => (s.rows, s.cols),
+                Tensor::New(_, shape) => *shape,
                 Tensor::Keep(rows, cols) => {
                     let before = shapes.get(place).copied().or_else(|| old.shape(place));
                     let Some((m, n)) = before else {
@@ -98,7 +109,7 @@ impl Pending {
     pub(crate) fn apply(self, overlay: &mut Overlay<'_>, dir: &Path) -> Result<(), CompressError> {
         for (place, tensor) in self.tensors {
             match tensor {
-                Tensor::New(stored) => overlay.replace(place, &stored, dir)?,
+                Tensor::New(number, _) => overlay.put_in_place(place, number),
                 Tensor::Keep(rows, cols) => overlay.keep(place, rows, cols, dir)?,
             }
         }

@@ -66,28 +66,39 @@ impl Walk<'_> {
         let watched = (0..layers).any(|l| !model.needs(&overlay.spec, l).is_empty());
         let mut x = if watched { Some(self.embedded(overlay)?) } else { None };
         let mut pending = Pending::default();
-        self.progress.phase(&format!("{}: looking at the whole model", step.name), layers as u64);
-        for l in 0..layers {
-            let mut gather = Gather::new(&overlay.spec, model.needs(&overlay.spec, l));
-            if let Some(x) = &mut x {
-                for place in overlay.spec.layer_places(l) {
-                    finite(&place, &*need(overlay, &place)?, SOURCE)?;
+        let (mut note, dir) = (String::new(), self.scratch_dir());
+        loop {
+            self.progress.phase(&format!("{}: looking at the whole model", step.name), layers as u64);
+            for l in 0..layers {
+                let wanted = if x.is_some() { model.needs(&overlay.spec, l) } else { Vec::new() };
+                let mut gather = Gather::new(&overlay.spec, wanted);
+                if let Some(x) = &mut x {
+                    for place in overlay.spec.layer_places(l) {
+                        finite(&place, &*need(overlay, &place)?, SOURCE)?;
+                    }
+                    let block = Block::load(overlay, l)?;
+                    self.through(&overlay.spec, &block, x, &mut gather, true)?;
                 }
-                let block = Block::load(overlay, l)?;
-                self.through(&overlay.spec, &block, x, &mut gather, true)?;
+                let places = overlay.spec.layer_places(l);
+                let statistics = self.with_gradients(gather.finish(), &places)?;
+                let work = Layer { weights: overlay, statistics: &statistics };
+                let edits = walker.visit(l, &work).map_err(|e| at_step(step, format!("layers.{l}"), e))?;
+                pending.take(edits, overlay, &dir)?;
+                release_layer(overlay, l);
+                self.progress.step(l as u64 + 1, &format!("layer {l}"));
             }
-            let places = overlay.spec.layer_places(l);
-            let statistics = self.with_gradients(gather.finish(), &places)?;
-            let work = Layer { weights: overlay, statistics: &statistics };
-            let edits = walker.visit(l, &work).map_err(|e| at_step(step, format!("layers.{l}"), e))?;
-            pending.take(edits)?;
-            release_layer(overlay, l);
-            self.progress.step(l as u64 + 1, &format!("layer {l}"));
+            let finished = walker.finish(overlay.spec()).map_err(fail)?;
+            pending.take(finished.edits, overlay, &dir)?;
+            note += &finished.note;
+            // Statistics are those of the first walk.
+            x = None;
+            match finished.again {
+                Some(again) => walker = again,
+                None => break,
+            }
         }
-        let finished = walker.finish(overlay.spec()).map_err(fail)?;
-        pending.take(finished.edits)?;
         pending.check(overlay).map_err(|what| fail(MethodError::new(what)))?;
-        pending.apply(overlay, &self.scratch_dir())?;
-        Ok(finished.note)
+        pending.apply(overlay, &dir)?;
+        Ok(note)
     }
 }

@@ -69,14 +69,24 @@ impl<'a> Overlay<'a> {
 
     /// Puts another tensor in the place of one, by way of the scratch file.
     pub(crate) fn replace(&mut self, place: Place, stored: &Stored, dir: &Path) -> Result<(), CompressError> {
+        let number = self.set_aside(stored, dir)?;
+        self.put_in_place(place, number);
+        Ok(())
+    }
+
+    /// Puts a tensor that was set aside in the place of one.
+    pub(crate) fn put_in_place(&mut self, place: Place, number: usize) {
+        self.changed.insert(place, Change::Spilled(number));
+    }
+
+    /// Keeps a tensor in the scratch file, for later.
+    pub(crate) fn set_aside(&mut self, stored: &Stored, dir: &Path) -> Result<usize, CompressError> {
         let fault = |source| CompressError::Scratch { dir: dir.display().to_string(), source };
         let scratch = match &mut self.scratch {
             Some(s) => s,
             empty => empty.insert(Mutex::new(Scratch::new(dir).map_err(fault)?)),
         };
-        let number = scratch.get_mut().unwrap_or_else(PoisonError::into_inner).put(stored).map_err(fault)?;
-        self.changed.insert(place, Change::Spilled(number));
-        Ok(())
+        scratch.get_mut().unwrap_or_else(PoisonError::into_inner).put(stored).map_err(fault)
     }
 
     fn spilled(&self, number: usize, place: &Place) -> Result<Arc<Stored>, WeightsError> {

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::questions::{Factor, Grid, Score, Search, Solve, Structure};
+use crate::questions::{Basis, Factor, Grid, Score, Search, Solve, Structure};
 use crate::stats::Ask;
 use crate::step::Step;
 
@@ -84,6 +84,8 @@ pub enum Made {
     Factor(Box<dyn Factor>),
     /// See [`Structure`].
     Structure(Box<dyn Structure>),
+    /// See [`Basis`].
+    Basis(Box<dyn Basis>),
     /// See [`Search`].
     Search(Box<dyn Search>),
 }
@@ -96,6 +98,7 @@ impl fmt::Debug for Made {
             Made::Solve(_) => "Solve",
             Made::Factor(_) => "Factor",
             Made::Structure(_) => "Structure",
+            Made::Basis(_) => "Basis",
             Made::Search(_) => "Search",
         })
     }

@@ -3,7 +3,7 @@
 use std::fmt;
 use std::str::FromStr;
 
-use lacuna_base::{Mat, MatRef};
+use lacuna_base::{Mat, Mat64, MatRef};
 use lacuna_format::{Affine, Float, Integers, Mask, ScaleCodec, UnpackedPiece};
 use serde::{Deserialize, Serialize};
 
@@ -230,6 +230,12 @@ pub trait Structure: Send + Sync {
 
     /// Whether what the units that go wrote on average (the mean of the reader's inputs) is put into the reader's bias.
     fn keeps_means(&self) -> bool;
+}
+
+/// Basis: which change of axes first?
+pub trait Basis: Send + Sync {
+    /// Orthonormal columns, `[n, width]`, for rows whose mean outer product is `gram`, `[n, n]`: a row `x` becomes `x · basis`.
+    fn basis(&self, gram: &Mat64, width: usize) -> Result<Mat64, MethodError>;
 }
 
 /// What a search is asked.

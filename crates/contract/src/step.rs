@@ -131,12 +131,14 @@ pub trait Walker {
 }
 
 /// What a walk came to.
-#[derive(Debug, Default)]
+#[derive(Default)]
 pub struct Finished {
     /// The last edits.
     pub edits: Vec<Edit>,
     /// What was decided, for the report.
     pub note: String,
+    /// A walk that goes over the layers once more, with what this one learned and without statistics. Edits take effect after the last.
+    pub again: Option<Box<dyn Walker>>,
 }
 
 /// What a search varies.

@@ -3,6 +3,7 @@
 //! Nothing here knows files, kernels or networks: a method gets matrices and statistics and gives an answer of
 //! [`lacuna_contract`]; a family turns answers into edits. A new method is one file and one line of [`registry`], and so is a family.
 
+mod basis;
 mod factor;
 mod family;
 mod grid;
@@ -27,6 +28,8 @@ pub fn registry() -> Registry {
             solve::gptq::method(),
             factor::svd::method(),
             factor::svd_llm::method(),
+            basis::axes::method(),
+            basis::slicegpt::method(),
             structure::llm_drop::method(),
             search::uniform::method(),
         ],
@@ -36,6 +39,7 @@ pub fn registry() -> Registry {
             family::factor::family(),
             family::outliers::family(),
             family::drop::family(),
+            family::slice::family(),
             family::search::family(),
         ],
     }

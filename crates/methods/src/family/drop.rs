@@ -129,6 +129,10 @@ impl Walker for Walk {
             Unit::Ffn => "the FFN",
             _ => "attention and FFN",
         };
-        Ok(Finished { edits: vec![Edit::Spec(Box::new(spec))], note: format!("dropped {part} of layers {gone:?}") })
+        Ok(Finished {
+            edits: vec![Edit::Spec(Box::new(spec))],
+            note: format!("dropped {part} of layers {gone:?}"),
+            again: None,
+        })
     }
 }

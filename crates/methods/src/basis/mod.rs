@@ -1,0 +1,4 @@
+//! Bases: which change of axes first?
+
+pub(crate) mod axes;
+pub(crate) mod slicegpt;
