@@ -5,13 +5,13 @@ and what transformers makes of them: which keys are read, ignored or win, and wh
     python make_variants.py TINY OUT.json    first with transformers 5, then with transformers 4
 
 Every variant takes the weights and ids of TINY/MODEL. `set` and `drop` change its config.json; `wrap` puts it into the
-text_config of a Gemma 3 that also sees images, beside these keys. `logits`: the last position of each sequence, the first
-four words of the vocabulary. `nll`: the mean loss of each sequence, in nats. `greedy`: the prompt and the 64 likeliest tokens
-after it, two hexadecimal digits a token. `refused`: transformers 5 cannot load or run it, and says why; `v4_logits` beside
-it: transformers 4 could. Where both run and differ, the newer counts: the second run prints those.
+text_config of a Gemma 3 that also sees images, beside these keys. `logits`: the last position of each sequence, the
+first four words of the vocabulary. `nll`: the mean loss of each sequence, in nats. `greedy`: the prompt and the 64
+likeliest tokens after it, two hexadecimal digits a token. `refused`: transformers 5 cannot load or run it, and says why;
+`v4_logits` beside it: transformers 4 could. Where both run and differ, the newer counts: the second run prints those.
 
-The prompt is the beginning of the first sequence, unless somewhere two words are nearly as likely as each other, which two
-correct programs may settle otherwise: then it begins a token later, and so on, which is printed.
+The prompt is the beginning of the first sequence, unless somewhere two words are nearly as likely as each other, which
+two correct programs may settle otherwise: then it begins a token later, and so on, which is printed.
 """
 
 import json
@@ -252,8 +252,9 @@ def run(tiny, v):
 
 
 def greedy(v, model, ids):
-    """What the model goes on to say: `generate` without a cache and, wherever that works, with one. Where they differ, the cache is wrong: that of
-    LongRoPE keeps the keys of the other list (but for Phi-3's), and others forget what a window would, though the model has none.
+    """What the model goes on to say: `generate` without a cache and, wherever that works, with one. Where they differ,
+    the cache is wrong: that of LongRoPE keeps the keys of the other list (but for Phi-3's), and others forget what a
+    window would, though the model has none.
     """
     model.config.get_text_config().eos_token_id = model.config.eos_token_id = None
     model.generation_config = tf.GenerationConfig(do_sample=False, pad_token_id=0, max_new_tokens=TOKENS)
@@ -272,7 +273,8 @@ def greedy(v, model, ids):
         try:
             cached = model.generate(prompt, use_cache=True, **options).sequences
             if not torch.equal(cached, said.sequences):
-                print(named(v), f"with a cache: other tokens after {(cached == said.sequences)[0].long().argmin() - length}")
+                first = (cached == said.sequences)[0].long().argmin() - length
+                print(named(v), f"with a cache: other tokens after {first}")
         except (RuntimeError, TypeError) as e:
             print(named(v), f"with a cache: {e}"[:60])
         tokens = said.sequences[0, length:].tolist()
