@@ -128,7 +128,8 @@ class Soak:
                           json.dumps(self.chat(rng, temperature="hot")).encode(), json.dumps(self.chat(rng, surprise=1)).encode(),
                           json.dumps(self.chat(rng, max_tokens=10**9)).encode()])
         c, r = self.open(None, raw=raw)
-        if r.status != 400:
+        # A full queue says so before it looks at what is asked.
+        if r.status not in (400, 429):
             self.blame(kind, f"status {r.status} for {raw[:60]!r}")
         self.refusal(kind, r.status, r.read())
         c.close()

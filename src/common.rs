@@ -116,7 +116,7 @@ pub fn engine(weights: &dyn Weights, running: &crate::cli::Running) -> Result<En
     let options = LoadOptions { progress: Some(&progress), activations: running.activations.into() };
     let decoder = Decoder::load(weights, &options)?;
     bar.finish_and_clear();
-    if running.activations == crate::cli::Activations::Int8 {
+    if running.activations == crate::cli::Activations::Int8 && decoder.rounds_activations() {
         static SAID: Once = Once::new();
         SAID.call_once(|| {
             say("running with 8-bit activations where weights are integers; --activations exact keeps 32 bits");

@@ -35,6 +35,7 @@ pub fn run(g: &Global, a: &Generate) -> anyhow::Result<ExitCode> {
         sampling: common::sampling(&a.sampling),
         ignore_end: false,
     };
+    engine.check(&generation)?;
     if !g.json && !a.chat {
         out::write(&prompt)?;
     }

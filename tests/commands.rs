@@ -144,6 +144,15 @@ fn compress_then_inspect_eval_generate_bench() {
         ["tokens", "prompt_tokens", "prefill_tok_s", "decode_tok_s", "weights_bytes", "kv_bytes", "tokenizer_bytes"];
     has_numbers(&a, &numbers);
     assert!(a["text"].is_string() && a["token_ids"] == b["token_ids"]);
+    // That activations are rounded is said where they are: not with floats, nor in groups of 16.
+    let wide = fresh("int4-of-32");
+    let wide = wide.to_str().unwrap();
+    object(0, &["compress", &tiny(), "-r", "rtn", "-o", wide, "--gate", "off"]);
+    let rounds = |model: &str| {
+        let out = lacuna(&["generate", model, "-p", "The sea", "-n", "1"]);
+        String::from_utf8(out.stderr).unwrap().contains("8-bit activations")
+    };
+    assert!(rounds(wide) && !rounds(out) && !rounds(&tiny()));
 
     let bench = object(0, &["bench", out, "--prompt", "16", "--gen", "4", "--reps", "1", "--profile", "--kv", "q8"]);
     let keys =
@@ -217,6 +226,28 @@ fn wrong_usage_is_status_2_and_says_what_to_do() {
     assert!(refusal(2, &["eval", &tiny(), "--ctx", "4096"]).contains("2048"));
     assert!(refusal(2, &["frobnicate"]).contains("frobnicate"));
     assert!(!Path::new(out).exists());
+}
+
+/// What is refused leaves nothing on standard output, the prompt included, and nobody is asked for a message that nothing can be made of.
+#[test]
+fn what_cannot_be_generated_shows_nothing() {
+    let long = "hello ".repeat(CONTEXT);
+    let m = &tiny();
+    for (flags, why) in [
+        (&["-p", "hello", "--top-p", "2"][..], "top_p is 2"),
+        (&["-p", "hello", "--repeat-penalty", "0"], "repetition_penalty is 0"),
+        (&["-p", &long], "tokens"),
+    ] {
+        let said = refusal(1, &[&["generate", m, "-n", "2"], flags].concat());
+        assert!(said.contains(why), "{said}");
+    }
+    let dir = fresh("no-template");
+    std::fs::create_dir(&dir).unwrap();
+    for file in ["config.json", "model.safetensors", "tokenizer.json"] {
+        std::fs::copy(home().join("tiny").join(file), dir.join(file)).unwrap();
+    }
+    let said = refusal(1, &["chat", dir.to_str().unwrap()]);
+    assert!(said.contains("no chat template") && !said.contains("type a message"), "{said}");
 }
 
 #[test]

@@ -5,9 +5,13 @@ and what transformers makes of them: which keys are read, ignored or win, and wh
     python make_variants.py TINY OUT.json    first with transformers 5, then with transformers 4
 
 Every variant takes the weights and ids of TINY/MODEL. `set` and `drop` change its config.json; `wrap` puts it into the
-text_config of a Gemma 3 that also sees images, beside these keys. `logits`: the last position of each sequence, the first
-four words of the vocabulary. `refused`: transformers 5 cannot load or run it, and says why; `v4_logits` beside it:
-transformers 4 could. Where both run and differ, the newer counts: the second run prints those.
+text_config of a Gemma 3 that also sees images, beside these keys. `logits`: the last position of each sequence, the
+first four words of the vocabulary. `nll`: the mean loss of each sequence, in nats. `greedy`: the prompt and the 64
+likeliest tokens after it, two hexadecimal digits a token. `refused`: transformers 5 cannot load or run it, and says why;
+`v4_logits` beside it: transformers 4 could. Where both run and differ, the newer counts: the second run prints those.
+
+The prompt is the beginning of the first sequence, unless somewhere two words are nearly as likely as each other, which
+two correct programs may settle otherwise: then it begins a token later, and so on, which is printed.
 """
 
 import json
@@ -26,6 +30,9 @@ torch.set_num_threads(1)
 tf.logging.set_verbosity_error()
 
 WORDS = 4
+TOKENS = 64
+# By how much the likeliest word leads everywhere in a continuation: ten times what two f32 programs differ by.
+LEAD = 1e-4
 ROPE = ["llama", "mistral", "mixtral", "qwen2", "qwen3", "qwen3_moe", "gemma2", "gemma3", "phi3"]
 LINEAR = {"rope_type": "linear", "factor": 2.0}
 LLAMA3 = {"rope_type": "llama3", "factor": 4.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -233,16 +240,56 @@ def run(tiny, v):
                 raise ValueError(f"tensors do not fit: {sorted(map(str, lost))[0]}")
         model.eval()
         with torch.no_grad():
-            rows = [model(input_ids=torch.tensor([i]), use_cache=False).logits[0, -1, :WORDS] for i in ids]
-    if not all(torch.isfinite(r).all() for r in rows):
-        raise ValueError("not a number")
-    # Five decimals: a twentieth of the tolerance.
-    return [[round(x, 5) for x in row.tolist()] for row in rows]
+            rows = [model(input_ids=torch.tensor([i]), use_cache=False).logits[0] for i in ids]
+            if not all(torch.isfinite(r[-1, :WORDS]).all() for r in rows):
+                raise ValueError("not a number")
+            # Five decimals: a twentieth of the tolerance.
+            out = {"logits": [[round(x, 5) for x in r[-1, :WORDS].tolist()] for r in rows]}
+            if tf.__version__[0] == "4":
+                return out
+            nll = [torch.nn.functional.cross_entropy(r[:-1].double(), torch.tensor(i[1:])) for r, i in zip(rows, ids)]
+            return {**out, "nll": [round(x.item(), 7) for x in nll], **greedy(v, model, ids[0])}
+
+
+def greedy(v, model, ids):
+    """What the model goes on to say: `generate` without a cache and, wherever that works, with one. Where they differ,
+    the cache is wrong: that of LongRoPE keeps the keys of the other list (but for Phi-3's), and others forget what a
+    window would, though the model has none.
+    """
+    model.config.get_text_config().eos_token_id = model.config.eos_token_id = None
+    model.generation_config = tf.GenerationConfig(do_sample=False, pad_token_id=0, max_new_tokens=TOKENS)
+    # Learned positions end at 64: the last of the answer is never read.
+    length = 1 if v["model"] in ("gpt2", "opt") else 8
+    for at in range(len(ids) - length + 1):
+        prompt = torch.tensor([ids[at:at + length]])
+        # A mask of our own: the one that generate makes hides the token that pads.
+        options = dict(attention_mask=torch.ones_like(prompt), return_dict_in_generate=True, output_logits=True)
+        said = model.generate(prompt, use_cache=False, **options)
+        top = torch.stack([step[0] for step in said.logits]).topk(2).values
+        lead = (top[:, 0] - top[:, 1]).min().item()
+        if lead < LEAD:
+            print(named(v), f"leads by {lead:.1e} after token {at}")
+            continue
+        try:
+            cached = model.generate(prompt, use_cache=True, **options).sequences
+            if not torch.equal(cached, said.sequences):
+                first = (cached == said.sequences)[0].long().argmin() - length
+                print(named(v), f"with a cache: other tokens after {first}")
+        except (RuntimeError, TypeError) as e:
+            print(named(v), f"with a cache: {e}"[:60])
+        tokens = said.sequences[0, length:].tolist()
+        assert len(tokens) == TOKENS
+        return {"greedy": [bytes(prompt[0].tolist()).hex(), bytes(tokens).hex()]}
+    raise SystemExit("no prompt will do")
+
+
+def named(v):
+    return {k: v[k] for k in ("model", "set", "drop", "wrap") if k in v}
 
 
 def attempt(tiny, v):
     try:
-        return {"logits": run(tiny, v)}
+        return run(tiny, v)
     except Exception as e:  # whatever it is, it is what a user meets
         return {"refused": f"{type(e).__name__}: {e}".splitlines()[0][:60]}
 
@@ -256,13 +303,13 @@ def main():
         with open(path) as f:
             had = json.load(f)
         for v in had["variants"]:
-            said = {k: v[k] for k in ("logits", "refused") if k in v}
-            old = attempt(tiny, {k: v[k] for k in v if k not in said and k != "v4_logits"})
+            said = {k: v[k] for k in ("logits", "nll", "greedy", "refused") if k in v}
+            old = attempt(tiny, named(v))
             if "refused" in said and "logits" in old:
                 v["v4_logits"] = old["logits"]
             if "logits" in said and ("refused" in old or max(
                     abs(a - b) for x, y in zip(said["logits"], old["logits"]) for a, b in zip(x, y)) > 1e-4):
-                print({k: v[k] for k in v if k not in said}, "transformers 4:", old.get("refused", "other logits"))
+                print(named(v), "transformers 4:", old.get("refused", "other logits"))
             out.append(v)
         made_with = {**had["made_with"], "transformers 4": tf.__version__}
     else:

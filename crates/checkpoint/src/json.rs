@@ -1,12 +1,13 @@
 //! JSON that other programs wrote, read as Python's `json` reads it.
 //!
-//! Python writes and reads `NaN`, `Infinity` and `-Infinity`, takes numbers beyond the range of f64 for infinite, and editors of some systems put a byte
-//! order mark in front. A number that is not finite becomes the object that transformers itself writes for one where JSON must be strict,
-//! `{"__float__": "NaN"}`: no reader takes it for a number, so a key that is read gives an error with its name, and one that is not does no harm.
+//! A number that is not finite becomes an object ([`lacuna_base::json::strict`]): no reader takes it for a number, so a key that is read gives an
+//! error with its name, and one that is not does no harm.
 
 use std::borrow::Cow;
 use std::path::Path;
 
+use lacuna_base::json::strict;
+pub(crate) use lacuna_base::json::without_mark;
 use serde::de::DeserializeOwned;
 use serde_json::Value;
 
@@ -25,9 +26,6 @@ const MAX_OBJECTS: usize = 250_000;
 
 /// Most values in lists and objects of settings, which take up to 128 bytes each; told by commas and brackets.
 const MAX_VALUES: usize = 2_000_000;
-
-/// Most numbers that are not finite: each becomes an object.
-const MAX_SPECIAL: usize = 10_000;
 
 /// The bytes of a file of settings.
 pub(crate) fn bytes(path: &Path) -> Result<Vec<u8>, OpenError> {
@@ -97,8 +95,9 @@ pub(crate) fn explain(json: &[u8], error: impl ToString) -> String {
     }
 }
 
-pub(crate) fn without_mark(text: &[u8]) -> &[u8] {
-    text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text)
+/// A value as the file has it.
+pub(crate) fn shown(v: &Value) -> String {
+    not_finite(v).map_or_else(|| v.to_string(), str::to_owned)
 }
 
 /// The name of a number that is not finite, where `v` is one.
@@ -106,61 +105,11 @@ pub(crate) fn not_finite(v: &Value) -> Option<&str> {
     v.as_object().filter(|o| o.len() == 1)?.get("__float__")?.as_str()
 }
 
-/// The text with an object in the place of every number that strict JSON does not know; borrowed where there is none. What is no JSON in any other way
-/// stays so.
-pub(crate) fn strict(text: &[u8]) -> Result<Cow<'_, [u8]>, String> {
-    let (mut out, mut copied, mut at, mut found) = (Vec::new(), 0, 0, 0);
-    while at < text.len() {
-        let begin = at;
-        match text[at] {
-            b'"' => {
-                at += 1;
-                while at < text.len() && text[at] != b'"' {
-                    at += if text[at] == b'\\' { 2 } else { 1 };
-                }
-                at += 1;
-            }
-            b'-' | b'0'..=b'9' | b'a'..=b'z' | b'A'..=b'Z' => {
-                let word = |c: &u8| c.is_ascii_alphanumeric() || matches!(c, b'+' | b'-' | b'.');
-                at += text[at..].iter().take_while(|c| word(c)).count();
-                if let Some(name) = special(&text[begin..at]) {
-                    found += 1;
-                    if found > MAX_SPECIAL {
-                        return Err(format!("more than {MAX_SPECIAL} numbers that are not finite (NaN, Infinity)"));
-                    }
-                    out.extend_from_slice(&text[copied..begin]);
-                    out.extend_from_slice(format!(r#"{{"__float__":"{name}"}}"#).as_bytes());
-                    copied = at;
-                }
-            }
-            _ => at += 1,
-        }
-    }
-    if copied == 0 {
-        return Ok(Cow::Borrowed(text));
-    }
-    out.extend_from_slice(&text[copied..]);
-    Ok(Cow::Owned(out))
-}
-
-/// Python's name of the number that a word stands for, where that is none of strict JSON's.
-fn special(word: &[u8]) -> Option<&'static str> {
-    match word {
-        b"NaN" => Some("NaN"),
-        b"Infinity" => Some("Infinity"),
-        b"-Infinity" => Some("-Infinity"),
-        [b'-', b'0'..=b'9', ..] | [b'0'..=b'9', ..] => {
-            // Whole numbers of any length have a nearest f64 or none, as others.
-            let x: f64 = std::str::from_utf8(word).ok()?.parse().ok()?;
-            x.is_infinite().then_some(if x > 0.0 { "Infinity" } else { "-Infinity" })
-        }
-        _ => None,
-    }
-}
-
 #[cfg(test)]
 mod tests {
     use serde_json::json;
+
+    use lacuna_base::json::MAX_SPECIAL;
 
     use super::*;
 

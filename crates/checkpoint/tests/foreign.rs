@@ -171,6 +171,10 @@ fn adapters_that_compute_something_else_are_refused() {
     refuse(&|c| c["r"] = json!(5), &["rank 4", "the configuration 5"]);
     refuse(&|c| c["r"] = json!(-1), &["r is -1"]);
     refuse(&|c| c["rank_pattern"] = json!([1]), &["rank_pattern"]);
+    // How a number that is not finite is kept is nobody's business.
+    let nan = json!({"__float__": "NaN"});
+    refuse(&|c| c["use_rslora"] = nan.clone(), &["use_rslora is NaN"]);
+    refuse(&|c| c["rank_pattern"] = json!({"q_proj": nan}), &["rank_pattern: q_proj is NaN"]);
     refuse(&|c| c["trainable_token_indices"] = json!({"embed_tokens": [-1]}), &["trainable_token_indices"]);
     refuse(&|c| c["target_parameters"] = json!("x"), &["target_parameters"]);
     let d = Damaged::copy(&foreign("peft_lora"));

@@ -222,6 +222,11 @@ impl Decoder {
         self.blocks.iter().map(Block::work).fold([0; 2], |[a, b], [c, d]| [a + c, b + d])
     }
 
+    /// Whether any product takes activations of 8 bits.
+    pub fn rounds_activations(&self) -> bool {
+        self.work()[1] > 0 || self.head.linear.work()[1] > 0
+    }
+
     /// Bytes of weights read for one token.
     pub fn weights_bytes(&self) -> u64 {
         self.blocks.iter().map(Block::weights_bytes).sum::<u64>() + self.head.weights_bytes()

@@ -4,9 +4,12 @@
 use std::path::{Path, PathBuf};
 
 use lacuna_model::{Batch, ContiguousKv, Decoder, LoadOptions, NoTap};
+use lacuna_spec::RopeScaling;
 use serde_json::{Value, json};
 
 const TOLERANCE: f64 = 1e-4;
+/// Of a sequence's mean loss, in nats.
+const NLL_TOLERANCE: f64 = 1e-5;
 
 /// Refused here, computed there: a key and the value that says so.
 const NOT_OURS: &[(&str, &str)] = &[("rope_type", "dynamic"), ("hidden_act", "quick_gelu")];
@@ -19,8 +22,18 @@ fn json_of(path: &Path) -> Value {
     serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap()
 }
 
-/// The last position's first logits of each sequence.
-fn run(variant: &Value, dir: &Path) -> Result<Vec<Vec<f64>>, String> {
+/// What a configuration makes of the tiny weights.
+#[derive(Debug)]
+struct Run {
+    /// The last position's logits of each sequence.
+    logits: Vec<Vec<f64>>,
+    /// The mean loss of each sequence, in nats.
+    nll: Vec<f64>,
+    /// The likeliest tokens after the golden prompt, if there is one.
+    greedy: Option<Vec<u32>>,
+}
+
+fn run(variant: &Value, dir: &Path) -> Result<Run, String> {
     let source = golden().join("tiny").join(variant["model"].as_str().unwrap());
     let mut config = json_of(&source.join("config.json"));
     let object = config.as_object_mut().unwrap();
@@ -40,25 +53,80 @@ fn run(variant: &Value, dir: &Path) -> Result<Vec<Vec<f64>>, String> {
         return Err(format!("{left:?} is left over"));
     }
     let decoder = Decoder::load(&checkpoint, &LoadOptions::default()).map_err(|e| e.to_string())?;
-    let mut out = Vec::new();
+    let mut out = Run { logits: Vec::new(), nll: Vec::new(), greedy: None };
     for ids in json_of(&source.join("golden.json"))["input_ids"].as_array().unwrap() {
         let ids: Vec<u32> = ids.as_array().unwrap().iter().map(|i| i.as_u64().unwrap() as u32).collect();
-        let batch = Batch::one(0, 0..ids.len());
-        let mut kv = ContiguousKv::new(&decoder.spec, 1);
-        let hidden = decoder.forward(&ids, &batch, &mut kv, &mut NoTap).map_err(|e| e.to_string())?;
-        let logits = decoder.logits(hidden.view());
-        out.push((0..logits.cols()).map(|c| f64::from(logits[(ids.len() - 1, c)])).collect());
+        let rows = logits(&decoder, &ids, 0, &mut ContiguousKv::new(&decoder.spec, 1))?;
+        let losses = rows.iter().zip(&ids[1..]).map(|(row, &next)| loss(row, next as usize));
+        out.nll.push(losses.sum::<f64>() / (ids.len() - 1) as f64);
+        out.logits.extend(rows.into_iter().last());
+    }
+    if let Some(said) = said(variant) {
+        out.greedy = Some(greedy(&decoder, &said[0], said[1].len())?);
     }
     Ok(out)
 }
 
-fn close(ours: &[Vec<f64>], theirs: &Value) -> bool {
+/// The logits at the positions of `ids` from `from` on; those before lie in `kv`.
+fn logits(decoder: &Decoder, ids: &[u32], from: usize, kv: &mut ContiguousKv) -> Result<Vec<Vec<f64>>, String> {
+    let batch = Batch::one(0, from..ids.len());
+    let hidden = decoder.forward(&ids[from..], &batch, kv, &mut NoTap).map_err(|e| e.to_string())?;
+    let logits = decoder.logits(hidden.view());
+    Ok((0..logits.rows()).map(|r| (0..logits.cols()).map(|c| f64::from(logits[(r, c)])).collect()).collect())
+}
+
+fn loss(row: &[f64], next: usize) -> f64 {
+    let most = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    most + row.iter().map(|x| (x - most).exp()).sum::<f64>().ln() - row[next]
+}
+
+/// The `n` likeliest tokens after `prompt`, a step each. What LongRoPE read by the list of another length is read again.
+fn greedy(decoder: &Decoder, prompt: &[u32], n: usize) -> Result<Vec<u32>, String> {
+    let ropes = decoder.spec.layers.iter().filter_map(|l| l.attn.as_ref()?.rope.as_ref());
+    let mut ids = prompt.to_vec();
+    let mut kv = ContiguousKv::new(&decoder.spec, 1);
+    while ids.len() < prompt.len() + n {
+        let crossed = ropes
+            .clone()
+            .any(|r| matches!(r.scaling, RopeScaling::Longrope { original, .. } if ids.len() == original + 1));
+        if crossed {
+            kv.truncate(0, 0);
+        }
+        let rows = logits(decoder, &ids, kv.len(0), &mut kv)?;
+        let row = rows.last().unwrap();
+        ids.push((0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap() as u32);
+    }
+    Ok(ids.split_off(prompt.len()))
+}
+
+/// The golden prompt and what follows it.
+fn said(variant: &Value) -> Option<[Vec<u32>; 2]> {
+    let bytes = |text: &str| text.as_bytes().chunks(2).map(|two| hex(two[0]) * 16 + hex(two[1])).collect();
+    let said = variant.get("greedy")?;
+    Some([0, 1].map(|i| bytes(said[i].as_str().unwrap())))
+}
+
+fn hex(digit: u8) -> u32 {
+    char::from(digit).to_digit(16).unwrap()
+}
+
+fn close(ours: &Run, theirs: &Value) -> bool {
     let rows = theirs.as_array().unwrap();
-    rows.len() == ours.len()
-        && rows.iter().zip(ours).all(|(row, ours)| {
+    rows.len() == ours.logits.len()
+        && rows.iter().zip(&ours.logits).all(|(row, ours)| {
             let row = row.as_array().unwrap();
             !row.is_empty() && row.iter().zip(ours).all(|(x, y)| (x.as_f64().unwrap() - y).abs() <= TOLERANCE)
         })
+}
+
+/// The same losses and the same continuation.
+fn says_the_same(ours: &Run, variant: &Value) -> bool {
+    let nll = variant["nll"].as_array().unwrap();
+    let [_, tokens] = said(variant).unwrap();
+    nll.len() == ours.nll.len()
+        && nll.iter().zip(&ours.nll).all(|(x, y)| (x.as_f64().unwrap() - y).abs() <= NLL_TOLERANCE)
+        && tokens.len() == 64
+        && ours.greedy.as_ref() == Some(&tokens)
 }
 
 fn not_ours(variant: &Value) -> bool {
@@ -76,7 +144,7 @@ fn configurations_mean_what_transformers_makes_of_them() {
     for variant in all {
         let ours = run(variant, dir.path());
         let fine = match (&ours, variant.get("logits"), variant.get("v4_logits")) {
-            (Ok(ours), Some(theirs), _) => close(ours, theirs),
+            (Ok(ours), Some(theirs), _) => close(ours, theirs) && says_the_same(ours, variant),
             (Err(_), Some(_), _) => not_ours(variant),
             // What the newer cannot run, the older may have run.
             (Ok(ours), None, Some(theirs)) => close(ours, theirs),

@@ -83,6 +83,14 @@ pub(crate) fn is_flat_name(name: &str) -> bool {
         && !name.contains(|c: char| c.is_control() || matches!(c, '/' | '\\' | ':'))
 }
 
+/// The only folder inside a model's.
+pub(crate) const TEMPLATES: &str = "additional_chat_templates";
+
+/// Whether a name stands for a plain file inside a model's folder, or inside its folder of templates.
+pub(crate) fn is_name(name: &str) -> bool {
+    is_flat_name(name.strip_prefix(TEMPLATES).and_then(|rest| rest.strip_prefix('/')).unwrap_or(name))
+}
+
 /// Whether a text is a sha256 in lower-case hexadecimal.
 pub(crate) fn is_sha256(text: &str) -> bool {
     text.len() == 64 && text.bytes().all(|c| c.is_ascii_digit() || (b'a'..=b'f').contains(&c))
@@ -200,7 +208,7 @@ impl Slot {
         let mut changed = !known;
         for file in &mut manifest.files {
             let bad = |why: String| Ok(Lookup::Bad(file.name.clone(), why));
-            if !is_flat_name(&file.name) {
+            if !is_name(&file.name) {
                 return bad("the manifest's name for it leads out of the folder".into());
             }
             let path = self.dir.join(&file.name);
@@ -243,7 +251,11 @@ impl Slot {
             let name = entry.file_name();
             let name = name.to_string_lossy();
             let stale = match finished {
-                Some(manifest) => name != MANIFEST && manifest.files.iter().all(|file| file.name != name),
+                // What a folder of templates holds beside those of the manifest harms nobody.
+                Some(manifest) => {
+                    let holds = |file: &FileEntry| file.name.split('/').next() == Some(&*name);
+                    name != MANIFEST && !manifest.files.iter().any(holds)
+                }
                 None => name.starts_with(TEMPORARY) && !name.starts_with(RESUMABLE),
             };
             if stale {
@@ -279,7 +291,7 @@ impl Slot {
     /// Forgets a file that turned out bad, so that nothing takes it for good while its replacement is under way.
     pub(crate) fn discard(&self, name: &str) {
         for name in [MANIFEST, name] {
-            if is_flat_name(name) {
+            if is_name(name) {
                 let _ = fs::remove_file(self.dir.join(name));
             }
         }
@@ -294,7 +306,7 @@ impl Slot {
         sha256: Option<&str>,
     ) -> Result<FileEntry, String> {
         let verified = (|| {
-            if !is_flat_name(name) || name == MANIFEST || name.starts_with('.') {
+            if !is_name(name) || name == MANIFEST || name.starts_with('.') {
                 return Err(format!("{name} is no name for a model's file"));
             }
             let meta = fs::metadata(temporary).map_err(|error| format!("{}: {error}", temporary.display()))?;
@@ -311,6 +323,9 @@ impl Slot {
         })();
         let (bytes, sha256) = verified.inspect_err(|_| drop(fs::remove_file(temporary)))?;
         let path = self.dir.join(name);
+        if let Some(dir) = path.parent() {
+            fs::create_dir_all(dir).map_err(|error| format!("{}: {error}", dir.display()))?;
+        }
         let meta = replace(temporary, &path).map_err(|error| format!("{}: {error}", path.display()))?;
         Ok(FileEntry { name: name.into(), bytes, sha256, verified_mtime_ns: mtime_ns(&meta) })
     }

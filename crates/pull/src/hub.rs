@@ -4,6 +4,7 @@ use std::collections::{BTreeMap, BTreeSet};
 use std::fs;
 use std::path::PathBuf;
 
+use lacuna_base::json;
 use serde_json::Value;
 
 use crate::cache::{self, FileEntry, Slot};
@@ -29,8 +30,9 @@ const COMPANIONS: &[&str] = &[
     "quantize_config.json",
     "quant_config.json",
 ];
-/// What an adapter is made of.
-const ADAPTER: [&str; 2] = ["adapter_config.json", "adapter_model.safetensors"];
+/// What an adapter is made of: its configuration and one of these, the first that is there.
+const ADAPTER: &str = "adapter_config.json";
+const ADAPTER_WEIGHTS: [&str; 2] = ["adapter_model.safetensors", "adapter_model.bin"];
 
 /// How the hub's own tools are set up on this machine; their variables mean here what they mean there.
 #[derive(Debug, Clone)]
@@ -74,10 +76,16 @@ impl Hub {
         }
         // A link whose target is gone, or not there yet, is not a file.
         let entries = fs::read_dir(&dir).ok()?.flatten().filter(|entry| entry.path().is_file());
-        let names: BTreeSet<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        let mut names: BTreeSet<String> = entries.filter_map(|entry| entry.file_name().into_string().ok()).collect();
+        let templates = fs::read_dir(dir.join(cache::TEMPLATES)).into_iter().flatten().flatten();
+        let templates = templates.filter(|entry| entry.path().is_file());
+        names.extend(templates.filter_map(|t| Some(format!("{}/{}", cache::TEMPLATES, t.file_name().to_str()?))));
         let files = select(&names, None, || fs::read(dir.join(INDEX)).map_err(|error| error.to_string())).ok()?;
         // A configuration that another tool fetched alone is not a checkpoint yet.
-        let whole = files.iter().any(|name| name.starts_with("tokenizer.") || name.ends_with(".gguf"));
+        let whole = |name: &String| {
+            name.starts_with("tokenizer.") || name.ends_with(".gguf") || ADAPTER_WEIGHTS.contains(&name.as_str())
+        };
+        let whole = files.iter().any(whole);
         whole.then_some((dir, files))
     }
 
@@ -118,7 +126,7 @@ impl Hub {
         let mut done: Vec<FileEntry> = Vec::new();
         let get = |path: &str| -> Result<FileEntry, String> {
             let (bytes, sha256) = known.get(path).cloned().unwrap_or_default();
-            let name = path.rsplit('/').next().unwrap_or(path);
+            let name = if is_template(path) { path } else { path.rsplit('/').next().unwrap_or(path) };
             if let Some(entry) = sha256.as_deref().and_then(|sha256| slot.present(name, sha256)) {
                 return Ok(entry);
             }
@@ -169,11 +177,14 @@ fn select(
             false => Err(format!("there is no file {file}; the model files there: {}", some_of(&models))),
         };
     }
-    if !names.contains("config.json") && ADAPTER.iter().all(|name| names.contains(*name)) {
-        return Ok(ADAPTER.map(str::to_string).to_vec());
+    let adapter = ADAPTER_WEIGHTS.into_iter().find(|name| names.contains(*name));
+    if let Some(weights) = adapter.filter(|_| names.contains(ADAPTER) && !names.contains("config.json")) {
+        return Ok([ADAPTER, weights].map(str::to_string).to_vec());
     }
     let weights: Vec<String> = if names.contains(INDEX) {
-        let index: Value = serde_json::from_slice(&read_index()?).map_err(|error| format!("{INDEX}: {error}"))?;
+        let index = read_index()?;
+        let index = json::strict(json::without_mark(&index)).map_err(|error| format!("{INDEX}: {error}"))?;
+        let index: Value = serde_json::from_slice(&index).map_err(|error| format!("{INDEX}: {error}"))?;
         let map = index["weight_map"].as_object().ok_or_else(|| format!("{INDEX} holds no weight_map"))?;
         let shards: BTreeSet<&str> = map.values().filter_map(Value::as_str).collect();
         if let Some(missing) = shards.iter().find(|shard| !names.contains(**shard) || !cache::is_flat_name(shard)) {
@@ -191,13 +202,19 @@ fn select(
     };
     if names.contains("config.json") && !weights.is_empty() {
         let companions = COMPANIONS.iter().map(|name| name.to_string()).filter(|name| names.contains(name));
-        return Ok(companions.chain(weights).collect());
+        let templates = names.iter().filter(|name| is_template(name)).cloned();
+        return Ok(companions.chain(templates).chain(weights).collect());
     }
     match ggufs.as_slice() {
         [one] => Ok(vec![one.clone()]),
         [] => Err("there is neither a config.json with *.safetensors nor a .gguf file".into()),
         many => Err(format!("there are {} GGUF files; name one, as hf:org/repo:FILE: {}", many.len(), some_of(many))),
     }
+}
+
+/// Whether this is one of the chat templates that lie in a folder of their own.
+fn is_template(name: &str) -> bool {
+    name.ends_with(".jinja") && cache::is_name(name) && !cache::is_flat_name(name)
 }
 
 fn some_of(names: &[String]) -> String {
@@ -224,7 +241,37 @@ mod tests {
         assert_eq!(of(&adapter).as_deref(), Ok("adapter_config.json adapter_model.safetensors"));
         let gptq = ["config.json", "model.safetensors", "quantize_config.json"];
         assert_eq!(of(&gptq).as_deref(), Ok("config.json quantize_config.json model.safetensors"));
-        // A pickle alone is nothing to fetch.
-        assert!(of(&["adapter_config.json", "adapter_model.bin"]).is_err());
+        let old = ["adapter_config.json", "adapter_model.bin"];
+        assert_eq!(of(&old).as_deref(), Ok("adapter_config.json adapter_model.bin"));
+        assert_eq!(of(&[old[1], adapter[1], adapter[2]]).as_deref(), of(&adapter).as_deref());
+        // A pickle of a whole model is nothing to fetch.
+        assert!(of(&["config.json", "pytorch_model.bin"]).is_err());
+        assert!(of(&["config.json", "adapter_model.bin"]).is_err());
+    }
+
+    #[test]
+    fn templates_lie_in_a_folder() {
+        let names = [
+            "config.json",
+            "model.safetensors",
+            "additional_chat_templates/tool_use.jinja",
+            "additional_chat_templates/notes.txt",
+            "additional_chat_templates/a/b.jinja",
+            "other/x.jinja",
+        ];
+        let names = names.iter().map(|name| name.to_string()).collect();
+        let files = select(&names, None, || Err("there is no index".into())).unwrap();
+        assert_eq!(files, ["config.json", "additional_chat_templates/tool_use.jinja", "model.safetensors"]);
+    }
+
+    /// A byte order mark, and numbers that only Python writes.
+    #[test]
+    fn an_index_is_read_as_python_reads_it() {
+        let text = "\u{feff}{\"metadata\": {\"total_size\": NaN}, \"weight_map\": {\"a\": \"w-1.safetensors\"}}";
+        let names = ["config.json", INDEX, "w-1.safetensors"].iter().map(|name| name.to_string()).collect();
+        let files = select(&names, None, || Ok(text.into())).unwrap();
+        assert_eq!(files, ["config.json", "w-1.safetensors", INDEX]);
+        let broken = select(&names, None, || Ok(b"{\"weight_map\": nan}".to_vec())).unwrap_err();
+        assert!(broken.starts_with(INDEX), "{broken}");
     }
 }

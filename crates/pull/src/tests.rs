@@ -208,8 +208,10 @@ fn a_checkpoint_comes_from_the_hub_whole() {
     let bench = Bench::new();
     let (one, two) = (noise(3_000_000), noise(5000));
     let index = br#"{"weight_map":{"a":"model-1-of-2.safetensors","b":"model-2-of-2.safetensors"}}"#;
+    let template = "additional_chat_templates/tool_use.jinja";
     let files: &[(&str, &[u8])] = &[
         ("README.md", b"words"),
+        (template, b"{{ tools }}"),
         ("config.json", b"{}"),
         ("consolidated.safetensors", b"not asked for"),
         ("model-1-of-2.safetensors", &one),
@@ -226,7 +228,8 @@ fn a_checkpoint_comes_from_the_hub_whole() {
     let pulled = bench.pull_text("hf:org/repo").unwrap();
     assert!(!pulled.from_cache && pulled.path.is_dir());
     assert_eq!(pulled.source, format!("hf:org/repo@{COMMIT}"));
-    let names: Vec<_> = pulled.files.iter().map(|path| path.file_name().unwrap().to_str().unwrap()).collect();
+    let inner = |path: &PathBuf| path.strip_prefix(&pulled.path).unwrap().to_str().unwrap().replace('\\', "/");
+    let names: Vec<_> = pulled.files.iter().map(inner).collect();
     let wanted = files.iter().map(|file| file.0).filter(|name| !name.contains("READ") && !name.contains("cons"));
     assert_eq!(names, wanted.collect::<Vec<_>>());
     assert_eq!(fs::read(pulled.path.join("model-1-of-2.safetensors")).unwrap(), one);
@@ -241,6 +244,10 @@ fn a_checkpoint_comes_from_the_hub_whole() {
     let again = bench.pull_text("hf:org/repo").unwrap();
     assert!(again.from_cache && again.path == pulled.path && again.source == pulled.source);
     assert_eq!(bench.server.seen("").len(), before);
+    // What was broken in the folder of templates comes again.
+    fs::write(pulled.path.join(template), "x").unwrap();
+    assert!(!bench.pull_text("hf:org/repo").unwrap().from_cache);
+    assert_eq!(fs::read(pulled.path.join(template)).unwrap(), b"{{ tools }}");
 }
 
 #[test]
@@ -296,6 +303,10 @@ fn the_hubs_own_cache_is_asked_first() {
         assert!(pulled.from_cache && pulled.path == snapshot && pulled.files.len() == 3);
     }
     assert_eq!(bench.pull_text("hf:org/repo:config.json").unwrap().path, snapshot.join("config.json"));
+    let templates = snapshot.join("additional_chat_templates");
+    fs::create_dir(&templates).unwrap();
+    fs::write(templates.join("rag.jinja"), "x").unwrap();
+    assert!(bench.pull_text("hf:org/repo").unwrap().files.contains(&templates.join("rag.jinja")));
     assert!(bench.server.seen("").is_empty());
 }
 

@@ -72,6 +72,19 @@ pub struct Generated {
 }
 
 impl Engine {
+    /// Refuses what cannot be generated, before anything of it is shown; the sampler for what can.
+    pub fn check(&self, g: &Generation) -> Result<Sampler, RunError> {
+        let context = self.context();
+        if g.prompt.is_empty() {
+            return Err(RunError::Empty);
+        }
+        if g.prompt.len() >= context {
+            let hint = ", and the answer needs room, too: shorten the prompt";
+            return Err(RunError::Context { tokens: g.prompt.len(), context, hint });
+        }
+        Sampler::new(&g.sampling)
+    }
+
     /// Continues `g.prompt` in `seq`, whose tokens are reused as far as they agree with the prompt. `on_text` gets the text as it becomes certain:
     /// whole characters, and nothing that may yet turn out to be a stop text; it may end the generation.
     pub fn generate(
@@ -82,14 +95,7 @@ impl Engine {
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generated, RunError> {
         let context = self.context();
-        if g.prompt.is_empty() {
-            return Err(RunError::Empty);
-        }
-        if g.prompt.len() >= context {
-            let hint = ", and the answer needs room, too: shorten the prompt";
-            return Err(RunError::Context { tokens: g.prompt.len(), context, hint });
-        }
-        let mut sampler = Sampler::new(&g.sampling)?;
+        let mut sampler = self.check(g)?;
         let reused = self.reuse(seq, &g.prompt, g.prompt.len().saturating_add(g.max_tokens));
 
         let mut all = g.prompt.clone();

@@ -124,6 +124,7 @@ fn endpoint(path: &str) -> &'static str {
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/embeddings",
+        "/health",
         "/health/live",
         "/health/ready",
         "/metrics",
@@ -142,7 +143,8 @@ fn endpoint(path: &str) -> &'static str {
 async fn watch(State(app): State<Arc<App>>, request: Request<Body>, next: Next) -> Response<Body> {
     let began = Instant::now();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
-    let open = matches!(endpoint(&path), "/" | "/assets" | "/health/live" | "/health/ready" | "/openapi.json");
+    let open =
+        matches!(endpoint(&path), "/" | "/assets" | "/health" | "/health/live" | "/health/ready" | "/openapi.json");
     let mut response = if !app.host_is_known(&request) {
         let text = "this server is not known by the name in the Host header; --allow-host makes a name known";
         ApiError::new(403, text).code("unknown_host").into_response()
@@ -172,6 +174,7 @@ pub fn router(app: Arc<App>) -> Router {
         .route("/v1/chat/completions", post(api::chat))
         .route("/v1/completions", post(api::completions))
         .route("/v1/embeddings", post(api::embeddings))
+        .route("/health", get(|| async { json_response(200, &json!({ "status": "ok" })) }))
         .route("/health/live", get(|| async { json_response(200, &json!({ "status": "live" })) }))
         .route("/health/ready", get(ready))
         .route("/metrics", get(metrics))

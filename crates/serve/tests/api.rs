@@ -496,6 +496,7 @@ fn models_page_document_health_and_metrics() {
         assert_ne!(s.get(&path).status, 404, "{path} is described and not there");
     }
     assert_eq!(s.get("/health/live").status, 200);
+    assert_eq!(s.get("/health").json(), json!({"status": "ok"}));
     assert_eq!(s.get("/health/ready").json()["status"], "ready");
     for path in ["/", "/assets/app.js", "/assets/app.css", "/assets/icon.svg"] {
         let page = s.get(path);

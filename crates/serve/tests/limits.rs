@@ -264,7 +264,7 @@ fn keys_and_names() {
     for path in ["/metrics", "/api/live", "/api/card"] {
         assert_eq!(s.get(path).status, 401, "{path}");
     }
-    for path in ["/", "/health/live", "/health/ready", "/openapi.json", "/assets/app.js"] {
+    for path in ["/", "/health", "/health/live", "/health/ready", "/openapi.json", "/assets/app.js"] {
         assert_eq!(s.get(path).status, 200, "{path}");
     }
     let with = |key: &str| {

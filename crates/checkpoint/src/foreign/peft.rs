@@ -16,6 +16,7 @@ use serde_json::{Map, Value};
 use super::config::Pattern as Name;
 use crate::OpenError;
 use crate::content::{self, Content};
+use crate::json;
 use crate::map::Mapped;
 use crate::tensor::{TensorInfo, TensorType};
 use crate::torch;
@@ -217,7 +218,7 @@ fn ends_with_words(name: &str, end: &str) -> bool {
 fn one<T>(c: &Map<String, Value>, key: &str, read: impl Fn(&Value) -> Option<T>, default: T) -> Result<T, String> {
     match c.get(key).filter(|v| !v.is_null()) {
         None => Ok(default),
-        Some(v) => read(v).ok_or_else(|| format!("{key} is {v}")),
+        Some(v) => read(v).ok_or_else(|| format!("{key} is {}", json::shown(v))),
     }
 }
 
@@ -241,7 +242,7 @@ fn pattern<T>(c: &Map<String, Value>, key: &str, read: impl Fn(&Value) -> Option
     let one = |(k, v): (&String, &Value)| {
         // The end of a module's name, whole words of it, as PEFT matches.
         let name = || Name::new(&format!("(?:.*\\.)?(?:{k})$"));
-        read(v).map(|t| (name(), t)).ok_or_else(|| format!("{key}: {k} is {v}"))
+        read(v).map(|t| (name(), t)).ok_or_else(|| format!("{key}: {k} is {}", json::shown(v)))
     };
     list.iter().map(one).collect()
 }
@@ -264,7 +265,7 @@ fn refused(c: &Map<String, Value>) -> Option<String> {
         _ => true,
     };
     if let Some((key, v)) = c.iter().find(|(k, v)| !KNOWN.contains(&k.as_str()) && set(v)) {
-        return Some(format!("{key} is {v}, which changes what the adapter computes and is not read"));
+        return Some(format!("{key} is {}, which changes what the adapter computes and is not read", json::shown(v)));
     }
     let on = |key: &str| c.get(key).is_some_and(set);
     if on("use_dora") && on("lora_bias") {
@@ -278,6 +279,8 @@ fn refused(c: &Map<String, Value>) -> Option<String> {
     match c.get("init_lora_weights") {
         None | Some(Value::Null | Value::Bool(_)) => None,
         Some(Value::String(s)) if ["gaussian", "eva", "orthogonal"].contains(&s.as_str()) => None,
-        Some(v) => Some(format!("init_lora_weights is {v}: such adapters fit a changed base, and are not read")),
+        Some(v) => {
+            Some(format!("init_lora_weights is {}: such adapters fit a changed base, and are not read", json::shown(v)))
+        }
     }
 }
