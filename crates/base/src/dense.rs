@@ -89,6 +89,24 @@ pub fn add_matmul_nn(mut c: MatMut<'_>, alpha: f32, a: MatRef<'_>, b: MatRef<'_>
     blocked(c.raw_mut(), stride, Accum::Add, alpha, view(a), view(b));
 }
 
+/// `c += alpha · a · bᵀ` in place, of `c` `[m, n]`, `a` `[m, k]` and `b` `[n, k]`.
+#[track_caller]
+pub fn add_matmul_nt(mut c: MatMut<'_>, alpha: f32, a: MatRef<'_>, b: MatRef<'_>) {
+    same_inner(a.cols(), b.cols());
+    assert_eq!((c.rows(), c.cols()), (a.rows(), b.rows()), "the result's shape differs from the product's");
+    let stride = c.stride();
+    blocked(c.raw_mut(), stride, Accum::Add, alpha, view(a), view(b).transpose());
+}
+
+/// `c += alpha · aᵀ · b` in place, of `c` `[m, n]`, `a` `[k, m]` and `b` `[k, n]`.
+#[track_caller]
+pub fn add_matmul_tn(mut c: MatMut<'_>, alpha: f32, a: MatRef<'_>, b: MatRef<'_>) {
+    same_inner(a.rows(), b.rows());
+    assert_eq!((c.rows(), c.cols()), (a.cols(), b.cols()), "the result's shape differs from the product's");
+    let stride = c.stride();
+    blocked(c.raw_mut(), stride, Accum::Add, alpha, view(a).transpose(), view(b));
+}
+
 /// `a · bᵀ` in f64, `[m, n]`, of `a` `[m, k]` and `b` `[n, k]`.
 #[track_caller]
 pub fn matmul_nt_f64(a: &Mat64, b: &Mat64) -> Mat64 {
@@ -332,6 +350,15 @@ mod tests {
         {
             let data = &mut c.data_mut()[5..];
             add_matmul_nn(MatMut::with_stride(150, 11, 30, data), -1.0, a.view(), b.view());
+        }
+        for transposed in ["a", "b"] {
+            let mut d = start.clone();
+            let into = MatMut::with_stride(150, 11, 30, &mut d.data_mut()[5..]);
+            match transposed {
+                "a" => add_matmul_tn(into, -1.0, a.transpose().view(), b.view()),
+                _ => add_matmul_nt(into, -1.0, a.view(), b.transpose().view()),
+            }
+            assert!(max_abs_diff(d.view(), c.view()) < 1e-4, "{transposed} transposed");
         }
         for r in 0..150 {
             for col in 0..30 {

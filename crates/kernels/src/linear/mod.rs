@@ -5,6 +5,7 @@ mod prepare;
 mod products;
 #[cfg(test)]
 mod tests;
+mod transposed;
 
 use lacuna_base::{MatMut, MatRef};
 use lacuna_format::{FormatError, Piece, Stored, Term};
@@ -13,6 +14,7 @@ use crate::op::matmul::Out;
 use crate::{Isa, scratch};
 use form::Form;
 pub(crate) use form::{FLOAT_PATH, INTEGER_PATH};
+pub use transposed::Transposed;
 
 /// How activations meet a matrix of integer codes.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Default)]

@@ -9,7 +9,7 @@ use lacuna_format::{
     Stored, Term, Values, pack_float, pack_integers,
 };
 
-use super::{Activations, Linear, Packing};
+use super::{Activations, Linear, Packing, Transposed};
 use crate::Isa;
 use crate::table::PRODUCT_TOLERANCE;
 
@@ -278,6 +278,45 @@ fn every_kind_on_every_isa_against_f64_and_in_any_company() {
                 &format!("{name} {isa}"),
             );
         }
+    }
+}
+
+#[test]
+fn every_kind_from_its_other_side_against_f64_with_any_threads() {
+    let alone = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let mut all = cases();
+    // More rows than a panel has, floats that lie at an odd address, a product of a rank that is no panel's.
+    let w = random(700, 40, 3);
+    all.push(("panels f16".into(), dense(700, 40, Values::Float(Float::F16, floats(&w, Float::F16)))));
+    let plain = floats(&w, Float::F32);
+    let odd = Bytes::from([&[0u8], &plain[..]].concat()).slice(1..);
+    let [plain, odd] = [plain, odd].map(|b| dense(700, 40, Values::Float(Float::F32, b)));
+    let dy = random(5, 700, 4);
+    let product = |stored: &Stored, dy: &Mat| {
+        let mut dx = random(dy.rows(), stored.cols, 8);
+        Transposed::new(stored).unwrap().add_product(dy.view(), dx.view_mut());
+        dx
+    };
+    assert_eq!(bits(product(&plain, &dy).view()), bits(product(&odd, &dy).view()), "by address");
+    all.push(("panels f32".into(), plain));
+    for (name, stored) in all {
+        let w = stored.to_mat();
+        let dy = random(if stored.cols > 1000 { 3 } else { 35 }, stored.rows, 7);
+        let start = random(dy.rows(), stored.cols, 8);
+        let dx = product(&stored, &dy);
+        for r in 0..dy.rows() {
+            for c in 0..w.cols() {
+                let terms = || (0..w.rows()).map(|o| f64::from(dy[(r, o)]) * f64::from(w[(o, c)]));
+                let (want, size) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
+                // What was there is part of the sum; terms of one matrix may cancel.
+                let size = size + if stored.terms.len() > 1 { 100.0 } else { 3.0 };
+                let off = (f64::from(dx[(r, c)]) - f64::from(start[(r, c)]) - want).abs();
+                let bound = f64::from(PRODUCT_TOLERANCE) * size;
+                assert!(off <= bound, "{name} {} x {}: off by {off} of {want}", w.rows(), w.cols());
+            }
+        }
+        let single = alone.install(|| product(&stored, &dy));
+        assert_eq!(bits(single.view()), bits(dx.view()), "{name} with one thread");
     }
 }
 

@@ -8,7 +8,7 @@ use crate::simd::{Op, Simd, dispatch};
 use crate::{Isa, parallel};
 
 /// A function of two values, lane by lane.
-trait Zip: Copy + Sync {
+pub(super) trait Zip: Copy + Sync {
     fn zip<S: Simd>(self, s: S, a: S::V, b: S::V) -> S::V;
 }
 
@@ -102,7 +102,7 @@ impl Zip for Cap {
 
 /// Applies `f` row by row: `a = f(a, b)`, where `b` is a matrix of a's shape, one row for all, or `None` for `a` itself.
 #[track_caller]
-fn rows<F: Zip>(isa: Isa, f: F, a: MatMut<'_>, b: Option<MatRef<'_>>, cost: usize) {
+pub(super) fn rows<F: Zip>(isa: Isa, f: F, a: MatMut<'_>, b: Option<MatRef<'_>>, cost: usize) {
     let (n, cols, stride) = (a.rows(), a.cols(), a.stride());
     if let Some(b) = b {
         assert!(

@@ -1,5 +1,6 @@
 //! Operations, each written once over [`Simd`](crate::simd::Simd).
 
+pub(crate) mod adjoint;
 pub(crate) mod attention;
 pub(crate) mod dot;
 pub(crate) mod elementwise;

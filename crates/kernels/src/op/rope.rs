@@ -152,6 +152,11 @@ pub struct RopeRows {
 }
 
 impl RopeRows {
+    /// The turns backward, which is what a derivative takes: the transpose of every turn, its factor kept.
+    pub fn transposed(&self) -> RopeRows {
+        RopeRows { sin: self.sin.iter().map(|x| -x).collect(), ..self.clone() }
+    }
+
     /// Turns the heads of every row of `x`, `[rows, heads * head_dim]`, in place. Channels beyond the table's stay.
     #[track_caller]
     pub fn apply(&self, head_dim: usize, mut x: MatMut<'_>) {
