@@ -72,7 +72,7 @@ impl Gather {
 
 impl Tap for Gather {
     fn wants(&self) -> Wants {
-        Wants { inputs: self.is_needed(), residuals: false }
+        Wants { inputs: self.is_needed(), ..Wants::default() }
     }
 
     fn input(&mut self, place: &Place, x: MatRef<'_>) {
@@ -113,7 +113,7 @@ impl Similarity {
 
 impl Tap for Similarity {
     fn wants(&self) -> Wants {
-        Wants { inputs: false, residuals: true }
+        Wants { residuals: true, ..Wants::default() }
     }
 
     fn residual(&mut self, layer: usize, part: BlockPart, before: MatRef<'_>, after: MatRef<'_>) {

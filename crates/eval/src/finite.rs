@@ -37,7 +37,7 @@ impl Watch {
 
 impl Tap for Watch {
     fn wants(&self) -> Wants {
-        Wants { inputs: true, residuals: true }
+        Wants { inputs: true, residuals: true, ..Wants::default() }
     }
 
     fn input(&mut self, place: &Place, x: MatRef<'_>) {

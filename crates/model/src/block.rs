@@ -9,44 +9,44 @@ use lacuna_spec::{Activation, Experts, Place, Role, Rope};
 use crate::lent::Lent;
 use crate::parts::{NormWeights, Projection};
 use crate::profile::span;
-use crate::{Batch, BlockPart, KvStore, ModelError, Tap};
+use crate::{Batch, BlockPart, KvStore, ModelError, Tap, Wants};
 
 /// A decoder block, ready to compute: `x + attention(x)`, then `x + ffn(x)`.
 pub struct Block {
     layer: usize,
-    attention: Option<AttentionPart>,
-    ffn: Option<FfnPart>,
+    pub(crate) attention: Option<AttentionPart>,
+    pub(crate) ffn: Option<FfnPart>,
 }
 
-struct AttentionPart {
-    norm: NormWeights,
-    q: Projection,
-    k: Projection,
-    v: Projection,
-    o: Projection,
-    qk_norm: Option<(NormWeights, NormWeights)>,
-    rope: Option<RopeTable>,
-    head_dim: usize,
-    scores: Attention,
-    post_norm: Option<NormWeights>,
+pub(crate) struct AttentionPart {
+    pub(crate) norm: NormWeights,
+    pub(crate) q: Projection,
+    pub(crate) k: Projection,
+    pub(crate) v: Projection,
+    pub(crate) o: Projection,
+    pub(crate) qk_norm: Option<(NormWeights, NormWeights)>,
+    pub(crate) rope: Option<RopeTable>,
+    pub(crate) head_dim: usize,
+    pub(crate) scores: Attention,
+    pub(crate) post_norm: Option<NormWeights>,
 }
 
-struct FfnPart {
-    norm: NormWeights,
-    act: Activation,
-    body: Body,
-    post_norm: Option<NormWeights>,
+pub(crate) struct FfnPart {
+    pub(crate) norm: NormWeights,
+    pub(crate) act: Activation,
+    pub(crate) body: Body,
+    pub(crate) post_norm: Option<NormWeights>,
 }
 
-enum Body {
+pub(crate) enum Body {
     Dense(Box<Ffn>),
     Mixture { router: Projection, choice: Experts, experts: Vec<Ffn> },
 }
 
-struct Ffn {
-    gate: Option<Projection>,
-    up: Projection,
-    down: Projection,
+pub(crate) struct Ffn {
+    pub(crate) gate: Option<Projection>,
+    pub(crate) up: Projection,
+    pub(crate) down: Projection,
 }
 
 impl Block {
@@ -184,7 +184,7 @@ impl Block {
         let wants = tap.wants();
         let start = wants.residuals.then(|| x.clone());
         if let Some(a) = &self.attention {
-            let y = a.forward(self.layer, x.view(), batch, kv, tap, wants.inputs)?;
+            let y = a.forward(self.layer, x.view(), batch, kv, tap, wants)?;
             span("add", || kernels::add(x.view_mut(), y.view()));
         }
         let middle = wants.residuals.then(|| x.clone());
@@ -192,7 +192,7 @@ impl Block {
             tap.residual(self.layer, BlockPart::Attention, a.view(), b.view());
         }
         if let Some(f) = &self.ffn {
-            let y = f.forward(x.view(), tap, wants.inputs);
+            let y = f.forward(x.view(), tap, wants);
             span("add", || kernels::add(x.view_mut(), y.view()));
         }
         if let (Some(b), true) = (&middle, self.ffn.is_some()) {
@@ -213,15 +213,20 @@ impl AttentionPart {
         batch: &Batch,
         kv: &mut dyn KvStore,
         tap: &mut dyn Tap,
-        shown: bool,
+        wants: Wants,
     ) -> Result<Lent, ModelError> {
         let h = self.norm.apply(x);
-        if shown {
+        if wants.inputs {
             for p in [&self.q, &self.k, &self.v] {
                 tap.input(&p.place, h.view());
             }
         }
         let [mut q, mut k, v] = Projection::together([&self.q, &self.k, &self.v], h.view());
+        if wants.outputs {
+            for (p, y) in [(&self.q, &q), (&self.k, &k), (&self.v, &v)] {
+                tap.output(&p.place, y.view());
+            }
+        }
         if let Some((qn, kn)) = &self.qk_norm {
             qn.heads_in_place(&mut q);
             kn.heads_in_place(&mut k);
@@ -249,10 +254,13 @@ impl AttentionPart {
                 );
             });
         }
-        if shown {
+        if wants.inputs {
             tap.input(&self.o.place, mixed.view());
         }
         let mut y = self.o.apply(mixed.view());
+        if wants.outputs {
+            tap.output(&self.o.place, y.view());
+        }
         if let Some(n) = &self.post_norm {
             n.in_place(&mut y);
         }
@@ -261,17 +269,21 @@ impl AttentionPart {
 }
 
 impl FfnPart {
-    fn forward(&self, x: MatRef<'_>, tap: &mut dyn Tap, shown: bool) -> Lent {
+    fn forward(&self, x: MatRef<'_>, tap: &mut dyn Tap, wants: Wants) -> Lent {
         let h = self.norm.apply(x);
         let mut y = match &self.body {
-            Body::Dense(f) => f.forward(self.act, h.view(), tap, shown),
+            Body::Dense(f) => f.forward(self.act, h.view(), tap, wants),
             Body::Mixture { router, choice, experts } => {
-                if shown {
+                if wants.inputs {
                     tap.input(&router.place, h.view());
                 }
                 let mut y = Lent::new(x.rows(), x.cols());
                 y.data_mut().fill(0.0);
-                let routes = route(&mut router.apply(h.view()), *choice);
+                let mut logits = router.apply(h.view());
+                if wants.outputs {
+                    tap.output(&router.place, logits.view());
+                }
+                let routes = route(&mut logits, *choice);
                 // Experts in their order, so that a row's sum does not depend on what else is routed where.
                 for (expert, rows) in experts.iter().zip(routes) {
                     if rows.is_empty() {
@@ -282,7 +294,7 @@ impl FfnPart {
                         h.cols(),
                         rows.iter().flat_map(|&(r, _)| h.row(r).iter().copied()).collect(),
                     );
-                    let out = expert.forward(self.act, mine.view(), tap, shown);
+                    let out = expert.forward(self.act, mine.view(), tap, wants);
                     for (i, &(r, weight)) in rows.iter().enumerate() {
                         kernels::add_scaled(y.row_mut(r), weight, out.row(i));
                     }
@@ -297,8 +309,9 @@ impl FfnPart {
     }
 }
 
-/// The rows of each expert with their weights: softmax over all experts, the largest `used` of a row (ties to the lower number).
-fn route(logits: &mut Mat, choice: Experts) -> Vec<Vec<(usize, f32)>> {
+/// The rows of each expert with their weights: softmax over all experts, the largest `used` of a row (ties to the lower number). `logits` become
+/// the softmax.
+pub(crate) fn route(logits: &mut Mat, choice: Experts) -> Vec<Vec<(usize, f32)>> {
     let mut routes = vec![Vec::new(); choice.count];
     for r in 0..logits.rows() {
         let p = logits.row_mut(r);
@@ -315,8 +328,8 @@ fn route(logits: &mut Mat, choice: Experts) -> Vec<Vec<(usize, f32)>> {
 }
 
 impl Ffn {
-    fn forward(&self, act: Activation, x: MatRef<'_>, tap: &mut dyn Tap, shown: bool) -> Lent {
-        if shown {
+    fn forward(&self, act: Activation, x: MatRef<'_>, tap: &mut dyn Tap, wants: Wants) -> Lent {
+        if wants.inputs {
             for p in self.gate.iter().chain([&self.up]) {
                 tap.input(&p.place, x);
             }
@@ -324,22 +337,33 @@ impl Ffn {
         let inner = match &self.gate {
             Some(gate) => {
                 let [mut g, up] = Projection::together([gate, &self.up], x);
+                if wants.outputs {
+                    tap.output(&gate.place, g.view());
+                    tap.output(&self.up.place, up.view());
+                }
                 span("activation", || kernels::gated_activation(act, g.view_mut(), up.view()));
                 g
             }
             None => {
                 let mut up = self.up.apply(x);
+                if wants.outputs {
+                    tap.output(&self.up.place, up.view());
+                }
                 span("activation", || kernels::activation(act, up.view_mut()));
                 up
             }
         };
-        if shown {
+        if wants.inputs {
             tap.input(&self.down.place, inner.view());
         }
-        self.down.apply(inner.view())
+        let y = self.down.apply(inner.view());
+        if wants.outputs {
+            tap.output(&self.down.place, y.view());
+        }
+        y
     }
 
-    fn all(&self) -> impl Iterator<Item = &Projection> {
+    pub(crate) fn all(&self) -> impl Iterator<Item = &Projection> {
         self.gate.iter().chain([&self.up, &self.down])
     }
 

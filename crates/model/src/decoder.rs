@@ -78,10 +78,11 @@ impl Embedding {
 
 /// The residual stream to logits.
 pub struct Head {
-    norm: Option<NormWeights>,
-    linear: Linear,
-    scale: f32,
-    softcap: Option<f32>,
+    pub(crate) place: Place,
+    pub(crate) norm: Option<NormWeights>,
+    pub(crate) linear: Linear,
+    pub(crate) scale: f32,
+    pub(crate) softcap: Option<f32>,
 }
 
 impl Head {
@@ -100,7 +101,7 @@ impl Head {
             .map_err(|e| ModelError::bad(&place, e))?;
         let norm =
             if spec.final_norm { Some(NormWeights::load(weights, Place::global(Role::FinalNorm))?) } else { None };
-        Ok(Head { norm, linear, scale: spec.logit_scale, softcap: spec.logit_softcap })
+        Ok(Head { place, norm, linear, scale: spec.logit_scale, softcap: spec.logit_softcap })
     }
 
     /// What multiplies the output projection: the normalised residual stream, `[rows, hidden]`.
@@ -122,10 +123,16 @@ impl Head {
         match &self.norm {
             Some(norm) => {
                 let h = norm.apply(x);
-                span("head", || self.linear.forward(h.view(), out.view_mut()));
+                self.project(h.view(), out);
             }
-            None => span("head", || self.linear.forward(x, out.view_mut())),
+            None => self.project(x, out),
         }
+    }
+
+    /// As [`Head::logits_into`], of rows that are normalised already.
+    #[track_caller]
+    pub(crate) fn project(&self, h: MatRef<'_>, out: &mut Mat) {
+        span("head", || self.linear.forward(h, out.view_mut()));
         if self.scale != 1.0 {
             out.data_mut().iter_mut().for_each(|x| *x *= self.scale);
         }

@@ -56,6 +56,12 @@ pub enum ModelError {
         /// How many there are.
         rows: usize,
     },
+    /// A text without a token to predict has no loss.
+    #[error("a sequence of {tokens} tokens has no next token to predict")]
+    Short {
+        /// How many there are.
+        tokens: usize,
+    },
     /// The key-value store cannot take or give what was asked.
     #[error("the key-value store: {what}")]
     Store {

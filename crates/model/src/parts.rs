@@ -38,8 +38,9 @@ pub(crate) fn vector(weights: &dyn Weights, place: Place) -> Result<Vec<f32>, Mo
 
 /// A normalisation with its constants.
 pub(crate) struct NormWeights {
-    norm: Norm,
-    scale: Vec<f32>,
+    pub(crate) place: Place,
+    pub(crate) norm: Norm,
+    pub(crate) scale: Vec<f32>,
     bias: Option<Vec<f32>>,
 }
 
@@ -47,7 +48,12 @@ impl NormWeights {
     pub(crate) fn load(weights: &dyn Weights, place: Place) -> Result<NormWeights, ModelError> {
         let norm = weights.spec().norm;
         let bias = (norm.kind == NormKind::Layer).then(|| vector(weights, place.bias())).transpose()?;
-        Ok(NormWeights { norm, scale: vector(weights, place)?, bias })
+        Ok(NormWeights { place, norm, scale: vector(weights, place)?, bias })
+    }
+
+    /// Whether a bias is added.
+    pub(crate) fn has_bias(&self) -> bool {
+        self.bias.is_some()
     }
 
     pub(crate) fn apply(&self, x: MatRef<'_>) -> Lent {
@@ -75,7 +81,7 @@ pub(crate) struct Projection {
     /// In profiles.
     name: &'static str,
     linear: Linear,
-    bias: Option<Mat>,
+    pub(crate) bias: Option<Mat>,
 }
 
 impl Projection {
@@ -119,6 +125,11 @@ impl Projection {
             }
         }
         out
+    }
+
+    /// Outputs.
+    pub(crate) fn rows(&self) -> usize {
+        self.linear.rows()
     }
 
     pub(crate) fn work(&self) -> [u64; 2] {

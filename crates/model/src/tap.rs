@@ -14,11 +14,13 @@ pub enum BlockPart {
     Ffn,
 }
 
-/// What a tap wants to be shown.
-#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+/// What a tap wants to be shown; nothing by default.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Wants {
     /// Inputs of matrices.
     pub inputs: bool,
+    /// What matrices put out.
+    pub outputs: bool,
     /// The residual stream before and after each part: it costs a copy.
     pub residuals: bool,
 }
@@ -27,13 +29,18 @@ pub struct Wants {
 pub trait Tap {
     /// What should be shown; asked once a block. Everything by default.
     fn wants(&self) -> Wants {
-        Wants { inputs: true, residuals: true }
+        Wants { inputs: true, outputs: true, residuals: true }
     }
 
     /// The rows that multiply the matrix at `place`, `[rows, inputs]`: called once for each matrix, also where several share one input. An expert
     /// sees the rows routed to it only.
     fn input(&mut self, place: &Place, x: MatRef<'_>) {
         let _ = (place, x);
+    }
+
+    /// What the matrix at `place` makes of its input, `[rows, outputs]`, its bias added and nothing done to it yet.
+    fn output(&mut self, place: &Place, y: MatRef<'_>) {
+        let _ = (place, y);
     }
 
     /// The residual stream before and after a part of block `layer`, `[rows, hidden]`.
@@ -48,6 +55,6 @@ pub struct NoTap;
 
 impl Tap for NoTap {
     fn wants(&self) -> Wants {
-        Wants { inputs: false, residuals: false }
+        Wants::default()
     }
 }

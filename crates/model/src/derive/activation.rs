@@ -1,0 +1,80 @@
+//! The adjoints of activations and soft caps.
+
+use lacuna_base::{MatMut, MatRef};
+use lacuna_kernels as kernels;
+use lacuna_spec::Activation;
+
+use super::rows::each;
+
+/// The adjoint of `act(gate) · up`: from `dy`, the gradient of the product, that of the gate's input into `dgate` and that of `up` into `dup`, both
+/// overwritten. All are `[rows, width]`.
+#[track_caller]
+pub fn gated_activation(
+    act: Activation,
+    gate: MatRef<'_>,
+    up: MatRef<'_>,
+    dy: MatRef<'_>,
+    mut dgate: MatMut<'_>,
+    mut dup: MatMut<'_>,
+) {
+    each(dup.reborrow(), |r, row| row.copy_from_slice(gate.row(r)));
+    kernels::activation(act, dup.reborrow());
+    each(dup, |r, row| row.iter_mut().zip(dy.row(r)).for_each(|(d, dy)| *d *= dy));
+    each(dgate.reborrow(), |r, row| row.copy_from_slice(gate.row(r)));
+    kernels::activation_slope(act, dgate.reborrow());
+    each(dgate, |r, row| {
+        row.iter_mut().zip(up.row(r)).zip(dy.row(r)).for_each(|((d, up), dy)| *d *= up * dy);
+    });
+}
+
+/// The adjoint of `act(x)`: from `dy`, the gradient of x into `dx`, overwritten. All are `[rows, width]`.
+#[track_caller]
+pub fn activation(act: Activation, x: MatRef<'_>, dy: MatRef<'_>, mut dx: MatMut<'_>) {
+    each(dx.reborrow(), |r, row| row.copy_from_slice(x.row(r)));
+    kernels::activation_slope(act, dx.reborrow());
+    each(dx, |r, row| row.iter_mut().zip(dy.row(r)).for_each(|(d, dy)| *d *= dy));
+}
+
+/// The adjoint of `y = cap · tanh(x / cap)` from what came out: `d`, the gradient of `y`, becomes that of `x`.
+#[track_caller]
+pub fn softcap(cap: f32, y: &[f32], d: &mut [f32]) {
+    assert_eq!(y.len(), d.len(), "two lengths");
+    d.iter_mut().zip(y).for_each(|(d, y)| *d *= 1.0 - (y / cap) * (y / cap));
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::derive::twin::{self, check};
+    use lacuna_base::Mat;
+    use lacuna_base::testkit::random;
+
+    #[test]
+    fn agree_with_finite_differences_of_the_definitions() {
+        for act in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+            let [x, up, dy] = [1, 2, 3].map(|seed| random(20, 37, seed));
+            let [mut dx, mut dgate, mut dup] = [(); 3].map(|()| Mat::zeros(20, 37));
+            activation(act, x.view(), dy.view(), dx.view_mut());
+            check(&format!("{act:?}"), dy.data(), &[(x.data(), dx.data())], |v| {
+                v[0].iter().map(|&x| twin::activation(act, x)).collect()
+            });
+            gated_activation(act, x.view(), up.view(), dy.view(), dgate.view_mut(), dup.view_mut());
+            let pairs = [(x.data(), dgate.data()), (up.data(), dup.data())];
+            check(&format!("gated {act:?}"), dy.data(), &pairs, |v| {
+                v[0].iter().zip(&v[1]).map(|(&x, up)| twin::activation(act, x) * up).collect()
+            });
+        }
+    }
+
+    #[test]
+    fn a_soft_cap_agrees_with_its_finite_differences() {
+        let (x, dy) = (random(3, 50, 4), random(3, 50, 5));
+        let mut y = x.clone();
+        kernels::softcap(1.5, y.view_mut());
+        let mut dx = dy.clone();
+        softcap(1.5, y.data(), dx.data_mut());
+        check("softcap", dy.data(), &[(x.data(), dx.data())], |v| {
+            v[0].iter().map(|x| 1.5 * (x / 1.5).tanh()).collect()
+        });
+    }
+}
