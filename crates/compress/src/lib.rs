@@ -18,6 +18,7 @@ mod sequences;
 mod stats;
 
 pub use account::{CompressError, Options, Outcomes, Progress, Quiet, TensorReport};
+pub use activations::SpilledInputs;
 pub use drive::compress;
 pub use identity::{fingerprint, revision};
 pub use predict::{Form, Shaped, forms};
