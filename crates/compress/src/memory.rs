@@ -7,7 +7,7 @@ use lacuna_contract::{Ask, Site, Step};
 use lacuna_spec::{Part, Place, Spec};
 
 use crate::account::CompressError;
-use crate::activations::Activations;
+use crate::activations::{Activations, SpilledInputs};
 use crate::calibrate::{Gather, gradients};
 use crate::local::{Chosen, asks};
 use crate::recipe::Recipe;
@@ -53,7 +53,8 @@ pub fn plan(spec: &Spec, recipe: &Recipe, sequences: &[Vec<u32>], max_ram: Optio
     let one = Activations::bytes(&lens, spec.hidden);
     let asked = gradients_asked(spec, recipe);
     let shapes = asked.iter().filter_map(|(p, ask)| Some((*ask, spec.shape(p)?)));
-    let back = if asked.is_empty() { 0 } else { gradients::scratch_bytes(spec.layers.len(), one, shapes) };
+    let inputs = SpilledInputs::bytes(spec.layers.len(), &lens, spec.hidden);
+    let back = if asked.is_empty() { 0 } else { inputs + gradients::given_bytes(shapes) };
     let all = (copies * one).max(back);
     let floor = floor(spec, recipe, lens.iter().copied().max().unwrap_or(0)) + in_use();
     let Some(max) = max_ram else {

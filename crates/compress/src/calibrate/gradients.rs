@@ -9,11 +9,11 @@ use lacuna_contract::{Ask, Gathered};
 use lacuna_format::{Float, PatternKind, Stored, Weights, pack_float};
 use lacuna_model::ModelError;
 use lacuna_model::derive::stats::{Mean, Norms, OutputGrams, WeightGradients};
-use lacuna_model::derive::{BlockInputs, GradientSink, gradients};
+use lacuna_model::derive::{GradientSink, gradients};
 use lacuna_spec::Place;
 
 use crate::account::CompressError;
-use crate::activations::Activations;
+use crate::activations::SpilledInputs;
 use crate::scratch::Scratch;
 
 /// What a backward pass gave, by matrix and statistic.
@@ -25,17 +25,13 @@ pub(crate) struct Gradients {
     pub(crate) seen: (u64, u64),
 }
 
-/// Bytes of scratch that the pass takes: the residual stream before every block and after the last, and what it gives.
-pub(crate) fn scratch_bytes(
-    layers: usize,
-    activation_bytes: u64,
-    asked: impl Iterator<Item = (Ask, (usize, usize))>,
-) -> u64 {
-    let given = asked.map(|(ask, (m, n))| match ask {
+/// Bytes that what the pass gives takes on disk.
+pub(crate) fn given_bytes(asked: impl Iterator<Item = (Ask, (usize, usize))>) -> u64 {
+    let one = |(ask, (m, n)): (Ask, (usize, usize))| match ask {
         Ask::OutputGradientGram => 4 * (m * m) as u64,
         _ => 4 * (m * n) as u64,
-    });
-    (layers as u64 + 1) * activation_bytes + given.sum::<u64>()
+    };
+    asked.map(one).sum()
 }
 
 impl Gradients {
@@ -50,10 +46,8 @@ impl Gradients {
     ) -> Result<Gradients, CompressError> {
         let fault = |source| CompressError::Scratch { dir: dir.display().to_string(), source };
         let lens: Vec<usize> = sequences.iter().map(Vec::len).collect();
-        let slots = (0..=weights.spec().layers.len())
-            .map(|_| Activations::new(lens.clone(), weights.spec().hidden, spill.then_some(dir)))
-            .collect::<io::Result<Vec<_>>>()
-            .map_err(fault)?;
+        let (layers, hidden) = (weights.spec().layers.len(), weights.spec().hidden);
+        let mut inputs = SpilledInputs::new(layers, &lens, hidden, spill.then_some(dir)).map_err(fault)?;
         let of =
             |want: &dyn Fn(Ask) -> bool| asked.iter().filter(|(_, a)| want(*a)).map(|(p, _)| *p).collect::<Vec<_>>();
         let mut sink = Sink {
@@ -63,7 +57,7 @@ impl Gradients {
             kept: HashMap::new(),
             scratch: Scratch::new(dir).map_err(fault)?,
         };
-        gradients(weights, sequences, &mut Slots(slots), &mut sink, progress)?;
+        gradients(weights, sequences, &mut inputs, &mut sink, progress)?;
         let seen = (lens.iter().map(|n| *n as u64).sum(), lens.len() as u64);
         Ok(Gradients { kept: sink.kept, scratch: sink.scratch, dir: dir.to_owned(), seen })
     }
@@ -84,28 +78,8 @@ impl Gradients {
     }
 }
 
-/// The residual stream of every block.
-struct Slots(Vec<Activations>);
-
-impl Slots {
-    fn slot(&mut self, slot: usize) -> Result<&mut Activations, ModelError> {
-        let all = self.0.len();
-        self.0.get_mut(slot).ok_or_else(|| ModelError::Store { what: format!("slot {slot} of {all}") })
-    }
-}
-
 fn store(e: io::Error) -> ModelError {
     ModelError::Store { what: e.to_string() }
-}
-
-impl BlockInputs for Slots {
-    fn take(&mut self, slot: usize, sequence: usize) -> Result<Mat, ModelError> {
-        self.slot(slot)?.take(sequence).map_err(store)
-    }
-
-    fn put(&mut self, slot: usize, sequence: usize, x: Mat) -> Result<(), ModelError> {
-        self.slot(slot)?.put(sequence, x).map_err(store)
-    }
 }
 
 /// Folds gradients block by block and puts what came of them aside.

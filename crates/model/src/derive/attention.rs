@@ -155,4 +155,31 @@ mod tests {
             check(name, dout.data(), &pairs, |a| twin::attention(&p, dim, kv_heads, &a[0], &a[1], &a[2]));
         }
     }
+
+    #[test]
+    fn long_sequences_agree_along_a_direction() {
+        let p = Attention { heads: 2, scale: 0.6, window: Some(170), softcap: None };
+        let (tokens, dim) = (300, 4);
+        let [q, dout] = [1, 2].map(|seed| random(tokens, 2 * dim, seed));
+        let [k, v] = [3, 4].map(|seed| random(tokens, dim, seed));
+        let args: Vec<Vec<f64>> =
+            [&q, &k, &v].iter().map(|m| m.data().iter().map(|&x| f64::from(x)).collect()).collect();
+        let exact = twin::attention(&p, dim, 1, &args[0], &args[1], &args[2]);
+        let out = Mat::from_vec(tokens, 2 * dim, exact.iter().map(|&x| x as f32).collect());
+        let got = attention(&p, dim, [q.view(), k.view(), v.view()], out.view(), dout.view());
+        for (i, gradient) in [&got.q, &got.k, &got.v].into_iter().enumerate() {
+            let direction = random(tokens, gradient.cols(), 9);
+            let moved = |h: f64| {
+                let mut args = args.clone();
+                args[i].iter_mut().zip(direction.data()).for_each(|(a, d)| *a += h * f64::from(*d));
+                let y = twin::attention(&p, dim, 1, &args[0], &args[1], &args[2]);
+                y.iter().zip(dout.data()).map(|(y, d)| y * f64::from(*d)).sum::<f64>()
+            };
+            let want = (moved(1e-5) - moved(-1e-5)) / 2e-5;
+            let along = |a: &f32, b: &f32| f64::from(*a) * f64::from(*b);
+            let mine: f64 = gradient.data().iter().zip(direction.data()).map(|(a, b)| along(a, b)).sum();
+            let size = gradient.data().iter().map(|g| along(g, g)).sum::<f64>().sqrt();
+            assert!((mine - want).abs() < 1e-4 * size, "argument {i}: {mine}, exact {want}");
+        }
+    }
 }

@@ -7,7 +7,7 @@ use lacuna_base::{Mat, MatMut, MatRef};
 use lacuna_format::Weights;
 use lacuna_kernels as kernels;
 use lacuna_kernels::{KEY_BLOCK, KvFormat, KvLayout, KvPage, KvView, Transposed};
-use lacuna_spec::{Activation, Experts, Place, Role};
+use lacuna_spec::{Activation, LayerSpec, Place, Role};
 
 use super::rows::{copy, dot, zeros};
 use super::sink::GradientSink;
@@ -29,6 +29,27 @@ pub struct Record {
     middle: Option<Lent>,
     inputs: HashMap<Place, Lent>,
     outputs: HashMap<Place, Lent>,
+}
+
+impl Record {
+    /// Bytes that it holds.
+    pub fn bytes(&self) -> u64 {
+        let all = self.inputs.values().chain(self.outputs.values()).chain(&self.middle).chain([&self.start]);
+        all.map(|m| 4 * m.data().len() as u64).sum()
+    }
+
+    /// Bytes that the record of a sequence of `tokens` in a block would hold. The way back makes gradients of about the same size beside it.
+    pub fn forecast(block: &LayerSpec, hidden: usize, tokens: usize) -> u64 {
+        let attention = block.attn.as_ref().map_or(0, |a| {
+            let (wide, narrow) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
+            3 * hidden + 2 * wide + 2 * narrow
+        });
+        let ffn = block.ffn.as_ref().map_or(0, |f| {
+            let one = 2 * hidden + f.width * if f.gated { 3 } else { 2 };
+            f.experts.map_or(one, |e| hidden + e.count + e.used.min(e.count) * one)
+        });
+        4 * (tokens as u64) * (hidden + attention + ffn) as u64
+    }
 }
 
 impl RecordedBlock {
@@ -154,13 +175,20 @@ impl RecordedBlock {
                 self.one(f.act, one, record, dy, dh.view_mut(), sink);
             }
             Body::Mixture { router, choice, experts } => {
-                let mut p = copy(record.outputs[&router.place].view());
-                let routes = route(&mut p, *choice);
+                let mut weights = copy(record.outputs[&router.place].view());
+                let routes = route(&mut weights, *choice);
                 let sum = f.post_norm.as_ref().map(|_| mixture(experts, &routes, record, x.cols()));
                 let sum = || sum.as_ref().expect("made where there is a norm").view();
                 let before = post(&f.post_norm, sum, dx.view(), sink);
                 let dy = before.as_ref().map_or(dx.view(), |d| d.view());
-                self.experts(f.act, (router, *choice, experts), (&p, &routes), record, dy, &mut dh, sink);
+                // Experts in their order, then the router.
+                let back = |(e, rows): (usize, &Vec<(usize, f32)>)| {
+                    self.expert((f.act, &experts[e]), rows, record, dy, &mut dh, sink)
+                };
+                let dweights: Vec<Vec<f32>> = routes.iter().enumerate().map(back).collect();
+                let dlogits = routing(weights.view(), &routes, &dweights, *choice);
+                let read = record.inputs[&router.place].view();
+                self.project(router, read, dlogits.view(), dh.view_mut(), sink);
             }
         }
         through_norm(&f.norm, x, dh.view(), dx.view_mut(), sink);
@@ -194,39 +222,30 @@ impl RecordedBlock {
         self.project(&f.up, x, dup.view(), dx, sink);
     }
 
-    /// The adjoint of a mixture: experts in their order, then the router. Adds to `dh`.
-    #[allow(clippy::too_many_arguments)]
-    fn experts(
+    /// The adjoint of one expert over the rows routed to it: adds to `dh`, and gives the gradients of the rows' weights.
+    fn expert(
         &self,
-        act: Activation,
-        (router, choice, experts): (&Projection, Experts, &[Ffn]),
-        (p, routes): (&Mat, &[Vec<(usize, f32)>]),
+        (act, expert): (Activation, &Ffn),
+        rows: &[(usize, f32)],
         record: &Record,
         dy: MatRef<'_>,
         dh: &mut Mat,
         sink: &mut dyn GradientSink,
-    ) {
-        let cols = dy.cols();
-        let mut dweights = Vec::with_capacity(routes.len());
-        for (expert, rows) in experts.iter().zip(routes) {
-            if rows.is_empty() {
-                dweights.push(Vec::new());
-                continue;
-            }
-            let out = &record.outputs[&expert.down.place];
-            dweights.push(rows.iter().enumerate().map(|(i, &(r, _))| dot(dy.row(r), out.row(i))).collect());
-            let mut mine = zeros(rows.len(), cols);
-            for (i, &(r, weight)) in rows.iter().enumerate() {
-                mine.row_mut(i).iter_mut().zip(dy.row(r)).for_each(|(m, d)| *m = weight * d);
-            }
-            let mut back = zeros(rows.len(), cols);
-            self.one(act, expert, record, mine.view(), back.view_mut(), sink);
-            for (i, &(r, _)) in rows.iter().enumerate() {
-                dh.row_mut(r).iter_mut().zip(back.row(i)).for_each(|(h, b)| *h += b);
-            }
+    ) -> Vec<f32> {
+        if rows.is_empty() {
+            return Vec::new();
         }
-        let dlogits = routing(p.view(), routes, &dweights, choice);
-        self.project(router, record.inputs[&router.place].view(), dlogits.view(), dh.view_mut(), sink);
+        let mut mine = Lent::new(rows.len(), dy.cols());
+        for (i, &(r, weight)) in rows.iter().enumerate() {
+            mine.row_mut(i).iter_mut().zip(dy.row(r)).for_each(|(m, d)| *m = weight * d);
+        }
+        let mut back = zeros(rows.len(), dy.cols());
+        self.one(act, expert, record, mine.view(), back.view_mut(), sink);
+        for (i, &(r, _)) in rows.iter().enumerate() {
+            dh.row_mut(r).iter_mut().zip(back.row(i)).for_each(|(h, b)| *h += b);
+        }
+        let out = &record.outputs[&expert.down.place];
+        rows.iter().enumerate().map(|(i, &(r, _))| dot(dy.row(r), out.row(i))).collect()
     }
 }
 

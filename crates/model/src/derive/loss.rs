@@ -57,6 +57,18 @@ impl RecordedHead {
         tokens: &[u32],
         sink: &mut dyn GradientSink,
     ) -> Result<(f64, Lent), ModelError> {
+        let step = (LOGITS_BYTES / (4 * self.matrix.rows().max(1))).clamp(16, 1024);
+        self.backward_by(step, x, tokens, sink)
+    }
+
+    /// The same with logits of `step` rows at a time.
+    fn backward_by(
+        &self,
+        step: usize,
+        x: MatRef<'_>,
+        tokens: &[u32],
+        sink: &mut dyn GradientSink,
+    ) -> Result<(f64, Lent), ModelError> {
         assert_eq!(x.rows(), tokens.len(), "a row for each token");
         let (n, vocab) = (tokens.len().saturating_sub(1), self.matrix.rows());
         if n == 0 {
@@ -67,7 +79,6 @@ impl RecordedHead {
         }
         let h = self.head.input(x);
         let mut dh = zeros(x.rows(), x.cols());
-        let step = (LOGITS_BYTES / (4 * vocab)).clamp(16, 1024);
         let mut loss = 0.0;
         let mut logits = Lent::new(0, 0);
         for from in (0..n).step_by(step) {
@@ -108,8 +119,12 @@ impl RecordedHead {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::derive::twin::{check, softmax};
-    use lacuna_base::testkit::random;
+    use crate::derive::product_weight;
+    use crate::derive::twin::{check, linear, norm, softmax};
+    use lacuna_base::testkit::{max_abs_diff, random};
+    use lacuna_format::{Float, PatternKind, Stored, WeightsError, pack_float};
+    use lacuna_spec::{Norm, NormKind, Part, Place, Positions, Role, Spec};
+    use std::sync::Arc;
 
     #[test]
     fn cross_entropy_agrees_with_finite_differences() {
@@ -124,5 +139,93 @@ mod tests {
         let exact: Vec<f64> = logits.data().iter().map(|&x| f64::from(x)).collect();
         assert!((loss - forward(&[exact])[0]).abs() < 1e-4);
         check("cross-entropy", &[0.25], &[(logits.data(), d.data())], forward);
+    }
+
+    /// A head and nothing else.
+    struct Only(Spec);
+
+    impl Only {
+        fn mat(&self, place: &Place) -> Option<Mat> {
+            let (rows, cols) = self.0.shape(place)?;
+            Some(random(rows, cols, if place.part == Part::Bias { 3 } else { place.role as u64 + 10 }))
+        }
+    }
+
+    impl Weights for Only {
+        fn spec(&self) -> &Spec {
+            &self.0
+        }
+        fn get(&self, place: &Place) -> Result<Option<Arc<Stored>>, WeightsError> {
+            let one = |m: Mat| pack_float(m.view(), None, PatternKind::Dense, Float::F32).expect("a piece");
+            Ok(self.mat(place).map(|m| Arc::new(Stored::from_piece(one(m)))))
+        }
+    }
+
+    /// Sums what it is shown.
+    struct Sums {
+        calls: usize,
+        head: Mat,
+        vectors: Vec<Vec<f32>>,
+    }
+
+    impl GradientSink for Sums {
+        fn gradient(&mut self, _: &Place, x: MatRef<'_>, dy: MatRef<'_>) {
+            self.calls += 1;
+            let dw = product_weight(x, dy);
+            self.head.data_mut().iter_mut().zip(dw.data()).for_each(|(s, d)| *s += d);
+        }
+        fn vector(&mut self, _: &Place, gradient: &[f32]) {
+            self.vectors.push(gradient.to_vec());
+        }
+    }
+
+    #[test]
+    fn a_head_agrees_with_finite_differences_however_its_rows_are_cut() {
+        let (hidden, vocab) = (6, 19);
+        let n = Norm { kind: NormKind::Layer, eps: 1e-3, offset: 0.0 };
+        let weights = Only(Spec {
+            arch: "test".into(),
+            hidden,
+            vocab,
+            context: 64,
+            embed_scale: 1.0,
+            tied: false,
+            positions: Positions::None,
+            norm: n,
+            final_norm: true,
+            layers: Vec::new(),
+            logit_softcap: Some(2.5),
+            logit_scale: 0.75,
+        });
+        let head = RecordedHead::load(&weights).expect("a head");
+        let x = random(12, hidden, 1);
+        let tokens: Vec<u32> = (0..12).map(|i| (i * 5 + 2) % vocab as u32).collect();
+        let run = |step: usize| {
+            let mut sums = Sums { calls: 0, head: Mat::zeros(vocab, hidden), vectors: Vec::new() };
+            let (loss, dx) = head.backward_by(step, x.view(), &tokens, &mut sums).expect("tokens of the vocabulary");
+            (loss, dx, sums)
+        };
+        let (loss, dx, sums) = run(1024);
+        let (loss3, dx3, sums3) = run(3);
+        assert_eq!((sums.calls, sums3.calls), (1, 4));
+        assert!((loss - loss3).abs() < 1e-9 && max_abs_diff(dx.view(), dx3.view()) < 1e-6);
+        assert!(max_abs_diff(sums.head.view(), sums3.head.view()) < 1e-6);
+        assert!(dx.row(11).iter().all(|&d| d == 0.0), "the last token predicts nothing");
+        let place = Place::global(Role::FinalNorm);
+        let [scale, bias, w] =
+            [place, place.bias(), Place::global(Role::Head)].map(|p| weights.mat(&p).expect("there"));
+        let pairs = [
+            (x.data(), dx.data()),
+            (scale.data(), &sums.vectors[0][..]),
+            (bias.data(), &sums.vectors[1][..]),
+            (w.data(), sums.head.data()),
+        ];
+        check("head", &[1.0], &pairs, |v| {
+            let h = norm(n, hidden, &v[1], &v[2], &v[0]);
+            let logits = linear(&h, &v[3], &vec![0.0; vocab], hidden);
+            let logits: Vec<f64> = logits.iter().map(|y| 2.5 * (y * 0.75 / 2.5).tanh()).collect();
+            let one = |(row, &t): (&[f64], &u32)| -softmax(row)[t as usize].ln();
+            vec![logits.chunks(vocab).zip(&tokens[1..]).map(one).sum::<f64>() / 11.0]
+        });
     }
 }

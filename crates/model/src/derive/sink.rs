@@ -53,3 +53,52 @@ impl GradientSink for Vec<&mut dyn GradientSink> {
         self.iter_mut().try_for_each(|s| s.end_of_part(layer))
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lacuna_base::testkit::random;
+    use lacuna_spec::Role;
+
+    #[derive(Default)]
+    struct Seen {
+        only: Option<Place>,
+        calls: Vec<String>,
+    }
+
+    impl GradientSink for Seen {
+        fn wants(&self, place: &Place) -> bool {
+            self.only.is_none_or(|p| p == *place)
+        }
+        fn gradient(&mut self, place: &Place, _: MatRef<'_>, _: MatRef<'_>) {
+            self.calls.push(place.to_string());
+        }
+        fn vector(&mut self, place: &Place, _: &[f32]) {
+            self.calls.push(place.to_string());
+        }
+        fn end_of_sequence(&mut self) {
+            self.calls.push("sequence".into());
+        }
+        fn end_of_part(&mut self, layer: Option<usize>) -> Result<(), ModelError> {
+            self.calls.push(format!("{layer:?}"));
+            Ok(())
+        }
+    }
+
+    #[test]
+    fn each_of_several_sees_what_it_wants() {
+        let [q, norm] = [Role::Q, Role::AttnNorm].map(|role| Place::layer(0, role));
+        let (mut a, mut b) = (Seen { only: Some(q), ..Seen::default() }, Seen { only: Some(norm), ..Seen::default() });
+        {
+            let mut both: Vec<&mut dyn GradientSink> = vec![&mut a, &mut b];
+            assert!(both.wants(&q) && both.wants(&norm) && !both.wants(&q.bias()));
+            let m = random(2, 3, 1);
+            both.gradient(&q, m.view(), m.view());
+            both.vector(&norm, &[1.0]);
+            both.end_of_sequence();
+            both.end_of_part(Some(0)).unwrap();
+        }
+        assert_eq!(a.calls, ["layers.0.attn.q", "sequence", "Some(0)"]);
+        assert_eq!(b.calls, ["layers.0.attn.norm", "sequence", "Some(0)"]);
+    }
+}

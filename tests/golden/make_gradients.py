@@ -1,0 +1,137 @@
+#!/usr/bin/env python3
+"""Gradients of the tiny models' loss, by autograd in f64.
+
+    python make_gradients.py TINY OUT.json    with transformers 5
+
+For each TINY/NAME and each of its two sequences alone: the mean next-token loss, and of its gradient with respect to every matrix, norm
+and bias of the blocks, the last norm and the head its 2-norm and four entries: those at `(7919 i + 5) mod n` of the n values, row by
+row, of the tensor as Lacuna names and cuts it (`layers.0.attn.q`; matrices `[outputs, inputs]`). `residual`: the gradient of what
+goes into the first block. A tied head is untied first: its gradient is that of the head alone. A tensor that no token reached is null.
+"""
+
+import json
+import os
+import re
+import sys
+
+import torch
+import transformers as tf
+
+from common import number, numbers, versions, write_json
+
+torch.set_num_threads(1)
+tf.logging.set_verbosity_error()
+
+ENTRIES = 4
+
+# What follows `layers.N.` in a name, and the role it has. Gemma 2 and 3 have norms on both sides of each part.
+ROLES = {
+    "self_attn.q_proj": "attn.q", "self_attn.k_proj": "attn.k", "self_attn.v_proj": "attn.v",
+    "self_attn.o_proj": "attn.o", "self_attn.out_proj": "attn.o", "self_attn.q_norm": "attn.q_norm",
+    "self_attn.k_norm": "attn.k_norm", "mlp.gate_proj": "ffn.gate", "mlp.up_proj": "ffn.up", "mlp.down_proj": "ffn.down",
+    "input_layernorm": "attn.norm", "post_attention_layernorm": "ffn.norm", "self_attn_layer_norm": "attn.norm",
+    "final_layer_norm": "ffn.norm", "fc1": "ffn.up", "fc2": "ffn.down", "ln_1": "attn.norm", "ln_2": "ffn.norm",
+    "attn.c_proj": "attn.o", "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.down", "mlp.gate": "ffn.router",
+    "block_sparse_moe.gate": "ffn.router",
+}
+SANDWICH = {
+    "post_attention_layernorm": "attn.post_norm", "pre_feedforward_layernorm": "ffn.norm",
+    "post_feedforward_layernorm": "ffn.post_norm",
+}
+
+
+def places(name, gradient, config):
+    """The places of a parameter with their parts of its gradient."""
+    if "embed" in name or re.search(r"\bwte\b|\bwpe\b", name):
+        return
+    if name == "lm_head.weight":
+        yield "head", gradient
+        return
+    found = re.search(r"\b(?:layers|h)\.(\d+)\.(.*)$", name)
+    bias = ".bias" if name.endswith(".bias") else ""
+    if not found:
+        assert re.search(r"norm|ln_f", name), name
+        yield "norm" + bias, gradient
+        return
+    layer, rest = f"layers.{found[1]}.", found[2]
+    stem = re.sub(r"\.(weight|bias)$", "", rest)
+    if config.model_type == "gpt2" and gradient.ndim == 2:
+        gradient = gradient.T
+    if stem.endswith("experts.gate_up_proj"):
+        for e, both in enumerate(gradient):
+            for role, part in zip(("gate", "up"), both.chunk(2)):
+                yield f"{layer}ffn.experts.{e}.{role}", part
+    elif stem.endswith("experts.down_proj"):
+        for e, part in enumerate(gradient):
+            yield f"{layer}ffn.experts.{e}.down", part
+    elif stem.endswith("gate_up_proj"):
+        for role, part in zip(("gate", "up"), gradient.chunk(2)):
+            yield f"{layer}ffn.{role}{bias}", part
+    elif stem.endswith(("qkv_proj", "c_attn")):
+        if config.model_type == "gpt2":
+            cuts = [config.n_embd] * 3
+        else:
+            dim = config.hidden_size // config.num_attention_heads
+            cuts = [n * dim for n in (config.num_attention_heads, config.num_key_value_heads, config.num_key_value_heads)]
+        for role, part in zip("qkv", gradient.split(cuts)):
+            yield f"{layer}attn.{role}{bias}", part
+    else:
+        sandwich = config.model_type.startswith("gemma") and SANDWICH.get(stem)
+        yield layer + (sandwich or ROLES[stem]) + bias, gradient
+
+
+def sample(gradient):
+    flat = gradient.reshape(-1)
+    if not bool(flat.any()):
+        return None
+    return [number(flat.norm()), *numbers(flat[[(7919 * i + 5) % len(flat) for i in range(ENTRIES)]])]
+
+
+def of_model(directory):
+    with open(os.path.join(directory, "golden.json")) as f:
+        ids = json.load(f)["input_ids"]
+    model = tf.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager",
+                                                    experts_implementation="eager")
+    model = model.to(torch.float64).eval()
+    model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
+    kept = {}
+
+    def keep(_, args, kwargs):
+        kept["residual"] = args[0] if args else kwargs["hidden_states"]
+        kept["residual"].retain_grad()
+
+    inner = model.model.decoder if hasattr(model.model if hasattr(model, "model") else model, "decoder") else (
+        model.model if hasattr(model, "model") else model.transformer)
+    (inner.layers if hasattr(inner, "layers") else inner.h)[0].register_forward_pre_hook(keep, with_kwargs=True)
+    out = []
+    for sequence in ids:
+        model.zero_grad(set_to_none=True)
+        tokens = torch.tensor([sequence])
+        scores = model(input_ids=tokens, use_cache=False).logits[0]
+        loss = torch.nn.functional.cross_entropy(scores[:-1], tokens[0, 1:])
+        loss.backward()
+        found = {"residual": sample(kept["residual"].grad)}
+        for name, p in model.named_parameters():
+            gradient = torch.zeros_like(p) if p.grad is None else p.grad
+            for place, part in places(name, gradient, model.config):
+                assert place not in found, place
+                found[place] = sample(part)
+        out.append({"loss": number(loss.detach()), "gradients": found})
+    return out
+
+
+def main():
+    tiny, path = sys.argv[1:]
+    models = {}
+    for name in sorted(os.listdir(tiny)):
+        if os.path.exists(os.path.join(tiny, name, "golden.json")):
+            models[name] = of_model(os.path.join(tiny, name))
+            print(name, [len(s["gradients"]) for s in models[name]], [s["loss"] for s in models[name]])
+    write_json(path, {"made_with": versions(), **models})
+    size = os.path.getsize(path)
+    print(f"{size / 1000:.0f} kB")
+    assert size < 300_000
+
+
+if __name__ == "__main__":
+    main()
