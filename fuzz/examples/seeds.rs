@@ -4,7 +4,10 @@ use std::fs;
 use std::path::Path;
 
 use lacuna_checkpoint::{PackedWriter, open};
-use lacuna_format::{Float, Group, Integers, Mask, PatternKind, ScaleCodec, Stored, Weights, pack_float, pack_integers};
+use lacuna_format::{
+    Codebook, Float, Group, Integers, Mask, Owner, PatternKind, ScaleCodec, Stored, Weights, pack_codebook, pack_float,
+    pack_integers,
+};
 use serde_json::{Value, json};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -97,7 +100,7 @@ fn pack(dir: &Path, out: &Path) -> Result<()> {
         let (rows, cols) = (stored.rows, stored.cols);
         let mask = Mask::from_fn(rows, cols, |r, c| (c + r / 8) % 2 == 0);
         let float = |kind| Ok::<_, Box<dyn std::error::Error>>(pack_float(w.view(), Some(&mask), kind, Float::F16)?);
-        let piece = match i % 6 {
+        let piece = match i % 7 {
             _ if rows == 1 => None,
             0 => Some(float(PatternKind::Mask { height: 1 })?),
             1 => Some(float(PatternKind::Nm { n: 2, m: 4 })?),
@@ -114,6 +117,19 @@ fn pack(dir: &Path, out: &Path) -> Result<()> {
                     group: Group::Run(8),
                 };
                 Some(pack_integers(&integers, None, PatternKind::Dense, ScaleCodec::F16)?)
+            }
+            4 => {
+                let owner = if i % 2 == 0 { Owner::Row } else { Owner::Group(8) };
+                let tables = owner.count(rows, cols).ok_or("too many tables")?;
+                let codebook = Codebook {
+                    bits: 3,
+                    codes: (0..rows * cols).map(|i| (i % 8) as u8).collect(),
+                    owner,
+                    tables: lacuna_base::Mat::from_fn(tables, 8, |r, c| (r % 3) as f32 * 0.25 - c as f32),
+                    scales: None,
+                };
+                let kind = PatternKind::Dense;
+                Some(pack_codebook((rows, cols), &codebook, None, kind, Float::F16, ScaleCodec::F16)?)
             }
             _ => None,
         };

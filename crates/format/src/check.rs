@@ -7,7 +7,7 @@ use half::{bf16, f16};
 
 use crate::bits::packed_len;
 use crate::pattern::{index_width, u32_at};
-use crate::{Float, FormatError, Group, Pattern, Piece, Scales, Stored, Term, Values};
+use crate::{Float, FormatError, Group, Owner, Pattern, Piece, Scales, Stored, Tables, Term, Values};
 
 type Check = Result<(), FormatError>;
 
@@ -79,7 +79,7 @@ fn finite(name: &str, float: Float, bytes: &[u8]) -> Check {
         Float::F32 => bytes.chunks_exact(4).position(|b| !f32::from_le_bytes([b[0], b[1], b[2], b[3]]).is_finite()),
         Float::F16 => bytes.chunks_exact(2).position(|b| !f16::from_le_bytes([b[0], b[1]]).is_finite()),
         Float::Bf16 => bytes.chunks_exact(2).position(|b| !bf16::from_le_bytes([b[0], b[1]]).is_finite()),
-        Float::F8E4m3 | Float::F8E5m2 => return fail(format!("{name}: scales are f32, f16 or bf16, not 8 bits")),
+        Float::F8E4m3 | Float::F8E5m2 => return fail(format!("{name}: f32, f16 or bf16, not 8 bits")),
     };
     bad.map_or(Ok(()), |i| fail(format!("{name}: value {i} is not finite")))
 }
@@ -126,6 +126,22 @@ impl Scales {
                 Ok(())
             }
         }
+    }
+}
+
+impl Tables {
+    fn check(&self, rows: usize, cols: usize, bits: u8) -> Check {
+        if self.owner == Owner::Group(0) {
+            return fail("table: runs of 0 columns".into());
+        }
+        if !matches!(self.float, Float::F32 | Float::F16) {
+            return fail(format!("table: entries in {}, expected f32 or f16", self.float.name()));
+        }
+        let Some(want) = Tables::exact_bytes(self.owner, self.float, bits, (rows, cols)) else {
+            return fail(format!("table: tables of {rows} x {cols} entries are beyond all memory"));
+        };
+        length("table", self.bytes.len(), want)?;
+        finite("table", self.float, &self.bytes)
     }
 }
 
@@ -209,15 +225,10 @@ impl Piece {
                 let n = product(&[rows, group.count(cols)])?;
                 zeros.as_ref().map_or(Ok(()), |z| stream("zeros", z.len(), n, *bits))
             }
-            Values::Codebook { bits, codes, table, scales } => {
+            Values::Codebook { bits, codes, tables, scales } => {
                 bits_of("codes", *bits, 1)?;
                 stream("codes", codes.len(), count, *bits)?;
-                if table.len() != 1 << bits {
-                    return fail(format!("table: {} entries, expected {}", table.len(), 1 << bits));
-                }
-                if let Some(i) = table.iter().position(|t| !t.is_finite()) {
-                    return fail(format!("table: entry {i} is not finite"));
-                }
+                tables.check(rows, cols, *bits)?;
                 match scales {
                     Some((scales, group)) => {
                         group.check(cols)?;

@@ -8,7 +8,7 @@ use lacuna_base::float::{bf16_to_f32, f8_e4m3, f8_e5m2, f16_to_f32, f32_from_le}
 use lacuna_base::{Mat, MatMut};
 
 use crate::bits::{unpack, unpack_map, unpack_trits};
-use crate::{Float, Group, Pattern, Piece, Scales, Stored, Term, Values};
+use crate::{Float, Group, Owner, Pattern, Piece, Scales, Stored, Term, Values};
 
 /// Room for one row at work, kept between rows.
 #[derive(Default)]
@@ -17,6 +17,7 @@ struct Scratch {
     values: Vec<f32>,
     scales: Vec<f32>,
     zeros: Vec<u8>,
+    tables: Vec<f32>,
 }
 
 /// Scales, the group they count in, and zero points with their bits.
@@ -74,9 +75,16 @@ impl Scales {
 }
 
 impl Values {
-    /// Stored values `start..start + out.len()` before scales and zero points: a float itself, an integer code (less its offset where it is
-    /// symmetric), a table's entry, -1, 0 or 1.
-    fn levels(&self, start: usize, out: &mut [f32]) {
+    /// Stored values `start..start + out.len()`, those of row `r` at `columns` (`None`: at every column), before scales and zero points: a float
+    /// itself, an integer code (less its offset where it is symmetric), a table's entry, -1, 0 or 1.
+    fn levels(
+        &self,
+        (r, cols): (usize, usize),
+        columns: Option<&[u32]>,
+        start: usize,
+        out: &mut [f32],
+        room: &mut Vec<f32>,
+    ) {
         let end = start + out.len();
         match self {
             Values::Float(float, bytes) => float.decode(&bytes[start * float.bytes()..end * float.bytes()], out),
@@ -84,8 +92,16 @@ impl Values {
                 let offset = if zeros.is_some() { 0.0 } else { f32::from(1u8 << (bits - 1)) };
                 unpack_map(codes, *bits, start, out, |c| f32::from(c) - offset);
             }
-            Values::Codebook { bits, codes, table, .. } => {
-                unpack_map(codes, *bits, start, out, |c| table[usize::from(c)]);
+            Values::Codebook { bits, codes, tables, .. } => {
+                tables.row(r, cols, *bits, room);
+                let Owner::Group(n) = tables.owner else {
+                    return unpack_map(codes, *bits, start, out, |c| room[usize::from(c)]);
+                };
+                unpack_map(codes, *bits, start, out, f32::from);
+                for (i, v) in out.iter_mut().enumerate() {
+                    let c = columns.map_or(i, |at| at[i] as usize);
+                    *v = room[(c / n << bits) + *v as usize];
+                }
             }
             Values::Ternary { codes, .. } => unpack_trits(codes, start, out),
             Values::Gguf(kind, bytes) => {
@@ -172,7 +188,8 @@ impl Piece {
     /// The values of row `r` at `s.columns` into `s.values`.
     fn sparse(&self, r: usize, s: &mut Scratch) {
         s.values.resize(s.columns.len(), 0.0);
-        self.values.levels(self.pattern.span(r, self.cols).start, &mut s.values);
+        let start = self.pattern.span(r, self.cols).start;
+        self.values.levels((r, self.cols), Some(&s.columns), start, &mut s.values, &mut s.tables);
         self.values.scale(r, self.cols, Some(&s.columns), &mut s.values, (&mut s.scales, &mut s.zeros));
     }
 
@@ -181,7 +198,7 @@ impl Piece {
         assert!(r < self.rows, "row {r} of {}", self.rows);
         assert_eq!(out.len(), self.cols, "room for {} of {} columns", out.len(), self.cols);
         if self.pattern == Pattern::Dense {
-            self.values.levels(r * self.cols, out);
+            self.values.levels((r, self.cols), None, r * self.cols, out, &mut s.tables);
             self.values.scale(r, self.cols, None, out, (&mut s.scales, &mut s.zeros));
             return;
         }

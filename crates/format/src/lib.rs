@@ -37,8 +37,8 @@ pub use pack::{
 pub use pattern::Pattern;
 pub use piece::{Piece, Stored, Term};
 pub use recode::IntRows;
-pub use serial::{Descriptor, Elem, GroupDesc, Part, PieceDesc, ScalesDesc, TermDesc, ValuesDesc};
-pub use values::{Float, Group, Scales, Values};
+pub use serial::{Descriptor, Elem, GroupDesc, Part, PieceDesc, ScalesDesc, TablesDesc, TermDesc, ValuesDesc};
+pub use values::{Float, Group, Owner, Scales, Tables, Values};
 pub use weights::{Weights, WeightsError};
 
 /// Data that do not fit their description: a wrong length, an index out of range, a scale that is no number.

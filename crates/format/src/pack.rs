@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bits::{pack, pack_trits};
 use crate::pattern::index_width;
-use crate::{Float, FormatError, Group, Integers, Mask, Pattern, Piece, Scales, Values};
+use crate::{Float, FormatError, Group, Integers, Mask, Owner, Pattern, Piece, Scales, Tables, Values};
 
 /// A pattern without its indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -60,15 +60,17 @@ pub enum ScaleCodec {
     },
 }
 
-/// Codes into a table, before they are packed: `value[r, c] = scale[r, g] * table[code]`.
+/// Codes into tables, before they are packed: `value[r, c] = scale[r, g] * tables[owner of (r, c), code]`.
 #[derive(Clone, Debug)]
 pub struct Codebook {
     /// 1 to 8.
     pub bits: u8,
     /// One code a byte, `[rows, cols]`, row-major. Entries that a mask drops are ignored.
     pub codes: Vec<u8>,
-    /// `[2^bits]`.
-    pub table: Vec<f32>,
+    /// What has a table to itself.
+    pub owner: Owner,
+    /// `[owners, 2^bits]`, the owners in the order of [`Owner::of`].
+    pub tables: Mat,
     /// `[rows, groups]` with the group they count in.
     pub scales: Option<(Mat, Group)>,
 }
@@ -143,23 +145,46 @@ pub fn pack_integers(
     finish(rows, cols, pattern, values)
 }
 
-/// Packs codes into a table, `[rows, cols]`. Where the pattern stores what the mask drops, the table needs an entry of 0.
+/// Packs codes into tables, `[rows, cols]`, whose entries are written in `float` (f32 or f16, rounded to nearest). Where the pattern stores what
+/// the mask drops, that value's table needs an entry of 0.
 pub fn pack_codebook(
     (rows, cols): (usize, usize),
     q: &Codebook,
     mask: Option<&Mask>,
     kind: PatternKind,
+    float: Float,
     scales: ScaleCodec,
 ) -> Result<Piece, FormatError> {
     codes_fit(rows, cols, q.codes.len(), q.bits, 1)?;
-    let zero = q.table.iter().position(|&t| t == 0.0);
+    if q.owner == Owner::Group(0)
+        || Some(q.tables.rows()) != q.owner.count(rows, cols)
+        || q.tables.cols() != 1 << q.bits
+    {
+        let (r, c, bits) = (q.tables.rows(), q.tables.cols(), q.bits);
+        return fail(format!("tables of {r} x {c} for {rows} x {cols} codes of {bits} bits, owned by {:?}", q.owner));
+    }
+    let bytes = float.encode(q.tables.data()).or_else(|i| {
+        let (owner, entry) = (i >> q.bits, i & ((1 << q.bits) - 1));
+        fail(format!("table {owner}, entry {entry}: {} is beyond {}", q.tables.data()[i], float.name()))
+    })?;
+    // As it is written: an entry too small for its codec is a zero, too.
+    let tables = Tables { owner: q.owner, float, bytes: bytes.into() };
+    let (mut row, mut read) = (Vec::new(), None);
     let pattern = Pattern::build(rows, cols, mask, kind)?;
     let mut codes = Vec::new();
     walk(&pattern, rows, cols, mask, |r, c, kept| {
-        let code = match (kept, zero) {
-            (true, _) => q.codes[r * cols + c],
-            (false, Some(z)) => z as u8,
-            (false, None) => return fail(format!("row {r}, column {c} is dropped and the table has no 0")),
+        let code = if kept {
+            q.codes[r * cols + c]
+        } else {
+            if read != Some(r) {
+                tables.row(r, cols, q.bits, &mut row);
+                read = Some(r);
+            }
+            let first = q.owner.of(0, c, cols) << q.bits;
+            match row[first..first + (1 << q.bits)].iter().position(|&t| t == 0.0) {
+                Some(z) => z as u8,
+                None => return fail(format!("row {r}, column {c} is dropped and its table has no 0")),
+            }
         };
         codes.push(fitting(code, q.bits, r, c)?);
         Ok(())
@@ -172,7 +197,7 @@ pub fn pack_codebook(
         None => None,
     };
     let codes = pack(&codes, q.bits).into();
-    finish(rows, cols, pattern, Values::Codebook { bits: q.bits, codes, table: q.table.clone(), scales })
+    finish(rows, cols, pattern, Values::Codebook { bits: q.bits, codes, tables, scales })
 }
 
 /// Packs signs and zeros, `[rows, cols]`.

@@ -9,7 +9,9 @@ use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::pattern::index_width;
-use crate::{Float, FormatError, GgufType, Group, Pattern, PatternKind, Piece, Scales, Stored, Term, Values};
+use crate::{
+    Float, FormatError, GgufType, Group, Owner, Pattern, PatternKind, Piece, Scales, Stored, Tables, Term, Values,
+};
 
 /// Element types of buffers, those of safetensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -73,6 +75,21 @@ pub struct Descriptor {
     pub terms: Vec<TermDesc>,
 }
 
+impl Descriptor {
+    /// The first version of the packed format that has all of this: 2 for a codebook's tables that are not one of f32.
+    pub fn version(&self) -> u32 {
+        let newer = |p: &PieceDesc| match &p.values {
+            ValuesDesc::Codebook { tables, .. } => !tables.is_first(),
+            _ => false,
+        };
+        let newer = self.terms.iter().any(|t| match t {
+            TermDesc::Piece(p) => newer(p),
+            TermDesc::Product { left, right, .. } => newer(left) || newer(right),
+        });
+        if newer { 2 } else { 1 }
+    }
+}
+
 /// A term without its buffers.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case", deny_unknown_fields)]
@@ -106,10 +123,47 @@ pub struct PieceDesc {
 #[allow(missing_docs)]
 pub enum ValuesDesc {
     Float(Float),
-    Int { bits: u8, zeros: bool, scales: ScalesDesc, group: GroupDesc },
-    Codebook { bits: u8, scales: Option<(ScalesDesc, GroupDesc)> },
-    Ternary { scales: ScalesDesc, group: GroupDesc },
+    Int {
+        bits: u8,
+        zeros: bool,
+        scales: ScalesDesc,
+        group: GroupDesc,
+    },
+    Codebook {
+        bits: u8,
+        scales: Option<(ScalesDesc, GroupDesc)>,
+        /// Left out where it is one table of f32: what version 1 has.
+        #[serde(default, skip_serializing_if = "TablesDesc::is_first")]
+        tables: TablesDesc,
+    },
+    Ternary {
+        scales: ScalesDesc,
+        group: GroupDesc,
+    },
     Gguf(GgufType),
+}
+
+/// Tables of a codebook without their entries.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TablesDesc {
+    /// Whose they are.
+    pub owner: Owner,
+    /// How an entry is written.
+    pub float: Float,
+}
+
+impl Default for TablesDesc {
+    /// One table of f32.
+    fn default() -> TablesDesc {
+        TablesDesc { owner: Owner::Matrix, float: Float::F32 }
+    }
+}
+
+impl TablesDesc {
+    fn is_first(&self) -> bool {
+        *self == TablesDesc::default()
+    }
 }
 
 /// Encoded scales without their buffers.
@@ -227,12 +281,17 @@ fn write_piece(p: &Piece, prefix: &str, parts: &mut Vec<Part>) -> PieceDesc {
             let (scales, group) = write_scales(scales, group, p, &mut put);
             ValuesDesc::Int { bits: *bits, zeros: zeros.is_some(), scales, group }
         }
-        Values::Codebook { bits, codes, table, scales } => {
+        Values::Codebook { bits, codes, tables: Tables { owner, float, bytes }, scales } => {
             put("codes", Elem::U8, &[codes.len()], codes);
-            let entries: Vec<u8> = table.iter().flat_map(|t| t.to_le_bytes()).collect();
-            put("table", Elem::F32, &[table.len()], &entries.into());
+            let entries = 1 << bits;
+            let shape = match owner {
+                Owner::Matrix => vec![entries],
+                Owner::Row => vec![p.rows, entries],
+                Owner::Group(_) => vec![p.rows, owner.in_row(p.cols), entries],
+            };
+            put("table", (*float).into(), &shape, bytes);
             let scales = scales.as_ref().map(|(s, g)| write_scales(s, g, p, &mut put));
-            ValuesDesc::Codebook { bits: *bits, scales }
+            ValuesDesc::Codebook { bits: *bits, scales, tables: TablesDesc { owner: *owner, float: *float } }
         }
         Values::Ternary { codes, scales, group } => {
             put("codes", Elem::U8, &[codes.len()], codes);
@@ -306,15 +365,11 @@ fn read_piece(d: &PieceDesc, (rows, cols): (usize, usize), prefix: &str, take: T
             let (scales, group) = read_scales(scales, group, &mut take)?;
             Values::Int { bits: *bits, codes, scales, zeros, group }
         }
-        ValuesDesc::Codebook { bits, scales } => {
+        ValuesDesc::Codebook { bits, scales, tables: TablesDesc { owner, float } } => {
             let codes = take("codes", Elem::U8)?;
-            let entries = take("table", Elem::F32)?;
-            if entries.len() % 4 != 0 {
-                return Err(FormatError::new(format!("table: {} bytes are not whole f32", entries.len())));
-            }
-            let table = entries.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            let tables = Tables { owner: *owner, float: *float, bytes: take("table", (*float).into())? };
             let scales = scales.as_ref().map(|(s, g)| read_scales(s, g, &mut take)).transpose()?;
-            Values::Codebook { bits: *bits, codes, table, scales }
+            Values::Codebook { bits: *bits, codes, tables, scales }
         }
         ValuesDesc::Ternary { scales, group } => {
             let codes = take("codes", Elem::U8)?;

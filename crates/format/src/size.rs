@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{Float, Group, Pattern, PatternKind, Piece, Scales, Stored, Term, Values};
+use crate::{Float, Group, Owner, Pattern, PatternKind, Piece, Scales, Stored, Tables, Term, Values};
 
 impl Float {
     /// The codec's short name: `f16`.
@@ -90,6 +90,16 @@ impl Scales {
     }
 }
 
+impl Tables {
+    fn name(&self) -> String {
+        match self.owner {
+            Owner::Matrix => String::new(),
+            Owner::Row => " a row".into(),
+            Owner::Group(n) => format!(" a g{n}"),
+        }
+    }
+}
+
 impl Values {
     /// Bytes of all buffers.
     pub fn bytes(&self) -> u64 {
@@ -98,9 +108,9 @@ impl Values {
             Values::Int { codes, scales, zeros, group, .. } => {
                 codes.len() as u64 + scales.bytes() + zeros.as_ref().map_or(0, |z| z.len() as u64) + group.bytes()
             }
-            Values::Codebook { codes, table, scales, .. } => {
+            Values::Codebook { codes, tables, scales, .. } => {
                 let scales = scales.as_ref().map_or(0, |(s, g)| s.bytes() + g.bytes());
-                codes.len() as u64 + 4 * table.len() as u64 + scales
+                codes.len() as u64 + tables.bytes.len() as u64 + scales
             }
             Values::Ternary { codes, scales, group } => codes.len() as u64 + scales.bytes() + group.bytes(),
         }
@@ -113,8 +123,10 @@ impl Values {
                 let zero = if zeros.is_some() { " zero" } else { "" };
                 format!("int{bits}{}{zero}{}", group.name(cols), scales.name())
             }
-            Values::Codebook { bits, scales: None, .. } => format!("table{bits}"),
-            Values::Codebook { bits, scales: Some((s, g)), .. } => format!("table{bits}{}{}", g.name(cols), s.name()),
+            Values::Codebook { bits, tables, scales, .. } => {
+                let scales = scales.as_ref().map_or(String::new(), |(s, g)| g.name(cols) + &s.name());
+                format!("table{bits}{}{scales}", tables.name())
+            }
             Values::Ternary { scales, group, .. } => format!("ternary{}{}", group.name(cols), scales.name()),
             Values::Gguf(kind, _) => format!("{kind:?}").to_lowercase(),
         }

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use lacuna_format::bits::pack;
-use lacuna_format::{Float, Group, Pattern, Piece, Stored, Values};
+use lacuna_format::{Float, Group, Pattern, Piece, Stored, Tables, Values};
 
 use super::config::Quantized;
 use super::scales::{Grid, unsigned};
@@ -400,7 +400,7 @@ impl Coded {
             return weight.bad(format!("value {i} is not finite"));
         }
         table.iter_mut().filter(|v| !v.is_finite()).for_each(|v| *v = 0.0);
-        Ok(Values::Codebook { bits: 8, codes: bytes, table, scales: Some((scales, group)) })
+        Ok(Values::Codebook { bits: 8, codes: bytes, tables: Tables::one(&table), scales: Some((scales, group)) })
     }
 }
 

@@ -70,8 +70,13 @@ fn value(p: &Piece, i: usize, r: usize, c: usize) -> f64 {
             };
             scaled(scales, g) * (code(codes, bits, i) as f64 - zero as f64)
         }
-        Values::Codebook { bits, codes, table, scales } => {
-            let t = f64::from(table[code(codes, usize::from(*bits), i)]);
+        Values::Codebook { bits, codes, tables, scales } => {
+            let owner = match tables.owner {
+                Owner::Matrix => 0,
+                Owner::Row => r,
+                Owner::Group(n) => r * p.cols.div_ceil(n) + c / n,
+            };
+            let t = float(tables.float, &tables.bytes, (owner << bits) + code(codes, usize::from(*bits), i));
             scales.as_ref().map_or(t, |(s, g)| t * scaled(s, g))
         }
         Values::Ternary { codes, scales, group: g } => {
@@ -228,10 +233,13 @@ pub fn random_piece(rng: &mut Rng, rows: usize, cols: usize) -> Piece {
         2 => {
             let bits = 1 + rng.below(8) as u8;
             let codes = (0..rows * cols).map(|_| rng.below(1 << bits) as u8).collect();
-            let mut table: Vec<f32> = (0..1 << bits).map(|_| rng.normal()).collect();
-            table[rng.below(1 << bits)] = 0.0;
+            let owner = pick(rng, &[Owner::Matrix, Owner::Row, Owner::Group(5), Owner::Group(32), Owner::Group(1000)]);
+            let mut tables = Mat::from_fn(owner.count(rows, cols).unwrap(), 1 << bits, |_, _| rng.normal());
+            (0..tables.rows()).for_each(|o| tables.row_mut(o)[rng.below(1 << bits)] = 0.0);
+            let float = pick(rng, &[Float::F32, Float::F16]);
             let with = (rng.below(2) == 0).then(|| (scales_of(rng, rows, &group, cols), group));
-            pack_codebook((rows, cols), &Codebook { bits, codes, table, scales: with }, mask.as_ref(), kind, scales)
+            let q = Codebook { bits, codes, owner, tables, scales: with };
+            pack_codebook((rows, cols), &q, mask.as_ref(), kind, float, scales)
         }
         3 => {
             let codes = (0..rows * cols).map(|_| rng.below(3) as i8 - 1).collect();

@@ -6,7 +6,7 @@ use lacuna_base::{Mat, MatRef, Rng};
 use lacuna_format::bits::{pack, pack_trits};
 use lacuna_format::{
     Bytes, Float, FormatError, GgufType, Group, Integers, Mask, Pattern, PatternKind, Piece, ScaleCodec, Scales,
-    Stored, Term, Values, pack_float, pack_integers,
+    Stored, Tables, Term, Values, pack_float, pack_integers,
 };
 
 use super::{Activations, Linear, Packing};
@@ -71,7 +71,10 @@ fn tables(rows: usize, cols: usize, run: usize, rng: &mut Rng) -> Vec<(String, S
         for s in [None, Some((scales(), group()))] {
             let name = format!("codebook {bits} scales {}", s.is_some());
             let codes = Bytes::from(pack(&codes, bits));
-            out.push((name, dense(rows, cols, Values::Codebook { bits, codes, table: table.clone(), scales: s })));
+            out.push((
+                name,
+                dense(rows, cols, Values::Codebook { bits, codes, tables: Tables::one(&table), scales: s }),
+            ));
         }
     }
     let trits: Vec<i8> = (0..rows * cols).map(|_| (rng.u64() % 3) as i8 - 1).collect();

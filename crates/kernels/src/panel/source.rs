@@ -1,7 +1,7 @@
 //! Reading codes and scales out of what is stored, row by row, for panels to be made of them.
 
 use lacuna_format::bits::{unpack, unpack_trits};
-use lacuna_format::{Bytes, Float, GgufType, Group, Piece, Scales, Values};
+use lacuna_format::{Bytes, Float, GgufType, Group, Owner, Piece, Scales, Values};
 
 use super::BLOCK;
 use super::ints::Kind;
@@ -97,10 +97,11 @@ pub(crate) fn of(piece: &Piece) -> Option<Source<'_>> {
             };
             Some(Source { bits: 2, kind, zero: 1, run, table: None, read: Box::new(read) })
         }
-        Values::Codebook { bits, codes, table, scales } => {
+        Values::Codebook { bits, codes, tables, scales } if tables.owner == Owner::Matrix => {
             // One bit more than one is kept as two: there is no plane for a single one.
             let wide = (*bits).max(2);
-            let mut table = table.clone();
+            let mut table = Vec::new();
+            tables.row(0, cols, *bits, &mut table);
             table.resize(1 << wide, 0.0);
             let (run, kind) = match scales {
                 None => (cols.next_multiple_of(BLOCK).max(BLOCK), Kind::F16),
@@ -133,7 +134,7 @@ pub(crate) fn of(piece: &Piece) -> Option<Source<'_>> {
             Some(Source { bits: 8, kind: Kind::F16, zero: 0, run, table: Some(table), read: Box::new(read) })
         }
         Values::Gguf(kind, bytes) => gguf(*kind, bytes, cols),
-        Values::Float(..) => None,
+        Values::Float(..) | Values::Codebook { .. } => None,
     }
 }
 
