@@ -5,8 +5,8 @@ use std::path::Path;
 
 use lacuna_checkpoint::{PackedWriter, open};
 use lacuna_format::{
-    Codebook, Float, Group, Integers, Mask, Owner, PatternKind, ScaleCodec, Stored, Weights, pack_codebook, pack_float,
-    pack_integers,
+    Codebook, Float, Group, Integers, Map, Mask, Owner, PatternKind, ScaleCodec, Stored, Weights, pack_codebook, pack_float,
+    pack_integers, pack_integers_off,
 };
 use serde_json::{Value, json};
 
@@ -118,6 +118,21 @@ fn pack(dir: &Path, out: &Path) -> Result<()> {
                 };
                 Some(pack_integers(&integers, None, PatternKind::Dense, ScaleCodec::F16)?)
             }
+            5 => {
+                let groups = cols.div_ceil(16);
+                let numbers = |by: f32| lacuna_base::Mat::from_fn(rows, groups, |r, g| by + ((r + g) % 5) as f32);
+                let integers = Integers {
+                    rows,
+                    cols,
+                    bits: 3,
+                    codes: (0..rows * cols).map(|i| (i % 8) as u8).collect(),
+                    scales: numbers(0.5),
+                    zeros: None,
+                    group: Group::Run(16),
+                };
+                let codec = ScaleCodec::Int { bits: 3, per: 16 };
+                Some(pack_integers_off(&integers, &numbers(1.5), None, PatternKind::Dense, codec, codec)?)
+            }
             4 => {
                 let owner = if i % 2 == 0 { Owner::Row } else { Owner::Group(8) };
                 let tables = owner.count(rows, cols).ok_or("too many tables")?;
@@ -134,7 +149,19 @@ fn pack(dir: &Path, out: &Path) -> Result<()> {
             _ => None,
         };
         match piece {
-            Some(piece) => writer.put(&place, &Stored::from_piece(piece))?,
+            Some(piece) => {
+                let mut stored = Stored::from_piece(piece);
+                if i % 2 == 1 {
+                    let signs: Vec<bool> = (0..cols).map(|c| c % 3 == 0).collect();
+                    let turned: Vec<u32> = (0..cols as u32).rev().collect();
+                    let half = Map::diagonal(&vec![0.5; rows], Float::F16)?;
+                    let swap = Map::dense(2, &[0.0, 1.0, 1.0, 0.0], Float::F32)?;
+                    let output = if rows % 2 == 0 { vec![half, swap] } else { vec![half] };
+                    let input = vec![Map::hadamard(1 << cols.trailing_zeros(), Some(&signs)), Map::permutation(&turned)];
+                    stored = stored.with_maps(input, output);
+                }
+                writer.put(&place, &stored)?
+            }
             None => writer.put(&place, &stored)?,
         }
     }

@@ -348,7 +348,7 @@ impl Walk<'_> {
             let float = if stored.rows == 1 { Float::F32 } else { Float::F16 };
             let piece = pack_float(source.to_mat().view(), None, PatternKind::Dense, float)
                 .map_err(|e: FormatError| fail(format!("{}; rest = \"source\" keeps it as it is", e.what)))?;
-            stored = Arc::new(Stored { rows: stored.rows, cols: stored.cols, terms: vec![Term::Piece(piece)] });
+            stored = Arc::new(Stored::from_piece(piece));
         } else {
             return Ok(stored);
         }

@@ -208,7 +208,7 @@ impl Matrix {
         };
         let mut terms = vec![term];
         terms.extend(self.outliers);
-        let stored = Stored { rows: self.source.rows, cols: self.source.cols, terms };
+        let stored = Stored::new(self.source.rows, self.source.cols, terms);
         stored.check().map_err(e)?;
         Ok(Arc::new(stored))
     }

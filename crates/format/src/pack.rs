@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bits::{pack, pack_trits};
 use crate::pattern::index_width;
-use crate::{Float, FormatError, Group, Integers, Mask, Owner, Pattern, Piece, Scales, Tables, Values};
+use crate::{Float, FormatError, Group, Integers, Mask, Owner, Pattern, Piece, Scales, Tables, Values, Zeros};
 
 /// A pattern without its indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -51,7 +51,8 @@ pub enum ScaleCodec {
     F32,
     /// IEEE half.
     F16,
-    /// Integers of `bits` bits over an f16 scale and minimum for every `per` scales of a row.
+    /// Integers of `bits` bits over an f16 scale and minimum for every `per` scales of a row: those of least squares found from the smallest and
+    /// the largest value on, each value at its nearest code.
     Int {
         /// 2 to 8.
         bits: u8,
@@ -140,6 +141,53 @@ pub fn pack_integers(
         codes: pack(&codes, q.bits).into(),
         scales: pack_scales(&q.scales, scales)?,
         zeros: q.zeros.as_ref().map(|z| pack(z, q.bits).into()),
+        group: q.group.clone(),
+    };
+    finish(rows, cols, pattern, values)
+}
+
+/// Packs grouped integers whose zero points are any numbers, `[rows, groups]`, written as `codec` says; `q` has none of its own. Positions that a
+/// pattern stores and the mask drops are refused where no code is worth 0.
+pub fn pack_integers_off(
+    q: &Integers,
+    zeros: &Mat,
+    mask: Option<&Mask>,
+    kind: PatternKind,
+    scales: ScaleCodec,
+    codec: ScaleCodec,
+) -> Result<Piece, FormatError> {
+    let (rows, cols, groups) = (q.rows, q.cols, q.group.count(q.cols));
+    codes_fit(rows, cols, q.codes.len(), q.bits, 2)?;
+    scales_fit(rows, groups, &q.scales)?;
+    scales_fit(rows, groups, zeros)?;
+    if q.zeros.is_some() {
+        return fail("zero points that are codes and any numbers at once".into());
+    }
+    let zeros = Zeros::Real(pack_scales(zeros, codec)?);
+    let pattern = Pattern::build(rows, cols, mask, kind)?;
+    let (mut codes, mut row, mut read) = (Vec::new(), vec![0.0; groups], None);
+    walk(&pattern, rows, cols, mask, |r, c, kept| {
+        let code = if kept {
+            q.codes[r * cols + c]
+        } else {
+            if read != Some(r) {
+                zeros.row(r, q.bits, &mut row);
+                read = Some(r);
+            }
+            let zero = row[q.group.of(c)];
+            if zero.fract() != 0.0 || !(0.0..f32::from(1u16 << q.bits)).contains(&zero) {
+                return fail(format!("row {r}, column {c} is dropped and its zero point {zero} is no code"));
+            }
+            zero as u8
+        };
+        codes.push(fitting(code, q.bits, r, c)?);
+        Ok(())
+    })?;
+    let values = Values::Int {
+        bits: q.bits,
+        codes: pack(&codes, q.bits).into(),
+        scales: pack_scales(&q.scales, scales)?,
+        zeros: Some(zeros),
         group: q.group.clone(),
     };
     finish(rows, cols, pattern, values)
@@ -319,13 +367,11 @@ pub fn pack_scales(s: &Mat, codec: ScaleCodec) -> Result<Scales, FormatError> {
         for run in s.row(r).chunks(per) {
             let low = run.iter().fold(f32::INFINITY, |a, &b| a.min(b));
             let high = run.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-            let (min, step) = (f16::from_f32(low).to_f32(), f16::from_f32((high - low) / top).to_f32());
-            if mins.extend(&[low]).is_err() || scales.extend(&[(high - low) / top]).is_err() {
+            let (min, step) = nearest_grid(run, (low, (high - low) / top), top);
+            if mins.extend(&[min]).is_err() || scales.extend(&[step]).is_err() {
                 return fail(format!("scales of row {r}, {low} to {high}, are beyond f16"));
             }
-            codes.extend(
-                run.iter().map(|&v| if step == 0.0 { 0 } else { ((v - min) / step).round().clamp(0.0, top) as u8 }),
-            );
+            codes.extend(run.iter().map(|&v| grid_code(v, (min, step), top)));
         }
     }
     Ok(Scales::Int {
@@ -335,6 +381,44 @@ pub fn pack_scales(s: &Mat, codec: ScaleCodec) -> Result<Scales, FormatError> {
         super_scales: scales.bytes.into(),
         super_mins: Some(mins.bytes.into()),
     })
+}
+
+/// The nearest code from 0 to `top` of a value on a grid of `min + step * code`.
+fn grid_code(v: f32, (min, step): (f32, f32), top: f32) -> u8 {
+    if step == 0.0 { 0 } else { ((v - min) / step).round().clamp(0.0, top) as u8 }
+}
+
+/// A grid, minimum and step as f16 has them, on which `run` has least square error of those met: from the first on, by turns the nearest codes and
+/// the grid of least squares for these codes, as long as that helps.
+fn nearest_grid(run: &[f32], first: (f32, f32), top: f32) -> (f32, f32) {
+    let half = |(min, step): (f64, f64)| (f16::from_f64(min).to_f32(), f16::from_f64(step).to_f32());
+    let lost = |grid: (f32, f32)| -> f64 {
+        let far = |v: &f32| f64::from(grid.1 * f32::from(grid_code(*v, grid, top)) + grid.0) - f64::from(*v);
+        run.iter().map(|v| far(v).powi(2)).sum()
+    };
+    let mut best = half((first.0.into(), first.1.into()));
+    let mut least = lost(best);
+    let n = run.len() as f64;
+    for _ in 0..8 {
+        let (mut x, mut y, mut xx, mut xy) = (0.0, 0.0, 0.0, 0.0);
+        for &v in run {
+            let (c, v) = (f64::from(grid_code(v, best, top)), f64::from(v));
+            (x, y, xx, xy) = (x + c, y + v, xx + c * c, xy + c * v);
+        }
+        let spread = n * xx - x * x;
+        if spread <= 0.0 {
+            break;
+        }
+        let step = (n * xy - x * y) / spread;
+        let next = half(((y - step * x) / n, step));
+        let now = lost(next);
+        // What f16 cannot say loses more than anything, or is no number.
+        if !(now < least) {
+            break;
+        }
+        (best, least) = (next, now);
+    }
+    best
 }
 
 impl Float {

@@ -43,7 +43,8 @@ pub enum Values {
     Float(Float, Bytes),
     /// `value = scale[row, group] * (code - zero[row, group])`.
     ///
-    /// Without `zeros` the code is read as `code - 2^(bits-1)`: symmetric, stored with that offset.
+    /// Without `zeros` the code is read as `code - 2^(bits-1)`: symmetric, stored with that offset. SpQR is 3 bits in groups of 16, scales and
+    /// [`Zeros::Real`] both in [`Scales::Int`] of 3 bits over runs of 16 of them.
     Int {
         /// 2 to 8.
         bits: u8,
@@ -51,8 +52,8 @@ pub enum Values {
         codes: Bytes,
         /// `[rows, groups]`.
         scales: Scales,
-        /// Zero points as unsigned codes of `bits` bits, `[rows, groups]`, one stream.
-        zeros: Option<Bytes>,
+        /// Zero points, `[rows, groups]`.
+        zeros: Option<Zeros>,
         /// Which columns share a scale.
         group: Group,
     },
@@ -78,6 +79,27 @@ pub enum Values {
     },
     /// GGUF blocks, row after row; the dense pattern only.
     Gguf(GgufType, Bytes),
+}
+
+/// Zero points of integer codes, `[rows, groups]`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Zeros {
+    /// Unsigned codes of as many bits as the values', one stream: every zero point is a code, whose value is exactly 0.
+    Codes(Bytes),
+    /// Any numbers, encoded as scales are: none of the codes need be worth 0.
+    Real(Scales),
+}
+
+impl From<Bytes> for Zeros {
+    fn from(codes: Bytes) -> Zeros {
+        Zeros::Codes(codes)
+    }
+}
+
+impl From<Vec<u8>> for Zeros {
+    fn from(codes: Vec<u8>) -> Zeros {
+        Zeros::Codes(codes.into())
+    }
 }
 
 /// What has a table of a codebook to itself.

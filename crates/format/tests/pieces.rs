@@ -258,17 +258,14 @@ fn names_and_sizes() {
         group: Group::Run(32),
     };
     let int4 = pack_integers(&q, None, PatternKind::Dense, ScaleCodec::F16).unwrap();
-    let sum = Stored { rows: 8, cols: 64, terms: vec![Term::Piece(int4), Term::Piece(f(PatternKind::Csr))] };
+    let sum = Stored::new(8, 64, vec![Term::Piece(int4), Term::Piece(f(PatternKind::Csr))]);
     assert_eq!(sum.codec_name(), "int4 g32 + csr f16");
     let thin = |rows, cols| pack_float(Mat::zeros(rows, cols).view(), None, PatternKind::Dense, Float::F16).unwrap();
-    let low = Stored { rows: 8, cols: 64, terms: vec![Term::Product(thin(8, 3), thin(3, 64))] };
+    let low = Stored::new(8, 64, vec![Term::Product(thin(8, 3), thin(3, 64))]);
     assert_eq!((low.codec_name(), low.bytes(), low.sparsity()), ("lowrank 3 (f16)".into(), 2 * 72 * 3, 0.0));
     assert_eq!(low.bits_per_weight(), 432.0 * 8.0 / 512.0);
-    let two = Stored {
-        rows: 8,
-        cols: 64,
-        terms: vec![Term::Piece(f(PatternKind::Csr)), Term::Piece(f(PatternKind::Nm { n: 2, m: 4 }))],
-    };
+    let terms = vec![Term::Piece(f(PatternKind::Csr)), Term::Piece(f(PatternKind::Nm { n: 2, m: 4 }))];
+    let two = Stored::new(8, 64, terms);
     assert_eq!((two.sparsity(), sum.sparsity()), (0.5, 0.0));
     assert_eq!(cheapest_pattern(&half, 16.0, None), PatternKind::Nm { n: 1, m: 2 });
     let random = Mask::from_fn(64, 512, |r, c| (r * 7919 + c * c * 31 + 17 * c) % 97 < 48);
@@ -393,4 +390,53 @@ fn tables_of_rows_come_back_exactly() {
     };
     let e = pack_codebook((2, 2), &big, None, PatternKind::Dense, Float::F16, ScaleCodec::F16).unwrap_err().what;
     assert_eq!(e, "table 1, entry 0: 1000000 is beyond f16");
+}
+
+/// SpQR's second level: 3-bit scales and zeros, with an f16 scale and minimum of each for every 16.
+#[test]
+fn encoded_zeros_are_counted_and_near() {
+    let mut rng = Rng::new(12);
+    let (rows, cols, codec) = (4, 512, ScaleCodec::Int { bits: 3, per: 16 });
+    let codes: Vec<u8> = (0..rows * cols).map(|_| rng.below(8) as u8).collect();
+    let numbers = |rng: &mut Rng, by: f32| Mat::from_fn(rows, 32, |_, _| by * (1.0 + 0.2 * rng.normal()));
+    let (scales, zeros) = (numbers(&mut rng, 0.01), numbers(&mut rng, 3.5));
+    let q = Integers { rows, cols, bits: 3, codes, scales, zeros: None, group: Group::Run(16) };
+    let p = pack_integers_off(&q, &zeros, None, PatternKind::Dense, codec, codec).unwrap();
+    // 3 bits a weight, and for 16 of them 3 and 3, and for 256 four f16.
+    assert_eq!(p.bytes(), (4 * 512 * 3 + 4 * 32 * 6 + 4 * 2 * 64) / 8);
+    assert_eq!(p.codec_name(), "int3 g16 zero3 s3");
+    let s = Stored::from_piece(p);
+    assert!(s.integers().is_none() && s.to_parts().0.version() == 2);
+    let half = Mask::from_fn(rows, cols, |_, c| c % 2 == 0);
+    let e = pack_integers_off(&q, &zeros, Some(&half), PatternKind::Dense, codec, codec).unwrap_err().what;
+    assert!(e.starts_with("row 0, column 1 is dropped and its zero point"), "{e}");
+    let whole = Mat::from_fn(rows, 32, |r, g| ((r + g) % 8) as f32);
+    let p = pack_integers_off(&q, &whole, Some(&half), PatternKind::Dense, codec, codec).unwrap().to_mat();
+    assert!((0..cols).all(|c| (p[(2, c)] == 0.0) || c % 2 == 0));
+}
+
+/// Least squares lose no more than the smallest and the largest value as ends of the grid, and mostly less.
+#[test]
+fn encoded_scales_lose_less_than_between_their_ends() {
+    let mut rng = Rng::new(13);
+    for (bits, most) in [(3u8, 0.9), (4, 0.95), (6, 1.0)] {
+        let m = Mat::from_fn(50, 64, |_, _| (0.5 * rng.normal()).exp());
+        let scales = pack_scales(&m, ScaleCodec::Int { bits, per: 16 }).unwrap();
+        let (mut ours, mut ends) = (0.0, 0.0);
+        for r in 0..50 {
+            let mut got = vec![0.0; 64];
+            scales.row(r, &mut got);
+            for (run, got) in m.row(r).chunks(16).zip(got.chunks(16)) {
+                let low = run.iter().copied().fold(f32::INFINITY, f32::min);
+                let step = (run.iter().copied().fold(0.0, f32::max) - low) / ((1 << bits) - 1) as f32;
+                let (low, step) = (half::f16::from_f32(low).to_f32(), half::f16::from_f32(step).to_f32());
+                let between = |v: f32| low + step * ((v - low) / step).round().clamp(0.0, ((1 << bits) - 1) as f32);
+                let one: f64 = run.iter().zip(got).map(|(v, g)| f64::from(v - g).powi(2)).sum();
+                let other: f64 = run.iter().map(|v| f64::from(v - between(*v)).powi(2)).sum();
+                assert!(one <= other * 1.0001 + 1e-12, "{one} against {other}");
+                (ours, ends) = (ours + one, ends + other);
+            }
+        }
+        assert!(ours <= most * ends, "{bits} bits: {ours} against {ends}");
+    }
 }

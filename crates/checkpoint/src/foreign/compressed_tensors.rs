@@ -278,7 +278,8 @@ impl Module for Packed {
             Some(t) => order(t, &data(t.index), self.grid.groups, self.grid.run)?,
         };
         let scales = self.grid.read(rows.clone(), data);
-        let values = Values::Int { bits: self.bits, codes, scales, zeros: self.zeros(&rows, data)?, group };
+        let values =
+            Values::Int { bits: self.bits, codes, scales, zeros: self.zeros(&rows, data)?.map(Into::into), group };
         Ok(Stored::from_piece(Piece { rows: rows.len(), cols, pattern: Pattern::Dense, values }))
     }
 }
@@ -392,7 +393,7 @@ impl Coded {
         let scales = self.grid.read(rows, data);
         let TensorType::Float(float) = self.dtype else {
             let codes = unsigned(&bytes).into();
-            return Ok(Values::Int { bits: 8, codes, scales, zeros: zeros.map(Bytes::from), group });
+            return Ok(Values::Int { bits: 8, codes, scales, zeros: zeros.map(Into::into), group });
         };
         let mut table = vec![0.0; 256];
         float.decode(&(0..=255).collect::<Vec<u8>>(), &mut table);
