@@ -38,16 +38,21 @@ impl Op for Rotate<'_> {
             // SAFETY: the maker has these runs, and signs of whole rows.
             unsafe {
                 let v = self.data.add(i * size);
+                // Without signs there are no runs of them to count by.
+                let signs = match i.checked_rem(runs) {
+                    Some(run) => f.signs.as_ptr().add(run * size),
+                    None => std::ptr::null(),
+                };
                 let by = s.splat(by);
                 let mut c = 0;
                 while c + S::LANES <= size {
                     let at = v.add(c);
-                    let sign = if runs > 0 { s.load(f.signs.as_ptr().add(i % runs * size + c)) } else { s.splat(1.0) };
+                    let sign = if signs.is_null() { s.splat(1.0) } else { s.load(signs.add(c)) };
                     s.store(at, s.mul(s.load(at), s.mul(by, sign)));
                     c += S::LANES;
                 }
                 while c < size {
-                    let sign = if runs > 0 { *f.signs.as_ptr().add(i % runs * size + c) } else { 1.0 };
+                    let sign = if signs.is_null() { 1.0 } else { *signs.add(c) };
                     *v.add(c) *= self.by * sign;
                     c += 1;
                 }
