@@ -55,7 +55,7 @@ fn table(rows: usize, cols: usize, bits: u8, owner: Owner) -> Stored {
 }
 
 fn main() {
-    for (rows, cols, bytes) in [(4096, 4096, 400 << 20), (1024, 2048, 1 << 20), (576, 1536, 1 << 20)] {
+    for (rows, cols, bytes) in [(1024, 2048, 1 << 20), (576, 1536, 1 << 20), (4096, 4096, 100 << 20)] {
         let sum = |more: Vec<Term>| {
             Stored::new(rows, cols, std::iter::once(Term::Piece(int4(rows, cols, 4))).chain(more).collect())
         };
