@@ -15,6 +15,7 @@ use lacuna_format::Weights;
 use lacuna_judge::{
     Bench, CostTable, Footprint, Forecast, Hold, Measured, Products, Verdict, baselines, judge, time_decode,
 };
+use lacuna_spec::Spec;
 use serde_json::{Value, json};
 
 use crate::cli::{self, Gate, Global};
@@ -110,7 +111,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
     let flags = [("samples", a.samples.map(|n| n as u64)), ("seq_len", a.seq_len.map(|n| n as u64)), ("seed", a.seed)];
     sets.extend(flags.iter().filter_map(|(k, v)| v.map(|v| format!("calibration.{k}={v}"))));
     let context = source.checkpoint.spec().context;
-    let recipe = fitting_recipe(a, sets, &registry, context)?;
+    let recipe = fitting_recipe(a, sets, &registry, source.checkpoint.spec())?;
     if a.out.exists() && !(a.overwrite || a.resume) {
         anyhow::bail!("{} exists; --overwrite replaces it", a.out.display());
     }
@@ -218,15 +219,16 @@ fn fitting_recipe(
     a: &cli::Compress,
     mut sets: Vec<String>,
     registry: &Registry,
-    context: usize,
+    spec: &Spec,
 ) -> anyhow::Result<Recipe> {
+    let context = spec.context;
     const KEY: &str = "calibration.seq_len";
     let text = recipes::text(&a.recipe)?;
     let parse =
         |sets: &[String]| Recipe::parse(&text, registry, sets).map_err(|e| Usage(format!("recipe {}: {e}", a.recipe)));
     let recipe = parse(&sets)?;
     let len = recipe.calibration.seq_len;
-    if len <= context || !recipe.calibrates() {
+    if len <= context || !recipe.calibrates(spec) {
         return Ok(recipe);
     }
     let in_file = recipe.resolved.get("calibration").is_some_and(|c| c.get("seq_len").is_some());

@@ -4,7 +4,10 @@ use std::fs;
 use std::path::Path;
 
 use lacuna_checkpoint::{PackedWriter, open};
-use lacuna_format::{Float, Group, Integers, Mask, PatternKind, ScaleCodec, Stored, Weights, pack_float, pack_integers};
+use lacuna_format::{
+    Codebook, Float, Group, Integers, Map, Mask, Owner, PatternKind, ScaleCodec, Stored, Weights, pack_codebook, pack_float,
+    pack_integers, pack_integers_off,
+};
 use serde_json::{Value, json};
 
 type Result<T> = std::result::Result<T, Box<dyn std::error::Error>>;
@@ -97,7 +100,7 @@ fn pack(dir: &Path, out: &Path) -> Result<()> {
         let (rows, cols) = (stored.rows, stored.cols);
         let mask = Mask::from_fn(rows, cols, |r, c| (c + r / 8) % 2 == 0);
         let float = |kind| Ok::<_, Box<dyn std::error::Error>>(pack_float(w.view(), Some(&mask), kind, Float::F16)?);
-        let piece = match i % 6 {
+        let piece = match i % 7 {
             _ if rows == 1 => None,
             0 => Some(float(PatternKind::Mask { height: 1 })?),
             1 => Some(float(PatternKind::Nm { n: 2, m: 4 })?),
@@ -115,10 +118,50 @@ fn pack(dir: &Path, out: &Path) -> Result<()> {
                 };
                 Some(pack_integers(&integers, None, PatternKind::Dense, ScaleCodec::F16)?)
             }
+            5 => {
+                let groups = cols.div_ceil(16);
+                let numbers = |by: f32| lacuna_base::Mat::from_fn(rows, groups, |r, g| by + ((r + g) % 5) as f32);
+                let integers = Integers {
+                    rows,
+                    cols,
+                    bits: 3,
+                    codes: (0..rows * cols).map(|i| (i % 8) as u8).collect(),
+                    scales: numbers(0.5),
+                    zeros: None,
+                    group: Group::Run(16),
+                };
+                let codec = ScaleCodec::Int { bits: 3, per: 16 };
+                Some(pack_integers_off(&integers, &numbers(1.5), None, PatternKind::Dense, codec, codec)?)
+            }
+            4 => {
+                let owner = if i % 2 == 0 { Owner::Row } else { Owner::Group(8) };
+                let tables = owner.count(rows, cols).ok_or("too many tables")?;
+                let codebook = Codebook {
+                    bits: 3,
+                    codes: (0..rows * cols).map(|i| (i % 8) as u8).collect(),
+                    owner,
+                    tables: lacuna_base::Mat::from_fn(tables, 8, |r, c| (r % 3) as f32 * 0.25 - c as f32),
+                    scales: None,
+                };
+                let kind = PatternKind::Dense;
+                Some(pack_codebook((rows, cols), &codebook, None, kind, Float::F16, ScaleCodec::F16)?)
+            }
             _ => None,
         };
         match piece {
-            Some(piece) => writer.put(&place, &Stored::from_piece(piece))?,
+            Some(piece) => {
+                let mut stored = Stored::from_piece(piece);
+                if i % 2 == 1 {
+                    let signs: Vec<bool> = (0..cols).map(|c| c % 3 == 0).collect();
+                    let turned: Vec<u32> = (0..cols as u32).rev().collect();
+                    let half = Map::diagonal(&vec![0.5; rows], Float::F16)?;
+                    let swap = Map::dense(2, &[0.0, 1.0, 1.0, 0.0], Float::F32)?;
+                    let output = if rows % 2 == 0 { vec![half, swap] } else { vec![half] };
+                    let input = vec![Map::hadamard(1 << cols.trailing_zeros(), Some(&signs)), Map::permutation(&turned)];
+                    stored = stored.with_maps(input, output);
+                }
+                writer.put(&place, &stored)?
+            }
             None => writer.put(&place, &stored)?,
         }
     }

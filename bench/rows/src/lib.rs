@@ -136,5 +136,5 @@ fn low_rank(rows: usize, cols: usize, kept: f64) -> Stored {
     let rank = ((rows * cols) as f64 * kept) as usize / (rows + cols);
     let rank = rank.next_multiple_of(32);
     let piece = |r, c| pack_integers(&integers(r, c, 4), None, PatternKind::Dense, ScaleCodec::F16).expect("packs");
-    Stored { rows, cols, terms: vec![Term::Product(piece(rows, rank), piece(rank, cols))] }
+    Stored::new(rows, cols, vec![Term::Product(piece(rows, rank), piece(rank, cols))])
 }

@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 use std::fmt;
 
 use lacuna_base::Mat;
-use lacuna_format::{Group, Stored, Term, Values};
+use lacuna_format::{Group, Stored, Values};
 use lacuna_spec::arch::{self, Source};
 use lacuna_spec::{Place, Spec};
 
@@ -138,7 +138,7 @@ impl Checkpoint {
 impl Quantized {
     /// How a matrix differs from what every group of the configuration says, if it does.
     pub fn contradiction(&self, stored: &Stored) -> Option<String> {
-        let [Term::Piece(p)] = &stored.terms[..] else { return None };
+        let p = stored.single()?;
         let Values::Int { bits, group, .. } = &p.values else { return None };
         let said = self.describe();
         if !self.said_bits().any(|b| b == *bits) {

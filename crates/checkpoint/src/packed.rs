@@ -15,8 +15,9 @@ use crate::safetensors::{Unique, plain_name};
 /// The value of `format` by which a packed model is known.
 pub const FORMAT: &str = "lacuna-packed";
 
-/// The version written; later ones are refused.
-pub const VERSION: u32 = 1;
+/// The last version; later ones are refused. A model is written with the first version that has all that its matrices are made of
+/// ([`Descriptor::version`]), so that older programs read it where they can.
+pub const VERSION: u32 = 2;
 
 /// config.json of a packed model.
 #[derive(Debug, Clone, PartialEq, Serialize, Deserialize)]

@@ -6,18 +6,20 @@ use std::io::Write;
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use lacuna_checkpoint::save::{GgufKind, save_gguf, save_hf};
 use lacuna_checkpoint::{Checkpoint, Kind, PackedWriter, SaveError, open};
 use lacuna_format::{
-    Float, Group, Integers, Mask, PatternKind, Piece, ScaleCodec, Stored, Term, Weights, pack_float, pack_integers,
+    Codebook, Float, Group, Integers, Map, Mask, Owner, PatternKind, Piece, ScaleCodec, Stored, Term, Weights,
+    pack_codebook, pack_float, pack_integers,
 };
-use lacuna_spec::{Place, Role};
+use lacuna_spec::{Part, Place, Role};
 use serde_json::{Value, json};
 
 fn tiny(name: &str) -> Checkpoint {
     open(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny").join(name)).unwrap()
 }
 
-/// Some tensors as they are, some as integers, some sparse, one of two terms, one of none.
+/// Some tensors as they are, some as integers, some sparse, one of tables, some between maps, one of two terms, one of none.
 fn compressed(c: &Checkpoint) -> Vec<(Place, Arc<Stored>)> {
     let pick = |place: Place| {
         let stored = c.get(&place).unwrap().unwrap();
@@ -40,13 +42,53 @@ fn compressed(c: &Checkpoint) -> Vec<(Place, Arc<Stored>)> {
             (Role::K, _) => one(sparse(PatternKind::Mask { height: 1 })),
             (Role::V, _) => one(sparse(PatternKind::Csr)),
             (Role::O, Some(0)) => {
-                Arc::new(Stored { rows, cols, terms: vec![Term::Piece(ints()), Term::Piece(sparse(PatternKind::Csr))] })
+                Arc::new(Stored::new(rows, cols, vec![Term::Piece(ints()), Term::Piece(sparse(PatternKind::Csr))]))
             }
-            (Role::O, _) => Arc::new(Stored { rows, cols, terms: vec![] }),
+            (Role::O, _) => Arc::new(Stored::new(rows, cols, vec![])),
+            (Role::Up, Some(0)) if place.part == Part::Weight => {
+                let codes = (0..rows * cols).map(|i| (i * 5 % 8) as u8).collect();
+                let tables = lacuna_base::Mat::from_fn(rows, 8, |r, c| (r % 5) as f32 - c as f32 / 4.0);
+                let q = Codebook { bits: 3, codes, owner: Owner::Row, tables, scales: None };
+                let kind = PatternKind::Dense;
+                one(pack_codebook((rows, cols), &q, None, kind, Float::F16, ScaleCodec::F16).unwrap())
+            }
+            (Role::Down, _) if place.part == Part::Weight => Arc::new(between_maps(ints())),
             _ => stored,
         }
     };
     c.spec().places().into_iter().map(|p| (p, pick(p))).collect()
+}
+
+/// A matrix with two maps before it and one behind it.
+fn between_maps(piece: Piece) -> Stored {
+    let (rows, cols) = (piece.rows, piece.cols);
+    let signs: Vec<bool> = (0..cols).map(|c| c % 3 == 0).collect();
+    let turned: Vec<u32> = (0..rows as u32).rev().collect();
+    let input = vec![Map::hadamard(8, Some(&signs)), Map::diagonal(&vec![0.75; cols], Float::F16).unwrap()];
+    Stored::from_piece(piece).with_maps(input, vec![Map::permutation(&turned)])
+}
+
+/// Formats without maps get what a matrix with maps comes to, and not its terms.
+#[test]
+fn exports_do_not_forget_maps() {
+    let c = tiny("llama");
+    let dir = tempfile::tempdir().unwrap();
+    let mut w = PackedWriter::create(&dir.path().join("packed"), false).unwrap();
+    let all = compressed(&c);
+    for (place, stored) in &all {
+        w.put(place, stored).unwrap();
+    }
+    let packed = open(finish(w, &c)).unwrap();
+    assert_eq!(packed.packed().unwrap().version, 2);
+    let (hf, gguf) = (dir.path().join("hf"), dir.path().join("m.gguf"));
+    save_hf(&packed, &hf, Some(Float::F32), false, &mut |_, _| {}).unwrap();
+    save_gguf(&packed, &gguf, GgufKind::F32, false, &mut |_, _| {}).unwrap();
+    for file in [hf, gguf] {
+        let back = open(&file).unwrap();
+        for (place, stored) in all.iter().filter(|(p, _)| [Role::Up, Role::Down].contains(&p.role)) {
+            assert_eq!(back.get(place).unwrap().unwrap().to_mat(), stored.to_mat(), "{place} in {}", file.display());
+        }
+    }
 }
 
 const SHARD: u64 = 20_000;

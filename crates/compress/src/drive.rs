@@ -34,7 +34,8 @@ pub fn compress(
 ) -> Result<Outcomes, CompressError> {
     recipe.check(source.spec())?;
     let mut notes = Vec::new();
-    let sequences = if recipe.calibrates() { cut(tokens, recipe, options.bos, &mut notes)? } else { Vec::new() };
+    let sequences =
+        if recipe.calibrates(source.spec()) { cut(tokens, recipe, options.bos, &mut notes)? } else { Vec::new() };
     let mut overlay = Overlay::new(source);
     let plan = memory::plan(&overlay.spec, recipe, &sequences, options.max_ram)?;
     let calibration = (sequences.len(), sequences.first().map_or(0, Vec::len));

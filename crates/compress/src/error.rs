@@ -12,7 +12,7 @@ const ROWS: usize = 64;
 /// `‖(W - W') X‖² / ‖W X‖²` over evenly spread rows, where the Gram matrix is known; with its diagonal alone where only squares are, else
 /// `‖W - W'‖² / ‖W‖²`. 0 for zeros; `None` where nothing changed.
 pub(crate) fn relative_error(before: &Arc<Stored>, after: &Arc<Stored>, stats: &Stats<'_>) -> Option<f64> {
-    if Arc::ptr_eq(before, after) || before.terms == after.terms || before.rows != after.rows {
+    if Arc::ptr_eq(before, after) || before == after || before.rows != after.rows {
         return None;
     }
     let rows = before.rows.min(ROWS);

@@ -150,9 +150,13 @@ impl RecipeStep {
         self.local(place).map_or_else(Vec::new, |l| l.needs(place))
     }
 
-    /// Whether it reads any statistics at all.
-    pub fn calibrates(&self) -> bool {
-        !self.card.needs.is_empty() || matches!(self.step, Step::Search(_))
+    /// Whether it reads any statistics of a network at all.
+    fn calibrates(&self, spec: &Spec) -> bool {
+        match &self.step {
+            Step::Search(_) => true,
+            Step::Model(model) => (0..spec.layers.len()).any(|l| !model.needs(spec, l).is_empty()),
+            Step::Local(_) => !self.card.needs.is_empty(),
+        }
     }
 
     fn make(name: &str, targets: Vec<Target>, from: MadeFrom, registry: &Registry) -> Result<RecipeStep, RecipeError> {
@@ -273,9 +277,9 @@ impl Recipe {
         self.steps.iter().enumerate().filter(|(_, s)| !s.is_model_wide())
     }
 
-    /// Whether any step reads statistics.
-    pub fn calibrates(&self) -> bool {
-        self.steps.iter().any(RecipeStep::calibrates)
+    /// Whether any step reads statistics of a network.
+    pub fn calibrates(&self, spec: &Spec) -> bool {
+        self.steps.iter().any(|s| s.calibrates(spec))
     }
 
     /// Holds every step against a network before work begins: shapes, and what cannot come after what.

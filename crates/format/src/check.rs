@@ -7,7 +7,10 @@ use half::{bf16, f16};
 
 use crate::bits::packed_len;
 use crate::pattern::{index_width, u32_at};
-use crate::{Float, FormatError, Group, Pattern, Piece, Scales, Stored, Term, Values};
+use crate::{
+    Float, FormatError, Group, MOST_DENSE, MOST_MAPS, Map, Owner, Pattern, Piece, Scales, Stored, Tables, Term, Values,
+    Zeros,
+};
 
 type Check = Result<(), FormatError>;
 
@@ -79,7 +82,7 @@ fn finite(name: &str, float: Float, bytes: &[u8]) -> Check {
         Float::F32 => bytes.chunks_exact(4).position(|b| !f32::from_le_bytes([b[0], b[1], b[2], b[3]]).is_finite()),
         Float::F16 => bytes.chunks_exact(2).position(|b| !f16::from_le_bytes([b[0], b[1]]).is_finite()),
         Float::Bf16 => bytes.chunks_exact(2).position(|b| !bf16::from_le_bytes([b[0], b[1]]).is_finite()),
-        Float::F8E4m3 | Float::F8E5m2 => return fail(format!("{name}: scales are f32, f16 or bf16, not 8 bits")),
+        Float::F8E4m3 | Float::F8E5m2 => return fail(format!("{name}: f32, f16 or bf16, not 8 bits")),
     };
     bad.map_or(Ok(()), |i| fail(format!("{name}: value {i} is not finite")))
 }
@@ -126,6 +129,22 @@ impl Scales {
                 Ok(())
             }
         }
+    }
+}
+
+impl Tables {
+    fn check(&self, rows: usize, cols: usize, bits: u8) -> Check {
+        if self.owner == Owner::Group(0) {
+            return fail("table: runs of 0 columns".into());
+        }
+        if !matches!(self.float, Float::F32 | Float::F16) {
+            return fail(format!("table: entries in {}, expected f32 or f16", self.float.name()));
+        }
+        let Some(want) = Tables::exact_bytes(self.owner, self.float, bits, (rows, cols)) else {
+            return fail(format!("table: tables of {rows} x {cols} entries are beyond all memory"));
+        };
+        length("table", self.bytes.len(), want)?;
+        finite("table", self.float, &self.bytes)
     }
 }
 
@@ -207,17 +226,18 @@ impl Piece {
                 group.check(cols)?;
                 scales.check(rows, group.count(cols))?;
                 let n = product(&[rows, group.count(cols)])?;
-                zeros.as_ref().map_or(Ok(()), |z| stream("zeros", z.len(), n, *bits))
+                match zeros {
+                    None => Ok(()),
+                    Some(Zeros::Codes(z)) => stream("zeros", z.len(), n, *bits),
+                    Some(Zeros::Real(z)) => {
+                        z.check(rows, group.count(cols)).map_err(|e| FormatError { what: format!("zeros: {e}") })
+                    }
+                }
             }
-            Values::Codebook { bits, codes, table, scales } => {
+            Values::Codebook { bits, codes, tables, scales } => {
                 bits_of("codes", *bits, 1)?;
                 stream("codes", codes.len(), count, *bits)?;
-                if table.len() != 1 << bits {
-                    return fail(format!("table: {} entries, expected {}", table.len(), 1 << bits));
-                }
-                if let Some(i) = table.iter().position(|t| !t.is_finite()) {
-                    return fail(format!("table: entry {i} is not finite"));
-                }
+                tables.check(rows, cols, *bits)?;
                 match scales {
                     Some((scales, group)) => {
                         group.check(cols)?;
@@ -247,6 +267,55 @@ impl Piece {
     }
 }
 
+impl Map {
+    /// Whether it maps `n` values.
+    fn check(&self, n: usize) -> Check {
+        let runs = |size: usize| {
+            if size == 0 || !n.is_multiple_of(size) { fail(format!("runs of {size} in {n} values")) } else { Ok(()) }
+        };
+        let number = |float: Float, bytes: &[u8], count: usize| {
+            if !matches!(float, Float::F32 | Float::F16) {
+                return fail(format!("values in {}, expected f32 or f16", float.name()));
+            }
+            length("values", bytes.len(), product(&[count, float.bytes()])?)?;
+            finite("values", float, bytes)
+        };
+        match self {
+            Map::Permutation(index) => {
+                length("index", index.len(), product(&[n, 4])?)?;
+                let mut seen = vec![false; n];
+                for i in 0..n {
+                    let at = u32_at(index, i);
+                    if at >= n || std::mem::replace(&mut seen[at], true) {
+                        return fail(format!("index: {at} at place {i}, expected each of 0 to {} once", n - 1));
+                    }
+                }
+                Ok(())
+            }
+            Map::Diagonal(float, bytes) => number(*float, bytes, n),
+            Map::Hadamard { size, signs } => {
+                runs(*size)?;
+                if crate::hadamard_parts(*size).is_none() {
+                    return fail(format!("no Hadamard matrix of order {size} here: 1, 12, 20, 28, 36 or 44 times 2^k"));
+                }
+                let Some(signs) = signs else { return Ok(()) };
+                length("signs", signs.len(), n.div_ceil(8))?;
+                if !n.is_multiple_of(8) && signs.last().is_some_and(|b| b >> (n % 8) != 0) {
+                    return fail(format!("signs beyond value {n}"));
+                }
+                Ok(())
+            }
+            Map::Dense { size, float, values } => {
+                runs(*size)?;
+                if *size > MOST_DENSE {
+                    return fail(format!("a dense map of {size} values, at most {MOST_DENSE}"));
+                }
+                number(*float, values, size * size)
+            }
+        }
+    }
+}
+
 impl Stored {
     /// Whether every term fits this matrix and itself: if so, decoding cannot panic.
     pub fn check(&self) -> Check {
@@ -270,6 +339,14 @@ impl Stored {
             };
             if shape != (rows, cols) {
                 return fail(format!("term {i} is {} x {}, the matrix {rows} x {cols}", shape.0, shape.1));
+            }
+        }
+        for (end, maps, n) in [("input", &self.input, cols), ("output", &self.output, rows)] {
+            if maps.len() > MOST_MAPS {
+                return fail(format!("{} maps at the {end}, at most {MOST_MAPS}", maps.len()));
+            }
+            for (i, map) in maps.iter().enumerate() {
+                map.check(n).map_err(|e| FormatError { what: format!("{end} map {i}: {e}") })?;
             }
         }
         Ok(())

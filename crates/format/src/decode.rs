@@ -7,8 +7,8 @@ use std::sync::LazyLock;
 use lacuna_base::float::{bf16_to_f32, f8_e4m3, f8_e5m2, f16_to_f32, f32_from_le};
 use lacuna_base::{Mat, MatMut};
 
-use crate::bits::{unpack, unpack_map, unpack_trits};
-use crate::{Float, Group, Pattern, Piece, Scales, Stored, Term, Values};
+use crate::bits::{unpack_map, unpack_trits};
+use crate::{Float, Group, Owner, Pattern, Piece, Scales, Stored, Term, Values, Zeros};
 
 /// Room for one row at work, kept between rows.
 #[derive(Default)]
@@ -16,11 +16,12 @@ struct Scratch {
     columns: Vec<u32>,
     values: Vec<f32>,
     scales: Vec<f32>,
-    zeros: Vec<u8>,
+    zeros: Vec<f32>,
+    tables: Vec<f32>,
 }
 
-/// Scales, the group they count in, and zero points with their bits.
-type Scaling<'a> = (&'a Scales, &'a Group, Option<(&'a [u8], u8)>);
+/// Scales, the group they count in, and zero points with the bits of a code.
+type Scaling<'a> = (&'a Scales, &'a Group, Option<(&'a Zeros, u8)>);
 
 impl Float {
     /// Little-endian bytes to f32; `out.len()` values are read.
@@ -73,10 +74,27 @@ impl Scales {
     }
 }
 
+impl Zeros {
+    /// The zero points of row `r`, `[out.len()]` of them a row, of codes of `bits` bits.
+    pub fn row(&self, r: usize, bits: u8, out: &mut [f32]) {
+        match self {
+            Zeros::Codes(stream) => unpack_map(stream, bits, r * out.len(), out, f32::from),
+            Zeros::Real(scales) => scales.row(r, out),
+        }
+    }
+}
+
 impl Values {
-    /// Stored values `start..start + out.len()` before scales and zero points: a float itself, an integer code (less its offset where it is
-    /// symmetric), a table's entry, -1, 0 or 1.
-    fn levels(&self, start: usize, out: &mut [f32]) {
+    /// Stored values `start..start + out.len()`, those of row `r` at `columns` (`None`: at every column), before scales and zero points: a float
+    /// itself, an integer code (less its offset where it is symmetric), a table's entry, -1, 0 or 1.
+    fn levels(
+        &self,
+        (r, cols): (usize, usize),
+        columns: Option<&[u32]>,
+        start: usize,
+        out: &mut [f32],
+        room: &mut Vec<f32>,
+    ) {
         let end = start + out.len();
         match self {
             Values::Float(float, bytes) => float.decode(&bytes[start * float.bytes()..end * float.bytes()], out),
@@ -84,8 +102,16 @@ impl Values {
                 let offset = if zeros.is_some() { 0.0 } else { f32::from(1u8 << (bits - 1)) };
                 unpack_map(codes, *bits, start, out, |c| f32::from(c) - offset);
             }
-            Values::Codebook { bits, codes, table, .. } => {
-                unpack_map(codes, *bits, start, out, |c| table[usize::from(c)]);
+            Values::Codebook { bits, codes, tables, .. } => {
+                tables.row(r, cols, *bits, room);
+                let Owner::Group(n) = tables.owner else {
+                    return unpack_map(codes, *bits, start, out, |c| room[usize::from(c)]);
+                };
+                unpack_map(codes, *bits, start, out, f32::from);
+                for (i, v) in out.iter_mut().enumerate() {
+                    let c = columns.map_or(i, |at| at[i] as usize);
+                    *v = room[(c / n << bits) + *v as usize];
+                }
             }
             Values::Ternary { codes, .. } => unpack_trits(codes, start, out),
             Values::Gguf(kind, bytes) => {
@@ -97,9 +123,7 @@ impl Values {
 
     fn scales(&self) -> Option<Scaling<'_>> {
         match self {
-            Values::Int { scales, group, zeros, bits, .. } => {
-                Some((scales, group, zeros.as_ref().map(|z| (&z[..], *bits))))
-            }
+            Values::Int { scales, group, zeros, bits, .. } => Some((scales, group, zeros.as_ref().map(|z| (z, *bits)))),
             Values::Codebook { scales, .. } => scales.as_ref().map(|(s, g)| (s, g, None)),
             Values::Ternary { scales, group, .. } => Some((scales, group, None)),
             Values::Float(..) | Values::Gguf(..) => None,
@@ -113,7 +137,7 @@ impl Values {
         cols: usize,
         columns: Option<&[u32]>,
         levels: &mut [f32],
-        room: (&mut Vec<f32>, &mut Vec<u8>),
+        room: (&mut Vec<f32>, &mut Vec<f32>),
     ) {
         let Some((scales, group, zeros)) = self.scales() else { return };
         let (s, z) = room;
@@ -121,27 +145,27 @@ impl Values {
         s.resize(groups, 0.0);
         scales.row(r, s);
         z.clear();
-        z.resize(groups, 0);
-        if let Some((stream, bits)) = zeros {
-            unpack(stream, bits, r * groups, z);
+        z.resize(groups, 0.0);
+        if let Some((zeros, bits)) = zeros {
+            zeros.row(r, bits, z);
         }
         match (columns, group) {
             (None, Group::Run(n)) => {
                 for ((run, s), z) in levels.chunks_mut(*n).zip(s.iter()).zip(z.iter()) {
-                    let (s, z) = (*s, f32::from(*z));
+                    let (s, z) = (*s, *z);
                     run.iter_mut().for_each(|v| *v = (*v - z) * s);
                 }
             }
             (None, Group::Index { of, .. }) => {
                 for (v, g) in levels.iter_mut().zip(of.chunks_exact(2)) {
                     let g = usize::from(u16::from_le_bytes([g[0], g[1]]));
-                    *v = (*v - f32::from(z[g])) * s[g];
+                    *v = (*v - z[g]) * s[g];
                 }
             }
             (Some(columns), group) => {
                 for (v, &c) in levels.iter_mut().zip(columns) {
                     let g = group.of(c as usize);
-                    *v = (*v - f32::from(z[g])) * s[g];
+                    *v = (*v - z[g]) * s[g];
                 }
             }
         }
@@ -172,7 +196,8 @@ impl Piece {
     /// The values of row `r` at `s.columns` into `s.values`.
     fn sparse(&self, r: usize, s: &mut Scratch) {
         s.values.resize(s.columns.len(), 0.0);
-        self.values.levels(self.pattern.span(r, self.cols).start, &mut s.values);
+        let start = self.pattern.span(r, self.cols).start;
+        self.values.levels((r, self.cols), Some(&s.columns), start, &mut s.values, &mut s.tables);
         self.values.scale(r, self.cols, Some(&s.columns), &mut s.values, (&mut s.scales, &mut s.zeros));
     }
 
@@ -181,7 +206,7 @@ impl Piece {
         assert!(r < self.rows, "row {r} of {}", self.rows);
         assert_eq!(out.len(), self.cols, "room for {} of {} columns", out.len(), self.cols);
         if self.pattern == Pattern::Dense {
-            self.values.levels(r * self.cols, out);
+            self.values.levels((r, self.cols), None, r * self.cols, out, &mut s.tables);
             self.values.scale(r, self.cols, None, out, (&mut s.scales, &mut s.zeros));
             return;
         }
@@ -204,12 +229,18 @@ impl Piece {
 }
 
 impl Stored {
-    /// Rows `from..to` into `out`, `[to - from, cols]`, overwritten. Terms are added in their order; a product's row is the sum over its rank,
-    /// rising, in f32: the same bits for a row whatever the range.
+    /// Rows `from..to` of what is multiplied by, maps included, into `out`, `[to - from, cols]`, overwritten. Terms are added in their order; a
+    /// product's row is the sum over its rank, rising, in f32: the same bits for a row whatever the range. Maps of the output that mix rows make
+    /// all rows of their runs for any of them.
     #[track_caller]
-    pub fn decode_rows(&self, from: usize, to: usize, mut out: MatMut<'_>) {
+    pub fn decode_rows(&self, from: usize, to: usize, out: MatMut<'_>) {
         assert!(from <= to && to <= self.rows, "rows {from}..{to} of {}", self.rows);
         assert_eq!((out.rows(), out.cols()), (to - from, self.cols), "room of another shape");
+        if self.has_maps() { self.mapped_rows(from, to, out) } else { self.sum_rows(from, to, out) }
+    }
+
+    /// Rows `from..to` of the sum of terms.
+    pub(crate) fn sum_rows(&self, from: usize, to: usize, mut out: MatMut<'_>) {
         let mut s = Scratch::default();
         let mut row = vec![0.0; if self.terms.len() > 1 { self.cols } else { 0 }];
         if self.terms.is_empty() {

@@ -4,7 +4,7 @@
 //! - [`Values`]: how a value is written (floats, grouped integers, codebook, ternary, every GGUF block type).
 //! - [`Piece`]: a pattern and its values, `[rows, cols]`.
 //! - [`Term`]: a piece, or a product of two (low rank).
-//! - [`Stored`]: a sum of terms.
+//! - [`Stored`]: a sum of terms, with [`Map`]s at its ends where there are any.
 //!
 //! Canonical on disk, row by row, so that any range of rows decodes alone. Kernels repack at load.
 
@@ -15,6 +15,7 @@ mod decode;
 pub mod gguf;
 mod gguf_encode;
 mod integers;
+mod map;
 mod mask;
 mod pack;
 mod pattern;
@@ -30,17 +31,18 @@ pub use affine::Affine;
 pub use bytes::Bytes;
 pub use gguf::GgufType;
 pub use integers::Integers;
+pub use map::{MOST_DENSE, MOST_MAPS, Map, hadamard_core, hadamard_parts};
 pub use mask::Mask;
 pub use pack::{
     Codebook, PatternKind, ScaleCodec, Ternary, cheapest_pattern, exact_bytes, pack_codebook, pack_float,
-    pack_integers, pack_scales, pack_ternary,
+    pack_integers, pack_integers_off, pack_scales, pack_ternary,
 };
 pub use pattern::Pattern;
 pub use piece::{Piece, Stored, Term};
 pub use recode::IntRows;
-pub use serial::{Descriptor, Elem, GroupDesc, Part, PieceDesc, ScalesDesc, TermDesc, ValuesDesc};
+pub use serial::{Descriptor, Elem, GroupDesc, MapDesc, Part, PieceDesc, ScalesDesc, TablesDesc, TermDesc, ValuesDesc};
 pub use unpacked::{Code, Layout, Unpacked, UnpackedPiece, UnpackedTerm};
-pub use values::{Float, Group, Scales, Values};
+pub use values::{Float, Group, Owner, Scales, Tables, Values, Zeros};
 pub use weights::{Weights, WeightsError};
 
 /// Data that do not fit their description: a wrong length, an index out of range, a scale that is no number.

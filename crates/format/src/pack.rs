@@ -12,7 +12,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::bits::{pack, pack_trits};
 use crate::pattern::index_width;
-use crate::{Float, FormatError, Group, Integers, Mask, Pattern, Piece, Scales, Values};
+use crate::{Float, FormatError, Group, Integers, Mask, Owner, Pattern, Piece, Scales, Tables, Values, Zeros};
 
 /// A pattern without its indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -51,7 +51,8 @@ pub enum ScaleCodec {
     F32,
     /// IEEE half.
     F16,
-    /// Integers of `bits` bits over an f16 scale and minimum for every `per` scales of a row.
+    /// Integers of `bits` bits over an f16 scale and minimum for every `per` scales of a row: those of least squares found from the smallest and
+    /// the largest value on, each value at its nearest code.
     Int {
         /// 2 to 8.
         bits: u8,
@@ -60,15 +61,17 @@ pub enum ScaleCodec {
     },
 }
 
-/// Codes into a table, before they are packed: `value[r, c] = scale[r, g] * table[code]`.
+/// Codes into tables, before they are packed: `value[r, c] = scale[r, g] * tables[owner of (r, c), code]`.
 #[derive(Clone, Debug)]
 pub struct Codebook {
     /// 1 to 8.
     pub bits: u8,
     /// One code a byte, `[rows, cols]`, row-major. Entries that a mask drops are ignored.
     pub codes: Vec<u8>,
-    /// `[2^bits]`.
-    pub table: Vec<f32>,
+    /// What has a table to itself.
+    pub owner: Owner,
+    /// `[owners, 2^bits]`, the owners in the order of [`Owner::of`].
+    pub tables: Mat,
     /// `[rows, groups]` with the group they count in.
     pub scales: Option<(Mat, Group)>,
 }
@@ -143,23 +146,93 @@ pub fn pack_integers(
     finish(rows, cols, pattern, values)
 }
 
-/// Packs codes into a table, `[rows, cols]`. Where the pattern stores what the mask drops, the table needs an entry of 0.
+/// Packs grouped integers whose zero points are any numbers, `[rows, groups]`, written as `codec` says; `q` has none of its own. Positions that a
+/// pattern stores and the mask drops are refused where no code is worth 0.
+pub fn pack_integers_off(
+    q: &Integers,
+    zeros: &Mat,
+    mask: Option<&Mask>,
+    kind: PatternKind,
+    scales: ScaleCodec,
+    codec: ScaleCodec,
+) -> Result<Piece, FormatError> {
+    let (rows, cols, groups) = (q.rows, q.cols, q.group.count(q.cols));
+    codes_fit(rows, cols, q.codes.len(), q.bits, 2)?;
+    scales_fit(rows, groups, &q.scales)?;
+    scales_fit(rows, groups, zeros)?;
+    if q.zeros.is_some() {
+        return fail("zero points that are codes and any numbers at once".into());
+    }
+    let zeros = Zeros::Real(pack_scales(zeros, codec)?);
+    let pattern = Pattern::build(rows, cols, mask, kind)?;
+    let (mut codes, mut row, mut read) = (Vec::new(), vec![0.0; groups], None);
+    walk(&pattern, rows, cols, mask, |r, c, kept| {
+        let code = if kept {
+            q.codes[r * cols + c]
+        } else {
+            if read != Some(r) {
+                zeros.row(r, q.bits, &mut row);
+                read = Some(r);
+            }
+            let zero = row[q.group.of(c)];
+            if zero.fract() != 0.0 || !(0.0..f32::from(1u16 << q.bits)).contains(&zero) {
+                return fail(format!("row {r}, column {c} is dropped and its zero point {zero} is no code"));
+            }
+            zero as u8
+        };
+        codes.push(fitting(code, q.bits, r, c)?);
+        Ok(())
+    })?;
+    let values = Values::Int {
+        bits: q.bits,
+        codes: pack(&codes, q.bits).into(),
+        scales: pack_scales(&q.scales, scales)?,
+        zeros: Some(zeros),
+        group: q.group.clone(),
+    };
+    finish(rows, cols, pattern, values)
+}
+
+/// Packs codes into tables, `[rows, cols]`, whose entries are written in `float` (f32 or f16, rounded to nearest). Where the pattern stores what
+/// the mask drops, that value's table needs an entry of 0.
 pub fn pack_codebook(
     (rows, cols): (usize, usize),
     q: &Codebook,
     mask: Option<&Mask>,
     kind: PatternKind,
+    float: Float,
     scales: ScaleCodec,
 ) -> Result<Piece, FormatError> {
     codes_fit(rows, cols, q.codes.len(), q.bits, 1)?;
-    let zero = q.table.iter().position(|&t| t == 0.0);
+    if q.owner == Owner::Group(0)
+        || Some(q.tables.rows()) != q.owner.count(rows, cols)
+        || q.tables.cols() != 1 << q.bits
+    {
+        let (r, c, bits) = (q.tables.rows(), q.tables.cols(), q.bits);
+        return fail(format!("tables of {r} x {c} for {rows} x {cols} codes of {bits} bits, owned by {:?}", q.owner));
+    }
+    let bytes = float.encode(q.tables.data()).or_else(|i| {
+        let (owner, entry) = (i >> q.bits, i & ((1 << q.bits) - 1));
+        fail(format!("table {owner}, entry {entry}: {} is beyond {}", q.tables.data()[i], float.name()))
+    })?;
+    // As it is written: an entry too small for its codec is a zero, too.
+    let tables = Tables { owner: q.owner, float, bytes: bytes.into() };
+    let (mut row, mut read) = (Vec::new(), None);
     let pattern = Pattern::build(rows, cols, mask, kind)?;
     let mut codes = Vec::new();
     walk(&pattern, rows, cols, mask, |r, c, kept| {
-        let code = match (kept, zero) {
-            (true, _) => q.codes[r * cols + c],
-            (false, Some(z)) => z as u8,
-            (false, None) => return fail(format!("row {r}, column {c} is dropped and the table has no 0")),
+        let code = if kept {
+            q.codes[r * cols + c]
+        } else {
+            if read != Some(r) {
+                tables.row(r, cols, q.bits, &mut row);
+                read = Some(r);
+            }
+            let first = q.owner.of(0, c, cols) << q.bits;
+            match row[first..first + (1 << q.bits)].iter().position(|&t| t == 0.0) {
+                Some(z) => z as u8,
+                None => return fail(format!("row {r}, column {c} is dropped and its table has no 0")),
+            }
         };
         codes.push(fitting(code, q.bits, r, c)?);
         Ok(())
@@ -172,7 +245,7 @@ pub fn pack_codebook(
         None => None,
     };
     let codes = pack(&codes, q.bits).into();
-    finish(rows, cols, pattern, Values::Codebook { bits: q.bits, codes, table: q.table.clone(), scales })
+    finish(rows, cols, pattern, Values::Codebook { bits: q.bits, codes, tables, scales })
 }
 
 /// Packs signs and zeros, `[rows, cols]`.
@@ -294,13 +367,11 @@ pub fn pack_scales(s: &Mat, codec: ScaleCodec) -> Result<Scales, FormatError> {
         for run in s.row(r).chunks(per) {
             let low = run.iter().fold(f32::INFINITY, |a, &b| a.min(b));
             let high = run.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-            let (min, step) = (f16::from_f32(low).to_f32(), f16::from_f32((high - low) / top).to_f32());
-            if mins.extend(&[low]).is_err() || scales.extend(&[(high - low) / top]).is_err() {
+            let (min, step) = nearest_grid(run, (low, (high - low) / top), top);
+            if mins.extend(&[min]).is_err() || scales.extend(&[step]).is_err() {
                 return fail(format!("scales of row {r}, {low} to {high}, are beyond f16"));
             }
-            codes.extend(
-                run.iter().map(|&v| if step == 0.0 { 0 } else { ((v - min) / step).round().clamp(0.0, top) as u8 }),
-            );
+            codes.extend(run.iter().map(|&v| grid_code(v, (min, step), top)));
         }
     }
     Ok(Scales::Int {
@@ -310,6 +381,44 @@ pub fn pack_scales(s: &Mat, codec: ScaleCodec) -> Result<Scales, FormatError> {
         super_scales: scales.bytes.into(),
         super_mins: Some(mins.bytes.into()),
     })
+}
+
+/// The nearest code from 0 to `top` of a value on a grid of `min + step * code`.
+fn grid_code(v: f32, (min, step): (f32, f32), top: f32) -> u8 {
+    if step == 0.0 { 0 } else { ((v - min) / step).round().clamp(0.0, top) as u8 }
+}
+
+/// A grid, minimum and step as f16 has them, on which `run` has least square error of those met: from the first on, by turns the nearest codes and
+/// the grid of least squares for these codes, as long as that helps.
+fn nearest_grid(run: &[f32], first: (f32, f32), top: f32) -> (f32, f32) {
+    let half = |(min, step): (f64, f64)| (f16::from_f64(min).to_f32(), f16::from_f64(step).to_f32());
+    let lost = |grid: (f32, f32)| -> f64 {
+        let far = |v: &f32| f64::from(grid.1 * f32::from(grid_code(*v, grid, top)) + grid.0) - f64::from(*v);
+        run.iter().map(|v| far(v).powi(2)).sum()
+    };
+    let mut best = half((first.0.into(), first.1.into()));
+    let mut least = lost(best);
+    let n = run.len() as f64;
+    for _ in 0..8 {
+        let (mut x, mut y, mut xx, mut xy) = (0.0, 0.0, 0.0, 0.0);
+        for &v in run {
+            let (c, v) = (f64::from(grid_code(v, best, top)), f64::from(v));
+            (x, y, xx, xy) = (x + c, y + v, xx + c * c, xy + c * v);
+        }
+        let spread = n * xx - x * x;
+        if spread <= 0.0 {
+            break;
+        }
+        let step = (n * xy - x * y) / spread;
+        let next = half(((y - step * x) / n, step));
+        let now = lost(next);
+        // What f16 cannot say loses more than anything, or is no number.
+        if !(now < least) {
+            break;
+        }
+        (best, least) = (next, now);
+    }
+    best
 }
 
 impl Float {

@@ -1,6 +1,6 @@
 //! Pieces, terms and stored matrices.
 
-use crate::{Pattern, Values};
+use crate::{Map, Pattern, Values};
 
 /// A pattern and its values.
 #[derive(Clone, Debug, PartialEq)]
@@ -26,7 +26,7 @@ pub enum Term {
     Product(Piece, Piece),
 }
 
-/// A matrix as it is stored: the sum of its terms, `[rows, cols]`. A vector is a matrix of one row.
+/// A matrix as it is stored: the sum of its terms, `[rows, cols]`, between the maps of its ends ([`Map`]). A vector is a matrix of one row.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Stored {
     /// Rows (outputs).
@@ -35,4 +35,20 @@ pub struct Stored {
     pub cols: usize,
     /// The summands; none means all zeros.
     pub terms: Vec<Term>,
+    /// Maps of what is multiplied, `[cols]`, in the order in which they are applied; at most [`MOST_MAPS`](crate::MOST_MAPS).
+    pub input: Vec<Map>,
+    /// Maps of the result, `[rows]`, likewise.
+    pub output: Vec<Map>,
+}
+
+impl Stored {
+    /// The sum of `terms`, without maps.
+    pub fn new(rows: usize, cols: usize, terms: Vec<Term>) -> Stored {
+        Stored { rows, cols, terms, input: Vec::new(), output: Vec::new() }
+    }
+
+    /// A matrix of one piece.
+    pub fn from_piece(piece: Piece) -> Stored {
+        Stored::new(piece.rows, piece.cols, vec![Term::Piece(piece)])
+    }
 }

@@ -4,7 +4,7 @@ use half::f16;
 
 use crate::bits::unpack;
 use crate::gguf_encode::symmetric_block;
-use crate::{GgufType, Group, Pattern, Piece, Stored, Term, Values};
+use crate::{GgufType, Group, Pattern, Piece, Stored, Values, Zeros};
 
 /// A matrix that is nothing but grouped integers, whatever form they are stored in: `value = scale * (code - zero)`.
 #[derive(Clone, Debug)]
@@ -19,10 +19,12 @@ pub struct IntRows<'a> {
 }
 
 impl Stored {
-    /// The integers behind this matrix, where it is one piece of them (positions that its pattern leaves out get the code of zero).
+    /// The integers behind this matrix, where it is one piece of them whose zero points are codes (positions that its pattern leaves out get the
+    /// code of zero).
     pub fn integers(&self) -> Option<IntRows<'_>> {
-        let [Term::Piece(piece)] = self.terms.as_slice() else { return None };
+        let piece = self.single()?;
         let (bits, group, symmetric) = match &piece.values {
+            Values::Int { zeros: Some(Zeros::Real(_)), .. } => return None,
             Values::Int { bits, group, zeros, .. } => (*bits, group.clone(), zeros.is_none()),
             Values::Gguf(GgufType::Q4_0, _) => (4, Group::Run(32), true),
             Values::Gguf(GgufType::Q5_0, _) => (5, Group::Run(32), true),
@@ -47,7 +49,7 @@ impl IntRows<'_> {
         match &p.values {
             Values::Int { bits, codes: stream, scales: s, zeros: z, group } => {
                 s.row(r, scales);
-                if let Some(z) = z {
+                if let Some(Zeros::Codes(z)) = z {
                     unpack(z, *bits, r * zeros.len(), zeros);
                 }
                 if p.pattern == Pattern::Dense {

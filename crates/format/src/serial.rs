@@ -1,15 +1,19 @@
 //! A stored matrix as a small description and named buffers, and back.
 //!
 //! Suffixes follow from the description alone. A piece's buffers are
-//! `values` (floats), `blocks` (GGUF), `codes`, `table`, `scales`, `scale_codes`, `super_scales`, `super_mins`, `zeros`, `group_index`,
+//! `values` (floats), `blocks` (GGUF), `codes`, `table`, `scales`, `scale_codes`, `super_scales`, `super_mins`, `zeros` (`zero_` before the
+//! names of scales where they are encoded so), `group_index`,
 //! and of its pattern `positions`, `mask`, `starts`, `columns`. A product puts `left.` and `right.` before them; the second, third...
-//! term `t1.`, `t2.`...
+//! term `t1.`, `t2.`... The maps of the input put `in0.`, `in1.`... before `index`, `diagonal`, `signs` or `matrix`, those of the output `out0.`...
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
 
 use crate::pattern::index_width;
-use crate::{Float, FormatError, GgufType, Group, Pattern, PatternKind, Piece, Scales, Stored, Term, Values};
+use crate::{
+    Float, FormatError, GgufType, Group, MOST_MAPS, Map, Owner, Pattern, PatternKind, Piece, Scales, Stored, Tables,
+    Term, Values, Zeros,
+};
 
 /// Element types of buffers, those of safetensors.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -71,6 +75,40 @@ pub struct Descriptor {
     pub cols: usize,
     /// The summands.
     pub terms: Vec<TermDesc>,
+    /// Maps of the input; left out where there are none, as version 1 has it.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub input: Vec<MapDesc>,
+    /// Maps of the output, likewise.
+    #[serde(default, skip_serializing_if = "Vec::is_empty")]
+    pub output: Vec<MapDesc>,
+}
+
+/// A map without its buffers.
+#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+#[allow(missing_docs)]
+pub enum MapDesc {
+    Permutation,
+    Diagonal(Float),
+    Hadamard { size: usize, signs: bool },
+    Dense { size: usize, float: Float },
+}
+
+impl Descriptor {
+    /// The first version of the packed format that has all of this: 2 for a codebook's tables that are not one of f32, for zero points
+    /// that are no codes, and for maps.
+    pub fn version(&self) -> u32 {
+        let newer = |p: &PieceDesc| match &p.values {
+            ValuesDesc::Codebook { tables, .. } => !tables.is_first(),
+            ValuesDesc::Int { real_zeros, .. } => real_zeros.is_some(),
+            _ => false,
+        };
+        let newer = self.terms.iter().any(|t| match t {
+            TermDesc::Piece(p) => newer(p),
+            TermDesc::Product { left, right, .. } => newer(left) || newer(right),
+        });
+        if newer || !self.input.is_empty() || !self.output.is_empty() { 2 } else { 1 }
+    }
 }
 
 /// A term without its buffers.
@@ -106,10 +144,51 @@ pub struct PieceDesc {
 #[allow(missing_docs)]
 pub enum ValuesDesc {
     Float(Float),
-    Int { bits: u8, zeros: bool, scales: ScalesDesc, group: GroupDesc },
-    Codebook { bits: u8, scales: Option<(ScalesDesc, GroupDesc)> },
-    Ternary { scales: ScalesDesc, group: GroupDesc },
+    Int {
+        bits: u8,
+        /// Whether zero points are codes.
+        zeros: bool,
+        scales: ScalesDesc,
+        group: GroupDesc,
+        /// How they are encoded where they are any numbers.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        real_zeros: Option<ScalesDesc>,
+    },
+    Codebook {
+        bits: u8,
+        scales: Option<(ScalesDesc, GroupDesc)>,
+        /// Left out where it is one table of f32: what version 1 has.
+        #[serde(default, skip_serializing_if = "TablesDesc::is_first")]
+        tables: TablesDesc,
+    },
+    Ternary {
+        scales: ScalesDesc,
+        group: GroupDesc,
+    },
     Gguf(GgufType),
+}
+
+/// Tables of a codebook without their entries.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct TablesDesc {
+    /// Whose they are.
+    pub owner: Owner,
+    /// How an entry is written.
+    pub float: Float,
+}
+
+impl Default for TablesDesc {
+    /// One table of f32.
+    fn default() -> TablesDesc {
+        TablesDesc { owner: Owner::Matrix, float: Float::F32 }
+    }
+}
+
+impl TablesDesc {
+    fn is_first(&self) -> bool {
+        *self == TablesDesc::default()
+    }
 }
 
 /// Encoded scales without their buffers.
@@ -147,7 +226,9 @@ impl Stored {
             },
         });
         let terms = terms.collect();
-        (Descriptor { rows: self.rows, cols: self.cols, terms }, parts)
+        let input = write_maps(&self.input, "in", self.cols, &mut parts);
+        let output = write_maps(&self.output, "out", self.rows, &mut parts);
+        (Descriptor { rows: self.rows, cols: self.cols, terms, input, output }, parts)
     }
 
     /// Puts a matrix together; `get` gives the element type, shape and bytes of the buffer of a suffix. Everything is checked.
@@ -176,7 +257,9 @@ impl Stored {
                 ),
             });
         }
-        let stored = Stored { rows, cols, terms };
+        let input = read_maps(&desc.input, "in", &mut take)?;
+        let output = read_maps(&desc.output, "out", &mut take)?;
+        let stored = Stored { rows, cols, terms, input, output };
         stored.check()?;
         for ((suffix, shape), part) in shapes.into_iter().zip(stored.to_parts().1) {
             if shape != part.shape {
@@ -186,6 +269,56 @@ impl Stored {
         }
         Ok(stored)
     }
+}
+
+fn write_maps(maps: &[Map], end: &str, n: usize, parts: &mut Vec<Part>) -> Vec<MapDesc> {
+    let of = |(i, map): (usize, &Map)| {
+        let mut put = |suffix: &str, elem: Elem, shape: Vec<usize>, bytes: &Bytes| {
+            parts.push(Part { suffix: format!("{end}{i}.{suffix}"), elem, shape, bytes: bytes.clone() });
+        };
+        match map {
+            Map::Permutation(index) => {
+                put("index", Elem::U32, vec![n], index);
+                MapDesc::Permutation
+            }
+            Map::Diagonal(float, bytes) => {
+                put("diagonal", (*float).into(), vec![n], bytes);
+                MapDesc::Diagonal(*float)
+            }
+            Map::Hadamard { size, signs } => {
+                if let Some(s) = signs {
+                    put("signs", Elem::U8, vec![s.len()], s);
+                }
+                MapDesc::Hadamard { size: *size, signs: signs.is_some() }
+            }
+            Map::Dense { size, float, values } => {
+                put("matrix", (*float).into(), vec![*size, *size], values);
+                MapDesc::Dense { size: *size, float: *float }
+            }
+        }
+    };
+    maps.iter().enumerate().map(of).collect()
+}
+
+fn read_maps(maps: &[MapDesc], end: &str, take: Take<'_>) -> Result<Vec<Map>, FormatError> {
+    // Before anything is read: a description may name any number.
+    if maps.len() > MOST_MAPS {
+        return Err(FormatError::new(format!("{} maps at one end, at most {MOST_MAPS}", maps.len())));
+    }
+    let of = |(i, map): (usize, &MapDesc)| {
+        let mut take = |suffix: &str, elem: Elem| take(format!("{end}{i}.{suffix}"), elem);
+        Ok(match map {
+            MapDesc::Permutation => Map::Permutation(take("index", Elem::U32)?),
+            MapDesc::Diagonal(float) => Map::Diagonal(*float, take("diagonal", (*float).into())?),
+            MapDesc::Hadamard { size, signs } => {
+                Map::Hadamard { size: *size, signs: if *signs { Some(take("signs", Elem::U8)?) } else { None } }
+            }
+            MapDesc::Dense { size, float } => {
+                Map::Dense { size: *size, float: *float, values: take("matrix", (*float).into())? }
+            }
+        })
+    };
+    maps.iter().enumerate().map(of).collect()
 }
 
 // Writing and reading name the buffers of a piece in one order: `from_parts` compares shapes by place.
@@ -221,18 +354,30 @@ fn write_piece(p: &Piece, prefix: &str, parts: &mut Vec<Part>) -> PieceDesc {
         }
         Values::Int { bits, codes, scales, zeros, group } => {
             put("codes", Elem::U8, &[codes.len()], codes);
-            if let Some(z) = zeros {
-                put("zeros", Elem::U8, &[z.len()], z);
-            }
+            let (coded, real_zeros) = match zeros {
+                None => (false, None),
+                Some(Zeros::Codes(z)) => {
+                    put("zeros", Elem::U8, &[z.len()], z);
+                    (true, None)
+                }
+                Some(Zeros::Real(z)) => {
+                    (false, Some(write_encoded(z, "zero_", (p.rows, group.count(p.cols)), &mut put)))
+                }
+            };
             let (scales, group) = write_scales(scales, group, p, &mut put);
-            ValuesDesc::Int { bits: *bits, zeros: zeros.is_some(), scales, group }
+            ValuesDesc::Int { bits: *bits, zeros: coded, scales, group, real_zeros }
         }
-        Values::Codebook { bits, codes, table, scales } => {
+        Values::Codebook { bits, codes, tables: Tables { owner, float, bytes }, scales } => {
             put("codes", Elem::U8, &[codes.len()], codes);
-            let entries: Vec<u8> = table.iter().flat_map(|t| t.to_le_bytes()).collect();
-            put("table", Elem::F32, &[table.len()], &entries.into());
+            let entries = 1 << bits;
+            let shape = match owner {
+                Owner::Matrix => vec![entries],
+                Owner::Row => vec![p.rows, entries],
+                Owner::Group(_) => vec![p.rows, owner.in_row(p.cols), entries],
+            };
+            put("table", (*float).into(), &shape, bytes);
             let scales = scales.as_ref().map(|(s, g)| write_scales(s, g, p, &mut put));
-            ValuesDesc::Codebook { bits: *bits, scales }
+            ValuesDesc::Codebook { bits: *bits, scales, tables: TablesDesc { owner: *owner, float: *float } }
         }
         Values::Ternary { codes, scales, group } => {
             put("codes", Elem::U8, &[codes.len()], codes);
@@ -247,20 +392,22 @@ fn write_piece(p: &Piece, prefix: &str, parts: &mut Vec<Part>) -> PieceDesc {
     PieceDesc { pattern: p.pattern.kind(), values }
 }
 
-fn write_scales(
+/// An encoded array, `[rows, groups]`, its buffers' names behind `prefix`.
+fn write_encoded(
     scales: &Scales,
-    group: &Group,
-    p: &Piece,
+    prefix: &str,
+    (rows, groups): (usize, usize),
     put: &mut impl FnMut(&str, Elem, &[usize], &Bytes),
-) -> (ScalesDesc, GroupDesc) {
-    let groups = group.count(p.cols);
-    let scales = match scales {
+) -> ScalesDesc {
+    let mut put =
+        |name: &str, elem: Elem, shape: &[usize], bytes: &Bytes| put(&format!("{prefix}{name}"), elem, shape, bytes);
+    match scales {
         Scales::Float(float, bytes) => {
-            put("scales", (*float).into(), &[p.rows, groups], bytes);
+            put("scales", (*float).into(), &[rows, groups], bytes);
             ScalesDesc::Float(*float)
         }
         Scales::Int { bits, per, codes, super_scales, super_mins } => {
-            let supers = [p.rows, groups.div_ceil(*per)];
+            let supers = [rows, groups.div_ceil(*per)];
             put("scale_codes", Elem::U8, &[codes.len()], codes);
             put("super_scales", Elem::F16, &supers, super_scales);
             if let Some(m) = super_mins {
@@ -268,7 +415,16 @@ fn write_scales(
             }
             ScalesDesc::Int { bits: *bits, per: *per, mins: super_mins.is_some() }
         }
-    };
+    }
+}
+
+fn write_scales(
+    scales: &Scales,
+    group: &Group,
+    p: &Piece,
+    put: &mut impl FnMut(&str, Elem, &[usize], &Bytes),
+) -> (ScalesDesc, GroupDesc) {
+    let scales = write_encoded(scales, "", (p.rows, group.count(p.cols)), put);
     let group = match group {
         Group::Run(n) => GroupDesc::Run(*n),
         Group::Index { groups, of } => {
@@ -300,21 +456,23 @@ fn read_piece(d: &PieceDesc, (rows, cols): (usize, usize), prefix: &str, take: T
     };
     let values = match &d.values {
         ValuesDesc::Float(float) => Values::Float(*float, take("values", (*float).into())?),
-        ValuesDesc::Int { bits, zeros, scales, group } => {
+        ValuesDesc::Int { bits, zeros, scales, group, real_zeros } => {
             let codes = take("codes", Elem::U8)?;
-            let zeros = if *zeros { Some(take("zeros", Elem::U8)?) } else { None };
+            let zeros = match (zeros, real_zeros) {
+                (true, Some(_)) => return Err(FormatError::new("zero points that are codes and any numbers at once")),
+                (true, None) => Some(Zeros::Codes(take("zeros", Elem::U8)?)),
+                (false, real) => {
+                    real.as_ref().map(|z| read_encoded(z, "zero_", &mut take)).transpose()?.map(Zeros::Real)
+                }
+            };
             let (scales, group) = read_scales(scales, group, &mut take)?;
             Values::Int { bits: *bits, codes, scales, zeros, group }
         }
-        ValuesDesc::Codebook { bits, scales } => {
+        ValuesDesc::Codebook { bits, scales, tables: TablesDesc { owner, float } } => {
             let codes = take("codes", Elem::U8)?;
-            let entries = take("table", Elem::F32)?;
-            if entries.len() % 4 != 0 {
-                return Err(FormatError::new(format!("table: {} bytes are not whole f32", entries.len())));
-            }
-            let table = entries.chunks_exact(4).map(|b| f32::from_le_bytes([b[0], b[1], b[2], b[3]])).collect();
+            let tables = Tables { owner: *owner, float: *float, bytes: take("table", (*float).into())? };
             let scales = scales.as_ref().map(|(s, g)| read_scales(s, g, &mut take)).transpose()?;
-            Values::Codebook { bits: *bits, codes, table, scales }
+            Values::Codebook { bits: *bits, codes, tables, scales }
         }
         ValuesDesc::Ternary { scales, group } => {
             let codes = take("codes", Elem::U8)?;
@@ -326,12 +484,13 @@ fn read_piece(d: &PieceDesc, (rows, cols): (usize, usize), prefix: &str, take: T
     Ok(Piece { rows, cols, pattern, values })
 }
 
-fn read_scales(
+fn read_encoded(
     scales: &ScalesDesc,
-    group: &GroupDesc,
+    prefix: &str,
     take: &mut impl FnMut(&str, Elem) -> Result<Bytes, FormatError>,
-) -> Result<(Scales, Group), FormatError> {
-    let scales = match scales {
+) -> Result<Scales, FormatError> {
+    let mut take = |name: &str, elem: Elem| take(&format!("{prefix}{name}"), elem);
+    Ok(match scales {
         ScalesDesc::Float(float) => Scales::Float(*float, take("scales", (*float).into())?),
         ScalesDesc::Int { bits, per, mins } => Scales::Int {
             bits: *bits,
@@ -340,7 +499,15 @@ fn read_scales(
             super_scales: take("super_scales", Elem::F16)?,
             super_mins: if *mins { Some(take("super_mins", Elem::F16)?) } else { None },
         },
-    };
+    })
+}
+
+fn read_scales(
+    scales: &ScalesDesc,
+    group: &GroupDesc,
+    take: &mut impl FnMut(&str, Elem) -> Result<Bytes, FormatError>,
+) -> Result<(Scales, Group), FormatError> {
+    let scales = read_encoded(scales, "", take)?;
     let group = match group {
         GroupDesc::Run(n) => Group::Run(*n),
         GroupDesc::Index(groups) => Group::Index { groups: *groups, of: take("group_index", Elem::U16)? },

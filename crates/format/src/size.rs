@@ -2,7 +2,7 @@
 
 use std::fmt;
 
-use crate::{Float, Group, Pattern, PatternKind, Piece, Scales, Stored, Term, Values};
+use crate::{Float, Group, Map, Owner, Pattern, PatternKind, Piece, Scales, Stored, Tables, Term, Values, Zeros};
 
 impl Float {
     /// The codec's short name: `f16`.
@@ -90,17 +90,45 @@ impl Scales {
     }
 }
 
+impl Zeros {
+    /// Bytes of all buffers.
+    pub fn bytes(&self) -> u64 {
+        match self {
+            Zeros::Codes(b) => b.len() as u64,
+            Zeros::Real(s) => s.bytes(),
+        }
+    }
+
+    fn name(&self) -> String {
+        match self {
+            Zeros::Codes(_) => " zero".into(),
+            Zeros::Real(Scales::Float(f, _)) => format!(" zero {}", f.name()),
+            Zeros::Real(Scales::Int { bits, .. }) => format!(" zero{bits}"),
+        }
+    }
+}
+
+impl Tables {
+    fn name(&self) -> String {
+        match self.owner {
+            Owner::Matrix => String::new(),
+            Owner::Row => " a row".into(),
+            Owner::Group(n) => format!(" a g{n}"),
+        }
+    }
+}
+
 impl Values {
     /// Bytes of all buffers.
     pub fn bytes(&self) -> u64 {
         match self {
             Values::Float(_, b) | Values::Gguf(_, b) => b.len() as u64,
             Values::Int { codes, scales, zeros, group, .. } => {
-                codes.len() as u64 + scales.bytes() + zeros.as_ref().map_or(0, |z| z.len() as u64) + group.bytes()
+                codes.len() as u64 + scales.bytes() + zeros.as_ref().map_or(0, Zeros::bytes) + group.bytes()
             }
-            Values::Codebook { codes, table, scales, .. } => {
+            Values::Codebook { codes, tables, scales, .. } => {
                 let scales = scales.as_ref().map_or(0, |(s, g)| s.bytes() + g.bytes());
-                codes.len() as u64 + 4 * table.len() as u64 + scales
+                codes.len() as u64 + tables.bytes.len() as u64 + scales
             }
             Values::Ternary { codes, scales, group } => codes.len() as u64 + scales.bytes() + group.bytes(),
         }
@@ -110,11 +138,13 @@ impl Values {
         match self {
             Values::Float(f, _) => f.name().into(),
             Values::Int { bits, scales, zeros, group, .. } => {
-                let zero = if zeros.is_some() { " zero" } else { "" };
+                let zero = zeros.as_ref().map_or(String::new(), Zeros::name);
                 format!("int{bits}{}{zero}{}", group.name(cols), scales.name())
             }
-            Values::Codebook { bits, scales: None, .. } => format!("table{bits}"),
-            Values::Codebook { bits, scales: Some((s, g)), .. } => format!("table{bits}{}{}", g.name(cols), s.name()),
+            Values::Codebook { bits, tables, scales, .. } => {
+                let scales = scales.as_ref().map_or(String::new(), |(s, g)| g.name(cols) + &s.name());
+                format!("table{bits}{}{scales}", tables.name())
+            }
             Values::Ternary { scales, group, .. } => format!("ternary{}{}", group.name(cols), scales.name()),
             Values::Gguf(kind, _) => format!("{kind:?}").to_lowercase(),
         }
@@ -157,14 +187,10 @@ impl Term {
 }
 
 impl Stored {
-    /// A matrix of one piece.
-    pub fn from_piece(piece: Piece) -> Stored {
-        Stored { rows: piece.rows, cols: piece.cols, terms: vec![Term::Piece(piece)] }
-    }
-
     /// Bytes of all buffers.
     pub fn bytes(&self) -> u64 {
-        self.terms.iter().map(Term::bytes).sum()
+        let maps = self.input.iter().chain(&self.output).map(Map::bytes);
+        self.terms.iter().map(Term::bytes).chain(maps).sum()
     }
 
     /// Bits of all buffers for each entry of the matrix; 0 for a matrix without entries.
@@ -173,8 +199,12 @@ impl Stored {
         if n == 0.0 { 0.0 } else { self.bytes() as f64 * 8.0 / n }
     }
 
-    /// Fraction of entries that no term stores, so that they are zeros by pattern. A dense piece or a product stores every entry.
+    /// Fraction of entries that no term stores, so that they are zeros by pattern. A dense piece or a product stores every entry, and maps that mix
+    /// values leave no zeros by pattern.
     pub fn sparsity(&self) -> f64 {
+        if !self.input.iter().chain(&self.output).all(Map::moves_only) {
+            return 0.0;
+        }
         let entries = self.rows as f64 * self.cols as f64;
         let mut pieces = Vec::new();
         for term in &self.terms {
@@ -202,11 +232,19 @@ impl Stored {
         if entries == 0.0 { 0.0 } else { 1.0 - stored as f64 / entries }
     }
 
-    /// A short name for people: `int4 g64`, `int4 g32 + csr f16`, `lowrank 96 (int8 row)`, `zero` for no terms.
+    /// A short name for people: `int4 g64`, `int4 g32 + csr f16`, `lowrank 96 (int8 row)`, `zero` for no terms; with its maps
+    /// `int4 g32, in diagonal, hadamard 128, out permutation`.
     pub fn codec_name(&self) -> String {
-        match &self.terms[..] {
+        let mut name = match &self.terms[..] {
             [] => "zero".into(),
             terms => terms.iter().map(Term::codec_name).collect::<Vec<_>>().join(" + "),
+        };
+        for (end, maps) in [("in", &self.input), ("out", &self.output)] {
+            if !maps.is_empty() {
+                let maps: Vec<String> = maps.iter().map(Map::name).collect();
+                name += &format!(", {end} {}", maps.join(", "));
+            }
         }
+        name
     }
 }

@@ -14,8 +14,8 @@ pub enum Code {
     Float,
     /// Grouped integers, whose decoded values are the piece's.
     Integers(Integers, ScaleCodec),
-    /// Codes into a table, whose decoded values are the piece's.
-    Codebook(Codebook, ScaleCodec),
+    /// Codes into tables of floats of that type, whose decoded values are the piece's.
+    Codebook(Codebook, Float, ScaleCodec),
 }
 
 /// Where the values of a piece will lie.
@@ -83,9 +83,9 @@ impl UnpackedPiece {
                     .or_else(|_| pack_float(self.w.view(), mask, kind(wide), wide))
             }
             Code::Integers(q, scale) => pack_integers(q, mask, self.kind(f64::from(q.bits)), *scale),
-            Code::Codebook(q, scale) => {
+            Code::Codebook(q, tables, scale) => {
                 let shape = (self.w.rows(), self.w.cols());
-                pack_codebook(shape, q, mask, self.kind(f64::from(q.bits)), *scale)
+                pack_codebook(shape, q, mask, self.kind(f64::from(q.bits)), *tables, *scale)
             }
         }
     }
@@ -159,7 +159,7 @@ impl Unpacked {
     pub fn pack(&self, wide: Float) -> Result<Stored, FormatError> {
         let (rows, cols) = self.shape();
         let terms = self.terms().map(|t| t.pack(wide)).collect::<Result<_, _>>()?;
-        let stored = Stored { rows, cols, terms };
+        let stored = Stored::new(rows, cols, terms);
         stored.check()?;
         Ok(stored)
     }

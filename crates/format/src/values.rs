@@ -43,7 +43,8 @@ pub enum Values {
     Float(Float, Bytes),
     /// `value = scale[row, group] * (code - zero[row, group])`.
     ///
-    /// Without `zeros` the code is read as `code - 2^(bits-1)`: symmetric, stored with that offset.
+    /// Without `zeros` the code is read as `code - 2^(bits-1)`: symmetric, stored with that offset. SpQR is 3 bits in groups of 16, scales and
+    /// [`Zeros::Real`] both in [`Scales::Int`] of 3 bits over runs of 16 of them.
     Int {
         /// 2 to 8.
         bits: u8,
@@ -51,19 +52,19 @@ pub enum Values {
         codes: Bytes,
         /// `[rows, groups]`.
         scales: Scales,
-        /// Zero points as unsigned codes of `bits` bits, `[rows, groups]`, one stream.
-        zeros: Option<Bytes>,
+        /// Zero points, `[rows, groups]`.
+        zeros: Option<Zeros>,
         /// Which columns share a scale.
         group: Group,
     },
-    /// `value = scale[row, group] * table[code]`; without scales `value = table[code]`.
+    /// `value = scale[row, group] * table[code]`; without scales `value = table[code]`. The table is the one of the value's [`Owner`].
     Codebook {
-        /// 1 to 8; the table has `2^bits` entries.
+        /// 1 to 8; a table has `2^bits` entries.
         bits: u8,
         /// Codes, `bits` each.
         codes: Bytes,
-        /// f32 entries, `[2^bits]`.
-        table: Vec<f32>,
+        /// `[owners, 2^bits]`.
+        tables: Tables,
         /// `[rows, groups]` with the group they count in.
         scales: Option<(Scales, Group)>,
     },
@@ -78,6 +79,99 @@ pub enum Values {
     },
     /// GGUF blocks, row after row; the dense pattern only.
     Gguf(GgufType, Bytes),
+}
+
+/// Zero points of integer codes, `[rows, groups]`.
+#[derive(Clone, Debug, PartialEq)]
+pub enum Zeros {
+    /// Unsigned codes of as many bits as the values', one stream: every zero point is a code, whose value is exactly 0.
+    Codes(Bytes),
+    /// Any numbers, encoded as scales are: none of the codes need be worth 0.
+    Real(Scales),
+}
+
+impl From<Bytes> for Zeros {
+    fn from(codes: Bytes) -> Zeros {
+        Zeros::Codes(codes)
+    }
+}
+
+impl From<Vec<u8>> for Zeros {
+    fn from(codes: Vec<u8>) -> Zeros {
+        Zeros::Codes(codes.into())
+    }
+}
+
+/// What has a table of a codebook to itself.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Hash, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case", deny_unknown_fields)]
+pub enum Owner {
+    /// The matrix: one table.
+    #[default]
+    Matrix,
+    /// Every row: `[rows]` tables.
+    Row,
+    /// Every run of so many columns of a row, the last may be shorter: `[rows, ceil(cols / n)]` tables.
+    Group(usize),
+}
+
+impl Owner {
+    /// Tables that a row of `cols` columns chooses from.
+    pub fn in_row(self, cols: usize) -> usize {
+        match self {
+            Owner::Matrix | Owner::Row => 1,
+            Owner::Group(n) => cols.div_ceil(n.max(1)),
+        }
+    }
+
+    /// Tables of a `[rows, cols]` matrix; `None` beyond the range of `usize`.
+    pub fn count(self, rows: usize, cols: usize) -> Option<usize> {
+        match self {
+            Owner::Matrix => Some(1),
+            Owner::Row | Owner::Group(_) => rows.checked_mul(self.in_row(cols)),
+        }
+    }
+
+    /// The table of the value at row `r`, column `c`.
+    pub fn of(self, r: usize, c: usize, cols: usize) -> usize {
+        match self {
+            Owner::Matrix => 0,
+            Owner::Row => r,
+            Owner::Group(n) => r * self.in_row(cols) + c / n.max(1),
+        }
+    }
+}
+
+/// The tables of a codebook.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Tables {
+    /// Whose they are.
+    pub owner: Owner,
+    /// How an entry is written: f32 or f16.
+    pub float: Float,
+    /// Entries, `[owners, 2^bits]`, owners row by row and within a row by rising column.
+    pub bytes: Bytes,
+}
+
+impl Tables {
+    /// One table of f32 for the whole matrix, `[2^bits]`.
+    pub fn one(entries: &[f32]) -> Tables {
+        let bytes = entries.iter().flat_map(|t| t.to_le_bytes()).collect::<Vec<u8>>().into();
+        Tables { owner: Owner::Matrix, float: Float::F32, bytes }
+    }
+
+    /// The tables that row `r` chooses from, `[in_row, 2^bits]`, into `out` (overwritten). They must have passed a check.
+    pub fn row(&self, r: usize, cols: usize, bits: u8, out: &mut Vec<f32>) {
+        let n = self.owner.in_row(cols) << bits;
+        let first = if self.owner == Owner::Matrix { 0 } else { r * n };
+        out.resize(n, 0.0);
+        self.float.decode(&self.bytes[first * self.float.bytes()..(first + n) * self.float.bytes()], out);
+    }
+
+    /// Bytes of the tables of a `[rows, cols]` matrix with codes of `bits` bits, in f32 or f16; `None` beyond the range of `usize`.
+    pub fn exact_bytes(owner: Owner, float: Float, bits: u8, (rows, cols): (usize, usize)) -> Option<usize> {
+        owner.count(rows, cols)?.checked_mul(float.bytes())?.checked_mul(1 << bits)
+    }
 }
 
 /// Which columns share a scale.

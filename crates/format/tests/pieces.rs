@@ -258,17 +258,14 @@ fn names_and_sizes() {
         group: Group::Run(32),
     };
     let int4 = pack_integers(&q, None, PatternKind::Dense, ScaleCodec::F16).unwrap();
-    let sum = Stored { rows: 8, cols: 64, terms: vec![Term::Piece(int4), Term::Piece(f(PatternKind::Csr))] };
+    let sum = Stored::new(8, 64, vec![Term::Piece(int4), Term::Piece(f(PatternKind::Csr))]);
     assert_eq!(sum.codec_name(), "int4 g32 + csr f16");
     let thin = |rows, cols| pack_float(Mat::zeros(rows, cols).view(), None, PatternKind::Dense, Float::F16).unwrap();
-    let low = Stored { rows: 8, cols: 64, terms: vec![Term::Product(thin(8, 3), thin(3, 64))] };
+    let low = Stored::new(8, 64, vec![Term::Product(thin(8, 3), thin(3, 64))]);
     assert_eq!((low.codec_name(), low.bytes(), low.sparsity()), ("lowrank 3 (f16)".into(), 2 * 72 * 3, 0.0));
     assert_eq!(low.bits_per_weight(), 432.0 * 8.0 / 512.0);
-    let two = Stored {
-        rows: 8,
-        cols: 64,
-        terms: vec![Term::Piece(f(PatternKind::Csr)), Term::Piece(f(PatternKind::Nm { n: 2, m: 4 }))],
-    };
+    let terms = vec![Term::Piece(f(PatternKind::Csr)), Term::Piece(f(PatternKind::Nm { n: 2, m: 4 }))];
+    let two = Stored::new(8, 64, terms);
     assert_eq!((two.sparsity(), sum.sparsity()), (0.5, 0.0));
     assert_eq!(cheapest_pattern(&half, 16.0, None), PatternKind::Nm { n: 1, m: 2 });
     let random = Mask::from_fn(64, 512, |r, c| (r * 7919 + c * c * 31 + 17 * c) % 97 < 48);
@@ -296,4 +293,150 @@ fn plain_rounding_stays_within_half_a_step() {
         assert_eq!(codec.encode(&[0.0; 32]).unwrap().len(), codec.block_bytes());
     }
     assert!(GgufType::Q3_K.encode(&[0.0; 256]).is_none());
+}
+
+/// A matrix of few columns and the buffers of what version 1 of the packed format wrote for it.
+#[test]
+fn a_codebook_of_the_first_version_reads_as_it_did() {
+    let json =
+        r#"{"rows":2,"cols":3,"terms":[{"piece":{"pattern":"dense","values":{"codebook":{"bits":2,"scales":null}}}}]}"#;
+    let desc: Descriptor = serde_json::from_str(json).unwrap();
+    let table: Vec<u8> = [-1.5f32, 0.0, 0.1, 3.0].iter().flat_map(|v| v.to_le_bytes()).collect();
+    // Codes 0, 1, 2 and 3, 2, 1, two bits each, the first lowest.
+    let get = |name: &str| match name {
+        "codes" => Some((Elem::U8, vec![2], vec![0b11_10_01_00u8, 0b01_10].into())),
+        "table" => Some((Elem::F32, vec![4], table.clone().into())),
+        _ => None,
+    };
+    let s = Stored::from_parts(&desc, get).unwrap();
+    assert_eq!(s.to_mat().data(), [-1.5, 0.0, 0.1, 3.0, 0.1, 0.0]);
+    assert_eq!((s.codec_name(), desc.version()), ("table2".into(), 1));
+    assert_eq!(serde_json::to_string(&s.to_parts().0).unwrap(), json, "and is written so");
+}
+
+#[test]
+fn tables_of_rows_and_groups_are_described_and_bounded() {
+    let table = |owner, float, bytes: usize| Piece {
+        rows: 3,
+        cols: 10,
+        pattern: Pattern::Dense,
+        values: Values::Codebook {
+            bits: 3,
+            codes: vec![0xFF; 12].into(),
+            tables: Tables { owner, float, bytes: vec![0; bytes].into() },
+            scales: None,
+        },
+    };
+    for (owner, count, name, shape) in [
+        (Owner::Matrix, 1, "table3", vec![8]),
+        (Owner::Row, 3, "table3 a row", vec![3, 8]),
+        (Owner::Group(4), 9, "table3 a g4", vec![3, 3, 8]),
+    ] {
+        for float in [Float::F32, Float::F16] {
+            let bytes = count * 8 * float.bytes();
+            let s = Stored::from_piece(table(owner, float, bytes));
+            assert_eq!(s.check(), Ok(()));
+            assert_eq!((s.bytes(), s.codec_name()), (12 + bytes as u64, name.to_owned()));
+            assert_eq!(Tables::exact_bytes(owner, float, 3, (3, 10)), Some(bytes));
+            let (desc, parts) = s.to_parts();
+            assert_eq!(parts[1].shape, shape);
+            assert_eq!(desc.version(), if (owner, float) == (Owner::Matrix, Float::F32) { 1 } else { 2 });
+            let short = table(owner, float, bytes - 1).check().unwrap_err().what;
+            assert_eq!(short, format!("table: {} bytes, expected {bytes}", bytes - 1));
+        }
+        for float in [Float::Bf16, Float::F8E4m3] {
+            assert!(table(owner, float, count * 8 * float.bytes()).check().is_err());
+        }
+    }
+    assert!(table(Owner::Group(0), Float::F32, 96).check().unwrap_err().what.contains("runs of 0"));
+    let mut huge = table(Owner::Group(1), Float::F32, 96);
+    (huge.rows, huge.cols) = (1 << 40, 1 << 14);
+    assert!(huge.check().is_err());
+    let Values::Codebook { tables, .. } = &mut huge.values else { unreachable!() };
+    tables.bytes = [0u8, 0, 0xC0, 0x7F].repeat(8).into();
+    tables.owner = Owner::Matrix;
+    (huge.rows, huge.cols) = (3, 10);
+    assert_eq!(huge.check().unwrap_err().what, "table: value 0 is not finite");
+}
+
+/// What a row's table says is what comes back: f16 entries as f16 has them.
+#[test]
+fn tables_of_rows_come_back_exactly() {
+    let mut rng = Rng::new(8);
+    for (owner, count) in [(Owner::Row, 5), (Owner::Group(7), 15)] {
+        for bits in [1u8, 3, 4, 8] {
+            let (rows, cols) = (5, 20);
+            let codes: Vec<u8> = (0..rows * cols).map(|_| rng.below(1 << bits) as u8).collect();
+            let tables = Mat::from_fn(count, 1 << bits, |_, _| half::f16::from_f32(rng.normal()).to_f32());
+            let q = Codebook { bits, codes, owner, tables, scales: None };
+            let pack = |f| pack_codebook((rows, cols), &q, None, PatternKind::Dense, f, ScaleCodec::F16).unwrap();
+            let (full, half) = (pack(Float::F32), pack(Float::F16));
+            let entry = |r, c| q.tables[(owner.of(r, c, cols), usize::from(q.codes[r * cols + c]))];
+            assert_eq!(full.to_mat(), Mat::from_fn(rows, cols, entry));
+            assert_eq!(half.to_mat(), full.to_mat());
+            assert_eq!(full.bytes() - half.bytes(), (count << bits) as u64 * 2);
+            // Dropped entries need a zero in their own table.
+            let mask = Mask::from_fn(rows, cols, |r, c| (r, c) != (3, 8));
+            let e = pack_codebook((rows, cols), &q, Some(&mask), PatternKind::Dense, Float::F32, ScaleCodec::F16);
+            assert!(e.unwrap_err().what.contains("row 3, column 8"));
+        }
+    }
+    let big = Codebook {
+        bits: 1,
+        codes: vec![0; 4],
+        owner: Owner::Row,
+        tables: Mat::from_vec(2, 2, vec![0.0, 1.0, 1e6, 2.0]),
+        scales: None,
+    };
+    let e = pack_codebook((2, 2), &big, None, PatternKind::Dense, Float::F16, ScaleCodec::F16).unwrap_err().what;
+    assert_eq!(e, "table 1, entry 0: 1000000 is beyond f16");
+}
+
+/// SpQR's second level: 3-bit scales and zeros, with an f16 scale and minimum of each for every 16.
+#[test]
+fn encoded_zeros_are_counted_and_near() {
+    let mut rng = Rng::new(12);
+    let (rows, cols, codec) = (4, 512, ScaleCodec::Int { bits: 3, per: 16 });
+    let codes: Vec<u8> = (0..rows * cols).map(|_| rng.below(8) as u8).collect();
+    let numbers = |rng: &mut Rng, by: f32| Mat::from_fn(rows, 32, |_, _| by * (1.0 + 0.2 * rng.normal()));
+    let (scales, zeros) = (numbers(&mut rng, 0.01), numbers(&mut rng, 3.5));
+    let q = Integers { rows, cols, bits: 3, codes, scales, zeros: None, group: Group::Run(16) };
+    let p = pack_integers_off(&q, &zeros, None, PatternKind::Dense, codec, codec).unwrap();
+    // 3 bits a weight, and for 16 of them 3 and 3, and for 256 four f16.
+    assert_eq!(p.bytes(), (4 * 512 * 3 + 4 * 32 * 6 + 4 * 2 * 64) / 8);
+    assert_eq!(p.codec_name(), "int3 g16 zero3 s3");
+    let s = Stored::from_piece(p);
+    assert!(s.integers().is_none() && s.to_parts().0.version() == 2);
+    let half = Mask::from_fn(rows, cols, |_, c| c % 2 == 0);
+    let e = pack_integers_off(&q, &zeros, Some(&half), PatternKind::Dense, codec, codec).unwrap_err().what;
+    assert!(e.starts_with("row 0, column 1 is dropped and its zero point"), "{e}");
+    let whole = Mat::from_fn(rows, 32, |r, g| ((r + g) % 8) as f32);
+    let p = pack_integers_off(&q, &whole, Some(&half), PatternKind::Dense, codec, codec).unwrap().to_mat();
+    assert!((0..cols).all(|c| (p[(2, c)] == 0.0) || c % 2 == 0));
+}
+
+/// Least squares lose no more than the smallest and the largest value as ends of the grid, and mostly less.
+#[test]
+fn encoded_scales_lose_less_than_between_their_ends() {
+    let mut rng = Rng::new(13);
+    for (bits, most) in [(3u8, 0.9), (4, 0.95), (6, 1.0)] {
+        let m = Mat::from_fn(50, 64, |_, _| (0.5 * rng.normal()).exp());
+        let scales = pack_scales(&m, ScaleCodec::Int { bits, per: 16 }).unwrap();
+        let (mut ours, mut ends) = (0.0, 0.0);
+        for r in 0..50 {
+            let mut got = vec![0.0; 64];
+            scales.row(r, &mut got);
+            for (run, got) in m.row(r).chunks(16).zip(got.chunks(16)) {
+                let low = run.iter().copied().fold(f32::INFINITY, f32::min);
+                let step = (run.iter().copied().fold(0.0, f32::max) - low) / ((1 << bits) - 1) as f32;
+                let (low, step) = (half::f16::from_f32(low).to_f32(), half::f16::from_f32(step).to_f32());
+                let between = |v: f32| low + step * ((v - low) / step).round().clamp(0.0, ((1 << bits) - 1) as f32);
+                let one: f64 = run.iter().zip(got).map(|(v, g)| f64::from(v - g).powi(2)).sum();
+                let other: f64 = run.iter().map(|v| f64::from(v - between(*v)).powi(2)).sum();
+                assert!(one <= other * 1.0001 + 1e-12, "{one} against {other}");
+                (ours, ends) = (ours + one, ends + other);
+            }
+        }
+        assert!(ours <= most * ends, "{bits} bits: {ours} against {ends}");
+    }
 }

@@ -30,8 +30,9 @@ pub fn rows() -> Vec<Row> {
                 out.push(Row { op, codec, pattern, isa, tolerance: PRODUCT_TOLERANCE });
             }
         };
-        product("product", "dense", &crate::linear::FLOAT_PATH);
-        product("product of bytes", "dense", &crate::linear::INTEGER_PATH);
+        product("product", "dense", &crate::linear::codecs(false).collect::<Vec<_>>());
+        product("product", "dense", &["codebook of rows, 3 and 4 bits"]);
+        product("product of bytes", "dense", &crate::linear::codecs(true).collect::<Vec<_>>());
         product("product", "mask or blocks of 8, 16, 32 rows", &["f16", "f32", "int2 to int4", "int5 to int8"]);
         product("product of bytes", "mask or blocks of 8, 16, 32 rows", &["int2 to int4", "int5 to int8"]);
         product("product", "mask, n:m", &["f16", "f32"]);

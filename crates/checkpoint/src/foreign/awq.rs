@@ -121,7 +121,7 @@ impl Module for Awq {
             bits: 4,
             codes,
             scales: Scales::Float(self.float, scales),
-            zeros: zeros.and_then(|z| packed_zeros(&z, 4)),
+            zeros: zeros.and_then(|z| packed_zeros(&z, 4)).map(Into::into),
             group: Group::Run(self.run),
         };
         Ok(Stored::from_piece(Piece { rows: rows.len(), cols: self.inputs, pattern: Pattern::Dense, values }))

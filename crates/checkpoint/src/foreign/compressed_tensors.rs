@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use lacuna_format::bits::pack;
-use lacuna_format::{Float, Group, Pattern, Piece, Stored, Values};
+use lacuna_format::{Float, Group, Pattern, Piece, Stored, Tables, Values};
 
 use super::config::Quantized;
 use super::scales::{Grid, unsigned};
@@ -278,7 +278,8 @@ impl Module for Packed {
             Some(t) => order(t, &data(t.index), self.grid.groups, self.grid.run)?,
         };
         let scales = self.grid.read(rows.clone(), data);
-        let values = Values::Int { bits: self.bits, codes, scales, zeros: self.zeros(&rows, data)?, group };
+        let values =
+            Values::Int { bits: self.bits, codes, scales, zeros: self.zeros(&rows, data)?.map(Into::into), group };
         Ok(Stored::from_piece(Piece { rows: rows.len(), cols, pattern: Pattern::Dense, values }))
     }
 }
@@ -392,7 +393,7 @@ impl Coded {
         let scales = self.grid.read(rows, data);
         let TensorType::Float(float) = self.dtype else {
             let codes = unsigned(&bytes).into();
-            return Ok(Values::Int { bits: 8, codes, scales, zeros: zeros.map(Bytes::from), group });
+            return Ok(Values::Int { bits: 8, codes, scales, zeros: zeros.map(Into::into), group });
         };
         let mut table = vec![0.0; 256];
         float.decode(&(0..=255).collect::<Vec<u8>>(), &mut table);
@@ -400,7 +401,7 @@ impl Coded {
             return weight.bad(format!("value {i} is not finite"));
         }
         table.iter_mut().filter(|v| !v.is_finite()).for_each(|v| *v = 0.0);
-        Ok(Values::Codebook { bits: 8, codes: bytes, table, scales: Some((scales, group)) })
+        Ok(Values::Codebook { bits: 8, codes: bytes, tables: Tables::one(&table), scales: Some((scales, group)) })
     }
 }
 

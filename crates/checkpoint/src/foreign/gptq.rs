@@ -148,7 +148,7 @@ impl Module for Gptq {
             }
         };
         let scales = Scales::Float(self.float, scales);
-        let values = Values::Int { bits: self.bits, codes, scales, zeros, group };
+        let values = Values::Int { bits: self.bits, codes, scales, zeros: zeros.map(Into::into), group };
         Ok(Stored::from_piece(Piece { rows: rows.len(), cols: self.inputs, pattern: Pattern::Dense, values }))
     }
 }

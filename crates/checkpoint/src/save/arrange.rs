@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use lacuna_base::Mat;
-use lacuna_format::{Float, GgufType, Pattern, Stored, Term, Values, Weights};
+use lacuna_format::{Float, GgufType, Pattern, Stored, Values, Weights};
 use lacuna_spec::arch::{Target, Whole};
 use lacuna_spec::{AttnSpec, Part, Place, Role, RopeStyle, Spec, SpecError};
 use rayon::prelude::*;
@@ -272,7 +272,7 @@ impl<'a> Arranged<'a> {
         if self.shift(place) != 0.0 || (place.part == Part::Bias && self.moves(place).is_some()) {
             return None;
         }
-        if let [Term::Piece(piece)] = stored.terms.as_slice()
+        if let Some(piece) = stored.single()
             && piece.pattern == Pattern::Dense
         {
             let bytes = match (&piece.values, form) {

@@ -7,7 +7,7 @@
 
 use std::path::Path;
 
-use lacuna_format::{Float, GgufType, Pattern, Stored, Term, Values};
+use lacuna_format::{Float, GgufType, Pattern, Stored, Values};
 use lacuna_spec::arch::{self, Target};
 use lacuna_spec::{Place, Role, Spec};
 
@@ -285,7 +285,7 @@ fn as_stored(arranged: &Arranged<'_>, target: &Target) -> Result<Option<Form>, S
 }
 
 fn native(stored: &Stored, cols: usize) -> Option<Form> {
-    if let [Term::Piece(piece)] = stored.terms.as_slice()
+    if let Some(piece) = stored.single()
         && piece.pattern == Pattern::Dense
     {
         match &piece.values {

@@ -2,7 +2,7 @@
 
 use std::path::Path;
 
-use lacuna_format::{Float, Pattern, Term, Values, Weights};
+use lacuna_format::{Float, Pattern, Stored, Values, Weights};
 use lacuna_spec::arch::{self, Target};
 use lacuna_spec::{Place, Role};
 use serde_json::{Map, Value, json};
@@ -30,8 +30,8 @@ pub fn save_hf(
 /// The type that a dense model of this source has unless another is asked for.
 pub(crate) fn natural(weights: &dyn Weights) -> Result<Float, SaveError> {
     let embed = weights.get(&Place::global(Role::Embed))?;
-    Ok(match embed.as_deref().map(|s| s.terms.as_slice()) {
-        Some([Term::Piece(p)]) if p.pattern == Pattern::Dense => match p.values {
+    Ok(match embed.as_deref().and_then(Stored::single) {
+        Some(p) if p.pattern == Pattern::Dense => match p.values {
             Values::Float(f @ (Float::F32 | Float::Bf16), _) => f,
             _ => Float::F16,
         },

@@ -32,7 +32,7 @@ impl Weights for Base<'_> {
             return Ok(Some(stored));
         }
         let terms = stored.terms.iter().filter(|t| matches!(t, Term::Piece(_))).cloned().collect();
-        Ok(Some(Arc::new(Stored { rows: stored.rows, cols: stored.cols, terms })))
+        Ok(Some(Arc::new(Stored::new(stored.rows, stored.cols, terms))))
     }
 
     fn release(&self, place: &Place) {
@@ -40,8 +40,11 @@ impl Weights for Base<'_> {
     }
 }
 
-/// The rank of all products of a matrix together.
+/// The rank of all products of a matrix together; none between maps, which are part of the base.
 fn rank(stored: &Stored) -> usize {
+    if stored.has_maps() {
+        return 0;
+    }
     let of = |t: &Term| if let Term::Product(_, right) = t { right.rows } else { 0 };
     stored.terms.iter().map(of).sum()
 }

@@ -65,13 +65,19 @@ fn value(p: &Piece, i: usize, r: usize, c: usize) -> f64 {
         Values::Int { bits, codes, scales, zeros, group: g } => {
             let bits = usize::from(*bits);
             let zero = match zeros {
-                Some(z) => code(z, bits, r * groups(g, p.cols) + group(g, c)),
-                None => 1 << (bits - 1),
+                Some(Zeros::Codes(z)) => code(z, bits, r * groups(g, p.cols) + group(g, c)) as f64,
+                Some(Zeros::Real(z)) => scaled(z, g),
+                None => (1 << (bits - 1)) as f64,
             };
-            scaled(scales, g) * (code(codes, bits, i) as f64 - zero as f64)
+            scaled(scales, g) * (code(codes, bits, i) as f64 - zero)
         }
-        Values::Codebook { bits, codes, table, scales } => {
-            let t = f64::from(table[code(codes, usize::from(*bits), i)]);
+        Values::Codebook { bits, codes, tables, scales } => {
+            let owner = match tables.owner {
+                Owner::Matrix => 0,
+                Owner::Row => r,
+                Owner::Group(n) => r * p.cols.div_ceil(n) + c / n,
+            };
+            let t = float(tables.float, &tables.bytes, (owner << bits) + code(codes, usize::from(*bits), i));
             scales.as_ref().map_or(t, |(s, g)| t * scaled(s, g))
         }
         Values::Ternary { codes, scales, group: g } => {
@@ -126,8 +132,8 @@ fn piece(p: &Piece) -> Vec<f64> {
     out
 }
 
-/// A stored matrix in f64, and the sum of magnitudes behind every entry (what rounding is measured against).
-pub fn decode(s: &Stored) -> (Vec<f64>, Vec<f64>) {
+/// The terms of a stored matrix in f64, and the sum of magnitudes behind every entry (what rounding is measured against).
+pub fn decode_sum(s: &Stored) -> (Vec<f64>, Vec<f64>) {
     let (mut out, mut size) = (vec![0.0; s.rows * s.cols], vec![0.0; s.rows * s.cols]);
     for term in &s.terms {
         match term {
@@ -223,15 +229,24 @@ pub fn random_piece(rng: &mut Rng, rows: usize, cols: usize) -> Piece {
             let n = groups(&group, cols) * rows;
             let zeros = (rng.below(2) == 0).then(|| (0..n).map(|_| rng.below(1 << bits) as u8).collect());
             let q = Integers { rows, cols, bits, codes, scales: scales_of(rng, rows, &group, cols), zeros, group };
+            if mask.is_none() && rng.below(3) == 0 {
+                let zeros = scales_of(rng, rows, &q.group, cols);
+                let q = Integers { zeros: None, ..q };
+                return pack_integers_off(&q, &zeros, None, kind, scales, pick(rng, &[ScaleCodec::F16, scales]))
+                    .unwrap();
+            }
             pack_integers(&q, mask.as_ref(), kind, scales)
         }
         2 => {
             let bits = 1 + rng.below(8) as u8;
             let codes = (0..rows * cols).map(|_| rng.below(1 << bits) as u8).collect();
-            let mut table: Vec<f32> = (0..1 << bits).map(|_| rng.normal()).collect();
-            table[rng.below(1 << bits)] = 0.0;
+            let owner = pick(rng, &[Owner::Matrix, Owner::Row, Owner::Group(5), Owner::Group(32), Owner::Group(1000)]);
+            let mut tables = Mat::from_fn(owner.count(rows, cols).unwrap(), 1 << bits, |_, _| rng.normal());
+            (0..tables.rows()).for_each(|o| tables.row_mut(o)[rng.below(1 << bits)] = 0.0);
+            let float = pick(rng, &[Float::F32, Float::F16]);
             let with = (rng.below(2) == 0).then(|| (scales_of(rng, rows, &group, cols), group));
-            pack_codebook((rows, cols), &Codebook { bits, codes, table, scales: with }, mask.as_ref(), kind, scales)
+            let q = Codebook { bits, codes, owner, tables, scales: with };
+            pack_codebook((rows, cols), &q, mask.as_ref(), kind, float, scales)
         }
         3 => {
             let codes = (0..rows * cols).map(|_| rng.below(3) as i8 - 1).collect();
@@ -263,5 +278,84 @@ pub fn random_stored(rng: &mut Rng) -> Stored {
         }
         _ => Term::Piece(random_piece(rng, rows, cols)),
     });
-    Stored { rows, cols, terms: terms.collect() }
+    let s = Stored::new(rows, cols, terms.collect());
+    if rng.below(3) > 0 {
+        return s;
+    }
+    let (input, output) = (random_maps(rng, cols), random_maps(rng, rows));
+    s.with_maps(input, output)
+}
+
+/// Up to three maps of `n` values.
+pub fn random_maps(rng: &mut Rng, n: usize) -> Vec<Map> {
+    let sizes: Vec<usize> = (1..=n).filter(|s| n.is_multiple_of(*s)).collect();
+    let mut out = Vec::new();
+    for _ in 0..rng.below(4) {
+        let float = pick(rng, &[Float::F32, Float::F16]);
+        out.push(match rng.below(4) {
+            0 => {
+                let mut index: Vec<u32> = (0..n as u32).collect();
+                (1..n).rev().for_each(|i| index.swap(i, rng.below(i + 1)));
+                Map::permutation(&index)
+            }
+            1 => Map::diagonal(&(0..n).map(|_| rng.normal()).collect::<Vec<_>>(), float).unwrap(),
+            2 => {
+                let fits: Vec<usize> = sizes.iter().copied().filter(|s| hadamard_parts(*s).is_some()).collect();
+                let size = if n == 0 { 4 } else { pick(rng, &fits) };
+                let signs: Vec<bool> = (0..n).map(|_| rng.below(2) == 0).collect();
+                Map::hadamard(size, (rng.below(2) == 0).then_some(&signs[..]))
+            }
+            _ => {
+                let size = if n == 0 { 3 } else { pick(rng, &sizes) };
+                let by = 1.0 / (size as f32).sqrt();
+                Map::dense(size, &(0..size * size).map(|_| rng.normal() * by).collect::<Vec<_>>(), float).unwrap()
+            }
+        });
+    }
+    out
+}
+
+/// A map of `n` values as a matrix, entry by entry from its definition.
+pub fn map_matrix(map: &Map, n: usize) -> Vec<f64> {
+    let mut out = vec![0.0; n * n];
+    for (i, j) in (0..n).flat_map(|i| (0..n).map(move |j| (i, j))) {
+        out[i * n + j] = match map {
+            Map::Permutation(index) => f64::from(u8::from(number(index, 4, i) as usize == j)),
+            Map::Diagonal(f, bytes) if i == j => float(*f, bytes, i),
+            Map::Hadamard { size, signs } if i / size == j / size => {
+                let (h, m) = hadamard_parts(*size).unwrap();
+                let (a, b) = (i % size, j % size);
+                let core = f64::from(hadamard_core(h)[a / m * h + b / m]);
+                let walsh = if (a % m & b % m).count_ones() % 2 == 1 { -1.0 } else { 1.0 };
+                let sign = if signs.as_ref().is_some_and(|s| s[j / 8] >> (j % 8) & 1 == 1) { -1.0 } else { 1.0 };
+                core * walsh * sign / (*size as f64).sqrt()
+            }
+            Map::Dense { size, float: f, values } if i / size == j / size => {
+                float(*f, values, i % size * size + j % size)
+            }
+            _ => 0.0,
+        };
+    }
+    out
+}
+
+fn product(a: &[f64], b: &[f64], (rows, inner, cols): (usize, usize, usize)) -> Vec<f64> {
+    let entry = |r: usize, c: usize| (0..inner).map(|k| a[r * inner + k] * b[k * cols + c]).sum();
+    (0..rows * cols).map(|i| entry(i / cols, i % cols)).collect()
+}
+
+/// A stored matrix in f64, maps and all, and the sum of magnitudes behind every entry (what rounding is measured against).
+pub fn decode(s: &Stored) -> (Vec<f64>, Vec<f64>) {
+    let (rows, cols) = (s.rows, s.cols);
+    let (mut w, mut size) = decode_sum(s);
+    let abs = |m: &[f64]| m.iter().map(|v| v.abs()).collect::<Vec<_>>();
+    for map in s.input.iter().rev() {
+        let m = map_matrix(map, cols);
+        (w, size) = (product(&w, &m, (rows, cols, cols)), product(&size, &abs(&m), (rows, cols, cols)));
+    }
+    for map in &s.output {
+        let m = map_matrix(map, rows);
+        (w, size) = (product(&m, &w, (rows, rows, cols)), product(&abs(&m), &size, (rows, rows, cols)));
+    }
+    (w, size)
 }

@@ -1,6 +1,9 @@
 //! A stored matrix ready to multiply.
 
+mod bodies;
 mod form;
+mod fused;
+mod maps;
 mod prepare;
 mod products;
 #[cfg(test)]
@@ -8,12 +11,13 @@ mod tests;
 mod transposed;
 
 use lacuna_base::{MatMut, MatRef};
-use lacuna_format::{FormatError, Piece, Stored, Term};
+use lacuna_format::{FormatError, Map, Piece, Stored, Term};
 
 use crate::op::matmul::Out;
 use crate::{Isa, scratch};
 use form::Form;
-pub(crate) use form::{FLOAT_PATH, INTEGER_PATH};
+pub(crate) use form::codecs;
+use maps::{Turn, mapped, mapping};
 pub use transposed::Transposed;
 
 /// How activations meet a matrix of integer codes.
@@ -51,6 +55,8 @@ pub struct Linear {
     rows: usize,
     cols: usize,
     terms: Vec<Ready>,
+    input: Vec<Turn>,
+    output: Vec<Turn>,
     packing: Packing,
 }
 
@@ -83,16 +89,19 @@ impl Linear {
         release();
         let one = |piece: &Piece| Stored::from_piece(piece.clone());
         let mut terms = Vec::with_capacity(stored.terms.len());
-        for term in &stored.terms {
+        for (i, term) in stored.terms.iter().enumerate() {
             terms.push(match term {
-                Term::Piece(p) => Ready::Piece(Form::of(p, release)),
+                Term::Piece(p) => Ready::Piece(Form::of(p, i > 0, release)),
                 Term::Product(l, r) => Ready::Product {
                     left: Box::new(Linear::pack_releasing(&one(l), packing, release)?),
                     right: Box::new(Linear::pack_releasing(&one(r), packing, release)?),
                 },
             });
         }
-        Ok(Linear { rows: stored.rows, cols: stored.cols, terms, packing: *packing })
+        let maps = |maps: &[Map], n: usize| maps.iter().map(|m| Turn::of(m, n, packing)).collect::<Result<Vec<_>, _>>();
+        let (rows, cols) = (stored.rows, stored.cols);
+        let (input, output) = (maps(&stored.input, cols)?, maps(&stored.output, rows)?);
+        Ok(Linear { rows, cols, terms, input, output, packing: *packing })
     }
 
     /// Outputs.
@@ -107,22 +116,21 @@ impl Linear {
 
     /// Bytes of weights read for one row of `x`, padding included.
     pub fn weights_bytes(&self) -> u64 {
-        self.terms
-            .iter()
-            .map(|t| match t {
-                Ready::Piece(form) => form.bytes(),
-                Ready::Product { left, right } => left.weights_bytes() + right.weights_bytes(),
-            })
-            .sum()
+        let terms = self.terms.iter().map(|t| match t {
+            Ready::Piece(form) => form.body.bytes(),
+            Ready::Product { left, right } => left.weights_bytes() + right.weights_bytes(),
+        });
+        terms.chain(self.input.iter().chain(&self.output).map(Turn::bytes)).sum()
     }
 
-    /// Multiply-adds of one row of `x`, were every stored matrix dense: those on f32, and those on 8-bit activations.
+    /// Multiply-adds of one row of `x`, were every stored matrix dense: those on f32, maps among them, and those on 8-bit activations.
     pub fn work(&self) -> [u64; 2] {
-        let mut all = [0; 2];
+        let of = |maps: &[Turn], n: usize| maps.iter().map(|m| m.work(n)).sum::<u64>();
+        let mut all = [of(&self.input, self.cols) + of(&self.output, self.rows), 0];
         for t in &self.terms {
             match t {
                 Ready::Piece(form) => {
-                    let int8 = self.packing.activations == Activations::Int8 && form.integer();
+                    let int8 = self.packing.activations == Activations::Int8 && form.body.integer();
                     all[usize::from(int8)] += (self.rows * self.cols) as u64;
                 }
                 Ready::Product { left, right } => {
@@ -135,15 +143,13 @@ impl Linear {
         all
     }
 
-    /// How each term multiplies, for reports.
+    /// How each term multiplies, then the maps of the input and of the output, for reports.
     pub fn describe(&self) -> Vec<&'static str> {
-        self.terms
-            .iter()
-            .map(|t| match t {
-                Ready::Piece(form) => form.name(self.packing.activations),
-                Ready::Product { .. } => "product",
-            })
-            .collect()
+        let terms = self.terms.iter().map(|t| match t {
+            Ready::Piece(form) => form.name(self.packing.activations),
+            Ready::Product { .. } => "product",
+        });
+        terms.chain(self.input.iter().chain(&self.output).map(Turn::name)).collect()
     }
 
     /// `x · Wᵀ`: `x` is `[n, inputs]`, `out` `[n, outputs]`, overwritten. Panics where the shapes do not fit.
@@ -163,7 +169,9 @@ impl Linear {
             assert_eq!((out.rows(), out.cols()), (x.rows(), l.rows), "the result has another shape");
         }
         let single = |l: &Linear| match &l.terms[..] {
-            [Ready::Piece(form)] if l.rows > 0 => form.plan(&l.packing, x.rows()),
+            [Ready::Piece(form)] if l.rows > 0 && l.input.is_empty() && l.output.is_empty() => {
+                form.body.plan(&l.packing, x.rows())
+            }
             _ => None,
         };
         let plan = single(all[0]);
@@ -183,20 +191,37 @@ impl Linear {
     }
 
     #[track_caller]
-    fn run(&self, x: MatRef<'_>, mut out: MatMut<'_>, mut add: bool) {
+    fn run(&self, x: MatRef<'_>, out: MatMut<'_>, add: bool) {
         assert_eq!(x.cols(), self.cols, "x has {} columns, the matrix {}", x.cols(), self.cols);
         assert_eq!((out.rows(), out.cols()), (x.rows(), self.rows), "the result has another shape");
         if x.rows() == 0 || self.rows == 0 {
             return;
         }
+        if !self.input.is_empty() || !self.output.is_empty() {
+            // Only factors of products are added to what is there, and these have no maps.
+            debug_assert!(!add);
+            let isa = self.packing.isa;
+            return mapped(isa, &self.input, x, |x| mapping(isa, &self.output, out, |out| self.sum(x, out, false)));
+        }
+        self.sum(x, out, add);
+    }
+
+    /// The sum of terms.
+    fn sum(&self, x: MatRef<'_>, mut out: MatMut<'_>, mut add: bool) {
         if self.terms.is_empty() && !add {
             (0..out.rows()).for_each(|r| out.row_mut(r).fill(0.0));
+        }
+        if x.rows() == 1 && self.terms.len() > 1 {
+            let out = Out { stride: out.stride(), data: out.raw_mut().as_mut_ptr(), add };
+            if fused::fused(&self.packing, &self.terms, x, out) {
+                return;
+            }
         }
         for term in &self.terms {
             match term {
                 Ready::Piece(form) => {
                     let out = Out { stride: out.stride(), data: out.raw_mut().as_mut_ptr(), add };
-                    form.multiply(&self.packing, x, out);
+                    form.body.multiply(&self.packing, x, out);
                 }
                 Ready::Product { left, right } => scratch::with(x.rows() * right.rows, |inner| {
                     let inner = &mut inner[..x.rows() * right.rows];

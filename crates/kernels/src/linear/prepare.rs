@@ -115,6 +115,22 @@ pub(super) struct AsBytes {
     pub(super) blocks: usize,
 }
 
+/// f32 values of room for [`quantized_row`].
+pub(super) fn quantized_room(kind: AsBytes) -> usize {
+    (1 + SPARE) * kind.blocks * (BLOCK / 4 + META)
+}
+
+/// One row, padded with zeros to whole blocks, as signed bytes in `room`.
+pub(super) fn quantized_row(isa: Isa, x: &[f32], kind: AsBytes, room: &mut [f32]) -> Rows {
+    let AsBytes { zero, sixteens, blocks } = kind;
+    assert!(x.len() >= blocks * BLOCK && room.len() >= quantized_room(kind), "room for a row of bytes");
+    let (codes, meta) = room.split_at_mut((1 + SPARE) * blocks * BLOCK / 4);
+    let (codes, meta) = (codes.as_mut_ptr().cast(), meta.as_mut_ptr());
+    let (x, zero, opening) = (x.as_ptr(), i32::from(zero), Opening::NONE);
+    dispatch(isa, Quantize { x, blocks, codes, meta, zero, sixteens, opening });
+    Rows { codes, meta, rows: 1 }
+}
+
 /// Calls `f(rows, from, to)` over ranges of panels, with the rows of x as signed bytes. `opening` tells what is read first from a panel on up to another.
 pub(super) fn quantized(
     isa: Isa,

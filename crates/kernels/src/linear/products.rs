@@ -7,11 +7,13 @@ use super::Packing;
 use super::prepare::{AsBytes, Work, padded, quantized, tiled};
 use crate::op::dot::{self, Dots, Rows};
 use crate::op::gather::{self, Gathered, GatheredBytes};
+use crate::op::lookup::{self, Lookups};
 use crate::op::matmul::{self, Batch, Gemv, Out};
 use crate::op::sparse::Sparse;
 use crate::panel::float::{Dense, F32, Width};
 use crate::panel::gathered::{self, Layout};
 use crate::panel::ints::{Bytes, Ints};
+use crate::panel::rowtables::{RowTables, STEP};
 use crate::panel::slices::Lists;
 use crate::panel::{BLOCK, Codec, Opening, ROWS, View};
 use crate::simd::dispatch;
@@ -89,10 +91,37 @@ pub(super) fn sparse<W: Width>(packing: &Packing, lists: &Lists, width: W, x: Ma
     let rows = x.rows();
     rows_padded(x, lists.blocks, 1, |x| {
         // A gathered entry costs about as much as eight that lie side by side.
-        let cost = 8 * rows * (lists.bytes() as usize / lists.count()) / (4 + W::BYTES);
+        let entry = if lists.wide { 4 } else { 2 } + W::BYTES;
+        let cost = 8 * rows * (lists.bytes() as usize / lists.count().max(1)) / entry;
         parallel::ranges(lists.count(), 1, usize::MAX, cost, |from, to| {
             dispatch(packing.isa, Sparse { lists, _width: width, from, to, x: x.get(), rows, out });
         });
+    });
+}
+
+/// Rows of x that meet four decoded rows of weights at a time: half a megabyte of them, which stays in the second-level cache.
+fn beside(cols: usize) -> usize {
+    ((1 << 17) / cols.max(1)).clamp(6, 96) / 6 * 6
+}
+
+/// Codes into tables of rows.
+pub(super) fn tabled<const BITS: usize>(packing: &Packing, w: &RowTables, x: MatRef<'_>, out: Out) {
+    let (isa, panels, steps) = (packing.isa, w.panels.view(), w.steps());
+    let (cols, half) = (steps * STEP, w.half);
+    rows_padded(x, cols / BLOCK, 0, |all| {
+        let most = beside(cols);
+        for first in (0..x.rows()).step_by(most) {
+            let rows = most.min(x.rows() - first);
+            parallel::ranges(panels.count(), unit(panels.count()), usize::MAX, ROWS * cols * rows, |from, to| {
+                scratch::with(if x.rows() == 1 { 0 } else { lookup::scratch(steps) }, |scratch| {
+                    // SAFETY: rows from `first` on are there.
+                    let x = unsafe { all.get().add(first * cols) };
+                    let out = out.below(first);
+                    let op: Lookups<'_, BITS> = Lookups { panels, half, steps, from, to, x, rows, out, scratch };
+                    dispatch(isa, op);
+                });
+            });
+        }
     });
 }
 

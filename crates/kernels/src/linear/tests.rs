@@ -5,8 +5,8 @@ use lacuna_base::testkit::random;
 use lacuna_base::{Mat, MatRef, Rng};
 use lacuna_format::bits::{pack, pack_trits};
 use lacuna_format::{
-    Bytes, Float, FormatError, GgufType, Group, Integers, Mask, Pattern, PatternKind, Piece, ScaleCodec, Scales,
-    Stored, Term, Values, pack_float, pack_integers,
+    Bytes, Float, FormatError, GgufType, Group, Integers, Map, Mask, Owner, Pattern, PatternKind, Piece, ScaleCodec,
+    Scales, Stored, Tables, Term, Values, hadamard_parts, pack_float, pack_integers, pack_integers_off,
 };
 
 use super::{Activations, Linear, Packing, Transposed};
@@ -24,7 +24,7 @@ fn floats(m: &Mat, float: Float) -> Bytes {
 }
 
 fn dense(rows: usize, cols: usize, values: Values) -> Stored {
-    Stored { rows, cols, terms: vec![Term::Piece(Piece { rows, cols, pattern: Pattern::Dense, values })] }
+    Stored::from_piece(Piece { rows, cols, pattern: Pattern::Dense, values })
 }
 
 fn ints(rows: usize, cols: usize, bits: u8, run: usize, zeros: bool, float: Float, rng: &mut Rng) -> Stored {
@@ -40,7 +40,7 @@ fn ints(rows: usize, cols: usize, bits: u8, run: usize, zeros: bool, float: Floa
             bits,
             codes: Bytes::from(pack(&codes, bits)),
             scales: Scales::Float(float, floats(&scales, float)),
-            zeros: zeros.then(|| Bytes::from(pack(&z, bits))),
+            zeros: zeros.then(|| pack(&z, bits).into()),
             group: Group::Run(run),
         },
     )
@@ -71,7 +71,19 @@ fn tables(rows: usize, cols: usize, run: usize, rng: &mut Rng) -> Vec<(String, S
         for s in [None, Some((scales(), group()))] {
             let name = format!("codebook {bits} scales {}", s.is_some());
             let codes = Bytes::from(pack(&codes, bits));
-            out.push((name, dense(rows, cols, Values::Codebook { bits, codes, table: table.clone(), scales: s })));
+            out.push((
+                name,
+                dense(rows, cols, Values::Codebook { bits, codes, tables: Tables::one(&table), scales: s }),
+            ));
+        }
+    }
+    for (bits, float) in [(3u8, Float::F16), (3, Float::F32), (4, Float::F16), (4, Float::F32), (5, Float::F32)] {
+        for owner in [Owner::Row, Owner::Group(run)] {
+            let codes: Vec<u8> = (0..rows * cols).map(|_| rng.u64() as u8 >> (8 - bits)).collect();
+            let tables = Mat::from_fn(owner.count(rows, cols).unwrap(), 1 << bits, |_, _| rng.normal());
+            let tables = Tables { owner, float, bytes: floats(&tables, float) };
+            let values = Values::Codebook { bits, codes: pack(&codes, bits).into(), tables, scales: None };
+            out.push((format!("codebook {bits} {owner:?} {float:?}"), dense(rows, cols, values)));
         }
     }
     let trits: Vec<i8> = (0..rows * cols).map(|_| (rng.u64() % 3) as i8 - 1).collect();
@@ -151,7 +163,83 @@ fn sparse(rows: usize, cols: usize) -> Stored {
         columns: Bytes::from(columns),
     };
     let values = Values::Float(Float::F16, floats(&m, Float::F16));
-    Stored { rows, cols, terms: vec![Term::Piece(Piece { rows, cols, pattern, values })] }
+    Stored::from_piece(Piece { rows, cols, pattern, values })
+}
+
+/// Sums of terms that one pass multiplies, and some that it does not.
+fn sums(rng: &mut Rng) -> Vec<(String, Stored)> {
+    let mut out = Vec::new();
+    for (rows, cols) in [(18, 96), (300, 544), (4, 32)] {
+        let w = random(rows, cols, rng.u64());
+        let float = |m: &Mat, float| {
+            let values = Values::Float(float, floats(m, float));
+            Piece { rows: m.rows(), cols: m.cols(), pattern: Pattern::Dense, values }
+        };
+        let one = |s: Stored| -> Piece { s.single().unwrap().clone() };
+        let csr = |float: Float, every: usize| {
+            let mask = Mask::from_fn(rows, cols, |r, c| (r * 31 + c * 7) % every == 0 || (r == 3 && c % 2 == 0));
+            Term::Piece(pack_float(w.view(), Some(&mask), PatternKind::Csr, float).unwrap())
+        };
+        let rank = 40;
+        let thin = [random(rows, rank, rng.u64()), random(rank, cols, rng.u64())];
+        let halves = || Term::Product(float(&thin[0], Float::F16), float(&thin[1], Float::F16));
+        let left = one(ints(rows, rank, 8, 64, false, Float::F16, rng));
+        let codes = |right: Piece| Term::Product(left.clone(), right);
+        let int4 = one(ints(rows, cols, 4, 32, false, Float::F16, rng));
+        let tabled = tables(rows, cols, 32, rng).into_iter().find(|(n, _)| n == "codebook 3 Row F16").unwrap().1;
+        let mask = Mask::from_fn(rows, cols, |r, c| (r / 16 + c) % 2 == 0);
+        let shared = pack_float(w.view(), Some(&mask), PatternKind::Mask { height: 16 }, Float::F16).unwrap();
+        let int3 = one(ints(rows, cols, 3, 32, false, Float::F16, rng));
+        let all = [
+            ("int4 + csr", vec![Term::Piece(int4.clone()), csr(Float::F16, 190)]),
+            ("int4 + csr f32 + product", vec![Term::Piece(int4.clone()), csr(Float::F32, 50), halves()]),
+            ("int4 + product of codes", vec![Term::Piece(int4.clone()), codes(float(&thin[1], Float::F32))]),
+            ("table of rows + csr", vec![Term::Piece(one(tabled)), csr(Float::F16, 190)]),
+            ("masks + csr + int4", vec![Term::Piece(shared), csr(Float::F16, 40), Term::Piece(int4.clone())]),
+            ("csr + int4", vec![csr(Float::F16, 40), Term::Piece(int4.clone())]),
+            ("two zeros", vec![Term::Piece(int4.clone()), Term::Piece(int3)]),
+            ("many", vec![Term::Piece(int4); 9]),
+        ];
+        out.extend(all.map(|(name, terms)| (name.to_owned(), Stored::new(rows, cols, terms))));
+    }
+    out
+}
+
+/// Matrices with every map at either end.
+fn between_maps(rng: &mut Rng) -> Vec<(String, Stored)> {
+    let mut out = Vec::new();
+    for n in [1, 24, 96, 384, 352, 512] {
+        let mut index: Vec<u32> = (0..n as u32).collect();
+        (1..n).rev().for_each(|i| index.swap(i, rng.below(i + 1)));
+        let signs: Vec<bool> = (0..n).map(|_| rng.below(2) == 0).collect();
+        let normal = |n: usize, rng: &mut Rng| (0..n).map(|_| rng.normal()).collect::<Vec<f32>>();
+        let mut maps = vec![
+            Map::permutation(&index),
+            Map::diagonal(&normal(n, rng), Float::F32).unwrap(),
+            Map::diagonal(&normal(n, rng), Float::F16).unwrap(),
+        ];
+        for size in (1..=n).filter(|s| n.is_multiple_of(*s)) {
+            if hadamard_parts(size).is_some() {
+                maps.push(Map::hadamard(size, (size % 8 > 0 || size == n).then_some(&signs[..])));
+            }
+            if [1, 6, 32, 96].contains(&size) {
+                maps.push(Map::dense(size, &normal(size * size, rng), Float::F16).unwrap());
+            }
+        }
+        let w = |rows: usize, cols: usize, rng: &mut Rng| {
+            let w = random(rows, cols, rng.u64());
+            dense(rows, cols, Values::Float(Float::F32, floats(&w, Float::F32)))
+        };
+        for map in &maps {
+            out.push((format!("in {}", map.name()), w(9, n, rng).with_maps(vec![map.clone()], vec![])));
+            out.push((format!("out {}", map.name()), w(n, 9, rng).with_maps(vec![], vec![map.clone()])));
+        }
+        let few = |rng: &mut Rng| (0..3).map(|_| maps[rng.below(maps.len())].clone()).collect::<Vec<_>>();
+        let (input, output) = (few(rng), few(rng));
+        let name = format!("{} x {n} between chains", n);
+        out.push((name, w(n, n, rng).with_maps(input, output)));
+    }
+    out
 }
 
 /// Matrices of every kind in awkward shapes.
@@ -193,7 +281,22 @@ fn cases() -> Vec<(String, Stored)> {
             let name = format!("int{bits} run 32");
             out.push((name, ints(rows, cols, bits, 32, bits % 2 == 0, Float::F16, &mut rng)));
         }
+        for (bits, run) in [(3u8, 32), (4, 64), (3, 16)] {
+            let codes: Vec<u8> = (0..rows * cols).map(|_| rng.u64() as u8 >> (8 - bits)).collect();
+            let groups = cols.div_ceil(run);
+            let numbers = |rng: &mut Rng| Mat::from_fn(rows, groups, |_, _| rng.normal() + 3.0);
+            let (scales, zeros) = (numbers(&mut rng), numbers(&mut rng));
+            let q = Integers { rows, cols, bits, codes, scales, zeros: None, group: Group::Run(run) };
+            let codec = ScaleCodec::Int { bits: 3, per: 16 };
+            let piece = pack_integers_off(&q, &zeros, None, PatternKind::Dense, codec, codec).unwrap();
+            out.push((format!("int{bits} run {run} off"), Stored::from_piece(piece)));
+        }
         out.extend(tables(rows, cols, 32, &mut rng));
+        if rows == 11 {
+            // Beyond whole panels and blocks, and short of them.
+            out.extend(tables(18, 577, 32, &mut rng));
+            out.extend(tables(3, 5, 32, &mut rng));
+        }
         for kind in [
             GgufType::Q4_0,
             GgufType::Q4_1,
@@ -219,8 +322,10 @@ fn cases() -> Vec<(String, Stored)> {
     // Panels of floats so large that they are read by quarters, the one that keeps nothing too.
     let large = patterns(40, 2408, &mut rng).into_iter();
     out.extend(large.filter(|(name, _)| name.starts_with("Mask") && !name.contains("int")));
-    out.push(("nothing".into(), Stored { rows: 4, cols: 8, terms: vec![] }));
-    out.push(("no rows".into(), Stored { rows: 0, cols: 8, terms: vec![] }));
+    out.extend(sums(&mut rng));
+    out.extend(between_maps(&mut rng));
+    out.push(("nothing".into(), Stored::new(4, 8, vec![])));
+    out.push(("no rows".into(), Stored::new(0, 8, vec![])));
     out
 }
 
@@ -264,7 +369,7 @@ fn every_kind_on_every_isa_against_f64_and_in_any_company() {
                     let terms = || x.row(r).iter().zip(w.row(o)).map(|(a, b)| f64::from(*a) * f64::from(*b));
                     let (want, size) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
                     // A sum of terms may cancel: each is as exact as its own size allows.
-                    let size = size + if stored.terms.len() > 1 { 100.0 } else { 0.0 };
+                    let size = size + if stored.terms.len() > 1 || stored.has_maps() { 100.0 } else { 0.0 };
                     let off = (f64::from(y[(r, o)]) - want).abs();
                     let bound = f64::from(PRODUCT_TOLERANCE) * size + 1e-30;
                     assert!(off <= bound, "{name} {} x {} {isa}: {} for {want}", w.rows(), w.cols(), y[(r, o)]);
@@ -499,11 +604,17 @@ fn what_should_multiply_as_bytes_does() {
         assert_ne!(Linear::pack(&stored).unwrap().describe()[0], "decoded", "{name}");
     }
     assert_eq!(Linear::pack(&sparse(9, 70)).unwrap().describe(), ["lists"]);
+    for (name, stored) in tables(20, 200, 32, &mut rng) {
+        let what = Linear::pack(&stored).unwrap().describe()[0];
+        let row = name.contains("Row") && !name.contains("codebook 5");
+        let none = name.contains("Group") || name.contains("codebook 5 Row");
+        assert_eq!((what == "row tables", what == "decoded"), (row, none), "{name}: {what}");
+    }
 }
 
 #[test]
 fn tiles_decode_to_the_bits_of_the_format() {
-    for (name, stored) in cases().into_iter().filter(|(_, s)| s.terms.len() == 1) {
+    for (name, stored) in cases().into_iter().filter(|(_, s)| s.terms.len() == 1 && !s.has_maps()) {
         let (w, one) = (stored.to_mat(), Mat::identity(stored.cols));
         for isa in Isa::here() {
             let l = pack_for(&stored, isa, Activations::Exact).unwrap();

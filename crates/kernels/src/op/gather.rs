@@ -10,7 +10,7 @@ use super::dot::Rows;
 use super::matmul::Out;
 use crate::panel::gathered::Layout;
 use crate::panel::ints::{Bytes, META};
-use crate::panel::{BLOCK, Codec, FETCH, ROWS, View, fetch, fetch_far};
+use crate::panel::{BLOCK, Codec, Prefetch, ROWS, View, fetch, fetch_far};
 use crate::simd::{Op, Simd};
 
 /// Room after a gathered row that is written without being meant.
@@ -72,15 +72,6 @@ fn room(scratch: &mut [f32], l: &Layout, blocks: usize) -> Room {
     Room { halves: [a.as_mut_ptr(), b.as_mut_ptr()], x, codes, counts: counts.as_mut_ptr().cast() }
 }
 
-/// Bytes from what is multiplied to what comes into the first-level cache meanwhile.
-const NEAR: usize = 1024;
-/// Bytes from the codes that are multiplied to those that come into the second-level cache meanwhile: in large panels, and in others, of which it
-/// must not pass over several, whose masks and scales lie between.
-const FAR: (usize, usize) = (16 << 10, 2 << 10);
-/// Bytes of a panel's values from which it is large. Of floats it is read at four places at once then: at one alone some processors fetch two thirds
-/// of what memory gives, but short runs end before they notice.
-const LARGE: usize = 32 << 10;
-
 /// How a panel of floats is read, at one place or at four, and asked for: at an even pace while x is gathered and while octets are multiplied. Only of
 /// four places that one mask serves all that gathering has time for is asked for then, and the rest is left to the processor's own guesses and to
 /// what is asked for nearby.
@@ -95,6 +86,7 @@ struct Parts {
     jump: usize,
     /// Whether there are four.
     four: bool,
+    policy: Prefetch,
     /// What is asked for first, and how far that is beyond the first part's begin.
     from: *const u8,
     far: usize,
@@ -103,29 +95,26 @@ struct Parts {
     each: usize,
 }
 
-/// Lines that are asked for while a block of floats is gathered.
-const LINES: usize = 2;
-/// Bytes from what is read of a part of a large panel with two masks to what is asked for.
-const FAR_PART: usize = 4096;
-
 impl Parts {
     /// `gathered` blocks of x are gathered before octets are multiplied.
-    fn of(panels: &View, l: &Layout, panel: *const u8, gathered: usize) -> Parts {
+    fn of(policy: Prefetch, panels: &View, l: &Layout, panel: *const u8, gathered: usize) -> Parts {
         let values = panel.wrapping_add(l.values_at);
         let bytes = l.octets * l.octet_bytes;
-        let four = bytes >= LARGE;
+        let four = bytes >= policy.large;
         let octets = if four { l.octets.div_ceil(4) } else { l.octets };
         let (lines, far) = match (four, l.pair) {
-            (true, true) => (octets * l.octet_bytes / 16, FAR_PART),
-            (true, false) => (LINES * gathered, NEAR),
+            (true, true) => (octets * l.octet_bytes / 16, policy.part),
+            (true, false) => (policy.lines * gathered, policy.near),
             // Where nothing is gathered between two panels, they are read at a stretch. Masks and scales are asked for, too.
-            (false, _) => (panels.stride / 64, (if l.share > 1 { 4 * FETCH } else { FETCH }).min(panels.stride)),
+            (false, _) => {
+                (panels.stride / 64, (if l.share > 1 { 4 * policy.stretch } else { policy.stretch }).min(panels.stride))
+            }
         };
         let from = if four { values } else { panel }.wrapping_add(far);
-        let gathering = (LINES * gathered).min(lines);
+        let gathering = (policy.lines * gathered).min(lines);
         let each = (64 * (lines - gathering)).div_ceil(l.octets.max(1));
         let bytes = octets * l.octet_bytes;
-        Parts { values, octets, bytes, jump: panels.stride - bytes, four, from, far, gathering, each }
+        Parts { values, octets, bytes, jump: panels.stride - bytes, four, policy, from, far, gathering, each }
     }
     /// Asks for the `n`th line.
     #[inline(always)]
@@ -141,8 +130,8 @@ impl Parts {
     /// While the `b`th block is gathered.
     #[inline(always)]
     fn gather(&self, b: usize) {
-        let mut n = LINES * b;
-        while n < LINES * (b + 1) {
+        let mut n = self.policy.lines * b;
+        while n < self.policy.lines * (b + 1) {
             self.ask(n);
             n += 1;
         }
@@ -160,7 +149,8 @@ impl Parts {
     /// Bytes from octet `i` of a part to what comes into the first-level cache meanwhile.
     #[inline(always)]
     fn near(&self, i: usize, octet_bytes: usize) -> usize {
-        if i * octet_bytes + NEAR < self.bytes { NEAR } else { NEAR + self.jump }
+        let near = self.policy.near;
+        if i * octet_bytes + near < self.bytes { near } else { near + self.jump }
     }
 }
 
@@ -207,7 +197,7 @@ fn floats_all<S: Simd, C: Codec, const PAIR: bool>(s: S, g: Gathered<'_, C>) {
             let panel = g.panels.at(p);
             // Floats are gathered half by half.
             let gathered = if fresh { if PAIR { 2 * blocks } else { blocks } } else { 0 };
-            let parts = Parts::of(&g.panels, &l, panel, gathered);
+            let parts = Parts::of(C::GATHERED, &g.panels, &l, panel, gathered);
             if fresh {
                 octets = gather::<S, PAIR>(s, panel, blocks, &l, g.x.add(r * blocks * BLOCK), (room, parts));
             }
@@ -340,7 +330,7 @@ unsafe fn gather_bytes<S: Simd, const PAIR: bool>(
     }
 }
 
-/// Moves the columns of blocks `from..to` whose bit is set together, with 32 zeros after them; gives how many. For every block [`LINES`] lines of the
+/// Moves the columns of blocks `from..to` whose bit is set together, with 32 zeros after them; gives how many. For every block [`Prefetch::lines`] of the
 /// panel are asked for, so that memory is not idle meanwhile; `first` blocks have been before.
 /// # Safety
 /// The bits, x and `out` are as long.
@@ -450,20 +440,21 @@ unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(
     unsafe {
         let mut values = panel.add(layout.values_at);
         let scales = panel.wrapping_add(codec.grid().scales_at);
-        let far = if layout.octets * layout.octet_bytes < LARGE { FAR.1 } else { FAR.0 };
+        let Prefetch { near, far, large, .. } = C::GATHERED;
+        let far = if layout.octets * layout.octet_bytes < large { far.1 } else { far.0 };
         let mut x = room.x.cast::<i8>().cast_const();
         let mut out = [s.splat(0.0); 2];
         let (mut group, mut left) = (0, layout.per);
         let mut b = 0;
         while b < blocks {
-            fetch(scales.wrapping_add(group * kind.entry() + NEAR));
+            fetch(scales.wrapping_add(group * kind.entry() + near));
             let mut sums = [[s.splat_i(0); 2]; 2];
             let mut given = [s.splat_i(0); 2];
             let mut o = *room.counts.add(b);
             while o > 0 {
                 let mut at = 0;
                 while at < 16 * C::BITS {
-                    fetch(values.wrapping_add(NEAR + at));
+                    fetch(values.wrapping_add(near + at));
                     fetch_far(values.wrapping_add(far + at));
                     at += 64;
                 }

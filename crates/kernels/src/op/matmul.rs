@@ -28,6 +28,11 @@ impl Out {
         Out { data: unsafe { self.data.add(r * self.stride) }, ..self }
     }
 
+    /// The same, added to what is there.
+    pub(crate) fn added(self) -> Out {
+        Out { add: true, ..self }
+    }
+
     /// The same from output `n` on.
     pub(crate) fn beside(self, n: usize) -> Out {
         // SAFETY: the caller has that output.

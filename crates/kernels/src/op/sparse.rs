@@ -22,7 +22,15 @@ impl<W: Width> Op for Sparse<'_, W> {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        let (cols, entry) = (self.lists.blocks * BLOCK + 1, ROWS * (4 + W::BYTES));
+        if self.lists.wide { self.all::<S, 4>(s) } else { self.all::<S, 2>(s) }
+    }
+}
+
+impl<W: Width> Sparse<'_, W> {
+    /// With columns of so many bytes.
+    #[inline(always)]
+    fn all<S: Simd, const COLUMN: usize>(self, s: S) {
+        let (cols, entry) = (self.lists.blocks * BLOCK + 1, ROWS * (COLUMN + W::BYTES));
         let mut p = self.from;
         while p < self.to {
             let panel = self.lists.at(p);
@@ -38,8 +46,9 @@ impl<W: Width> Op for Sparse<'_, W> {
                         let place = panel.add(HEAD + i * entry);
                         let mut h = 0;
                         while h < ROWS / S::LANES {
-                            let columns = s.load_i(place.add(4 * h * S::LANES));
-                            let w = W::lanes(s, place.add(4 * ROWS + h * S::LANES * W::BYTES));
+                            let columns = place.add(COLUMN * h * S::LANES);
+                            let columns = if COLUMN == 4 { s.load_i(columns) } else { s.widen_words(columns) };
+                            let w = W::lanes(s, place.add(COLUMN * ROWS + h * S::LANES * W::BYTES));
                             // More than 16 columns: the table is read where it lies.
                             acc[h] = s.fma(s.lookup(x, cols, columns), w, acc[h]);
                             h += 1;

@@ -24,6 +24,8 @@ pub(crate) enum Kind {
     F16Zeros,
     /// f32 scales and a zero of 8 bits each.
     F32Zeros,
+    /// f32 scales and zeros that are any numbers, f32.
+    F32Off,
     /// f16 scales and minima: `scale * code + min`.
     F16Min,
     /// 8-bit scales and minima under an f16 scale and minimum for 8 blocks: `d * s * code - m * t`.
@@ -40,11 +42,12 @@ impl Kind {
             Kind::F32 | Kind::F16Min => 4 * ROWS,
             Kind::F16Zeros => 3 * ROWS,
             Kind::F32Zeros => 5 * ROWS,
+            Kind::F32Off => 8 * ROWS,
         }
     }
-    /// Whether the second number of a group is a minimum, to be added to the scaled code.
+    /// Whether something is added to the scaled code: a group's second number, or what its zero comes to.
     pub(crate) fn minima(self) -> bool {
-        matches!(self, Kind::F16Min | Kind::Super)
+        matches!(self, Kind::F16Min | Kind::Super | Kind::F32Off)
     }
     /// Whether groups lie under others, eight blocks each.
     pub(crate) fn supers(self) -> bool {
@@ -146,7 +149,7 @@ impl Grid {
             let entry = panel.add(self.entry(self.group(b)));
             match self.kind {
                 Kind::F16 | Kind::F16Zeros | Kind::F16Min => s.load_f16(entry.add(2 * h * S::LANES)),
-                Kind::F32 | Kind::F32Zeros => s.load(entry.add(4 * h * S::LANES).cast()),
+                Kind::F32 | Kind::F32Zeros | Kind::F32Off => s.load(entry.add(4 * h * S::LANES).cast()),
                 Kind::Super => {
                     let d = s.load_f16(panel.add(self.above(b) + 2 * h * S::LANES));
                     s.mul(d, s.float(s.widen(entry.add(h * S::LANES))))
@@ -181,6 +184,15 @@ impl Grid {
         }
     }
 
+    /// Zeros of block `b` that are any numbers.
+    /// # Safety
+    /// As for `scale`.
+    #[inline(always)]
+    unsafe fn off<S: Simd>(&self, s: S, panel: *const u8, b: usize, h: usize) -> S::V {
+        // SAFETY: as the caller promises.
+        unsafe { s.load(panel.add(self.entry(self.group(b)) + 4 * ROWS + 4 * h * S::LANES).cast()) }
+    }
+
     /// Minima of block `b`, for kinds that have them.
     /// # Safety
     /// As for `scale`.
@@ -189,6 +201,9 @@ impl Grid {
         // SAFETY: as the caller promises.
         unsafe {
             let entry = panel.add(self.entry(self.group(b)));
+            if self.kind == Kind::F32Off {
+                return s.mul(s.sub(s.splat(0.0), self.off(s, panel, b, h)), self.scale(s, panel, b, h));
+            }
             if self.kind == Kind::F16Min {
                 return s.load_f16(entry.add(2 * ROWS + 2 * h * S::LANES));
             }
@@ -351,7 +366,7 @@ const fn planes(bits: usize, o: usize) -> [usize; 3] {
 /// # Safety
 /// The block is there; it has been moved to half `h` already.
 #[inline(always)]
-unsafe fn octet<S: Simd, const BITS: usize>(s: S, block: *const u8, o: usize) -> [S::I; 2] {
+pub(crate) unsafe fn octet<S: Simd, const BITS: usize>(s: S, block: *const u8, o: usize) -> [S::I; 2] {
     // SAFETY: as the caller promises.
     unsafe {
         if BITS == 8 {
@@ -453,6 +468,8 @@ impl<T: Bytes> Codec for T {
             let grid = self.grid();
             let second = if T::SIXTEENS {
                 grid.sixteen(s, panel, b, 1, h)
+            } else if grid.kind == Kind::F32Off {
+                grid.off(s, panel, b, h)
             } else if grid.kind.minima() {
                 shared.minima
             } else if grid.kind.zeros() {
@@ -488,7 +505,7 @@ impl<T: Bytes> Codec for T {
                 } else if T::SIXTEENS {
                     let scale = if o < 2 { block.scale } else { block.second };
                     s.mul(s.sub(s.float(code), s.splat(f32::from(grid.zero))), scale)
-                } else if grid.kind.minima() {
+                } else if grid.kind.minima() && grid.kind != Kind::F32Off {
                     s.add(s.mul(s.float(code), block.scale), block.second)
                 } else {
                     s.mul(s.sub(s.float(code), block.second), block.scale)
@@ -507,7 +524,7 @@ pub(crate) fn put_scale(panel: &mut [u8], grid: &Grid, lane: usize, g: usize, li
     let two = |x: f32| f16::from_f32(x).to_le_bytes();
     match grid.kind {
         Kind::F16 | Kind::F16Zeros | Kind::F16Min => entry[2 * lane..][..2].copy_from_slice(&two(scale)),
-        Kind::F32 | Kind::F32Zeros => entry[4 * lane..][..4].copy_from_slice(&scale.to_le_bytes()),
+        Kind::F32 | Kind::F32Zeros | Kind::F32Off => entry[4 * lane..][..4].copy_from_slice(&scale.to_le_bytes()),
         Kind::Super => entry[lane] = scale as u8,
         Kind::Sixteens => entry[lane] = scale as i8 as u8,
     }
@@ -515,6 +532,7 @@ pub(crate) fn put_scale(panel: &mut [u8], grid: &Grid, lane: usize, g: usize, li
         Kind::F16 | Kind::F32 => {}
         Kind::F16Zeros => entry[2 * ROWS + lane] = line.seconds[from] as u8,
         Kind::F32Zeros => entry[4 * ROWS + lane] = line.seconds[from] as u8,
+        Kind::F32Off => entry[4 * ROWS + 4 * lane..][..4].copy_from_slice(&line.seconds[from].to_le_bytes()),
         Kind::F16Min => entry[2 * ROWS + 2 * lane..][..2].copy_from_slice(&two(line.seconds[from])),
         Kind::Super => entry[ROWS + lane] = line.seconds[from] as u8,
         Kind::Sixteens => entry[ROWS + lane] = line.seconds[from] as i8 as u8,

@@ -8,6 +8,7 @@ pub(crate) mod float;
 pub(crate) mod gathered;
 pub(crate) mod halved;
 pub(crate) mod ints;
+pub(crate) mod rowtables;
 pub(crate) mod slices;
 pub(crate) mod source;
 
@@ -115,6 +116,31 @@ impl View {
 pub(crate) const FETCH: usize = 8192;
 /// The same for codes, and for what stands beside them, and for what is read as it lies: several streams need no more.
 pub(crate) const NEAR: usize = 1024;
+
+/// How far ahead a row of panels that share their columns is asked for, in bytes.
+#[derive(Clone, Copy)]
+pub(crate) struct Prefetch {
+    /// From what is multiplied to what comes into the first-level cache meanwhile.
+    pub(crate) near: usize,
+    /// From the codes that are multiplied to those that come into the second-level cache meanwhile: in large panels, and in others, of which it must
+    /// not pass over several, whose masks and scales lie between.
+    pub(crate) far: (usize, usize),
+    /// Bytes of a panel's values from which it is large. Of floats it is read at four places at once then: at one alone some processors fetch two
+    /// thirds of what memory gives, but short runs end before they notice.
+    pub(crate) large: usize,
+    /// Lines that are asked for while a block of floats is gathered.
+    pub(crate) lines: usize,
+    /// From what is read of a part of a large panel of floats with two masks to what is asked for.
+    pub(crate) part: usize,
+    /// From what is read of a panel of floats that is not large to what is asked for; four times as far where panels share their columns.
+    pub(crate) stretch: usize,
+}
+
+impl Prefetch {
+    /// What serves every codec measured so far.
+    pub(crate) const GATHERED: Prefetch =
+        Prefetch { near: 1024, far: (16 << 10, 2 << 10), large: 32 << 10, lines: 2, part: 4096, stretch: FETCH };
+}
 
 /// How panels that are read once, from memory, are asked for ahead of time: what the processor's own guesses miss at every page.
 #[derive(Clone, Copy)]
@@ -249,6 +275,8 @@ pub(crate) trait Codec: Send + Sync {
     const EXPANDS: bool = false;
     /// Bytes of an octet of a gathered panel; none where columns that rows share are not panels of this codec.
     const OCTET: usize = 0;
+    /// How far ahead its gathered panels are asked for.
+    const GATHERED: Prefetch = Prefetch::GATHERED;
     /// What a block of 32 columns needs to be read.
     type Block<S: Simd>: Copy;
     /// Reads what block `b` shares, for half `h` of the lanes.

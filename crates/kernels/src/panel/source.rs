@@ -1,7 +1,7 @@
 //! Reading codes and scales out of what is stored, row by row, for panels to be made of them.
 
 use lacuna_format::bits::{unpack, unpack_trits};
-use lacuna_format::{Bytes, Float, GgufType, Group, Piece, Scales, Values};
+use lacuna_format::{Bytes, Float, GgufType, Group, Owner, Piece, Scales, Values, Zeros};
 
 use super::BLOCK;
 use super::ints::Kind;
@@ -61,11 +61,12 @@ pub(crate) fn of(piece: &Piece) -> Option<Source<'_>> {
         Values::Int { bits, codes, scales, zeros, group } => {
             let run = whole(group, cols)?;
             let n = groups(run);
-            let kind = match (is_f16(scales), zeros.is_some()) {
-                (true, false) => Kind::F16,
-                (false, false) => Kind::F32,
-                (true, true) => Kind::F16Zeros,
-                (false, true) => Kind::F32Zeros,
+            let kind = match (is_f16(scales), zeros) {
+                (true, None) => Kind::F16,
+                (false, None) => Kind::F32,
+                (true, Some(Zeros::Codes(_))) => Kind::F16Zeros,
+                (false, Some(Zeros::Codes(_))) => Kind::F32Zeros,
+                (_, Some(Zeros::Real(_))) => Kind::F32Off,
             };
             let read = move |r: usize, line: &mut Line| {
                 let span = span(r);
@@ -74,9 +75,8 @@ pub(crate) fn of(piece: &Piece) -> Option<Source<'_>> {
                 line.scales.resize(n, 0.0);
                 scales.row(r, &mut line.scales);
                 if let Some(z) = zeros {
-                    let mut row = vec![0; n];
-                    unpack(z, *bits, r * n, &mut row);
-                    line.seconds = row.into_iter().map(f32::from).collect();
+                    line.seconds.resize(n, 0.0);
+                    z.row(r, *bits, &mut line.seconds);
                 }
             };
             let zero = if zeros.is_some() { 0 } else { 1 << (bits - 1) };
@@ -97,10 +97,11 @@ pub(crate) fn of(piece: &Piece) -> Option<Source<'_>> {
             };
             Some(Source { bits: 2, kind, zero: 1, run, table: None, read: Box::new(read) })
         }
-        Values::Codebook { bits, codes, table, scales } => {
+        Values::Codebook { bits, codes, tables, scales } if tables.owner == Owner::Matrix => {
             // One bit more than one is kept as two: there is no plane for a single one.
             let wide = (*bits).max(2);
-            let mut table = table.clone();
+            let mut table = Vec::new();
+            tables.row(0, cols, *bits, &mut table);
             table.resize(1 << wide, 0.0);
             let (run, kind) = match scales {
                 None => (cols.next_multiple_of(BLOCK).max(BLOCK), Kind::F16),
@@ -133,7 +134,7 @@ pub(crate) fn of(piece: &Piece) -> Option<Source<'_>> {
             Some(Source { bits: 8, kind: Kind::F16, zero: 0, run, table: Some(table), read: Box::new(read) })
         }
         Values::Gguf(kind, bytes) => gguf(*kind, bytes, cols),
-        Values::Float(..) => None,
+        Values::Float(..) | Values::Codebook { .. } => None,
     }
 }
 

@@ -173,9 +173,20 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
-    unsafe fn lookup(self, table: *const f32, _: usize, index: __m256i) -> __m256 {
+    unsafe fn lookup(self, table: *const f32, n: usize, index: __m256i) -> __m256 {
         // SAFETY: see above.
-        unsafe { _mm256_i32gather_ps::<4>(table, index) }
+        unsafe {
+            match n {
+                8 => _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index),
+                16 => {
+                    // Of the two halves of the table the one that the index's fourth bit names: moved up, it is the sign.
+                    let low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
+                    let high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.add(8)), index);
+                    _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index)))
+                }
+                _ => _mm256_i32gather_ps::<4>(table, index),
+            }
+        }
     }
     #[inline(always)]
     fn splat_i(self, x: i32) -> __m256i {
@@ -202,6 +213,11 @@ impl Simd for Avx2 {
     unsafe fn widen(self, p: *const u8) -> __m256i {
         // SAFETY: see above.
         unsafe { _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())) }
+    }
+    #[inline(always)]
+    unsafe fn widen_words(self, p: *const u8) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_cvtepu16_epi32(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
     fn and_i(self, a: __m256i, byte: u8) -> __m256i {

@@ -229,6 +229,11 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())) }
     }
     #[inline(always)]
+    unsafe fn widen_words(self, p: *const u8) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_cvtepu16_epi32(_mm256_loadu_si256(p.cast())) }
+    }
+    #[inline(always)]
     fn and_i(self, a: __m512i, byte: u8) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_and_si512(a, _mm512_set1_epi8(byte as i8)) }

@@ -126,6 +126,10 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` is readable for `LANES` bytes.
     unsafe fn widen(self, p: *const u8) -> Self::I;
+    /// `LANES` unsigned numbers of 16 bits.
+    /// # Safety
+    /// `p` is readable for `2 * LANES` bytes.
+    unsafe fn widen_words(self, p: *const u8) -> Self::I;
     /// Every byte and `byte`.
     fn and_i(self, a: Self::I, byte: u8) -> Self::I;
     /// Bits of both.
@@ -445,10 +449,13 @@ mod tests {
                     assert_eq!(read_i(s.byte(got, j)), want);
                 }
                 assert_eq!(read_i(s.widen(p)), bytes[..n].iter().map(|&b| f32::from(b)).collect::<Vec<_>>());
+                let want: Vec<f32> =
+                    (0..n).map(|i| f32::from(u16::from_le_bytes([bytes[2 * i], bytes[2 * i + 1]]))).collect();
+                assert_eq!(read_i(s.widen_words(p)), want);
                 let got = s.less_product(s.splat_i(7), s.widen(p), s.splat_i(-3));
                 assert_eq!(read_i(got)[1], 7.0 + 3.0 * f32::from(bytes[1]));
                 let table: Vec<f32> = (0..64).map(|i| i as f32 * 1.5).collect();
-                for small in [16, 64] {
+                for small in [8, 16, 64] {
                     let mask = (small - 1) as u8;
                     let index = s.byte(s.and_i(v, mask), 0);
                     let want: Vec<f32> = (0..n).map(|i| table[usize::from(bytes[4 * i] & mask)]).collect();

@@ -196,6 +196,12 @@ impl Simd for Portable {
         map(|i| u32::from(b[i]))
     }
     #[inline(always)]
+    unsafe fn widen_words(self, p: *const u8) -> I {
+        // SAFETY: the caller promises 2 * LANES bytes.
+        let b = unsafe { bytes::<16>(p) };
+        map(|i| u32::from(u16::from_le_bytes([b[2 * i], b[2 * i + 1]])))
+    }
+    #[inline(always)]
     fn and_i(self, a: I, byte: u8) -> I {
         let mask = u32::from(byte) * 0x0101_0101;
         map(|i| a[i] & mask)

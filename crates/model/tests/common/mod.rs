@@ -4,7 +4,7 @@ use std::collections::HashMap;
 use std::sync::Arc;
 
 use lacuna_base::Rng;
-use lacuna_format::{Bytes, Float, Pattern, Piece, Stored, Term, Values, Weights, WeightsError};
+use lacuna_format::{Bytes, Float, Pattern, Piece, Stored, Values, Weights, WeightsError};
 use lacuna_spec::{
     Activation, AttnSpec, Experts, FfnSpec, LayerSpec, Norm, NormKind, Part, Place, Positions, Role, Rope, RopeScaling,
     RopeStyle, Spec,
@@ -29,7 +29,7 @@ impl Weights for Memory {
 pub fn stored(rows: usize, cols: usize, values: &[f32]) -> Stored {
     let bytes: Vec<u8> = values.iter().flat_map(|x| x.to_le_bytes()).collect();
     let values = Values::Float(Float::F32, Bytes::from(bytes));
-    Stored { rows, cols, terms: vec![Term::Piece(Piece { rows, cols, pattern: Pattern::Dense, values })] }
+    Stored::from_piece(Piece { rows, cols, pattern: Pattern::Dense, values })
 }
 
 impl Memory {

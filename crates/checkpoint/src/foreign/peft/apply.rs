@@ -32,8 +32,8 @@ impl Fitted {
         let shape = self.spec.shape(place);
         let mut sum = match (&change.instead, base, shape) {
             (Some(name), _, Some((rows, cols))) => self.instead(name, change, rows, cols)?,
-            (None, Some(base), _) => Stored { terms: base.terms.clone(), ..*base },
-            (None, None, Some((rows, cols))) if place.part == Part::Bias => Stored { rows, cols, terms: Vec::new() },
+            (None, Some(base), _) => Stored::clone(&base),
+            (None, None, Some((rows, cols))) if place.part == Part::Bias => Stored::new(rows, cols, Vec::new()),
             _ => return self.adapter.bad(&place.to_string(), "the base has nothing there to be changed"),
         };
         let float = match &sum.terms[..] {
@@ -44,6 +44,10 @@ impl Fitted {
             let moved = self.entries(name, change, sum.cols)?;
             let values = sum.to_mat().into_vec().into_iter().zip(moved).map(|(b, m)| b + scale * m).collect();
             sum = Stored::from_piece(dense(sum.rows, sum.cols, Float::F32, bytes(values)));
+        }
+        // A term stands between a matrix's maps, what an adapter adds does not.
+        if sum.has_maps() && (change.adds.is_some() || change.tokens.is_some()) {
+            sum = Stored::from_piece(dense(sum.rows, sum.cols, Float::F32, bytes(sum.to_mat().into_vec())));
         }
         if let Some(product) = &change.adds {
             let (left, right) = self.halves(product, change)?;
@@ -227,7 +231,7 @@ mod tests {
             let dim = half.layers[0].attn.as_ref().unwrap().head_dim;
             let zeros = |place: &Place, spec: &Spec| {
                 let (rows, cols) = spec.shape(place).unwrap();
-                Some(Arc::new(Stored { rows, cols, terms: vec![] }))
+                Some(Arc::new(Stored::new(rows, cols, vec![])))
             };
             let delta = |spec: &Spec, place: Place| {
                 let adapter = Adapter::open(golden().join("foreign").join(adapter)).unwrap();
