@@ -26,6 +26,7 @@ pub fn registry() -> Registry {
             solve::gptq::method(),
             factor::svd::method(),
             factor::svd_llm::method(),
+            factor::eora::method(),
             structure::llm_drop::method(),
             search::uniform::method(),
         ],
