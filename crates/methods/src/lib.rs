@@ -29,6 +29,7 @@ pub fn registry() -> Registry {
             factor::eora::method(),
             structure::llm_drop::method(),
             search::uniform::method(),
+            search::evopress::method(),
         ],
         families: vec![
             family::prune::family(),
