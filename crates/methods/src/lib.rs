@@ -24,6 +24,7 @@ pub fn registry() -> Registry {
             solve::sparsegpt::method(),
             grid::rtn::method(),
             solve::gptq::method(),
+            solve::spqr::method(),
             factor::svd::method(),
             factor::svd_llm::method(),
             factor::eora::method(),
