@@ -339,7 +339,7 @@ mod tests {
             for levels in [2, 5] {
                 for trials in (0..70).chain([200]) {
                     let mut lab = Bench::new(6, levels, seed);
-                    let least = lab.bytes(&vec![levels - 1; 6]);
+                    let least = lab.bytes(&[levels - 1; 6]);
                     for budget in [least, least + 450, lab.bytes(&[0; 6]), lab.bytes(&[1; 6])] {
                         lab.measured = 0;
                         let method = if trials % 2 == 0 { small() } else { EvoPress::default() };
