@@ -13,8 +13,8 @@ mod step;
 pub use card::{Ability, Card, Family, Made, Making, Method, MethodError, Registry};
 pub use lab::{Assignment, Lab, Level, Outcome, Slot};
 pub use questions::{
-    Basis, Compete, Factor, Grid, GridAsk, PruneAsk, RoundAsk, Scope, Score, Search, SearchAsk, Solve, SolveAsk,
-    Solved, Sparsity, Structure, StructureAsk, Unit,
+    Basis, Compete, Factor, Grid, GridAsk, PruneAsk, RoundAsk, RoundedForm, Scope, Score, Search, SearchAsk, Solve,
+    SolveAsk, Solved, Sparsity, Structure, StructureAsk, Unit,
 };
 pub use stats::{Ask, Gathered, Site, Stats};
 pub use step::{Edit, Finished, LayerWork, Left, Local, ModelWide, Searching, Step, Varied, Walker, Work};

@@ -161,10 +161,24 @@ pub struct Solved {
     pub aside: Vec<UnpackedPiece>,
 }
 
+/// How a solver's rounded answers differ in form from what it was asked: they are packed by it, and bytes are foretold from it.
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
+pub struct RoundedForm {
+    /// How scales are written, where not as the grid's ask says; the scales answered are values that this codec keeps exactly.
+    pub scales: Option<ScaleCodec>,
+    /// The fraction of the weights that will lie in sparse terms aside, as far as that can be known before the weights are.
+    pub aside: f64,
+}
+
 /// Solve: choose what stays, and compensate with the rest.
 pub trait Solve: Send + Sync {
     /// New weights for the request.
     fn solve(&self, ask: &SolveAsk<'_>) -> Result<Solved, MethodError>;
+
+    /// The form of its answers where it rounds.
+    fn rounded_form(&self, _: &GridAsk) -> RoundedForm {
+        RoundedForm::default()
+    }
 }
 
 /// Factor: thin matrices instead of one.

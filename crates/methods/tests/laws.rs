@@ -76,6 +76,15 @@ fn grid() -> Box<dyn Grid> {
     each!(Grid).next().expect("a grid").1
 }
 
+/// The new weights with those that stand aside.
+fn whole(solved: &Solved) -> Mat {
+    let mut w = solved.w.clone();
+    for piece in &solved.aside {
+        w.data_mut().iter_mut().zip(piece.w.data()).for_each(|(a, b)| *a += b);
+    }
+    w
+}
+
 /// A matrix with ties, a row of zeros and a column of zeros where there is room.
 fn weights(rows: usize, cols: usize, seed: u64) -> Mat {
     let mut w = random(rows, cols, seed);
@@ -255,11 +264,12 @@ fn earlier_zeros_stay() {
             let prune = if prunes { unstructured(0.5) } else { None };
             let ask = SolveAsk { w: w.view(), stats: &inputs.stats(), mask: Some(&before), prune, round };
             let solved = solve.solve(&ask).expect("solves");
+            let w = whole(&solved);
             let after = solved.mask.expect("a mask");
             for r in 0..rows {
                 for c in 0..cols {
                     assert!(before.get(r, c) || !after.get(r, c), "{name} ({r}, {c})");
-                    assert!(after.get(r, c) || solved.w[(r, c)] == 0.0, "{name} ({r}, {c})");
+                    assert!(after.get(r, c) || w[(r, c)] == 0.0, "{name} ({r}, {c})");
                 }
             }
             assert!(prunes || after == before, "{name}");
@@ -278,6 +288,7 @@ fn the_same_answer_on_any_number_of_threads() {
         };
         let (one, three) = (run(1), run(3));
         assert_eq!(one.w, three.w, "{name}");
+        assert_eq!(whole(&one), whole(&three), "{name}");
         assert_eq!(one.mask, three.mask, "{name}");
         assert_eq!(one.integers.map(|q| q.codes), three.integers.map(|q| q.codes), "{name}");
     }
@@ -293,7 +304,8 @@ fn packed_codes_decode_to_the_answer() {
                 let solved = everything(solve.as_ref(), &w, &inputs, ask, group);
                 let kind = if solved.mask.is_some() { PatternKind::Mask { height: 1 } } else { PatternKind::Dense };
                 let integers = solved.integers.expect("rounded");
-                let piece = pack_integers(&integers, solved.mask.as_ref(), kind, ScaleCodec::F16).expect("packs");
+                let codec = solve.rounded_form(&ask).scales.unwrap_or(ScaleCodec::F16);
+                let piece = pack_integers(&integers, solved.mask.as_ref(), kind, codec).expect("packs");
                 assert_eq!(piece.to_mat(), solved.w, "{name} {symmetric} {group}");
             }
         }
@@ -324,7 +336,7 @@ fn solved_rounding_is_no_worse_than_plain_rounding() {
                 let ask = GridAsk { bits, symmetric, scale: Float::F32 };
                 let round = Some(RoundAsk { ask, grid: grid.as_ref(), group });
                 let asked = SolveAsk { w: w.view(), stats: &inputs.stats(), mask: None, prune: None, round };
-                let solved = solve.solve(&asked).expect("solves").w;
+                let solved = whole(&solve.solve(&asked).expect("solves"));
                 let mut plain = w.clone();
                 for r in 0..24 {
                     for values in plain.row_mut(r).chunks_mut(group) {

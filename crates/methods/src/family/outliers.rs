@@ -43,8 +43,8 @@ fn outliers(making: &Making<'_>) -> Result<Step, MethodError> {
     Ok(Step::Local(Box::new(Outliers { fraction: keys.fraction.0, by, card: making.method.card.clone() })))
 }
 
-/// Moves the `fraction` of weights of highest score.
-fn extract(m: &mut Unpacked, scores: &Mat, fraction: f64) -> Result<(), MethodError> {
+/// Moves the `fraction` of weights of highest score into a sparse term aside.
+pub(super) fn set_aside(m: &mut Unpacked, scores: &Mat, fraction: f64) -> Result<(), MethodError> {
     let piece = floats(m)?;
     let (rows, cols) = (piece.w.rows(), piece.w.cols());
     let one = Scored { scores, before: piece.mask.as_ref(), sparsity: 1.0 - fraction };
@@ -80,7 +80,7 @@ impl Local for Outliers {
 
     fn foretell(&self, mut sample: Unpacked, seed: u64) -> Result<Unpacked, MethodError> {
         let (rows, cols) = sample.shape();
-        extract(&mut sample, &chance(rows, cols, seed), self.fraction)?;
+        set_aside(&mut sample, &chance(rows, cols, seed), self.fraction)?;
         Ok(sample)
     }
 
@@ -91,7 +91,7 @@ impl Local for Outliers {
     fn edit(&self, work: Vec<Work<'_>>) -> Result<Vec<Edit>, MethodError> {
         one_by_one(work, |w| {
             let scores = self.by.score(floats(&mut w.matrix)?.w.view(), &w.stats)?;
-            extract(&mut w.matrix, &scores, self.fraction)
+            set_aside(&mut w.matrix, &scores, self.fraction)
         })
     }
 }

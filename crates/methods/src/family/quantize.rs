@@ -2,16 +2,17 @@
 
 use lacuna_base::{Mat, MatRef};
 use lacuna_contract::{
-    Ability, Ask, Card, Edit, Family, Grid, GridAsk, Left, Local, Made, Making, MethodError, RoundAsk, Solve, SolveAsk,
-    Stats, Step, Work,
+    Ability, Ask, Card, Edit, Family, Grid, GridAsk, Left, Local, Made, Making, MethodError, RoundAsk, RoundedForm,
+    Solve, SolveAsk, Stats, Step, Work,
 };
-use lacuna_format::{Affine, Code, Float, Group, Integers, Mask, Unpacked, UnpackedPiece, UnpackedTerm};
+use lacuna_format::{Affine, Code, Float, Group, Integers, Mask, ScaleCodec, Unpacked, UnpackedPiece, UnpackedTerm};
 use lacuna_spec::Place;
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::keys::{Scale, Whole};
-use super::{finite, one_by_one, solver_bytes, wrong};
+use super::outliers::set_aside;
+use super::{chance, finite, floats, one_by_one, solver_bytes, wrong};
 use crate::make;
 
 /// What the methods share.
@@ -97,14 +98,19 @@ impl Quantize {
             return Err(MethodError::new("already rounded"));
         }
         let q = round_to_nearest(piece.w.view(), piece.mask.as_ref(), self.grid.as_ref(), &self.ask, self.group)?;
-        self.set(piece, q)
-    }
-
-    fn set(&self, piece: &mut UnpackedPiece, q: Integers) -> Result<(), MethodError> {
         piece.w = values(&q, piece.mask.as_ref());
         finite(&piece.w)?;
         piece.code = Code::Integers(q, self.ask.codec());
         Ok(())
+    }
+
+    /// How the solver's answer will look, where weights meet one.
+    fn form(&self) -> RoundedForm {
+        self.solver.as_ref().map_or_else(RoundedForm::default, |s| s.rounded_form(&self.ask))
+    }
+
+    fn codec(&self) -> ScaleCodec {
+        self.form().scales.unwrap_or_else(|| self.ask.codec())
     }
 
     /// The thin matrices of the last product: the main term, or a correction set aside.
@@ -137,7 +143,7 @@ impl Quantize {
         let q = solved.integers.ok_or_else(|| MethodError::new("the method rounded nothing"))?;
         finite(&solved.w)?;
         piece.w = solved.w;
-        piece.code = Code::Integers(q, self.ask.codec());
+        piece.code = Code::Integers(q, self.codec());
         m.aside.extend(solved.aside.into_iter().map(UnpackedTerm::Piece));
         Ok(())
     }
@@ -183,8 +189,19 @@ impl Local for Quantize {
         Ok(Left::Rounded)
     }
 
-    fn foretell(&self, mut sample: Unpacked, _: u64) -> Result<Unpacked, MethodError> {
+    fn foretell(&self, mut sample: Unpacked, seed: u64) -> Result<Unpacked, MethodError> {
+        let form = self.form();
+        if form.aside > 0.0 && matches!(sample.main, UnpackedTerm::Piece(_)) {
+            // The solver sets weights aside and keeps their places in the rest.
+            let before = floats(&mut sample)?.mask.clone();
+            let (rows, cols) = sample.shape();
+            set_aside(&mut sample, &chance(rows, cols, seed), form.aside)?;
+            floats(&mut sample)?.mask = before;
+        }
         self.round(&mut sample, None, &Stats::default())?;
+        if let UnpackedTerm::Piece(UnpackedPiece { code: Code::Integers(_, codec), .. }) = &mut sample.main {
+            *codec = self.codec();
+        }
         Ok(sample)
     }
 

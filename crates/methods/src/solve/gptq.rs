@@ -81,16 +81,16 @@ pub(super) fn check(damping: f64, block: usize) -> Result<(), MethodError> {
 
 /// Rounds along a walk.
 pub(super) struct Rounder<'a> {
-    ask: RoundAsk<'a>,
-    cols: usize,
-    group: usize,
+    pub ask: RoundAsk<'a>,
+    pub cols: usize,
+    pub group: usize,
 }
 
 /// The codes and grids of one row, in the order of the walk.
 #[derive(Clone, Default)]
 pub(super) struct RoundedRow {
-    codes: Vec<u8>,
-    grids: Vec<Affine>,
+    pub codes: Vec<u8>,
+    pub grids: Vec<Affine>,
 }
 
 impl<'a> Rounder<'a> {
@@ -109,12 +109,17 @@ impl<'a> Rounder<'a> {
     ) -> Result<(), MethodError> {
         let members = at..(at + self.group).min(self.cols);
         let values: Vec<f32> = members.filter(|&c| keep[c]).map(value).collect();
-        let grid = self.ask.grid.fit(&values, &self.ask.ask)?;
+        done.grids.push(self.grid(&values)?);
+        Ok(())
+    }
+
+    /// The grid for some values.
+    pub fn grid(&self, values: &[f32]) -> Result<Affine, MethodError> {
+        let grid = self.ask.grid.fit(values, &self.ask.ask)?;
         if self.ask.ask.symmetric && u32::from(grid.zero) != 1 << (self.ask.ask.bits - 1) {
             return Err(MethodError::new(format!("a symmetric grid with its zero at code {}", grid.zero)));
         }
-        done.grids.push(grid);
-        Ok(())
+        Ok(grid)
     }
 
     /// Fits the grids of all groups that start in a block, to the weights `w` (of one row) at the block's start.
@@ -177,7 +182,7 @@ impl<'a> Rounder<'a> {
 }
 
 /// `w` with its columns in `order`.
-fn permuted(w: lacuna_base::MatRef<'_>, order: &[usize]) -> Mat {
+pub(super) fn permuted(w: lacuna_base::MatRef<'_>, order: &[usize]) -> Mat {
     Mat::from_fn(w.rows(), w.cols(), |r, j| w.at(r, order[j]))
 }
 

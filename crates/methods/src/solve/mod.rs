@@ -2,3 +2,4 @@
 
 pub(crate) mod gptq;
 pub(crate) mod sparsegpt;
+pub(crate) mod spqr;
