@@ -1,13 +1,14 @@
 //! The ceiling: what the work needs at the least, and what must go to a scratch file.
 
 use lacuna_base::units::show_bytes;
+use lacuna_contract::Step;
 use lacuna_spec::{Part, Spec};
 
 use crate::account::CompressError;
 use crate::activations::Activations;
 use crate::calibrate::Gather;
 use crate::local::{Chosen, asks};
-use crate::recipe::Recipe;
+use crate::recipe::{Recipe, RecipeStep};
 
 /// How the work keeps below the ceiling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -80,7 +81,12 @@ fn told(file: &str, key: &str) -> Option<u64> {
 fn floor(spec: &Spec, recipe: &Recipe, seq_len: usize) -> u64 {
     let mut most = 0u64;
     for (l, layer) in spec.layers.iter().enumerate() {
-        let grams = Gather::bytes(spec, asks(recipe, &Chosen::default(), spec, l));
+        let whole = |s: &RecipeStep| match s.step() {
+            Step::Model(model) => Gather::bytes(spec, model.needs(spec, l)),
+            _ => 0,
+        };
+        let whole = recipe.steps.iter().map(whole).max().unwrap_or(0);
+        let grams = Gather::bytes(spec, asks(recipe, &Chosen::default(), spec, l)).max(whole);
         let (mut weights, mut scratch) = (0u64, 0u64);
         let mut together = vec![0u64; recipe.steps.len()];
         for p in spec.layer_places(l).into_iter().filter(|p| p.part == Part::Weight) {
