@@ -27,6 +27,8 @@ pub fn registry() -> Registry {
             factor::svd::method(),
             factor::svd_llm::method(),
             structure::llm_drop::method(),
+            structure::flap::method(),
+            structure::wanda_sp::method(),
             search::uniform::method(),
         ],
         families: vec![
@@ -35,6 +37,7 @@ pub fn registry() -> Registry {
             family::factor::family(),
             family::outliers::family(),
             family::drop::family(),
+            family::structure::family(),
             family::search::family(),
         ],
     }
