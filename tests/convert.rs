@@ -4,6 +4,7 @@ mod support;
 
 use std::path::Path;
 use std::process::Command;
+use std::sync::Arc;
 
 use lacuna_base::{Mat, Rng};
 use lacuna_checkpoint::save::{
@@ -90,6 +91,12 @@ fn golden_checkpoints_keep_their_logits() {
     }
 }
 
+/// A bias that the source has not.
+fn bias(n: usize) -> Stored {
+    let values = Mat::from_fn(1, n, |_, c| (c * 7 % 19) as f32 / 16.0 - 0.5);
+    Stored::from_piece(pack_float(values.view(), None, PatternKind::Dense, Float::F32).unwrap())
+}
+
 /// A packed model of `spec`-shaped matrices made by `form` from the model at `dir`.
 fn packed(dir: &Path, out: &Path, change: impl Fn(&mut Spec), form: impl Fn(&Place, &Stored) -> Stored) {
     let source = open(dir).unwrap();
@@ -97,7 +104,7 @@ fn packed(dir: &Path, out: &Path, change: impl Fn(&mut Spec), form: impl Fn(&Pla
     change(&mut spec);
     let mut w = PackedWriter::create(out, false).unwrap();
     for place in spec.places() {
-        let stored = source.get(&place).unwrap().unwrap();
+        let stored = source.get(&place).unwrap().unwrap_or_else(|| Arc::new(bias(spec.shape(&place).unwrap().1)));
         w.put(&place, &form(&place, &stored)).unwrap();
     }
     w.finish(spec, json!({}), json!({}), Vec::new(), Some(&source)).unwrap();
@@ -251,6 +258,43 @@ fn what_was_dropped_stays_dropped() {
         assert_eq!(open(out).unwrap().spec().layers.len(), 2);
         let off = apart(&logits_of(out, &ids), &want);
         assert!(off < 1e-4, "{}: {off}", out.display());
+    }
+}
+
+/// Pruning leaves biases on o and down alone, in some layers: a configuration that says several in one word gets zeros for the others.
+#[test]
+fn biases_that_stand_alone_go_along_or_are_refused() {
+    let home = TempDir::new().unwrap();
+    let alone = |s: &mut Spec| {
+        s.layers[0].attn.as_mut().unwrap().o_bias = true;
+        s.layers[1].ffn.as_mut().unwrap().down_bias = true;
+    };
+    for (name, config) in families().into_iter().filter(|(name, _)| ["llama", "qwen2"].contains(name)) {
+        let (dir, pack) = (home.path().join(name), home.path().join(format!("{name}-packed")));
+        make(&dir, &config);
+        packed(&dir, &pack, alone, |_, s| s.clone());
+        let ids = ids(30, 603);
+        let want = logits_of(&pack, &ids);
+        assert!(apart(&logits_of(&dir, &ids), &want) > 1e-2, "{name}: the biases do nothing");
+        let (h, f) = (home.path().join(format!("{name}-hf")), home.path().join(format!("{name}.gguf")));
+        if name == "qwen2" {
+            let said = save_hf(&open(&pack).unwrap(), &h, None, false, &mut |_, _| {}).unwrap_err().to_string();
+            assert!(said.contains("layer 0: attn.o_bias is true, the file would say false"), "{said}");
+            let said =
+                save_gguf(&open(&pack).unwrap(), &f, GgufKind::F32, false, &mut |_, _| {}).unwrap_err().to_string();
+            assert!(said.contains("layer 0: llama.cpp reads no bias on attn.o in qwen2 files"), "{said}");
+            continue;
+        }
+        let saved = hf(&pack, &h, None);
+        assert!(saved.notes.iter().any(|n| n.starts_with("19 biases of zeros")), "{:?}", saved.notes);
+        let config: Value = serde_json::from_slice(&std::fs::read(h.join("config.json")).unwrap()).unwrap();
+        assert_eq!((&config["attention_bias"], &config["mlp_bias"]), (&json!(true), &json!(true)));
+        gguf(&pack, &f, GgufKind::F32);
+        assert_eq!(open(&f).unwrap().spec().layers[1].ffn.as_ref().map(|f| (f.bias, f.down_bias)), Some((false, true)));
+        for out in [&h, &f] {
+            let off = apart(&logits_of(out, &ids), &want);
+            assert!(off < 1e-4, "{}: {off}", out.display());
+        }
     }
 }
 

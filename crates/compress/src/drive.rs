@@ -60,6 +60,7 @@ pub fn compress(
     };
     walk.backward(&overlay, &mut notes)?;
     walk.model_wide(&mut overlay, &mut notes)?;
+    recipe.check_local(&overlay.spec)?;
     let mut tensors = Vec::new();
     walk.globals(&mut overlay, &mut writer, &[Role::Embed, Role::Positions], &mut tensors)?;
     walk.blocks(&mut overlay, &mut writer, &mut tensors)?;

@@ -10,7 +10,7 @@ use crate::account::CompressError;
 use crate::activations::{Activations, SpilledInputs};
 use crate::calibrate::{Gather, gradients};
 use crate::local::{Chosen, asks};
-use crate::recipe::Recipe;
+use crate::recipe::{Recipe, RecipeStep};
 
 /// How the work keeps below the ceiling.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -109,7 +109,12 @@ fn floor(spec: &Spec, recipe: &Recipe, seq_len: usize) -> u64 {
     let mut most = 0u64;
     let backward = !gradients_asked(spec, recipe).is_empty();
     for (l, layer) in spec.layers.iter().enumerate() {
-        let grams = Gather::bytes(spec, asks(recipe, &Chosen::default(), spec, l));
+        let whole = |s: &RecipeStep| match s.step() {
+            Step::Model(model) => Gather::bytes(spec, model.needs(spec, l)),
+            _ => 0,
+        };
+        let whole = recipe.steps.iter().map(whole).max().unwrap_or(0);
+        let grams = Gather::bytes(spec, asks(recipe, &Chosen::default(), spec, l)).max(whole);
         let (mut weights, mut scratch) = (0u64, 0u64);
         let mut together = vec![0u64; recipe.steps.len()];
         for p in spec.layer_places(l).into_iter().filter(|p| p.part == Part::Weight) {

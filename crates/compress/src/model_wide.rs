@@ -26,7 +26,9 @@ impl LayerWork for Layer<'_> {
 
     fn weight(&self, place: &Place) -> Result<Mat, MethodError> {
         let stored = need(self.weights, place).map_err(|e| MethodError::new(e.to_string()))?;
-        Ok(stored.to_mat())
+        let values = stored.to_mat();
+        self.weights.release(place);
+        Ok(values)
     }
 
     fn stats(&self, site: Site) -> Stats<'_> {
@@ -87,7 +89,8 @@ impl Walk<'_> {
                 release_layer(overlay, l);
                 self.progress.step(l as u64 + 1, &format!("layer {l}"));
             }
-            let finished = walker.finish(overlay.spec()).map_err(fail)?;
+            let work = Layer { weights: overlay, statistics: &Statistics::default() };
+            let finished = walker.finish(&work).map_err(fail)?;
             pending.take(finished.edits, overlay, &dir)?;
             note += &finished.note;
             // Statistics are those of the first walk.

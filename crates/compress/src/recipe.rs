@@ -284,6 +284,18 @@ impl Recipe {
 
     /// Holds every step against a network before work begins: shapes, and what cannot come after what.
     pub fn check(&self, spec: &Spec) -> Result<(), RecipeError> {
+        self.check_local(spec)?;
+        for step in &self.steps {
+            if let Step::Model(m) = &step.step {
+                let fail = |e: MethodError| RecipeError { what: format!("step '{}': {}", step.name, e.what) };
+                m.check(spec).map_err(fail)?;
+            }
+        }
+        Ok(())
+    }
+
+    /// The same for the steps that work on blocks: once more after model-wide steps, which change shapes.
+    pub(crate) fn check_local(&self, spec: &Spec) -> Result<(), RecipeError> {
         for place in spec.places() {
             let (Part::Weight, Some(shape)) = (place.part, spec.shape(&place)) else { continue };
             let mut earlier: Vec<Left> = Vec::new();
@@ -301,12 +313,6 @@ impl Recipe {
                     }
                 }
                 earlier.push(left);
-            }
-        }
-        for step in &self.steps {
-            if let Step::Model(m) = &step.step {
-                let fail = |e: MethodError| RecipeError { what: format!("step '{}': {}", step.name, e.what) };
-                m.check(spec).map_err(fail)?;
             }
         }
         Ok(())

@@ -226,7 +226,7 @@ pub struct StructureAsk<'a> {
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Compete {
-    /// Those of a layer.
+    /// Those of one kind in one layer: every layer loses the asked fraction.
     Layer,
     /// Those of the whole model, by their scores as they are.
     Model,

@@ -109,7 +109,7 @@ pub trait ModelWide: Send + Sync {
     fn begin(&self, spec: &Spec) -> Result<Box<dyn Walker>, MethodError>;
 }
 
-/// One decoder block at a model-wide step.
+/// What a model-wide step sees: at a visit the layer with its statistics, at the end the network as it was throughout, without any.
 pub trait LayerWork {
     /// The network.
     fn spec(&self) -> &Spec;
@@ -126,8 +126,8 @@ pub trait Walker {
     /// Looks at a layer. Edits given here are kept aside by the driver until the walk ends.
     fn visit(&mut self, layer: usize, work: &dyn LayerWork) -> Result<Vec<Edit>, MethodError>;
 
-    /// Decides.
-    fn finish(self: Box<Self>, spec: &Spec) -> Result<Finished, MethodError>;
+    /// Decides. What depends on the decision is worked out of weights read once more.
+    fn finish(self: Box<Self>, work: &dyn LayerWork) -> Result<Finished, MethodError>;
 }
 
 /// What a walk came to.

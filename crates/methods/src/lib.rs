@@ -33,6 +33,8 @@ pub fn registry() -> Registry {
             basis::axes::method(),
             basis::slicegpt::method(),
             structure::llm_drop::method(),
+            structure::flap::method(),
+            structure::wanda_sp::method(),
             search::uniform::method(),
             search::evopress::method(),
         ],
@@ -43,6 +45,7 @@ pub fn registry() -> Registry {
             family::outliers::family(),
             family::drop::family(),
             family::slice::family(),
+            family::structure::family(),
             family::search::family(),
         ],
     }

@@ -6,7 +6,7 @@ use lacuna_base::testkit::{max_abs_diff, random};
 use lacuna_base::{Gram, Mat, Mat64, dense};
 use lacuna_contract::{
     Ability, Ask, Factor, Gathered, Grid, GridAsk, Made, Making, PruneAsk, RoundAsk, Score, Solve, SolveAsk, Solved,
-    Sparsity, Stats,
+    Sparsity, Stats, StructureAsk, Unit,
 };
 use lacuna_format::{Float, Mask, PatternKind, ScaleCodec, pack_integers};
 use lacuna_methods::registry;
@@ -25,10 +25,23 @@ impl Inputs {
             1 => 0.0,
             _ => own[(t, c)] + shared[(t, c % 2)] * (1.0 + (c % 5) as f32),
         });
-        let mut gram = Gram::new(n);
+        Inputs::of(&x)
+    }
+
+    /// Of these rows.
+    fn of(x: &Mat) -> Inputs {
+        let mut gram = Gram::new(x.cols());
         gram.add(x.view());
-        let found =
-            vec![(Ask::InputGram, Gathered::Gram(gram.clone())), (Ask::InputSquares, Gathered::Vector(gram.diag()))];
+        let tokens = x.rows() as f64;
+        let column = |c: usize| (0..x.rows()).map(move |t| f64::from(x[(t, c)]));
+        let mean: Vec<f64> = (0..x.cols()).map(|c| column(c).sum::<f64>() / tokens).collect();
+        let around = |c: usize| column(c).map(|v| (v - mean[c]).powi(2)).sum::<f64>() / tokens;
+        let variance = (0..x.cols()).map(around).collect();
+        let found = vec![
+            (Ask::InputGram, Gathered::Gram(gram.clone())),
+            (Ask::InputSquares, Gathered::Vector(gram.diag())),
+            (Ask::InputMoments, Gathered::Moments { mean, variance }),
+        ];
         Inputs { gram, found, gradients: Vec::new() }
     }
 
@@ -204,6 +217,47 @@ fn scores_are_finite_repeatable_and_larger_for_larger_weights() {
         }
         let bad = Mat::from_vec(1, 2, vec![f32::INFINITY, 1.0]);
         assert!(score.score(bad.view(), &Inputs::new(2, 5, 1).stats()).is_err(), "{name}");
+    }
+}
+
+#[test]
+fn units_have_a_finite_score_each_and_the_same_again() {
+    for m in registry().methods.iter().filter(|m| m.card.verb == "structure") {
+        let name = m.card.name;
+        let Made::Structure(by) = (m.make)(serde_json::Value::Null).expect("made") else {
+            panic!("{name} answers another question")
+        };
+        for (unit, count, width) in
+            [(Unit::Channel, 24, 1), (Unit::Channel, 1, 1), (Unit::Head, 4, 6), (Unit::Head, 1, 2), (Unit::Head, 3, 1)]
+        {
+            let n = count * width;
+            let (w, inputs) = (weights(7, n, 17), Inputs::new(n, 40, 18));
+            let (rows, heads) = (random(n, 7, 19), random(n, 7, 20));
+            let writers = [rows.view(), heads.view(), heads.view()];
+            let writers = if unit == Unit::Head { &writers[..] } else { &writers[..2] };
+            let ask =
+                StructureAsk { unit, layer: 1, count, width, reader: Some(w.view()), writers, stats: inputs.stats() };
+            let scores = by.score(&ask).unwrap_or_else(|e| panic!("{name} {unit:?}: {e}"));
+            assert_eq!(scores.len(), count, "{name}");
+            assert!(scores.iter().all(|s| s.is_finite()), "{name} {unit:?}: {scores:?}");
+            assert_eq!(by.score(&ask).expect("again"), scores, "{name}");
+            let bad = Mat::from_fn(7, n, |r, c| if (r, c) == (3, 0) { f32::NAN } else { w[(r, c)] });
+            assert!(by.score(&StructureAsk { reader: Some(bad.view()), ..ask }).is_err(), "{name}");
+            assert!(
+                by.score(&StructureAsk { stats: Stats::default(), ..ask }).is_err() || m.card.needs.is_empty(),
+                "{name}"
+            );
+        }
+        // Alike units score alike.
+        let (even, seen) = (Mat::from_fn(5, 8, |r, _| r as f32), random(9, 1, 21));
+        let x = Mat::from_fn(9, 8, |t, _| seen[(t, 0)]);
+        let inputs = Inputs::of(&x);
+        let stats = inputs.stats();
+        let reader = Some(even.view());
+        let ask = StructureAsk { unit: Unit::Channel, layer: 0, count: 8, width: 1, reader, writers: &[], stats };
+        if let Ok(scores) = by.score(&ask) {
+            assert!(scores.iter().all(|s| *s == scores[0]), "{name}: {scores:?}");
+        }
     }
 }
 

@@ -45,7 +45,7 @@ fn spec() -> Spec {
         post_norm: false,
     };
     let act = Activation::Silu;
-    let ffn = FfnSpec { width: 1536, gated: true, act, bias: false, post_norm: false, experts: None };
+    let ffn = FfnSpec { width: 1536, gated: true, act, bias: false, down_bias: false, post_norm: false, experts: None };
     Spec {
         arch: "llama".into(),
         hidden: 576,

@@ -119,6 +119,9 @@ pub struct FfnSpec {
     pub act: Activation,
     /// Biases on gate, up and down.
     pub bias: bool,
+    /// A bias on down alone, `bias` being false: what pruned channels wrote on average.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub down_bias: bool,
     /// A norm on the output before it is added.
     pub post_norm: bool,
     /// A mixture of experts.
@@ -321,6 +324,9 @@ impl Spec {
             }
             if let Some(f) = &layer.ffn {
                 dim(&format!("layer {l}: FFN width"), f.width)?;
+                if f.bias && f.down_bias {
+                    return fail(format!("layer {l}: a bias on down is said twice, by bias and by down_bias"));
+                }
                 if let Some(e) = f.experts
                     && (e.count == 0 || e.count > 65536 || e.used == 0 || e.used > e.count)
                 {
@@ -386,7 +392,7 @@ impl Spec {
                     Role::Router => f.experts.and_then(|e| linear(e.count, h, false)),
                     Role::Gate => f.gated.then(|| linear(f.width, h, f.bias)).flatten(),
                     Role::Up => linear(f.width, h, f.bias),
-                    _ => linear(h, f.width, f.bias),
+                    _ => linear(h, f.width, f.bias || f.down_bias),
                 }
             }
             _ => None,

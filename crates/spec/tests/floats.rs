@@ -1,6 +1,6 @@
 //! A saved network is read back bit for bit: every float of it is part of what the model computes.
 
-use lacuna_spec::{Rope, RopeScaling, RopeStyle};
+use lacuna_spec::{Place, Role, Rope, RopeScaling, RopeStyle, Spec};
 use proptest::prelude::*;
 
 proptest! {
@@ -22,6 +22,28 @@ proptest! {
             prop_assert_eq!(bits_of(&read), bits_of(&rope));
         }
     }
+}
+
+/// A model saved before there was a bias on down alone is read, and one without it is written as before.
+#[test]
+fn a_bias_on_down_alone_is_said_only_where_it_is() {
+    let config = serde_json::json!({
+        "model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+        "num_attention_heads": 4, "max_position_embeddings": 128,
+    });
+    let mut spec = lacuna_spec::arch::from_config(&config).unwrap();
+    let plain = serde_json::to_string(&spec).unwrap();
+    assert!(!plain.contains("down_bias"), "{plain}");
+    assert_eq!(serde_json::from_str::<Spec>(&plain).unwrap(), spec);
+    let bias = Place::layer(0, Role::Down).bias();
+    assert_eq!(spec.shape(&bias), None);
+    let ffn = spec.layers[0].ffn.as_mut().unwrap();
+    ffn.down_bias = true;
+    assert_eq!((spec.shape(&bias), spec.shape(&Place::layer(0, Role::Up).bias())), (Some((1, 32)), None));
+    assert_eq!(serde_json::from_str::<Spec>(&serde_json::to_string(&spec).unwrap()).unwrap(), spec);
+    assert!(serde_json::from_str::<Spec>(&plain.replace("\"gated\"", "\"gaited\":true,\"gated\"")).is_err());
+    spec.layers[0].ffn.as_mut().unwrap().bias = true;
+    assert!(spec.check().unwrap_err().what.contains("layer 0: a bias on down is said twice"));
 }
 
 fn bits_of(rope: &Rope) -> Vec<u32> {

@@ -112,6 +112,12 @@ impl<'a> Arranged<'a> {
                 held.embed_scale, spec.embed_scale
             ));
         }
+        let added = held.places().iter().filter(|p| p.part == Part::Bias && spec.shape(p).is_none()).count();
+        if added > 0 {
+            notes.push(format!(
+                "{added} biases of zeros are added, which change nothing: a configuration says the biases of several matrices in one word"
+            ));
+        }
         Ok((Arranged { weights, spec: held, layers }, notes))
     }
 

@@ -108,14 +108,14 @@ impl Walker for Walk {
         Ok(Vec::new())
     }
 
-    fn finish(mut self: Box<Self>, spec: &Spec) -> Result<Finished, MethodError> {
+    fn finish(mut self: Box<Self>, work: &dyn LayerWork) -> Result<Finished, MethodError> {
         if self.by.compete() == Compete::Layer {
             return Err(MethodError::new("the method compares within a layer, and whole parts compete across layers"));
         }
         self.scores.sort_by(|a, b| a.1.total_cmp(&b.1).then(a.0.cmp(&b.0)));
         let mut gone: Vec<usize> = self.scores.iter().take(self.count).map(|(l, _)| *l).collect();
         gone.sort_unstable();
-        let mut spec = spec.clone();
+        let mut spec = work.spec().clone();
         for &l in &gone {
             if self.part != Unit::Ffn {
                 spec.layers[l].attn = None;

@@ -10,6 +10,7 @@ pub(crate) mod quantize;
 pub(crate) mod search;
 pub(crate) mod select;
 pub(crate) mod slice;
+pub(crate) mod structure;
 
 use lacuna_base::{Mat, Rng};
 use lacuna_contract::{Edit, Left, Made, Making, MethodError, Work};

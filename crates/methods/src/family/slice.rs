@@ -145,7 +145,8 @@ impl Walker for Watch {
         Ok(Vec::new())
     }
 
-    fn finish(self: Box<Self>, spec: &Spec) -> Result<Finished, MethodError> {
+    fn finish(self: Box<Self>, work: &dyn LayerWork) -> Result<Finished, MethodError> {
+        let spec = work.spec();
         let (hidden, width) = (spec.hidden, self.slice.width(spec.hidden));
         let all: f64 = (0..hidden).map(|i| self.sum[(i, i)]).sum();
         let q = self.slice.by.basis(&self.sum, width)?;
@@ -229,9 +230,9 @@ impl Walker for Fold {
         Ok(edits)
     }
 
-    fn finish(self: Box<Self>, spec: &Spec) -> Result<Finished, MethodError> {
+    fn finish(self: Box<Self>, work: &dyn LayerWork) -> Result<Finished, MethodError> {
         let (hidden, width) = (self.q.rows(), self.q.cols());
-        let mut spec = spec.clone();
+        let mut spec = work.spec().clone();
         spec.hidden = width;
         spec.norm.eps = (f64::from(spec.norm.eps) * hidden as f64 / width as f64) as f32;
         let untied =

@@ -71,7 +71,15 @@ fn attention(heads: usize, kv_heads: usize, head_dim: usize) -> AttnSpec {
 }
 
 fn ffn(width: usize) -> FfnSpec {
-    FfnSpec { width, gated: true, act: Activation::Silu, bias: false, post_norm: false, experts: None }
+    FfnSpec {
+        width,
+        gated: true,
+        act: Activation::Silu,
+        bias: false,
+        down_bias: false,
+        post_norm: false,
+        experts: None,
+    }
 }
 
 /// Three descriptions that use everything a description can say, with uneven layers.
@@ -114,6 +122,7 @@ pub fn specs() -> Vec<Spec> {
         if let Some(f) = &mut layer.ffn {
             (f.post_norm, f.act) = (true, Activation::GeluTanh);
             f.experts = Some(Experts { count: 5, used: 2, normalize: l == 0 });
+            f.down_bias = l == 1;
         }
     }
     let mut learned = plain.clone();

@@ -161,6 +161,7 @@ pub(super) fn llama_like(c: &Config, arch: &str, act: &str, rope: rope::Reader) 
         gated: true,
         act: c.activation(act)?,
         bias: false,
+        down_bias: false,
         post_norm: false,
         experts: None,
     };
@@ -281,8 +282,12 @@ pub(super) fn difference(have: &Spec, said: &Spec) -> String {
 fn first_difference(path: &str, have: &Value, said: &Value) -> Option<String> {
     let at = |key: &dyn std::fmt::Display| if path.is_empty() { key.to_string() } else { format!("{path}.{key}") };
     match (have, said) {
-        (Value::Object(a), Value::Object(b)) if a.keys().eq(b.keys()) => {
-            a.iter().find_map(|(k, v)| first_difference(&at(k), v, &b[k]))
+        // A key that is left out where it says nothing stands on one side only.
+        (Value::Object(a), Value::Object(b)) if a.keys().all(|k| b.contains_key(k)) => {
+            b.iter().find_map(|(k, v)| first_difference(&at(k), a.get(k).unwrap_or(&Value::Null), v))
+        }
+        (Value::Object(a), Value::Object(b)) if b.keys().all(|k| a.contains_key(k)) => {
+            a.iter().find_map(|(k, v)| first_difference(&at(k), v, b.get(k).unwrap_or(&Value::Null)))
         }
         (Value::Array(a), Value::Array(b)) if a.len() == b.len() => {
             a.iter().zip(b).enumerate().find_map(|(i, (x, y))| first_difference(&at(&i), x, y))

@@ -65,6 +65,10 @@ pub fn whole(spec: &Spec) -> Result<Whole, SpecError> {
 const NEIGHBOURS: [&str; 3] = ["llama", "mistral", "mixtral"];
 /// The families whose Hugging Face files keep a norm's scale less one.
 const LESS_ONE: [&str; 2] = ["gemma2", "gemma3"];
+/// The families whose config.json has one word for the biases of q, k, v and o of all layers.
+const ATTENTION_BIAS: [&str; 5] = ["llama", "qwen3", "qwen3_moe", "gemma2", "gemma3"];
+/// The families whose config.json has one word for the biases of gate, up and down of all layers.
+const MLP_BIAS: [&str; 1] = ["llama"];
 
 /// The network as a Hugging Face checkpoint holds it.
 pub fn hf_spec(spec: &Spec) -> Result<Spec, SpecError> {
@@ -90,7 +94,27 @@ pub fn hf_spec(spec: &Spec) -> Result<Spec, SpecError> {
     if out.arch == "llama" && attns.clone().next().is_some() && attns.all(|a| a.window.is_some()) {
         out.arch = "mistral".into();
     }
+    open_biases(&mut out);
     Ok(out)
+}
+
+/// Gives every matrix that one word of config.json speaks of a bias where one of them has one. Those that had none are zeros, which add
+/// nothing.
+fn open_biases(spec: &mut Spec) {
+    let knows = |families: &[&str]| families.contains(&spec.arch.as_str());
+    let (attention, mlp) = (knows(&ATTENTION_BIAS), knows(&MLP_BIAS));
+    let attns = || spec.layers.iter().filter_map(|l| l.attn.as_ref());
+    let ffns = || spec.layers.iter().filter_map(|l| l.ffn.as_ref());
+    let attention = attention && attns().any(|a| a.qkv_bias || a.o_bias);
+    let mlp = mlp && ffns().any(|f| f.bias || f.down_bias);
+    for layer in &mut spec.layers {
+        if let Some(a) = layer.attn.as_mut().filter(|_| attention) {
+            (a.qkv_bias, a.o_bias) = (true, true);
+        }
+        if let Some(f) = layer.ffn.as_mut().filter(|_| mlp) {
+            (f.bias, f.down_bias) = (true, false);
+        }
+    }
 }
 
 /// The network as a GGUF file holds it.
@@ -211,6 +235,43 @@ mod tests {
             assert_eq!(keys.pairs[0].1, super::super::GgufValue::Str("llama".into()));
             assert_eq!(hf_spec(&gguf).unwrap(), spec);
         }
+    }
+
+    #[test]
+    fn biases_that_config_json_says_together_come_together() {
+        let mut spec = llama(json!({}));
+        spec.layers[1].attn.as_mut().unwrap().o_bias = true;
+        spec.layers[2].ffn.as_mut().unwrap().down_bias = true;
+        let hf = hf_spec(&spec).unwrap();
+        assert_eq!(hf, llama(json!({"attention_bias": true, "mlp_bias": true})));
+        let config = super::super::to_config(&hf).unwrap();
+        assert_eq!((&config["attention_bias"], &config["mlp_bias"]), (&json!(true), &json!(true)));
+        // One word does not open the other; a class without the word is refused by name.
+        spec.layers[2].ffn.as_mut().unwrap().down_bias = false;
+        assert_eq!(hf_spec(&spec).unwrap(), llama(json!({"attention_bias": true})));
+        spec.arch = "qwen2".into();
+        spec.layers.iter_mut().for_each(|l| l.attn.as_mut().unwrap().qkv_bias = true);
+        let e = super::super::to_config(&hf_spec(&spec).unwrap()).unwrap_err().what;
+        assert!(e.contains("layer 1: attn.o_bias is true"), "{e}");
+        spec.layers[1].attn.as_mut().unwrap().o_bias = false;
+        spec.layers[1].ffn.as_mut().unwrap().down_bias = true;
+        let e = super::super::to_config(&hf_spec(&spec).unwrap()).unwrap_err().what;
+        assert!(e.contains("layer 1: ffn.down_bias is true"), "{e}");
+    }
+
+    #[test]
+    fn gguf_has_the_biases_that_llama_cpp_reads() {
+        let mut spec = llama(json!({}));
+        spec.layers[1].attn.as_mut().unwrap().o_bias = true;
+        spec.layers[1].ffn.as_mut().unwrap().down_bias = true;
+        to_gguf(&gguf_spec(&spec).unwrap()).unwrap();
+        spec.arch = "qwen2".into();
+        spec.layers.iter_mut().for_each(|l| l.attn.as_mut().unwrap().qkv_bias = true);
+        let e = to_gguf(&gguf_spec(&spec).unwrap()).unwrap_err().what;
+        assert!(e.contains("layer 1: llama.cpp reads no bias on attn.o"), "{e}");
+        spec.layers[1].attn.as_mut().unwrap().o_bias = false;
+        let e = to_gguf(&gguf_spec(&spec).unwrap()).unwrap_err().what;
+        assert!(e.contains("layer 1: llama.cpp reads no bias on ffn.down"), "{e}");
     }
 
     #[test]

@@ -166,6 +166,7 @@ pub(super) fn standard(head: &GgufHead, arch: &str, style: RopeStyle) -> Result<
             gated: true,
             act: Activation::Silu,
             bias: has(l, "ffn_up.bias"),
+            down_bias: has(l, "ffn_down.bias") && !has(l, "ffn_up.bias"),
             post_norm: false,
             experts: match experts {
                 Some(count) => Some(Experts { count, used: head.must("expert_used_count")?, normalize: true }),

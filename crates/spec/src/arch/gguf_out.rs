@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::config::{attn_parts, difference, ffn_parts};
 use super::{GgufHead, gguf_targets};
-use crate::spec::{RopeScaling, Spec, SpecError};
+use crate::spec::{AttnSpec, RopeScaling, Spec, SpecError};
 
 /// A metadata value, of the type that llama.cpp expects at its key.
 #[derive(Clone, Debug, PartialEq)]
@@ -84,6 +84,7 @@ pub(super) fn standard_keys(spec: &Spec, arch: &str) -> Result<GgufKeys, SpecErr
     k.number("embedding_length", spec.hidden)?;
     k.number("vocab_size", spec.vocab)?;
     let ffns = ffn_parts(spec)?;
+    loadable_biases(spec, arch)?;
     k.each("feed_forward_length", &ffns.iter().map(|f| f.width).collect::<Vec<_>>())?;
     let attns = attn_parts(spec)?;
     k.each("attention.head_count", &attns.iter().map(|a| a.heads).collect::<Vec<_>>())?;
@@ -113,6 +114,25 @@ pub(super) fn standard_keys(spec: &Spec, arch: &str) -> Result<GgufKeys, SpecErr
         scaling(&mut k, &r.scaling)?;
     }
     Ok(k)
+}
+
+/// Refuses biases that pruning left and that llama.cpp's loader of this architecture does not know: it would refuse the whole file.
+fn loadable_biases(spec: &Spec, arch: &str) -> Result<(), SpecError> {
+    for (l, layer) in spec.layers.iter().enumerate() {
+        let fail = |what: &str| {
+            Err(SpecError { what: format!("layer {l}: llama.cpp reads no bias on {what} in {arch} files") })
+        };
+        let alone = |a: &AttnSpec| a.o_bias && (!a.qkv_bias || arch == "qwen2");
+        if layer.attn.as_ref().is_some_and(alone) && arch != "llama" {
+            return fail("attn.o");
+        }
+        match layer.ffn.as_ref().filter(|f| f.down_bias) {
+            Some(f) if f.experts.is_some() => return fail("ffn.down of experts"),
+            Some(_) if arch != "llama" => return fail("ffn.down alone"),
+            _ => {}
+        }
+    }
+    Ok(())
 }
 
 fn scaling(k: &mut GgufKeys, scaling: &RopeScaling) -> Result<(), SpecError> {

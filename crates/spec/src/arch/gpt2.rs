@@ -57,6 +57,7 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
         gated: false,
         act: c.activation("activation_function")?,
         bias: true,
+        down_bias: false,
         post_norm: false,
         experts: None,
     };

@@ -55,6 +55,7 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
         gated: false,
         act: c.activation("activation_function")?,
         bias,
+        down_bias: false,
         post_norm: false,
         experts: None,
     };

@@ -249,7 +249,7 @@ impl Adapter {
             match (place.role, &mut layer.attn, &mut layer.ffn) {
                 (Role::Q | Role::K | Role::V, Some(a), _) => a.qkv_bias = true,
                 (Role::O, Some(a), _) => a.o_bias = true,
-                (Role::Gate | Role::Up | Role::Down, _, Some(f)) => f.bias = true,
+                (Role::Gate | Role::Up | Role::Down, _, Some(f)) => (f.bias, f.down_bias) = (true, false),
                 _ => {}
             }
         }
