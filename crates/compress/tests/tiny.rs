@@ -285,9 +285,9 @@ fn structure_meets_its_fraction_on_every_architecture() {
             assert!(logits(&packed).iter().all(|x| x.is_finite()), "{method} on {name}");
             assert!(done.notes.iter().any(|n| n.contains("are gone")), "{:?}", done.notes);
             // Equal layers stay equal where each loses its own fraction.
-            let even = format!("scope = \"layer\"\nalign = 2\nparts = [\"channels\"]");
+            let even = "scope = \"layer\"\nalign = 2\nparts = [\"channels\"]";
             let out = dir.path().join(format!("{name}-{method}-even"));
-            let done = run(&source, &structure(method, 0.2, &even), &out).unwrap();
+            let done = run(&source, &structure(method, 0.2, even), &out).unwrap();
             for (a, b) in source.spec().layers.iter().zip(&done.spec.layers) {
                 let (a, b) = (a.ffn.as_ref().unwrap().width, b.ffn.as_ref().unwrap().width);
                 assert!(b.is_multiple_of(2) && (b as f64 - 0.8 * a as f64).abs() <= 1.0, "{method} on {name}: {a} {b}");
