@@ -11,10 +11,11 @@ use crate::tree::Tree;
 const HEADER: [&str; 5] = ["Paper", "Idea", "Shapes", "Cost", "Departs"];
 
 /// The questions whose answer makes a file a method.
-const QUESTIONS: [&str; 13] = [
+const QUESTIONS: [&str; 14] = [
     "Score",
     "Grid",
     "Solve",
+    "Table",
     "Factor",
     "Basis",
     "Structure",

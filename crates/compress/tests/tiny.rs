@@ -61,7 +61,11 @@ fn every_carried_recipe_saves_a_model_that_opens() {
         for model in ["llama", "qwen3_moe", "gpt2"] {
             let source = tiny(model);
             let out = dir.path().join(format!("{model}-{name}"));
-            let done = run(&source, &text, &out).unwrap_or_else(|e| panic!("{name} on {model}: {e}"));
+            let done = match run(&source, &text, &out) {
+                // Named by the family: norms that subtract the mean do not commute with rotations.
+                Err(e) if model == "gpt2" && e.to_string().contains("cannot be turned") => continue,
+                done => done.unwrap_or_else(|e| panic!("{name} on {model}: {e}")),
+            };
             let packed = open(&done.path).unwrap();
             let steps = recipe(&text);
             // What whole parts dropped save is not told, nor which experts no token reaches.

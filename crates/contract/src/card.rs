@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::questions::{Basis, Factor, Grid, Score, Search, Solve, Structure};
+use crate::questions::{Basis, Factor, Grid, Score, Search, Solve, Structure, Table};
 use crate::stats::Ask;
 use crate::step::Step;
 
@@ -78,6 +78,8 @@ pub enum Made {
     Score(Box<dyn Score>),
     /// See [`Grid`].
     Grid(Box<dyn Grid>),
+    /// See [`Table`].
+    Table(Box<dyn Table>),
     /// See [`Solve`].
     Solve(Box<dyn Solve>),
     /// See [`Factor`].
@@ -95,6 +97,7 @@ impl fmt::Debug for Made {
         f.write_str(match self {
             Made::Score(_) => "Score",
             Made::Grid(_) => "Grid",
+            Made::Table(_) => "Table",
             Made::Solve(_) => "Solve",
             Made::Factor(_) => "Factor",
             Made::Structure(_) => "Structure",

@@ -14,7 +14,7 @@ pub use card::{Ability, Card, Family, Made, Making, Method, MethodError, Registr
 pub use lab::{Assignment, Lab, Level, Outcome, Slot};
 pub use questions::{
     Basis, Compete, Factor, Grid, GridAsk, PruneAsk, RoundAsk, RoundedForm, Scope, Score, Search, SearchAsk, Solve,
-    SolveAsk, Solved, Sparsity, Structure, StructureAsk, Unit,
+    SolveAsk, Solved, Sparsity, Structure, StructureAsk, Table, Unit,
 };
 pub use stats::{Ask, Gathered, Site, Stats};
 pub use step::{Edit, Finished, LayerWork, Left, Local, ModelWide, Searching, Step, Varied, Walker, Work};

@@ -9,7 +9,7 @@ use serde::{Deserialize, Serialize};
 
 use crate::card::MethodError;
 use crate::lab::{Assignment, Lab};
-use crate::stats::Stats;
+use crate::stats::{Ask, Stats};
 
 /// Which weights compete when the lowest scores go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -54,6 +54,16 @@ impl GridAsk {
 pub trait Grid: Send + Sync {
     /// The grid for one group's `values` (those that pruning removed left out). Empty or all-zero values: any scale, exact zero kept.
     fn fit(&self, values: &[f32], ask: &GridAsk) -> Result<Affine, MethodError>;
+}
+
+/// Table: which values may the weights of one row or group take, evenly spaced or not?
+pub trait Table: Send + Sync {
+    /// `2^bits` values, rising, for `values` with their `importance` (as long as `values`, none negative, or empty: all the same). No values:
+    /// zeros.
+    fn table(&self, values: &[f32], importance: &[f32], bits: u8) -> Result<Vec<f32>, MethodError>;
+
+    /// The statistic `[out, in]` that says how much each weight matters; `None`: all the same.
+    fn importance(&self) -> Option<Ask>;
 }
 
 /// Which zeros are wanted.

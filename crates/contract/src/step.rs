@@ -30,6 +30,8 @@ impl std::fmt::Debug for Step {
 }
 
 /// A change to the model. A whole list is held against [`Spec::check`] and the shapes before one is applied.
+// A list of edits holds few, and each is taken apart at once.
+#[allow(clippy::large_enum_variant)]
 #[derive(Debug)]
 pub enum Edit {
     /// New terms for a matrix.

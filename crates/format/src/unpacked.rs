@@ -41,6 +41,8 @@ pub struct UnpackedPiece {
 }
 
 /// A summand that is not packed yet.
+// A handful of terms a matrix, as of `Term`.
+#[allow(clippy::large_enum_variant)]
 #[derive(Clone, Debug)]
 pub enum UnpackedTerm {
     /// A piece as it is.

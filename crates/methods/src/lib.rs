@@ -25,6 +25,7 @@ pub fn registry() -> Registry {
             score::gblm::method(),
             solve::sparsegpt::method(),
             grid::rtn::method(),
+            grid::squeezellm::method(),
             solve::gptq::method(),
             solve::spqr::method(),
             factor::svd::method(),

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use lacuna_base::{MatMut, MatRef, dense};
-use lacuna_format::{Float, FormatError, Pattern, Piece, Stored, Term, Values};
+use lacuna_format::{Float, FormatError, Pattern, PatternKind, Piece, Stored, Term, Values, pack_float};
 use rayon::prelude::*;
 
 use crate::scratch;
@@ -35,6 +35,12 @@ impl Transposed {
     /// For a stored matrix in any form, which is checked first.
     pub fn new(stored: &Stored) -> Result<Transposed, FormatError> {
         stored.check()?;
+        if stored.has_maps() {
+            // From the other side the maps would come in turn, each turned round; nothing that is derived has any, so what they make of
+            // the matrix is multiplied.
+            let dense = pack_float(stored.to_mat().view(), None, PatternKind::Dense, Float::F32)?;
+            return Transposed::new(&Stored::from_piece(dense));
+        }
         let one = |piece: &Piece| Transposed {
             rows: piece.rows,
             cols: piece.cols,

@@ -11,6 +11,7 @@ pub(crate) mod search;
 pub(crate) mod select;
 pub(crate) mod slice;
 pub(crate) mod structure;
+mod tables;
 
 use lacuna_base::{Mat, Rng};
 use lacuna_contract::{Edit, Left, Made, Making, MethodError, Work};

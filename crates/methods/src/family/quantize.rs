@@ -3,7 +3,7 @@
 use lacuna_base::{Mat, MatRef};
 use lacuna_contract::{
     Ability, Ask, Card, Edit, Family, Grid, GridAsk, Left, Local, Made, Making, MethodError, RoundAsk, RoundedForm,
-    Solve, SolveAsk, Stats, Step, Work,
+    Solve, SolveAsk, Stats, Step, Table, Work,
 };
 use lacuna_format::{Affine, Code, Float, Group, Integers, Mask, ScaleCodec, Unpacked, UnpackedPiece, UnpackedTerm};
 use lacuna_spec::Place;
@@ -12,6 +12,7 @@ use serde_json::Value;
 
 use super::keys::{Scale, Whole};
 use super::outliers::set_aside;
+use super::tables;
 use super::{chance, finite, floats, one_by_one, solver_bytes, wrong};
 use crate::make;
 
@@ -61,23 +62,32 @@ struct Quantize {
     ask: GridAsk,
     group: usize,
     part: Option<Part>,
-    grid: Box<dyn Grid>,
+    values: Values,
     solver: Option<Box<dyn Solve>>,
     card: Card,
+}
+
+/// Which values weights are rounded to.
+enum Values {
+    /// Evenly spaced ones.
+    Grid(Box<dyn Grid>),
+    /// Those of a table for each row or group.
+    Table(Box<dyn Table>),
 }
 
 fn quantize(making: &Making<'_>) -> Result<Step, MethodError> {
     let (keys, made) = make::split::<Keys>(making)?;
     let card = making.method.card.clone();
-    let (grid, solver) = match made {
+    let (values, solver) = match made {
         Made::Grid(_) if making.keys.contains_key("grid") => {
             return Err(MethodError::new(format!("{} is a grid itself; grid belongs to solvers", card.name)));
         }
-        Made::Grid(grid) => (grid, None),
+        Made::Grid(grid) => (Values::Grid(grid), None),
+        Made::Table(table) => (Values::Table(table), None),
         Made::Solve(solver) => {
             let named = making.registry.method(&keys.grid);
             match named.map(|m| (m.make)(Value::Null)).transpose()? {
-                Some(Made::Grid(grid)) => (grid, Some(solver)),
+                Some(Made::Grid(grid)) => (Values::Grid(grid), Some(solver)),
                 Some(_) => return Err(MethodError::new(format!("grid = \"{}\" is a method but no grid", keys.grid))),
                 None => return Err(MethodError::new(format!("grid = \"{}\": no method is called so", keys.grid))),
             }
@@ -88,20 +98,37 @@ fn quantize(making: &Making<'_>) -> Result<Step, MethodError> {
         return Err(MethodError::new(format!("{} does not round", card.name)));
     }
     let ask = GridAsk { bits: keys.bits.0 as u8, symmetric: keys.symmetric, scale: keys.scale.0 };
-    Ok(Step::Local(Box::new(Quantize { ask, group: keys.group.0, part: keys.part, grid, solver, card })))
+    Ok(Step::Local(Box::new(Quantize { ask, group: keys.group.0, part: keys.part, values, solver, card })))
 }
 
 impl Quantize {
-    /// Rounds a piece of floats, each value to the nearest of its group's grid.
-    fn nearest(&self, piece: &mut UnpackedPiece) -> Result<(), MethodError> {
+    /// Rounds a piece of floats, each value to the nearest of its group's grid or table.
+    fn nearest(&self, piece: &mut UnpackedPiece, stats: &Stats<'_>) -> Result<(), MethodError> {
         if !matches!(piece.code, Code::Float) {
             return Err(MethodError::new("already rounded"));
         }
-        let q = round_to_nearest(piece.w.view(), piece.mask.as_ref(), self.grid.as_ref(), &self.ask, self.group)?;
-        piece.w = values(&q, piece.mask.as_ref());
-        finite(&piece.w)?;
-        piece.code = Code::Integers(q, self.ask.codec());
-        Ok(())
+        match &self.values {
+            Values::Grid(grid) => {
+                let mask = piece.mask.as_ref();
+                let q = round_to_nearest(piece.w.view(), mask, grid.as_ref(), &self.ask, self.group)?;
+                piece.w = values(&q, mask);
+                piece.code = Code::Integers(q, self.ask.codec());
+            }
+            Values::Table(table) => {
+                let importance = match table.importance() {
+                    // A sample, or a thin matrix, has no statistics of its own.
+                    Some(ask) if stats.tokens > 0 => Some(stats.matrix(ask)?),
+                    _ => None,
+                };
+                let mask = piece.mask.as_ref();
+                let float = self.ask.scale;
+                let bits = self.ask.bits;
+                let q = tables::round(piece.w.view(), mask, table.as_ref(), importance, (bits, self.group, float))?;
+                piece.w = tables::values(&q, mask, (piece.w.rows(), piece.w.cols()));
+                piece.code = Code::Codebook(q, float, self.ask.codec());
+            }
+        }
+        finite(&piece.w)
     }
 
     /// How the solver's answer will look, where weights meet one.
@@ -127,17 +154,17 @@ impl Quantize {
         let product = matches!(m.main, UnpackedTerm::Product(_));
         if product || self.part == Some(Part::Factors) {
             let factors = Quantize::factors(m).ok_or_else(|| MethodError::new("there are no factors to round"))?;
-            self.nearest(&mut factors.0)?;
-            return self.nearest(&mut factors.1);
+            self.nearest(&mut factors.0, &Stats::default())?;
+            return self.nearest(&mut factors.1, &Stats::default());
         }
         let UnpackedTerm::Piece(piece) = &mut m.main else {
             return Err(MethodError::new("the matrix was factored; write part = \"factors\""));
         };
-        let Some(solver) = solver else { return self.nearest(piece) };
+        let (Some(solver), Values::Grid(grid)) = (solver, &self.values) else { return self.nearest(piece, stats) };
         if !matches!(piece.code, Code::Float) {
             return Err(MethodError::new("the matrix is already rounded"));
         }
-        let round = RoundAsk { ask: self.ask, grid: self.grid.as_ref(), group: self.group };
+        let round = RoundAsk { ask: self.ask, grid: grid.as_ref(), group: self.group };
         let ask = SolveAsk { w: piece.w.view(), stats, mask: piece.mask.as_ref(), prune: None, round: Some(round) };
         let solved = solver.solve(&ask)?;
         let q = solved.integers.ok_or_else(|| MethodError::new("the method rounded nothing"))?;

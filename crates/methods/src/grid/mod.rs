@@ -1,3 +1,4 @@
 //! Grids: which values may a weight take?
 
 pub(crate) mod rtn;
+pub(crate) mod squeezellm;

@@ -57,7 +57,7 @@ pub(crate) fn method() -> Method {
             paper: "Sieberling, Kuznedelev, Kurtic, Alistarh: EvoPress: Towards Optimal Dynamic Model Compression via Evolutionary Search, 2024",
             arxiv: "2410.14649",
             summary: "Levels evolve: a few switch places in each generation, and the assignment nearest to the source goes on.",
-            system: Some(184),
+            system: None,
             verb: "search",
             needs: &[],
             abilities: &[],
