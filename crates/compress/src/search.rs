@@ -14,10 +14,10 @@ use rayon::prelude::*;
 use crate::account::CompressError;
 use crate::activations::Activations;
 use crate::calibrate::Gather;
-use crate::drive::{Walk, at_step};
+use crate::drive::{SOURCE, Walk, at_step};
 use crate::error::relative_error;
 use crate::local::{asks, local_of};
-use crate::overlay::{Overlay, forward, need, release_layer};
+use crate::overlay::{Overlay, finite, forward, need, release_layer};
 use crate::recipe::RecipeStep;
 use crate::scratch::Scratch;
 use crate::trials::Trials;
@@ -445,6 +445,8 @@ fn parts_of(
         let (mut bytes, mut parameters) = (0, 0);
         for p in overlay.spec.layer_places(layer).into_iter().filter(|p| attention(p.role) == (role == Role::O)) {
             let stored = need(overlay, &p)?;
+            // Else the part would be dropped because it is broken.
+            finite(&p, &stored, SOURCE)?;
             bytes += stored.bytes();
             parameters += stored.rows as u64 * stored.cols as u64;
         }

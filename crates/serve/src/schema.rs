@@ -426,10 +426,7 @@ mod tests {
                 "unsupported_parameter",
             ),
             (json!({"messages": [{"role": "user", "content": null}]}), "messages.0.content", "invalid_value"),
-            (
-                "messages.0.name",
-                "unsupported_parameter",
-            ),
+            (json!({"messages": [{"role": "user", "content": "x", "name": 7}]}), "messages.0.name", "invalid_type"),
             (
                 json!({"messages": [{"role": "assistant", "content": "x", "annotations": [{"type": "url_citation"}]}]}),
                 "messages.0.annotations",

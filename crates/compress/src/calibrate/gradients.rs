@@ -56,8 +56,13 @@ impl Gradients {
             grams: OutputGrams::new(of(&|a| a == Ask::OutputGradientGram)),
             kept: HashMap::new(),
             scratch: Scratch::new(dir).map_err(fault)?,
+            not_finite: None,
         };
-        gradients(weights, sequences, &mut inputs, &mut sink, progress)?;
+        let done = gradients(weights, sequences, &mut inputs, &mut sink, progress);
+        if let Some(e) = sink.not_finite.take() {
+            return Err(e);
+        }
+        done?;
         let seen = (lens.iter().map(|n| *n as u64).sum(), lens.len() as u64);
         Ok(Gradients { kept: sink.kept, scratch: sink.scratch, dir: dir.to_owned(), seen })
     }
@@ -89,13 +94,19 @@ struct Sink<'a> {
     grams: OutputGrams,
     kept: HashMap<(Place, Ask), usize>,
     scratch: Scratch,
+    /// What stopped the pass, in words of its own.
+    not_finite: Option<CompressError>,
 }
 
 impl Sink<'_> {
     fn keep(&mut self, place: Place, ask: Ask, m: &Mat) -> Result<(), ModelError> {
         let bad = |what: String| ModelError::Store { what: format!("gradients of {place}: {what}") };
         if let Some(i) = m.data().iter().position(|x| !x.is_finite()) {
-            return Err(bad(format!("entry {i} is {}, not a finite number", m.data()[i])));
+            let (r, c) = (i / m.cols(), i % m.cols());
+            let what = format!("the gradient at row {r}, column {c} is {}, beyond the range of numbers", m.data()[i]);
+            let e = bad(what.clone());
+            self.not_finite = Some(CompressError::NotFinite { place: place.to_string(), what });
+            return Err(e);
         }
         let piece = pack_float(m.view(), None, PatternKind::Dense, Float::F32).map_err(|e| bad(e.what))?;
         let number = self.scratch.put(&Stored::from_piece(piece)).map_err(store)?;
