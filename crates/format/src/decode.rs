@@ -110,7 +110,7 @@ impl Values {
                 unpack_map(codes, *bits, start, out, f32::from);
                 for (i, v) in out.iter_mut().enumerate() {
                     let c = columns.map_or(i, |at| at[i] as usize);
-                    *v = room[(c / n << bits) + *v as usize];
+                    *v = room[((c / n) << bits) + *v as usize];
                 }
             }
             Values::Ternary { codes, .. } => unpack_trits(codes, start, out),

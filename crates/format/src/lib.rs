@@ -18,6 +18,7 @@ mod integers;
 mod map;
 mod mask;
 mod pack;
+mod pack_scales;
 mod pattern;
 mod piece;
 mod recode;
@@ -35,8 +36,9 @@ pub use map::{MOST_DENSE, MOST_MAPS, Map, hadamard_core, hadamard_parts};
 pub use mask::Mask;
 pub use pack::{
     Codebook, PatternKind, ScaleCodec, Ternary, cheapest_pattern, exact_bytes, pack_codebook, pack_float,
-    pack_integers, pack_integers_off, pack_scales, pack_ternary,
+    pack_integers, pack_integers_off, pack_ternary,
 };
+pub use pack_scales::pack_scales;
 pub use pattern::Pattern;
 pub use piece::{Piece, Stored, Term};
 pub use recode::IntRows;

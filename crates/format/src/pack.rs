@@ -11,8 +11,9 @@ use lacuna_base::{Mat, MatRef};
 use serde::{Deserialize, Serialize};
 
 use crate::bits::{pack, pack_trits};
+use crate::pack_scales::pack_scales;
 use crate::pattern::index_width;
-use crate::{Float, FormatError, Group, Integers, Mask, Owner, Pattern, Piece, Scales, Tables, Values, Zeros};
+use crate::{Float, FormatError, Group, Integers, Mask, Owner, Pattern, Piece, Tables, Values, Zeros};
 
 /// A pattern without its indices.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, Serialize, Deserialize)]
@@ -87,7 +88,7 @@ pub struct Ternary {
     pub group: Group,
 }
 
-fn fail<T>(what: String) -> Result<T, FormatError> {
+pub(crate) fn fail<T>(what: String) -> Result<T, FormatError> {
     Err(FormatError { what })
 }
 
@@ -341,86 +342,6 @@ fn scales_fit(rows: usize, groups: usize, s: &Mat) -> Result<(), FormatError> {
     Ok(())
 }
 
-/// Writes scales.
-pub fn pack_scales(s: &Mat, codec: ScaleCodec) -> Result<Scales, FormatError> {
-    let float = |float| {
-        let mut out = FloatWriter::new(float);
-        match out.extend(s.data()) {
-            Ok(()) => Ok(Scales::Float(float, out.bytes.into())),
-            Err(i) => {
-                let (v, r, g) = (s.data()[i], i / s.cols(), i % s.cols());
-                fail(format!("scale of row {r}, group {g}: {v} is beyond {}", float.name()))
-            }
-        }
-    };
-    let (bits, per) = match codec {
-        ScaleCodec::F32 => return float(Float::F32),
-        ScaleCodec::F16 => return float(Float::F16),
-        ScaleCodec::Int { bits, per } => (bits, per),
-    };
-    if !(2..=8).contains(&bits) || per == 0 {
-        return fail(format!("scales of {bits} bits over runs of {per}"));
-    }
-    let top = (1u32 << bits) as f32 - 1.0;
-    let (mut codes, mut scales, mut mins) = (Vec::new(), FloatWriter::new(Float::F16), FloatWriter::new(Float::F16));
-    for r in 0..s.rows() {
-        for run in s.row(r).chunks(per) {
-            let low = run.iter().fold(f32::INFINITY, |a, &b| a.min(b));
-            let high = run.iter().fold(f32::NEG_INFINITY, |a, &b| a.max(b));
-            let (min, step) = nearest_grid(run, (low, (high - low) / top), top);
-            if mins.extend(&[min]).is_err() || scales.extend(&[step]).is_err() {
-                return fail(format!("scales of row {r}, {low} to {high}, are beyond f16"));
-            }
-            codes.extend(run.iter().map(|&v| grid_code(v, (min, step), top)));
-        }
-    }
-    Ok(Scales::Int {
-        bits,
-        per,
-        codes: pack(&codes, bits).into(),
-        super_scales: scales.bytes.into(),
-        super_mins: Some(mins.bytes.into()),
-    })
-}
-
-/// The nearest code from 0 to `top` of a value on a grid of `min + step * code`.
-fn grid_code(v: f32, (min, step): (f32, f32), top: f32) -> u8 {
-    if step == 0.0 { 0 } else { ((v - min) / step).round().clamp(0.0, top) as u8 }
-}
-
-/// A grid, minimum and step as f16 has them, on which `run` has least square error of those met: from the first on, by turns the nearest codes and
-/// the grid of least squares for these codes, as long as that helps.
-fn nearest_grid(run: &[f32], first: (f32, f32), top: f32) -> (f32, f32) {
-    let half = |(min, step): (f64, f64)| (f16::from_f64(min).to_f32(), f16::from_f64(step).to_f32());
-    let lost = |grid: (f32, f32)| -> f64 {
-        let far = |v: &f32| f64::from(grid.1 * f32::from(grid_code(*v, grid, top)) + grid.0) - f64::from(*v);
-        run.iter().map(|v| far(v).powi(2)).sum()
-    };
-    let mut best = half((first.0.into(), first.1.into()));
-    let mut least = lost(best);
-    let n = run.len() as f64;
-    for _ in 0..8 {
-        let (mut x, mut y, mut xx, mut xy) = (0.0, 0.0, 0.0, 0.0);
-        for &v in run {
-            let (c, v) = (f64::from(grid_code(v, best, top)), f64::from(v));
-            (x, y, xx, xy) = (x + c, y + v, xx + c * c, xy + c * v);
-        }
-        let spread = n * xx - x * x;
-        if spread <= 0.0 {
-            break;
-        }
-        let step = (n * xy - x * y) / spread;
-        let next = half(((y - step * x) / n, step));
-        let now = lost(next);
-        // What f16 cannot say loses more than anything, or is no number.
-        if !(now < least) {
-            break;
-        }
-        (best, least) = (next, now);
-    }
-    best
-}
-
 impl Float {
     /// Little-endian bytes of `values`, rounded to nearest; the index of the first that this codec cannot say, if any.
     pub fn encode(self, values: &[f32]) -> Result<Vec<u8>, usize> {
@@ -431,15 +352,15 @@ impl Float {
 }
 
 /// Floats on their way to bytes; what is not finite, or would not be, is refused.
-struct FloatWriter {
+pub(crate) struct FloatWriter {
     float: Float,
-    bytes: Vec<u8>,
+    pub(crate) bytes: Vec<u8>,
     /// The 8-bit codec's values of the codes 0 to 127, rising.
     table: Vec<f32>,
 }
 
 impl FloatWriter {
-    fn new(float: Float) -> FloatWriter {
+    pub(crate) fn new(float: Float) -> FloatWriter {
         let table: fn(u8) -> f32 = match float {
             Float::F8E4m3 => f8_e4m3,
             _ => f8_e5m2,
@@ -450,7 +371,7 @@ impl FloatWriter {
     }
 
     /// Appends values; the index of the first that the codec cannot say, if any.
-    fn extend(&mut self, values: &[f32]) -> Result<(), usize> {
+    pub(crate) fn extend(&mut self, values: &[f32]) -> Result<(), usize> {
         let limit = match self.float {
             Float::F32 => {
                 self.bytes.extend(values.iter().flat_map(|v| v.to_le_bytes()));

@@ -38,6 +38,8 @@ pub(crate) struct FfnPart {
     pub(crate) post_norm: Option<NormWeights>,
 }
 
+// One a block: its size does not matter.
+#[allow(clippy::large_enum_variant)]
 pub(crate) enum Body {
     Dense(Box<Ffn>),
     Mixture { router: Projection, choice: Experts, experts: Vec<Ffn> },

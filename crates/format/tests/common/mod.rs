@@ -326,7 +326,7 @@ pub fn map_matrix(map: &Map, n: usize) -> Vec<f64> {
                 let (h, m) = hadamard_parts(*size).unwrap();
                 let (a, b) = (i % size, j % size);
                 let core = f64::from(hadamard_core(h)[a / m * h + b / m]);
-                let walsh = if (a % m & b % m).count_ones() % 2 == 1 { -1.0 } else { 1.0 };
+                let walsh = if ((a % m) & (b % m)).count_ones() % 2 == 1 { -1.0 } else { 1.0 };
                 let sign = if signs.as_ref().is_some_and(|s| s[j / 8] >> (j % 8) & 1 == 1) { -1.0 } else { 1.0 };
                 core * walsh * sign / (*size as f64).sqrt()
             }

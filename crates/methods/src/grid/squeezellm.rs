@@ -90,8 +90,8 @@ fn fill(
     }
     let end = (lo + hi) / 2;
     let mut found = (f64::INFINITY, from);
-    for at in from..=to.min(end) {
-        let cost = before[at] + sums.cost(at, end);
+    for (at, before) in before.iter().enumerate().take(to.min(end) + 1).skip(from) {
+        let cost = before + sums.cost(at, end);
         if cost < found.0 {
             found = (cost, at);
         }
