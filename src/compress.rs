@@ -143,7 +143,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
     for n in &outcomes.notes {
         common::say(format!("note: {n}"));
     }
-    let source_bytes = outcomes.tensors.iter().map(|t| t.bytes_before).sum();
+    let source_bytes = tensor_bytes(&source.checkpoint)?;
     let parameters: u64 = source.checkpoint.spec().parameters();
     let mut done = Done {
         outcomes,
@@ -212,6 +212,16 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
     done.seconds = start.elapsed().as_secs_f64();
     save_report(&done.outcomes.path, &to_json(a, &done))?;
     Ok(done)
+}
+
+/// Bytes of all tensors of a model as they are stored, those included that the result lacks.
+fn tensor_bytes(weights: &dyn Weights) -> anyhow::Result<u64> {
+    let mut sum = 0;
+    for place in weights.spec().places() {
+        sum += weights.get(&place)?.map_or(0, |s| s.bytes());
+        weights.release(&place);
+    }
+    Ok(sum)
 }
 
 /// The recipe with what was set; calibration sequences that nobody asked for by length are no longer than the model's context.

@@ -311,12 +311,12 @@ impl Walk<'_> {
             Varied::Key { step, key, .. } => format!("{step}.{key}"),
         };
         let shown: Vec<String> = histogram.iter().map(|(v, n)| format!("{v} at {n}")).collect();
-        Ok(format!(
-            "chose {what} for {} places: {} ({spent} trials; levels of {} calibrated on the source)",
-            entries.len(),
-            shown.join(", "),
-            lacuna_base::units::show_bytes(bytes_on_disk)
-        ))
+        let levels = match bytes_on_disk {
+            0 => String::new(),
+            n => format!("; levels of {} calibrated on the source", lacuna_base::units::show_bytes(n)),
+        };
+        let (n, shown) = (entries.len(), shown.join(", "));
+        Ok(format!("chose {what} for {n} places: {shown} ({spent} trials{levels})"))
     }
 
     /// One layer's matrices at each level of step `i`: by level, each place's tensor with its bytes and its relative error.
