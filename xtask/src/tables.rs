@@ -94,7 +94,9 @@ fn claims(registry: &Registry, systems: &[System], measured: &[Measured]) -> Vec
 fn systems_table(registry: &Registry, systems: &[System], measured: &[Measured]) -> Result<String> {
     let mut out = format!(
         "# Systems\n\n{GENERATED} Published systems that work here, by their number in our list of the field, each with its evidence: perplexity\n\
-         on WikiText-2 under the protocol of `bench/evidence.toml`, beside the row that it has to beat.\n\n\
+         on WikiText-2 under the protocol of `bench/evidence.toml`, beside the row that it has to beat.\n\
+         What they show is a method beside its control, not that a result pays: this model was published in 4 bits, and plain rounding to 4 bits\n\
+         is the row `rtn` of METHODS.md.\n\n\
          | id | system | claim | method | evidence |\n|---|---|---|---|---|\n"
     );
     for system in systems {

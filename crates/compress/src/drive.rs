@@ -4,6 +4,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
+use lacuna_base::Mat;
 use lacuna_checkpoint::{Checkpoint, PackedWriter};
 use lacuna_contract::{MethodError, Stats};
 use lacuna_format::{Float, FormatError, PatternKind, Stored, Weights, pack_float};
@@ -190,6 +191,7 @@ impl Walk<'_> {
             let mut m = x.take(i).map_err(self.scratch_error())?;
             let before = if keep { None } else { Some(m.clone()) };
             forward(spec, block, &mut m, tap)?;
+            finite_stream(block.layer(), &m)?;
             x.put(i, before.unwrap_or(m)).map_err(self.scratch_error())?;
         }
         Ok(())
@@ -298,6 +300,19 @@ impl Walk<'_> {
             self.progress.step(l as u64 + 1, &format!("layer {l}"));
         }
         Ok(())
+    }
+}
+
+/// Refuses what comes out of a block where it is not finite: every later block would be blamed for it.
+pub(crate) fn finite_stream(layer: usize, x: &Mat) -> Result<(), CompressError> {
+    match x.data().iter().position(|v| !v.is_finite()) {
+        None => Ok(()),
+        Some(i) => {
+            let (token, v) = (i / x.cols().max(1), x.data()[i]);
+            let what =
+                format!("what the block puts out at token {token} of the calibration text is {v}, not a finite number");
+            Err(CompressError::NotFinite { place: format!("layers.{layer}"), what })
+        }
     }
 }
 

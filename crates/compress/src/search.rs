@@ -338,6 +338,9 @@ impl Walk<'_> {
         }
         let mut gather = Gather::new(&overlay.spec, wanted);
         if gather.is_needed() {
+            for p in &places {
+                finite(p, &*need(overlay, p)?, SOURCE)?;
+            }
             let block = Block::load(overlay, layer)?;
             self.through(&overlay.spec, &block, x, &mut gather, false)?;
         }

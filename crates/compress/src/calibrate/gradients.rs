@@ -9,11 +9,12 @@ use lacuna_contract::{Ask, Gathered};
 use lacuna_format::{Float, PatternKind, Stored, Weights, pack_float};
 use lacuna_model::ModelError;
 use lacuna_model::derive::stats::{Mean, Norms, OutputGrams, WeightGradients};
-use lacuna_model::derive::{GradientSink, gradients};
+use lacuna_model::derive::{BlockInputs, GradientSink, gradients};
 use lacuna_spec::Place;
 
 use crate::account::CompressError;
 use crate::activations::SpilledInputs;
+use crate::drive::finite_stream;
 use crate::scratch::Scratch;
 
 /// What a backward pass gave, by matrix and statistic.
@@ -47,7 +48,8 @@ impl Gradients {
         let fault = |source| CompressError::Scratch { dir: dir.display().to_string(), source };
         let lens: Vec<usize> = sequences.iter().map(Vec::len).collect();
         let (layers, hidden) = (weights.spec().layers.len(), weights.spec().hidden);
-        let mut inputs = SpilledInputs::new(layers, &lens, hidden, spill.then_some(dir)).map_err(fault)?;
+        let inner = SpilledInputs::new(layers, &lens, hidden, spill.then_some(dir)).map_err(fault)?;
+        let mut inputs = Checked { inner, layers, forward: true, failed: None };
         let of =
             |want: &dyn Fn(Ask) -> bool| asked.iter().filter(|(_, a)| want(*a)).map(|(p, _)| *p).collect::<Vec<_>>();
         let mut sink = Sink {
@@ -59,7 +61,7 @@ impl Gradients {
             not_finite: None,
         };
         let done = gradients(weights, sequences, &mut inputs, &mut sink, progress);
-        if let Some(e) = sink.not_finite.take() {
+        if let Some(e) = inputs.failed.take().or(sink.not_finite.take()) {
             return Err(e);
         }
         done?;
@@ -80,6 +82,33 @@ impl Gradients {
             out.entry(place).or_default().push((ask, Gathered::Matrix(stored.to_mat())));
         }
         Ok(out)
+    }
+}
+
+/// Block inputs that are finite on the way forward; the block that puts out others is named.
+struct Checked {
+    inner: SpilledInputs,
+    layers: usize,
+    /// Until the head takes what comes out of the last block.
+    forward: bool,
+    failed: Option<CompressError>,
+}
+
+impl BlockInputs for Checked {
+    fn take(&mut self, slot: usize, sequence: usize) -> Result<Mat, ModelError> {
+        self.forward &= slot < self.layers;
+        self.inner.take(slot, sequence)
+    }
+
+    fn put(&mut self, slot: usize, sequence: usize, x: Mat) -> Result<(), ModelError> {
+        if self.forward
+            && let Err(e) = finite_stream(slot.saturating_sub(1), &x)
+        {
+            let stopped = ModelError::Store { what: e.to_string() };
+            self.failed = Some(e);
+            return Err(stopped);
+        }
+        self.inner.put(slot, sequence, x)
     }
 }
 
