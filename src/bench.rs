@@ -59,7 +59,8 @@ pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
         let mut page = String::new();
         if let (Some(p), Some(f)) = (b.prefill_tok_s, of_arithmetic) {
             page += &format!(
-                "prefill  {p:>8.1} tok/s  ({} tokens): {:.0}% of the multiply-adds that {threads} threads can do out of registers\n",
+                "prefill  {p:>8.1} tok/s  ({} tokens): {:.0}% of the multiply-adds that {threads} threads can do out \
+                 of registers\n",
                 options.prompt_tokens,
                 100.0 * f
             );
@@ -67,7 +68,8 @@ pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
         if let (Some(d), Some(f)) = (b.decode_tok_s, of_memory) {
             page += &format!("decode   {d:>8.1} tok/s  ({} tokens at depth {})\n", options.gen_tokens, options.depth);
             page += &format!(
-                "bytes    {:>8} a token ({} weights, {} cache): {:.0}% of the {:.1} GB/s at which {threads} threads read as many bytes from {from}\n",
+                "bytes    {:>8} a token ({} weights, {} cache): {:.0}% of the {:.1} GB/s at which {threads} threads \
+                 read as many bytes from {from}\n",
                 show_bytes(b.token_bytes),
                 show_bytes(b.weights_bytes),
                 show_bytes(b.kv_bytes),

@@ -4,10 +4,11 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
-/// Makes large language models smaller and faster by leaving out what they do not need, and measures what each omission costs.
+/// Makes large language models smaller and faster by leaving out what they do not need, and measures what each omission
+/// costs.
 ///
-/// MODEL is a pinned name (smollm2-135m-instruct, gemma-3-270m), hf:org/repo[@rev][:file], pypi:package==version, or a path to a
-/// directory or a .gguf file. A directory may hold a LoRA adapter: it goes on the base it names.
+/// MODEL is a pinned name (smollm2-135m-instruct, gemma-3-270m), hf:org/repo[@rev][:file], pypi:package==version, or a
+/// path to a directory or a .gguf file. A directory may hold a LoRA adapter: it goes on the base it names.
 #[derive(Debug, Parser)]
 #[command(name = "lacuna", version, about, max_term_width = 100)]
 pub struct Cli {
@@ -318,8 +319,8 @@ pub struct Convert {
     /// compressed-tensors: columns that share a scale, where int4 or int8 rounds.
     #[arg(long, value_name = "COLUMNS", default_value_t = 128)]
     pub group: usize,
-    /// compressed-tensors: keep the zero points of integers that have them, in fewer bytes, for readers other than transformers, which loads no model with
-    /// any; else their values are written as symmetric codes of 8 bits.
+    /// compressed-tensors: keep the zero points of integers that have them, in fewer bytes, for readers other than
+    /// transformers, which loads no model with any; else their values are written as symmetric codes of 8 bits.
     #[arg(long)]
     pub zero_points: bool,
     /// Where the converted model goes: a file for gguf, else a directory.
@@ -462,8 +463,8 @@ pub struct Bench {
     /// The model; left out where --shape names one.
     #[arg(required_unless_present = "shape")]
     pub model: Option<String>,
-    /// Random weights in a published model's shape instead of a file: llama-3.2-1b, llama-3.2-3b, llama-3.1-8b, qwen3-0.6b,
-    /// smollm2-135m, smollm2-360m.
+    /// Random weights in a published model's shape instead of a file: llama-3.2-1b, llama-3.2-3b, llama-3.1-8b,
+    /// qwen3-0.6b, smollm2-135m, smollm2-360m.
     #[arg(long, value_name = "NAME", conflicts_with = "model")]
     pub shape: Option<String>,
     /// With --shape: the recipe whose forms the matrices have; without one, f16.
@@ -546,7 +547,8 @@ pub struct Serve {
     /// Rows of prompts computed in one step: more read prompts sooner, fewer hold up others less.
     #[arg(long, value_name = "ROWS", default_value_t = 256, value_parser = positive)]
     pub chunk: usize,
-    /// Room for keys and values, e.g. 2GiB; by default for a full batch of full texts, a quarter of the memory at the most.
+    /// Room for keys and values, e.g. 2GiB; by default for a full batch of full texts, a quarter of the memory at the
+    /// most.
     #[arg(long, value_name = "SIZE")]
     pub kv_memory: Option<String>,
     /// How /v1/embeddings makes vectors, unless a request says.
@@ -555,7 +557,8 @@ pub struct Serve {
     /// A file of keys, one a line, of which a request must show one.
     #[arg(long, value_name = "FILE")]
     pub api_key_file: Option<PathBuf>,
-    /// A further name in the Host header to answer to; a server of this machine alone, without keys, answers to its own names only.
+    /// A further name in the Host header to answer to; a server of this machine alone, without keys, answers to its own
+    /// names only.
     #[arg(long, value_name = "NAME")]
     pub allow_host: Vec<String>,
     /// Size of a request.

@@ -125,7 +125,8 @@ pub fn engine(weights: &dyn Weights, running: &crate::cli::Running) -> Result<En
     Ok(Engine::new(decoder).with_kv(running.kv.into()))
 }
 
-/// Pulls if need be, and opens, with the adapter that was asked for. What makes the model differ from its source is said.
+/// Pulls if need be, and opens, with the adapter that was asked for. What makes the model differ from its source is
+/// said.
 pub fn open(g: &Global, model: &str) -> Result<Model> {
     let (path, adapter) = find(g, model)?;
     let mut checkpoint = lacuna_checkpoint::open(&path)?;
@@ -145,7 +146,8 @@ pub fn open_alone(g: &Global, model: &str) -> Result<Model> {
     Ok(opened(model, pulled.path, checkpoint))
 }
 
-/// Where the model's files are, and the adapter to put on it: one that was asked for, or MODEL itself on the base it names.
+/// Where the model's files are, and the adapter to put on it: one that was asked for, or MODEL itself on the base it
+/// names.
 pub fn find(g: &Global, model: &str) -> Result<(PathBuf, Option<PathBuf>)> {
     let path = pull(g, model)?.path;
     match &g.adapter {
@@ -207,7 +209,8 @@ pub fn fitting(what: &str, default: usize, most: usize, why: &str) -> usize {
     default.min(most)
 }
 
-/// The tokens of a window: as typed, where a model of this context sees that far; else a default that fits both the model and the text.
+/// The tokens of a window: as typed, where a model of this context sees that far; else a default that fits both the
+/// model and the text.
 pub fn window(typed: Option<usize>, default: usize, context: usize, text_tokens: usize) -> Result<usize> {
     match typed {
         Some(n) if n < 2 || n > context => {

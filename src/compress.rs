@@ -8,9 +8,9 @@ use anyhow::Context;
 use lacuna_base::unfinished;
 use lacuna_base::units::show_bytes;
 use lacuna_checkpoint::{SaveError, Tokenizer};
-use lacuna_compress::{CompressError, Form, Options, Outcomes, Recipe, compress, memory};
+use lacuna_compress::{CompressError, Options, Outcomes, Planned, Recipe, compress, memory};
 use lacuna_contract::Registry;
-use lacuna_eval::{CALIBRATION, Eval, HELD_OUT, Judged, Room, Table};
+use lacuna_eval::{CALIBRATION, Eval, HELD_OUT, Judged, Means, Table};
 use lacuna_format::Weights;
 use lacuna_judge::{
     Bench, CostTable, Footprint, Forecast, Hold, Measured, Products, Verdict, baselines, judge, time_decode,
@@ -54,7 +54,8 @@ pub struct Done {
 }
 
 /// What the clock ran with and the losses did not, said wherever both are shown.
-pub const TIMED_AS: &str = "Speeds are those of `generate`: 8-bit activations where weights are integers, keys and values in 16 bits. Perplexities \
+pub const TIMED_AS: &str = "Speeds are those of `generate`: 8-bit activations where weights are integers, keys and \
+ values in 16 bits. Perplexities \
                             are of exact activations.";
 
 /// Said where the source is itself rounded to few bits.
@@ -82,7 +83,8 @@ pub fn run(g: &Global, a: &cli::Compress) -> anyhow::Result<ExitCode> {
     Ok(if pays || a.accept { ExitCode::SUCCESS } else { ExitCode::from(3) })
 }
 
-/// Keeps what was measured beside the model, for whoever opens it later; without the list of tensors, which its own description has.
+/// Keeps what was measured beside the model, for whoever opens it later; without the list of tensors, which its own
+/// description has.
 fn save_report(model: &Path, report: &Value) -> anyhow::Result<()> {
     let mut report = report.clone();
     if let Some(fields) = report.as_object_mut() {
@@ -162,7 +164,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
             bars.set_length(all as u64);
             bars.set_position(at as u64);
         };
-        let room = Room { max_ram, ..Room::default() };
+        let room = Means { max_ram, ..Means::default() };
         let there = held_out.len() / (ctx - usize::from(bos.is_some())).max(1);
         let few = || common::fitting("judging windows", JUDGED.1, there, "the text has no more");
         let windows = Some(a.windows.unwrap_or_else(few));
@@ -224,7 +226,8 @@ fn tensor_bytes(weights: &dyn Weights) -> anyhow::Result<u64> {
     Ok(sum)
 }
 
-/// The recipe with what was set; calibration sequences that nobody asked for by length are no longer than the model's context.
+/// The recipe with what was set; calibration sequences that nobody asked for by length are no longer than the model's
+/// context.
 fn fitting_recipe(
     a: &cli::Compress,
     mut sets: Vec<String>,
@@ -270,9 +273,9 @@ fn kept_if_stopped<T>(out: &Path, compress: impl FnOnce() -> Result<T, CompressE
     })
 }
 
-/// Times the result beside every baseline that competes with it; the others cannot change the verdict. The models run in turn, all in memory
-/// where they fit below the ceiling (without one: into the memory that is free), else one at a time. Where not even the largest fits, nothing is
-/// timed, which is said, and bytes alone count.
+/// Times the result beside every baseline that competes with it; the others cannot change the verdict. The models run
+/// in turn, all in memory where they fit below the ceiling (without one: into the memory that is free), else one at a
+/// time. Where not even the largest fits, nothing is timed, which is said, and bytes alone count.
 fn time(
     measured: &mut Measured,
     result: &dyn Weights,
@@ -329,8 +332,8 @@ pub fn wants_bos(tokenizer: &Tokenizer) -> anyhow::Result<Option<u32>> {
     Ok(tokenizer.bos().filter(|b| first == Some(*b)))
 }
 
-/// Says beforehand what the recipe will come to: bytes by arithmetic, speed from this machine's cost table. Filling the table takes memory, so a
-/// run under a ceiling does without. Gives the forecast of decoding, where there is one.
+/// Says beforehand what the recipe will come to: bytes by arithmetic, speed from this machine's cost table. Filling the
+/// table takes memory, so a run under a ceiling does without. Gives the forecast of decoding, where there is one.
 fn plan(g: &Global, source: &Model, recipe: &Recipe, timed: bool) -> anyhow::Result<Option<Forecast>> {
     let forms = lacuna_compress::forms(&source.checkpoint, recipe)?;
     let (mut matrices, mut weights, mut bytes) = (0, 0.0, 0.0);
@@ -341,7 +344,8 @@ fn plan(g: &Global, source: &Model, recipe: &Recipe, timed: bool) -> anyhow::Res
     }
     let drops = recipe.steps.iter().any(|s| s.is_model_wide());
     let mut said = format!(
-        "plan: {matrices} matrices, {} at 16 bits, become about {} ({:.2} bits a weight); what no step touches keeps its bytes{}",
+        "plan: {matrices} matrices, {} at 16 bits, become about {} ({:.2} bits a weight); what no step touches keeps \
+         its bytes{}",
         show_bytes((2.0 * weights) as u64),
         show_bytes(bytes as u64),
         8.0 * bytes / f64::max(weights, 1.0),
@@ -378,7 +382,7 @@ fn plan(g: &Global, source: &Model, recipe: &Recipe, timed: bool) -> anyhow::Res
 }
 
 /// The products of a token with matrices of these forms.
-fn products(forms: &[Form]) -> Products<'_> {
+fn products(forms: &[Planned]) -> Products<'_> {
     let used = || forms.iter().filter(|f| f.used > 0.0);
     let bytes: f64 = used().map(|f| f.sample.bytes() as f64 * f.scale * f.matrices as f64).sum();
     let forms = used().map(|f| (f.sample.as_ref(), f.scale * f.used)).collect();
@@ -455,7 +459,8 @@ pub fn words(d: &Done) -> String {
         }
         if let Some((tok_s, s)) = foretold(d) {
             out += &format!(
-                "Foretold by the plan, at the {:.0} GB/s that plain 4-bit products read between those runs: {tok_s:.1} tok/s, {:.0}% {} than what came.\n",
+                "Foretold by the plan, at the {:.0} GB/s that plain 4-bit products read between those runs: {tok_s:.1} \
+                 tok/s, {:.0}% {} than what came.\n",
                 s.pace / 1e9,
                 100.0 * (tok_s / s.median - 1.0).abs(),
                 if tok_s < s.median { "less" } else { "more" }

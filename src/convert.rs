@@ -11,7 +11,7 @@ use lacuna_checkpoint::save::{
     GgufKind, Loss, PackQuantized, Rounding, Saved, save_compressed_tensors, save_gguf, save_hf, save_peft,
 };
 use lacuna_checkpoint::{ChatTemplate, Tokenizer};
-use lacuna_eval::{Eval, HELD_OUT, Room, Table};
+use lacuna_eval::{Eval, HELD_OUT, Means, Table};
 use lacuna_format::{Float, Weights};
 use serde_json::{Value, json};
 
@@ -152,7 +152,8 @@ fn words(saved: &Saved, forms: &BTreeMap<(String, String), Way>, all: &Loss, jud
     match (judged["kl_mean"].as_f64(), judged["not_measured"].as_str()) {
         (Some(kl), _) => {
             page += &format!(
-                "\nKL(source || converted) {kl:.6} nats a token, the same first choice {:.2}%, perplexity {:.3} -> {:.3} ({} tokens held out)\n",
+                "\nKL(source || converted) {kl:.6} nats a token, the same first choice {:.2}%, perplexity {:.3} -> \
+                 {:.3} ({} tokens held out)\n",
                 100.0 * judged["top1_agree"].as_f64().unwrap_or(0.0),
                 judged["ppl_source"].as_f64().unwrap_or(0.0),
                 judged["ppl"].as_f64().unwrap_or(0.0),
@@ -165,7 +166,8 @@ fn words(saved: &Saved, forms: &BTreeMap<(String, String), Way>, all: &Loss, jud
     page
 }
 
-/// The converted model beside its source on text that Lacuna carries; first of all, that both read the text as the same tokens.
+/// The converted model beside its source on text that Lacuna carries; first of all, that both read the text as the same
+/// tokens.
 fn judge(m: &Model, a: &Convert, max_ram: Option<u64>, saved: &mut Saved) -> anyhow::Result<Value> {
     if a.to == Format::Peft {
         return Ok(json!({"not_measured": "an adapter and its base are two models until a reader adds them up"}));
@@ -206,7 +208,7 @@ fn judge(m: &Model, a: &Convert, max_ram: Option<u64>, saved: &mut Saved) -> any
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     };
-    let room = Room { max_ram, ..Room::default() };
+    let room = Means { max_ram, ..Means::default() };
     let context = m.checkpoint.spec().context.min(written.spec().context);
     let ctx = common::window(a.ctx, 512, context, tokens.len())?;
     let windows = (tokens.len() / ctx.max(1)).min(a.windows).max(1);

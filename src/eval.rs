@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Context;
-use lacuna_eval::{Eval, HELD_OUT, Room, Table, tasks};
+use lacuna_eval::{Eval, HELD_OUT, Means, Table, tasks};
 use lacuna_format::Weights;
 use lacuna_spec::Spec;
 use serde_json::{Map, Value, json};
@@ -18,7 +18,7 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
     let m = common::open(g, &a.model)?;
     let tokenizer = m.tokenizer()?;
     let room =
-        Room { max_ram: common::size(a.max_ram.as_deref())?, activations: a.activations.into(), ..Room::default() };
+        Means { max_ram: common::size(a.max_ram.as_deref())?, activations: a.activations.into(), ..Means::default() };
     let bos = match (a.bos, tokenizer.bos()) {
         (false, _) => None,
         (true, Some(b)) => Some(b),

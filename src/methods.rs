@@ -24,7 +24,8 @@ struct Measured {
     commands: Vec<String>,
 }
 
-/// Whether a recipe is one of a method's own: named after it, perhaps with more behind a hyphen, and not after a longer-named one.
+/// Whether a recipe is one of a method's own: named after it, perhaps with more behind a hyphen, and not after a
+/// longer-named one.
 fn own(recipe: &str, name: &str, all: &[&str]) -> bool {
     let named = |n: &str| recipe == n || recipe.strip_prefix(n).is_some_and(|rest| rest.starts_with('-'));
     named(name) && !all.iter().any(|other| other.len() > name.len() && named(other))

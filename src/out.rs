@@ -33,7 +33,8 @@ pub fn say(text: &str) {
     let _ = err.write_all(text.as_bytes()).and_then(|()| err.flush());
 }
 
-/// An error and what caused it, each thing said once: many errors of libraries tell their cause in their own words already.
+/// An error and what caused it, each thing said once: many errors of libraries tell their cause in their own words
+/// already.
 pub fn told(e: &anyhow::Error) -> String {
     let mut text = String::new();
     for cause in e.chain().map(ToString::to_string) {

@@ -4,7 +4,7 @@ use std::path::Path;
 
 use anyhow::Context;
 use lacuna_base::units::show_bytes;
-use lacuna_eval::html::{Answer, Part, Point, Report};
+use lacuna_eval::html::{Answer, Element, Point, Report};
 use lacuna_judge::{Measured, Verdict};
 
 use crate::compress::{Done, SOURCE_IS_COARSE, TIMED_AS, source_is_coarse, table, timed};
@@ -19,14 +19,14 @@ pub fn write(
 ) -> anyhow::Result<()> {
     let mut parts = Vec::new();
     if let (Some(v), Some(m)) = (&d.verdict, &d.measured) {
-        parts.push(Part::Answer(answer(d, v, m)));
+        parts.push(Element::Answer(answer(d, v, m)));
         if source_is_coarse(d) {
-            parts.push(Part::Text(SOURCE_IS_COARSE.into()));
+            parts.push(Element::Text(SOURCE_IS_COARSE.into()));
         }
-        parts.push(Part::Heading("Beside plain rounding".into()));
-        parts.push(Part::Table(table(d)));
+        parts.push(Element::Heading("Beside plain rounding".into()));
+        parts.push(Element::Table(table(d)));
         if timed(d) {
-            parts.push(Part::Text(TIMED_AS.into()));
+            parts.push(Element::Text(TIMED_AS.into()));
         }
         let mut points: Vec<Point> = v
             .against
@@ -36,15 +36,15 @@ pub fn write(
             .map(|b| Point { label: b.name.clone(), bytes: b.bytes, ppl: b.ppl, baseline: true })
             .collect();
         points.push(Point { label: m.name.clone(), bytes: m.bytes, ppl: m.ppl, baseline: false });
-        parts.push(Part::Heading("Size against perplexity".into()));
-        parts.push(Part::Scatter(points));
+        parts.push(Element::Heading("Size against perplexity".into()));
+        parts.push(Element::Scatter(points));
     }
     if !samples.is_empty() {
-        parts.push(Part::Heading("The same prompt".into()));
-        parts.push(Part::Samples(samples.to_vec()));
+        parts.push(Element::Heading("The same prompt".into()));
+        parts.push(Element::Samples(samples.to_vec()));
     }
-    parts.push(Part::Heading("Error by layer".into()));
-    parts.push(Part::Layers { y: "relative output error".into(), series: errors(d) });
+    parts.push(Element::Heading("Error by layer".into()));
+    parts.push(Element::Layers { y: "relative output error".into(), series: errors(d) });
     let html = Report { title: format!("Lacuna: {model} by {recipe}"), parts }.html();
     lacuna_base::unfinished::write(path, html.as_bytes())
         .with_context(|| format!("{}: cannot be written", path.display()))

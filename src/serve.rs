@@ -134,8 +134,8 @@ fn listen(a: &cli::Serve) -> anyhow::Result<TcpListener> {
     Ok(listener)
 }
 
-/// Without a key, pages of other sites that a browser here shows could reach this machine's server by a name of their own that leads to it. So a
-/// server of this machine alone answers to this machine's names only.
+/// Without a key, pages of other sites that a browser here shows could reach this machine's server by a name of their
+/// own that leads to it. So a server of this machine alone answers to this machine's names only.
 fn hosts(a: &cli::Serve, ip: IpAddr, keyed: bool) -> Vec<String> {
     if keyed || !ip.is_loopback() {
         return Vec::new();
@@ -144,7 +144,8 @@ fn hosts(a: &cli::Serve, ip: IpAddr, keyed: bool) -> Vec<String> {
     own.into_iter().chain(a.allow_host.iter().map(|h| h.to_ascii_lowercase())).collect()
 }
 
-/// Room for keys and values: as asked, or for a full batch of full texts, but no more than a quarter of the machine's memory.
+/// Room for keys and values: as asked, or for a full batch of full texts, but no more than a quarter of the machine's
+/// memory.
 fn kv_bytes(a: &cli::Serve, store: &BlockStore, context: usize) -> anyhow::Result<usize> {
     let text = context.div_ceil(BLOCK_TOKENS).saturating_mul(store.block_bytes()).max(1);
     let bytes = match common::size(a.kv_memory.as_deref())? {

@@ -36,7 +36,8 @@ pub fn watch() -> io::Result<()> {
         [("SIGINT", SignalKind::interrupt()), ("SIGTERM", SignalKind::terminate()), ("SIGHUP", SignalKind::hangup())];
     let runtime = tokio::runtime::Builder::new_current_thread().enable_io().build()?;
     let entered = runtime.enter();
-    // A file that grows beyond the size allowed is an error of the write like a full disk; unheard, this signal ends the program first.
+    // A file that grows beyond the size allowed is an error of the write like a full disk; unheard, this signal ends
+    // the program first.
     let too_large = signal(SignalKind::from_raw(libc::SIGXFSZ))?;
     let mut heard = Vec::new();
     for (name, kind) in known.into_iter().filter(|k| !ignored(k.1.as_raw_value())) {
@@ -59,7 +60,8 @@ pub fn watch() -> io::Result<()> {
     Ok(())
 }
 
-/// Whether whoever started the program wants it to outlive this signal (`nohup`, a shell's `&`), as far as the system tells.
+/// Whether whoever started the program wants it to outlive this signal (`nohup`, a shell's `&`), as far as the system
+/// tells.
 #[cfg(unix)]
 fn ignored(number: i32) -> bool {
     let status = std::fs::read_to_string("/proc/self/status").unwrap_or_default();

@@ -228,7 +228,8 @@ fn wrong_usage_is_status_2_and_says_what_to_do() {
     assert!(!Path::new(out).exists());
 }
 
-/// What is refused leaves nothing on standard output, the prompt included, and nobody is asked for a message that nothing can be made of.
+/// What is refused leaves nothing on standard output, the prompt included, and nobody is asked for a message that
+/// nothing can be made of.
 #[test]
 fn what_cannot_be_generated_shows_nothing() {
     let long = "hello ".repeat(CONTEXT);
@@ -349,7 +350,8 @@ fn serve_says_where_it_is_answers_and_ends_when_told() {
     assert!(card.contains("\"model\":\"small\"") && card.contains("\"architecture\":\"llama\""), "{card}");
     let body = r#"{"model": "small", "prompt": "a secret prompt", "max_tokens": 5}"#;
     let answer = ask(&format!(
-        "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: \
+         close\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     ));
     assert!(answer.starts_with("HTTP/1.1 200") && answer.contains("\"finish_reason\""), "{answer}");

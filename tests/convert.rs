@@ -1,4 +1,5 @@
-//! Models for other programs, read back by Lacuna itself: the same network, the same values. `tests/readers.rs` asks the real readers.
+//! Models for other programs, read back by Lacuna itself: the same network, the same values. `tests/readers.rs` asks
+//! the real readers.
 
 mod support;
 
@@ -73,7 +74,8 @@ fn every_family_there_and_back() {
     }
 }
 
-/// The golden checkpoints (not all of them networks that llama.cpp computes) keep their logits in the Hugging Face layout.
+/// The golden checkpoints (not all of them networks that llama.cpp computes) keep their logits in the Hugging Face
+/// layout.
 #[test]
 fn golden_checkpoints_keep_their_logits() {
     let home = TempDir::new().unwrap();
@@ -142,7 +144,8 @@ fn integers_move_without_rounding() {
     let stored = b.get(&v).unwrap().unwrap();
     assert!(matches!(&stored.terms[..], [Term::Piece(p)] if matches!(p.values, Values::Gguf(GgufType::Q4_0, _))));
     assert_eq!(a.get(&v).unwrap().unwrap().to_mat(), stored.to_mat());
-    // Asked for by name it is the same, but for the head, which llama.cpp keeps finer; packed again from GGUF, the codes are those of before.
+    // Asked for by name it is the same, but for the head, which llama.cpp keeps finer; packed again from GGUF, the
+    // codes are those of before.
     let by_name = gguf(&pack, &home.path().join("n.gguf"), GgufKind::Q4_0);
     let touched: Vec<&str> = by_name.tensors.iter().filter(|t| t.loss.changed > 0).map(|t| t.name.as_str()).collect();
     assert_eq!(touched, ["token_embd.weight", "output.weight"]);
@@ -236,7 +239,8 @@ fn zero_points_and_rounding_go_to_compressed_tensors() {
     assert!(all.changed > 0 && all.zeros_lost == 0 && all.relative() < 0.12, "{all:?}");
 }
 
-/// A layer without attention is written with attention of zeros, a layer without anything not at all: the function stays.
+/// A layer without attention is written with attention of zeros, a layer without anything not at all: the function
+/// stays.
 #[test]
 fn what_was_dropped_stays_dropped() {
     let home = TempDir::new().unwrap();
@@ -261,7 +265,8 @@ fn what_was_dropped_stays_dropped() {
     }
 }
 
-/// Pruning leaves biases on o and down alone, in some layers: a configuration that says several in one word gets zeros for the others.
+/// Pruning leaves biases on o and down alone, in some layers: a configuration that says several in one word gets zeros
+/// for the others.
 #[test]
 fn biases_that_stand_alone_go_along_or_are_refused() {
     let home = TempDir::new().unwrap();

@@ -1,4 +1,5 @@
-//! Whole commands on checkpoints of other tools: a GPTQ model and a LoRA adapter of random numbers, with a real tokenizer.
+//! Whole commands on checkpoints of other tools: a GPTQ model and a LoRA adapter of random numbers, with a real
+//! tokenizer.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output};

@@ -1,7 +1,7 @@
 //! The real models against independent programs: token ids, logits and losses of `tests/golden`.
 //!
-//! The cache is asked for each model, then its sources, once. Where neither has it, its tests are reported ignored, with the reason; with
-//! `--require-models` that is a failure.
+//! The cache is asked for each model, then its sources, once. Where neither has it, its tests are reported ignored,
+//! with the reason; with `--require-models` that is a failure.
 
 use std::error::Error;
 use std::path::{Path, PathBuf};
@@ -138,7 +138,8 @@ fn tokens(model: &Model) -> Tested<()> {
     Ok(())
 }
 
-/// Logits of `ids` row by row, handed to `see` with the position; the prompt comes in pieces of the given lengths, then the rest.
+/// Logits of `ids` row by row, handed to `see` with the position; the prompt comes in pieces of the given lengths, then
+/// the rest.
 fn forward(decoder: &Decoder, ids: &[u32], pieces: &[usize], mut see: impl FnMut(usize, &[f32])) -> Tested<()> {
     let mut kv = ContiguousKv::new(&decoder.spec, 1);
     let mut at = 0;

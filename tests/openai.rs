@@ -1,7 +1,8 @@
-//! The official `openai` client against `lacuna serve` with a real model: `tests/serve/openai_suite.py`, a test for each of its tests.
+//! The official `openai` client against `lacuna serve` with a real model: `tests/serve/openai_suite.py`, a test for
+//! each of its tests.
 //!
-//! Where the package or the model is missing, each is reported ignored, with the reason. `--python PATH` names the interpreter that has the
-//! package (otherwise `python3`); with `--require-openai` what is missing is a failure.
+//! Where the package or the model is missing, each is reported ignored, with the reason. `--python PATH` names the
+//! interpreter that has the package (otherwise `python3`); with `--require-openai` what is missing is a failure.
 
 use std::io::{BufRead, BufReader};
 use std::path::{Path, PathBuf};

@@ -1,8 +1,9 @@
 //! Converted models in the programs that they are for: llama-cpp-python, transformers, compressed-tensors, peft.
 //!
-//! The programs live in a Python environment: `--python PATH` names one; otherwise `readers/` in the target directory is taken if it is
-//! there. Where there is none every test is reported ignored, with the reason. `--require-readers` makes the environment (pip installs
-//! `tests/readers/requirements.txt`, a gigabyte or two) and makes its absence a failure.
+//! The programs live in a Python environment: `--python PATH` names one; otherwise `readers/` in the target directory
+//! is taken if it is there. Where there is none every test is reported ignored, with the reason. `--require-readers`
+//! makes the environment (pip installs `tests/readers/requirements.txt`, a gigabyte or two) and makes its absence a
+//! failure.
 
 mod support;
 
@@ -32,7 +33,8 @@ const REAL: &str = "smollm2-135m-instruct";
 /// Quantized files: how often both programs must agree on the likeliest token, and how far apart they may lie.
 const AGREE: f64 = 0.97;
 const KL: f64 = 0.01;
-/// How llama.cpp is built, so that it multiplies prompts without rounding them: products in an order of its own would go before BLAS.
+/// How llama.cpp is built, so that it multiplies prompts without rounding them: products in an order of its own would
+/// go before BLAS.
 const BLAS: &str = "-DGGML_BLAS=ON -DGGML_BLAS_VENDOR=OpenBLAS -DGGML_CPU_REPACK=OFF";
 const QUANTIZED: [(&str, GgufKind); 4] =
     [("q8_0", GgufKind::Q8_0), ("q4_0", GgufKind::Q4_0), ("q4_k", GgufKind::Q4_K), ("q6_k", GgufKind::Q6_K)];
@@ -249,8 +251,9 @@ impl At<'_> {
     fn llama_cpp_tiny(&self, family: &str) -> Tested<()> {
         let dir = self.tiny(family)?;
         self.floats(&dir, &ids(24, 603))?;
-        // Every quantized type loads, and both programs see much the same in it. Random logits are flat: only the divergence is asked for. Of
-        // experts all are used: which of four random ones come first hangs on the last bits of activations, which both programs round their own way.
+        // Every quantized type loads, and both programs see much the same in it. Random logits are flat: only the
+        // divergence is asked for. Of experts all are used: which of four random ones come first hangs on the last bits
+        // of activations, which both programs round their own way.
         let dir = self.with_all_experts(&dir)?;
         for (name, kind) in QUANTIZED {
             let file = self.home.join(format!("{name}.gguf"));
@@ -276,8 +279,8 @@ impl At<'_> {
         Ok(dir.to_owned())
     }
 
-    /// KL(here || there) and agreement on one quantized file. llama.cpp rounds activations to 8 bits where weights are quantized; so does Lacuna
-    /// here, as it does by default when it generates.
+    /// KL(here || there) and agreement on one quantized file. llama.cpp rounds activations to 8 bits where weights are
+    /// quantized; so does Lacuna here, as it does by default when it generates.
     fn beside_llama_cpp(&self, file: &Path, ids: &[u32]) -> Tested<(f64, f64)> {
         let (rows, _) = self.llama_cpp(file, ids, 0)?;
         let exact = compare(&logits_of(file, ids), &rows);
@@ -290,9 +293,10 @@ impl At<'_> {
         self.floats(real, &prompt)
     }
 
-    /// The same file in both programs, on text, and its values in 32 bits, which nothing rounds. A llama.cpp with BLAS multiplies prompts exactly:
-    /// then so does Lacuna. Without, both round activations to 8 bits, each in its way, and what that alone changes is printed beside: how often
-    /// llama.cpp agrees with itself, which on small models is less than is asked here.
+    /// The same file in both programs, on text, and its values in 32 bits, which nothing rounds. A llama.cpp with BLAS
+    /// multiplies prompts exactly: then so does Lacuna. Without, both round activations to 8 bits, each in its way, and
+    /// what that alone changes is printed beside: how often llama.cpp agrees with itself, which on small models is less
+    /// than is asked here.
     fn llama_cpp_quantized(&self, real: &Path, kind: &str) -> Tested<()> {
         let kind = QUANTIZED.into_iter().find(|q| q.0 == kind).ok_or("no such type")?.1;
         let (half, file, plain) = (self.home.join("half.gguf"), self.home.join("m.gguf"), self.home.join("plain.gguf"));
@@ -312,7 +316,8 @@ impl At<'_> {
         let bytes = compare(&logits_with(&open(&file)?, &ids, Activations::Int8), &there);
         let (alone, itself) = (compare(&exact, &there), compare(&there_plain, &there).1);
         println!(
-            "8-bit activations: KL {:.5}, top-1 {:.4}; exact ones: KL {:.5}, top-1 {:.4}; llama.cpp (BLAS: {blas}) beside itself {itself:.4}",
+            "8-bit activations: KL {:.5}, top-1 {:.4}; exact ones: KL {:.5}, top-1 {:.4}; llama.cpp (BLAS: {blas}) \
+             beside itself {itself:.4}",
             bytes.0, bytes.1, alone.0, alone.1
         );
         let (kl, agree) = if blas { alone } else { bytes };
@@ -327,7 +332,8 @@ impl At<'_> {
         Ok(())
     }
 
-    /// Beside llama.cpp's own quantizer on the same file: each tensor of the same type, blocks of 32 of the same bytes, K types no worse.
+    /// Beside llama.cpp's own quantizer on the same file: each tensor of the same type, blocks of 32 of the same bytes,
+    /// K types no worse.
     fn own_rounding(&self, family: &str) -> Tested<()> {
         let (dir, half) = (self.tiny(family)?, self.home.join("half.gguf"));
         save_gguf(&open(&dir)?, &half, GgufKind::F16, false, &mut |_, _| {})?;
@@ -463,8 +469,9 @@ impl At<'_> {
         if seen != 21 || (rounding.is_none() && !exact) {
             return Err(format!("{seen} matrices, the same values: {exact}").into());
         }
-        // And as a whole in transformers, which asks the same package; but not with zero points: it loads none, not even those that the package itself wrote
-        // (4.57 deletes packed ones, 5.23 has no room for them), which is why `convert` writes them only when told to.
+        // And as a whole in transformers, which asks the same package; but not with zero points: it loads none, not
+        // even those that the package itself wrote (4.57 deletes packed ones, 5.23 has no room for them), which is why
+        // `convert` writes them only when told to.
         if how.zero_points {
             return Ok(());
         }

@@ -1,5 +1,5 @@
-//! Rough handling of whole commands: output that cannot be written, signals, full disks, numbers that are not finite, files that are not what their
-//! names say, defaults that do not fit.
+//! Rough handling of whole commands: output that cannot be written, signals, full disks, numbers that are not finite,
+//! files that are not what their names say, defaults that do not fit.
 
 use std::path::{Path, PathBuf};
 use std::process::{Command, Output, Stdio};

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use lacuna_checkpoint::{PackedWriter, open};
 use lacuna_format::{
-    Codebook, Float, Group, Integers, Map, Mask, Owner, PatternKind, ScaleCodec, Stored, Weights, pack_codebook, pack_float,
-    pack_integers, pack_integers_off,
+    Codebook, Float, Group, Integers, Map, Mask, Owner, PatternKind, ScaleCodec, Stored, Weights, pack_codebook,
+    pack_float, pack_integers, pack_integers_off,
 };
 use serde_json::{Value, json};
 
@@ -36,7 +36,8 @@ fn main() -> Result<()> {
         if let Ok(file) = fs::read(dir.join("adapter_model.bin")) {
             put("torch", &name, &file)?;
             // Its first member is the pickle: from the protocol's number to what follows a member.
-            let find = |what: &[u8], from: usize| file[from..].windows(what.len()).position(|w| w == what).map(|at| from + at);
+            let find =
+                |what: &[u8], from: usize| file[from..].windows(what.len()).position(|w| w == what).map(|at| from + at);
             let from = find(b"\x80\x02", 0).ok_or("no pickle")?;
             let to = find(b"PK\x07\x08", from).ok_or("a pickle without end")?;
             put("torch", &format!("{name}.pickle"), &file[from..to])?;
@@ -157,7 +158,8 @@ fn pack(dir: &Path, out: &Path) -> Result<()> {
                     let half = Map::diagonal(&vec![0.5; rows], Float::F16)?;
                     let swap = Map::dense(2, &[0.0, 1.0, 1.0, 0.0], Float::F32)?;
                     let output = if rows % 2 == 0 { vec![half, swap] } else { vec![half] };
-                    let input = vec![Map::hadamard(1 << cols.trailing_zeros(), Some(&signs)), Map::permutation(&turned)];
+                    let input =
+                        vec![Map::hadamard(1 << cols.trailing_zeros(), Some(&signs)), Map::permutation(&turned)];
                     stored = stored.with_maps(input, output);
                 }
                 writer.put(&place, &stored)?
@@ -206,7 +208,17 @@ fn gguf(model: &str) -> Vec<u8> {
     list(&mut out, "tokenizer.ggml.scores", 6, tokens.len());
     (0..tokens.len()).for_each(|i| out.extend((-(i as f32)).to_le_bytes()));
     list(&mut out, "tokenizer.ggml.token_type", 5, tokens.len());
-    (0..tokens.len()).for_each(|i| out.extend(match i { 0 => 2i32, 1 | 2 => 3, 3..=258 => 6, _ => 1 }.to_le_bytes()));
+    (0..tokens.len()).for_each(|i| {
+        out.extend(
+            match i {
+                0 => 2i32,
+                1 | 2 => 3,
+                3..=258 => 6,
+                _ => 1,
+            }
+            .to_le_bytes(),
+        )
+    });
     list(&mut out, "tokenizer.ggml.merges", 8, merges.len());
     merges.iter().for_each(|m| text(&mut out, m));
     for (name, id) in [("tokenizer.ggml.bos_token_id", 1u32), ("tokenizer.ggml.eos_token_id", 2)] {

@@ -1,4 +1,5 @@
-//! LoRA adapters: any adapter_config.json with any adapter_model.safetensors gives a changed model whose every tensor decodes, or an error.
+//! LoRA adapters: any adapter_config.json with any adapter_model.safetensors gives a changed model whose every tensor
+//! decodes, or an error.
 //!
 //! Four bytes say how long adapter_config.json is; it follows, and the rest is adapter_model.safetensors.
 #![no_main]

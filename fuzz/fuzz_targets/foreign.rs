@@ -1,7 +1,8 @@
-//! Checkpoints of other tools: any quantization_config with any safetensors gives a model whose every tensor decodes, or an error.
+//! Checkpoints of other tools: any quantization_config with any safetensors gives a model whose every tensor decodes,
+//! or an error.
 //!
-//! Four bytes say how long the quantization_config is; it follows, and the rest is model.safetensors. The network around it is that of the
-//! golden checkpoints.
+//! Four bytes say how long the quantization_config is; it follows, and the rest is model.safetensors. The network
+//! around it is that of the golden checkpoints.
 #![no_main]
 
 use std::path::PathBuf;

@@ -1,7 +1,7 @@
 //! Directories: any config.json with any safetensors gives a model whose every tensor decodes, or an error.
 //!
-//! Four bytes say how long config.json is; it follows, and the rest is model.safetensors. Packed models and the Hugging Face layout
-//! take the same door.
+//! Four bytes say how long config.json is; it follows, and the rest is model.safetensors. Packed models and the Hugging
+//! Face layout take the same door.
 #![no_main]
 
 use std::path::PathBuf;

@@ -6,8 +6,8 @@ use libfuzzer_sys::fuzz_target;
 
 const TEXT: &str = "Hello,  world! 12 caf\u{e9} \u{4f60}\u{597d} \u{1f600}\n\t<s> x_y";
 
-// libFuzzer's hook ends the process at any panic; the reader catches those of the library beneath it and answers with an error.
-// A panic that nobody catches still ends the process.
+// libFuzzer's hook ends the process at any panic; the reader catches those of the library beneath it and answers with
+// an error. A panic that nobody catches still ends the process.
 fuzz_target!(init: std::panic::set_hook(Box::new(|_| {})), |data: &[u8]| {
     let Ok(file) = gguf::parse(data) else { return };
     let _ = ChatTemplate::from_gguf(&file.metadata);

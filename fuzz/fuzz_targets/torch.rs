@@ -1,5 +1,5 @@
-//! What torch.save wrote: any bytes give tensors that lie inside the file, or an error. Checksums are mended first, so that what lies behind them
-//! is reached: the bytes are a pickle, put into a zip file with one storage.
+//! What torch.save wrote: any bytes give tensors that lie inside the file, or an error. Checksums are mended first, so
+//! that what lies behind them is reached: the bytes are a pickle, put into a zip file with one storage.
 #![no_main]
 
 use lacuna_checkpoint::torch::parse;

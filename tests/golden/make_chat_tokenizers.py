@@ -147,7 +147,8 @@ def pair(out):
             "special_tokens_map.json": {"additional_special_tokens": ["<|im_start|>", "<|im_end|>"],
                                         "eos_token": flagged("<|im_end|>"), "pad_token": "<|endoftext|>"},
         }),
-        # As they became: everything in added_tokens_decoder. (transformers 5 forgets the settings of tokens that have a task, such as eos.)
+        # As they became: everything in added_tokens_decoder. (transformers 5 forgets the settings of tokens that have a
+        # task, such as eos.)
         "qwen2 listed": (tf.Qwen2Tokenizer, {
             "tokenizer_config.json": {
                 "tokenizer_class": "Qwen2Tokenizer", "eos_token": "<|im_end|>", "pad_token": "<|endoftext|>",

@@ -415,7 +415,8 @@ def gptq(out):
                 tensors[module + ".qzeros"] = signed([lay(row) for row in zero.T])
                 tensors[module + ".scales"] = scale.T.to(torch.float16)
             else:
-                # A word holds eight inputs of one output; groups are padded to whole words, and further for small groups.
+                # A word holds eight inputs of one output; groups are padded to whole words, and further for small
+                # groups.
                 groups = scale.shape[1]
                 multiple = 8 * {128: 1, 64: 2, 32: 4, 16: 4}[group]
                 wide = -(-groups // multiple) * multiple

@@ -105,7 +105,8 @@ def short_texts(model, tokenizer):
 
 def perplexity(model, tokenizer, path, windows, ctx, raw_line_ends):
     """Yields what is known after each window: a long run that is stopped leaves the windows it did."""
-    # Python's text mode reads CRLF as LF. WikiText-2 is often found with CRLF, and published numbers are of the LF text.
+    # Python's text mode reads CRLF as LF. WikiText-2 is often found with CRLF, and published numbers are of the LF
+    # text.
     with open(path, encoding="utf-8", newline="" if raw_line_ends else None) as f:
         ids = tokenizer.encode(f.read())
     bos = [] if tokenizer.bos is None else [tokenizer.bos]

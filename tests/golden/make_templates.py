@@ -302,7 +302,8 @@ TEMPLATES = {
     {{- '<|head|>assistant<|end|>\\n\\n' }}
 {%- endif %}
 """,
-    # After Qwen 2.5 and 3: tools as lines of JSON, thoughts cut out of older turns, results gathered into a user's turn.
+    # After Qwen 2.5 and 3: tools as lines of JSON, thoughts cut out of older turns, results gathered into a user's
+    # turn.
     "qwen": """{%- if tools %}
     {{- '<|start|>system\\n' }}
     {%- if messages[0].role == 'system' %}
@@ -381,7 +382,8 @@ TEMPLATES = {
     {%- endif %}
 {%- endif %}
 """,
-    # After Mistral: turns have to alternate, ids have nine letters, tools stand before the last user's turn, JSON is joined by hand.
+    # After Mistral: turns have to alternate, ids have nine letters, tools stand before the last user's turn, JSON is
+    # joined by hand.
     "mistral": """{%- if messages[0]["role"] == "system" %}
     {%- set system_message = messages[0]["content"] %}
     {%- set loop_messages = messages[1:] %}

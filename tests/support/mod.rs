@@ -81,7 +81,8 @@ pub fn make(dir: &Path, config: &Value) {
     for t in arch::hf_targets(&spec).unwrap() {
         let n: usize = t.shape.iter().product();
         let norm = t.shape.len() == 1 && !t.name.ends_with(".bias");
-        // A norm's scale lies around one, whatever of it the layout keeps; matrices keep the size of what they multiply.
+        // A norm's scale lies around one, whatever of it the layout keeps; matrices keep the size of what they
+        // multiply.
         let (mean, spread) = match (norm, t.name.contains("embed") || t.name.contains("wte")) {
             (true, _) => (1.0 - spec.norm.offset, 0.2),
             (false, true) => (0.0, 2.0 / (spec.hidden as f32).sqrt()),

@@ -1,7 +1,7 @@
 //! `cargo xtask evidence`: every row of `bench/evidence.toml` run with the release binary and recorded.
 //!
-//! A row is one JSON file under `RECORD/evidence/`, with its commands and what they printed; a row that is there is not run again, so a
-//! broken run goes on where it stopped. `RECORD/evidence.md` is written from all of them.
+//! A row is one JSON file under `RECORD/evidence/`, with its commands and what they printed; a row that is there is not
+//! run again, so a broken run goes on where it stopped. `RECORD/evidence.md` is written from all of them.
 
 use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
@@ -215,11 +215,13 @@ fn json_of(lacuna: &Path, args: &[String]) -> Result<Value> {
 /// The page of a record.
 fn table(list: &List, folder: &Path) -> Result<String> {
     let mut out = format!(
-        "# Evidence\n\nWritten by `cargo xtask evidence` from the files in `evidence/`, which hold the commands. Perplexity on {} (first {} windows\n\
+        "# Evidence\n\nWritten by `cargo xtask evidence` from the files in `evidence/`, which hold the commands. \
+         Perplexity on {} (first {} windows\n\
          of {} tokens); `reference` is an independent PyTorch program's.\n\n",
         list.text, list.windows, list.ctx
     );
-    out += "| row | perplexity | reference | difference | allowed | bytes | compress s | eval s |\n|---|---|---|---|---|---|---|---|\n";
+    out += "| row | perplexity | reference | difference | allowed | bytes | compress s | eval s \
+     |\n|---|---|---|---|---|---|---|---|\n";
     for row in &list.rows {
         let file = folder.join(format!("{}.json", row.name));
         let Ok(text) = std::fs::read_to_string(&file) else { continue };

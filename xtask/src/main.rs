@@ -19,11 +19,13 @@ use finding::Finding;
 use tree::Tree;
 
 const USAGE: &str = "\
-cargo xtask check [LAW ...]           every law, or those named: arrows methods tables unused length unsafe paths silenced fmt clippy
+cargo xtask check [LAW ...]           every law, or those named: arrows methods tables unused length unsafe paths \
+silenced fmt clippy
 cargo xtask tables                    METHODS.md and KERNELS.md written anew
 cargo xtask evidence --data DIR --record DIR [--only ROW]... [--lacuna BINARY]
                                       the rows of bench/evidence.toml that are not recorded in DIR yet, run and recorded
-cargo xtask new-method QUESTION NAME  the file of a new method and its recipe (or: new-method family VERB), in the fixed order, with a test that fails until filled";
+cargo xtask new-method QUESTION NAME  the file of a new method and its recipe (or: new-method family VERB), in the \
+fixed order, with a test that fails until filled";
 
 fn main() -> ExitCode {
     let args: Vec<String> = std::env::args().skip(1).collect();

@@ -83,7 +83,8 @@ pub fn in_file(file: &str, text: &str) -> Vec<Finding> {
     let words = |l: &str| ["brute", "definition"].iter().any(|w| l.to_lowercase().contains(w));
     let proof = text.lines().zip(&source.in_test).any(|(l, test)| *test && words(l));
     if sections[3].1.is_some() && !proof {
-        let cure = "write the definition out slowly in a test (its name or comment says `brute` or `definition`) and compare on small shapes";
+        let cure = "write the definition out slowly in a test (its name or comment says `brute` or `definition`) and \
+         compare on small shapes";
         found.push(finding(sections[3].1.unwrap_or(0), "no test compares with a brute-force version".into(), cure));
     }
     if let Some((line, name)) = card_name(text)

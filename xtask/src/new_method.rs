@@ -1,4 +1,5 @@
-//! The start of a new method: its file in the fixed order, its line in the lists, its recipe. It compiles; its test fails until it is filled.
+//! The start of a new method: its file in the fixed order, its line in the lists, its recipe. It compiles; its test
+//! fails until it is filled.
 
 use anyhow::{Context, Result, bail};
 
@@ -56,7 +57,8 @@ const QUESTIONS: [Question; 6] = [
         answer: "    fn solve(&self, ask: &SolveAsk<'_>) -> Result<Solved, MethodError> {
         EMPTY
     }",
-        call: "solve(&SolveAsk { w: random(3, 4, 1).view(), stats: &Stats::default(), mask: None, prune: None, round: None })",
+        call: "solve(&SolveAsk { w: random(3, 4, 1).view(), stats: &Stats::default(), mask: None, prune: None, round: \
+         None })",
         step: "sparsity = 0.5\npattern = \"unstructured\"\n",
     },
     Question {
@@ -87,7 +89,8 @@ const QUESTIONS: [Question; 6] = [
     fn keeps_means(&self) -> bool {
         false
     }",
-        call: "score(&StructureAsk { unit: Unit::Block, layer: 0, count: 1, width: 0, reader: None, writers: &[], stats: Stats::default() })",
+        call: "score(&StructureAsk { unit: Unit::Block, layer: 0, count: 1, width: 0, reader: None, writers: &[], \
+         stats: Stats::default() })",
         step: "part = \"block\"\ncount = 1\n",
     },
     Question {
@@ -99,7 +102,8 @@ const QUESTIONS: [Question; 6] = [
         EMPTY
     }",
         call: "search(&mut Bench::new(3, 4, 1), &SearchAsk { budget_bytes: 2000, trials: 9, tokens: 2, seed: 0 })",
-        step: "step = \"prune\"\nkey = \"sparsity\"\nvalues = [0.4, 0.5, 0.6]\ntarget = 0.5\n\n[[step]]\nname = \"prune\"\nmethod = \"wanda\"\nsparsity = 0.5\n",
+        step: "step = \"prune\"\nkey = \"sparsity\"\nvalues = [0.4, 0.5, 0.6]\ntarget = 0.5\n\n[[step]]\nname = \
+         \"prune\"\nmethod = \"wanda\"\nsparsity = 0.5\n",
     },
 ];
 
@@ -281,7 +285,8 @@ impl {question} for {kind} {{
 #[cfg(test)]
 mod tests {{
 {test_imports}
-    /// Replace this by a brute-force version straight from the definition, on small random shapes with ties, zero columns and one column.
+    /// Replace this by a brute-force version straight from the definition, on small random shapes with ties, zero
+    /// columns and one column.
     #[test]
     fn agrees_with_brute_force() {{
         let answer = {kind} {{}}.{call};
@@ -382,7 +387,8 @@ mod tests {
         let lists =
             ["crates/methods/src/factor/mod.rs", "crates/methods/src/lib.rs", "crates/methods/src/family/mod.rs"];
         std::fs::write(dir.path().join(lists[0]), "//! Factors.\n\npub(crate) mod svd;\n").unwrap();
-        let registry = "pub fn registry() -> Registry {\n    Registry {\n        methods: vec![\n            factor::svd::method(),\n        ],\n        \
+        let registry = "pub fn registry() -> Registry {\n    Registry {\n        methods: vec![\n            \
+         factor::svd::method(),\n        ],\n        \
                         families: vec![\n            family::factor::family(),\n        ],\n    }\n}\n";
         std::fs::write(dir.path().join(lists[1]), registry).unwrap();
         std::fs::create_dir_all(dir.path().join("crates/methods/src/family")).unwrap();

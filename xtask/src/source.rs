@@ -186,7 +186,8 @@ mod tests {
 
     #[test]
     fn lines_of_code_leave_out_words_blanks_and_tests() {
-        let text = "//! Head.\n\nfn a() {\n    // why\n    b(\"x\");\n}\n\n#[cfg(test)]\nmod tests {\n    fn t() {}\n}\nfn c() {}\n";
+        let text = "//! Head.\n\nfn a() {\n    // why\n    b(\"x\");\n}\n\n#[cfg(test)]\nmod tests {\n    fn t() \
+         {}\n}\nfn c() {}\n";
         let s = Source::parse("a.rs", text);
         assert_eq!(s.code_lines(), 4);
         assert_eq!(s.in_test.iter().filter(|t| **t).count(), 4);

@@ -1,5 +1,5 @@
-//! METHODS.md, KERNELS.md and SYSTEMS.md: what is registered and compiled in, never what one machine has; and the recorded figures as data,
-//! which those pages and the binary print.
+//! METHODS.md, KERNELS.md and SYSTEMS.md: what is registered and compiled in, never what one machine has; and the
+//! recorded figures as data, which those pages and the binary print.
 
 use std::collections::BTreeMap;
 use std::fmt::Write;
@@ -93,9 +93,11 @@ fn claims(registry: &Registry, systems: &[System], measured: &[Measured]) -> Vec
 
 fn systems_table(registry: &Registry, systems: &[System], measured: &[Measured]) -> Result<String> {
     let mut out = format!(
-        "# Systems\n\n{GENERATED} Published systems that work here, by their number in our list of the field, each with its evidence: perplexity\n\
+        "# Systems\n\n{GENERATED} Published systems that work here, by their number in our list of the field, each \
+         with its evidence: perplexity\n\
          on WikiText-2 under the protocol of `bench/evidence.toml`, beside the row that it has to beat.\n\
-         What they show is a method beside its control, not that a result pays: this model was published in 4 bits, and plain rounding to 4 bits\n\
+         What they show is a method beside its control, not that a result pays: this model was published in 4 bits, \
+         and plain rounding to 4 bits\n\
          is the row `rtn` of METHODS.md.\n\n\
          | id | system | claim | method | evidence |\n|---|---|---|---|---|\n"
     );
@@ -201,7 +203,8 @@ fn measured(tree: &Tree) -> Result<Vec<Measured>> {
 
 fn measured_table(all: &[Measured]) -> Result<String> {
     let mut out = String::from(
-        "\n## Measured\n\nPerplexity on WikiText-2 under the protocol of `bench/evidence.toml`, from recorded runs; size is of all tensors, embedding\n\
+        "\n## Measured\n\nPerplexity on WikiText-2 under the protocol of `bench/evidence.toml`, from recorded runs; \
+         size is of all tensors, embedding\n\
          and head included. These models have little to spare: the same omission costs a larger one less.\n\n",
     );
     out += "| row | model | perplexity | beside | bytes | record |\n|---|---|---|---|---|---|\n";
@@ -235,8 +238,10 @@ fn kernels(rows: &[Row]) -> String {
         entry.1 = entry.1.max(row.tolerance);
     }
     let mut out = format!("# Kernels\n\n{GENERATED}\n\n");
-    out += "The tolerance is what the conformance tests allow against f64 on every instruction set of the machine that runs them: relative to\n";
-    out += "the sum of the products' magnitudes for products, absolute for the others. `lacuna doctor` says what a machine chooses.\n\n";
+    out += "The tolerance is what the conformance tests allow against f64 on every instruction set of the machine that \
+     runs them: relative to\n";
+    out += "the sum of the products' magnitudes for products, absolute for the others. `lacuna doctor` says what a \
+     machine chooses.\n\n";
     out += "| operation | pattern | codec | instruction sets | tolerance |\n|---|---|---|---|---|\n";
     for ((op, pattern, codec), (isas, tolerance)) in grouped {
         out += &format!("| {op} | {pattern} | {codec} | {} | {tolerance:e} |\n", isas.join(", "));

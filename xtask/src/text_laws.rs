@@ -148,7 +148,8 @@ mod tests {
 
     #[test]
     fn nothing_unfinished() {
-        let text = "fn f() {\n    todo!()\n}\n#[test]\n#[ignore = \"slow\"]\nfn t() {\n    dbg!(1);\n    unimplemented!(\"x\")\n}\n";
+        let text = "fn f() {\n    todo!()\n}\n#[test]\n#[ignore = \"slow\"]\nfn t() {\n    dbg!(1);\n    \
+         unimplemented!(\"x\")\n}\n";
         assert_eq!(at(&unfinished("a.rs", &Source::parse("a.rs", text))), [2, 8, 7, 5]);
         assert!(unfinished("a.rs", &Source::parse("a.rs", "// todo!() is refused\nlet s = \"dbg!(\";")).is_empty());
     }

@@ -1,4 +1,5 @@
-//! Every kernel row: one token, a small batch and a prompt, on a matrix that caches hold. Weights a second, so that rows compare.
+//! Every kernel row: one token, a small batch and a prompt, on a matrix that caches hold. Weights a second, so that
+//! rows compare.
 
 use criterion::{BenchmarkId, Criterion, Throughput, criterion_group, criterion_main};
 use lacuna_base::Mat;

@@ -2,11 +2,12 @@
 //!
 //!     cargo run --release --manifest-path bench/rows/Cargo.toml -- [--threads N] [--shape ROWSxCOLS] [--only TEXT] [--json FILE]
 //!
-//! For each row: weights a second on a matrix in the second-level cache, and on matrices from memory; the share that the latter has of the
-//! smaller of that cache rate and bandwidth over bytes a weight; and the speed against the dense form of the same bits. Shared machines drift, in
-//! memory and in processors, so bandwidth, the row from memory, the row in the cache for as many weights, and its dense form are measured by
-//! turns, each as often as the others, and the best of a round counts: shares and speeds over dense are medians over rounds, of numbers taken
-//! within one; the rates printed are the best ones.
+//! For each row: weights a second on a matrix in the second-level cache, and on matrices from memory; the share that
+//! the latter has of the smaller of that cache rate and bandwidth over bytes a weight; and the speed against the dense
+//! form of the same bits. Shared machines drift, in memory and in processors, so bandwidth, the row from memory, the
+//! row in the cache for as many weights, and its dense form are measured by turns, each as often as the others, and the
+//! best of a round counts: shares and speeds over dense are medians over rounds, of numbers taken within one; the rates
+//! printed are the best ones.
 
 use std::hint::black_box;
 use std::time::Instant;
@@ -79,12 +80,14 @@ fn main() {
         let all = from_memory(row, rows, cols);
         let dense = row.dense.and_then(|d| ROWS.iter().find(|r| r.name == d)).map(|d| from_memory(d, rows, cols));
         let bytes = all[0].weights_bytes() as f64 / (rows * cols) as f64;
-        // As many rows of it as the caches hold, a quarter as long: x is made ready for about as many rows as in the large matrix.
+        // As many rows of it as the caches hold, a quarter as long: x is packed for about as many rows as in the
+        // large matrix.
         let short = (cols / 4).next_multiple_of(256);
         let few = (IN_CACHE as f64 * threads as f64 / (bytes * short as f64)) as usize / 64 * 64;
         let small = [row.linear(few.max(64), short)];
         let again = (all.len() * rows * cols).div_ceil(few.max(64) * short);
-        // In short passes some meet a moment when nobody else slows the processor: the rate printed, not that of shares.
+        // In short passes some meet a moment when nobody else slows the processor: the rate printed, not that of
+        // shares.
         let mut best = [0.0, 0.0, rate(&small, 1, 400)];
         let (mut shares, mut over) = (Vec::new(), Vec::new());
         for _ in 0..ROUNDS {

@@ -1,7 +1,7 @@
 //! Dense products and the Gram matrix XᵀX.
 //!
-//! The inner loops are faer's, chosen at run time for the processor, and run on one thread a call. Parallelism is over blocks of rows
-//! of a fixed size, so that a result never depends on the number of threads.
+//! The inner loops are faer's, chosen at run time for the processor, and run on one thread a call. Parallelism is over
+//! blocks of rows of a fixed size, so that a result never depends on the number of threads.
 
 use faer::traits::ComplexField;
 use faer::{Accum, Par};
@@ -24,8 +24,8 @@ fn view64(m: &Mat64) -> View<'_, f64> {
     View::from_row_major_slice(m.data(), m.rows(), m.cols())
 }
 
-/// `[rows, cols]` to write. faer 0.24.4's `from_row_major_slice_with_stride_mut` takes the strides for a column-major matrix's, and so
-/// writes beyond the slice: this goes through the transpose, which does not.
+/// `[rows, cols]` to write. faer 0.24.4's `from_row_major_slice_with_stride_mut` takes the strides for a column-major
+/// matrix's, and so writes beyond the slice: this goes through the transpose, which does not.
 fn row_major_mut<T>(data: &mut [T], rows: usize, cols: usize, stride: usize) -> faer::MatMut<'_, T> {
     faer::MatMut::from_column_major_slice_with_stride_mut(data, cols, rows, stride).transpose_mut()
 }
@@ -134,7 +134,8 @@ pub fn matmul_tn_f64(a: &Mat64, b: &Mat64) -> Mat64 {
     c
 }
 
-/// Runs `f` on row `r` of `a`, row `r` of `b` and `states[r]` for every `r`, rows in parallel; an error of any row ends the work. Both matrices have columns.
+/// Runs `f` on row `r` of `a`, row `r` of `b` and `states[r]` for every `r`, rows in parallel; an error of any row ends
+/// the work. Both matrices have columns.
 #[track_caller]
 pub fn each_row<S: Send, E: Send>(
     a: &mut Mat,
@@ -151,7 +152,8 @@ pub fn each_row<S: Send, E: Send>(
 
 /// XᵀX of a matrix's inputs, `[n, n]`, summed in f64 over any number of calls. Not divided by the number of tokens.
 ///
-/// The bits depend on how the tokens were cut into calls (in multiples of 512 they do not), never on the number of threads.
+/// The bits depend on how the tokens were cut into calls (in multiples of 512 they do not), never on the number of
+/// threads.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Gram {
     n: usize,
@@ -195,7 +197,8 @@ impl Gram {
         if n == 0 || x.rows() == 0 {
             return;
         }
-        // Transposed, [n, tokens], so that both factors are read along the tokens; the padding keeps rows out of one cache set.
+        // Transposed, [n, tokens], so that both factors are read along the tokens; the padding keeps rows out of one
+        // cache set.
         let stride = GRAM_TOKENS.min(x.rows()) + 8;
         let mut wide = vec![0.0f64; n * stride];
         for from in (0..x.rows()).step_by(GRAM_TOKENS) {
@@ -272,7 +275,8 @@ impl Gram {
         Mat64::from_vec(self.n, self.n, self.data.iter().map(|&v| v * scale).collect())
     }
 
-    /// The lower triangle for a scratch file: columns and tokens as little-endian u64, then the values, f64, row by row.
+    /// The lower triangle for a scratch file: columns and tokens as little-endian u64, then the values, f64, row by
+    /// row.
     pub fn to_bytes(&self) -> Vec<u8> {
         let mut out = Vec::with_capacity(16 + self.n * (self.n + 1) * 4);
         out.extend_from_slice(&(self.n as u64).to_le_bytes());

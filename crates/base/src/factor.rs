@@ -1,7 +1,7 @@
 //! Factorizations in f64 over faer: Cholesky, inverses, triangular solves, singular values, symmetric eigenvalues.
 //!
-//! Every entry point refuses values that are not finite, so that nothing below can loop or panic on them, and runs on one thread, so
-//! that the bits never depend on the machine's load. Callers run several matrices side by side.
+//! Every entry point refuses values that are not finite, so that nothing below can loop or panic on them, and runs on
+//! one thread, so that the bits never depend on the machine's load. Callers run several matrices side by side.
 
 use faer::diag::DiagMut;
 use faer::dyn_stack::{MemBuffer, MemStack};
@@ -141,8 +141,8 @@ pub fn spd_inverse(a: &Mat64) -> Result<Mat64, FactorError> {
 
 /// U, upper triangular with a positive diagonal, `UᵀU = h⁻¹`: what GPTQ and SparseGPT walk along.
 ///
-/// With `h = R Rᵀ`, R upper (a Cholesky factorization started from the last row), `h⁻¹ = R⁻ᵀ R⁻¹`, so that `U = R⁻¹`: one factorization
-/// and one triangular inverse, and the inverse of `h` is never formed.
+/// With `h = R Rᵀ`, R upper (a Cholesky factorization started from the last row), `h⁻¹ = R⁻ᵀ R⁻¹`, so that `U = R⁻¹`:
+/// one factorization and one triangular inverse, and the inverse of `h` is never formed.
 #[track_caller]
 pub fn upper_cholesky_of_inverse(h: &Mat64) -> Result<Mat64, FactorError> {
     let n = square(h);
@@ -201,7 +201,8 @@ pub fn spd_solve(a: &Mat64, b: &Mat64) -> Result<Mat64, FactorError> {
     solve_lower_transposed(&l, &solve_lower(&l, b)?)
 }
 
-/// A copy divided by the power of two just above its largest magnitude, and that power: products inside cannot overflow.
+/// A copy divided by the power of two just above its largest magnitude, and that power: products inside cannot
+/// overflow.
 fn scaled(a: &Mat64) -> (Work<f64>, f64) {
     let max = a.data().iter().fold(0.0f64, |m, v| m.max(v.abs()));
     let scale = if max > 0.0 { 2f64.powi((max.log2().ceil() as i32).clamp(-1000, 1000)) } else { 1.0 };

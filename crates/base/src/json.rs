@@ -1,8 +1,8 @@
 //! JSON as Python's `json` writes and reads it, made into what a strict parser reads.
 //!
-//! Python writes and reads `NaN`, `Infinity` and `-Infinity`, takes numbers beyond the range of f64 for infinite, and editors of some systems put a byte
-//! order mark in front. A number that is not finite becomes the object that transformers itself writes for one where JSON must be strict,
-//! `{"__float__": "NaN"}`.
+//! Python writes and reads `NaN`, `Infinity` and `-Infinity`, takes numbers beyond the range of f64 for infinite, and
+//! editors of some systems put a byte order mark in front. A number that is not finite becomes the object that
+//! transformers itself writes for one where JSON must be strict, `{"__float__": "NaN"}`.
 
 use std::borrow::Cow;
 
@@ -14,8 +14,8 @@ pub fn without_mark(text: &[u8]) -> &[u8] {
     text.strip_prefix(b"\xef\xbb\xbf").unwrap_or(text)
 }
 
-/// The text with an object in the place of every number that strict JSON does not know; borrowed where there is none. What is no JSON in any other way
-/// stays so, and more than [`MAX_SPECIAL`] such numbers are an error.
+/// The text with an object in the place of every number that strict JSON does not know; borrowed where there is none.
+/// What is no JSON in any other way stays so, and more than [`MAX_SPECIAL`] such numbers are an error.
 pub fn strict(text: &[u8]) -> Result<Cow<'_, [u8]>, String> {
     let (mut out, mut copied, mut at, mut found) = (Vec::new(), 0, 0, 0);
     while at < text.len() {

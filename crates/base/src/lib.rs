@@ -1,5 +1,5 @@
-//! The ground floor: matrices, dense operations, factorizations, small floats, seeded randomness, units of bytes, Python's JSON; and
-//! outputs that are not whole yet.
+//! The ground floor: matrices, dense operations, factorizations, small floats, seeded randomness, units of bytes,
+//! Python's JSON; and outputs that are not whole yet.
 //!
 //! Nearly everything here is plain arithmetic on plain data. It knows no models or methods.
 

@@ -1,8 +1,8 @@
 //! Outputs that are not whole yet, and what becomes of them when the work fails or the program is told to stop.
 //!
-//! A file or folder is written under a temporary name and gets its own once it is whole. [`Temporary`] takes it away where that never happens; whoever
-//! hears a signal calls [`end`], which does the same for all that is under way. Both hold one lock while they rename or take away, so what stands under
-//! its own name is whole, whenever the signal comes.
+//! A file or folder is written under a temporary name and gets its own once it is whole. [`Temporary`] takes it away
+//! where that never happens; whoever hears a signal calls [`end`], which does the same for all that is under way. Both
+//! hold one lock while they rename or take away, so what stands under its own name is whole, whenever the signal comes.
 
 use std::fs::{self, File};
 use std::io::{self, Write};
@@ -38,8 +38,8 @@ impl Drop for OnEnd {
     }
 }
 
-/// Does everything asked for by [`on_end`], the latest first, and hands what is to be said to `then`, which should end the program: until it returns, nobody begins,
-/// renames or gives up an output.
+/// Does everything asked for by [`on_end`], the latest first, and hands what is to be said to `then`, which should end
+/// the program: until it returns, nobody begins, renames or gives up an output.
 pub fn end<T>(then: impl FnOnce(Vec<String>) -> T) -> T {
     let mut acts = acts();
     let said = acts.1.drain(..).rev().filter_map(|(_, act)| act()).collect();
@@ -91,7 +91,8 @@ impl Drop for Temporary {
     }
 }
 
-/// Takes a file or folder away and says whether there was one. Another thread may still be writing into the folder: it is given a few tries.
+/// Takes a file or folder away and says whether there was one. Another thread may still be writing into the folder: it
+/// is given a few tries.
 fn remove(path: &Path) -> bool {
     let Ok(meta) = fs::symlink_metadata(path) else { return false };
     for _ in 0..5 {
@@ -103,7 +104,8 @@ fn remove(path: &Path) -> bool {
     true
 }
 
-/// Renames a file or folder to `to`, in the place of what stands there: a folder that cannot be put there leaves the one that was.
+/// Renames a file or folder to `to`, in the place of what stands there: a folder that cannot be put there leaves the
+/// one that was.
 pub fn replace(from: &Path, to: &Path) -> io::Result<()> {
     let old = beside(to, "old");
     {
@@ -175,7 +177,8 @@ mod tests {
         assert_eq!(fs::read(&small).unwrap(), b"22");
         assert!(write(&dir.join("no/where"), b"1").is_err());
         assert_eq!(names(), ["out", "small"]);
-        // The end: what is under way goes, what was whole or given up before stays as it is, and nothing is begun meanwhile.
+        // The end: what is under way goes, what was whole or given up before stays as it is, and nothing is begun
+        // meanwhile.
         let (new, kept) = (folder("3"), on_end(|| Some("kept".to_owned())));
         drop(on_end(|| Some("forgotten".to_owned())));
         let beginning = end(|said| {

@@ -35,7 +35,8 @@ impl fmt::Display for Content {
             Content::Json => "JSON text",
             Content::Text => "a text",
             Content::Pickle => {
-                "a zip archive or a file of Python pickles, as PyTorch's .bin, .pt and .pth are, which may run code and are not read; load the model \
+                "a zip archive or a file of Python pickles, as PyTorch's .bin, .pt and .pth are, which may run code \
+                 and are not read; load the model \
                  where it came from and save it as safetensors"
             }
             Content::Other(what) => what,
@@ -95,7 +96,8 @@ pub(crate) fn others(dir: &Path) -> Result<Option<String>, OpenError> {
     Ok(known.map(|(path, content)| format!("{} is {content}", named(&path))))
 }
 
-/// The tensors of the safetensors file at `path`, whose bytes are `file`; where it is something else, the error says what.
+/// The tensors of the safetensors file at `path`, whose bytes are `file`; where it is something else, the error says
+/// what.
 pub(crate) fn safetensors(path: &Path, file: &[u8]) -> Result<Vec<TensorInfo>, OpenError> {
     safetensors::parse(file).map_err(|e| match of(file) {
         Content::Safetensors | Content::Unknown => OpenError::bad(path, e),

@@ -121,7 +121,8 @@ impl Checkpoint {
             let compressed = self.foreign_places() > 0;
             if let Some(f) = q.sparsity_format.as_ref().filter(|f| !masked && (q.sparsity_targets || *f != "dense")) {
                 let what = format!(
-                    "{SPARSITY} (format \"{f}\") is left over: no tensor is stored that way, and readers of today stumble over it"
+                    "{SPARSITY} (format \"{f}\") is left over: no tensor is stored that way, and readers of today \
+                     stumble over it"
                 );
                 self.note(Problem::odd(what, Some(REPAIR)));
             }

@@ -1,5 +1,6 @@
-//! Changes of the file system by which a packed model is written and comes to its place. All go through here, so that a test can stop a run
-//! at each; without the feature `faults`, which tests alone ask for, nothing stands between a call and the system.
+//! Changes of the file system by which a packed model is written and comes to its place. All go through here, so that a
+//! test can stop a run at each; without the feature `faults`, which tests alone ask for, nothing stands between a call
+//! and the system.
 
 use std::fs::{self, File};
 use std::io::{self, Seek, SeekFrom, Write};

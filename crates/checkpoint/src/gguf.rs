@@ -1,6 +1,7 @@
 //! GGUF v2 and v3: metadata and the table of tensors, parsed from untrusted bytes.
 //!
-//! Every count is checked against the bytes that are left before anything is allocated, so a small file can never ask for a lot of memory.
+//! Every count is checked against the bytes that are left before anything is allocated, so a small file can never ask
+//! for a lot of memory.
 
 use std::collections::HashMap;
 use std::ops::Range;
@@ -57,7 +58,8 @@ impl Value {
 
 /// The key-value pairs of a GGUF file, in its order.
 ///
-/// Each getter answers `Ok(None)` where the key is absent and an error that names the key where its value has another type.
+/// Each getter answers `Ok(None)` where the key is absent and an error that names the key where its value has another
+/// type.
 #[derive(Debug, Clone, Default)]
 pub struct Metadata {
     entries: Vec<Entry>,
@@ -255,7 +257,8 @@ pub fn parse(file: &[u8]) -> Result<Gguf, GgufError> {
     }
     let tensor_count = r.u64("the tensor count")?;
     let pair_count = r.u64("the metadata count")?;
-    // The least a pair takes: an empty key, a type and one byte; the least a tensor takes: an empty name, no axis, type and offset.
+    // The least a pair takes: an empty key, a type and one byte; the least a tensor takes: an empty name, no axis, type
+    // and offset.
     r.afford(pair_count, 8 + 4 + 1, "metadata pairs")?;
     r.afford(tensor_count, 8 + 4 + 4 + 8, "tensors")?;
 
@@ -337,7 +340,8 @@ pub fn parse(file: &[u8]) -> Result<Gguf, GgufError> {
     Ok(Gguf { version, metadata, tensors })
 }
 
-/// A GGUF file without tensors that holds the pairs of `file` (whose parsed header is `of`) that `keep` names, byte for byte.
+/// A GGUF file without tensors that holds the pairs of `file` (whose parsed header is `of`) that `keep` names, byte for
+/// byte.
 pub fn metadata_only(file: &[u8], of: &Gguf, keep: impl Fn(&str) -> bool) -> Vec<u8> {
     let kept: Vec<&Entry> = of.metadata.entries.iter().filter(|e| keep(&e.key)).collect();
     let mut out = b"GGUF".to_vec();
@@ -462,7 +466,8 @@ impl<'a> Reader<'a> {
             6 => Value::Floats(self.many(n, key, |b| f32::from_le_bytes(b).into())?),
             7 => Value::Bools((0..n).map(|_| self.bool(key)).collect::<Result<_, _>>()?),
             8 => Value::Strs((0..n).map(|_| self.string(usize::MAX, key)).collect::<Result<_, _>>()?),
-            // Nested arrays are legal and nobody writes them; the depth is bounded so that a hostile file cannot exhaust the stack.
+            // Nested arrays are legal and nobody writes them; the depth is bounded so that a hostile file cannot
+            // exhaust the stack.
             9 if depth < 4 => Value::Arrays((0..n).map(|_| self.list(key, depth + 1)).collect::<Result<_, _>>()?),
             9 => return fail(format!("metadata {key} nests arrays more than 4 deep")),
             10 => Value::Uints(self.many(n, key, u64::from_le_bytes)?),

@@ -1,7 +1,7 @@
 //! JSON that other programs wrote, read as Python's `json` reads it.
 //!
-//! A number that is not finite becomes an object ([`lacuna_base::json::strict`]): no reader takes it for a number, so a key that is read gives an
-//! error with its name, and one that is not does no harm.
+//! A number that is not finite becomes an object ([`lacuna_base::json::strict`]): no reader takes it for a number, so a
+//! key that is read gives an error with its name, and one that is not does no harm.
 
 use std::borrow::Cow;
 use std::path::Path;
@@ -74,7 +74,8 @@ pub(crate) fn read(path: &Path) -> Result<Value, OpenError> {
     parse(&bytes(path)?).map_err(|e| OpenError::bad(path, e))
 }
 
-/// What JSON says. The error is a sentence without the file's name; where the bytes are something else altogether, it says what.
+/// What JSON says. The error is a sentence without the file's name; where the bytes are something else altogether, it
+/// says what.
 pub fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, String> {
     let json = without_mark(json);
     let first = match serde_json::from_slice(json) {
@@ -87,7 +88,8 @@ pub fn parse<T: DeserializeOwned>(json: &[u8]) -> Result<T, String> {
     }
 }
 
-/// What keeps bytes from being read as JSON: that they are something else, where that is known, else what the parser says.
+/// What keeps bytes from being read as JSON: that they are something else, where that is known, else what the parser
+/// says.
 pub(crate) fn explain(json: &[u8], error: impl ToString) -> String {
     match content::of(json) {
         Content::Json | Content::Text | Content::Unknown => error.to_string(),

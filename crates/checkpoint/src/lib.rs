@@ -1,7 +1,7 @@
 //! Files in, files out: checkpoints of several formats opened as a [`Spec`](lacuna_spec::Spec) and weights by place.
 //!
-//! [`open`] takes a directory in the Hugging Face layout, a packed model, a `.gguf` or a `.safetensors` file. Files are mapped, never
-//! read whole, and everything in them is checked before it is believed.
+//! [`open`] takes a directory in the Hugging Face layout, a packed model, a `.gguf` or a `.safetensors` file. Files are
+//! mapped, never read whole, and everything in them is checked before it is believed.
 
 mod content;
 mod examine;

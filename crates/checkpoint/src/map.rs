@@ -12,7 +12,8 @@ use crate::OpenError;
 
 /// A whole file, mapped for reading.
 ///
-/// Whoever cuts the file short while it is mapped ends the process (the system's SIGBUS); no reader of mapped files can prevent that.
+/// Whoever cuts the file short while it is mapped ends the process (the system's SIGBUS); no reader of mapped files can
+/// prevent that.
 pub(crate) struct Mapped {
     pub path: PathBuf,
     map: Arc<Mmap>,
@@ -34,7 +35,8 @@ impl Mapped {
         if !file.metadata().map_err(io)?.is_file() {
             return Err(io(std::io::Error::other("not a file")));
         }
-        // SAFETY: the map is read-only and only ever seen as bytes, for which any value is valid; the file is not written by this process.
+        // SAFETY: the map is read-only and only ever seen as bytes, for which any value is valid; the file is not
+        // written by this process.
         let map = Arc::new(unsafe { Mmap::map(&file) }.map_err(io)?);
         let bytes = Bytes::from_owner(Owner(map.clone()));
         Ok(Mapped { path: path.to_owned(), map, bytes })

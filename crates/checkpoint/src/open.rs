@@ -114,8 +114,8 @@ enum Located {
 /// The list of a sharded checkpoint's tensors and files.
 const INDEX: &str = "model.safetensors.index.json";
 
-/// Opens a checkpoint: a directory (Hugging Face layout or packed), a GGUF file, or a safetensors file with its config.json beside it. Files are known
-/// by their bytes, whatever their names.
+/// Opens a checkpoint: a directory (Hugging Face layout or packed), a GGUF file, or a safetensors file with its
+/// config.json beside it. Files are known by their bytes, whatever their names.
 ///
 /// Afterwards every place of the network has its tensor, of the right shape and of a type that can be decoded.
 pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint, OpenError> {
@@ -123,8 +123,8 @@ pub fn open(path: impl AsRef<Path>) -> Result<Checkpoint, OpenError> {
     open_path(path, None).map_err(|e| if mendable(path).is_ok() { OpenError::Mendable(Box::new(e)) } else { e })
 }
 
-/// Opens a checkpoint as far as it can be: what [`open`] would refuse and can be gone around is in [`Checkpoint::problems`], and places
-/// without a usable tensor have none. To look at, not to run.
+/// Opens a checkpoint as far as it can be: what [`open`] would refuse and can be gone around is in
+/// [`Checkpoint::problems`], and places without a usable tensor have none. To look at, not to run.
 pub fn examine(path: impl AsRef<Path>) -> Result<Checkpoint, OpenError> {
     let mut c = open_path(path.as_ref(), Some(Vec::new()))?;
     c.look_around();
@@ -415,7 +415,8 @@ impl Checkpoint {
         self.fitted.as_ref().map(|f| (f.adapter.path(), f.merge))
     }
 
-    /// Everything that makes it differ from what its files hold alone, or from what they were written for: a sentence each.
+    /// Everything that makes it differ from what its files hold alone, or from what they were written for: a sentence
+    /// each.
     pub fn remarks(&self) -> Vec<String> {
         let mut out = self.quantized.as_ref().map_or_else(Vec::new, |q| q.notes.clone());
         out.extend(self.notes.iter().cloned());
@@ -450,7 +451,8 @@ impl Checkpoint {
         self.files.iter().map(|f| f.bytes().len() as u64).sum()
     }
 
-    /// Tensors that no place of the network uses; constants that some writers put beside the weights (masks, RoPE tables) apart.
+    /// Tensors that no place of the network uses; constants that some writers put beside the weights (masks, RoPE
+    /// tables) apart.
     pub fn unused(&self) -> Vec<&TensorInfo> {
         let used = self.used();
         let constant = |n: &str| {
@@ -474,7 +476,8 @@ impl Checkpoint {
         used
     }
 
-    /// The file that holds this checkpoint's GGUF metadata, where there is one: itself, or the packed model's `tokenizer.gguf`.
+    /// The file that holds this checkpoint's GGUF metadata, where there is one: itself, or the packed model's
+    /// `tokenizer.gguf`.
     pub(crate) fn gguf_file(&self) -> Result<Option<Bytes>, OpenError> {
         match self.kind {
             Kind::Gguf => Ok(self.files.first().map(|f| f.bytes().clone())),

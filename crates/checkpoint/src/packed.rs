@@ -1,7 +1,8 @@
 //! The packed model's config.json.
 //!
 //! A packed model is a directory of safetensors files whose tensors are named `<place>.<suffix>` (suffixes as in
-//! [`Stored::to_parts`](lacuna_format::Stored::to_parts)), a config.json with everything else, and the source's tokenizer files unchanged.
+//! [`Stored::to_parts`](lacuna_format::Stored::to_parts)), a config.json with everything else, and the source's
+//! tokenizer files unchanged.
 
 use std::collections::BTreeMap;
 
@@ -15,8 +16,8 @@ use crate::safetensors::{Unique, plain_name};
 /// The value of `format` by which a packed model is known.
 pub const FORMAT: &str = "lacuna-packed";
 
-/// The last version; later ones are refused. A model is written with the first version that has all that its matrices are made of
-/// ([`Descriptor::version`]), so that older programs read it where they can.
+/// The last version; later ones are refused. A model is written with the first version that has all that its matrices
+/// are made of ([`Descriptor::version`]), so that older programs read it where they can.
 pub const VERSION: u32 = 2;
 
 /// config.json of a packed model.

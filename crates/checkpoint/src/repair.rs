@@ -1,7 +1,8 @@
 //! Known breakages of checkpoints made by other programs: what is wrong, and the same model mended.
 //!
 //! - A `sparsity_config` left over beside dense weights: today's readers refuse it, and it says nothing.
-//! - More layers announced than there are: pruning took layers away and left the count, and lists with an entry for each layer, behind.
+//! - More layers announced than there are: pruning took layers away and left the count, and lists with an entry for
+//!   each layer, behind.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -29,7 +30,8 @@ fn fault(what: String) -> Fault {
     Fault { what }
 }
 
-/// What of the known breakages a checkpoint has. Nothing is said about files that this program cannot read at all: opening does that.
+/// What of the known breakages a checkpoint has. Nothing is said about files that this program cannot read at all:
+/// opening does that.
 pub fn diagnose(path: &Path) -> Result<Vec<Fault>, OpenError> {
     Ok(Broken::look(path)?.map_or_else(Vec::new, |b| b.faults()))
 }

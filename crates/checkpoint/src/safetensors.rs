@@ -1,7 +1,7 @@
 //! The header of a safetensors file and the index of a sharded checkpoint, parsed from untrusted bytes.
 //!
-//! Types and their sizes are those of the `safetensors` crate. The header is read here all the same: the crate lets a name stand twice,
-//! adds untrusted offsets unchecked, and its errors name neither tensor nor number.
+//! Types and their sizes are those of the `safetensors` crate. The header is read here all the same: the crate lets a
+//! name stand twice, adds untrusted offsets unchecked, and its errors name neither tensor nor number.
 
 use std::fmt;
 use std::marker::PhantomData;
@@ -50,7 +50,8 @@ enum Item {
     Text {},
 }
 
-/// Parses a whole file's bytes (mapped, usually): only the header is read. The error is a sentence without the file's name.
+/// Parses a whole file's bytes (mapped, usually): only the header is read. The error is a sentence without the file's
+/// name.
 pub fn parse(file: &[u8]) -> Result<Vec<TensorInfo>, String> {
     let Some((length, rest)) = file.split_first_chunk::<8>() else {
         return Err(format!("{} bytes are no safetensors file", file.len()));
@@ -120,7 +121,8 @@ fn tensor(name: String, entry: Entry, data: usize, at: usize) -> Result<TensorIn
     Ok(TensorInfo { name, shape: entry.shape, dtype, bytes: at + from..at + to })
 }
 
-/// Parses `model.safetensors.index.json`: pairs of a tensor's name and the file that holds it, a plain name beside the index.
+/// Parses `model.safetensors.index.json`: pairs of a tensor's name and the file that holds it, a plain name beside the
+/// index.
 pub fn parse_index(json: &[u8]) -> Result<Vec<(String, String)>, String> {
     #[derive(serde::Deserialize)]
     struct Index {

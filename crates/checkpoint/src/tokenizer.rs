@@ -1,9 +1,9 @@
 //! Text to token ids and back.
 //!
-//! One [`Tokenizer`] for both worlds: `tokenizer.json` of the Hugging Face layout is read by the `tokenizers` crate as it is, and the
-//! vocabulary inside a GGUF file is turned into the same kind of object in memory ([`Vocabulary`]), so that there is one encoder to trust.
-//! Decoding is our own, because a stream of tokens must give the same text as all of them at once: every token is a run of bytes, and the
-//! bytes are cut into text only where UTF-8 allows.
+//! One [`Tokenizer`] for both worlds: `tokenizer.json` of the Hugging Face layout is read by the `tokenizers` crate as
+//! it is, and the vocabulary inside a GGUF file is turned into the same kind of object in memory ([`Vocabulary`]), so
+//! that there is one encoder to trust. Decoding is our own, because a stream of tokens must give the same text as all
+//! of them at once: every token is a run of bytes, and the bytes are cut into text only where UTF-8 allows.
 
 mod bounds;
 mod compare;
@@ -29,7 +29,8 @@ pub use vocabulary::{TokenKind, Vocabulary};
 /// More ids than any vocabulary has; a file that asks for more is broken or hostile.
 const MAX_VOCAB: usize = 1 << 24;
 
-/// Tokens that end an answer, whatever the configuration forgot to say. They count only where the vocabulary marks them as special.
+/// Tokens that end an answer, whatever the configuration forgot to say. They count only where the vocabulary marks them
+/// as special.
 const END_TOKENS: [&str; 9] = [
     "<|im_end|>",
     "<end_of_turn>",
@@ -102,7 +103,8 @@ impl std::fmt::Debug for Tokenizer {
 }
 
 impl Tokenizer {
-    /// The tokenizer of an opened checkpoint: inside it where it came from a GGUF file, otherwise in the files beside the weights.
+    /// The tokenizer of an opened checkpoint: inside it where it came from a GGUF file, otherwise in the files beside
+    /// the weights.
     pub fn open(checkpoint: &Checkpoint) -> Result<Tokenizer, TokenizerError> {
         match checkpoint.metadata() {
             Some(metadata) => Tokenizer::from_gguf(metadata),
@@ -166,8 +168,9 @@ impl Tokenizer {
         })))
     }
 
-    /// The ids of `text`. `special`: with the tokens that the model expects around a text (usually a beginning token), as the tokenizer's own
-    /// configuration says. Special tokens written out in the text, such as `<|im_end|>`, become their ids in both cases.
+    /// The ids of `text`. `special`: with the tokens that the model expects around a text (usually a beginning token),
+    /// as the tokenizer's own configuration says. Special tokens written out in the text, such as `<|im_end|>`, become
+    /// their ids in both cases.
     pub fn encode(&self, text: &str, special: bool) -> Result<Vec<u32>, TokenizerError> {
         guarded(|| self.0.encoder.encode_fast(text, special))
             .map(|e| e.get_ids().to_vec())
@@ -180,7 +183,8 @@ impl Tokenizer {
         self.0.bound.is_some_and(|b| b.exceeded(text, tokens))
     }
 
-    /// The text of `ids`, without special tokens. An id that the vocabulary lacks gives nothing; bytes that are no UTF-8 give U+FFFD.
+    /// The text of `ids`, without special tokens. An id that the vocabulary lacks gives nothing; bytes that are no
+    /// UTF-8 give U+FFFD.
     pub fn decode(&self, ids: &[u32]) -> String {
         self.decoder().run(ids)
     }
@@ -205,7 +209,8 @@ impl Tokenizer {
         self.0.eos
     }
 
-    /// Every token that ends an answer, in ascending order: the main one, those of the generation settings, and the known ends of a turn.
+    /// Every token that ends an answer, in ascending order: the main one, those of the generation settings, and the
+    /// known ends of a turn.
     pub fn eos_set(&self) -> &[u32] {
         &self.0.eos_set
     }
@@ -239,8 +244,8 @@ impl Tokenizer {
     }
 }
 
-/// Calls the tokenizer library so that neither an error nor a panic inside it (it indexes by numbers from the file) reaches the user as more
-/// than a message.
+/// Calls the tokenizer library so that neither an error nor a panic inside it (it indexes by numbers from the file)
+/// reaches the user as more than a message.
 fn guarded<T>(call: impl FnOnce() -> tokenizers::Result<T>) -> Result<T, String> {
     match catch_unwind(AssertUnwindSafe(call)) {
         Ok(Ok(value)) => Ok(value),

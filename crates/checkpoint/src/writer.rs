@@ -1,16 +1,22 @@
 //! Writing a packed model: shard by shard, atomically, resumable.
 //!
-//! A model is written into `.NAME.partial` beside its destination. Whenever the process ends, the destination holds the old model whole or the
-//! new one whole, and what is unfinished can be gone on with by a run of the same identity and by no other. This is the order:
+//! A model is written into `.NAME.partial` beside its destination. Whenever the process ends, the destination holds the
+//! old model whole or the new one whole, and what is unfinished can be gone on with by a run of the same identity and
+//! by no other. This is the order:
 //!
-//! 1. The journal is written under another name, with the run's identity as its first line, brought to the disk and renamed. A directory
-//!    without a journal holds nothing to go on with. As long as the run lives it holds a lock on the journal.
-//! 2. Matrices go one after the other into a data file. The data are on the disk before the journal gets the line that says so.
-//! 3. A full data file is sealed: its header, known only now, is written into the room kept for it at the start; where that is too small, into a
-//!    new file with the data copied behind it. File and journal are on the disk before the file gets its name.
-//! 4. [`PackedWriter::finish`] gives sealed files their last names and adds the tokenizer's files and config.json; all is brought to the disk.
-//! 5. The directory comes into its place, journal and all. Where a model stood there, the two exchange their names at once; where the system has
-//!    no such call, the old one steps aside to `.NAME.old` first, and whoever next writes to the same place brings it back if need be.
+//! 1. The journal is written under another name, with the run's identity as its first line, brought to the disk and
+//!    renamed. A directory without a journal holds nothing to go on with. As long as the run lives it holds a lock on
+//!    the journal.
+//! 2. Matrices go one after the other into a data file. The data are on the disk before the journal gets the line that
+//!    says so.
+//! 3. A full data file is sealed: its header, known only now, is written into the room kept for it at the start; where
+//!    that is too small, into a new file with the data copied behind it. File and journal are on the disk before the
+//!    file gets its name.
+//! 4. [`PackedWriter::finish`] gives sealed files their last names and adds the tokenizer's files and config.json; all
+//!    is brought to the disk.
+//! 5. The directory comes into its place, journal and all. Where a model stood there, the two exchange their names at
+//!    once; where the system has no such call, the old one steps aside to `.NAME.old` first, and whoever next writes to
+//!    the same place brings it back if need be.
 //! 6. The parent directory is brought to the disk; the journal goes; the old model goes.
 //!
 //! A run that was killed goes on behind the journal's last line, and the result is the same to the last byte.
@@ -122,17 +128,18 @@ pub struct PackedWriter {
 const HEADER_ENTRY: u64 = 512;
 
 impl PackedWriter {
-    /// Begins a model at `out`; an earlier attempt at the same place is thrown away. An existing `out` is refused unless `overwrite`
-    /// is set, and even then unless it is a packed model itself.
+    /// Begins a model at `out`; an earlier attempt at the same place is thrown away. An existing `out` is refused
+    /// unless `overwrite` is set, and even then unless it is a packed model itself.
     pub fn create(out: &Path, overwrite: bool) -> Result<PackedWriter, SaveError> {
         PackedWriter::open(out, overwrite, false, &Value::Null, 0)
     }
 
-    /// As [`create`](PackedWriter::create); with `resume`, goes on after the last complete matrix of an interrupted run at `out`, where there
-    /// is one. `identity` is what must be equal for that: a run of another identity is refused.
+    /// As [`create`](PackedWriter::create); with `resume`, goes on after the last complete matrix of an interrupted run
+    /// at `out`, where there is one. `identity` is what must be equal for that: a run of another identity is refused.
     ///
-    /// Room for the header of `tensors` tensors is kept at the start of each data file, so that sealing it writes the header there instead of
-    /// copying all data behind a new one. It follows from what is compressed, and so is the same when a run goes on.
+    /// Room for the header of `tensors` tensors is kept at the start of each data file, so that sealing it writes the
+    /// header there instead of copying all data behind a new one. It follows from what is compressed, and so is the
+    /// same when a run goes on.
     pub fn open(
         out: &Path,
         overwrite: bool,
@@ -207,7 +214,8 @@ impl PackedWriter {
         let same = |a: &str, b: &str| Some(serde_json::from_str::<Head>(a).ok()? == serde_json::from_str(b).ok()?);
         if read == 0 || same(&text, head) != Some(true) {
             return Err(SaveError::Refused(format!(
-                "{}: was left by a run with another recipe, source, text, seed or version of this program; run without --resume to \
+                "{}: was left by a run with another recipe, source, text, seed or version of this program; run without \
+                 --resume to \
                  start anew",
                 self.dir.display()
             )));
@@ -414,8 +422,8 @@ impl PackedWriter {
         Ok(())
     }
 
-    /// Completes the model: every place of `spec` must have been put. Tokenizer files come from `source` unchanged; of a GGUF file its
-    /// tokenizer's metadata go into `tokenizer.gguf`.
+    /// Completes the model: every place of `spec` must have been put. Tokenizer files come from `source` unchanged; of
+    /// a GGUF file its tokenizer's metadata go into `tokenizer.gguf`.
     pub fn finish(
         mut self,
         spec: Spec,
@@ -516,7 +524,8 @@ pub(crate) fn beside(out: &Path, what: &str) -> Result<PathBuf, SaveError> {
     }
 }
 
-/// The folder in which a model for `out` waits to be gone on with after its run was interrupted. One in which no matrix is complete is taken away.
+/// The folder in which a model for `out` waits to be gone on with after its run was interrupted. One in which no matrix
+/// is complete is taken away.
 pub fn left_behind(out: &Path) -> Option<PathBuf> {
     let dir = partial(out).ok()?;
     // Its first line is the run's identity; each one more is a matrix.
@@ -542,7 +551,8 @@ fn lock(journal: &File, out: &Path) -> Result<(), SaveError> {
     }
 }
 
-/// Takes away what earlier runs left beside `out`: unfinished work, and an old model that stepped aside for the one that is there.
+/// Takes away what earlier runs left beside `out`: unfinished work, and an old model that stepped aside for the one
+/// that is there.
 pub(crate) fn clear(out: &Path) -> Result<(), SaveError> {
     let (dir, old) = (partial(out)?, beside(out, "old")?);
     if dir.exists() {

@@ -1,4 +1,5 @@
-//! A number that is not finite in a configuration: an error with the key's name where the key is read, no difference where it is not.
+//! A number that is not finite in a configuration: an error with the key's name where the key is read, no difference
+//! where it is not.
 
 use std::path::Path;
 

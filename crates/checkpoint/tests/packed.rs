@@ -19,7 +19,8 @@ fn tiny(name: &str) -> Checkpoint {
     open(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny").join(name)).unwrap()
 }
 
-/// Some tensors as they are, some as integers, some sparse, one of tables, some between maps, one of two terms, one of none.
+/// Some tensors as they are, some as integers, some sparse, one of tables, some between maps, one of two terms, one of
+/// none.
 fn compressed(c: &Checkpoint) -> Vec<(Place, Arc<Stored>)> {
     let pick = |place: Place| {
         let stored = c.get(&place).unwrap().unwrap();

@@ -1,4 +1,5 @@
-//! Chat templates against what `transformers` renders (tests/golden/templates.json), and on their way from checkpoint to checkpoint.
+//! Chat templates against what `transformers` renders (tests/golden/templates.json), and on their way from checkpoint
+//! to checkpoint.
 
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};

@@ -223,7 +223,8 @@ fn a_network_that_a_configuration_cannot_say_is_refused_by_layer() {
     assert!(arch::to_config(&spec).unwrap_err().what.contains("layer 1"));
 }
 
-/// transformers 5 runs a head that is stored beside the embedding and differs, whatever the configuration says, and either of two that are one.
+/// transformers 5 runs a head that is stored beside the embedding and differs, whatever the configuration says, and
+/// either of two that are one.
 #[test]
 fn a_head_that_is_said_to_be_the_embedding() {
     let copy = |head: Option<&str>| {

@@ -472,7 +472,8 @@ fn templates_from_directories() {
     assert!(missing.contains("chat_template.jinja"), "{missing}");
 }
 
-/// Lists that fit each other in no way at all: an answer or an error, never a panic, and what decodes at once decodes in a stream.
+/// Lists that fit each other in no way at all: an answer or an error, never a panic, and what decodes at once decodes
+/// in a stream.
 #[test]
 fn random_lists_never_panic() {
     use proptest::prelude::*;

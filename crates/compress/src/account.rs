@@ -54,7 +54,8 @@ pub enum CompressError {
     },
     /// The ceiling is below what the work needs.
     #[error(
-        "--max-ram {asked} is below the floor of this work, {floor} (the largest block with its statistics, one sequence, and what is \
+        "--max-ram {asked} is below the floor of this work, {floor} (the largest block with its statistics, one \
+         sequence, and what is \
          already in use); give at least {floor}"
     )]
     Memory {
@@ -120,7 +121,8 @@ pub struct TensorReport {
     pub codec: String,
     /// Fraction of exact zeros by pattern.
     pub sparsity: f64,
-    /// `‖(W - W') X‖² / ‖W X‖²` on the calibration text (without its statistics: of the weights alone); absent where nothing changed.
+    /// `‖(W - W') X‖² / ‖W X‖²` on the calibration text (without its statistics: of the weights alone); absent where
+    /// nothing changed.
     pub error: Option<f64>,
 }
 

@@ -1,4 +1,5 @@
-//! Activations of the calibration sequences between two blocks: in memory, or in a scratch file where a ceiling asks for it.
+//! Activations of the calibration sequences between two blocks: in memory, or in a scratch file where a ceiling asks
+//! for it.
 
 use std::fs::File;
 use std::io::{self, Read, Seek, SeekFrom, Write};
@@ -78,7 +79,8 @@ impl Activations {
 pub struct SpilledInputs(Vec<Activations>);
 
 impl SpilledInputs {
-    /// Room for sequences of `lens` tokens in a model of `layers` blocks. With `scratch`, in unnamed files in that directory.
+    /// Room for sequences of `lens` tokens in a model of `layers` blocks. With `scratch`, in unnamed files in that
+    /// directory.
     pub fn new(layers: usize, lens: &[usize], hidden: usize, scratch: Option<&Path>) -> io::Result<SpilledInputs> {
         let one = |_| Activations::new(lens.to_vec(), hidden, scratch);
         Ok(SpilledInputs((0..=layers).map(one).collect::<io::Result<_>>()?))

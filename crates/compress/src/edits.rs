@@ -61,7 +61,8 @@ impl Pending {
         Ok(())
     }
 
-    /// Refuses a list that does not lead to a network: every tensor must come out in the shape that the new description gives it.
+    /// Refuses a list that does not lead to a network: every tensor must come out in the shape that the new description
+    /// gives it.
     pub(crate) fn check(&self, overlay: &Overlay<'_>) -> Result<(), String> {
         let (old, new) = (&overlay.spec, self.spec.as_deref().unwrap_or(&overlay.spec));
         new.check().map_err(|e| e.what)?;

@@ -9,8 +9,8 @@ use lacuna_format::Stored;
 /// Rows looked at, spread evenly: as telling as all of them, and a small part of what the step itself costs.
 const ROWS: usize = 64;
 
-/// `‖(W - W') X‖² / ‖W X‖²` over evenly spread rows, where the Gram matrix is known; with its diagonal alone where only squares are, else
-/// `‖W - W'‖² / ‖W‖²`. 0 for zeros; `None` where nothing changed.
+/// `‖(W - W') X‖² / ‖W X‖²` over evenly spread rows, where the Gram matrix is known; with its diagonal alone where only
+/// squares are, else `‖W - W'‖² / ‖W‖²`. 0 for zeros; `None` where nothing changed.
 pub(crate) fn relative_error(before: &Arc<Stored>, after: &Arc<Stored>, stats: &Stats<'_>) -> Option<f64> {
     if Arc::ptr_eq(before, after) || before == after || before.rows != after.rows {
         return None;

@@ -8,8 +8,8 @@ use std::sync::OnceLock;
 use lacuna_checkpoint::Checkpoint;
 use sha2::{Digest, Sha256};
 
-/// The sha256 of the program that runs. Any change of the code changes it, whoever forgets to count versions up; where the program cannot
-/// be read, no other run has the same.
+/// The sha256 of the program that runs. Any change of the code changes it, whoever forgets to count versions up; where
+/// the program cannot be read, no other run has the same.
 pub fn revision() -> &'static str {
     static REVISION: OnceLock<String> = OnceLock::new();
     REVISION.get_or_init(|| {

@@ -1,9 +1,9 @@
 //! Recipe -> plan -> calibrate -> drive -> report.
 //!
-//! A recipe is parsed against a registry of methods and families handed over by the binary. The walk runs its model-wide steps first, then
-//! block after block: one forward of the uncompressed block gathers the statistics that the steps asked for, the block's matrices are
-//! edited, packed and written, and the outputs are computed anew from their stored form. Steps, statistics, edits and the lab of a search
-//! are known here, and no family or method by name.
+//! A recipe is parsed against a registry of methods and families handed over by the binary. The walk runs its
+//! model-wide steps first, then block after block: one forward of the uncompressed block gathers the statistics that
+//! the steps asked for, the block's matrices are edited, packed and written, and the outputs are computed anew from
+//! their stored form. Steps, statistics, edits and the lab of a search are known here, and no family or method by name.
 
 mod account;
 mod activations;
@@ -26,5 +26,5 @@ mod trials;
 pub use account::{CompressError, Options, Outcomes, Progress, Quiet, TensorReport};
 pub use drive::compress;
 pub use identity::{fingerprint, revision};
-pub use predict::{Form, Shaped, forms};
+pub use predict::{Planned, Shaped, forms};
 pub use recipe::{Calibration, Recipe, RecipeError, RecipeStep, Rest};

@@ -103,8 +103,9 @@ fn told(file: &str, key: &str) -> Option<u64> {
     Some(kb * 1024)
 }
 
-/// The largest block: its matrices decoded once as f32 and once more as new weights, its statistics, what the step that needs most takes
-/// for the matrices it works on at once, and the activations of one sequence inside the block; or the embedding being rewritten.
+/// The largest block: its matrices decoded once as f32 and once more as new weights, its statistics, what the step that
+/// needs most takes for the matrices it works on at once, and the activations of one sequence inside the block; or the
+/// embedding being rewritten.
 fn floor(spec: &Spec, recipe: &Recipe, seq_len: usize) -> u64 {
     let mut most = 0u64;
     let backward = !gradients_asked(spec, recipe).is_empty();
@@ -130,7 +131,8 @@ fn floor(spec: &Spec, recipe: &Recipe, seq_len: usize) -> u64 {
         let attn = layer.attn.as_ref().map_or(0, |a| (a.heads + 2 * a.kv_heads) * a.head_dim + a.heads * a.head_dim);
         let ffn = layer.ffn.as_ref().map_or(0, |f| 3 * f.width);
         let rows = seq_len as u64 * 4 * (5 * spec.hidden + attn.max(ffn) + attn) as u64;
-        // On the way back a block's gradients stand beside it, with two sums of each, and what its forward kept of one sequence.
+        // On the way back a block's gradients stand beside it, with two sums of each, and what its forward kept of one
+        // sequence.
         let back = if backward { 4 * 4 * weights + 6 * rows } else { 0 };
         most = most.max(2 * 4 * weights + (grams + scratch + rows).max(back));
     }

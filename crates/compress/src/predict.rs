@@ -1,4 +1,5 @@
-//! What a recipe will come to, before any of it is done: random matrices brought into the form that each place will have.
+//! What a recipe will come to, before any of it is done: random matrices packed as each place will
+//! have.
 
 use std::collections::HashMap;
 use std::sync::Arc;
@@ -17,7 +18,7 @@ const SAMPLE: usize = 1 << 22;
 
 /// A form that matrices of the model will have.
 #[derive(Clone)]
-pub struct Form {
+pub struct Planned {
     /// One of them: random values in that form, or an untouched matrix as it came.
     pub sample: Arc<Stored>,
     /// Rows of the matrix over rows of the sample.
@@ -32,12 +33,13 @@ pub struct Form {
     pub weights: u64,
 }
 
-/// The forms of all matrices of `source` after `recipe`, parts that it drops included. An error where a method refuses its own grid.
-pub fn forms(source: &dyn Weights, recipe: &Recipe) -> Result<Vec<Form>, CompressError> {
+/// The forms of all matrices of `source` after `recipe`, parts that it drops included. An error where a method refuses
+/// its own grid.
+pub fn forms(source: &dyn Weights, recipe: &Recipe) -> Result<Vec<Planned>, CompressError> {
     let spec = source.spec();
     recipe.check(spec)?;
     let mut known: HashMap<String, usize> = HashMap::new();
-    let mut out: Vec<Form> = Vec::new();
+    let mut out: Vec<Planned> = Vec::new();
     for place in spec.places() {
         let (Part::Weight, Some((rows, cols)), Some(used)) = (place.part, spec.shape(&place), uses(spec, &place))
         else {
@@ -56,7 +58,7 @@ pub fn forms(source: &dyn Weights, recipe: &Recipe) -> Result<Vec<Form>, Compres
                     None => sample(&place, &steps, rows, cols)?,
                 };
                 let touched = !kept;
-                out.push(Form { sample, scale, matrices: 0, used: 0.0, touched, weights: (rows * cols) as u64 });
+                out.push(Planned { sample, scale, matrices: 0, used: 0.0, touched, weights: (rows * cols) as u64 });
                 known.insert(key, out.len() - 1);
                 out.len() - 1
             }
@@ -81,15 +83,16 @@ fn uses(spec: &Spec, place: &Place) -> Option<f64> {
     }
 }
 
-/// Random weights in a network's shape, every matrix in the form that a recipe gives it: for clocks, which see bytes and not values.
+/// Random weights in a network's shape, every matrix in the form that a recipe gives it: for clocks, which see bytes
+/// and not values.
 pub struct Shaped {
     spec: Spec,
     tensors: HashMap<Place, Arc<Stored>>,
 }
 
 impl Shaped {
-    /// Weights for `spec`; f16 where no step of the recipe aims. Matrices of one form share their values. An error where a method refuses its
-    /// own grid, or a step drops or budgets whole parts, which takes a real model.
+    /// Weights for `spec`; f16 where no step of the recipe aims. Matrices of one form share their values. An error
+    /// where a method refuses its own grid, or a step drops or budgets whole parts, which takes a real model.
     pub fn new(spec: Spec, recipe: &Recipe) -> Result<Shaped, CompressError> {
         if let Some(step) = recipe.steps.iter().find(|s| s.is_model_wide()) {
             let what = "drops or budgets by what a real model does; random weights have nothing to say to it".into();

@@ -1,6 +1,7 @@
 //! Recipes: ordered steps in TOML, checked against the registry before anything runs.
 //!
-//! A step's own keys are its family's and its method's: they are made into a [`Step`] by the family and never looked at here.
+//! A step's own keys are its family's and its method's: they are made into a [`Step`] by the family and never looked at
+//! here.
 
 use std::collections::BTreeMap;
 

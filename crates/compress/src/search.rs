@@ -115,7 +115,8 @@ impl Database<'_> {
         Ok(block)
     }
 
-    /// Runs trials that agree on every layer before `layer`, whose activations are `x`: what they share is computed once.
+    /// Runs trials that agree on every layer before `layer`, whose activations are `x`: what they share is computed
+    /// once.
     fn descend(
         &self,
         group: &[&Assignment],
@@ -319,7 +320,8 @@ impl Walk<'_> {
         Ok(format!("chose {what} for {n} places: {shown} ({spent} trials{levels})"))
     }
 
-    /// One layer's matrices at each level of step `i`: by level, each place's tensor with its bytes and its relative error.
+    /// One layer's matrices at each level of step `i`: by level, each place's tensor with its bytes and its relative
+    /// error.
     fn at_levels(
         &mut self,
         i: usize,

@@ -35,7 +35,8 @@ fn journal(out: &Path, step: &str) -> PathBuf {
 }
 
 impl Trials {
-    /// For the search of `step` in a run of `identity`. With `resume`, what a run of the same identity measured is known.
+    /// For the search of `step` in a run of `identity`. With `resume`, what a run of the same identity measured is
+    /// known.
     pub(crate) fn open(out: &Path, resume: bool, identity: &Value, step: &str, most: usize) -> io::Result<Trials> {
         let path = journal(out, step);
         let head = json!({ "identity": identity }).to_string();

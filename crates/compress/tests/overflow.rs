@@ -1,4 +1,5 @@
-//! Weights that are no finite numbers, or that a form cannot say: what is saved decodes to finite numbers, or nothing is saved.
+//! Weights that are no finite numbers, or that a form cannot say: what is saved decodes to finite numbers, or nothing
+//! is saved.
 
 use std::fs;
 use std::path::{Path, PathBuf};

@@ -1,5 +1,5 @@
-//! Compressions stopped at each of their changes of files: what lies there afterwards is the old model whole, or the new one whole, or work that
-//! the same run goes on with to the same bytes and no other run takes over.
+//! Compressions stopped at each of their changes of files: what lies there afterwards is the old model whole, or the
+//! new one whole, or work that the same run goes on with to the same bytes and no other run takes over.
 
 use std::collections::BTreeMap;
 use std::fs;
@@ -71,7 +71,8 @@ impl Models {
         Models { source, home, all }
     }
 
-    /// Stops a run at change after change from the `first` on, where the old model stands already or not; how many changes a whole run makes.
+    /// Stops a run at change after change from the `first` on, where the old model stands already or not; how many
+    /// changes a whole run makes.
     fn stop_everywhere(&self, first: u64, old_stands: bool, exchange: bool) -> u64 {
         let [old, new, other] = &self.all;
         let mut absent = 0;

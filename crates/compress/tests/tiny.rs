@@ -465,7 +465,8 @@ fn an_error_gets_a_term_of_its_own() {
 /// Two levels of sparsity, searched by every listed search.
 fn searched(method: &str, extra: &str) -> String {
     format!(
-        "version = 1\n[[step]]\nname = \"search\"\nmethod = \"{method}\"\nkey = \"sparsity\"\nvalues = [0.25, 0.5, 0.75]\ntarget = 0.5\n\
+        "version = 1\n[[step]]\nname = \"search\"\nmethod = \"{method}\"\nkey = \"sparsity\"\nvalues = [0.25, 0.5, \
+         0.75]\ntarget = 0.5\n\
          tokens = 64\n{extra}\n[[step]]\nmethod = \"wanda\"\nsparsity = 0.1\n"
     )
 }

@@ -114,7 +114,8 @@ pub struct Method {
     pub card: Card,
     /// Names of its own parameters.
     pub keys: fn() -> &'static [&'static str],
-    /// Makes it from its own parameters (a JSON object; the family's keys are not among them). Unknown keys are refused.
+    /// Makes it from its own parameters (a JSON object; the family's keys are not among them). Unknown keys are
+    /// refused.
     pub make: fn(Value) -> Result<Made, MethodError>,
 }
 

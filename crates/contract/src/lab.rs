@@ -46,6 +46,7 @@ pub trait Lab {
     /// The levels of a slot, in the order of the values that vary.
     fn levels(&self, slot: usize) -> &[Level];
 
-    /// Measures assignments on the first `tokens` calibration tokens (at least one sequence). An error when the budget of trials is spent.
+    /// Measures assignments on the first `tokens` calibration tokens (at least one sequence). An error when the budget
+    /// of trials is spent.
     fn measure(&mut self, batch: &[Assignment], tokens: usize) -> Result<Vec<Outcome>, MethodError>;
 }

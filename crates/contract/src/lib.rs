@@ -1,8 +1,10 @@
-//! What a method is asked and what it answers; what a family does with the answers: traits and plain data, no code that computes.
+//! What a method is asked and what it answers; what a family does with the answers: traits and plain data, no code that
+//! computes.
 //!
-//! A *method* answers one question ([`Score`], [`Grid`], [`Solve`], ...) with plain data: it gets borrowed matrices and statistics and never
-//! sees files, kernels, threads, the network or the engine. A *family* is a recipe verb (prune, quantize, ...): from its keys and a method it
-//! makes a [`Step`], which turns answers into [`Edit`]s. The driver knows steps, statistics, edits and the [`Lab`], and no family by name.
+//! A *method* answers one question ([`Score`], [`Grid`], [`Solve`], ...) with plain data: it gets borrowed matrices and
+//! statistics and never sees files, kernels, threads, the network or the engine. A *family* is a recipe verb (prune,
+//! quantize, ...): from its keys and a method it makes a [`Step`], which turns answers into [`Edit`]s. The driver knows
+//! steps, statistics, edits and the [`Lab`], and no family by name.
 
 mod card;
 mod lab;

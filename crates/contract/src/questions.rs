@@ -52,14 +52,15 @@ impl GridAsk {
 
 /// Grid: which values may the weights of one group take?
 pub trait Grid: Send + Sync {
-    /// The grid for one group's `values` (those that pruning removed left out). Empty or all-zero values: any scale, exact zero kept.
+    /// The grid for one group's `values` (those that pruning removed left out). Empty or all-zero values: any scale,
+    /// exact zero kept.
     fn fit(&self, values: &[f32], ask: &GridAsk) -> Result<Affine, MethodError>;
 }
 
 /// Table: which values may the weights of one row or group take, evenly spaced or not?
 pub trait Table: Send + Sync {
-    /// `2^bits` values, rising, for `values` with their `importance` (as long as `values`, none negative, or empty: all the same). No values:
-    /// zeros.
+    /// `2^bits` values, rising, for `values` with their `importance` (as long as `values`, none negative, or empty: all
+    /// the same). No values: zeros.
     fn table(&self, values: &[f32], importance: &[f32], bits: u8) -> Result<Vec<f32>, MethodError>;
 
     /// The statistic `[out, in]` that says how much each weight matters; `None`: all the same.
@@ -171,12 +172,15 @@ pub struct Solved {
     pub aside: Vec<UnpackedPiece>,
 }
 
-/// How a solver's rounded answers differ in form from what it was asked: they are packed by it, and bytes are foretold from it.
+/// How a solver's rounded answers differ in form from what it was asked: they are packed by it, and bytes are foretold
+/// from it.
 #[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct RoundedForm {
-    /// How scales are written, where not as the grid's ask says; the scales answered are values that this codec keeps exactly.
+    /// How scales are written, where not as the grid's ask says; the scales answered are values that this codec keeps
+    /// exactly.
     pub scales: Option<ScaleCodec>,
-    /// The fraction of the weights that will lie in sparse terms aside, as far as that can be known before the weights are.
+    /// The fraction of the weights that will lie in sparse terms aside, as far as that can be known before the weights
+    /// are.
     pub aside: f64,
 }
 
@@ -193,7 +197,8 @@ pub trait Solve: Send + Sync {
 
 /// Factor: thin matrices instead of one.
 pub trait Factor: Send + Sync {
-    /// `(a, b)` with `a` `[out, rank]`, `b` `[rank, in]` and `a · b` near `w`, which is a matrix or the error of the terms so far.
+    /// `(a, b)` with `a` `[out, rank]`, `b` `[rank, in]` and `a · b` near `w`, which is a matrix or the error of the
+    /// terms so far.
     fn factor(&self, w: MatRef<'_>, stats: &Stats<'_>, rank: usize) -> Result<(Mat, Mat), MethodError>;
 }
 
@@ -224,7 +229,8 @@ pub struct StructureAsk<'a> {
     pub count: usize,
     /// Columns of `reader` that a unit writes; 0 for a whole part.
     pub width: usize,
-    /// The matrix that reads what the units write, `[hidden, count * width]`: `attn.o` or `ffn.down`. Absent for a whole part.
+    /// The matrix that reads what the units write, `[hidden, count * width]`: `attn.o` or `ffn.down`. Absent for a
+    /// whole part.
     pub reader: Option<MatRef<'a>>,
     /// The matrices that write it: for heads q, k, v, for channels gate (where there is one) and up.
     pub writers: &'a [MatRef<'a>],
@@ -258,7 +264,8 @@ pub trait Structure: Send + Sync {
 
 /// Basis: which change of axes first?
 pub trait Basis: Send + Sync {
-    /// Orthonormal columns, `[n, width]`, for rows whose mean outer product is `gram`, `[n, n]`: a row `x` becomes `x · basis`.
+    /// Orthonormal columns, `[n, width]`, for rows whose mean outer product is `gram`, `[n, n]`: a row `x` becomes
+    /// `x · basis`.
     fn basis(&self, gram: &Mat64, width: usize) -> Result<Mat64, MethodError>;
 }
 

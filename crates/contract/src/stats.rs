@@ -23,7 +23,8 @@ pub enum Ask {
     Similarity(Unit),
     /// The mean of `|G|` over sequences, `G` the gradient of one sequence's mean loss on the source, `[out, in]`.
     GradientAbsolute,
-    /// The mean of `G²` over sequences, `[out, in]`: the diagonal of the empirical Fisher matrix, a sample being a sequence.
+    /// The mean of `G²` over sequences, `[out, in]`: the diagonal of the empirical Fisher matrix, a sample being a
+    /// sequence.
     GradientSquares,
     /// The mean of `G` over sequences, `[out, in]`.
     GradientMean,

@@ -80,16 +80,19 @@ pub struct Work<'a> {
 
 /// A step that works on the matrices of one decoder block at a time.
 pub trait Local: Send + Sync {
-    /// Whether the matrices of a block compete, so that they must come together; else each comes alone, several at once in parallel.
+    /// Whether the matrices of a block compete, so that they must come together; else each comes alone, several at once
+    /// in parallel.
     fn together(&self) -> bool;
 
     /// Statistics that the step reads at a matrix.
     fn needs(&self, place: &Place) -> Vec<Ask>;
 
-    /// Refuses what a matrix of `shape` `(rows, cols)` does not allow, or what cannot come after `earlier`; says what the step leaves.
+    /// Refuses what a matrix of `shape` `(rows, cols)` does not allow, or what cannot come after `earlier`; says what
+    /// the step leaves.
     fn check(&self, shape: (usize, usize), earlier: &[Left]) -> Result<Left, MethodError>;
 
-    /// Brings a matrix of random values into the form that the step gives: bytes and speed are foretold from it. No statistics.
+    /// Brings a matrix of random values into the form that the step gives: bytes and speed are foretold from it. No
+    /// statistics.
     fn foretell(&self, sample: Unpacked, seed: u64) -> Result<Unpacked, MethodError>;
 
     /// Bytes that one matrix of `shape` takes while the step works on it, beside itself and its statistics.
@@ -111,7 +114,8 @@ pub trait ModelWide: Send + Sync {
     fn begin(&self, spec: &Spec) -> Result<Box<dyn Walker>, MethodError>;
 }
 
-/// What a model-wide step sees: at a visit the layer with its statistics, at the end the network as it was throughout, without any.
+/// What a model-wide step sees: at a visit the layer with its statistics, at the end the network as it was throughout,
+/// without any.
 pub trait LayerWork {
     /// The network.
     fn spec(&self) -> &Spec;
@@ -139,7 +143,8 @@ pub struct Finished {
     pub edits: Vec<Edit>,
     /// What was decided, for the report.
     pub note: String,
-    /// A walk that goes over the layers once more, with what this one learned and without statistics. Edits take effect after the last.
+    /// A walk that goes over the layers once more, with what this one learned and without statistics. Edits take effect
+    /// after the last.
     pub again: Option<Box<dyn Walker>>,
 }
 

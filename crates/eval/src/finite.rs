@@ -26,7 +26,8 @@ impl Watch {
         }
     }
 
-    /// The error of the model: what was seen first in block `layer`, for the token at `position` of sequence `sequence`.
+    /// The error of the model: what was seen first in block `layer`, for the token at `position` of sequence
+    /// `sequence`.
     pub fn error(self, weights: &dyn Weights, layer: usize, sequence: usize, position: usize) -> EvalError {
         let place = self.place.unwrap_or_else(|| "the sum of its parts".to_owned());
         let mine: Vec<Place> = weights.spec().places().into_iter().filter(|p| p.layer == Some(layer as u32)).collect();

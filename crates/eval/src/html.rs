@@ -11,19 +11,20 @@ pub struct Report {
     /// Its name.
     pub title: String,
     /// What it shows.
-    pub parts: Vec<Part>,
+    pub parts: Vec<Element>,
 }
 
 /// One part of a report. All text is plain; it is escaped here.
 #[derive(Clone, Debug)]
-pub enum Part {
+pub enum Element {
     /// A heading.
     Heading(String),
     /// A paragraph.
     Text(String),
     /// The answer, for a reader in a hurry.
     Answer(Answer),
-    /// A table; the first column and the last (words) to the left, the numbers between to the right. On a narrow page a row becomes a card.
+    /// A table; the first column and the last (words) to the left, the numbers between to the right. On a narrow page a
+    /// row becomes a card.
     Table(Table),
     /// Lines over the layers, one a series.
     Layers {
@@ -101,7 +102,8 @@ const STYLE: &str = "\
 :root{color-scheme:light dark;--ink:#1b1b1f;--paper:#fdfdfb;--faint:#8884;--yes:#1a7f3c;--no:#b3441e}\
 @media (prefers-color-scheme:dark){:root{--ink:#e4e4e0;--paper:#17181b;--yes:#5cc47f;--no:#f0936b}}\
 *{box-sizing:border-box}\
-body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:52rem;margin:2rem auto;padding:0 1rem}\
+body{font:16px/1.5 system-ui,sans-serif;color:var(--ink);background:var(--paper);max-width:52rem;margin:2rem \
+auto;padding:0 1rem}\
 h1{font-size:1.5rem;line-height:1.25;overflow-wrap:anywhere}h2{font-size:1.2rem;margin:2rem 0 .5rem}\
 .answer{border:2px solid var(--no);border-radius:.5rem;padding:.8rem 1rem}.answer.yes{border-color:var(--yes)}\
 .answer strong{font-size:1.5rem;color:var(--no)}.answer.yes strong{color:var(--yes)}.answer p{margin:.2rem 0 .8rem}\
@@ -126,7 +128,7 @@ impl Report {
     /// The whole file.
     pub fn html(&self) -> String {
         let title = escape(&self.title);
-        let body: String = self.parts.iter().map(Part::html).collect();
+        let body: String = self.parts.iter().map(Element::html).collect();
         format!(
             "<!DOCTYPE html>\n<html lang=\"en\">\n<head>\n<meta charset=\"utf-8\">\n\
              <meta name=\"viewport\" content=\"width=device-width, initial-scale=1\">\n<title>{title}</title>\n\
@@ -135,13 +137,13 @@ impl Report {
     }
 }
 
-impl Part {
+impl Element {
     fn html(&self) -> String {
         match self {
-            Part::Heading(t) => format!("<h2>{}</h2>\n", escape(t)),
-            Part::Text(t) => format!("<p>{}</p>\n", with_code(t)),
-            Part::Answer(a) => a.html(),
-            Part::Table(t) => {
+            Element::Heading(t) => format!("<h2>{}</h2>\n", escape(t)),
+            Element::Text(t) => format!("<p>{}</p>\n", with_code(t)),
+            Element::Answer(a) => a.html(),
+            Element::Table(t) => {
                 let head: String = t.head.iter().map(|c| format!("<th>{}</th>", escape(c))).collect();
                 let cell = |(i, c): (usize, &String)| {
                     let head = t.head.get(i).map_or("", String::as_str);
@@ -151,10 +153,10 @@ impl Part {
                 let rows: String = t.rows.iter().map(|r| format!("<tr>{}</tr>\n", row(r))).collect();
                 format!("<table>\n<thead>\n<tr>{head}</tr>\n</thead>\n<tbody>\n{rows}</tbody>\n</table>\n")
             }
-            Part::Layers { y, series } => figure(&legend(series), |area| layers(area, y, series)),
-            Part::Bars { y, bars } => figure("", |area| draw_bars(area, y, bars)),
-            Part::Scatter(points) => figure("Filled: the result. Hollow: baselines.", |area| scatter(area, points)),
-            Part::Samples(samples) => samples
+            Element::Layers { y, series } => figure(&legend(series), |area| layers(area, y, series)),
+            Element::Bars { y, bars } => figure("", |area| draw_bars(area, y, bars)),
+            Element::Scatter(points) => figure("Filled: the result. Hollow: baselines.", |area| scatter(area, points)),
+            Element::Samples(samples) => samples
                 .iter()
                 .map(|(who, prompt, text)| {
                     let (who, prompt, text) = (escape(who), escape(prompt), escape(text));
@@ -175,7 +177,8 @@ impl Answer {
         let (class, words, why) =
             (if self.yes { "answer yes" } else { "answer" }, escape(&self.words), escape(&self.why));
         format!(
-            "<section class=\"{class}\">\n<strong>{words}</strong>\n<p>{why}</p>\n<dl class=\"figures\">\n{figures}</dl>\n</section>\n"
+            "<section class=\"{class}\">\n<strong>{words}</strong>\n<p>{why}</p>\n<dl \
+             class=\"figures\">\n{figures}</dl>\n</section>\n"
         )
     }
 }
@@ -198,7 +201,8 @@ const SERIES: [RGBColor; 8] = [
     RGBColor(200, 60, 80),
 ];
 
-/// Pixels of a drawing. It is shown at up to 640 and down to some 370 across: letters of [`LETTERS`] can be read at both.
+/// Pixels of a drawing. It is shown at up to 640 and down to some 370 across: letters of [`LETTERS`] can be read at
+/// both.
 const CANVAS: (u32, u32) = (560, 380);
 const LETTERS: i32 = 16;
 
@@ -366,7 +370,8 @@ impl Rect {
     }
 }
 
-/// Where a label of so many pixels finds room near a point: beside it, else above or below, farther and farther away, inside the drawing.
+/// Where a label of so many pixels finds room near a point: beside it, else above or below, farther and farther away,
+/// inside the drawing.
 fn place(x: i32, y: i32, wide: i32, taken: &[Rect]) -> Rect {
     let (width, height) = (CANVAS.0 as i32, CANVAS.1 as i32);
     let at = |left: i32, top: i32| Rect { left, top, right: left + wide, bottom: top + LETTERS };
@@ -392,32 +397,32 @@ mod tests {
         Report {
             title: "Report of <script>alert(1)</script>".into(),
             parts: vec![
-                Part::Answer(Answer {
+                Element::Answer(Answer {
                     yes: true,
                     words: "It pays <b>".into(),
                     why: "Smaller & as good.".into(),
                     figures: vec![["size".into(), "90 MB".into(), "269 MB before".into()]],
                 }),
-                Part::Heading("Layers".into()),
-                Part::Text("Errors, layer by layer.".into()),
-                Part::Table(table),
-                Part::Layers {
+                Element::Heading("Layers".into()),
+                Element::Text("Errors, layer by layer.".into()),
+                Element::Table(table),
+                Element::Layers {
                     y: "relative error".into(),
                     series: vec![
                         ("wanda".into(), vec![0.1, 0.2, f64::NAN, 0.15]),
                         ("rtn".into(), vec![0.3, 0.2, 0.1, 0.2]),
                     ],
                 },
-                Part::Layers { y: "nothing".into(), series: vec![] },
-                Part::Bars { y: "tokens/s".into(), bars: vec![("dense".into(), 40.0), ("2:4".into(), 61.5)] },
-                Part::Scatter(vec![
+                Element::Layers { y: "nothing".into(), series: vec![] },
+                Element::Bars { y: "tokens/s".into(), bars: vec![("dense".into(), 40.0), ("2:4".into(), 61.5)] },
+                Element::Scatter(vec![
                     point("f16", 269_000_000, 15.1, true),
                     point("int8", 140_000_000, 15.11, true),
                     point("int4 & <sparse>", 90_000_000, 17.0, false),
                     point("broken", 90_000_000, f64::INFINITY, true),
                 ]),
-                Part::Scatter(vec![]),
-                Part::Samples(vec![("dense".into(), "Once".into(), " upon <a> time\u{0}".into())]),
+                Element::Scatter(vec![]),
+                Element::Samples(vec![("dense".into(), "Once".into(), " upon <a> time\u{0}".into())]),
             ],
         }
     }

@@ -11,7 +11,7 @@ mod texts;
 mod windows;
 
 pub use perplexity::{Against, Eval, Judged, Reference};
-pub use stream::Room;
+pub use stream::Means;
 pub use table::Table;
 pub use texts::{CALIBRATION, HELD_OUT, normal_lines};
 pub use windows::cut;

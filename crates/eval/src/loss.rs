@@ -1,7 +1,8 @@
 //! What a row of logits says: the negative log likelihood of a token, the divergence of two rows, the likeliest token.
 
-/// `exp(x)` for `x` in `[-87, 0]`, within 2 units in the last place; smaller values count as -87. Plain arithmetic that the compiler turns
-/// into vector instructions: a vocabulary of 262144 at every position is most of an evaluation's work after the network itself.
+/// `exp(x)` for `x` in `[-87, 0]`, within 2 units in the last place; smaller values count as -87. Plain arithmetic that
+/// the compiler turns into vector instructions: a vocabulary of 262144 at every position is most of an evaluation's
+/// work after the network itself.
 #[inline(always)]
 fn exp(x: f32) -> f32 {
     const ROUND: f32 = 12_582_912.0; // 1.5 * 2^23: adding it leaves the nearest whole number in the low bits

@@ -3,7 +3,7 @@
 use lacuna_format::Weights;
 use serde::Serialize;
 
-use crate::stream::{Room, Streams, must_spill, score, steps};
+use crate::stream::{Means, Streams, must_spill, score, steps};
 use crate::{EvalError, cut, loss};
 
 /// How to evaluate.
@@ -16,7 +16,7 @@ pub struct Eval<'a> {
     /// Begins each window with this token.
     pub bos: Option<u32>,
     /// How much memory may be used.
-    pub room: Room,
+    pub room: Means,
     /// Told how many of how many steps are done.
     pub progress: Option<&'a dyn Fn(usize, usize)>,
 }
@@ -55,7 +55,8 @@ pub struct Against {
     pub nll_dense: f64,
 }
 
-/// A dense model's answers on a text, kept for comparing models with it. Only its residual streams are kept: logits are made again in chunks.
+/// A dense model's answers on a text, kept for comparing models with it. Only its residual streams are kept: logits are
+/// made again in chunks.
 pub struct Reference<'w> {
     weights: &'w dyn Weights,
     windows: Vec<Vec<u32>>,

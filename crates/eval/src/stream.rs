@@ -1,5 +1,5 @@
-//! Many sequences through a network one block at a time: one block's weights in memory, every sequence's residual stream in one buffer,
-//! or in a scratch file where memory is short.
+//! Many sequences through a network one block at a time: one block's weights in memory, every sequence's residual
+//! stream in one buffer, or in a scratch file where memory is short.
 
 use std::fs::File;
 use std::io::{Read, Seek, SeekFrom, Write};
@@ -23,12 +23,13 @@ const LOGITS_BYTES: u64 = 64 << 20;
 
 /// How an evaluation computes: how much memory it may take, where it puts what does not fit, and how exactly.
 #[derive(Clone, Debug, Default)]
-pub struct Room {
+pub struct Means {
     /// Bytes, beside what the process held before. Absent: as many as it takes.
     pub max_ram: Option<u64>,
     /// The folder for a scratch file; absent: the system's folder for temporary files.
     pub scratch: Option<PathBuf>,
-    /// How activations meet integer codes; by default as they are, which judges the weights and not this machine's shortcuts.
+    /// How activations meet integer codes; by default as they are, which judges the weights and not this machine's
+    /// shortcuts.
     pub activations: Activations,
 }
 
@@ -39,7 +40,7 @@ enum Rows {
 }
 
 impl Rows {
-    fn new(len: usize, spill: bool, room: &Room) -> Result<Rows, EvalError> {
+    fn new(len: usize, spill: bool, room: &Means) -> Result<Rows, EvalError> {
         if !spill {
             return Ok(Rows::Memory(vec![0.0; len]));
         }
@@ -93,7 +94,7 @@ impl Streams {
         weights: &dyn Weights,
         sequences: &[Vec<u32>],
         spill: bool,
-        room: &Room,
+        room: &Means,
         step: &mut dyn FnMut(),
     ) -> Result<Streams, EvalError> {
         let spec = weights.spec();
@@ -195,8 +196,8 @@ fn release(weights: &dyn Weights, layer: usize) {
     places(weights, layer).iter().for_each(|p| weights.release(p));
 }
 
-/// What evaluating takes beside the residual streams: the largest block or the head, and a batch at work. An estimate from above for weights
-/// that kernels take as they are stored.
+/// What evaluating takes beside the residual streams: the largest block or the head, and a batch at work. An estimate
+/// from above for weights that kernels take as they are stored.
 pub fn floor_bytes(weights: &dyn Weights, sequences: &[Vec<u32>]) -> Result<u64, EvalError> {
     let spec = weights.spec();
     let stored = |p: &Place| -> Result<u64, EvalError> {
@@ -225,7 +226,7 @@ pub fn stream_bytes(weights: &dyn Weights, sequences: &[Vec<u32>]) -> u64 {
 }
 
 /// Whether the residual streams of all `nets` must leave memory; an error where even that does not help.
-pub fn must_spill(nets: &[&dyn Weights], sequences: &[Vec<u32>], room: &Room) -> Result<bool, EvalError> {
+pub fn must_spill(nets: &[&dyn Weights], sequences: &[Vec<u32>], room: &Means) -> Result<bool, EvalError> {
     let Some(max) = room.max_ram else { return Ok(false) };
     let mut floor = 0;
     for net in nets {
@@ -237,8 +238,8 @@ pub fn must_spill(nets: &[&dyn Weights], sequences: &[Vec<u32>], room: &Room) ->
     Ok(floor + nets.iter().map(|n| stream_bytes(*n, sequences)).sum::<u64>() > max)
 }
 
-/// Calls `f(i, logits)` for the `i`-th of the `wanted` rows with the logits that each network gives it, some rows at a time so that logits never
-/// take more than 64 MB; the results in the order of `wanted`.
+/// Calls `f(i, logits)` for the `i`-th of the `wanted` rows with the logits that each network gives it, some rows at a
+/// time so that logits never take more than 64 MB; the results in the order of `wanted`.
 pub fn score<T: Send>(
     nets: &mut [(&dyn Weights, &mut Streams)],
     wanted: &[usize],

@@ -2,10 +2,11 @@
 
 use crate::EvalError;
 
-/// The first `windows` windows of `ctx` tokens each, not overlapping. With `bos` each is BOS followed by `ctx - 1` tokens of the text.
+/// The first `windows` windows of `ctx` tokens each, not overlapping. With `bos` each is BOS followed by `ctx - 1`
+/// tokens of the text.
 ///
-/// `windows: None` takes all that fit. Fewer than asked for are an error that says how many there are: a number measured on less text than
-/// it claims is worth nothing.
+/// `windows: None` takes all that fit. Fewer than asked for are an error that says how many there are: a number
+/// measured on less text than it claims is worth nothing.
 pub fn cut(tokens: &[u32], ctx: usize, windows: Option<usize>, bos: Option<u32>) -> Result<Vec<Vec<u32>>, EvalError> {
     let fresh = ctx - usize::from(bos.is_some() && ctx > 0);
     if ctx < 2 || fresh == 0 {

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use lacuna_checkpoint::{Checkpoint, open};
 use lacuna_eval::tasks::{Exam, read};
-use lacuna_eval::{Eval, Room};
+use lacuna_eval::{Eval, Means};
 use lacuna_format::Weights;
 use lacuna_model::{Batch, ContiguousKv, Decoder, LoadOptions, NoTap};
 use serde_json::Value;
@@ -96,7 +96,7 @@ fn memory_and_company_change_no_bit() {
     assert_eq!(one.nll, all.window_nll[0]);
 
     let within = |max: u64, scratch: Option<PathBuf>| {
-        Eval { room: Room { max_ram: Some(max), scratch, ..Room::default() }, ..eval(32) }.judge(&tokens, &model)
+        Eval { room: Means { max_ram: Some(max), scratch, ..Means::default() }, ..eval(32) }.judge(&tokens, &model)
     };
     let error = within(1000, None).unwrap_err().to_string();
     assert!(error.contains("at least") && error.contains("1000"), "{error}");

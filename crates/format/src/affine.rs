@@ -3,14 +3,16 @@
 /// `value = scale * (code - zero)`.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Affine {
-    /// Distance of two neighbouring values; may be negative (symmetric grids put the signed extreme on the lowest code).
+    /// Distance of two neighbouring values; may be negative (symmetric grids put the signed extreme on the lowest
+    /// code).
     pub scale: f32,
     /// The code of the value 0.
     pub zero: u8,
 }
 
 impl Affine {
-    /// The code of `bits` bits whose value is nearest to `v` (halves to even, as hardware rounds). A zero scale maps all to `zero`.
+    /// The code of `bits` bits whose value is nearest to `v` (halves to even, as hardware rounds). A zero scale maps
+    /// all to `zero`.
     pub fn code(self, v: f32, bits: u8) -> u8 {
         if self.scale == 0.0 {
             return self.zero;

@@ -1,7 +1,7 @@
 //! Whether data fit their description. After a check that passes, nothing in decoding can run out of bounds.
 //!
-//! Lengths, starts, positions and scales are read; plain floats and the scales inside GGUF blocks are not, since no value of theirs can do
-//! more harm than itself, and reading them would pull a whole mapped file into memory.
+//! Lengths, starts, positions and scales are read; plain floats and the scales inside GGUF blocks are not, since no
+//! value of theirs can do more harm than itself, and reading them would pull a whole mapped file into memory.
 
 use half::{bf16, f16};
 

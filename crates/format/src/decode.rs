@@ -85,8 +85,9 @@ impl Zeros {
 }
 
 impl Values {
-    /// Stored values `start..start + out.len()`, those of row `r` at `columns` (`None`: at every column), before scales and zero points: a float
-    /// itself, an integer code (less its offset where it is symmetric), a table's entry, -1, 0 or 1.
+    /// Stored values `start..start + out.len()`, those of row `r` at `columns` (`None`: at every column), before scales
+    /// and zero points: a float itself, an integer code (less its offset where it is symmetric), a table's entry, -1, 0
+    /// or 1.
     fn levels(
         &self,
         (r, cols): (usize, usize),
@@ -229,9 +230,9 @@ impl Piece {
 }
 
 impl Stored {
-    /// Rows `from..to` of what is multiplied by, maps included, into `out`, `[to - from, cols]`, overwritten. Terms are added in their order; a
-    /// product's row is the sum over its rank, rising, in f32: the same bits for a row whatever the range. Maps of the output that mix rows make
-    /// all rows of their runs for any of them.
+    /// Rows `from..to` of what is multiplied by, maps included, into `out`, `[to - from, cols]`, overwritten. Terms are
+    /// added in their order; a product's row is the sum over its rank, rising, in f32: the same bits for a row whatever
+    /// the range. Maps of the output that mix rows make all rows of their runs for any of them.
     #[track_caller]
     pub fn decode_rows(&self, from: usize, to: usize, out: MatMut<'_>) {
         assert!(from <= to && to <= self.rows, "rows {from}..{to} of {}", self.rows);

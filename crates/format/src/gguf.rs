@@ -126,8 +126,8 @@ fn q8_0(b: &[u8], y: &mut [f32]) {
     }
 }
 
-/// 16 scale bytes (scale low, minimum high), 64 bytes of 2-bit codes, d, dmin. Codes of 128 values share 32 bytes, a pair of bits for each
-/// run of 32.
+/// 16 scale bytes (scale low, minimum high), 64 bytes of 2-bit codes, d, dmin. Codes of 128 values share 32 bytes, a
+/// pair of bits for each run of 32.
 fn q2_k(b: &[u8], y: &mut [f32]) {
     let (d, dmin) = (f16_at(b, 80), f16_at(b, 82));
     for (g, out) in y.chunks_exact_mut(16).enumerate() {
@@ -145,7 +145,8 @@ fn pair_bits(qs: &[u8], g: usize) -> (&[u8], usize) {
     (&qs[at..at + 16], g % 8 / 2 * 2)
 }
 
-/// 32 bytes of third bits, 64 bytes of 2-bit codes as in Q2_K, 12 bytes of sixteen 6-bit scales (offset 32), d. A third bit of 0 takes 4 off.
+/// 32 bytes of third bits, 64 bytes of 2-bit codes as in Q2_K, 12 bytes of sixteen 6-bit scales (offset 32), d. A third
+/// bit of 0 takes 4 off.
 fn q3_k(b: &[u8], y: &mut [f32]) {
     let (d, sc) = (f16_at(b, 108), &b[96..108]);
     for (g, out) in y.chunks_exact_mut(16).enumerate() {
@@ -171,7 +172,8 @@ fn scale_min(s: &[u8], j: usize) -> (f32, f32) {
     (f32::from(scale), f32::from(min))
 }
 
-/// d, dmin, 12 bytes of scales and minima, 128 bytes of 4-bit codes: 32 bytes hold a run of 32 in their low halves, the next in the high.
+/// d, dmin, 12 bytes of scales and minima, 128 bytes of 4-bit codes: 32 bytes hold a run of 32 in their low halves, the
+/// next in the high.
 fn q4_k(b: &[u8], y: &mut [f32]) {
     let (d, dmin) = (f16_at(b, 0), f16_at(b, 2));
     for (g, out) in y.chunks_exact_mut(32).enumerate() {
@@ -195,7 +197,8 @@ fn q5_k(b: &[u8], y: &mut [f32]) {
     }
 }
 
-/// 128 bytes of low halves, 64 bytes of upper pairs of bits, 16 signed scales, d. Each half of the block is 4 runs of 32.
+/// 128 bytes of low halves, 64 bytes of upper pairs of bits, 16 signed scales, d. Each half of the block is 4 runs of
+/// 32.
 fn q6_k(b: &[u8], y: &mut [f32]) {
     let d = f16_at(b, 208);
     for (g, out) in y.chunks_exact_mut(16).enumerate() {

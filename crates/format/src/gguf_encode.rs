@@ -1,16 +1,17 @@
 //! Encoding to GGUF block types, from the layouts' definition.
 //!
-//! The types of 32 take their scale from the extreme value. The K types (256 values: runs with small integer scales under one f16) are
-//! fitted: several spacings are tried for each run, each made better by least squares in turns with rounding, and the best is kept. Errors
-//! count more where a weight is large (`rms + |w|`), since those meet the largest products.
+//! The types of 32 take their scale from the extreme value. The K types (256 values: runs with small integer scales
+//! under one f16) are fitted: several spacings are tried for each run, each made better by least squares in turns with
+//! rounding, and the best is kept. Errors count more where a weight is large (`rms + |w|`), since those meet the
+//! largest products.
 
 use half::f16;
 
 use crate::GgufType;
 
 impl GgufType {
-    /// Encodes whole blocks; `None` for a type that Lacuna only reads. A scale beyond the range of f16 is clamped to the largest f16, so
-    /// that a finite input never decodes to infinities. Panics where `values` are not whole blocks.
+    /// Encodes whole blocks; `None` for a type that Lacuna only reads. A scale beyond the range of f16 is clamped to
+    /// the largest f16, so that a finite input never decodes to infinities. Panics where `values` are not whole blocks.
     #[track_caller]
     pub fn encode(self, values: &[f32]) -> Option<Vec<u8>> {
         let block: fn(&[f32], &mut Vec<u8>) = match self {

@@ -1,4 +1,5 @@
-//! The packed model's vocabulary: a stored matrix is a sum of terms, a term is made of pieces, a piece is a pattern x a codec.
+//! The packed model's vocabulary: a stored matrix is a sum of terms, a term is made of pieces, a piece is a pattern x a
+//! codec.
 //!
 //! - [`Pattern`]: where values are (dense, N:M, bitmask or shared-row mask, CSR, blocks).
 //! - [`Values`]: how a value is written (floats, grouped integers, codebook, ternary, every GGUF block type).
@@ -42,7 +43,7 @@ pub use pack_scales::pack_scales;
 pub use pattern::Pattern;
 pub use piece::{Piece, Stored, Term};
 pub use recode::IntRows;
-pub use serial::{Descriptor, Elem, GroupDesc, MapDesc, Part, PieceDesc, ScalesDesc, TablesDesc, TermDesc, ValuesDesc};
+pub use serial::{Descriptor, Elem, GroupDesc, MapDesc, Buffer, PieceDesc, ScalesDesc, TablesDesc, TermDesc, ValuesDesc};
 pub use unpacked::{Code, Layout, Unpacked, UnpackedPiece, UnpackedTerm};
 pub use values::{Float, Group, Owner, Scales, Tables, Values, Zeros};
 pub use weights::{Weights, WeightsError};

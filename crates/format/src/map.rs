@@ -1,7 +1,8 @@
 //! Maps at a matrix's ends: changes of axes that are cheap to apply.
 //!
-//! A matrix with maps is `y = Out_k( .. Out_1( W · In_k( .. In_1(x) ) ) )`: the maps of its input in their order, the sum `W` of its terms, the
-//! maps of its output in theirs. All are square. What it decodes to is the product of all of them, dense.
+//! A matrix with maps is `y = Out_k( .. Out_1( W · In_k( .. In_1(x) ) ) )`: the maps of its input in their order, the
+//! sum `W` of its terms, the maps of its output in theirs. All are square. What it decodes to is the product of all of
+//! them, dense.
 
 use bytes::Bytes;
 use lacuna_base::MatMut;
@@ -21,10 +22,12 @@ pub enum Map {
     Permutation(Bytes),
     /// `y[i] = d[i] * x[i]`. f32 or f16, `[n]`, finite.
     Diagonal(Float, Bytes),
-    /// Every run of `size` values is `y = H · (s ∘ x)`, `H` orthogonal: a matrix of 1 and -1 over `sqrt(size)`. `n` divides by `size`.
+    /// Every run of `size` values is `y = H · (s ∘ x)`, `H` orthogonal: a matrix of 1 and -1 over `sqrt(size)`. `n`
+    /// divides by `size`.
     ///
-    /// `size` is `h * 2^k` with `h` of 1, 12, 20, 28, 36 or 44 ([`hadamard_parts`]), and `H` the Kronecker product of `H_h` ([`hadamard_core`]) and
-    /// the Walsh matrix of `2^k`, whose entry `(i, j)` is -1 where `i & j` has an odd number of bits. So 3 x 128 is `size` 128 over 384 values.
+    /// `size` is `h * 2^k` with `h` of 1, 12, 20, 28, 36 or 44 ([`hadamard_parts`]), and `H` the Kronecker product of
+    /// `H_h` ([`hadamard_core`]) and the Walsh matrix of `2^k`, whose entry `(i, j)` is -1 where `i & j` has an odd
+    /// number of bits. So 3 x 128 is `size` 128 over 384 values.
     Hadamard {
         /// Values of a run.
         size: usize,
@@ -55,11 +58,13 @@ pub fn hadamard_parts(size: usize) -> Option<(usize, usize)> {
     }
 }
 
-/// The matrix of 1 and -1 of order 1, 12, 20, 28, 36 or 44, `[h, h]`, row-major, whose rows are orthogonal; panics for any other.
+/// The matrix of 1 and -1 of order 1, 12, 20, 28, 36 or 44, `[h, h]`, row-major, whose rows are orthogonal; panics for
+/// any other.
 ///
-/// Paley's: with `chi(a)` 1 for a square modulo the prime `q`, -1 for any other and 0 for 0, `Q[i, j] = chi(i - j)`. For 12, 20, 44 (`q` = 11, 19,
-/// 43): `H = I + S`, where `S` has 1 in its first row and -1 in its first column, 0 where they meet, and `Q` in the rest. For 28, 36 (`q` = 13, 17):
-/// `C` has 1 in its first row and column, 0 where they meet, and `Q` in the rest; `H = [[C + I, C - I], [C - I, -C - I]]`.
+/// Paley's: with `chi(a)` 1 for a square modulo the prime `q`, -1 for any other and 0 for 0, `Q[i, j] = chi(i - j)`.
+/// For 12, 20, 44 (`q` = 11, 19, 43): `H = I + S`, where `S` has 1 in its first row and -1 in its first column, 0 where
+/// they meet, and `Q` in the rest. For 28, 36 (`q` = 13, 17): `C` has 1 in its first row and column, 0 where they meet,
+/// and `Q` in the rest; `H = [[C + I, C - I], [C - I, -C - I]]`.
 pub fn hadamard_core(h: usize) -> Vec<i8> {
     let (q, two) = match h {
         1 => return vec![1],
@@ -190,8 +195,8 @@ enum Open {
 }
 
 impl Open {
-    /// Applies the map, or with `transposed` its transpose, to values `first..` of it, each a row of `width`: `v` is `[values, width]`, whole runs
-    /// (all values for a permutation).
+    /// Applies the map, or with `transposed` its transpose, to values `first..` of it, each a row of `width`: `v` is
+    /// `[values, width]`, whole runs (all values for a permutation).
     fn apply(&self, first: usize, v: &mut [f32], width: usize, transposed: bool) {
         let row = |i: usize| i * width..(i + 1) * width;
         let scale = |v: &mut [f32], by: &[f32]| {
@@ -224,7 +229,8 @@ impl Open {
     }
 }
 
-/// Every of the `n` rows of `v`, `[n, width]`, becomes the sum over `j`, rising, of `m[i, j]`, or `m[j, i]`, times row `j`.
+/// Every of the `n` rows of `v`, `[n, width]`, becomes the sum over `j`, rising, of `m[i, j]`, or `m[j, i]`, times row
+/// `j`.
 fn mix(v: &mut [f32], n: usize, width: usize, m: &[f32], transposed: bool) {
     let from = v.to_vec();
     for (i, v) in v.chunks_exact_mut(width).enumerate() {
@@ -255,7 +261,8 @@ fn rotate(v: &mut [f32], (h, m): (usize, usize), core: &[f32], width: usize, tra
     v.iter_mut().for_each(|v| *v *= by);
 }
 
-/// The values that values `from..to` behind each of these maps come of, whole runs of it, and in the end `from..to` themselves.
+/// The values that values `from..to` behind each of these maps come of, whole runs of it, and in the end `from..to`
+/// themselves.
 fn reaches(maps: &[Map], from: usize, to: usize, n: usize) -> Vec<(usize, usize)> {
     let mut out = vec![(from, to)];
     for map in maps.iter().rev() {
@@ -270,7 +277,8 @@ fn reaches(maps: &[Map], from: usize, to: usize, n: usize) -> Vec<(usize, usize)
 }
 
 impl Stored {
-    /// The same matrix between maps: `input` before it and `output` behind it, each in the order in which they are applied.
+    /// The same matrix between maps: `input` before it and `output` behind it, each in the order in which they are
+    /// applied.
     pub fn with_maps(self, input: Vec<Map>, output: Vec<Map>) -> Stored {
         Stored { input, output, ..self }
     }

@@ -1,8 +1,9 @@
 //! From plain data to pieces, and what each pattern would cost.
 //!
-//! A mask says what stays. Positions that a pattern stores and the mask drops (padding of N:M runs, rows that share a mask or a block) hold
-//! exact zeros. Only finite numbers are packed. A scale too large for its codec is an error; one too small becomes 0, the nearest value
-//! there is, so that its group decodes to zeros (at f16: values below 2^-25 times the largest code).
+//! A mask says what stays. Positions that a pattern stores and the mask drops (padding of N:M runs, rows that share a
+//! mask or a block) hold exact zeros. Only finite numbers are packed. A scale too large for its codec is an error; one
+//! too small becomes 0, the nearest value there is, so that its group decodes to zeros (at f16: values below 2^-25
+//! times the largest code).
 
 use bytes::Bytes;
 use half::{bf16, f16};
@@ -52,8 +53,8 @@ pub enum ScaleCodec {
     F32,
     /// IEEE half.
     F16,
-    /// Integers of `bits` bits over an f16 scale and minimum for every `per` scales of a row: those of least squares found from the smallest and
-    /// the largest value on, each value at its nearest code.
+    /// Integers of `bits` bits over an f16 scale and minimum for every `per` scales of a row: those of least squares
+    /// found from the smallest and the largest value on, each value at its nearest code.
     Int {
         /// 2 to 8.
         bits: u8,
@@ -147,8 +148,8 @@ pub fn pack_integers(
     finish(rows, cols, pattern, values)
 }
 
-/// Packs grouped integers whose zero points are any numbers, `[rows, groups]`, written as `codec` says; `q` has none of its own. Positions that a
-/// pattern stores and the mask drops are refused where no code is worth 0.
+/// Packs grouped integers whose zero points are any numbers, `[rows, groups]`, written as `codec` says; `q` has none of
+/// its own. Positions that a pattern stores and the mask drops are refused where no code is worth 0.
 pub fn pack_integers_off(
     q: &Integers,
     zeros: &Mat,
@@ -194,8 +195,8 @@ pub fn pack_integers_off(
     finish(rows, cols, pattern, values)
 }
 
-/// Packs codes into tables, `[rows, cols]`, whose entries are written in `float` (f32 or f16, rounded to nearest). Where the pattern stores what
-/// the mask drops, that value's table needs an entry of 0.
+/// Packs codes into tables, `[rows, cols]`, whose entries are written in `float` (f32 or f16, rounded to nearest).
+/// Where the pattern stores what the mask drops, that value's table needs an entry of 0.
 pub fn pack_codebook(
     (rows, cols): (usize, usize),
     q: &Codebook,
@@ -273,8 +274,8 @@ pub fn pack_ternary(
     finish(rows, cols, pattern, Values::Ternary { codes: pack_trits(&codes).into(), scales, group: q.group.clone() })
 }
 
-/// Bytes of a matrix's values and indices under a pattern, at `bits` bits a value (scales apart: they are the same under every pattern).
-/// `None` where the mask or the shape does not allow the pattern.
+/// Bytes of a matrix's values and indices under a pattern, at `bits` bits a value (scales apart: they are the same
+/// under every pattern). `None` where the mask or the shape does not allow the pattern.
 pub fn exact_bytes(kind: PatternKind, mask: &Mask, bits: f64) -> Option<u64> {
     let (rows, cols) = (mask.rows(), mask.cols());
     let (count, index) = match kind {
@@ -300,8 +301,8 @@ pub fn exact_bytes(kind: PatternKind, mask: &Mask, bits: f64) -> Option<u64> {
     (!starts || count <= u32::MAX as usize).then(|| (count as f64 * bits / 8.0).ceil() as u64 + index as u64)
 }
 
-/// The pattern of fewest exact bytes among those that the mask allows: dense, the usual N:M, masks of each row or shared by 8, 16 or 32, CSR,
-/// and `blocks` of `(height, width)` where given. The first of equals, in this order.
+/// The pattern of fewest exact bytes among those that the mask allows: dense, the usual N:M, masks of each row or
+/// shared by 8, 16 or 32, CSR, and `blocks` of `(height, width)` where given. The first of equals, in this order.
 pub fn cheapest_pattern(mask: &Mask, bits: f64, blocks: Option<(usize, usize)>) -> PatternKind {
     let runs = [(1, 2), (1, 4), (2, 4), (3, 4), (1, 8), (2, 8), (4, 8), (6, 8), (4, 16), (8, 16), (16, 32)];
     let kinds = [PatternKind::Dense].into_iter();
@@ -396,7 +397,8 @@ impl FloatWriter {
     }
 }
 
-/// The nearest of a table of rising values, as sign and code; ties go to the even code, as everywhere in IEEE arithmetic.
+/// The nearest of a table of rising values, as sign and code; ties go to the even code, as everywhere in IEEE
+/// arithmetic.
 fn eight_bits(table: &[f32], v: f32) -> u8 {
     let up = table.partition_point(|&x| x < v.abs()).min(table.len() - 1);
     let down = up.saturating_sub(1);

@@ -55,8 +55,8 @@ fn grid_code(v: f32, (min, step): (f32, f32), top: f32) -> u8 {
     if step == 0.0 { 0 } else { ((v - min) / step).round().clamp(0.0, top) as u8 }
 }
 
-/// A grid, minimum and step as f16 has them, on which `run` has least square error of those met: from the first on, by turns the nearest codes and
-/// the grid of least squares for these codes, as long as that helps.
+/// A grid, minimum and step as f16 has them, on which `run` has least square error of those met: from the first on, by
+/// turns the nearest codes and the grid of least squares for these codes, as long as that helps.
 fn nearest_grid(run: &[f32], first: (f32, f32), top: f32) -> (f32, f32) {
     let half = |(min, step): (f64, f64)| (f16::from_f64(min).to_f32(), f16::from_f64(step).to_f32());
     let lost = |grid: (f32, f32)| -> f64 {

@@ -9,8 +9,8 @@ use bytes::Bytes;
 pub enum Pattern {
     /// Every entry.
     Dense,
-    /// `n` of every `m` consecutive columns of a row (`cols` divides by `m`). Positions within their run, `ceil(log2 m)` bits each,
-    /// rising; one stream, least significant bit first, without padding between rows.
+    /// `n` of every `m` consecutive columns of a row (`cols` divides by `m`). Positions within their run,
+    /// `ceil(log2 m)` bits each, rising; one stream, least significant bit first, without padding between rows.
     Nm {
         /// Kept of each run.
         n: u8,
@@ -19,14 +19,16 @@ pub enum Pattern {
         /// Packed positions.
         index: Bytes,
     },
-    /// A bit for every column, shared by `height` consecutive rows (1: a mask for each row; the last group may have fewer rows).
+    /// A bit for every column, shared by `height` consecutive rows (1: a mask for each row; the last group may have
+    /// fewer rows).
     Mask {
         /// Rows that share a mask: 1, 8, 16 or 32 are usual.
         height: usize,
         /// `[ceil(rows / height), ceil(cols / 8)]`; bit `i` of byte `j` is column `8j + i`.
         bits: Bytes,
-        /// u32 little-endian, `[ceil(rows / height) + 1]`: kept columns of all mask rows before this one. Every row under mask row `g` has
-        /// `k = starts[g+1] - starts[g]` values, and row `r` begins at value `height * starts[g] + (r - g * height) * k`.
+        /// u32 little-endian, `[ceil(rows / height) + 1]`: kept columns of all mask rows before this one. Every row
+        /// under mask row `g` has `k = starts[g+1] - starts[g]` values, and row `r` begins at value
+        /// `height * starts[g] + (r - g * height) * k`.
         starts: Bytes,
     },
     /// Compressed rows.
@@ -36,8 +38,9 @@ pub enum Pattern {
         /// Columns, rising within a row: u16 little-endian where `cols <= 65536`, else u32.
         columns: Bytes,
     },
-    /// Dense blocks of `height x width`, compressed by block rows. `rows` divides by `height` and `cols` by `width`. Values lie row by row
-    /// like everywhere: row `r` holds `width` values of each block of its block row, left to right.
+    /// Dense blocks of `height x width`, compressed by block rows. `rows` divides by `height` and `cols` by `width`.
+    /// Values lie row by row like everywhere: row `r` holds `width` values of each block of its block row, left to
+    /// right.
     Blocks {
         /// Rows of a block.
         height: usize,

@@ -26,7 +26,8 @@ pub enum Term {
     Product(Piece, Piece),
 }
 
-/// A matrix as it is stored: the sum of its terms, `[rows, cols]`, between the maps of its ends ([`Map`]). A vector is a matrix of one row.
+/// A matrix as it is stored: the sum of its terms, `[rows, cols]`, between the maps of its ends ([`Map`]). A vector is
+/// a matrix of one row.
 #[derive(Clone, Debug, PartialEq)]
 pub struct Stored {
     /// Rows (outputs).
@@ -35,7 +36,8 @@ pub struct Stored {
     pub cols: usize,
     /// The summands; none means all zeros.
     pub terms: Vec<Term>,
-    /// Maps of what is multiplied, `[cols]`, in the order in which they are applied; at most [`MOST_MAPS`](crate::MOST_MAPS).
+    /// Maps of what is multiplied, `[cols]`, in the order in which they are applied; at most
+    /// [`MOST_MAPS`](crate::MOST_MAPS).
     pub input: Vec<Map>,
     /// Maps of the result, `[rows]`, likewise.
     pub output: Vec<Map>,

@@ -19,8 +19,8 @@ pub struct IntRows<'a> {
 }
 
 impl Stored {
-    /// The integers behind this matrix, where it is one piece of them whose zero points are codes (positions that its pattern leaves out get the
-    /// code of zero).
+    /// The integers behind this matrix, where it is one piece of them whose zero points are codes (positions that its
+    /// pattern leaves out get the code of zero).
     pub fn integers(&self) -> Option<IntRows<'_>> {
         let piece = self.single()?;
         let (bits, group, symmetric) = match &piece.values {
@@ -83,8 +83,8 @@ impl IntRows<'_> {
         }
     }
 
-    /// Row `r` as blocks of `kind` (Q4_0, Q5_0 or Q8_0) with the same values to the last bit; `None` where they cannot be had so: zero points,
-    /// groups that blocks of 32 do not divide, more bits, or a scale that is no f16.
+    /// Row `r` as blocks of `kind` (Q4_0, Q5_0 or Q8_0) with the same values to the last bit; `None` where they cannot
+    /// be had so: zero points, groups that blocks of 32 do not divide, more bits, or a scale that is no f16.
     pub fn row_as_blocks(&self, r: usize, kind: GgufType) -> Option<Vec<u8>> {
         let bits = match kind {
             GgufType::Q4_0 => 4,

@@ -1,10 +1,10 @@
 //! A stored matrix as a small description and named buffers, and back.
 //!
-//! Suffixes follow from the description alone. A piece's buffers are
-//! `values` (floats), `blocks` (GGUF), `codes`, `table`, `scales`, `scale_codes`, `super_scales`, `super_mins`, `zeros` (`zero_` before the
-//! names of scales where they are encoded so), `group_index`,
-//! and of its pattern `positions`, `mask`, `starts`, `columns`. A product puts `left.` and `right.` before them; the second, third...
-//! term `t1.`, `t2.`... The maps of the input put `in0.`, `in1.`... before `index`, `diagonal`, `signs` or `matrix`, those of the output `out0.`...
+//! Suffixes follow from the description alone. A piece's buffers are `values` (floats), `blocks` (GGUF), `codes`,
+//! `table`, `scales`, `scale_codes`, `super_scales`, `super_mins`, `zeros` (`zero_` before the names of scales where
+//! they are encoded so), `group_index`, and of its pattern `positions`, `mask`, `starts`, `columns`. A product puts
+//! `left.` and `right.` before them; the second, third... term `t1.`, `t2.`... The maps of the input put `in0.`,
+//! `in1.`... before `index`, `diagonal`, `signs` or `matrix`, those of the output `out0.`...
 
 use bytes::Bytes;
 use serde::{Deserialize, Serialize};
@@ -54,7 +54,7 @@ impl From<Float> for Elem {
 
 /// One buffer: a tensor named `<place>.<suffix>`.
 #[derive(Clone, Debug, PartialEq)]
-pub struct Part {
+pub struct Buffer {
     /// Its name behind the place's.
     pub suffix: String,
     /// Element type.
@@ -95,8 +95,8 @@ pub enum MapDesc {
 }
 
 impl Descriptor {
-    /// The first version of the packed format that has all of this: 2 for a codebook's tables that are not one of f32, for zero points
-    /// that are no codes, and for maps.
+    /// The first version of the packed format that has all of this: 2 for a codebook's tables that are not one of f32,
+    /// for zero points that are no codes, and for maps.
     pub fn version(&self) -> u32 {
         let newer = |p: &PieceDesc| match &p.values {
             ValuesDesc::Codebook { tables, .. } => !tables.is_first(),
@@ -215,7 +215,7 @@ fn prefix(term: usize) -> String {
 
 impl Stored {
     /// The description and every buffer. The matrix must pass [`Stored::check`].
-    pub fn to_parts(&self) -> (Descriptor, Vec<Part>) {
+    pub fn to_parts(&self) -> (Descriptor, Vec<Buffer>) {
         let mut parts = Vec::new();
         let terms = self.terms.iter().enumerate().map(|(i, term)| match term {
             Term::Piece(p) => TermDesc::Piece(write_piece(p, &prefix(i), &mut parts)),
@@ -231,7 +231,8 @@ impl Stored {
         (Descriptor { rows: self.rows, cols: self.cols, terms, input, output }, parts)
     }
 
-    /// Puts a matrix together; `get` gives the element type, shape and bytes of the buffer of a suffix. Everything is checked.
+    /// Puts a matrix together; `get` gives the element type, shape and bytes of the buffer of a suffix. Everything is
+    /// checked.
     pub fn from_parts(
         desc: &Descriptor,
         mut get: impl FnMut(&str) -> Option<(Elem, Vec<usize>, Bytes)>,
@@ -271,10 +272,10 @@ impl Stored {
     }
 }
 
-fn write_maps(maps: &[Map], end: &str, n: usize, parts: &mut Vec<Part>) -> Vec<MapDesc> {
+fn write_maps(maps: &[Map], end: &str, n: usize, parts: &mut Vec<Buffer>) -> Vec<MapDesc> {
     let of = |(i, map): (usize, &Map)| {
         let mut put = |suffix: &str, elem: Elem, shape: Vec<usize>, bytes: &Bytes| {
-            parts.push(Part { suffix: format!("{end}{i}.{suffix}"), elem, shape, bytes: bytes.clone() });
+            parts.push(Buffer { suffix: format!("{end}{i}.{suffix}"), elem, shape, bytes: bytes.clone() });
         };
         match map {
             Map::Permutation(index) => {
@@ -323,9 +324,9 @@ fn read_maps(maps: &[MapDesc], end: &str, take: Take<'_>) -> Result<Vec<Map>, Fo
 
 // Writing and reading name the buffers of a piece in one order: `from_parts` compares shapes by place.
 
-fn write_piece(p: &Piece, prefix: &str, parts: &mut Vec<Part>) -> PieceDesc {
+fn write_piece(p: &Piece, prefix: &str, parts: &mut Vec<Buffer>) -> PieceDesc {
     let mut put = |suffix: &str, elem: Elem, shape: &[usize], bytes: &Bytes| {
-        parts.push(Part { suffix: format!("{prefix}{suffix}"), elem, shape: shape.to_vec(), bytes: bytes.clone() });
+        parts.push(Buffer { suffix: format!("{prefix}{suffix}"), elem, shape: shape.to_vec(), bytes: bytes.clone() });
     };
     let index = |limit: usize| if index_width(limit) == 2 { Elem::U16 } else { Elem::U32 };
     match &p.pattern {

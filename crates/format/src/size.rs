@@ -199,8 +199,8 @@ impl Stored {
         if n == 0.0 { 0.0 } else { self.bytes() as f64 * 8.0 / n }
     }
 
-    /// Fraction of entries that no term stores, so that they are zeros by pattern. A dense piece or a product stores every entry, and maps that mix
-    /// values leave no zeros by pattern.
+    /// Fraction of entries that no term stores, so that they are zeros by pattern. A dense piece or a product stores
+    /// every entry, and maps that mix values leave no zeros by pattern.
     pub fn sparsity(&self) -> f64 {
         if !self.input.iter().chain(&self.output).all(Map::moves_only) {
             return 0.0;
@@ -232,8 +232,8 @@ impl Stored {
         if entries == 0.0 { 0.0 } else { 1.0 - stored as f64 / entries }
     }
 
-    /// A short name for people: `int4 g64`, `int4 g32 + csr f16`, `lowrank 96 (int8 row)`, `zero` for no terms; with its maps
-    /// `int4 g32, in diagonal, hadamard 128, out permutation`.
+    /// A short name for people: `int4 g64`, `int4 g32 + csr f16`, `lowrank 96 (int8 row)`, `zero` for no terms; with
+    /// its maps `int4 g32, in diagonal, hadamard 128, out permutation`.
     pub fn codec_name(&self) -> String {
         let mut name = match &self.terms[..] {
             [] => "zero".into(),

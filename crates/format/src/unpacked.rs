@@ -157,7 +157,8 @@ impl Unpacked {
         sum
     }
 
-    /// Packs every term. Floats that f16 cannot say are written as `wide`. Errors name the row, the column and the number.
+    /// Packs every term. Floats that f16 cannot say are written as `wide`. Errors name the row, the column and the
+    /// number.
     pub fn pack(&self, wide: Float) -> Result<Stored, FormatError> {
         let (rows, cols) = self.shape();
         let terms = self.terms().map(|t| t.pack(wide)).collect::<Result<_, _>>()?;

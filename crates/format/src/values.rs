@@ -34,17 +34,17 @@ impl Float {
 
 /// The values of a piece, in the order of its pattern: row by row, and within a row by rising column.
 ///
-/// Packed codes of `bits` bits form one stream, least significant bit first, without padding between rows: the code of the piece's `i`-th
-/// stored value starts at bit `i * bits`. A grouped codec's group is found from a value's *column in the matrix* (so a sparse row and a
-/// dense one share the same scales), through [`Group`].
+/// Packed codes of `bits` bits form one stream, least significant bit first, without padding between rows: the code of
+/// the piece's `i`-th stored value starts at bit `i * bits`. A grouped codec's group is found from a value's *column in
+/// the matrix* (so a sparse row and a dense one share the same scales), through [`Group`].
 #[derive(Clone, Debug, PartialEq)]
 pub enum Values {
     /// Floats as they are.
     Float(Float, Bytes),
     /// `value = scale[row, group] * (code - zero[row, group])`.
     ///
-    /// Without `zeros` the code is read as `code - 2^(bits-1)`: symmetric, stored with that offset. SpQR is 3 bits in groups of 16, scales and
-    /// [`Zeros::Real`] both in [`Scales::Int`] of 3 bits over runs of 16 of them.
+    /// Without `zeros` the code is read as `code - 2^(bits-1)`: symmetric, stored with that offset. SpQR is 3 bits in
+    /// groups of 16, scales and [`Zeros::Real`] both in [`Scales::Int`] of 3 bits over runs of 16 of them.
     Int {
         /// 2 to 8.
         bits: u8,
@@ -57,7 +57,8 @@ pub enum Values {
         /// Which columns share a scale.
         group: Group,
     },
-    /// `value = scale[row, group] * table[code]`; without scales `value = table[code]`. The table is the one of the value's [`Owner`].
+    /// `value = scale[row, group] * table[code]`; without scales `value = table[code]`. The table is the one of the
+    /// value's [`Owner`].
     Codebook {
         /// 1 to 8; a table has `2^bits` entries.
         bits: u8,
@@ -68,7 +69,8 @@ pub enum Values {
         /// `[rows, groups]` with the group they count in.
         scales: Option<(Scales, Group)>,
     },
-    /// -1, 0 or 1 times `scale[row, group]`; five to a byte in base 3, first value least significant, digit = value + 1; one stream.
+    /// -1, 0 or 1 times `scale[row, group]`; five to a byte in base 3, first value least significant, digit = value +
+    /// 1; one stream.
     Ternary {
         /// `ceil(n / 5)` bytes for `n` stored values.
         codes: Bytes,
@@ -160,7 +162,8 @@ impl Tables {
         Tables { owner: Owner::Matrix, float: Float::F32, bytes }
     }
 
-    /// The tables that row `r` chooses from, `[in_row, 2^bits]`, into `out` (overwritten). They must have passed a check.
+    /// The tables that row `r` chooses from, `[in_row, 2^bits]`, into `out` (overwritten). They must have passed a
+    /// check.
     pub fn row(&self, r: usize, cols: usize, bits: u8, out: &mut Vec<f32>) {
         let n = self.owner.in_row(cols) << bits;
         let first = if self.owner == Owner::Matrix { 0 } else { r * n };
@@ -168,7 +171,8 @@ impl Tables {
         self.float.decode(&self.bytes[first * self.float.bytes()..(first + n) * self.float.bytes()], out);
     }
 
-    /// Bytes of the tables of a `[rows, cols]` matrix with codes of `bits` bits, in f32 or f16; `None` beyond the range of `usize`.
+    /// Bytes of the tables of a `[rows, cols]` matrix with codes of `bits` bits, in f32 or f16; `None` beyond the range
+    /// of `usize`.
     pub fn exact_bytes(owner: Owner, float: Float, bits: u8, (rows, cols): (usize, usize)) -> Option<usize> {
         owner.count(rows, cols)?.checked_mul(float.bytes())?.checked_mul(1 << bits)
     }

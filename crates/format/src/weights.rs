@@ -11,8 +11,8 @@ pub trait Weights: Send + Sync {
     /// The network these weights belong to.
     fn spec(&self) -> &Spec;
 
-    /// The tensor at `place` as it is stored, its buffers mapped rather than copied where the file allows. `None` where the network has
-    /// no such tensor. Vectors are `[1, n]`.
+    /// The tensor at `place` as it is stored, its buffers mapped rather than copied where the file allows. `None` where
+    /// the network has no such tensor. Vectors are `[1, n]`.
     fn get(&self, place: &Place) -> Result<Option<Arc<Stored>>, WeightsError>;
 
     /// Says that the tensor at `place` will not be needed for a while: its mapped pages may leave memory.

@@ -70,7 +70,7 @@ proptest! {
         prop_assert!(parts.iter().all(|p| p.shape.iter().product::<usize>() * p.elem.bytes() == p.bytes.len()));
         prop_assert_eq!(parts.iter().map(|p| p.bytes.len() as u64).sum::<u64>(), s.bytes());
         let desc: Descriptor = serde_json::from_str(&serde_json::to_string(&desc).unwrap()).unwrap();
-        let map: HashMap<String, Part> = parts.into_iter().map(|p| (p.suffix.clone(), p)).collect();
+        let map: HashMap<String, Buffer> = parts.into_iter().map(|p| (p.suffix.clone(), p)).collect();
         prop_assert_eq!(map.values().map(|p| p.bytes.len() as u64).sum::<u64>(), s.bytes(), "names are unique");
         let get = |n: &str| map.get(n).map(|p| (p.elem, p.shape.clone(), p.bytes.clone()));
         prop_assert_eq!(&Stored::from_parts(&desc, get).unwrap(), &s);
@@ -116,7 +116,7 @@ proptest! {
         if rng.below(4) == 0 {
             desc.cols = if rng.below(2) == 0 { rng.u64() as usize } else { desc.cols + 1 };
         }
-        let map: HashMap<String, Part> = parts.into_iter().map(|p| (p.suffix.clone(), p)).collect();
+        let map: HashMap<String, Buffer> = parts.into_iter().map(|p| (p.suffix.clone(), p)).collect();
         let read = Stored::from_parts(&desc, |n| map.get(n).map(|p| (p.elem, p.shape.clone(), p.bytes.clone())));
         if let Ok(s) = read
             && s.rows.saturating_mul(s.cols) < 1 << 20
@@ -285,8 +285,8 @@ fn plain_rounding_stays_within_half_a_step() {
         codec.decode(&bytes, &mut back);
         for (w, b) in w.data().chunks(32).zip(back.chunks(32)) {
             let top = w.iter().fold(0.0f32, |t, x| t.max(x.abs()));
-            // Half a step and what rounding the scale to f16 moves the extreme by; Q4_0's far end has only 7 steps, so what lies opposite
-            // the extreme may be off by a whole one.
+            // Half a step and what rounding the scale to f16 moves the extreme by; Q4_0's far end has only 7 steps, so
+            // what lies opposite the extreme may be off by a whole one.
             let bound = if codec == GgufType::Q8_0 { 0.57 } else { 1.01 } * top / levels;
             assert!(w.iter().zip(b).all(|(x, y)| (x - y).abs() <= bound));
         }

@@ -1,7 +1,8 @@
-//! The baselines: plain rounding of the same source to 8, 6, 5, 4 and 3 bits, f16, the source as it came, and a table of word frequencies.
+//! The baselines: plain rounding of the same source to 8, 6, 5, 4 and 3 bits, f16, the source as it came, and a table
+//! of word frequencies.
 //!
-//! Rounded files and losses are made once and kept in a cache, for the source's files as they are and the program as it is: of another
-//! revision nothing is taken, since its rounding, its kernels or its evaluation may be others.
+//! Rounded files and losses are made once and kept in a cache, for the source's files as they are and the program as it
+//! is: of another revision nothing is taken, since its rounding, its kernels or its evaluation may be others.
 
 use std::collections::HashMap;
 use std::path::{Path, PathBuf};
@@ -90,7 +91,8 @@ const BITS: [u8; 5] = [8, 6, 5, 4, 3];
 fn recipe(bits: u8) -> String {
     let step = |name: &str, targets: &str, bits: u8| {
         format!(
-            "[[step]]\nname = \"{name}\"\nmethod = \"rtn\"\ntargets = [{targets}]\nbits = {bits}\ngroup = 32\nsymmetric = true\nscale = \"f16\"\n"
+            "[[step]]\nname = \"{name}\"\nmethod = \"rtn\"\ntargets = [{targets}]\nbits = {bits}\ngroup = \
+             32\nsymmetric = true\nscale = \"f16\"\n"
         )
     };
     format!(
@@ -128,8 +130,8 @@ fn bytes(weights: &dyn Weights) -> Result<u64, WeightsError> {
     Ok(sum)
 }
 
-/// The loss of a table of token frequencies of the calibration text (each count plus one), f16: what a model that reads nothing of the context
-/// reaches. A compressed model that is no better is worth no more than its two bytes a word.
+/// The loss of a table of token frequencies of the calibration text (each count plus one), f16: what a model that reads
+/// nothing of the context reaches. A compressed model that is no better is worth no more than its two bytes a word.
 pub fn frequencies(calibration: &[u32], held_out: &[u32], vocab: usize) -> Measured {
     let mut counts: HashMap<u32, u64> = HashMap::new();
     for t in calibration {

@@ -1,10 +1,12 @@
-//! This machine's cost table: how long it takes to multiply one row of activations with a matrix in each form, and what a token of a model takes
-//! beside its products. It grows as forms and models are met.
+//! This machine's cost table: how long it takes to multiply one row of activations with a matrix in each form, and what
+//! a token of a model takes beside its products. It grows as forms and models are met.
 //!
-//! On machines that others use too, speeds change by half within a minute. So a product is not kept in seconds but in the bytes that plain 4-bit
-//! products read meanwhile, the two measured in turn, and a forecast names the pace that it is for.
+//! On machines that others use too, speeds change by half within a minute. So a product is not kept in seconds but in
+//! the bytes that plain 4-bit products read meanwhile, the two measured in turn, and a forecast names the pace that it
+//! is for.
 //!
-//! A model that a cache holds is read from there, many times as fast as from memory. So all of it is measured at the model's own [`Footprint`].
+//! A model that a cache holds is read from there, many times as fast as from memory. So all of it is measured at the
+//! model's own [`Footprint`].
 
 use std::collections::BTreeMap;
 use std::hint::black_box;
@@ -21,7 +23,8 @@ use crate::footprint::Footprint;
 use crate::gate::middle;
 use crate::speed::{Hold, Pace, time_decode};
 
-/// How long, and how often at least, they are passed over. The middle pass counts: a token's products meet the machine as it is, not at its best.
+/// How long, and how often at least, they are passed over. The middle pass counts: a token's products meet the machine
+/// as it is, not at its best.
 const LONG: Duration = Duration::from_secs(3);
 const PASSES: usize = 15;
 /// Copies of one matrix at the most.
@@ -65,7 +68,8 @@ impl Forecast {
 }
 
 impl CostTable {
-    /// The table of the cache at `cache`, empty where there is none. A broken file is begun anew; what other kernels took is forgotten.
+    /// The table of the cache at `cache`, empty where there is none. A broken file is begun anew; what other kernels
+    /// took is forgotten.
     pub fn open(cache: &Path) -> CostTable {
         let path = cache.join("costs.json");
         let costs: BTreeMap<String, f64> =
@@ -75,8 +79,8 @@ impl CostTable {
         CostTable { path, costs, pace: None }
     }
 
-    /// Bytes that plain 4-bit products read while one row goes through all of `p` with 8-bit activations, as `generate` runs it. What the table does
-    /// not know is measured, all in turn, as a token meets them.
+    /// Bytes that plain 4-bit products read while one row goes through all of `p` with 8-bit activations, as `generate`
+    /// runs it. What the table does not know is measured, all in turn, as a token meets them.
     pub fn products(&mut self, p: &Products<'_>) -> Result<f64, FormatError> {
         self.learn(&[p])?;
         Ok(p.forms.iter().map(|(stored, times)| self.costs[&key(stored, p.footprint)] * times).sum())
@@ -102,8 +106,9 @@ impl CostTable {
         Ok(())
     }
 
-    /// Seconds of one token beside its products (attention, norms, activations, whatever threads wait for), which `model` takes in any form: what it
-    /// is timed at as it is, less the time of its products, `products` in bytes. Measured where the table does not know; the model is loaded for it.
+    /// Seconds of one token beside its products (attention, norms, activations, whatever threads wait for), which
+    /// `model` takes in any form: what it is timed at as it is, less the time of its products, `products` in bytes.
+    /// Measured where the table does not know; the model is loaded for it.
     pub fn beside(&mut self, model: &Checkpoint, footprint: Footprint, products: f64) -> Result<f64, RunError> {
         let spec = model.spec();
         let (layers, hidden, vocab) = (spec.layers.len(), spec.hidden, spec.vocab);
@@ -157,8 +162,9 @@ fn kernels() -> String {
     format!(", {}, kernels {}", env!("CARGO_PKG_VERSION"), lacuna_kernels::REVISION)
 }
 
-/// What one product of each form takes, in bytes at the pace before and after a pass: the middle of several passes over copies of the matrices, as
-/// many of each as its share of a token's products, in turn, and together as many bytes as the footprint.
+/// What one product of each form takes, in bytes at the pace before and after a pass: the middle of several passes over
+/// copies of the matrices, as many of each as its share of a token's products, in turn, and together as many bytes as
+/// the footprint.
 fn measure(forms: &[(&Stored, f64)], footprint: Footprint, pace: &Pace) -> Result<Vec<f64>, FormatError> {
     let packing = Packing { activations: Activations::Int8, ..Packing::default() };
     let firsts = forms.iter().map(|f| Linear::pack_with(f.0, &packing)).collect::<Result<Vec<_>, _>>()?;

@@ -9,7 +9,8 @@ const BEYOND: u64 = 64 << 20;
 /// Memory that measuring takes at the most.
 const MOST: u64 = 1 << 30;
 
-/// Bytes that one token after the other reads. Up to what is beyond every cache they are told apart by a fifth; all above are one.
+/// Bytes that one token after the other reads. Up to what is beyond every cache they are told apart by a fifth; all
+/// above are one.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Footprint {
     bytes: u64,

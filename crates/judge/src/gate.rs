@@ -24,7 +24,8 @@ pub struct Speed {
     pub median: f64,
     /// Largest minus smallest, over the median.
     pub spread: f64,
-    /// Bytes a second that plain 4-bit products read between each run's tokens, the middle run: how fast the machine was.
+    /// Bytes a second that plain 4-bit products read between each run's tokens, the middle run: how fast the machine
+    /// was.
     pub pace: f64,
 }
 
@@ -81,9 +82,10 @@ pub struct Verdict {
     pub against: Vec<Against>,
 }
 
-/// Judges `result` by the rule of the house: against every baseline whose loss is no more than 0.01 nat above its own it must be at least 3%
-/// smaller or 5% faster, and no more than 1% worse in the other. A difference in speed within the measured spread is no difference. Where
-/// speeds were not taken, bytes alone count. A loss that is no number never pays.
+/// Judges `result` by the rule of the house: against every baseline whose loss is no more than 0.01 nat above its own
+/// it must be at least 3% smaller or 5% faster, and no more than 1% worse in the other. A difference in speed within
+/// the measured spread is no difference. Where speeds were not taken, bytes alone count. A loss that is no number never
+/// pays.
 pub fn judge(result: &Measured, baselines: &[Measured]) -> Verdict {
     let against: Vec<Against> = baselines.iter().map(|b| compare(result, b)).collect();
     let pays = result.loss.is_finite() && against.iter().all(|a| !a.competes || a.beaten);

@@ -1,4 +1,5 @@
-//! Does an omission pay? Baselines made once from the same source, measured on the same text and clock, and the rule that compares.
+//! Does an omission pay? Baselines made once from the same source, measured on the same text and clock, and the rule
+//! that compares.
 
 mod baselines;
 mod cost;

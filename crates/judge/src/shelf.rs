@@ -1,8 +1,9 @@
-//! Where baselines lie between two runs: `baselines/KEY` in the cache, a set for each source and each revision of the program.
+//! Where baselines lie between two runs: `baselines/KEY` in the cache, a set for each source and each revision of the
+//! program.
 //!
-//! One run at a time makes baselines of a set; others that want the same wait and find them made. As long as a run uses a set it stays. Whoever
-//! opens a set takes others away: those that nobody used for [`MAX_AGE`], and the longest unused while all together take more than
-//! [`MAX_BYTES`].
+//! One run at a time makes baselines of a set; others that want the same wait and find them made. As long as a run uses
+//! a set it stays. Whoever opens a set takes others away: those that nobody used for [`MAX_AGE`], and the longest
+//! unused while all together take more than [`MAX_BYTES`].
 
 use std::fs::{self, File, TryLockError};
 use std::io;
@@ -89,8 +90,8 @@ fn same(_: &File, _: &Path) -> bool {
     true
 }
 
-/// Takes sets away, those longest unused first, until the bounds hold. One that is used stays; what cannot be removed now is tried again next
-/// time.
+/// Takes sets away, those longest unused first, until the bounds hold. One that is used stays; what cannot be removed
+/// now is tried again next time.
 fn evict(root: &Path, max_bytes: u64, now: SystemTime) {
     let mut sets = Vec::new();
     for entry in fs::read_dir(root).into_iter().flatten().flatten() {
@@ -113,7 +114,8 @@ fn evict(root: &Path, max_bytes: u64, now: SystemTime) {
     }
 }
 
-/// Removes a set; false where somebody uses it. It loses its name first: a removal that is cut short leaves nothing that looks whole.
+/// Removes a set; false where somebody uses it. It loses its name first: a removal that is cut short leaves nothing
+/// that looks whole.
 fn take_away(root: &Path, set: &Path) -> io::Result<bool> {
     let used = open(set, USED)?;
     match used.try_lock() {

@@ -22,9 +22,9 @@ const READING: u64 = 8 << 20;
 /// Tokens of a run between two readings of the pace, at the most: it changes within a tenth of a second.
 const STRETCH: usize = 4;
 
-/// What tells how fast the machine is at a moment: plain 4-bit matrices, multiplied one after the other, as many bytes of them as a model's
-/// footprint. Where others use memory and caches too, speeds change by half within a minute, and those of models with this one, far more closely
-/// than with that of a mere reading.
+/// What tells how fast the machine is at a moment: plain 4-bit matrices, multiplied one after the other, as many bytes
+/// of them as a model's footprint. Where others use memory and caches too, speeds change by half within a minute, and
+/// those of models with this one, far more closely than with that of a mere reading.
 pub(crate) struct Pace {
     matrices: Vec<Linear>,
     passes: usize,
@@ -72,7 +72,8 @@ impl Pace {
     }
 }
 
-/// Bytes that timing models of so many bytes takes in memory beside them: what tells the pace at each of their footprints.
+/// Bytes that timing models of so many bytes takes in memory beside them: what tells the pace at each of their
+/// footprints.
 fn timing_bytes(stored: &[u64]) -> u64 {
     let mut footprints: Vec<Footprint> = Vec::new();
     for f in stored.iter().map(|&bytes| Footprint::of(bytes)) {
@@ -93,10 +94,11 @@ pub enum Hold {
 }
 
 impl Hold {
-    /// How models of `stored` bytes go into `room` bytes of memory (without a number: all together), where `used` are taken. Where not even
-    /// the largest alone does, the bytes that it would take.
+    /// How models of `stored` bytes go into `room` bytes of memory (without a number: all together), where `used` are
+    /// taken. Where not even the largest alone does, the bytes that it would take.
     pub fn within(room: Option<u64>, used: u64, stored: &[u64]) -> Result<Hold, u64> {
-        // A model is there twice for a moment, mapped and repacked, block by block; a quarter covers padding and the block.
+        // A model is there twice for a moment, mapped and repacked, block by block; a quarter covers padding and the
+        // block.
         let timing = timing_bytes(stored);
         let need = |bytes: u64| used.saturating_add(timing).saturating_add(bytes.saturating_add(bytes / 4));
         let all = need(stored.iter().fold(0, |a, b| a.saturating_add(*b)));
@@ -109,9 +111,10 @@ impl Hold {
     }
 }
 
-/// Decode speeds of several models, medians of `rounds` runs of each: a round is one run of every model in turn, and each has a run before that
-/// does not count. Alternating keeps a machine that drifts from favouring one of them, and the pace is read all through each run. In memory are all
-/// models, or the one that runs and no other, as `hold` says; the latter loads each anew for each of its runs.
+/// Decode speeds of several models, medians of `rounds` runs of each: a round is one run of every model in turn, and
+/// each has a run before that does not count. Alternating keeps a machine that drifts from favouring one of them, and
+/// the pace is read all through each run. In memory are all models, or the one that runs and no other, as `hold` says;
+/// the latter loads each anew for each of its runs.
 pub fn time_decode(
     models: &[&dyn Weights],
     rounds: usize,

@@ -1,5 +1,6 @@
-//! What a person would write for one row of the table: 4-bit codes in groups of 32 against bytes, one row of x, AVX2. The generic kernel has to
-//! come within a tenth of it. It does the same work to the same bits, the search for a block's level included, which the bench holds it to.
+//! What a person would write for one row of the table: 4-bit codes in groups of 32 against bytes, one row of x, AVX2.
+//! The generic kernel has to come within a tenth of it. It does the same work to the same bits, the search for a
+//! block's level included, which the bench holds it to.
 
 use std::arch::x86_64::*;
 
@@ -25,8 +26,15 @@ impl Matrix {
         Matrix { blocks, codes: packed, scales: vec![scale.to_bits(); rows * blocks] }
     }
 
-    /// `out = W x`, with x quantized here; with `AHEAD`, the matrix is asked for a kilobyte ahead, as is good where it comes from memory.
-    pub fn multiply<const AHEAD: bool>(&self, x: &[f32], codes: &mut [i8], meta: &mut [(f32, i32)], out: &mut [f32]) {
+    /// `out = W x`, with x quantized here; with `PREFETCH`, the matrix is prefetched a kilobyte ahead, which is good
+    /// where it comes from memory.
+    pub fn multiply<const PREFETCH: bool>(
+        &self,
+        x: &[f32],
+        codes: &mut [i8],
+        meta: &mut [(f32, i32)],
+        out: &mut [f32],
+    ) {
         assert!(
             is_x86_feature_detected!("avx2") && is_x86_feature_detected!("fma") && is_x86_feature_detected!("f16c")
         );
@@ -35,12 +43,12 @@ impl Matrix {
         // SAFETY: the features and lengths were just checked.
         unsafe {
             quantize(x, codes, meta);
-            self.panels::<AHEAD>(codes, meta, out);
+            self.panels::<PREFETCH>(codes, meta, out);
         }
     }
 
     #[target_feature(enable = "avx2,fma,f16c")]
-    unsafe fn panels<const AHEAD: bool>(&self, x: &[i8], meta: &[(f32, i32)], out: &mut [f32]) {
+    unsafe fn panels<const PREFETCH: bool>(&self, x: &[i8], meta: &[(f32, i32)], out: &mut [f32]) {
         let (low, one) = (_mm256_set1_epi8(15), _mm256_set1_epi16(1));
         for (p, out) in out.chunks_exact_mut(16).enumerate() {
             let (mut a, mut b) = (_mm256_setzero_ps(), _mm256_setzero_ps());
@@ -49,7 +57,7 @@ impl Matrix {
                 unsafe {
                     let codes = self.codes.as_ptr().add((p * self.blocks + k) * 256);
                     let scales = self.scales.as_ptr().add((p * self.blocks + k) * 16);
-                    if AHEAD {
+                    if PREFETCH {
                         for line in 0..4 {
                             _mm_prefetch::<_MM_HINT_T1>(codes.wrapping_add(1024 + 64 * line).cast());
                         }
@@ -100,8 +108,8 @@ macro_rules! fold {
     }};
 }
 
-/// Blocks of 32 to bytes as the crate does it, eight at a time: to words, then to codes under the one of four levels that loses least, with the scale
-/// that suits the codes best. Of finite x.
+/// Blocks of 32 to bytes as the crate does it, eight at a time: to words, then to codes under the one of four levels
+/// that loses least, with the scale that suits the codes best. Of finite x.
 #[target_feature(enable = "avx2,fma,f16c")]
 unsafe fn quantize(x: &[f32], codes: &mut [i8], meta: &mut [(f32, i32)]) {
     let (magnitude, least) = (_mm256_set1_epi32(i32::MAX), _mm256_set1_ps(1e-30));

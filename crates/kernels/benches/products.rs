@@ -1,7 +1,9 @@
-//! Products of every packed form: G weights/s and GB/s, in the second-level cache and from memory, with one thread and two.
+//! Products of every packed form: G weights/s and GB/s, in the second-level cache and from memory, with one thread and
+//! two.
 //!
-//! Criterion's statistics are about one number; what matters here is a table of minima beside each other, made quickly and alternating
-//! between sizes. Run with `cargo bench -p lacuna-kernels`; words given after `--` choose the rows whose name contains one of them.
+//! Criterion's statistics are about one number; what matters here is a table of minima beside each other, made quickly
+//! and alternating between sizes. Run with `cargo bench -p lacuna-kernels`; words given after `--` choose the rows
+//! whose name contains one of them.
 
 #[cfg(target_arch = "x86_64")]
 #[path = "by_hand.rs"]
@@ -133,8 +135,9 @@ fn shortest(budget: f64, mut call: impl FnMut()) -> f64 {
     best
 }
 
-/// The generic int4 row beside what a person would write, alternating, one thread, shortest of each; and the ratio of their times. In the caches,
-/// where instructions are what counts, and from memory, where a token finds its weights; by hand without and with asking for memory ahead.
+/// The generic int4 row beside what a person would write, alternating, one thread, shortest of each; and the ratio of
+/// their times. In the caches, where instructions are what counts, and from memory, where a token finds its weights; by
+/// hand without and with prefetching.
 #[cfg(target_arch = "x86_64")]
 fn against_hand(rows: usize, cols: usize) {
     if !Isa::Avx2.available() {
@@ -170,7 +173,8 @@ fn against_hand(rows: usize, cols: usize) {
     assert!(outs[1..].iter().all(|o| o.data() == outs[0].data()), "by hand comes the same");
     let rate = |t: f64| (rows * cols) as f64 / t / 1e9;
     println!(
-        "int4 bytes avx2 {rows}x{cols}: generic {:.1} G weights/s; by hand {:.1}, time ratio {:.3}; by hand and asked for ahead {:.1}, {:.3}",
+        "int4 bytes avx2 {rows}x{cols}: generic {:.1} G weights/s; by hand {:.1}, time ratio {:.3}; by hand and \
+         prefetched {:.1}, {:.3}",
         rate(best[0]),
         rate(best[1]),
         best[0] / best[1],

@@ -1,5 +1,6 @@
-//! What further terms cost: one token through int4 alone and through sums that begin with it, and through tables of rows, by turns, from memory
-//! and from caches. Speeds over int4 alone are medians over rounds of numbers taken within one.
+//! What further terms cost: one token through int4 alone and through sums that begin with it, and through tables of
+//! rows, by turns, from memory and from caches. Speeds over int4 alone are medians over rounds of numbers taken within
+//! one.
 
 use std::hint::black_box;
 use std::time::Instant;

@@ -33,7 +33,8 @@ impl Reads {
         Reads(memory)
     }
 
-    /// Bytes a second of two read-only streams over all of it, by all [`crate::threads`]: one place of each task at a time, and four.
+    /// Bytes a second of two read-only streams over all of it, by all [`crate::threads`]: one place of each task at a
+    /// time, and four.
     pub fn pass(&self) -> [f64; 2] {
         let (base, len, isa) = (Start(self.0.ptr()), self.0.len(), Isa::best());
         [false, true].map(|wide| {
@@ -47,8 +48,9 @@ impl Reads {
     }
 }
 
-/// Bytes a second of the best of several passes of [`Reads`] over `bytes`, as many to each thread: from the cache that holds them, or from memory. A
-/// model that is read over and over for one token after the other has them from there, too.
+/// Bytes a second of the best of several passes of [`Reads`] over `bytes`, as many to each thread: from the cache that
+/// holds them, or from memory. A model that is read over and over for one token after the other has them from there,
+/// too.
 pub fn bandwidth(bytes: usize) -> f64 {
     let reads = Reads::new(bytes.max(1).next_multiple_of(TASK * parallel::threads()));
     (0..RUNS.max(READ / bytes.max(TASK) / 2)).flat_map(|_| reads.pass()).fold(0.0, f64::max)
@@ -91,7 +93,8 @@ struct Stream {
     at: *const u8,
     /// A multiple of [`TASK`].
     bytes: usize,
-    /// Four places at once, as products read four panels: some processors fetch more where they see several streams, some less.
+    /// Four places at once, as products read four panels: some processors fetch more where they see several streams,
+    /// some less.
     wide: bool,
 }
 
@@ -187,7 +190,8 @@ impl Op for Dots {
         let mut acc = [[s.splat_i(0); 2]; CHAINS];
         let mut step = 0;
         while step < self.0 {
-            // Other codes every step, and other x for every chain, for all the compiler can tell: it would take repeated products out of the loop.
+            // Other codes every step, and other x for every chain, for all the compiler can tell: it would take
+            // repeated products out of the loop.
             codes[0] = s.xor_i(codes[0], turn);
             codes[1] = s.xor_i(codes[1], codes[0]);
             let mut i = 0;

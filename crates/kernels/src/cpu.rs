@@ -86,13 +86,15 @@ impl fmt::Display for Isa {
     }
 }
 
-/// Bytes of the caches of the last level that the processors of this machine have together; none where the system does not tell.
+/// Bytes of the caches of the last level that the processors of this machine have together; none where the system does
+/// not tell.
 pub fn last_level_cache() -> Option<usize> {
     static BYTES: OnceLock<Option<usize>> = OnceLock::new();
     *BYTES.get_or_init(|| last_level(std::path::Path::new("/sys/devices/system/cpu")))
 }
 
-/// The same from Linux's description of processors at `cpus`: each has a folder for every cache it reaches, and shares some with others.
+/// The same from Linux's description of processors at `cpus`: each has a folder for every cache it reaches, and shares
+/// some with others.
 fn last_level(cpus: &std::path::Path) -> Option<usize> {
     let mut caches = Vec::new();
     for cpu in std::fs::read_dir(cpus).ok()?.flatten() {

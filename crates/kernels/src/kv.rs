@@ -71,7 +71,8 @@ impl KvFormat {
 
 /// A page of keys and values of one layer and one sequence.
 ///
-/// Keys lie `[kv_heads][page_tokens / 32][head_dim][32]`, so that lanes run along keys; values `[kv_heads][page_tokens][head_dim padded]`.
+/// Keys lie `[kv_heads][page_tokens / 32][head_dim][32]`, so that lanes run along keys; values
+/// `[kv_heads][page_tokens][head_dim padded]`.
 #[derive(Clone, Debug)]
 pub struct KvPage {
     layout: KvLayout,
@@ -206,7 +207,8 @@ impl KvPage {
         }
     }
 
-    /// Takes over position `at` of another page of this layout and format as position `slot`, bit for bit. Panics where they differ.
+    /// Takes over position `at` of another page of this layout and format as position `slot`, bit for bit. Panics where
+    /// they differ.
     #[track_caller]
     pub(crate) fn copy(&mut self, slot: usize, from: &KvPage, at: usize) {
         let l = self.layout;
@@ -285,7 +287,8 @@ fn byte(x: f32) -> i8 {
     x.round_ties_even() as i8
 }
 
-/// What attention reads of one sequence in one layer: its pages in order, all of one layout, and how many positions are written.
+/// What attention reads of one sequence in one layer: its pages in order, all of one layout, and how many positions are
+/// written.
 #[derive(Clone, Copy, Debug)]
 pub struct KvView<'a> {
     /// Pages, the one of position 0 first.

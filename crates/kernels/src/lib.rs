@@ -1,12 +1,15 @@
 //! The arithmetic of a forward pass, compiled for several instruction sets and chosen once at run time.
 //!
-//! - [`Linear`]: a stored matrix ready to multiply, whatever its patterns and codecs; [`Transposed`]: the same from its other side.
-//! - [`Attention`] over [`KvPage`]s, [`RopeTable`], [`norm`], [`gated_activation`], [`softmax`] and the small operations between.
+//! - [`Linear`]: a stored matrix ready to multiply, whatever its patterns and codecs; [`Transposed`]: the same from its
+//!   other side.
+//! - [`Attention`] over [`KvPage`]s, [`RopeTable`], [`norm`], [`gated_activation`], [`softmax`] and the small
+//!   operations between.
 //! - [`ceiling`]: what this machine's memory and arithmetic allow.
 //! - [`table`]: which kernels are compiled in and which this machine uses; [`Isa`]: the instruction sets.
 //!
-//! The law of this room: a row's result depends on the row, the matrix and the instruction set alone. Not on the number of rows in a call,
-//! their place among them, or the number of threads ([`set_threads`]; by default as many as the current rayon pool has).
+//! The law of this room: a row's result depends on the row, the matrix and the instruction set alone. Not on the number
+//! of rows in a call, their place among them, or the number of threads ([`set_threads`]; by default as many as the
+//! current rayon pool has).
 //!
 //! NaN and infinity pass through like any value: they reach the results that they take part in, and panic nowhere.
 
@@ -32,5 +35,6 @@ pub use op::norm::{norm, norm_in_place};
 pub use op::rope::{RopeRows, RopeTable};
 pub use parallel::{set_threads, threads};
 
-/// Raised whenever products become faster or slower: what was measured under another revision tells nothing about these.
+/// Raised whenever products become faster or slower: what was measured under another revision tells nothing about
+/// these.
 pub const REVISION: u32 = 3;

@@ -1,7 +1,8 @@
 //! Memory for panels, and for keys and values, in huge pages where the system grants them.
 //!
-//! Multiplying streams through the whole matrix once a token; with pages of 4 KiB a good part of that time goes to finding pages. Most matrices
-//! are smaller than a huge page, so they share pieces of memory, which go back to the system when the last of their users has gone.
+//! Multiplying streams through the whole matrix once a token; with pages of 4 KiB a good part of that time goes to
+//! finding pages. Most matrices are smaller than a huge page, so they share pieces of memory, which go back to the
+//! system when the last of their users has gone.
 
 use std::alloc::Layout;
 use std::sync::{Arc, Mutex};
@@ -96,14 +97,16 @@ impl Drop for Piece {
     }
 }
 
-/// Pages of zeros that exist when they are first touched, huge ones where the system grants them; null where there are none.
+/// Pages of zeros that exist when they are first touched, huge ones where the system grants them; null where there are
+/// none.
 /// # Safety
 /// The layout's size is not zero, and a multiple of its alignment.
 #[cfg(target_os = "linux")]
 unsafe fn map(layout: Layout) -> *mut u8 {
     let (size, align) = (layout.size(), layout.align());
     let Some(room) = size.checked_add(align) else { return std::ptr::null_mut() };
-    // SAFETY: a new private mapping; what it has too much on both sides is given back, whole pages as sizes and alignments are.
+    // SAFETY: a new private mapping; what it has too much on both sides is given back, whole pages as sizes and
+    // alignments are.
     unsafe {
         let flags = libc::MAP_PRIVATE | libc::MAP_ANONYMOUS | libc::MAP_NORESERVE;
         let all = libc::mmap(std::ptr::null_mut(), room, libc::PROT_READ | libc::PROT_WRITE, flags, -1, 0);

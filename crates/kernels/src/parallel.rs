@@ -1,8 +1,9 @@
 //! Cutting work into tasks and handing them to threads that wait close by. No result depends on the cut.
 //!
-//! Decoding a token makes hundreds of calls of some microseconds each, so the hand-over must cost about one: workers look for the next call for
-//! a moment before they sleep, and the caller never waits for a worker to wake, because every task is taken from one counter and what nobody
-//! else takes, the caller does. A call while another is at work (from a second thread or from within a task) runs alone on its thread.
+//! Decoding a token makes hundreds of calls of some microseconds each, so the hand-over must cost about one: workers
+//! look for the next call for a moment before they sleep, and the caller never waits for a worker to wake, because
+//! every task is taken from one counter and what nobody else takes, the caller does. A call while another is at work
+//! (from a second thread or from within a task) runs alone on its thread.
 
 use std::cell::UnsafeCell;
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
@@ -12,7 +13,8 @@ use std::time::{Duration, Instant};
 
 /// Least arithmetic (fused multiply-adds) worth a task of its own.
 const TASK: usize = 1 << 15;
-/// How long a worker looks for the next call before it sleeps: longer than the small steps between two products of a decoder.
+/// How long a worker looks for the next call before it sleeps: longer than the small steps between two products of a
+/// decoder.
 const LINGER: Duration = Duration::from_micros(40);
 /// Looks between two glances at the clock; after the first batch the processor is offered to others between batches.
 const LOOKS: u32 = 64;
@@ -21,7 +23,8 @@ const MOST: usize = 256;
 
 static THREADS: AtomicUsize = AtomicUsize::new(0);
 
-/// Sets how many threads a call may use, its own included, for the whole process; 0 (as at the start): as many as the current rayon pool has.
+/// Sets how many threads a call may use, its own included, for the whole process; 0 (as at the start): as many as the
+/// current rayon pool has.
 pub fn set_threads(n: usize) {
     THREADS.store(n.min(MOST), Ordering::Relaxed);
 }
@@ -34,8 +37,8 @@ pub fn threads() -> usize {
     }
 }
 
-/// Calls `f(from, to)` over ranges that cover `0..n`: whole multiples of `unit` (the last one aside), at most `most` long, each worth a
-/// task at `cost` multiply-adds an item.
+/// Calls `f(from, to)` over ranges that cover `0..n`: whole multiples of `unit` (the last one aside), at most `most`
+/// long, each worth a task at `cost` multiply-adds an item.
 pub(crate) fn ranges<F: Fn(usize, usize) + Sync>(n: usize, unit: usize, most: usize, cost: usize, f: F) {
     each(n, unit, most, cost, |first, more| std::iter::once(first).chain(more).for_each(|(from, to)| f(from, to)));
 }
@@ -82,8 +85,9 @@ impl Tasks<'_> {
     }
 }
 
-/// How a call's items are cut: three quarters of them into one task for every thread, which read what lies together at a stretch; of the rest a task
-/// takes its part of what is left, so that they are short in the end, when a thread that lags behind would hold up the others.
+/// How a call's items are cut: three quarters of them into one task for every thread, which read what lies together at
+/// a stretch; of the rest a task takes its part of what is left, so that they are short in the end, when a thread that
+/// lags behind would hold up the others.
 #[derive(Clone, Copy)]
 struct Cut {
     n: usize,
@@ -146,7 +150,8 @@ struct Worker {
     asleep: AtomicBool,
 }
 
-// SAFETY: `job` is written by the caller that holds `busy` while the gate is shut and nobody is inside, and read by those inside.
+// SAFETY: `job` is written by the caller that holds `busy` while the gate is shut and nobody is inside, and read by
+// those inside.
 unsafe impl Sync for Pool {}
 
 static POOL: Pool = Pool {
@@ -167,7 +172,8 @@ unsafe fn call_of<F: Fn((usize, usize), &mut Tasks<'_>) + Sync>(data: *const (),
     tasks.run(unsafe { &*data.cast::<F>() });
 }
 
-/// Shuts the gate and waits for those inside, also when the caller's own task panics: the job lives on the caller's stack.
+/// Shuts the gate and waits for those inside, also when the caller's own task panics: the job lives on the caller's
+/// stack.
 struct Shut;
 
 impl Drop for Shut {

@@ -13,8 +13,8 @@ pub struct Row {
     pub pattern: &'static str,
     /// The instruction set it was compiled for.
     pub isa: Isa,
-    /// Largest relative error against f64 that the conformance suite allows: `|got - exact| <= tolerance * sum |x·w|` (products), or
-    /// absolute (others).
+    /// Largest relative error against f64 that the conformance suite allows: `|got - exact| <= tolerance * sum |x·w|`
+    /// (products), or absolute (others).
     pub tolerance: f32,
 }
 

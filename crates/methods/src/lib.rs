@@ -1,7 +1,8 @@
 //! The methods, one paper a file, the families, one verb a file, and their list.
 //!
 //! Nothing here knows files, kernels or networks: a method gets matrices and statistics and gives an answer of
-//! [`lacuna_contract`]; a family turns answers into edits. A new method is one file and one line of [`registry`], and so is a family.
+//! [`lacuna_contract`]; a family turns answers into edits. A new method is one file and one line of [`registry`], and
+//! so is a family.
 
 mod basis;
 mod factor;

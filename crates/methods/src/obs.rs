@@ -1,9 +1,10 @@
-//! The walk that SparseGPT and GPTQ share: column after column of the weights is fixed, and the columns after it make up for the error.
+//! The walk that SparseGPT and GPTQ share: column after column of the weights is fixed, and the columns after it make
+//! up for the error.
 //!
-//! With `H⁻¹ = UᵀU`, U upper triangular, fixing column `j` of a row at `q` costs `e_j² = ((w_j - q) / U_jj)²` of calibration error and the
-//! best answer of the later columns is `w_k -= e_j U_jk` (Frantar & Alistarh 2022, Optimal Brain Compression, in the order-for-all-rows
-//! form of GPTQ). Columns are walked in blocks: within one every row goes alone, in parallel; what a block owes to the columns after it is one
-//! matrix product.
+//! With `H⁻¹ = UᵀU`, U upper triangular, fixing column `j` of a row at `q` costs `e_j² = ((w_j - q) / U_jj)²` of
+//! calibration error and the best answer of the later columns is `w_k -= e_j U_jk` (Frantar & Alistarh 2022, Optimal
+//! Brain Compression, in the order-for-all-rows form of GPTQ). Columns are walked in blocks: within one every row goes
+//! alone, in parallel; what a block owes to the columns after it is one matrix product.
 
 use std::ops::Range;
 
@@ -63,8 +64,8 @@ impl Row<'_> {
 
 /// Walks `w`, `[out, in]`, and leaves in it what `decide` answered for each column of each row.
 ///
-/// `states` holds whatever a row's decisions need, one for each row. `before` runs ahead of each block of `block` columns, when all weights
-/// are up to date, and sees all rows.
+/// `states` holds whatever a row's decisions need, one for each row. `before` runs ahead of each block of `block`
+/// columns, when all weights are up to date, and sees all rows.
 pub(crate) fn walk<S: Send>(
     w: &mut Mat,
     u: &Mat,
@@ -140,7 +141,8 @@ pub(crate) mod slow {
         m.into_iter().map(|row| row[n..].to_vec()).collect()
     }
 
-    /// The inverse of `h` over columns `j..`: its first entry is the price of column `j`, its first row the way the others answer.
+    /// The inverse of `h` over columns `j..`: its first entry is the price of column `j`, its first row the way the
+    /// others answer.
     pub fn rest(h: &[Vec<f64>], j: usize) -> Vec<Vec<f64>> {
         inverse(&h[j..].iter().map(|row| row[j..].to_vec()).collect::<Vec<_>>())
     }

@@ -420,7 +420,8 @@ fn grids_keep_zero_and_every_value_within_a_step() {
                 assert!(!ask.symmetric || u32::from(fitted.zero) == 1 << (ask.bits - 1), "{name}");
                 for v in &values {
                     let off = (fitted.value(fitted.code(*v, ask.bits)) - v).abs();
-                    // Half a step; without zero points one step at the far end; 2^-11 of the range for the scale's own rounding.
+                    // Half a step; without zero points one step at the far end; 2^-11 of the range for the scale's own
+                    // rounding.
                     let bound = if ask.symmetric { 1.13 } else { 0.63 };
                     assert!(off <= bound * fitted.scale.abs(), "{name}: {v} off by {off}, {fitted:?} {ask:?}");
                 }

@@ -1,7 +1,8 @@
-//! How long one block takes forward and back, in the shape of a small model: hidden 576, width 1536, 9 heads over 3, 512 tokens, f32.
+//! How long one block takes forward and back, in the shape of a small model: hidden 576, width 1536, 9 heads over 3,
+//! 512 tokens, f32.
 //!
-//! `way_back [TOKENS [RUNS]]` prints the least and the median milliseconds of: the decoder's forward, the recorded forward, the way back
-//! with the gradient of the input alone, and the way back with those of all seven matrices.
+//! `way_back [TOKENS [RUNS]]` prints the least and the median milliseconds of: the decoder's forward, the recorded
+//! forward, the way back with the gradient of the input alone, and the way back with those of all seven matrices.
 
 use std::collections::HashMap;
 use std::sync::Arc;

@@ -38,8 +38,9 @@ impl Batch {
         self.push_part(sequence, positions, length);
     }
 
-    /// As [`Batch::push`], for a sequence of `length` tokens, whose rest comes in other calls. Only LongRoPE asks: it turns every row of a
-    /// sequence by the list that the whole sequence's length calls for, so that a row does not depend on how the sequence was cut.
+    /// As [`Batch::push`], for a sequence of `length` tokens, whose rest comes in other calls. Only LongRoPE asks: it
+    /// turns every row of a sequence by the list that the whole sequence's length calls for, so that a row does not
+    /// depend on how the sequence was cut.
     #[track_caller]
     pub fn push_part(&mut self, sequence: usize, positions: Range<usize>, length: usize) {
         assert!(positions.end <= length, "positions up to {} of a sequence of {length} tokens", positions.end);

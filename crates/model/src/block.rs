@@ -119,7 +119,8 @@ impl Block {
         self.layer
     }
 
-    /// Takes over a table of the same rope, or leaves its own to the blocks after it: angles are then worked out once for all of them.
+    /// Takes over a table of the same rope, or leaves its own to the blocks after it: angles are then worked out once
+    /// for all of them.
     pub(crate) fn share_rope(&mut self, described: Option<&Rope>, tables: &mut Vec<(Rope, RopeTable)>) {
         let (Some(described), Some(mine)) = (described, self.attention.as_mut().and_then(|a| a.rope.as_mut())) else {
             return;
@@ -153,7 +154,8 @@ impl Block {
         attention + ffn
     }
 
-    /// Multiply-adds of one token's products, were every matrix dense: on f32, and on 8-bit activations. Of experts, those that a token uses.
+    /// Multiply-adds of one token's products, were every matrix dense: on f32, and on 8-bit activations. Of experts,
+    /// those that a token uses.
     pub fn work(&self) -> [u64; 2] {
         let mut all = [0; 2];
         let mut add = |p: &Projection, num: u64, den: u64| {
@@ -173,8 +175,8 @@ impl Block {
         all
     }
 
-    /// Runs the block: `x`, `[rows, hidden]`, is the residual stream of the batch's rows and becomes that after the block. Keys and values
-    /// are written to `kv`, which must hold all earlier positions.
+    /// Runs the block: `x`, `[rows, hidden]`, is the residual stream of the batch's rows and becomes that after the
+    /// block. Keys and values are written to `kv`, which must hold all earlier positions.
     pub fn forward(
         &self,
         x: &mut Mat,
@@ -311,8 +313,8 @@ impl FfnPart {
     }
 }
 
-/// The rows of each expert with their weights: softmax over all experts, the largest `used` of a row (ties to the lower number). `logits` become
-/// the softmax.
+/// The rows of each expert with their weights: softmax over all experts, the largest `used` of a row (ties to the lower
+/// number). `logits` become the softmax.
 pub(crate) fn route(logits: &mut Mat, choice: Experts) -> Vec<Vec<(usize, f32)>> {
     let mut routes = vec![Vec::new(); choice.count];
     for r in 0..logits.rows() {

@@ -86,7 +86,8 @@ pub struct Head {
 }
 
 impl Head {
-    /// Loads the final norm and the output projection (the embedding itself where they are tied), for exact activations.
+    /// Loads the final norm and the output projection (the embedding itself where they are tied), for exact
+    /// activations.
     pub fn load(weights: &dyn Weights) -> Result<Head, ModelError> {
         Head::load_with(weights, Activations::Exact)
     }
@@ -109,8 +110,8 @@ impl Head {
         self.norm.as_ref().map_or_else(|| x.to_mat(), |n| n.apply(x).into_mat())
     }
 
-    /// Logits of the residual stream's rows, `[rows, vocab]`. A long context times a large vocabulary is gigabytes: hand in some rows at
-    /// a time.
+    /// Logits of the residual stream's rows, `[rows, vocab]`. A long context times a large vocabulary is gigabytes:
+    /// hand in some rows at a time.
     pub fn logits(&self, x: MatRef<'_>) -> Lent {
         let mut out = Lent::new(x.rows(), self.linear.rows());
         self.logits_into(x, &mut out);
@@ -169,7 +170,8 @@ pub struct Decoder {
 }
 
 impl Decoder {
-    /// Loads everything. Matrices are repacked for the processor: the file's mapped pages are let go as they are done with.
+    /// Loads everything. Matrices are repacked for the processor: the file's mapped pages are let go as they are done
+    /// with.
     pub fn load(weights: &dyn Weights, options: &LoadOptions<'_>) -> Result<Decoder, ModelError> {
         let spec = weights.spec().clone();
         spec.check()?;
@@ -197,7 +199,8 @@ impl Decoder {
         Ok(Decoder { spec, embed, blocks, head })
     }
 
-    /// The residual stream after the last block of the batch's rows, `[rows, hidden]`; `tokens` has a token for each row.
+    /// The residual stream after the last block of the batch's rows, `[rows, hidden]`; `tokens` has a token for each
+    /// row.
     pub fn forward(
         &self,
         tokens: &[u32],
@@ -232,7 +235,8 @@ impl Decoder {
         self.blocks.iter().map(Block::weights_bytes).sum::<u64>() + self.head.weights_bytes()
     }
 
-    /// Bytes of all weights that one token after the other reads: more than [`Decoder::weights_bytes`] where there are experts.
+    /// Bytes of all weights that one token after the other reads: more than [`Decoder::weights_bytes`] where there are
+    /// experts.
     pub fn footprint_bytes(&self) -> u64 {
         self.blocks.iter().map(Block::footprint_bytes).sum::<u64>() + self.head.weights_bytes()
     }

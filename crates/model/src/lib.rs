@@ -1,11 +1,13 @@
 //! The one decoder, over a [`Spec`](lacuna_spec::Spec) and [`Weights`](lacuna_format::Weights); it knows no files.
 //!
-//! [`Decoder`] is [`Embedding`], [`Block`]s and [`Head`]; each loads alone, so that a compressor can hold one block at a time. A [`Batch`]
-//! says which rows of a call belong to which sequence and position; a [`KvStore`] keeps their keys and values; a [`Tap`] looks on.
+//! [`Decoder`] is [`Embedding`], [`Block`]s and [`Head`]; each loads alone, so that a compressor can hold one block at
+//! a time. A [`Batch`] says which rows of a call belong to which sequence and position; a [`KvStore`] keeps their keys
+//! and values; a [`Tap`] looks on.
 //!
 //! [`derive`] goes the way back: gradients of a text's loss, block by block.
 //!
-//! A row's result is the same bits whatever else is in the call: the prompt whole, in chunks, in a batch, or token by token.
+//! A row's result is the same bits whatever else is in the call: the prompt whole, in chunks, in a batch, or token by
+//! token.
 
 mod batch;
 mod block;

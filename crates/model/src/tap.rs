@@ -32,8 +32,8 @@ pub trait Tap {
         Wants { inputs: true, outputs: true, residuals: true }
     }
 
-    /// The rows that multiply the matrix at `place`, `[rows, inputs]`: called once for each matrix, also where several share one input. An expert
-    /// sees the rows routed to it only.
+    /// The rows that multiply the matrix at `place`, `[rows, inputs]`: called once for each matrix, also where several
+    /// share one input. An expert sees the rows routed to it only.
     fn input(&mut self, place: &Place, x: MatRef<'_>) {
         let _ = (place, x);
     }

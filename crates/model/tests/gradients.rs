@@ -206,7 +206,8 @@ fn descriptions_of_every_kind_agree_with_finite_differences_of_the_decoder() {
         let weights = Memory::random(spec, 11);
         let sequence: Vec<u32> = (0..12).map(|t| (t * 7 + 1) % weights.spec.vocab as u32).collect();
         let (losses, all, _) = walk(&weights, std::slice::from_ref(&sequence));
-        // Along its own gradient a tensor changes the loss the most: that change, of a small step, against its prediction.
+        // Along its own gradient a tensor changes the loss the most: that change, of a small step, against its
+        // prediction.
         for ((_, place), gradient) in &all.of {
             if place.role == lacuna_spec::Role::Embed {
                 continue;

@@ -1,5 +1,5 @@
-//! The tiny checkpoints under configurations that say something elsewhere, otherwise or not at all, against what transformers makes of
-//! them: see `tests/golden/make_variants.py`.
+//! The tiny checkpoints under configurations that say something elsewhere, otherwise or not at all, against what
+//! transformers makes of them: see `tests/golden/make_variants.py`.
 
 use std::path::{Path, PathBuf};
 
@@ -80,7 +80,8 @@ fn loss(row: &[f64], next: usize) -> f64 {
     most + row.iter().map(|x| (x - most).exp()).sum::<f64>().ln() - row[next]
 }
 
-/// The `n` likeliest tokens after `prompt`, a step each. What LongRoPE read by the list of another length is read again.
+/// The `n` likeliest tokens after `prompt`, a step each. What LongRoPE read by the list of another length is read
+/// again.
 fn greedy(decoder: &Decoder, prompt: &[u32], n: usize) -> Result<Vec<u32>, String> {
     let ropes = decoder.spec.layers.iter().filter_map(|l| l.attn.as_ref()?.rope.as_ref());
     let mut ids = prompt.to_vec();

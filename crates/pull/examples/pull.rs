@@ -1,4 +1,5 @@
-//! `cargo run -p lacuna-pull --example pull -- MODEL [CACHE_DIR]`: pulls a model over the network and says how long it took.
+//! `cargo run -p lacuna-pull --example pull -- MODEL [CACHE_DIR]`: pulls a model over the network and says how long it
+//! took.
 
 use std::sync::Arc;
 use std::time::Instant;

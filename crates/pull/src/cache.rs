@@ -44,7 +44,8 @@ pub struct FileEntry {
     pub bytes: u64,
     /// The sha256 of its bytes.
     pub sha256: String,
-    /// The modification time at which that sha256 was last computed: while it and the size stand, the bytes are not read again.
+    /// The modification time at which that sha256 was last computed: while it and the size stand, the bytes are not
+    /// read again.
     pub verified_mtime_ns: u64,
 }
 
@@ -179,7 +180,8 @@ impl Slot {
             .filter(|manifest: &Manifest| manifest.version == 1 && !manifest.files.is_empty())
     }
 
-    /// Looks for the model and checks each file's size, and its sha256 where it has changed since that was last computed.
+    /// Looks for the model and checks each file's size, and its sha256 where it has changed since that was last
+    /// computed.
     pub(crate) fn lookup(&self, reference: &str, pinned: Option<&Pinned>) -> Result<Lookup, Error> {
         let remembered =
             self.manifest().filter(|manifest| manifest.reference == reference).filter(|manifest| {
@@ -193,7 +195,8 @@ impl Slot {
         let known = remembered.is_some();
         let mut manifest = match (remembered, pinned) {
             (Some(manifest), _) => manifest,
-            // Pinned bytes are good wherever they came from: a file that someone put here by hand is taken once it verifies.
+            // Pinned bytes are good wherever they came from: a file that someone put here by hand is taken once it
+            // verifies.
             (None, Some(model)) => {
                 let files = model.files.iter().map(|pin| FileEntry {
                     name: pin.name.into(),
@@ -235,8 +238,8 @@ impl Slot {
         Ok(Lookup::Good(manifest))
     }
 
-    /// Where bytes may gather before they are installed. Given the sha256 they must have, the place outlives a failed or
-    /// interrupted pull and the next one goes on there; otherwise it is this pull's alone.
+    /// Where bytes may gather before they are installed. Given the sha256 they must have, the place outlives a failed
+    /// or interrupted pull and the next one goes on there; otherwise it is this pull's alone.
     pub(crate) fn temporary(&self, name: &str, sha256: Option<&str>) -> PathBuf {
         self.dir.join(match sha256 {
             Some(sha256) => format!("{RESUMABLE}{}", &sha256[..32.min(sha256.len())]),
@@ -244,8 +247,8 @@ impl Slot {
         })
     }
 
-    /// Removes temporary files that no later pull can go on with; given a finished pull's manifest, everything else that
-    /// does not belong to it too.
+    /// Removes temporary files that no later pull can go on with; given a finished pull's manifest, everything else
+    /// that does not belong to it too.
     pub(crate) fn sweep(&self, finished: Option<&Manifest>) {
         for entry in fs::read_dir(&self.dir).into_iter().flatten().flatten() {
             let name = entry.file_name();
@@ -297,7 +300,8 @@ impl Slot {
         }
     }
 
-    /// Verifies gathered bytes, puts them on disk and gives them their name; wrong bytes are deleted and the reason returned.
+    /// Verifies gathered bytes, puts them on disk and gives them their name; wrong bytes are deleted and the reason
+    /// returned.
     pub(crate) fn install(
         &self,
         temporary: &Path,

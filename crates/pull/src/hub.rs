@@ -162,7 +162,8 @@ fn read_listing(info: &Value) -> BTreeMap<String, (Option<u64>, Option<String>)>
     facts.collect()
 }
 
-/// The files wanted of those a repository has: the one named, or else a safetensors checkpoint, or else its only GGUF file.
+/// The files wanted of those a repository has: the one named, or else a safetensors checkpoint, or else its only GGUF
+/// file.
 fn select(
     names: &BTreeSet<String>,
     file: Option<&str>,

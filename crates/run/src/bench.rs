@@ -82,8 +82,9 @@ fn profiled(f: impl FnOnce() -> Result<(), RunError>) -> Result<Vec<Spent>, RunE
 }
 
 impl Engine {
-    /// Times reading and writing; logits are computed for the last token of a call only. Steps across LongRoPE's original context read the text
-    /// again, as in any generation, and that is timed, too. `progress` is told the repetitions done and their number.
+    /// Times reading and writing; logits are computed for the last token of a call only. Steps across LongRoPE's
+    /// original context read the text again, as in any generation, and that is timed, too. `progress` is told the
+    /// repetitions done and their number.
     pub fn bench(&self, o: &BenchOptions, progress: &mut dyn FnMut(usize, usize)) -> Result<Bench, RunError> {
         let depth = o.depth.max(1);
         let longest = o.prompt_tokens.max(if o.gen_tokens > 0 { depth.saturating_add(o.gen_tokens) } else { 0 });
@@ -123,8 +124,8 @@ impl Engine {
         if o.gen_tokens > 0 {
             self.reuse(&mut seq, &[], longest);
             self.extend(&mut seq, &text[..depth])?;
-            // Back to `depth` tokens, the last of which is read anew: weights that a cache holds are there again before the clock starts, and, where
-            // the steps crossed LongRoPE's original context, the short keys.
+            // Back to `depth` tokens, the last of which is read anew: weights that a cache holds are there again before
+            // the clock starts, and, where the steps crossed LongRoPE's original context, the short keys.
             let back = |seq: &mut Sequence| {
                 seq.truncate(depth - 1);
                 self.extend(seq, &text[depth - 1..depth]).map(drop)

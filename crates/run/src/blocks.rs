@@ -1,8 +1,9 @@
 //! Keys and values in blocks: a budget of them, shared between texts that begin alike.
 //!
-//! A block holds the keys and values of [`BLOCK_TOKENS`] positions in every layer. A text's full blocks are published under their tokens and the
-//! block before them, so that a later text with the same beginning takes them over instead of computing them. A published block never changes.
-//! One that nobody uses stays until its room is needed; the least recently used goes first, a longer beginning before a shorter one.
+//! A block holds the keys and values of [`BLOCK_TOKENS`] positions in every layer. A text's full blocks are published
+//! under their tokens and the block before them, so that a later text with the same beginning takes them over instead
+//! of computing them. A published block never changes. One that nobody uses stays until its room is needed; the least
+//! recently used goes first, a longer beginning before a shorter one.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
@@ -16,7 +17,8 @@ use lacuna_spec::Spec;
 /// Positions of a block.
 pub const BLOCK_TOKENS: usize = KEY_BLOCK;
 
-/// Below this, numbers of published blocks are beginnings: texts that must not share (LongRoPE turns long ones by other factors).
+/// Below this, numbers of published blocks are beginnings: texts that must not share (LongRoPE turns long ones by other
+/// factors).
 const FIRST: u64 = 1 << 32;
 
 /// What a published block is known by: the block before it, and its tokens.
@@ -186,7 +188,8 @@ impl BlockStore {
         self.text(slot).tokens
     }
 
-    /// What the text's current block will be published under, if `tokens` fill it: two texts with the same answer compute the same block.
+    /// What the text's current block will be published under, if `tokens` fill it: two texts with the same answer
+    /// compute the same block.
     #[track_caller]
     pub fn next_key(&self, slot: usize, tokens: &[u32]) -> Option<(u64, Box<[u32]>)> {
         let t = self.text(slot);
@@ -206,8 +209,8 @@ impl BlockStore {
         blocks * BLOCK_TOKENS
     }
 
-    /// Takes over published blocks that go on with `tokens`, the text's own tokens, where the text stands at the end of its published blocks.
-    /// Returns the positions it has then.
+    /// Takes over published blocks that go on with `tokens`, the text's own tokens, where the text stands at the end of
+    /// its published blocks. Returns the positions it has then.
     #[track_caller]
     pub fn take_over(&mut self, slot: usize, tokens: &[u32]) -> usize {
         loop {
@@ -232,7 +235,8 @@ impl BlockStore {
         }
     }
 
-    /// Makes room for `tokens` positions; false, and nothing changed but that cached blocks may be gone, where there is none.
+    /// Makes room for `tokens` positions; false, and nothing changed but that cached blocks may be gone, where there is
+    /// none.
     #[track_caller]
     pub fn reserve(&mut self, slot: usize, tokens: usize) -> bool {
         let need = tokens.div_ceil(BLOCK_TOKENS).saturating_sub(self.text(slot).blocks);
@@ -253,7 +257,8 @@ impl BlockStore {
         while let Some(key) = self.next_key(slot, tokens) {
             let (i, clock) = (self.text(slot).shared.len(), self.tick());
             let serial = match self.index.get(&key) {
-                // Somebody computed the same block meanwhile: bit for bit the same, by the law of rows. One of them is enough.
+                // Somebody computed the same block meanwhile: bit for bit the same, by the law of rows. One of them is
+                // enough.
                 Some(&serial) => {
                     let theirs = self.use_published(serial);
                     let mine = self.text_mut(slot).replace(i, theirs);

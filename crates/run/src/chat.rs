@@ -39,8 +39,9 @@ impl<'a> Chat<'a> {
         self.messages.retain(|m| m.role == "system");
     }
 
-    /// Says `text` and returns the answer; both join the history. `g.prompt` is ignored: the prompt is the conversation. A conversation that no
-    /// longer fits is refused, never cut in silence; then the history is as before.
+    /// Says `text` and returns the answer; both join the history. `g.prompt` is ignored: the prompt is the
+    /// conversation. A conversation that no longer fits is refused, never cut in silence; then the history is as
+    /// before.
     pub fn say(
         &mut self,
         text: &str,

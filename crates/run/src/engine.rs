@@ -163,8 +163,8 @@ impl Engine {
         }
     }
 
-    /// Prepares `seq` for a text that begins with `prompt`: keeps what it has read of it already, short of the last token, and forgets the rest.
-    /// Makes room for `room` tokens in all. Returns how many tokens are kept.
+    /// Prepares `seq` for a text that begins with `prompt`: keeps what it has read of it already, short of the last
+    /// token, and forgets the rest. Makes room for `room` tokens in all. Returns how many tokens are kept.
     pub fn reuse(&self, seq: &mut Sequence, prompt: &[u32], room: usize) -> usize {
         let same = seq.tokens.iter().zip(prompt).take_while(|(a, b)| a == b).count();
         let keep = if self.class(prompt.len()) == seq.class { same.min(prompt.len().saturating_sub(1)) } else { 0 };
@@ -173,16 +173,18 @@ impl Engine {
         keep
     }
 
-    /// The class of a text of `length` tokens. Texts of different classes have no keys in common: LongRoPE turns a text that is longer than the
-    /// original context by other factors, from its first token on. A text that outgrows its class is read again, so that what it says
-    /// is what one pass over the whole of it says, however it was cut. In transformers Phi-3 does the same; other architectures keep
-    /// the short keys beside long ones there, and what they say depends on how the text was cut.
+    /// The class of a text of `length` tokens. Texts of different classes have no keys in common: LongRoPE turns a text
+    /// that is longer than the original context by other factors, from its first token on. A text that outgrows its
+    /// class is read again, so that what it says is what one pass over the whole of it says, however it was cut. In
+    /// transformers Phi-3 does the same; other architectures keep the short keys beside long ones there, and what they
+    /// say depends on how the text was cut.
     pub fn class(&self, length: usize) -> u32 {
         self.originals.iter().filter(|&&original| length > original).count() as u32
     }
 
-    /// Reads `tokens` after what `seq` has, a chunk at a time, and returns the logits of what follows. Where the class of the text changes, all
-    /// of it is read again. On an error the sequence is as before, or empty where its class had changed.
+    /// Reads `tokens` after what `seq` has, a chunk at a time, and returns the logits of what follows. Where the class
+    /// of the text changes, all of it is read again. On an error the sequence is as before, or empty where its class
+    /// had changed.
     pub fn extend<'s>(&self, seq: &'s mut Sequence, tokens: &[u32]) -> Result<&'s [f32], RunError> {
         let total = seq.tokens.len() + tokens.len();
         if tokens.is_empty() {

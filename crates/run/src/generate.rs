@@ -85,8 +85,9 @@ impl Engine {
         Sampler::new(&g.sampling)
     }
 
-    /// Continues `g.prompt` in `seq`, whose tokens are reused as far as they agree with the prompt. `on_text` gets the text as it becomes certain:
-    /// whole characters, and nothing that may yet turn out to be a stop text; it may end the generation.
+    /// Continues `g.prompt` in `seq`, whose tokens are reused as far as they agree with the prompt. `on_text` gets the
+    /// text as it becomes certain: whole characters, and nothing that may yet turn out to be a stop text; it may end
+    /// the generation.
     pub fn generate(
         &self,
         seq: &mut Sequence,

@@ -1,8 +1,8 @@
 //! The engine: sequences of tokens continued by a model, and what people want from that: text, a conversation, a speed.
 //!
-//! [`Engine`] holds the model and nothing that changes; a [`Sequence`] holds one text's tokens and keys and values. Whoever owns sequences
-//! decides when which is continued. A [`Scheduler`] does so for many texts at once, in steps that read the weights once for all of them, with
-//! keys and values in a [`BlockStore`].
+//! [`Engine`] holds the model and nothing that changes; a [`Sequence`] holds one text's tokens and keys and values.
+//! Whoever owns sequences decides when which is continued. A [`Scheduler`] does so for many texts at once, in steps
+//! that read the weights once for all of them, with keys and values in a [`BlockStore`].
 
 mod bench;
 mod blocks;

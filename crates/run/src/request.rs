@@ -75,10 +75,12 @@ pub struct Finished {
     pub tokens: usize,
 }
 
-/// What becomes of a request. [`Event::Finished`], [`Event::Embedding`] and [`Event::Failed`] come last, one of them once.
+/// What becomes of a request. [`Event::Finished`], [`Event::Embedding`] and [`Event::Failed`] come last, one of them
+/// once.
 #[derive(Debug)]
 pub enum Event {
-    /// More of the answer: whole characters, nothing that may yet turn out to be a stop text; and the tokens that end in it.
+    /// More of the answer: whole characters, nothing that may yet turn out to be a stop text; and the tokens that end
+    /// in it.
     Text {
         /// The text.
         text: String,

@@ -7,8 +7,8 @@ use crate::RunError;
 
 /// How the next token is chosen.
 ///
-/// The filters work in this order, as in `transformers` and vLLM: penalties, bias, temperature, top-k, top-p, min-p; then one token is drawn
-/// from what is left. Equal logits rank by the lower id.
+/// The filters work in this order, as in `transformers` and vLLM: penalties, bias, temperature, top-k, top-p, min-p;
+/// then one token is drawn from what is left. Equal logits rank by the lower id.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 pub struct Sampling {
@@ -78,8 +78,9 @@ impl Sampler {
         Ok(Sampler { settings: s.clone(), rng: Rng::new(s.seed), logits: Vec::new(), left: Vec::new() })
     }
 
-    /// The next token. `text`: the tokens so far, the first `prompt_tokens` of which were not generated. `allowed`: a bit for each token that may
-    /// come, where not all may. A logit that is NaN or +infinity is an error, -infinity is a token that cannot come.
+    /// The next token. `text`: the tokens so far, the first `prompt_tokens` of which were not generated. `allowed`: a
+    /// bit for each token that may come, where not all may. A logit that is NaN or +infinity is an error, -infinity is
+    /// a token that cannot come.
     pub fn pick(
         &mut self,
         logits: &[f32],

@@ -1,9 +1,10 @@
 //! Many texts at once: continuous batching with prompts read in chunks.
 //!
-//! A step is one pass over the weights for one row of every text that is being continued and at most [`Limits::prefill_rows`] rows of prompts.
-//! Texts are admitted first come, first served; prompts take turns, so that a long one does not hold up short ones. Where blocks run out, the text
-//! that was admitted last gives its own up and waits, to be read again later: a row's result does not depend on its company, so that its
-//! answer is the same. A text that outgrows its class ([`Engine::class`]) is read again in the same way.
+//! A step is one pass over the weights for one row of every text that is being continued and at most
+//! [`Limits::prefill_rows`] rows of prompts. Texts are admitted first come, first served; prompts take turns, so that a
+//! long one does not hold up short ones. Where blocks run out, the text that was admitted last gives its own up and
+//! waits, to be read again later: a row's result does not depend on its company, so that its answer is the same. A text
+//! that outgrows its class ([`Engine::class`]) is read again in the same way.
 
 use std::collections::{HashSet, VecDeque};
 
@@ -111,7 +112,7 @@ struct Writing {
 }
 
 /// Rows of one text in a step.
-struct Part {
+struct Chunk {
     index: usize,
     from: usize,
     to: usize,
@@ -323,7 +324,8 @@ impl Scheduler {
             let slot = self.store.open(a.class);
             a.slot = Some(slot);
             a.read = take_over(&mut self.store, &a, self.limits.reuse);
-            // Room for what it is and its next token; and one block left for each text at work, or the next steps would drive it out again.
+            // Room for what it is and its next token; and one block left for each text at work, or the next steps would
+            // drive it out again.
             let spare = self.running.len();
             let fits = self.store.reserve(slot, (a.tokens.len() + 1).min(a.extent));
             if !fits || (spare > 0 && self.store.available() < spare) {
@@ -338,7 +340,7 @@ impl Scheduler {
     }
 
     /// Which rows come next.
-    fn plan(&mut self) -> (Vec<Part>, Step) {
+    fn plan(&mut self) -> (Vec<Chunk>, Step) {
         let (mut parts, mut step) = (Vec::new(), Step::default());
         let mut index = 0;
         while index < self.running.len() {
@@ -352,7 +354,7 @@ impl Scheduler {
                         return self.plan_prompts(parts, step);
                     }
                 }
-                parts.push(Part { index, from: to - 1, to });
+                parts.push(Chunk { index, from: to - 1, to });
                 step.decode_rows += 1;
             }
             index += 1;
@@ -361,20 +363,21 @@ impl Scheduler {
     }
 
     /// Adds rows of prompts, each in its turn.
-    fn plan_prompts(&mut self, mut parts: Vec<Part>, mut step: Step) -> (Vec<Part>, Step) {
+    fn plan_prompts(&mut self, mut parts: Vec<Chunk>, mut step: Step) -> (Vec<Chunk>, Step) {
         let rows = self.limits.prefill_rows;
         let reading: Vec<usize> =
             (0..self.running.len()).filter(|&i| self.running[i].tokens.len() - self.running[i].read > 1).collect();
         if reading.is_empty() {
             return (parts, step);
         }
-        // A share for each, so that one long prompt leaves room for the others; what is left over goes to the first in turn.
+        // A share for each, so that one long prompt leaves room for the others; what is left over goes to the first in
+        // turn.
         let share = (rows / reading.len()).max(rows / 4).max(1);
         let first = self.turn % reading.len();
         self.turn += 1;
         let mut claimed = HashSet::new();
         let mut left = rows;
-        let mut asked: Vec<Part> = Vec::new();
+        let mut asked: Vec<Chunk> = Vec::new();
         for k in 0..reading.len() {
             let index = reading[(first + k) % reading.len()];
             if left == 0 {
@@ -394,7 +397,7 @@ impl Scheduler {
             }
             let to = (a.read + share.min(left)).min(a.tokens.len());
             left -= to - a.read;
-            asked.push(Part { index, from: a.read, to });
+            asked.push(Chunk { index, from: a.read, to });
         }
         for p in asked.iter_mut() {
             let more = left.min(self.running[p.index].tokens.len() - p.to);
@@ -430,7 +433,8 @@ impl Scheduler {
         }
     }
 
-    /// Computes the logits of `wanted` (texts and their rows of `hidden`) and lets each go on by one token. Those that end join `over`.
+    /// Computes the logits of `wanted` (texts and their rows of `hidden`) and lets each go on by one token. Those that
+    /// end join `over`.
     fn answer(
         &mut self,
         wanted: &[(usize, usize)],
@@ -470,7 +474,8 @@ fn slot(a: &Active) -> usize {
     a.slot.expect("a text at work has a slot")
 }
 
-/// Takes over what others have published of a text, short of its last token, whose row is needed. Returns the tokens read.
+/// Takes over what others have published of a text, short of its last token, whose row is needed. Returns the tokens
+/// read.
 fn take_over(store: &mut BlockStore, a: &Active, reuse: bool) -> usize {
     // A mean needs every row.
     let all = matches!(a.work, Work::Embed { pooling: Pooling::Mean, .. });

@@ -1,4 +1,5 @@
-//! Many texts at once on tiny checkpoints: nobody's answer may depend on the company, on shared beginnings, chunks, preemption or the budget.
+//! Many texts at once on tiny checkpoints: nobody's answer may depend on the company, on shared beginnings, chunks,
+//! preemption or the budget.
 
 mod common;
 
@@ -175,7 +176,8 @@ fn texts_that_begin_alike_are_computed_once() {
 #[test]
 fn long_rope_texts_share_with_their_own_kind_only() {
     let mut s = scheduler("llama_rope_longrope", limits(4, 64));
-    // The original context is 32: the same beginning once in a long text, which cannot serve a short one; there is no shorter block.
+    // The original context is 32: the same beginning once in a long text, which cannot serve a short one; there is no
+    // shorter block.
     let prompt: Vec<u32> = (0..40).map(|i| 3 + i).collect();
     let long = Generation { prompt, max_tokens: 10, ignore_end: true, ..Generation::default() };
     s.submit(0, Request::generate(long.clone())).unwrap();

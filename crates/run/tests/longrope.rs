@@ -1,4 +1,5 @@
-//! Texts that get longer than LongRoPE's original context, token by token against transformers (tests/golden/longrope.json).
+//! Texts that get longer than LongRoPE's original context, token by token against transformers
+//! (tests/golden/longrope.json).
 
 mod common;
 
@@ -157,7 +158,8 @@ fn the_scheduler_says_what_transformers_says_for_a_text_alone() {
 #[test]
 fn the_scheduler_says_it_in_company() {
     for name in MODELS {
-        // Each text with several numbers of tokens, and from several places on: beginnings are shared on both sides of the original context.
+        // Each text with several numbers of tokens, and from several places on: beginnings are shared on both sides of
+        // the original context.
         let cases = cases(name);
         let mut asked: Vec<(Generation, &[u32])> = Vec::new();
         for c in &cases {
@@ -192,7 +194,8 @@ fn a_text_is_read_again_once() {
     assert_eq!(s.gauges().preempted, 0);
     // The long text's first block is known by then; its short one never got full.
     assert_eq!(answers(&mut s, std::slice::from_ref(&long)).1, 20);
-    // A store that just holds the text does it, too: the short keys go before the long ones come. So do two texts that share all of their keys.
+    // A store that just holds the text does it, too: the short keys go before the long ones come. So do two texts that
+    // share all of their keys.
     for (batch, blocks) in [(1, 3), (2, 3)] {
         let mut s = scheduler("phi3", batch, 512, blocks, true);
         assert_eq!(answers(&mut s, &[long.clone(), long.clone()]).0, [&c.tokens[..], &c.tokens[..]]);

@@ -138,7 +138,8 @@ fn generation_ends_where_it_should() {
 fn a_conversation_reuses_what_was_said_and_refuses_what_does_not_fit() {
     let (e, t) = (engine("llama").with_context(64), tokenizer());
     let template = ChatTemplate::new(
-        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}",
+        "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt \
+         %}<|im_start|>{% endif %}",
     )
     .unwrap();
     let mut chat = Chat::new(&e, &t, &template);

@@ -139,7 +139,8 @@ impl Outside {
     }
 }
 
-/// Says why there is no room, and waits until the other side has closed: whoever closes on words unheard takes back what it said.
+/// Says why there is no room, and waits until the other side has closed: whoever closes on words unheard takes back
+/// what it said.
 async fn tell(mut stream: TcpStream) -> io::Result<()> {
     let body = ApiError::new(503, "too many connections are open").code("too_many_connections").body().to_string();
     let text = format!(

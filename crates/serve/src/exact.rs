@@ -1,5 +1,5 @@
-//! Numbers that come back as they were given. A JSON value holds integers of 64 bits and floats; the grammar library turns all into floats. What
-//! neither can hold is refused and named, and what a model wrote stays the text it is.
+//! Numbers that come back as they were given. A JSON value holds integers of 64 bits and floats; the grammar library
+//! turns all into floats. What neither can hold is refused and named, and what a model wrote stays the text it is.
 
 use std::collections::HashMap;
 
@@ -125,11 +125,13 @@ fn check_literal(value: &Value, path: &Path<'_>) -> Result<(), ApiError> {
 
 fn not_held(n: &Number, most: f64, path: &Path<'_>) -> ApiError {
     path.bad(format!(
-        "is {n}, which answers cannot be held to exactly: of numbers beyond {most} the grammar holds only some or none. Leave it out, or let the value be a text"
+        "is {n}, which answers cannot be held to exactly: of numbers beyond {most} the grammar holds only some or \
+         none. Leave it out, or let the value be a text"
     ))
 }
 
-/// An integer of 64 bits with a sign becomes a float and then digits again; any other number is written as the float it becomes.
+/// An integer of 64 bits with a sign becomes a float and then digits again; any other number is written as the float it
+/// becomes.
 fn literal_is_held(n: &Number) -> bool {
     let Some(x) = n.as_f64() else { return false };
     match (n.as_i64(), n.as_u64()) {
@@ -139,8 +141,9 @@ fn literal_is_held(n: &Number) -> bool {
     }
 }
 
-/// A bound becomes a float. Where only integers are meant, it is made an integer of 64 bits with a sign after that, one less or more where it is
-/// itself not allowed; otherwise the shortest digits that lead to the float are taken, which large integers do not survive.
+/// A bound becomes a float. Where only integers are meant, it is made an integer of 64 bits with a sign after that, one
+/// less or more where it is itself not allowed; otherwise the shortest digits that lead to the float are taken, which
+/// large integers do not survive.
 fn bound_is_held(fields: &Map<String, Value>, key: &str, n: &Number) -> bool {
     let Some(x) = n.as_f64() else { return false };
     if key == "multipleOf" {

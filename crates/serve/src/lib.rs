@@ -1,8 +1,8 @@
 //! A model behind OpenAI's interface: HTTP, streaming, limits, metrics, a web page.
 //!
-//! One thread runs the model ([`lacuna_run::Scheduler`]), another talks with everybody; they share channels. A request takes a place in the
-//! queue first, is held against the published OpenAPI document, becomes tokens and a grammar, and waits its turn; when its client leaves, so
-//! does it.
+//! One thread runs the model ([`lacuna_run::Scheduler`]), another talks with everybody; they share channels. A request
+//! takes a place in the queue first, is held against the published OpenAPI document, becomes tokens and a grammar, and
+//! waits its turn; when its client leaves, so does it.
 
 mod api;
 mod app;
@@ -154,7 +154,8 @@ async fn signal() -> std::io::Result<()> {
     tokio::signal::ctrl_c().await
 }
 
-/// Serves a model on `listener` until `stop` is triggered and what was at work has ended. Returns how many connections had to be cut.
+/// Serves a model on `listener` until `stop` is triggered and what was at work has ended. Returns how many connections
+/// had to be cut.
 pub fn serve(served: Served, options: Options, listener: TcpListener, stop: &Stop) -> anyhow::Result<usize> {
     let Served { name, fingerprint, engine, tokenizer, template, card } = served;
     let limits = Limits {

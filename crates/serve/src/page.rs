@@ -4,7 +4,8 @@ use axum::body::Body;
 use axum::http::{HeaderValue, Response, header};
 
 /// Nothing but the server's own script and style; no frames, no forms, no other servers.
-const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; base-uri 'none'; \
+const POLICY: &str = "default-src 'none'; script-src 'self'; style-src 'self'; connect-src 'self'; img-src 'self'; \
+ base-uri 'none'; \
                       form-action 'none'; frame-ancestors 'none'";
 
 fn file(kind: &'static str, text: &'static str) -> Response<Body> {

@@ -1,10 +1,11 @@
 //! Requests held against the OpenAPI document that the server publishes.
 //!
-//! The document is the only description of a request: what it does not name is refused, and what it promises is checked here before anything
-//! else looks at the request. The checker knows the part of JSON Schema that the document uses, and a test holds the document to that part.
+//! The document is the only description of a request: what it does not name is refused, and what it promises is checked
+//! here before anything else looks at the request. The checker knows the part of JSON Schema that the document uses,
+//! and a test holds the document to that part.
 //!
-//! Fields of OpenAI's API that this server does not have are in the document, too: their schema allows the values that ask for what is done
-//! anyway, and `x-unsupported` says why there are no others.
+//! Fields of OpenAI's API that this server does not have are in the document, too: their schema allows the values that
+//! ask for what is done anyway, and `x-unsupported` says why there are no others.
 
 use std::cmp::Ordering;
 
@@ -15,7 +16,8 @@ use crate::error::ApiError;
 /// Fields that hold a JSON schema of the client's own, in which null is a value like others.
 const FOREIGN: &[&str] = &["parameters", "schema"];
 
-/// Takes the fields that are null out of a request: they count as absent. A message's content may be null and still be said.
+/// Takes the fields that are null out of a request: they count as absent. A message's content may be null and still be
+/// said.
 pub fn drop_nulls(value: &mut Value) {
     match value {
         Value::Array(items) => items.iter_mut().for_each(drop_nulls),
@@ -131,7 +133,8 @@ impl Schema {
         Ok(())
     }
 
-    /// One choice must fit. The error is that of the choice that is meant: of the right type, and of the right tag where objects have one.
+    /// One choice must fit. The error is that of the choice that is meant: of the right type, and of the right tag
+    /// where objects have one.
     fn any_of(
         &self,
         schema: &Map<String, Value>,

@@ -9,7 +9,7 @@ use crate::schema::Path;
 
 /// How a model writes its calls, read off its chat template.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub enum Form {
+pub enum CallFormat {
     /// `<tool_call>{"name": ..., "arguments": {...}}</tool_call>`, one for each call.
     Tagged,
     /// `[TOOL_CALLS][{"name": ..., "arguments": {...}}, ...]`.
@@ -45,43 +45,43 @@ pub struct Tools {
     /// The functions as they came, for the template.
     pub list: Vec<Value>,
     /// How the model writes calls.
-    pub form: Form,
+    pub form: CallFormat,
     /// The functions of which one must be called, if one must.
     pub forced: Vec<usize>,
     /// Whether only the first call counts.
     pub single: bool,
 }
 
-impl Form {
+impl CallFormat {
     /// The form of a template.
-    pub fn of(template: &str, takes_tools: bool) -> Form {
+    pub fn of(template: &str, takes_tools: bool) -> CallFormat {
         match () {
-            () if !takes_tools => Form::Constrained,
-            () if template.contains("<tool_call>") => Form::Tagged,
-            () if template.contains("[TOOL_CALLS]") => Form::List,
-            () => Form::Parameters,
+            () if !takes_tools => CallFormat::Constrained,
+            () if template.contains("<tool_call>") => CallFormat::Tagged,
+            () if template.contains("[TOOL_CALLS]") => CallFormat::List,
+            () => CallFormat::Parameters,
         }
     }
 
     fn arguments(self) -> &'static str {
-        if self == Form::Parameters { "parameters" } else { "arguments" }
+        if self == CallFormat::Parameters { "parameters" } else { "arguments" }
     }
 
     /// What a forced call begins with, before its JSON.
     pub fn opening(self) -> &'static str {
         match self {
-            Form::Tagged => "<tool_call>\n",
-            Form::List => "[TOOL_CALLS] ",
-            Form::Parameters | Form::Constrained => "",
+            CallFormat::Tagged => "<tool_call>\n",
+            CallFormat::List => "[TOOL_CALLS] ",
+            CallFormat::Parameters | CallFormat::Constrained => "",
         }
     }
 
     /// What may begin calls in an answer that need not be one.
     fn mark(self) -> &'static str {
         match self {
-            Form::Tagged => "<tool_call>",
-            Form::List => "[TOOL_CALLS]",
-            Form::Parameters | Form::Constrained => "{",
+            CallFormat::Tagged => "<tool_call>",
+            CallFormat::List => "[TOOL_CALLS]",
+            CallFormat::Parameters | CallFormat::Constrained => "{",
         }
     }
 }
@@ -92,7 +92,7 @@ impl Tools {
         list: Option<Vec<Value>>,
         choice: Option<&Value>,
         parallel: Option<bool>,
-        form: Form,
+        form: CallFormat,
     ) -> Result<Option<Tools>, ApiError> {
         let list = list.unwrap_or_default();
         let bad = |message: String| ApiError::bad("tool_choice", message);
@@ -124,10 +124,11 @@ impl Tools {
             }
             Some(_) => Vec::new(),
         };
-        if forced.is_empty() && form == Form::Constrained {
+        if forced.is_empty() && form == CallFormat::Constrained {
             return Err(ApiError::bad(
                 "tools",
-                "this model was not made to choose tools by itself: its chat template has no place for them. With tool_choice \
+                "this model was not made to choose tools by itself: its chat template has no place for them. With \
+                 tool_choice \
                  \"required\" or a named function the answer is held to a call by a grammar",
             )
             .code("unsupported_parameter"));
@@ -164,7 +165,7 @@ impl Tools {
             }
         }
         let call = if calls.len() == 1 { calls.remove(0) } else { json!({ "anyOf": calls }) };
-        let whole = if self.form == Form::List {
+        let whole = if self.form == CallFormat::List {
             json!({ "type": "array", "items": call, "minItems": 1, "maxItems": 1 })
         } else {
             call
@@ -190,7 +191,8 @@ impl Tools {
     pub fn instruction(&self) -> String {
         let list: Vec<&Value> = self.forced.iter().map(|&i| &self.list[i]["function"]).collect();
         format!(
-            "You can call these functions: {}\nAnswer with one call, written as JSON: {{\"name\": ..., \"arguments\": {{...}}}}",
+            "You can call these functions: {}\nAnswer with one call, written as JSON: {{\"name\": ..., \"arguments\": \
+             {{...}}}}",
             Value::from_iter(list.into_iter().cloned())
         )
     }
@@ -240,7 +242,7 @@ impl Splitter {
         loop {
             if self.inside {
                 // Only tags end a call before the answer ends.
-                let Some(end) = (form == Form::Tagged).then(|| self.held.find("</tool_call>")).flatten() else {
+                let Some(end) = (form == CallFormat::Tagged).then(|| self.held.find("</tool_call>")).flatten() else {
                     return text;
                 };
                 let inner = self.held[..end].to_owned();
@@ -308,7 +310,7 @@ impl Splitter {
 mod tests {
     use super::*;
 
-    fn tools(form: Form, choice: Value) -> Tools {
+    fn tools(form: CallFormat, choice: Value) -> Tools {
         let list = vec![
             json!({"type": "function", "function": {"name": "add", "parameters": {"type": "object"}}}),
             json!({"type": "function", "function": {"name": "now"}}),
@@ -332,26 +334,26 @@ mod tests {
         let call = |name: &str, arguments: &str| Call { name: name.into(), arguments: arguments.into() };
         let add = r#"{"name": "add", "arguments": {"a": 1}}"#;
         let cases = [
-            (Form::Tagged, format!("Let me see.\n<tool_call>\n{add}\n</tool_call>"), "Let me see.", 1),
+            (CallFormat::Tagged, format!("Let me see.\n<tool_call>\n{add}\n</tool_call>"), "Let me see.", 1),
             (
-                Form::Tagged,
+                CallFormat::Tagged,
                 format!("<tool_call>{add}</tool_call>\n<tool_call>{{\"name\": \"now\"}}</tool_call>"),
                 "",
                 2,
             ),
-            (Form::Tagged, format!("<tool_call>{add}"), "", 1),
-            (Form::Tagged, "a < b <tool".to_owned(), "a < b <tool", 0),
+            (CallFormat::Tagged, format!("<tool_call>{add}"), "", 1),
+            (CallFormat::Tagged, "a < b <tool".to_owned(), "a < b <tool", 0),
             (
-                Form::Tagged,
+                CallFormat::Tagged,
                 "<tool_call>{\"name\": \"rm\"}</tool_call>".to_owned(),
                 "<tool_call>{\"name\": \"rm\"}</tool_call>",
                 0,
             ),
-            (Form::List, format!("[TOOL_CALLS][{add}, {add}]"), "", 2),
-            (Form::List, "[TOOL_CALLS] nonsense".to_owned(), "[TOOL_CALLS] nonsense", 0),
-            (Form::Parameters, r#"{"name": "add", "parameters": {"a": 1}}"#.to_owned(), "", 1),
-            (Form::Parameters, "A set is {1, 2}.".to_owned(), "A set is {1, 2}.", 0),
-            (Form::Parameters, "{1, 2} is a set".to_owned(), "{1, 2} is a set", 0),
+            (CallFormat::List, format!("[TOOL_CALLS][{add}, {add}]"), "", 2),
+            (CallFormat::List, "[TOOL_CALLS] nonsense".to_owned(), "[TOOL_CALLS] nonsense", 0),
+            (CallFormat::Parameters, r#"{"name": "add", "parameters": {"a": 1}}"#.to_owned(), "", 1),
+            (CallFormat::Parameters, "A set is {1, 2}.".to_owned(), "A set is {1, 2}.", 0),
+            (CallFormat::Parameters, "{1, 2} is a set".to_owned(), "{1, 2} is a set", 0),
         ];
         for (form, text, expected, n) in cases {
             let tools = tools(form, json!("auto"));
@@ -363,7 +365,7 @@ mod tests {
                 }
             }
         }
-        let forced = tools(Form::Tagged, json!("required"));
+        let forced = tools(CallFormat::Tagged, json!("required"));
         assert_eq!(split(&forced, add, 2), (String::new(), vec![call("add", r#"{"a": 1}"#)]));
         assert_eq!(split(&forced, "{\"name\": \"ad", 3).0, "{\"name\": \"ad");
         // The very text, whatever its numbers, and however it is wrapped.
@@ -376,7 +378,7 @@ mod tests {
             let text = format!(r#"{{"name": "add", "arguments": {none}}}"#);
             assert_eq!(split(&forced, &text, 5), (text, vec![]));
         }
-        let single = Tools { single: true, ..tools(Form::List, json!("auto")) };
+        let single = Tools { single: true, ..tools(CallFormat::List, json!("auto")) };
         assert_eq!(split(&single, &format!("[TOOL_CALLS][{add}, {add}]"), 4).1.len(), 1);
     }
 
@@ -388,29 +390,32 @@ mod tests {
             Tools::read(Some(tools), choice.as_ref(), None, form).map(|t| t.is_some()).map_err(|e| e.param.unwrap())
         };
         let named = |n: &str| json!({"type": "function", "function": {"name": n}});
-        assert_eq!(read(vec![tool("a")], Value::Null, Form::Tagged), Ok(true));
-        assert_eq!(read(vec![tool("a")], json!("none"), Form::Constrained), Ok(false));
-        assert_eq!(read(vec![tool("a")], json!("auto"), Form::Constrained), Err("tools".into()));
-        assert_eq!(read(vec![tool("a")], named("a"), Form::Constrained), Ok(true));
-        assert_eq!(read(vec![tool("a")], named("b"), Form::Tagged), Err("tool_choice".into()));
-        assert_eq!(read(vec![], json!("required"), Form::Tagged), Err("tool_choice".into()));
-        assert_eq!(read(vec![], named("a"), Form::Tagged), Err("tool_choice".into()));
-        assert_eq!(read(vec![], json!("auto"), Form::Tagged), Ok(false));
-        assert_eq!(read(vec![tool("a"), tool("a")], Value::Null, Form::Tagged), Err("tools.1.function.name".into()));
-        assert_eq!(read(vec![tool("a b")], Value::Null, Form::Tagged), Err("tools.0.function.name".into()));
-        assert_eq!(Form::of("{{ tools }}<tool_call>", true), Form::Tagged);
-        assert_eq!(Form::of("<|im_start|>", false), Form::Constrained);
+        assert_eq!(read(vec![tool("a")], Value::Null, CallFormat::Tagged), Ok(true));
+        assert_eq!(read(vec![tool("a")], json!("none"), CallFormat::Constrained), Ok(false));
+        assert_eq!(read(vec![tool("a")], json!("auto"), CallFormat::Constrained), Err("tools".into()));
+        assert_eq!(read(vec![tool("a")], named("a"), CallFormat::Constrained), Ok(true));
+        assert_eq!(read(vec![tool("a")], named("b"), CallFormat::Tagged), Err("tool_choice".into()));
+        assert_eq!(read(vec![], json!("required"), CallFormat::Tagged), Err("tool_choice".into()));
+        assert_eq!(read(vec![], named("a"), CallFormat::Tagged), Err("tool_choice".into()));
+        assert_eq!(read(vec![], json!("auto"), CallFormat::Tagged), Ok(false));
+        assert_eq!(
+            read(vec![tool("a"), tool("a")], Value::Null, CallFormat::Tagged),
+            Err("tools.1.function.name".into())
+        );
+        assert_eq!(read(vec![tool("a b")], Value::Null, CallFormat::Tagged), Err("tools.0.function.name".into()));
+        assert_eq!(CallFormat::of("{{ tools }}<tool_call>", true), CallFormat::Tagged);
+        assert_eq!(CallFormat::of("<|im_start|>", false), CallFormat::Constrained);
     }
 
     #[test]
     fn the_schema_of_a_forced_call() {
-        let one = tools(Form::Constrained, json!({"type": "function", "function": {"name": "add"}})).schema();
+        let one = tools(CallFormat::Constrained, json!({"type": "function", "function": {"name": "add"}})).schema();
         assert_eq!(one["properties"]["name"]["const"], "add");
-        let any = tools(Form::Parameters, json!("required")).schema();
+        let any = tools(CallFormat::Parameters, json!("required")).schema();
         assert_eq!(any["anyOf"][1]["required"], json!(["name", "parameters"]));
         let list = vec![json!({"type": "function", "function": {"name": "f", "parameters":
             {"$defs": {"x": {"type": "integer"}}, "type": "object", "properties": {"v": {"$ref": "#/$defs/x"}}}}})];
-        let deep = Tools::read(Some(list), Some(&json!("required")), None, Form::List).unwrap().unwrap().schema();
+        let deep = Tools::read(Some(list), Some(&json!("required")), None, CallFormat::List).unwrap().unwrap().schema();
         assert_eq!((&deep["$defs"]["x"]["type"], &deep["maxItems"]), (&json!("integer"), &json!(1)));
     }
 }

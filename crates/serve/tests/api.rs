@@ -44,7 +44,8 @@ fn a_chat_whole_and_streamed() {
 /// What is said comes as a text or in pieces, and goes to the template as the template takes it.
 #[test]
 fn contents_reach_templates_of_texts_and_of_parts() {
-    const PARTS: &str = "{% for m in messages %}<|im_start|>{% for p in m.content %}{{ p.text }}{% endfor %}<|im_end|>{% endfor \
+    const PARTS: &str = "{% for m in messages %}<|im_start|>{% for p in m.content %}{{ p.text }}{% endfor \
+     %}<|im_end|>{% endfor \
         %}{% if add_generation_prompt %}<|im_start|>{% endif %}";
     let pieces = json!([{"type": "text", "text": "hel"}, {"type": "text", "text": "lo"}]);
     for template in [PLAIN, PARTS] {
@@ -335,7 +336,8 @@ fn answers_go_back_as_clients_keep_them() {
             "function_call": null, "tool_calls": null})
     };
     // A template that looks at what is there, not at what it is worth.
-    let strict = "{% if tools %}{% endif %}{% for m in messages %}{% for k in m %}{{ k }},{% endfor %}{{ m.tool_calls }}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>";
+    let strict = "{% if tools %}{% endif %}{% for m in messages %}{% for k in m %}{{ k }},{% endfor %}{{ m.tool_calls \
+     }}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>";
     for template in [PLAIN, strict, TOOLS] {
         let s = Server::start(Some(template), Options::default());
         let ask = |message: Value| {
@@ -370,7 +372,11 @@ fn answers_go_back_as_clients_keep_them() {
 fn numbers_are_exact_or_refused() {
     let s = Server::start(Some(TOOLS), Options::default());
     let held = |n: &str| {
-        let schema: Value = serde_json::from_str(&format!("{{\"properties\": {{\"id\": {{\"const\": {n}}}}}, \"required\": [\"id\"], \"type\": \"object\", \"additionalProperties\": false}}")).unwrap();
+        let schema: Value = serde_json::from_str(&format!(
+            "{{\"properties\": {{\"id\": {{\"const\": {n}}}}}, \
+         \"required\": [\"id\"], \"type\": \"object\", \"additionalProperties\": false}}"
+        ))
+        .unwrap();
         chat(
             json!({"max_tokens": 80, "response_format": {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}}),
         )
@@ -395,11 +401,16 @@ fn numbers_are_exact_or_refused() {
     // No value holds this one.
     let long = free.to_string().replace("18446744073709551615", "118446744073709551615");
     let raw = |body: &str| {
-        s.raw(&format!("POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}", body.len()))
+        s.raw(&format!(
+            "POST {CHAT} HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: \
+         close\r\ncontent-length: {}\r\n\r\n{body}",
+            body.len()
+        ))
     };
     assert_eq!(raw(&long).error().1, "tools.1.function.parameters.properties.a.maximum");
     // What a model wrote before goes into the prompt digit by digit.
-    let show = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}{% endfor %}{% if tools %}{% endif %}";
+    let show = "{% for m in messages %}{% for c in m.tool_calls %}{{ c.function.arguments }}{% endfor %}{% endfor %}{% \
+     if tools %}{% endif %}";
     let s = Server::start(Some(show), Options::default());
     let tokens = |arguments: &str| {
         let call = json!({"id": "c", "type": "function", "function": {"name": "f", "arguments": arguments}});

@@ -86,10 +86,12 @@ fn a_full_queue_says_when_to_come_back() {
     assert_eq!(s.post(CHAT, &chat(json!({"n": 2}))).status, 200);
 }
 
-/// A place in the queue comes first: what would fail once it is looked at, rendered or made tokens of is not looked at without one.
+/// A place in the queue comes first: what would fail once it is looked at, rendered or made tokens of is not looked at
+/// without one.
 #[test]
 fn who_finds_no_place_costs_nothing() {
-    let template = "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('rendered') }}{% endif %}<|im_start|>{{ m.content }}{% endfor %}";
+    let template = "{% for m in messages %}{% if m.content == 'bad' %}{{ raise_exception('rendered') }}{% endif \
+     %}<|im_start|>{{ m.content }}{% endfor %}";
     let s = Server::with(
         engine("llama").with_context(ROOM),
         Some(template),
@@ -112,7 +114,8 @@ fn who_finds_no_place_costs_nothing() {
     for body in &wrong {
         assert_eq!(s.post(CHAT, body).error(), (429, String::new(), "queue_full".into()), "{body}");
     }
-    let broken = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: 1\r\n\r\n{";
+    let broken = "POST /v1/completions HTTP/1.1\r\nhost: x\r\ncontent-type: application/json\r\nconnection: \
+     close\r\ncontent-length: 1\r\n\r\n{";
     assert_eq!(s.raw(broken).error().0, 429);
     // The limits on a body stay before.
     assert_eq!(s.raw(&broken.replace("application/json", "text/plain")).error().0, 415);
@@ -144,8 +147,8 @@ fn too_much_is_told_to_whoever_sends_first() {
     assert_eq!(s.post(CHAT, &huge).error().0, 413);
 }
 
-/// Encoding takes much more time and memory than the text has bytes: what cannot fit is refused before. The vocabulary has every byte, so
-/// that a text's length bounds its tokens.
+/// Encoding takes much more time and memory than the text has bytes: what cannot fit is refused before. The vocabulary
+/// has every byte, so that a text's length bounds its tokens.
 #[test]
 fn a_text_that_cannot_fit_is_not_encoded() {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tokenizers/bytelevel");
@@ -184,7 +187,8 @@ fn sizes_and_times_have_limits() {
     assert_eq!(s.post(CHAT, &large).error().0, 413);
     let mut talk = s.connect();
     talk.send(&format!(
-        "POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntransfer-encoding: chunked\r\n\r\nFA0\r\n{}",
+        "POST {CHAT} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\ntransfer-encoding: \
+         chunked\r\n\r\nFA0\r\n{}",
         " ".repeat(4000)
     ));
     assert_eq!(talk.answer().error().0, 413, "chunks are counted, too");

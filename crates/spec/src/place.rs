@@ -111,7 +111,8 @@ impl Role {
         }
     }
 
-    /// Whether the weight is a matrix that multiplies activations (what compression aims at), not a norm or a table of positions.
+    /// Whether the weight is a matrix that multiplies activations (what compression aims at), not a norm or a table of
+    /// positions.
     pub fn is_linear(self) -> bool {
         matches!(
             self,
@@ -147,7 +148,8 @@ pub enum Part {
     Bias,
 }
 
-/// One tensor of a model. The text form is `layers.3.attn.q`, `layers.0.ffn.experts.5.up`, `embed`, with `.bias` behind a bias.
+/// One tensor of a model. The text form is `layers.3.attn.q`, `layers.0.ffn.experts.5.up`, `embed`, with `.bias` behind
+/// a bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Place {
     /// The decoder block, from 0; `None` outside the blocks.
@@ -236,16 +238,18 @@ impl<'de> Deserialize<'de> for Place {
     }
 }
 
-/// What a recipe aims at: a role, a family of roles or a pattern of place names, `*` standing for any run of characters.
+/// What a recipe aims at: a role, a family of roles or a pattern of place names, `*` standing for any run of
+/// characters.
 ///
-/// `attn.*` is every linear role of attention, `ffn.down` one role, `layers.3.*` every linear matrix of one block, `embed` the embedding.
+/// `attn.*` is every linear role of attention, `ffn.down` one role, `layers.3.*` every linear matrix of one block,
+/// `embed` the embedding.
 #[derive(Clone, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(transparent)]
 pub struct Target(pub String);
 
 impl Target {
-    /// Whether `place` (a weight) is meant. Norms, positions and biases never are; a router only by its name: it is tiny, and which experts
-    /// a token gets hangs on its last bits.
+    /// Whether `place` (a weight) is meant. Norms, positions and biases never are; a router only by its name: it is
+    /// tiny, and which experts a token gets hangs on its last bits.
     pub fn matches(&self, place: &Place) -> bool {
         if place.role == Role::Router && !self.0.ends_with("router") {
             return false;

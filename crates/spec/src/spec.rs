@@ -337,7 +337,8 @@ impl Spec {
         Ok(())
     }
 
-    /// The shape `[rows, cols]` of the tensor at `place` (vectors are `[1, n]`), or `None` where this network has no such tensor.
+    /// The shape `[rows, cols]` of the tensor at `place` (vectors are `[1, n]`), or `None` where this network has no
+    /// such tensor.
     ///
     /// Learned positions are the exception: their row count is the file's.
     pub fn shape(&self, place: &Place) -> Option<(usize, usize)> {

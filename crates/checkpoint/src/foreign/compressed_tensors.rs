@@ -8,7 +8,7 @@ use lacuna_format::bits::pack;
 use lacuna_format::{Float, Group, Pattern, Piece, Stored, Tables, Values};
 
 use super::config::Quantized;
-use super::scales::{Grid, unsigned};
+use super::scales::{ScaleTensor, unsigned};
 use super::{Args, Data, Fault, Module, Tensor, Tensors, i32s, marlin24, sparse, unpack_row};
 use crate::tensor::TensorType;
 
@@ -93,7 +93,7 @@ struct Packed {
     shape: (usize, usize),
     bits: u8,
     layout: Layout,
-    grid: Grid,
+    grid: ScaleTensor,
     zeros: Option<Zeros>,
     order: Option<Tensor>,
 }
@@ -120,7 +120,7 @@ impl Packed {
         let args = q.args(module);
         let (bits, layout) = bits_and_layout(q, args, &packed, cols, width)?;
         let scale = t.need(module, "weight_scale", &packed)?;
-        let grid = Grid::new(scale, (rows, cols), args)?;
+        let grid = ScaleTensor::new(scale, (rows, cols), args)?;
         let zeros = match t.get(module, "weight_zero_point") {
             None if args.is_some_and(|a| !a.symmetric) => {
                 return packed
@@ -195,13 +195,14 @@ impl Packed {
     }
 }
 
-fn zero_shape(z: &Tensor, grid: &Grid, rows: usize) -> Result<(), Fault> {
+fn zero_shape(z: &Tensor, grid: &ScaleTensor, rows: usize) -> Result<(), Fault> {
     let entries = z.shape.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
     let want = grid.high(rows) * grid.groups;
     if entries == Some(want) { Ok(()) } else { z.bad(format!("shape {:?}, but there are {want} scales", z.shape)) }
 }
 
-/// What no flag marks: bits and layout follow from the width of a row, and where several fit, from the configuration and its version.
+/// What no flag marks: bits and layout follow from the width of a row, and where several fit, from the configuration
+/// and its version.
 fn bits_and_layout(
     q: &Quantized,
     args: Option<&Args>,
@@ -307,7 +308,7 @@ pub(super) fn order(t: &Tensor, data: &[u8], groups: usize, run: usize) -> Resul
 /// Bytes that are codes (I8) or 8-bit floats, with scales.
 pub(super) struct Coded {
     dtype: TensorType,
-    grid: Grid,
+    grid: ScaleTensor,
     zeros: Option<Tensor>,
     order: Option<Tensor>,
 }
@@ -333,7 +334,7 @@ impl Coded {
                 a.bits
             ));
         }
-        let grid = Grid::new(scale, shape, args)?;
+        let grid = ScaleTensor::new(scale, shape, args)?;
         let zeros = t.get(module, "weight_zero_point");
         if let Some(z) = &zeros {
             if !z.is("I8") && !matches!(z.dtype, TensorType::Float(_)) {

@@ -39,7 +39,8 @@ pub(super) enum Target {
     Pattern(Pattern),
 }
 
-/// A Python pattern that must match from the beginning of a name. One that cannot be read, or takes too long, matches nothing.
+/// A Python pattern that must match from the beginning of a name. One that cannot be read, or takes too long, matches
+/// nothing.
 #[derive(Debug, Clone)]
 pub(super) struct Pattern(Option<fancy_regex::Regex>);
 
@@ -83,8 +84,8 @@ const MAX_GROUPS: usize = 4096;
 /// Targets accepted in all groups together.
 const MAX_TARGETS: usize = 1 << 16;
 
-/// Reads what a checkpoint says about its compression: `quantization_config` or the older `compression_config` in config.json, else the files
-/// that GPTQ and AWQ tools write beside it. `None`: a plain checkpoint.
+/// Reads what a checkpoint says about its compression: `quantization_config` or the older `compression_config` in
+/// config.json, else the files that GPTQ and AWQ tools write beside it. `None`: a plain checkpoint.
 pub(crate) fn read(dir: &Path, config_path: &Path, config: &Value) -> Result<Option<Quantized>, OpenError> {
     for key in ["quantization_config", "compression_config"] {
         if let Some(q) = config.get(key).filter(|q| !q.is_null()) {
@@ -155,7 +156,8 @@ fn parse(q: &Value) -> Result<Quantized, String> {
         "awq" => awq(q),
         "" => Err("no quant_method is named; use the original model or a GGUF file".into()),
         other => Err(format!(
-            "quant_method \"{other}\" is not read (compressed-tensors, gptq and awq are); use the original model or a GGUF file"
+            "quant_method \"{other}\" is not read (compressed-tensors, gptq and awq are); use the original model or a \
+             GGUF file"
         )),
     }
 }

@@ -1,8 +1,10 @@
-//! marlin-24: codes of 2:4-sparse matrices, arranged for the tensor cores of one kind of GPU. Undone here, code by code.
+//! marlin-24: codes of 2:4-sparse matrices, arranged for the tensor cores of one kind of GPU. Undone here, code by
+//! code.
 //!
-//! With `n` rows and `k = cols / 2` kept columns, the writer (1) turns the kept codes to `[k, n]`, cuts that into tiles of 16 x 16, puts the
-//! tiles of one band of 16 kept columns behind each other, and permutes every 1024 codes of the band; (2) reorders the positions, 16 bits for
-//! 16 columns of a row, as CUTLASS wants its metadata; (3) permutes every 64 scales of a group.
+//! With `n` rows and `k = cols / 2` kept columns, the writer (1) turns the kept codes to `[k, n]`, cuts that into tiles
+//! of 16 x 16, puts the tiles of one band of 16 kept columns behind each other, and permutes every 1024 codes of the
+//! band; (2) reorders the positions, 16 bits for 16 columns of a row, as CUTLASS wants its metadata; (3) permutes every
+//! 64 scales of a group.
 
 use std::ops::Range;
 

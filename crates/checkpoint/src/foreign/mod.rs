@@ -1,7 +1,9 @@
-//! Checkpoints that other tools compressed, kept as they are: codes stay codes, masks stay masks, nothing is rounded anew.
+//! Checkpoints that other tools compressed, kept as they are: codes stay codes, masks stay masks, nothing is rounded
+//! anew.
 //!
-//! What the tensors say counts. A module is recognised by the tensors that lie beside each other under its name; the configuration is asked
-//! only for what no tensor tells (bits that two layouts share, a group whose size several divisions fit).
+//! What the tensors say counts. A module is recognised by the tensors that lie beside each other under its name; the
+//! configuration is asked only for what no tensor tells (bits that two layouts share, a group whose size several
+//! divisions fit).
 
 mod awq;
 mod compressed_tensors;
@@ -128,7 +130,8 @@ fn i32s(data: &[u8]) -> impl Iterator<Item = i32> + '_ {
     data.as_chunks::<4>().0.iter().map(|b| i32::from_le_bytes(*b))
 }
 
-/// A matrix as another tool stored it: several tensors, checked in their shapes when the file is opened and in their values when read.
+/// A matrix as another tool stored it: several tensors, checked in their shapes when the file is opened and in their
+/// values when read.
 pub(crate) trait Module: Send + Sync {
     /// Rows and columns of the whole matrix.
     fn shape(&self) -> (usize, usize);
@@ -138,7 +141,8 @@ pub(crate) trait Module: Send + Sync {
     fn read(&self, rows: Range<usize>, data: Data<'_>) -> Result<Stored, Fault>;
 }
 
-/// Rows of a foreign matrix at a place of the network, put together when asked for and kept as long as somebody holds them.
+/// Rows of a foreign matrix at a place of the network, put together when asked for and kept as long as somebody holds
+/// them.
 pub(crate) struct Lazy {
     module: Arc<dyn Module>,
     rows: Range<usize>,

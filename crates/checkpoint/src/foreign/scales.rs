@@ -21,7 +21,7 @@ enum Spread {
 
 /// Checked scales of a matrix.
 #[derive(Clone, Debug)]
-pub(super) struct Grid {
+pub(super) struct ScaleTensor {
     pub tensor: Tensor,
     float: Float,
     spread: Spread,
@@ -31,9 +31,9 @@ pub(super) struct Grid {
     pub run: usize,
 }
 
-impl Grid {
+impl ScaleTensor {
     /// Checks that `tensor` can be the scales of a `[rows, cols]` matrix, quantized as `args` say.
-    pub fn new(tensor: Tensor, (rows, cols): (usize, usize), args: Option<&Args>) -> Result<Grid, Fault> {
+    pub fn new(tensor: Tensor, (rows, cols): (usize, usize), args: Option<&Args>) -> Result<ScaleTensor, Fault> {
         let float = match tensor.dtype {
             TensorType::Float(f @ (Float::F32 | Float::F16 | Float::Bf16)) => f,
             other => return tensor.bad(format!("{} cannot be scales; F32, F16 and BF16 can", other.name())),
@@ -58,7 +58,7 @@ impl Grid {
                 None => return wrong(),
             },
         };
-        Ok(Grid { tensor, float, spread, groups, run: run.max(1) })
+        Ok(ScaleTensor { tensor, float, spread, groups, run: run.max(1) })
     }
 
     /// Scales of some rows.

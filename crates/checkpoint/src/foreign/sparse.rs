@@ -11,7 +11,8 @@ use super::config::Quantized;
 use super::{Data, Fault, Module, Tensor, Tensors};
 use crate::tensor::TensorType;
 
-/// `bitmask`, `compressed`, `shape`, and `row_offsets` where rows differ in length; `weight_scale` beside them where values are codes.
+/// `bitmask`, `compressed`, `shape`, and `row_offsets` where rows differ in length; `weight_scale` beside them where
+/// values are codes.
 pub(super) struct Sparse {
     mask: Tensor,
     values: Tensor,

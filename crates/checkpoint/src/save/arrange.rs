@@ -1,4 +1,5 @@
-//! Weights as another layout wants them: rows of q and k in its order, norms with or without the one, missing parts as zeros.
+//! Weights as another layout wants them: rows of q and k in its order, norms with or without the one, missing parts as
+//! zeros.
 
 use std::sync::Arc;
 
@@ -16,25 +17,25 @@ const CHUNK_VALUES: usize = 1 << 21;
 
 /// How a tensor is to be written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) enum Form {
+pub(crate) enum Encoding {
     Float(Float),
     Block(GgufType),
 }
 
-impl Form {
+impl Encoding {
     /// The format's own name.
     pub fn name(self) -> String {
         match self {
-            Form::Float(f) => format!("{f:?}").to_uppercase(),
-            Form::Block(b) => format!("{b:?}"),
+            Encoding::Float(f) => format!("{f:?}").to_uppercase(),
+            Encoding::Block(b) => format!("{b:?}"),
         }
     }
 
     /// Bytes of `n` values, whole blocks.
     pub fn bytes(self, n: usize) -> usize {
         match self {
-            Form::Float(f) => n * f.bytes(),
-            Form::Block(b) => n / b.block() * b.block_bytes(),
+            Encoding::Float(f) => n * f.bytes(),
+            Encoding::Block(b) => n / b.block() * b.block_bytes(),
         }
     }
 
@@ -43,8 +44,8 @@ impl Form {
             return Err(format!("a value is {bad}"));
         }
         match self {
-            Form::Float(f) => f.encode(values).map_err(|i| self.beyond(values[i])),
-            Form::Block(b) => {
+            Encoding::Float(f) => f.encode(values).map_err(|i| self.beyond(values[i])),
+            Encoding::Block(b) => {
                 if let Some(v) = values.iter().find(|v| v.abs() > largest(b)) {
                     return Err(self.beyond(*v));
                 }
@@ -59,13 +60,14 @@ impl Form {
 
     fn decode(self, bytes: &[u8], out: &mut [f32]) {
         match self {
-            Form::Float(f) => f.decode(bytes, out),
-            Form::Block(b) => b.decode(bytes, out),
+            Encoding::Float(f) => f.decode(bytes, out),
+            Encoding::Block(b) => b.decode(bytes, out),
         }
     }
 }
 
-/// The largest magnitude that a block type meets with a scale that is an f16: what is beyond would be cut down in silence.
+/// The largest magnitude that a block type meets with a scale that is an f16: what is beyond would be cut down in
+/// silence.
 fn largest(block: GgufType) -> f32 {
     let scale = 65504.0;
     match block {
@@ -102,7 +104,8 @@ impl<'a> Arranged<'a> {
         }
         if !filled.is_empty() {
             notes.push(format!(
-                "layers {filled:?} lack a part, which no file of this format can say: it is written as zeros, which add nothing but bytes"
+                "layers {filled:?} lack a part, which no file of this format can say: it is written as zeros, which \
+                 add nothing but bytes"
             ));
         }
         let held = as_held(&spec).map_err(refused)?;
@@ -115,7 +118,8 @@ impl<'a> Arranged<'a> {
         let added = held.places().iter().filter(|p| p.part == Part::Bias && spec.shape(p).is_none()).count();
         if added > 0 {
             notes.push(format!(
-                "{added} biases of zeros are added, which change nothing: a configuration says the biases of several matrices in one word"
+                "{added} biases of zeros are added, which change nothing: a configuration says the biases of several \
+                 matrices in one word"
             ));
         }
         Ok((Arranged { weights, spec: held, layers }, notes))
@@ -169,7 +173,8 @@ impl<'a> Arranged<'a> {
         if table || place.part == Part::Bias { 0.0 } else { self.weights.spec().norm.offset - self.spec.norm.offset }
     }
 
-    /// Rows `from..to` of a place, decoded, in the layout's order. Where rows move, `from` and `to` are at the bounds of heads.
+    /// Rows `from..to` of a place, decoded, in the layout's order. Where rows move, `from` and `to` are at the bounds
+    /// of heads.
     pub fn decode(&self, place: &Place, stored: Option<&Stored>, from: usize, to: usize) -> Mat {
         let (_, cols) = self.spec.shape(place).unwrap_or_default();
         let mut m = Mat::zeros(to - from, cols);
@@ -221,8 +226,9 @@ impl<'a> Arranged<'a> {
         Ok(names.join(", "))
     }
 
-    /// Writes a tensor in `form`; `sink` gets its bytes in order. Codes and scales that the form can hold as they are are never rounded.
-    pub fn write(&self, target: &Target, form: Form, sink: Sink<'_>) -> Result<Loss, SaveError> {
+    /// Writes a tensor in `form`; `sink` gets its bytes in order. Codes and scales that the form can hold as they are
+    /// are never rounded.
+    pub fn write(&self, target: &Target, form: Encoding, sink: Sink<'_>) -> Result<Loss, SaveError> {
         let fault = |what: String| SaveError::Refused(format!("tensor {}: {what}", target.name));
         let mut loss = Loss::default();
         if target.transposed {
@@ -254,7 +260,7 @@ impl<'a> Arranged<'a> {
         Ok(loss)
     }
 
-    fn write_transposed(&self, target: &Target, form: Form, sink: Sink<'_>) -> Result<Loss, SaveError> {
+    fn write_transposed(&self, target: &Target, form: Encoding, sink: Sink<'_>) -> Result<Loss, SaveError> {
         let fault = |what: String| SaveError::Refused(format!("tensor {}: {what}", target.name));
         let mut parts = Vec::new();
         for place in &target.parts {
@@ -274,7 +280,7 @@ impl<'a> Arranged<'a> {
     }
 
     /// The bytes of rows that the form can hold without decoding them.
-    fn as_they_are(&self, place: &Place, stored: &Stored, form: Form, from: usize, to: usize) -> Option<Vec<u8>> {
+    fn as_they_are(&self, place: &Place, stored: &Stored, form: Encoding, from: usize, to: usize) -> Option<Vec<u8>> {
         if self.shift(place) != 0.0 || (place.part == Part::Bias && self.moves(place).is_some()) {
             return None;
         }
@@ -282,8 +288,8 @@ impl<'a> Arranged<'a> {
             && piece.pattern == Pattern::Dense
         {
             let bytes = match (&piece.values, form) {
-                (Values::Gguf(a, bytes), Form::Block(b)) if *a == b => Some(bytes),
-                (Values::Float(a, bytes), Form::Float(b)) if *a == b => Some(bytes),
+                (Values::Gguf(a, bytes), Encoding::Block(b)) if *a == b => Some(bytes),
+                (Values::Float(a, bytes), Encoding::Float(b)) if *a == b => Some(bytes),
                 _ => None,
             };
             if let Some(bytes) = bytes {
@@ -292,7 +298,7 @@ impl<'a> Arranged<'a> {
                 return Some((from..to).flat_map(|r| &bytes[row(r)..row(r) + size]).copied().collect());
             }
         }
-        let Form::Block(kind) = form else { return None };
+        let Encoding::Block(kind) = form else { return None };
         let ints = stored.integers()?;
         let rows: Option<Vec<Vec<u8>>> =
             (from..to).into_par_iter().map(|r| ints.row_as_blocks(self.row_of(place, r), kind)).collect();
@@ -300,7 +306,7 @@ impl<'a> Arranged<'a> {
     }
 }
 
-fn encode(form: Form, row: &[f32]) -> Result<(Vec<u8>, Loss), String> {
+fn encode(form: Encoding, row: &[f32]) -> Result<(Vec<u8>, Loss), String> {
     let bytes = form.encode(row)?;
     let (mut back, mut loss) = (vec![0.0; row.len()], Loss::default());
     form.decode(&bytes, &mut back);
@@ -323,18 +329,18 @@ mod tests {
         for kind in [GgufType::Q4_0, GgufType::Q5_0, GgufType::Q8_0, GgufType::Q4_K, GgufType::Q6_K] {
             let top = largest(kind);
             let mut v: Vec<f32> = (0..256).map(|i| top * (1.0 - (i / 2) as f32 / 64.0) * [-1.0, 1.0][i % 2]).collect();
-            let bytes = Form::Block(kind).encode(&v).unwrap();
+            let bytes = Encoding::Block(kind).encode(&v).unwrap();
             let mut back = vec![0.0; 256];
-            Form::Block(kind).decode(&bytes, &mut back);
+            Encoding::Block(kind).decode(&bytes, &mut back);
             // Half a step of four bits, or one where the extreme of the other sign has no code.
             let off = v.iter().zip(&back).map(|(a, b)| (a - b).abs()).fold(0.0, f32::max);
             assert!(off <= top / 7.5, "{kind:?}: {off} of {top}");
             v[77] = 1.01 * top;
-            let said = Form::Block(kind).encode(&v).unwrap_err();
+            let said = Encoding::Block(kind).encode(&v).unwrap_err();
             assert!(said.contains(&v[77].to_string()) && said.contains(&format!("{kind:?}")), "{said}");
         }
-        let said = Form::Float(Float::F16).encode(&[1.0, 1e6]).unwrap_err();
+        let said = Encoding::Float(Float::F16).encode(&[1.0, 1e6]).unwrap_err();
         assert!(said.contains("1000000 is beyond F16"), "{said}");
-        assert!(Form::Float(Float::Bf16).encode(&[1e6]).is_ok());
+        assert!(Encoding::Float(Float::Bf16).encode(&[1e6]).is_ok());
     }
 }

@@ -1,7 +1,8 @@
-//! compressed-tensors, format pack-quantized: grouped integers packed into words of 32 bits, as vLLM and transformers read them.
+//! compressed-tensors, format pack-quantized: grouped integers packed into words of 32 bits, as vLLM and transformers
+//! read them.
 //!
-//! Written for 4 and 8 bits alone, at which the two packings that exist agree. `sparsity_config` is always empty: today's readers refuse
-//! anything else, and zeros need no word of their own.
+//! Written for 4 and 8 bits alone, at which the two packings that exist agree. `sparsity_config` is always empty:
+//! today's readers refuse anything else, and zeros need no word of their own.
 
 use std::path::Path;
 
@@ -10,7 +11,7 @@ use lacuna_spec::Role;
 use lacuna_spec::arch::{self, Target};
 use serde_json::{Value, json};
 
-use super::arrange::{Arranged, Form};
+use super::arrange::{Arranged, Encoding};
 use super::dir::{Entry, OutDir, SHARD_BYTES};
 use super::{Loss, Progress, Saved, Written, hf};
 use crate::{Checkpoint, SaveError};
@@ -29,8 +30,9 @@ pub struct Rounding {
 pub struct PackQuantized {
     /// How matrices of the blocks are rounded that are not integers yet; `None` leaves them dense.
     pub rounding: Option<Rounding>,
-    /// Keeps the zero points of integers that have them. transformers (4.57 and 5.23 were tried) loads no model with zero points, whoever wrote it, so
-    /// without this codes of up to 7 bits are written less their zero point, which are symmetric codes of 8 bits with the same values.
+    /// Keeps the zero points of integers that have them. transformers (4.57 and 5.23 were tried) loads no model with
+    /// zero points, whoever wrote it, so without this codes of up to 7 bits are written less their zero point, which
+    /// are symmetric codes of 8 bits with the same values.
     pub zero_points: bool,
 }
 
@@ -66,7 +68,7 @@ enum Fate {
 
 /// Which of a matrix's tensors an entry is.
 #[derive(Clone, Copy, PartialEq, Eq)]
-enum Part {
+enum Field {
     Dense,
     Packed,
     Scale,
@@ -178,7 +180,8 @@ fn integers(arranged: &Arranged<'_>, target: &Target, s: &Scheme) -> Result<Ints
             for r in 0..stored.rows {
                 ints.row(arranged.row_of(place, r), &mut codes, &mut scales, &mut zeros);
                 if s.symmetric {
-                    // The distance from the zero point (without one: from the middle of fewer bits) becomes that from the middle.
+                    // The distance from the zero point (without one: from the middle of fewer bits) becomes that from
+                    // the middle.
                     let distance = |(c, code): (usize, &u8)| code.wrapping_sub(zeros[ints.group.of(c)]);
                     out.codes.extend(codes.iter().enumerate().map(|c| middle.wrapping_add(distance(c))));
                 } else {
@@ -208,7 +211,8 @@ fn integers(arranged: &Arranged<'_>, target: &Target, s: &Scheme) -> Result<Ints
     Ok(out)
 }
 
-/// One group: the scale is the signed extreme over minus half the codes, in f16, so that the lowest code is the extreme.
+/// One group: the scale is the signed extreme over minus half the codes, in f16, so that the lowest code is the
+/// extreme.
 fn round(run: &[f32], bits: u8, out: &mut Ints) -> Result<(), String> {
     let top = run.iter().fold(0.0f32, |t, &x| if x.abs() > t.abs() { x } else { t });
     if run.iter().any(|x| !x.is_finite()) {
@@ -253,34 +257,35 @@ fn write(
 ) -> Result<Saved, SaveError> {
     let Plan { arranged, targets, fates, how } = plan;
     let float = hf::natural(arranged.weights)?;
-    // Readers multiply in the scales' own type: in f16 for a model of f16, else in f32, in which every product is exact.
+    // Readers multiply in the scales' own type: in f16 for a model of f16, else in f32, in which every product is
+    // exact.
     let scale = if float == Float::F16 { ("F16", 2) } else { ("F32", 4) };
     let (mut entries, mut of) = (Vec::new(), Vec::new());
     for (i, (target, fate)) in targets.iter().zip(fates).enumerate() {
         match fate {
             Fate::Dense => {
                 entries.push(hf::entry(target, float));
-                of.push((i, Part::Dense));
+                of.push((i, Field::Dense));
             }
             Fate::Packed(s) => {
                 let (rows, cols) = (target.shape[0], target.shape[1]);
                 let module = module(target);
                 let groups = if s.channel { 1 } else { cols / s.group };
                 let packed = |n: usize| n.div_ceil(32 / usize::from(s.bits));
-                let mut add = |part: Part, name: &str, dtype: &'static str, shape: Vec<usize>, each: usize| {
+                let mut add = |part: Field, name: &str, dtype: &'static str, shape: Vec<usize>, each: usize| {
                     let bytes = (shape.iter().product::<usize>() * each) as u64;
                     entries.push(Entry { name: format!("{module}.{name}"), dtype, shape, bytes });
                     of.push((i, part));
                 };
-                add(Part::Packed, "weight_packed", "I32", vec![rows, packed(cols)], 4);
-                add(Part::Scale, "weight_scale", scale.0, vec![rows, groups], scale.1);
+                add(Field::Packed, "weight_packed", "I32", vec![rows, packed(cols)], 4);
+                add(Field::Scale, "weight_scale", scale.0, vec![rows, groups], scale.1);
                 if !s.symmetric {
-                    add(Part::Zero, "weight_zero_point", "I32", vec![packed(rows), groups], 4);
+                    add(Field::Zero, "weight_zero_point", "I32", vec![packed(rows), groups], 4);
                 }
                 if s.by_index {
-                    add(Part::Index, "weight_g_idx", "I32", vec![cols], 4);
+                    add(Field::Index, "weight_g_idx", "I32", vec![cols], 4);
                 }
-                add(Part::Shape, "weight_shape", "I64", vec![2], 8);
+                add(Field::Shape, "weight_shape", "I64", vec![2], 8);
             }
         }
     }
@@ -291,7 +296,7 @@ fn write(
         let target = &targets[i];
         let Fate::Packed(s) = &fates[i] else {
             let from = arranged.codec(target)?;
-            let loss = arranged.write(target, Form::Float(float), sink)?;
+            let loss = arranged.write(target, Encoding::Float(float), sink)?;
             let to = hf::names(float).0.into();
             tensors.push(Written { name: target.name.clone(), from, to, instead_of: None, loss });
             return Ok(());
@@ -303,7 +308,7 @@ fn write(
         let Some((_, ints)) = &now else { return Ok(()) };
         let cols = target.shape[1];
         match part {
-            Part::Packed => {
+            Field::Packed => {
                 for row in ints.codes.chunks(cols) {
                     sink(&words(row.iter().copied(), s.bits))?;
                 }
@@ -317,7 +322,7 @@ fn write(
                 });
                 Ok(())
             }
-            Part::Scale => {
+            Field::Scale => {
                 let scales = if scale.1 == 2 { Float::F16 } else { Float::F32 }.encode(&ints.scales);
                 sink(&scales.map_err(|i| {
                     let what = format!("tensor {}: scale {} is beyond f16", target.name, ints.scales[i]);
@@ -325,7 +330,7 @@ fn write(
                 })?)
             }
             // Zero points are packed along the rows.
-            Part::Zero => {
+            Field::Zero => {
                 let (rows, per) = (target.shape[0], 32 / usize::from(s.bits));
                 for band in (0..rows).step_by(per) {
                     for g in 0..ints.groups {
@@ -335,9 +340,9 @@ fn write(
                 }
                 Ok(())
             }
-            Part::Index => sink(ints.index.as_deref().unwrap_or_default()),
-            Part::Shape => sink(&target.shape.iter().flat_map(|n| (*n as i64).to_le_bytes()).collect::<Vec<u8>>()),
-            Part::Dense => Ok(()),
+            Field::Index => sink(ints.index.as_deref().unwrap_or_default()),
+            Field::Shape => sink(&target.shape.iter().flat_map(|n| (*n as i64).to_le_bytes()).collect::<Vec<u8>>()),
+            Field::Dense => Ok(()),
         }
     })?;
     let mut config = hf::config(arranged, source, float)?;
@@ -373,7 +378,8 @@ fn about_zero_points(arranged: &Arranged<'_>, targets: &[Target], fates: &[Fate]
     let known = "transformers (4.57 and 5.23 were tried) loads no model with zero points";
     Ok(if without > 0 {
         Some(format!(
-            "{without} matrices are written as symmetric codes of 8 bits, with the same values, since {known}; --zero-points keeps them as they are"
+            "{without} matrices are written as symmetric codes of 8 bits, with the same values, since {known}; \
+             --zero-points keeps them as they are"
         ))
     } else if kept > 0 {
         Some(format!(

@@ -24,7 +24,8 @@ pub(crate) struct OutDir {
 }
 
 impl OutDir {
-    /// Begins a directory at `out`. What stands there is refused unless `overwrite` is set and it is empty or holds a model or an adapter.
+    /// Begins a directory at `out`. What stands there is refused unless `overwrite` is set and it is empty or holds a
+    /// model or an adapter.
     pub fn create(out: &Path, overwrite: bool) -> Result<OutDir, SaveError> {
         let show = out.display();
         bring_back(out)?;
@@ -71,8 +72,8 @@ impl OutDir {
         self.file(name, &text)
     }
 
-    /// Writes `tensors` into as many files as `shard_bytes` asks for, with an index where they are several; `write(i, sink)` hands the bytes
-    /// of the `i`-th over, in order. The bytes of all files together.
+    /// Writes `tensors` into as many files as `shard_bytes` asks for, with an index where they are several;
+    /// `write(i, sink)` hands the bytes of the `i`-th over, in order. The bytes of all files together.
     pub fn safetensors(
         &self,
         stem: &str,
@@ -187,7 +188,8 @@ mod tests {
         let file = std::fs::read(path.join("model-00003-of-00003.safetensors")).unwrap();
         let t = crate::safetensors::parse(&file).unwrap();
         assert!(t.len() == 1 && file[t[0].bytes.clone()].iter().all(|b| *b == 3));
-        // A second time: refused, then replaced; what is no model is never replaced, and a failed attempt leaves nothing.
+        // A second time: refused, then replaced; what is no model is never replaced, and a failed attempt leaves
+        // nothing.
         assert!(OutDir::create(&out, false).is_err_and(|e| e.to_string().contains("--overwrite")));
         let failed = OutDir::create(&out, true)
             .unwrap()

@@ -1,9 +1,10 @@
 //! GGUF version 3, as llama.cpp reads it.
 //!
-//! Which tensor gets which type follows llama.cpp's own choices. Vectors (norms, biases), routers and tables of positions stay f32. With a
-//! quantized type, the matrix that makes the logits (`output.weight`, or the embedding where it serves as the head) gets Q6_K, or Q8_0 where
-//! that was asked for; `q4_k` is the mixture called Q4_K_M: Q6_K for `attn_v` and `ffn_down` in the first and last eighth of the layers and
-//! every third between. Rows that a block does not divide fall back: Q4_K to Q5_0, Q6_K to Q8_0, blocks of 32 to f16.
+//! Which tensor gets which type follows llama.cpp's own choices. Vectors (norms, biases), routers and tables of
+//! positions stay f32. With a quantized type, the matrix that makes the logits (`output.weight`, or the embedding where
+//! it serves as the head) gets Q6_K, or Q8_0 where that was asked for; `q4_k` is the mixture called Q4_K_M: Q6_K for
+//! `attn_v` and `ffn_down` in the first and last eighth of the layers and every third between. Rows that a block does
+//! not divide fall back: Q4_K to Q5_0, Q6_K to Q8_0, blocks of 32 to f16.
 
 use std::path::Path;
 
@@ -11,7 +12,7 @@ use lacuna_format::{Float, GgufType, Pattern, Stored, Values};
 use lacuna_spec::arch::{self, Target};
 use lacuna_spec::{Place, Role, Spec};
 
-use super::arrange::{Arranged, Form};
+use super::arrange::{Arranged, Encoding};
 use super::gguf_pairs::Pairs;
 use super::{OutFile, Progress, Saved, Written};
 use crate::tokenizer::{Export, general_name};
@@ -232,20 +233,24 @@ fn made_pairs(
 }
 
 /// The type of a tensor, and what was wanted where its rows do not allow it.
-fn form_of(arranged: &Arranged<'_>, target: &Target, kind: GgufKind) -> Result<(Form, Option<GgufType>), SaveError> {
+fn form_of(
+    arranged: &Arranged<'_>,
+    target: &Target,
+    kind: GgufKind,
+) -> Result<(Encoding, Option<GgufType>), SaveError> {
     let spec = &arranged.spec;
     let first = target.parts[0];
     let cols = target.shape.last().copied().unwrap_or(0);
     let f32_always = target.shape.len() == 1 || matches!(first.role, Role::Router | Role::Positions);
     if f32_always || kind == GgufKind::F32 {
-        return Ok((Form::Float(Float::F32), None));
+        return Ok((Encoding::Float(Float::F32), None));
     }
     let Some(block) = kind.block() else {
         let form = match kind {
             GgufKind::Source => as_stored(arranged, target)?,
             _ => None,
         };
-        return Ok((form.unwrap_or(Form::Float(Float::F16)), None));
+        return Ok((form.unwrap_or(Encoding::Float(Float::F16)), None));
     };
     let head = first.role == Role::Head || (first.role == Role::Embed && spec.tied);
     let wanted = match block {
@@ -255,10 +260,10 @@ fn form_of(arranged: &Arranged<'_>, target: &Target, kind: GgufKind) -> Result<(
         b => b,
     };
     let form = match wanted {
-        b if cols.is_multiple_of(b.block()) => return Ok((Form::Block(b), None)),
-        GgufType::Q4_K if cols.is_multiple_of(32) => Form::Block(GgufType::Q5_0),
-        GgufType::Q6_K if cols.is_multiple_of(32) => Form::Block(GgufType::Q8_0),
-        _ => Form::Float(Float::F16),
+        b if cols.is_multiple_of(b.block()) => return Ok((Encoding::Block(b), None)),
+        GgufType::Q4_K if cols.is_multiple_of(32) => Encoding::Block(GgufType::Q5_0),
+        GgufType::Q6_K if cols.is_multiple_of(32) => Encoding::Block(GgufType::Q8_0),
+        _ => Encoding::Float(Float::F16),
     };
     Ok((form, Some(wanted)))
 }
@@ -271,7 +276,7 @@ fn finer(spec: &Spec, place: &Place) -> bool {
 }
 
 /// The form that holds every part of a tensor as its source does.
-fn as_stored(arranged: &Arranged<'_>, target: &Target) -> Result<Option<Form>, SaveError> {
+fn as_stored(arranged: &Arranged<'_>, target: &Target) -> Result<Option<Encoding>, SaveError> {
     let cols = target.shape.last().copied().unwrap_or(0);
     let mut common = None;
     for place in &target.parts {
@@ -284,19 +289,19 @@ fn as_stored(arranged: &Arranged<'_>, target: &Target) -> Result<Option<Form>, S
     Ok(common)
 }
 
-fn native(stored: &Stored, cols: usize) -> Option<Form> {
+fn native(stored: &Stored, cols: usize) -> Option<Encoding> {
     if let Some(piece) = stored.single()
         && piece.pattern == Pattern::Dense
     {
         match &piece.values {
-            Values::Gguf(b, _) => return Some(Form::Block(*b)),
-            Values::Float(f @ (Float::F32 | Float::F16 | Float::Bf16), _) => return Some(Form::Float(*f)),
+            Values::Gguf(b, _) => return Some(Encoding::Block(*b)),
+            Values::Float(f @ (Float::F32 | Float::F16 | Float::Bf16), _) => return Some(Encoding::Float(*f)),
             _ => {}
         }
     }
     let ints = stored.integers()?;
     let fits = |kind: &GgufType| cols.is_multiple_of(32) && ints.row_as_blocks(0, *kind).is_some();
-    [GgufType::Q4_0, GgufType::Q5_0, GgufType::Q8_0].into_iter().find(fits).map(Form::Block)
+    [GgufType::Q4_0, GgufType::Q5_0, GgufType::Q8_0].into_iter().find(fits).map(Encoding::Block)
 }
 
 #[cfg(test)]

@@ -7,13 +7,14 @@ use lacuna_spec::arch::{self, Target};
 use lacuna_spec::{Place, Role};
 use serde_json::{Map, Value, json};
 
-use super::arrange::{Arranged, Form};
+use super::arrange::{Arranged, Encoding};
 use super::dir::{Entry, OutDir, SHARD_BYTES};
 use super::{Progress, Saved, Written};
 use crate::writer::{SIDE_FILES, copy_named_templates, io_at};
 use crate::{Checkpoint, Kind, SaveError, Tokenizer, TokenizerError};
 
-/// Writes a dense model into the directory `out`. `float`: its type; absent: that of the source's embedding where it is one, else f16.
+/// Writes a dense model into the directory `out`. `float`: its type; absent: that of the source's embedding where it is
+/// one, else f16.
 pub fn save_hf(
     source: &Checkpoint,
     out: &Path,
@@ -65,7 +66,7 @@ pub(crate) fn dense(
     let mut tensors = Vec::new();
     let bytes = dir.safetensors("model", &entries, shard_bytes, &mut |i, sink| {
         let from = arranged.codec(&targets[i])?;
-        let loss = arranged.write(&targets[i], Form::Float(float), sink)?;
+        let loss = arranged.write(&targets[i], Encoding::Float(float), sink)?;
         tensors.push(Written {
             name: targets[i].name.clone(),
             from,
@@ -107,7 +108,8 @@ pub(crate) fn config(
             let t = Tokenizer::open(source).ok();
             let id = |f: fn(&Tokenizer) -> Option<u32>| t.as_ref().and_then(f);
             let padding = source.metadata().and_then(|m| m.get_u32("tokenizer.ggml.padding_token_id").ok().flatten());
-            // A null says that there is none; without the key some classes take a number of their own, beyond a small vocabulary.
+            // A null says that there is none; without the key some classes take a number of their own, beyond a small
+            // vocabulary.
             json!({"bos_token_id": id(Tokenizer::bos), "eos_token_id": id(Tokenizer::eos), "pad_token_id": padding})
         }
     };

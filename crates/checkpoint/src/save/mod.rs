@@ -1,8 +1,8 @@
 //! Models for other programs: GGUF, Hugging Face, compressed-tensors, PEFT.
 //!
-//! Every saver goes tensor by tensor, a run of rows at a time, so that memory holds a piece of one matrix and never the model. Files are
-//! written under a temporary name, brought to the disk and renamed. What a form cannot say exactly is counted: values that came out
-//! otherwise, and zeros that did not stay zeros.
+//! Every saver goes tensor by tensor, a run of rows at a time, so that memory holds a piece of one matrix and never the
+//! model. Files are written under a temporary name, brought to the disk and renamed. What a form cannot say exactly is
+//! counted: values that came out otherwise, and zeros that did not stay zeros.
 
 mod arrange;
 mod compressed_tensors;

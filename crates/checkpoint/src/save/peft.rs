@@ -1,7 +1,7 @@
 //! A PEFT adapter (LoRA) from the low-rank parts of a model, and the dense base that it belongs to.
 //!
-//! `W = base + B A`: what a matrix stores beside its products becomes the base, the products become `lora_B` and `lora_A`. With `lora_alpha`
-//! equal to the rank the factor between them is 1.
+//! `W = base + B A`: what a matrix stores beside its products becomes the base, the products become `lora_B` and
+//! `lora_A`. With `lora_alpha` equal to the rank the factor between them is 1.
 
 use std::collections::BTreeMap;
 use std::path::Path;

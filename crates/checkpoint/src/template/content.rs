@@ -1,5 +1,6 @@
-//! What is said in a message is a text, or a list of parts (`{"type": "text", "text": ...}`). A template may know either, or both, and what it does
-//! not know it leaves out in silence or prints as a list. Each template is therefore tried once, role by role, with a word in either form.
+//! What is said in a message is a text, or a list of parts (`{"type": "text", "text": ...}`). A template may know
+//! either, or both, and what it does not know it leaves out in silence or prints as a list. Each template is therefore
+//! tried once, role by role, with a word in either form.
 
 use std::borrow::Cow;
 use std::time::UNIX_EPOCH;
@@ -17,14 +18,14 @@ const ROLES: [&str; 4] = ["user", "assistant", "system", "tool"];
 
 /// In what form a role's words come through.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-struct Form {
+struct Accepts {
     text: bool,
     parts: bool,
 }
 
 /// What a template makes of each role's words. `None`: it refused the trial, so that nothing is known.
 #[derive(Debug)]
-pub(super) struct Taste([Option<Form>; 4]);
+pub(super) struct Taste([Option<Accepts>; 4]);
 
 impl Taste {
     pub fn of(program: &Program, tools: bool) -> Taste {
@@ -36,7 +37,7 @@ impl Taste {
         taste
     }
 
-    fn form(&self, role: &str) -> Option<Form> {
+    fn form(&self, role: &str) -> Option<Accepts> {
         let i = ROLES.iter().position(|r| *r == role).unwrap_or(0);
         // A role that refused its trial has the user's form: most templates treat all alike.
         self.0[i].or(self.0[0])
@@ -82,13 +83,13 @@ impl Taste {
 }
 
 /// A content in another form, where its own does not come through.
-fn fitted(content: &Value, form: Form, role: &str) -> Result<Option<Value>, TemplateError> {
+fn fitted(content: &Value, form: Accepts, role: &str) -> Result<Option<Value>, TemplateError> {
     let said = match content {
         Value::String(text) => !text.trim().is_empty(),
         Value::Array(parts) => !parts.is_empty(),
         _ => return Ok(None),
     };
-    if form == (Form { text: false, parts: false }) {
+    if form == (Accepts { text: false, parts: false }) {
         let how = format!("what '{role}' says: neither a text nor a list of parts comes through");
         return if said { Err(TemplateError::LeftOut(how)) } else { Ok(None) };
     }
@@ -111,7 +112,7 @@ fn fitted(content: &Value, form: Form, role: &str) -> Result<Option<Value>, Temp
 }
 
 /// In what form a word comes through.
-fn form(program: &Program, tools: bool, trial: impl Fn(Value) -> Vec<Value>) -> Option<Form> {
+fn form(program: &Program, tools: bool, trial: impl Fn(Value) -> Vec<Value>) -> Option<Accepts> {
     let tool = json!([{"type": "function", "function": {"name": "look", "description": "Looks.",
         "parameters": {"type": "object", "properties": {"at": {"type": "string", "description": "What."}}}}}]);
     let with =
@@ -126,5 +127,5 @@ fn form(program: &Program, tools: bool, trial: impl Fn(Value) -> Vec<Value>) -> 
     // A part that was printed whole, in Python or in JSON, is no text.
     let whole = ["'text': '", "\"text\": \"", "\"text\":\""].map(|before| format!("{before}{WORD}"));
     let printed = whole.iter().any(|w| parts.as_deref().is_some_and(|out| out.contains(w)));
-    Some(Form { text: shown(&text), parts: shown(&parts) && !printed })
+    Some(Accepts { text: shown(&text), parts: shown(&parts) && !printed })
 }

@@ -1,8 +1,9 @@
 //! Chat templates: a list of messages becomes the text that the model was trained to continue.
 //!
-//! Templates are Jinja programs from the checkpoint, written against what `transformers` offers them ([`jinja`]). They are programs from outside,
-//! so that they run on a budget of steps and of memory. Each wants what is said in a message as a text, or as a list of parts; which of the two is
-//! found out by trying ([`content`]). Departs from `transformers`: `strftime_now` tells UTC, not local time.
+//! Templates are Jinja programs from the checkpoint, written against what `transformers` offers them ([`jinja`]). They
+//! are programs from outside, so that they run on a budget of steps and of memory. Each wants what is said in a message
+//! as a text, or as a list of parts; which of the two is found out by trying ([`content`]). Departs from
+//! `transformers`: `strftime_now` tells UTC, not local time.
 
 mod content;
 mod jinja;
@@ -40,7 +41,8 @@ impl Message {
 pub enum TemplateError {
     /// The checkpoint has no template.
     #[error(
-        "the model has no chat template ({0}): it was probably not trained to chat. Give the text itself with `generate`, or put the \
+        "the model has no chat template ({0}): it was probably not trained to chat. Give the text itself with \
+         `generate`, or put the \
          template of the model's family into the checkpoint as chat_template.jinja"
     )]
     Missing(String),
@@ -121,7 +123,8 @@ impl ChatTemplate {
         ChatTemplate::named(vec![("default".to_owned(), source.to_owned())])
     }
 
-    /// The template of an opened checkpoint: inside it where it came from a GGUF file that has one, otherwise in the files beside the weights.
+    /// The template of an opened checkpoint: inside it where it came from a GGUF file that has one, otherwise in the
+    /// files beside the weights.
     pub fn open(checkpoint: &Checkpoint) -> Result<ChatTemplate, TemplateError> {
         match checkpoint.metadata() {
             Some(metadata) if !templates_of(metadata)?.is_empty() => ChatTemplate::from_gguf(metadata),
@@ -133,8 +136,8 @@ impl ChatTemplate {
         }
     }
 
-    /// The templates in the directory of a checkpoint: `chat_template.jinja` and `additional_chat_templates/NAME.jinja`, or those of
-    /// `tokenizer_config.json`, or those of `chat_template.json`.
+    /// The templates in the directory of a checkpoint: `chat_template.jinja` and
+    /// `additional_chat_templates/NAME.jinja`, or those of `tokenizer_config.json`, or those of `chat_template.json`.
     pub fn from_dir(dir: &Path) -> Result<ChatTemplate, TemplateError> {
         let found = templates_in(dir)?;
         if found.is_empty() {
@@ -193,8 +196,9 @@ impl ChatTemplate {
             .any(|(at, t)| !source[..at].ends_with(word) && !source[at + t.len()..].starts_with(word))
     }
 
-    /// The conversation as text. `add_generation_prompt`: end with the opening of the assistant's turn. `bos` and `eos` are the written forms of
-    /// the model's tokens; the text already holds those that the template wants, so encode it without special tokens.
+    /// The conversation as text. `add_generation_prompt`: end with the opening of the assistant's turn. `bos` and `eos`
+    /// are the written forms of the model's tokens; the text already holds those that the template wants, so encode it
+    /// without special tokens.
     pub fn render(
         &self,
         messages: &[Message],
@@ -208,8 +212,8 @@ impl ChatTemplate {
         self.render_json(&messages, add_generation_prompt, bos, eos, tools)
     }
 
-    /// As [`ChatTemplate::render`] for messages with more than a role and a content, such as calls of tools and their results. A content is a text,
-    /// null, or a list of parts (`{"type": "text", "text": ...}`).
+    /// As [`ChatTemplate::render`] for messages with more than a role and a content, such as calls of tools and their
+    /// results. A content is a text, null, or a list of parts (`{"type": "text", "text": ...}`).
     pub fn render_json(
         &self,
         messages: &serde_json::Value,

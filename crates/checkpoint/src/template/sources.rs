@@ -33,8 +33,8 @@ fn read(path: &Path, most: u64) -> Result<Option<String>, TemplateError> {
     std::fs::read_to_string(path).map(Some).map_err(|e| unreadable(path, e))
 }
 
-/// The templates of a directory by their names; `default` is the usual one. As in `transformers`, files of their own come before those inside
-/// `tokenizer_config.json`.
+/// The templates of a directory by their names; `default` is the usual one. As in `transformers`, files of their own
+/// come before those inside `tokenizer_config.json`.
 pub(crate) fn templates_in(dir: &Path) -> Result<Found, TemplateError> {
     let mut found = Vec::new();
     if let Some(text) = read(&dir.join("chat_template.jinja"), MAX_BYTES)? {

@@ -302,7 +302,8 @@ fn templates_in_files_of_their_own() {
         r#"{"chat_template": [{"name": "default", "template": "old"}, {"name": "tool_use", "template": "old tools"}]}"#,
     );
     assert_eq!((says(false).unwrap(), says(true).unwrap()), ("old".into(), "old tools".into()));
-    // Files of their own come first, and fill what they do not give from the configuration only where there is no default among them.
+    // Files of their own come first, and fill what they do not give from the configuration only where there is no
+    // default among them.
     put("additional_chat_templates/tool_use.jinja", "new tools");
     put("additional_chat_templates/notes.txt", "no template");
     assert_eq!((says(false).unwrap(), says(true).unwrap()), ("old".into(), "new tools".into()));

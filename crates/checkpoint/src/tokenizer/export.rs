@@ -1,4 +1,5 @@
-//! Tokenizers on the way out: a `tokenizer.json` as the lists of a GGUF file, and the lists of a GGUF file as a `tokenizer.json`.
+//! Tokenizers on the way out: a `tokenizer.json` as the lists of a GGUF file, and the lists of a GGUF file as a
+//! `tokenizer.json`.
 
 use std::collections::{HashMap, HashSet};
 use std::path::Path;

@@ -7,7 +7,8 @@ use super::Tokenizer;
 pub(super) enum Pieces {
     /// GPT-2's alphabet: every byte has a printable character of its own.
     ByteLevel,
-    /// SentencePiece: `▁` is a space, `<0x0A>` is a byte. `strip`: the first space of a text was put there by the encoder.
+    /// SentencePiece: `▁` is a space, `<0x0A>` is a byte. `strip`: the first space of a text was put there by the
+    /// encoder.
     Spaced { strip: bool },
 }
 
@@ -102,7 +103,8 @@ impl Tokenizer {
     }
 }
 
-/// Takes from the front of `held` everything that is decided: whole characters, and U+FFFD for what can never become one.
+/// Takes from the front of `held` everything that is decided: whole characters, and U+FFFD for what can never become
+/// one.
 fn complete(held: &mut Vec<u8>) -> String {
     let mut text = String::new();
     let mut done = 0;
@@ -131,7 +133,8 @@ pub(super) fn fallback_byte(token: &str) -> Option<u8> {
     (hex.len() == 2 && hex.bytes().all(|b| b.is_ascii_hexdigit())).then(|| u8::from_str_radix(hex, 16).ok())?
 }
 
-/// The byte that a character of GPT-2's alphabet stands for: printable Latin-1 is itself, the 68 others follow from U+0100 on.
+/// The byte that a character of GPT-2's alphabet stands for: printable Latin-1 is itself, the 68 others follow from
+/// U+0100 on.
 fn byte_of(c: char) -> Option<u8> {
     let printable = |b: u8| matches!(b, b'!'..=b'~' | 0xA1..=0xAC | 0xAE..=0xFF);
     match u32::from(c) {

@@ -229,7 +229,8 @@ impl Tokenizer {
                 _ => None,
             })
             .map(|(id, special)| {
-                // SentencePiece looks for runs of spaces after they have become bars, and so finds bars in the text, too.
+                // SentencePiece looks for runs of spaces after they have become bars, and so finds bars in the text,
+                // too.
                 let bars = spaced && !strip && v.tokens[id].contains(' ');
                 let takes = v.phi3 && !PHI3_KEEPS.contains(&v.tokens[id].as_str());
                 AddedToken::from(v.tokens[id].as_str(), special).normalized(bars).rstrip(takes)
@@ -283,8 +284,8 @@ fn listed_merges(v: &Vocabulary) -> Result<Vec<(String, String)>, TokenizerError
     v.merges.iter().enumerate().map(pair).collect()
 }
 
-/// SentencePiece joins, again and again, the neighbours that make the piece of the highest score. As an ordered list of merges, that is every
-/// way to cut every piece in two, the pieces by falling score.
+/// SentencePiece joins, again and again, the neighbours that make the piece of the highest score. As an ordered list of
+/// merges, that is every way to cut every piece in two, the pieces by falling score.
 fn merges_by_score(v: &Vocabulary, vocab: &Vocab) -> Vec<(String, String)> {
     let joins =
         |id: usize| v.kinds.get(id).is_none_or(|&k| k == TokenKind::Normal) && fallback_byte(&v.tokens[id]).is_none();
@@ -348,7 +349,8 @@ fn words(pre: &str) -> Result<Words, TokenizerError> {
         other => {
             return Err(TokenizerError::Unsupported(format!(
                 "tokenizer.ggml.pre is `{other}`, and how that cuts words is not known here; known are gpt-2, smollm, \
-                 llama-bpe, smaug-bpe, qwen2 and default; take the model in the Hugging Face layout, with its tokenizer.json"
+                 llama-bpe, smaug-bpe, qwen2 and default; take the model in the Hugging Face layout, with its \
+                 tokenizer.json"
             )));
         }
     };

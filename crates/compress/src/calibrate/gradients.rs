@@ -36,7 +36,8 @@ pub(crate) fn given_bytes(asked: impl Iterator<Item = (Ask, (usize, usize))>) ->
 }
 
 impl Gradients {
-    /// Runs the pass over `sequences` for what is `asked`. Block inputs lie in files in `dir` where `spill` is set, else in memory.
+    /// Runs the pass over `sequences` for what is `asked`. Block inputs lie in files in `dir` where `spill` is set,
+    /// else in memory.
     pub(crate) fn gather(
         weights: &dyn Weights,
         sequences: &[Vec<u32>],

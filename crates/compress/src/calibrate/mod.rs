@@ -30,7 +30,8 @@ pub(crate) trait Reducer: Send {
     fn gathered(self: Box<Self>) -> Gathered;
 }
 
-/// The reducer of a statistic; `None` for one that forward passes do not give. A new statistic is a file and a line here.
+/// The reducer of a statistic; `None` for one that forward passes do not give. A new statistic is a file and a line
+/// here.
 fn reducer(ask: Ask) -> Option<Box<dyn Reducer>> {
     Some(match ask {
         Ask::InputGram => Box::new(gram::InputGram::default()),

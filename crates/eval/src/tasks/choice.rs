@@ -1,4 +1,5 @@
-//! Multiple choice: `{id, ctx, choices, label}`. The choice of highest likelihood after the context is the model's answer.
+//! Multiple choice: `{id, ctx, choices, label}`. The choice of highest likelihood after the context is the model's
+//! answer.
 
 use serde_json::{Map, Value};
 

@@ -9,7 +9,7 @@ use lacuna_format::Weights;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::stream::{Room, Streams, must_spill, score, steps};
+use crate::stream::{Means, Streams, must_spill, score, steps};
 use crate::{EvalError, loss};
 
 /// Every kind of task.
@@ -87,7 +87,7 @@ pub struct Exam<'a> {
     /// The most tokens of a sequence; longer contexts lose their beginning.
     pub ctx: Option<usize>,
     /// How much memory may be used.
-    pub room: Room,
+    pub room: Means,
     /// Told how many of how many steps are done.
     pub progress: Option<&'a dyn Fn(usize, usize)>,
 }
@@ -139,8 +139,8 @@ impl Exam<'_> {
         Ok(TaskResult { kind: kind.name(), items, measures, acc_stderr: measures.acc.map(stderr) })
     }
 
-    /// Tokens of context and continuation, and how many are the continuation's. White space at the end of the context counts as the
-    /// continuation's beginning, since tokens carry the space before a word.
+    /// Tokens of context and continuation, and how many are the continuation's. White space at the end of the context
+    /// counts as the continuation's beginning, since tokens carry the space before a word.
     fn sequence(&self, context: &str, continuation: &str, encode: Encode<'_>) -> Result<(Vec<u32>, usize), String> {
         let before = context.trim_end();
         let whole = encode(&format!("{context}{continuation}"))?;

@@ -1,4 +1,5 @@
-//! A slow reference that decodes in f64, straight from the words of the layout, and random matrices of every pattern and codec.
+//! A slow reference that decodes in f64, straight from the words of the layout, and random matrices of every pattern
+//! and codec.
 #![allow(dead_code)]
 
 use lacuna_base::{Mat, Rng};
@@ -95,7 +96,8 @@ fn value(p: &Piece, i: usize, r: usize, c: usize) -> f64 {
     }
 }
 
-/// A piece in f64: walks the pattern in order and counts values as they come, whatever the starts say about where a row begins.
+/// A piece in f64: walks the pattern in order and counts values as they come, whatever the starts say about where a row
+/// begins.
 fn piece(p: &Piece) -> Vec<f64> {
     let (rows, cols) = (p.rows, p.cols);
     let (mut out, mut next) = (vec![0.0; rows * cols], 0);
@@ -132,7 +134,8 @@ fn piece(p: &Piece) -> Vec<f64> {
     out
 }
 
-/// The terms of a stored matrix in f64, and the sum of magnitudes behind every entry (what rounding is measured against).
+/// The terms of a stored matrix in f64, and the sum of magnitudes behind every entry (what rounding is measured
+/// against).
 pub fn decode_sum(s: &Stored) -> (Vec<f64>, Vec<f64>) {
     let (mut out, mut size) = (vec![0.0; s.rows * s.cols], vec![0.0; s.rows * s.cols]);
     for term in &s.terms {
@@ -164,7 +167,8 @@ fn pick<T: Clone>(rng: &mut Rng, of: &[T]) -> T {
     of[rng.below(of.len())].clone()
 }
 
-/// A kind that `[rows, cols]` allows, and a mask that allows it: any density, often with empty rows, sometimes nothing at all.
+/// A kind that `[rows, cols]` allows, and a mask that allows it: any density, often with empty rows, sometimes nothing
+/// at all.
 pub fn kind_and_mask(rng: &mut Rng, rows: usize, cols: usize) -> (PatternKind, Option<Mask>) {
     let keep = pick(rng, &[0.0, 0.1, 0.5, 0.9, 1.0]);
     let mut mask = Mask::from_fn(rows, cols, |r, _| rng.f64() < keep && r % 5 != 3);
@@ -344,7 +348,8 @@ fn product(a: &[f64], b: &[f64], (rows, inner, cols): (usize, usize, usize)) -> 
     (0..rows * cols).map(|i| entry(i / cols, i % cols)).collect()
 }
 
-/// A stored matrix in f64, maps and all, and the sum of magnitudes behind every entry (what rounding is measured against).
+/// A stored matrix in f64, maps and all, and the sum of magnitudes behind every entry (what rounding is measured
+/// against).
 pub fn decode(s: &Stored) -> (Vec<f64>, Vec<f64>) {
     let (rows, cols) = (s.rows, s.cols);
     let (mut w, mut size) = decode_sum(s);

@@ -19,13 +19,14 @@ use crate::op::sparse::Sparse;
 use crate::panel::float::{Bf16, Dense, F16, F32, Masked, Width};
 use crate::panel::gathered::Layout;
 use crate::panel::halved::Halved;
-use crate::panel::ints::{Bytes, Grid, Halves, Ints, Kind};
+use crate::panel::ints::{Bytes, GroupLayout, Halves, Ints, Kind};
 use crate::panel::rowtables::{self, RowTables};
 use crate::panel::slices::{self, Lists};
 use crate::panel::{Codec, Opening, Panels, ROWS, float, gathered, halved, ints, source};
 use crate::simd::dispatch;
 
-/// Makes a form of a piece, where it takes such a piece. `beside` and `read` as in [`Form::of`](super::form::Form::of).
+/// Makes a form of a piece, where it takes such a piece. `beside` and `read` as in
+/// [`Packed::of`](super::form::Packed::of).
 pub(super) type Maker = fn(&Piece, bool, &dyn Fn()) -> Option<Arc<dyn Body>>;
 
 /// What most bodies do with one row as it is.
@@ -34,7 +35,7 @@ fn row_plan(panels: &Panels, rows: usize) -> Option<Plan> {
 }
 
 /// What bodies of codes do.
-fn codes_plan(panels: &Panels, grid: &Grid, packing: &Packing, rows: usize) -> Option<Plan> {
+fn codes_plan(panels: &Panels, grid: &GroupLayout, packing: &Packing, rows: usize) -> Option<Plan> {
     if !as_bytes(packing, grid) {
         return row_plan(panels, rows);
     }
@@ -42,7 +43,7 @@ fn codes_plan(panels: &Panels, grid: &Grid, packing: &Packing, rows: usize) -> O
     Some(Plan::Bytes(AsBytes { zero: grid.zero, sixteens, blocks: panels.blocks }))
 }
 
-fn as_bytes(packing: &Packing, grid: &Grid) -> bool {
+fn as_bytes(packing: &Packing, grid: &GroupLayout) -> bool {
     packing.activations == Activations::Int8 && grid.table.is_none()
 }
 

@@ -15,7 +15,7 @@ use crate::{Isa, parallel};
 
 /// A packed piece behind its name.
 #[derive(Clone)]
-pub(super) struct Form {
+pub(super) struct Packed {
     name: &'static str,
     pub(super) body: Arc<dyn Body>,
 }
@@ -46,11 +46,12 @@ pub(super) trait Body: Send + Sync {
     fn opening(&self, _: (usize, usize)) -> Opening {
         Opening::NONE
     }
-    /// Panels `from..to` times rows that a plan of this form made ready.
+    /// Panels `from..to` times rows that a plan of this form prepared.
     fn some(&self, _: Isa, _: (usize, usize), _: Given, _: Out) {}
 }
 
-/// The codecs that have panels of their own, and what those are called that multiply as bytes where activations are quantized.
+/// The codecs that have panels of their own, and what those are called that multiply as bytes where activations are
+/// quantized.
 const CODECS: [(&str, Option<&str>); 21] = [
     ("f32", None),
     ("f16", None),
@@ -105,7 +106,8 @@ pub(super) fn name(values: &Values) -> &'static str {
     }
 }
 
-/// A row of the table of forms: what it is called (by its codec, where that is not said) and what makes it of the pieces that it takes.
+/// A row of the table of forms: what it is called (by its codec, where that is not said) and what makes it of the
+/// pieces that it takes.
 struct Row {
     name: Option<&'static str>,
     make: Maker,
@@ -127,13 +129,13 @@ const FORMS: [Row; 9] = [
     Row { name: Some("decoded"), make: bodies::decoded_first },
 ];
 
-impl Form {
-    /// The form of a piece that has passed its check. `beside`: another term of 16-row panels comes before it in the sum. `read`: see
-    /// [`Panels::build`](crate::panel::Panels::build).
-    pub(super) fn of(piece: &Piece, beside: bool, read: &dyn Fn()) -> Form {
+impl Packed {
+    /// The form of a piece that has passed its check. `beside`: another term of 16-row panels comes before it in the
+    /// sum. `read`: see [`Panels::build`](crate::panel::Panels::build).
+    pub(super) fn of(piece: &Piece, beside: bool, read: &dyn Fn()) -> Packed {
         let made = FORMS.iter().find_map(|row| Some((row, (row.make)(piece, beside, read)?)));
         let (row, body) = made.expect("the last form takes every piece");
-        Form { name: row.name.unwrap_or_else(|| name(&piece.values)), body }
+        Packed { name: row.name.unwrap_or_else(|| name(&piece.values)), body }
     }
 
     /// The name of its codec, and how it multiplies where that is not from its own panels in f32.
@@ -148,7 +150,7 @@ impl Form {
     }
 }
 
-/// What several forms must agree on to share rows made ready once.
+/// What several forms must agree on to share rows prepared once.
 #[derive(Clone, Copy, PartialEq, Eq)]
 pub(super) enum Plan {
     /// Rows as bytes.
@@ -157,7 +159,7 @@ pub(super) enum Plan {
     Row { blocks: usize },
 }
 
-/// Rows made ready by a [`Plan`].
+/// Rows prepared by a [`Plan`].
 #[derive(Clone, Copy)]
 pub(super) enum Given {
     Bytes(Rows),
@@ -169,7 +171,7 @@ pub(super) enum Given {
 unsafe impl Sync for Given {}
 
 /// Several forms of one plan times the same rows.
-pub(super) fn together<const N: usize>(packing: &Packing, plan: Plan, parts: [(&Form, Out); N], x: MatRef<'_>) {
+pub(super) fn together<const N: usize>(packing: &Packing, plan: Plan, parts: [(&Packed, Out); N], x: MatRef<'_>) {
     let counts = parts.map(|(form, _)| form.body.count());
     // Forms, their results and their panels in a range of all panels.
     let cut = |from: usize, to: usize| {

@@ -1,15 +1,16 @@
-//! One row of x times all terms of a matrix in one pass over its rows: a task multiplies its panels of the first term, then the same rows of the
-//! others, while x and their results are near. There is one hand-over to the threads and one wait for them, whatever the number of terms; of a
-//! product of two factors the first is multiplied before.
+//! One row of x times all terms of a matrix in one pass over its rows: a task multiplies its panels of the first term,
+//! then the same rows of the others, while x and their results are near. There is one hand-over to the threads and one
+//! wait for them, whatever the number of terms; of a product of two factors the first is multiplied before.
 //!
-//! Every output gets the same sums in the same order as term by term, so a row alone has the bits that it has among others.
+//! Every output gets the same sums in the same order as term by term, so a row alone has the bits that it has among
+//! others.
 
 use lacuna_base::{MatMut, MatRef};
 
-use super::form::{Form, Given, Plan};
+use super::form::{Given, Packed, Plan};
 use super::prepare::{AsBytes, Work, quantized, quantized_room, quantized_row};
 use super::products::unit;
-use super::{Packing, Ready};
+use super::{PackedTerm, Packing};
 use crate::op::matmul::Out;
 use crate::panel::rowtables::STEP;
 use crate::panel::{BLOCK, Opening, ROWS};
@@ -19,14 +20,14 @@ use crate::{parallel, scratch};
 const MOST: usize = 6;
 
 /// A term's part of the pass; what it multiplies by, where that is not x as bytes.
-type Joined<'a> = Option<(&'a Form, Option<Given>)>;
+type Joined<'a> = Option<(&'a Packed, Option<Given>)>;
 
 /// The piece of a term that takes part in the pass, the length of what it multiplies by, and how it wants it.
-fn joining<'a>(packing: &Packing, term: &'a Ready) -> Option<(&'a Form, usize, Plan)> {
+fn joining<'a>(packing: &Packing, term: &'a PackedTerm) -> Option<(&'a Packed, usize, Plan)> {
     match term {
-        Ready::Piece(form) => Some((form, 0, form.body.joins(packing)?)),
-        Ready::Product { left, right } => match &left.terms[..] {
-            [Ready::Piece(form)] => Some((form, right.rows, form.body.joins(packing)?)),
+        PackedTerm::Piece(form) => Some((form, 0, form.body.joins(packing)?)),
+        PackedTerm::Product { left, right } => match &left.terms[..] {
+            [PackedTerm::Piece(form)] => Some((form, right.rows, form.body.joins(packing)?)),
             _ => None,
         },
     }
@@ -38,7 +39,7 @@ fn padded_len(len: usize) -> usize {
 }
 
 /// `out = x · Wᵀ` for one row of x; false, and nothing done, where the terms cannot be multiplied in one pass.
-pub(super) fn fused(packing: &Packing, terms: &[Ready], x: MatRef<'_>, out: Out) -> bool {
+pub(super) fn fused(packing: &Packing, terms: &[PackedTerm], x: MatRef<'_>, out: Out) -> bool {
     let cols = x.cols();
     let (mut bytes, mut room) = (None::<AsBytes>, padded_len(cols));
     if terms.len() > MOST {
@@ -47,10 +48,10 @@ pub(super) fn fused(packing: &Packing, terms: &[Ready], x: MatRef<'_>, out: Out)
     for term in terms {
         let Some((_, rank, plan)) = joining(packing, term) else { return false };
         match (term, plan) {
-            (Ready::Piece(_), Plan::Bytes(kind)) if bytes.is_some_and(|b| b != kind) => return false,
-            (Ready::Piece(_), Plan::Bytes(kind)) => bytes = Some(kind),
-            (Ready::Piece(_), Plan::Row { .. }) => {}
-            (Ready::Product { .. }, plan) => {
+            (PackedTerm::Piece(_), Plan::Bytes(kind)) if bytes.is_some_and(|b| b != kind) => return false,
+            (PackedTerm::Piece(_), Plan::Bytes(kind)) => bytes = Some(kind),
+            (PackedTerm::Piece(_), Plan::Row { .. }) => {}
+            (PackedTerm::Product { .. }, plan) => {
                 room += padded_len(rank);
                 if let Plan::Bytes(kind) = plan {
                     room += quantized_room(kind).next_multiple_of(16);
@@ -67,9 +68,9 @@ pub(super) fn fused(packing: &Packing, terms: &[Ready], x: MatRef<'_>, out: Out)
         for (part, term) in parts.iter_mut().zip(terms) {
             let (form, rank, plan) = joining(packing, term).expect("as before");
             let given = match (term, plan) {
-                (Ready::Piece(_), Plan::Bytes(_)) => None,
-                (Ready::Piece(_), Plan::Row { .. }) => Some(Given::Row(row)),
-                (Ready::Product { right, .. }, plan) => {
+                (PackedTerm::Piece(_), Plan::Bytes(_)) => None,
+                (PackedTerm::Piece(_), Plan::Row { .. }) => Some(Given::Row(row)),
+                (PackedTerm::Product { right, .. }, plan) => {
                     let (inner, after) = rest.split_at_mut(padded_len(rank));
                     right.run(x, MatMut::new(1, rank, &mut inner[..rank]), false);
                     inner[rank..].fill(0.0);

@@ -15,7 +15,7 @@ use lacuna_format::{FormatError, Map, Piece, Stored, Term};
 
 use crate::op::matmul::Out;
 use crate::{Isa, scratch};
-use form::Form;
+use form::Packed;
 pub(crate) use form::codecs;
 use maps::{Turn, mapped, mapping};
 pub use transposed::Transposed;
@@ -26,12 +26,13 @@ pub enum Activations {
     /// As they are, in f32.
     #[default]
     Exact,
-    /// As signed bytes with a scale for every 32 columns of a row (to the nearest, the largest magnitude at 124 to 127, whichever of these loses
-    /// least), where the codec's values are whole numbers times a scale; elsewhere as they are.
+    /// As signed bytes with a scale for every 32 columns of a row (to the nearest, the largest magnitude at 124 to 127,
+    /// whichever of these loses least), where the codec's values are whole numbers times a scale; elsewhere as they
+    /// are.
     Int8,
 }
 
-/// How a matrix is made ready.
+/// How a matrix is packed.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash)]
 pub struct Packing {
     /// The instruction set that multiplies.
@@ -49,21 +50,22 @@ impl Default for Packing {
 
 /// A matrix `W`, `[outputs, inputs]`, ready to multiply: `x · Wᵀ`.
 ///
-/// A result depends on its own row of `x`, on the matrix and on how it was packed: not on the other rows, their number or the threads.
+/// A result depends on its own row of `x`, on the matrix and on how it was packed: not on the other rows, their number
+/// or the threads.
 #[derive(Clone)]
 pub struct Linear {
     rows: usize,
     cols: usize,
-    terms: Vec<Ready>,
+    terms: Vec<PackedTerm>,
     input: Vec<Turn>,
     output: Vec<Turn>,
     packing: Packing,
 }
 
-/// A summand ready to multiply.
+/// A packed summand.
 #[derive(Clone)]
-enum Ready {
-    Piece(Form),
+enum PackedTerm {
+    Piece(Packed),
     /// Right factor first, then left.
     Product {
         left: Box<Linear>,
@@ -72,7 +74,8 @@ enum Ready {
 }
 
 impl Linear {
-    /// Makes a stored matrix ready for this processor, with exact activations. It is repacked: what it was read from may go.
+    /// Packs a stored matrix for this processor, with exact activations. It is repacked: what it was read from
+    /// may go.
     pub fn pack(stored: &Stored) -> Result<Linear, FormatError> {
         Linear::pack_with(stored, &Packing::default())
     }
@@ -82,8 +85,8 @@ impl Linear {
         Linear::pack_releasing(stored, packing, &|| ())
     }
 
-    /// As [`Linear::pack_with`]; `release` is called whenever a few megabytes have been repacked, so that the pages of what they were read from
-    /// can leave memory: matrix and source are never there as a whole together.
+    /// As [`Linear::pack_with`]; `release` is called whenever a few megabytes have been repacked, so that the pages of
+    /// what they were read from can leave memory: matrix and source are never there as a whole together.
     pub fn pack_releasing(stored: &Stored, packing: &Packing, release: &dyn Fn()) -> Result<Linear, FormatError> {
         stored.check()?;
         release();
@@ -91,8 +94,8 @@ impl Linear {
         let mut terms = Vec::with_capacity(stored.terms.len());
         for (i, term) in stored.terms.iter().enumerate() {
             terms.push(match term {
-                Term::Piece(p) => Ready::Piece(Form::of(p, i > 0, release)),
-                Term::Product(l, r) => Ready::Product {
+                Term::Piece(p) => PackedTerm::Piece(Packed::of(p, i > 0, release)),
+                Term::Product(l, r) => PackedTerm::Product {
                     left: Box::new(Linear::pack_releasing(&one(l), packing, release)?),
                     right: Box::new(Linear::pack_releasing(&one(r), packing, release)?),
                 },
@@ -117,23 +120,24 @@ impl Linear {
     /// Bytes of weights read for one row of `x`, padding included.
     pub fn weights_bytes(&self) -> u64 {
         let terms = self.terms.iter().map(|t| match t {
-            Ready::Piece(form) => form.body.bytes(),
-            Ready::Product { left, right } => left.weights_bytes() + right.weights_bytes(),
+            PackedTerm::Piece(form) => form.body.bytes(),
+            PackedTerm::Product { left, right } => left.weights_bytes() + right.weights_bytes(),
         });
         terms.chain(self.input.iter().chain(&self.output).map(Turn::bytes)).sum()
     }
 
-    /// Multiply-adds of one row of `x`, were every stored matrix dense: those on f32, maps among them, and those on 8-bit activations.
+    /// Multiply-adds of one row of `x`, were every stored matrix dense: those on f32, maps among them, and those on
+    /// 8-bit activations.
     pub fn work(&self) -> [u64; 2] {
         let of = |maps: &[Turn], n: usize| maps.iter().map(|m| m.work(n)).sum::<u64>();
         let mut all = [of(&self.input, self.cols) + of(&self.output, self.rows), 0];
         for t in &self.terms {
             match t {
-                Ready::Piece(form) => {
+                PackedTerm::Piece(form) => {
                     let int8 = self.packing.activations == Activations::Int8 && form.body.integer();
                     all[usize::from(int8)] += (self.rows * self.cols) as u64;
                 }
-                Ready::Product { left, right } => {
+                PackedTerm::Product { left, right } => {
                     for (all, (l, r)) in all.iter_mut().zip(left.work().iter().zip(right.work())) {
                         *all += l + r;
                     }
@@ -146,22 +150,24 @@ impl Linear {
     /// How each term multiplies, then the maps of the input and of the output, for reports.
     pub fn describe(&self) -> Vec<&'static str> {
         let terms = self.terms.iter().map(|t| match t {
-            Ready::Piece(form) => form.name(self.packing.activations),
-            Ready::Product { .. } => "product",
+            PackedTerm::Piece(form) => form.name(self.packing.activations),
+            PackedTerm::Product { .. } => "product",
         });
         terms.chain(self.input.iter().chain(&self.output).map(Turn::name)).collect()
     }
 
     /// `x · Wᵀ`: `x` is `[n, inputs]`, `out` `[n, outputs]`, overwritten. Panics where the shapes do not fit.
     ///
-    /// A NaN or infinity in a row of `x` reaches results of that row only: those whose weights take part in it, zeros that are stored
-    /// included; with [`Activations::Int8`] all that have a stored weight within its 32 columns. One in `W` reaches its own output only.
+    /// A NaN or infinity in a row of `x` reaches results of that row only: those whose weights take part in it, zeros
+    /// that are stored included; with [`Activations::Int8`] all that have a stored weight within its 32 columns. One in
+    /// `W` reaches its own output only.
     #[track_caller]
     pub fn forward(&self, x: MatRef<'_>, out: MatMut<'_>) {
         self.run(x, out, false);
     }
 
-    /// As [`Linear::forward`] for several matrices and the same rows: their rows are made ready once, and the work is shared out as one.
+    /// As [`Linear::forward`] for several matrices and the same rows: their rows are prepared once, and the work is
+    /// shared out as one.
     #[track_caller]
     pub fn forward_all<const N: usize>(all: [&Linear; N], x: MatRef<'_>, out: &mut [MatMut<'_>; N]) {
         for (l, out) in all.iter().zip(out.iter()) {
@@ -169,7 +175,7 @@ impl Linear {
             assert_eq!((out.rows(), out.cols()), (x.rows(), l.rows), "the result has another shape");
         }
         let single = |l: &Linear| match &l.terms[..] {
-            [Ready::Piece(form)] if l.rows > 0 && l.input.is_empty() && l.output.is_empty() => {
+            [PackedTerm::Piece(form)] if l.rows > 0 && l.input.is_empty() && l.output.is_empty() => {
                 form.body.plan(&l.packing, x.rows())
             }
             _ => None,
@@ -182,9 +188,9 @@ impl Linear {
             }
             return;
         };
-        let parts: [(&Form, Out); N] = std::array::from_fn(|i| {
+        let parts: [(&Packed, Out); N] = std::array::from_fn(|i| {
             let out = Out { stride: out[i].stride(), data: out[i].raw_mut().as_mut_ptr(), add: false };
-            let [Ready::Piece(form)] = &all[i].terms[..] else { unreachable!("a plan is for one piece") };
+            let [PackedTerm::Piece(form)] = &all[i].terms[..] else { unreachable!("a plan is for one piece") };
             (form, out)
         });
         form::together(&all[0].packing, plan, parts, x);
@@ -219,11 +225,11 @@ impl Linear {
         }
         for term in &self.terms {
             match term {
-                Ready::Piece(form) => {
+                PackedTerm::Piece(form) => {
                     let out = Out { stride: out.stride(), data: out.raw_mut().as_mut_ptr(), add };
                     form.body.multiply(&self.packing, x, out);
                 }
-                Ready::Product { left, right } => scratch::with(x.rows() * right.rows, |inner| {
+                PackedTerm::Product { left, right } => scratch::with(x.rows() * right.rows, |inner| {
                     let inner = &mut inner[..x.rows() * right.rows];
                     right.run(x, MatMut::new(x.rows(), right.rows, inner), false);
                     left.run(MatRef::new(x.rows(), right.rows, inner), out.reborrow(), add);

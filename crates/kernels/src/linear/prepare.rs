@@ -1,4 +1,4 @@
-//! Making rows of x ready: padded, in tiles, as bytes.
+//! Preparing rows of x: padded, in tiles, as bytes.
 
 use lacuna_base::MatRef;
 
@@ -34,7 +34,7 @@ pub(super) fn tiled(isa: Isa, x: MatRef<'_>, blocks: usize, mut f: impl FnMut(us
     for first in (0..x.rows()).step_by(step) {
         let rows = step.min(x.rows() - first);
         scratch::with((rows + 12) * cols, |room| {
-            let room = Room(room.as_mut_ptr());
+            let room = SharedMut(room.as_mut_ptr());
             // A task is a row of tiles' worth: all tiles but the last have the same number of rows.
             let mut cuts = [(0, 0); 64 + 16];
             let mut n = 0;
@@ -84,19 +84,20 @@ fn whole<const M: usize>(tile: &mut [f32], x: MatRef<'_>, r: usize) {
     }
 }
 
-struct Room(*mut f32);
+struct SharedMut(*mut f32);
 // SAFETY: used for parts that do not overlap.
-unsafe impl Sync for Room {}
+unsafe impl Sync for SharedMut {}
 // SAFETY: see above.
-unsafe impl Send for Room {}
+unsafe impl Send for SharedMut {}
 
 /// Blocks of a row that are brought to bytes in one go.
 const PART: usize = 64;
 /// What bringing a value to a byte costs, in multiply-adds.
 const COST: usize = 64;
 
-/// From how many values on, all threads' together, a row is brought to bytes by all threads in parts; below, each thread does the whole of it for
-/// itself, which two threads finish before they would have exchanged parts, and asks for what it will read meanwhile.
+/// From how many values on, all threads' together, a row is brought to bytes by all threads in parts; below, each
+/// thread does the whole of it for itself, which two threads finish before they would have exchanged parts, and asks
+/// for what it will read meanwhile.
 const OWN: usize = 1 << 15;
 
 /// A call's panels as [`parallel::ranges`] wants them.
@@ -131,7 +132,8 @@ pub(super) fn quantized_row(isa: Isa, x: &[f32], kind: AsBytes, room: &mut [f32]
     Rows { codes, meta, rows: 1 }
 }
 
-/// Calls `f(rows, from, to)` over ranges of panels, with the rows of x as signed bytes. `opening` tells what is read first from a panel on up to another.
+/// Calls `f(rows, from, to)` over ranges of panels, with the rows of x as signed bytes. `opening` tells what is read
+/// first from a panel on up to another.
 pub(super) fn quantized(
     isa: Isa,
     x: MatRef<'_>,
@@ -146,7 +148,7 @@ pub(super) fn quantized(
     let (codes, meta) = (blocks * BLOCK / 4, blocks * META);
     let rows = x.rows() + SPARE;
     // Blocks `b..b + n` of row `r`.
-    let fill = |room: &Room, r: usize, b: usize, n: usize, opening: Opening| {
+    let fill = |room: &SharedMut, r: usize, b: usize, n: usize, opening: Opening| {
         padded(x.row(r), blocks, |row| {
             // SAFETY: parts of rows do not overlap in the room, which holds all of them.
             let (x, codes, meta) = unsafe {
@@ -156,7 +158,7 @@ pub(super) fn quantized(
             dispatch(isa, Quantize { x, blocks: n, codes, meta, zero: i32::from(zero), sixteens, opening });
         });
     };
-    let ready = |room: &Room| {
+    let ready = |room: &SharedMut| {
         // SAFETY: inside the room.
         let meta = unsafe { room.0.add(rows * codes) };
         Rows { codes: room.0.cast(), meta, rows: x.rows() }
@@ -164,7 +166,7 @@ pub(super) fn quantized(
     if x.rows() == 1 && blocks * BLOCK * parallel::threads() <= OWN {
         parallel::each(count, unit, usize::MAX, cost, |first, more| {
             scratch::with(rows * (codes + meta), |room| {
-                let room = Room(room.as_mut_ptr());
+                let room = SharedMut(room.as_mut_ptr());
                 fill(&room, 0, 0, blocks, opening(first.0, first.1));
                 let ready = ready(&room);
                 std::iter::once(first).chain(more).for_each(|(from, to)| f(ready, from, to));
@@ -173,7 +175,7 @@ pub(super) fn quantized(
         return;
     }
     scratch::with(rows * (codes + meta), |room| {
-        let room = Room(room.as_mut_ptr());
+        let room = SharedMut(room.as_mut_ptr());
         // A long row is shared among threads, but not one that has to be padded first.
         let part = if x.cols() == blocks * BLOCK { PART } else { blocks.max(1) };
         let parts = blocks.div_ceil(part);

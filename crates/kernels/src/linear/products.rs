@@ -1,4 +1,4 @@
-//! The products of forms: how x is made ready, how work is cut, and what runs.
+//! The products of forms: how x is prepared, how work is cut, and what runs.
 
 use lacuna_base::{MatMut, MatRef};
 use lacuna_format::Stored;
@@ -99,7 +99,8 @@ pub(super) fn sparse<W: Width>(packing: &Packing, lists: &Lists, width: W, x: Ma
     });
 }
 
-/// Rows of x that meet four decoded rows of weights at a time: half a megabyte of them, which stays in the second-level cache.
+/// Rows of x that meet four decoded rows of weights at a time: half a megabyte of them, which stays in the second-level
+/// cache.
 fn beside(cols: usize) -> usize {
     ((1 << 17) / cols.max(1)).clamp(6, 96) / 6 * 6
 }
@@ -174,8 +175,8 @@ pub(super) fn gather_floats<C: Codec>(
     });
 }
 
-/// From how many rows of x on panels with columns of their own are filled in: that takes as long as multiplying some thirty rows, but then a row is
-/// multiplied in half the time.
+/// From how many rows of x on panels with columns of their own are filled in: that takes as long as multiplying some
+/// thirty rows, but then a row is multiplied in half the time.
 const FILL: usize = 64;
 
 /// Panels `from..to` times quantized rows.

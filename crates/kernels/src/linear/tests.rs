@@ -485,7 +485,8 @@ fn bits_equal(a: &Mat, b: &Mat) -> bool {
     bits(a.view()) == bits(b.view())
 }
 
-/// Rows in blocks of 32 columns as the definition in `op::quantize` has them, and how far each value may be from its own.
+/// Rows in blocks of 32 columns as the definition in `op::quantize` has them, and how far each value may be from its
+/// own.
 fn rounded(x: &Mat) -> (Mat, Mat) {
     let (mut q, mut far) = (x.clone(), x.clone());
     for r in 0..x.rows() {
@@ -559,7 +560,8 @@ fn bytes_against_f64_in_any_company_and_the_same_on_every_isa() {
                 for o in 0..w.rows() {
                     let dot =
                         |a: &[f32]| a.iter().zip(w.row(o)).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum::<f64>();
-                    // Minima are apart from what they are added to: what cancels in a weight does not cancel in its error.
+                    // Minima are apart from what they are added to: what cancels in a weight does not cancel in its
+                    // error.
                     let top = w.row(o).iter().fold(0.0f32, |t, v| t.max(v.abs()));
                     let size = q.row(r).iter().map(|a| f64::from(a.abs() * top)).sum::<f64>();
                     let (got, tight) = (f64::from(y[(r, o)]), f64::from(PRODUCT_TOLERANCE) * size + 1e-30);

@@ -13,19 +13,20 @@ const PANEL: usize = 256;
 /// Values that a task decodes at least.
 const DECODE: usize = 1 << 14;
 
-/// A stored matrix `W`, `[outputs, inputs]`, from its other side: `dY · W`. It shares the stored buffers and holds nothing of its own.
+/// A stored matrix `W`, `[outputs, inputs]`, from its other side: `dY · W`. It shares the stored buffers and holds
+/// nothing of its own.
 ///
 /// The order of summation follows from the shapes alone: the same bits with any number of threads.
 #[derive(Clone, Debug)]
 pub struct Transposed {
     rows: usize,
     cols: usize,
-    terms: Vec<Part>,
+    terms: Vec<Summand>,
 }
 
 /// A summand.
 #[derive(Clone, Debug)]
-enum Part {
+enum Summand {
     Piece(Arc<Stored>),
     /// Left factor first, then right: the rank is between them.
     Product(Box<Transposed>, Box<Transposed>),
@@ -36,19 +37,19 @@ impl Transposed {
     pub fn new(stored: &Stored) -> Result<Transposed, FormatError> {
         stored.check()?;
         if stored.has_maps() {
-            // From the other side the maps would come in turn, each turned round; nothing that is derived has any, so what they make of
-            // the matrix is multiplied.
+            // From the other side the maps would come in turn, each turned round; nothing that is derived has any, so
+            // what they make of the matrix is multiplied.
             let dense = pack_float(stored.to_mat().view(), None, PatternKind::Dense, Float::F32)?;
             return Transposed::new(&Stored::from_piece(dense));
         }
         let one = |piece: &Piece| Transposed {
             rows: piece.rows,
             cols: piece.cols,
-            terms: vec![Part::Piece(Arc::new(Stored::from_piece(piece.clone())))],
+            terms: vec![Summand::Piece(Arc::new(Stored::from_piece(piece.clone())))],
         };
         let terms = stored.terms.iter().map(|term| match term {
-            Term::Piece(p) => Part::Piece(Arc::new(Stored::from_piece(p.clone()))),
-            Term::Product(l, r) => Part::Product(Box::new(one(l)), Box::new(one(r))),
+            Term::Piece(p) => Summand::Piece(Arc::new(Stored::from_piece(p.clone()))),
+            Term::Product(l, r) => Summand::Product(Box::new(one(l)), Box::new(one(r))),
         });
         Ok(Transposed { rows: stored.rows, cols: stored.cols, terms: terms.collect() })
     }
@@ -73,8 +74,8 @@ impl Transposed {
         }
         for term in &self.terms {
             match term {
-                Part::Piece(stored) => piece(stored, dy, dx.reborrow()),
-                Part::Product(left, right) => scratch::with(dy.rows() * left.cols, |inner| {
+                Summand::Piece(stored) => piece(stored, dy, dx.reborrow()),
+                Summand::Product(left, right) => scratch::with(dy.rows() * left.cols, |inner| {
                     let inner = &mut inner[..dy.rows() * left.cols];
                     inner.fill(0.0);
                     left.add_product(dy, MatMut::new(dy.rows(), left.cols, inner));
@@ -88,7 +89,8 @@ impl Transposed {
 /// `dx += dy · W` of one piece, panel by panel of its rows.
 fn piece(stored: &Stored, dy: MatRef<'_>, mut dx: MatMut<'_>) {
     let (rows, cols) = (stored.rows, stored.cols);
-    // Plain floats are multiplied where they lie; cut into the same panels, so that the bits do not depend on how they were stored.
+    // Plain floats are multiplied where they lie; cut into the same panels, so that the bits do not depend on how they
+    // were stored.
     if let Some(w) = plain(stored) {
         let w = MatRef::new(rows, cols, w);
         for from in (0..rows).step_by(PANEL) {

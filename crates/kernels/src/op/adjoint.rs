@@ -1,4 +1,5 @@
-//! What derivatives need beyond the forward operations: slopes of activations, and a softmax in lanes for rows by the thousand.
+//! What derivatives need beyond the forward operations: slopes of activations, and a softmax in lanes for rows by the
+//! thousand.
 
 use lacuna_base::MatMut;
 use lacuna_spec::Activation;
@@ -91,8 +92,8 @@ impl Op for Soften {
     }
 }
 
-/// The softmax of a row, in place, in lanes and f32: each value within 1e-5 times itself of exact for rows up to a million. A row without any
-/// finite value becomes NaN. Gives the logarithm of the sum of the exponentials.
+/// The softmax of a row, in place, in lanes and f32: each value within 1e-5 times itself of exact for rows up to a
+/// million. A row without any finite value becomes NaN. Gives the logarithm of the sum of the exponentials.
 pub fn softmax_lanes(row: &mut [f32]) -> f64 {
     let mut tops = [f32::NEG_INFINITY; 16];
     let parts = row.chunks_exact(16);

@@ -1,7 +1,8 @@
 //! The integer product: quantized rows of `x` times panels of codes.
 //!
-//! A block of 32 columns is summed exactly, in integers; then `acc = fma(sum, weight's scale * activation's scale, acc)`, blocks in rising
-//! order. Every instruction set gives the same bits, and so does any number of rows.
+//! A block of 32 columns is summed exactly, in integers; then
+//! `acc = fma(sum, weight's scale * activation's scale, acc)`, blocks in rising order. Every instruction set gives the
+//! same bits, and so does any number of rows.
 
 use super::matmul::Out;
 use crate::panel::ints::{Bytes, META};
@@ -34,7 +35,8 @@ pub(crate) struct Dots<'a, C> {
 /// Panels that a single row meets side by side: memory gives several streams faster than one.
 const SIDE: usize = 4;
 
-/// How many of `n` panels are met side by side, and how far apart they are: each place is read from its start to its end, as if it were alone.
+/// How many of `n` panels are met side by side, and how far apart they are: each place is read from its start to its
+/// end, as if it were alone.
 #[inline(always)]
 pub(crate) fn side(n: usize) -> (usize, usize) {
     if n < SIDE { (n, 1) } else { (SIDE, n / SIDE) }
@@ -148,7 +150,8 @@ unsafe fn sums<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
     }
 }
 
-/// Row `r` times `n` panels from `p` on, at most [`SIDE`], `apart` from one to the next, block by block of each. Their bytes meet both halves of the lanes while they are in registers.
+/// Row `r` times `n` panels from `p` on, at most [`SIDE`], `apart` from one to the next, block by block of each. Their
+/// bytes meet both halves of the lanes while they are in registers.
 /// # Safety
 /// They are there.
 #[inline(always)]
@@ -166,8 +169,8 @@ unsafe fn beside<S: Simd, C: Bytes, const PLAIN: bool>(
         let mut i = 0;
         while i < n {
             let panel = g.panels.at(p + i * apart);
-            // Thin codes at all places in line, processors with eight lanes guess as fast as they multiply: asking only takes their time. At fewer places
-            // they guess too little.
+            // Thin codes at all places in line, processors with eight lanes guess as fast as they multiply: asking only
+            // takes their time. At fewer places they guess too little.
             if S::LANES == 16 || C::BLOCK_BYTES > 256 {
                 g.panels.ask_in_line(panel, b, each, NEAR);
             } else if n < SIDE {

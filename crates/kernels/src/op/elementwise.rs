@@ -100,7 +100,8 @@ impl Zip for Cap {
     }
 }
 
-/// Applies `f` row by row: `a = f(a, b)`, where `b` is a matrix of a's shape, one row for all, or `None` for `a` itself.
+/// Applies `f` row by row: `a = f(a, b)`, where `b` is a matrix of a's shape, one row for all, or `None` for `a`
+/// itself.
 #[track_caller]
 pub(super) fn rows<F: Zip>(isa: Isa, f: F, a: MatMut<'_>, b: Option<MatRef<'_>>, cost: usize) {
     let (n, cols, stride) = (a.rows(), a.cols(), a.stride());
@@ -117,7 +118,8 @@ pub(super) fn rows<F: Zip>(isa: Isa, f: F, a: MatMut<'_>, b: Option<MatRef<'_>>,
     parallel::ranges(n, 1, usize::MAX, cols * cost, |from, to| {
         let base = &base;
         for r in from..to {
-            // SAFETY: tasks take disjoint rows of a matrix that this call borrows mutably; b has rows as long, or is the row itself.
+            // SAFETY: tasks take disjoint rows of a matrix that this call borrows mutably; b has rows as long, or is
+            // the row itself.
             let a = unsafe { base.0.add(r * stride) };
             let b = match b {
                 Some(b) => b.row(if b.rows() == 1 { 0 } else { r }).as_ptr(),
@@ -169,7 +171,8 @@ pub fn softcap(cap: f32, x: MatMut<'_>) {
     rows(Isa::best(), Cap(cap), x, None, 16);
 }
 
-/// The softmax of a row, in place: largest value taken away first, sums in f64. A row without any finite value becomes NaN.
+/// The softmax of a row, in place: largest value taken away first, sums in f64. A row without any finite value becomes
+/// NaN.
 pub fn softmax(row: &mut [f32]) {
     let top = row.iter().copied().fold(f32::NEG_INFINITY, f32::max);
     let mut total = 0.0f64;

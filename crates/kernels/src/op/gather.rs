@@ -1,10 +1,11 @@
 //! Products with panels whose rows share their columns: x is gathered to a panel's columns, and what remains is dense.
 //!
-//! Every row of x is gathered for itself, so that its result cannot depend on others. In f32 every output has four chains of fused operations,
-//! for the four columns of each quad, which are added in the end; octets of large panels come from their four quarters by turns. Bytes are
-//! quantized before they are gathered, once for all panels; a block of 32 columns is summed exactly, and its sum times both scales added to the
-//! output, blocks in rising order: the same bits as [`super::dot`] gives for the same matrix with zeros written out. So where many rows of x
-//! come, that is what is done ([`crate::panel::gathered::Fill`]).
+//! Every row of x is gathered for itself, so that its result cannot depend on others. In f32 every output has four
+//! chains of fused operations, for the four columns of each quad, which are added in the end; octets of large panels
+//! come from their four quarters by turns. Bytes are quantized before they are gathered, once for all panels; a block
+//! of 32 columns is summed exactly, and its sum times both scales added to the output, blocks in rising order: the same
+//! bits as [`super::dot`] gives for the same matrix with zeros written out. So where many rows of x come, that is what
+//! is done ([`crate::panel::gathered::Fill`]).
 
 use super::dot::Rows;
 use super::matmul::Out;
@@ -16,7 +17,8 @@ use crate::simd::{Op, Simd};
 /// Room after a gathered row that is written without being meant.
 const OVER: usize = 2 * BLOCK;
 
-/// Scratch of a task, in f32 values: two gathered runs, the gathered row, the group of every octet or the octets of every block.
+/// Scratch of a task, in f32 values: two gathered runs, the gathered row, the group of every octet or the octets of
+/// every block.
 pub(crate) fn scratch(layout: &Layout, blocks: usize) -> usize {
     2 * (layout.run * BLOCK + OVER) + 2 * (layout.octets * 8 + OVER) + layout.octets.max(blocks) + 8
 }
@@ -49,7 +51,7 @@ pub(crate) struct GatheredBytes<'a, C> {
 
 /// Where a task's scratch is cut.
 #[derive(Clone, Copy)]
-struct Room {
+struct Scratch {
     /// The columns of a run that each half keeps.
     halves: [*mut f32; 2],
     /// The gathered row; in bytes, its codes.
@@ -60,7 +62,7 @@ struct Room {
     counts: *mut u32,
 }
 
-fn room(scratch: &mut [f32], l: &Layout, blocks: usize) -> Room {
+fn room(scratch: &mut [f32], l: &Layout, blocks: usize) -> Scratch {
     assert!(scratch.len() >= self::scratch(l, blocks), "room for a gathered row");
     let slots = l.octets * 8 + OVER;
     let (a, rest) = scratch.split_at_mut(l.run * BLOCK + OVER);
@@ -69,12 +71,12 @@ fn room(scratch: &mut [f32], l: &Layout, blocks: usize) -> Room {
     let x = x.as_mut_ptr();
     // Of the eight bytes for each slot, gathered codes take one or two, and halves of their own one each.
     let codes = [2, 3].map(|n| x.cast::<i8>().wrapping_add(n * slots));
-    Room { halves: [a.as_mut_ptr(), b.as_mut_ptr()], x, codes, counts: counts.as_mut_ptr().cast() }
+    Scratch { halves: [a.as_mut_ptr(), b.as_mut_ptr()], x, codes, counts: counts.as_mut_ptr().cast() }
 }
 
-/// How a panel of floats is read, at one place or at four, and asked for: at an even pace while x is gathered and while octets are multiplied. Only of
-/// four places that one mask serves all that gathering has time for is asked for then, and the rest is left to the processor's own guesses and to
-/// what is asked for nearby.
+/// How a panel of floats is read, at one place or at four, and asked for: at an even pace while x is gathered and while
+/// octets are multiplied. Only of four places that one mask serves all that gathering has time for is prefetched then,
+/// and the rest is left to the processor's own guesses and to what is prefetched nearby.
 #[derive(Clone, Copy)]
 struct Parts {
     /// Where the panel's values begin.
@@ -87,7 +89,7 @@ struct Parts {
     /// Whether there are four.
     four: bool,
     policy: Prefetch,
-    /// What is asked for first, and how far that is beyond the first part's begin.
+    /// What is prefetched first, and how far that is beyond the first part's begin.
     from: *const u8,
     far: usize,
     /// Lines of the panel that are asked for while x is gathered, and bytes while an octet is multiplied.
@@ -105,7 +107,8 @@ impl Parts {
         let (lines, far) = match (four, l.pair) {
             (true, true) => (octets * l.octet_bytes / 16, policy.part),
             (true, false) => (policy.lines * gathered, policy.near),
-            // Where nothing is gathered between two panels, they are read at a stretch. Masks and scales are asked for, too.
+            // Where nothing is gathered between two panels, they are read at a stretch. Masks and scales are asked for,
+            // too.
             (false, _) => {
                 (panels.stride / 64, (if l.share > 1 { 4 * policy.stretch } else { policy.stretch }).min(panels.stride))
             }
@@ -154,8 +157,8 @@ impl Parts {
     }
 }
 
-/// Calls `$one(panel, row, fresh)` for panels that share their columns side by side, and rows of x within them: `fresh` where the row has not been
-/// gathered to these columns yet.
+/// Calls `$one(panel, row, fresh)` for panels that share their columns side by side, and rows of x within them: `fresh`
+/// where the row has not been gathered to these columns yet.
 macro_rules! walk {
     ($g:expr, $rows:expr, |$p:ident, $r:ident, $fresh:ident| $one:expr) => {
         let mut first = $g.from;
@@ -250,7 +253,7 @@ unsafe fn gather<S: Simd, const PAIR: bool>(
     blocks: usize,
     layout: &Layout,
     x: *const f32,
-    (room, parts): (Room, Parts),
+    (room, parts): (Scratch, Parts),
 ) -> usize {
     let (mut octets, mut b) = (0, 0);
     while b < blocks {
@@ -297,7 +300,7 @@ unsafe fn gather_bytes<S: Simd, const PAIR: bool>(
     layout: &Layout,
     blocks: usize,
     x: *const i8,
-    room: Room,
+    room: Scratch,
 ) {
     let (out, masks) = (room.x.cast::<i8>(), panel.cast::<u32>());
     let (mut octets, mut b) = (0usize, 0);
@@ -330,8 +333,9 @@ unsafe fn gather_bytes<S: Simd, const PAIR: bool>(
     }
 }
 
-/// Moves the columns of blocks `from..to` whose bit is set together, with 32 zeros after them; gives how many. For every block [`Prefetch::lines`] of the
-/// panel are asked for, so that memory is not idle meanwhile; `first` blocks have been before.
+/// Moves the columns of blocks `from..to` whose bit is set together, with 32 zeros after them; gives how many. For
+/// every block [`Prefetch::lines`] of the panel are asked for, so that memory is not idle meanwhile; `first` blocks
+/// have been before.
 /// # Safety
 /// The bits, x and `out` are as long.
 #[inline(always)]
@@ -383,11 +387,12 @@ unsafe fn floats<S: Simd, C: Codec, const PAIR: bool>(
     codec: &C,
     panel: *const u8,
     octets: usize,
-    (room, parts): (Room, Parts),
+    (room, parts): (Scratch, Parts),
 ) -> [S::V; 2] {
     let step = if PAIR { 2 } else { 1 };
     let mut acc = [[s.splat(0.0); 4]; 2];
-    // The first octet of every part, then the second, and so on: one loop, which a loop of loops would not come out as fast as.
+    // The first octet of every part, then the second, and so on: one loop, which a loop of loops would not come out as
+    // fast as.
     let (mut i, mut o, mut near, mut n) = (0, 0, parts.near(0, C::OCTET), 0);
     while n < octets {
         parts.step(n);
@@ -430,10 +435,11 @@ unsafe fn bytes<S: Simd, C: Bytes, const PAIR: bool, const PLAIN: bool>(
     panel: *const u8,
     layout: &Layout,
     (blocks, meta): (usize, *const f32),
-    room: Room,
+    room: Scratch,
 ) -> [S::V; 2] {
     let (step, kind) = (if PAIR { 2 } else { 1 }, codec.grid().kind);
-    // What is summed of x itself: its product with the zero of all groups, or else, for each to use it as it must, with one.
+    // What is summed of x itself: its product with the zero of all groups, or else, for each to use it as it must, with
+    // one.
     let each = if !PLAIN && (kind.zeros() || kind.minima()) { 1 } else { codec.grid().zero };
     let each = s.and_i(s.splat_i(-1), each);
     // SAFETY: as the caller promises.

@@ -1,7 +1,8 @@
 //! Products with codes whose rows have tables of their own ([`crate::panel::rowtables`]).
 //!
-//! Every output has one chain of fused operations a lane, columns rising a vector at a time, and the lanes are added in a fixed tree in the end:
-//! the same bits for one row of x, whose weights are used as they are decoded, and for many, for which four rows of weights are decoded first.
+//! Every output has one chain of fused operations a lane, columns rising a vector at a time, and the lanes are added in
+//! a fixed tree in the end: the same bits for one row of x, whose weights are used as they are decoded, and for many,
+//! for which four rows of weights are decoded first.
 
 use super::matmul::Out;
 use crate::panel::ints::octet;
@@ -37,8 +38,8 @@ struct Four {
     codes: *const u8,
 }
 
-/// Bytes from the codes that are multiplied to those that are asked for meanwhile.
-const AHEAD: usize = 4096;
+/// Bytes from the codes that are multiplied to those that are prefetched meanwhile.
+const PREFETCH: usize = 4096;
 
 impl<const BITS: usize> Op for Lookups<'_, BITS> {
     type Out = ();
@@ -125,7 +126,7 @@ unsafe fn single<S: Simd, const BITS: usize>(s: S, four: &Four, steps: usize, x:
             let mut i = 0;
             while i < SIDE {
                 if i < BITS {
-                    fetch_far(block.wrapping_add(AHEAD + 64 * i));
+                    fetch_far(block.wrapping_add(PREFETCH + 64 * i));
                 }
                 let codes = codes::<S, BITS>(s, block, i);
                 let mut j = 0;

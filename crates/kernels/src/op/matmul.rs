@@ -1,7 +1,8 @@
 //! The float product: rows of `x` times panels.
 //!
-//! Every (row of x, output) pair owns one lane. Within a span of 256 columns its products are added to it in rising order, by one chain of fused
-//! operations; the spans' sums are added in order. How many pairs are computed side by side changes speed, never a bit.
+//! Every (row of x, output) pair owns one lane. Within a span of 256 columns its products are added to it in rising
+//! order, by one chain of fused operations; the spans' sums are added in order. How many pairs are computed side by
+//! side changes speed, never a bit.
 
 use crate::Isa;
 use crate::panel::{BLOCK, Codec, FETCH, NEAR, ROWS, SPAN, View};
@@ -91,7 +92,8 @@ impl<C: Codec> Op for Gemv<'_, C> {
         let mut p = self.from;
         // SAFETY: the maker has these panels, an x as long and room in `out`.
         unsafe {
-            // Chains side by side hide the latency of each; a group that lacks panels repeats its last one and does not write it.
+            // Chains side by side hide the latency of each; a group that lacks panels repeats its last one and does not
+            // write it.
             while C::EXPANDS && S::LANES < ROWS && self.to - p > 1 {
                 // Every panel has two places where it is read.
                 gemv::<S, C, 2>(s, &self, p);
@@ -119,7 +121,7 @@ unsafe fn gemv<S: Simd, C: Codec, const P: usize>(s: S, g: &Gemv<'_, C>, p: usiz
         at[i] = g.panels.at((p + i).min(g.to - 1));
         i += 1;
     }
-    let ahead = g.panels.ahead(P, if C::AHEAD { FETCH } else { NEAR });
+    let ahead = g.panels.ahead(P, if C::PREFETCH { FETCH } else { NEAR });
     let mut total = [[s.splat(0.0); 2]; P];
     let mut b = 0;
     while b < g.panels.blocks {
@@ -131,7 +133,7 @@ unsafe fn gemv<S: Simd, C: Codec, const P: usize>(s: S, g: &Gemv<'_, C>, p: usiz
                 let mut blocks = [[g.codec.block(s, at[0], b, 0); 2]; P];
                 let mut i = 0;
                 while i < P {
-                    if C::AHEAD || S::LANES == ROWS {
+                    if C::PREFETCH || S::LANES == ROWS {
                         ahead.fetch(at[i], b);
                     }
                     let mut h = 0;
@@ -231,7 +233,8 @@ pub(crate) struct Batch<'a, C> {
     pub(crate) codec: &'a C,
     pub(crate) from: usize,
     pub(crate) to: usize,
-    /// Tile by tile, and within a tile of `m` rows column by column, padded with zero columns to whole blocks and with any rows.
+    /// Tile by tile, and within a tile of `m` rows column by column, padded with zero columns to whole blocks and with
+    /// any rows.
     pub(crate) x: *const f32,
     pub(crate) rows: usize,
     pub(crate) out: Out,

@@ -1,10 +1,11 @@
 //! Activations as signed bytes, each block of 32 columns of a row with a scale of its own.
 //!
-//! A block becomes 16-bit words first, `x * (32767 / max |x|)` to the nearest, ties to even. Its codes are `word * L / 2^15` to the nearest, halves up,
-//! where `L` is that of 127, 126, 125 and 124 under which they lose least: a step a little wider than need be often meets a block's 32 values
-//! better, an eighth less error on the whole. The scale is then the one that suits the codes best (least squares). A block whose largest magnitude
-//! is below 1e-30 becomes zeros. A block with a NaN or an infinity gets the scale NaN, so that every result of its row is NaN. All sums are of whole
-//! numbers, exact, so that every instruction set gives the same bits.
+//! A block becomes 16-bit words first, `x * (32767 / max |x|)` to the nearest, ties to even. Its codes are
+//! `word * L / 2^15` to the nearest, halves up, where `L` is that of 127, 126, 125 and 124 under which they lose least:
+//! a step a little wider than need be often meets a block's 32 values better, an eighth less error on the whole. The
+//! scale is then the one that suits the codes best (least squares). A block whose largest magnitude is below 1e-30
+//! becomes zeros. A block with a NaN or an infinity gets the scale NaN, so that every result of its row is NaN. All
+//! sums are of whole numbers, exact, so that every instruction set gives the same bits.
 
 use std::mem::MaybeUninit;
 
@@ -39,7 +40,7 @@ pub(crate) struct Quantize {
 type Group = [f32; 16];
 
 /// What the blocks of a group leave on the way.
-struct Room {
+struct Partials {
     /// Their words.
     words: [[i16; BLOCK]; 16],
     /// Four squares of lanes: a vector of partial sums, or of candidates for the largest, for each block.
@@ -50,13 +51,14 @@ impl Op for Quantize {
     type Out = ();
     #[inline(always)]
     fn run<S: Simd>(self, s: S) {
-        // A group of as many blocks as there are lanes, step by step: what a block's steps need of all its values is made for all blocks at once, a lane
-        // each. One block alone would wait for every step.
-        let mut room = MaybeUninit::<Room>::uninit();
+        // A group of as many blocks as there are lanes, step by step: what a block's steps need of all its values is
+        // made for all blocks at once, a lane each. One block alone would wait for every step.
+        let mut room = MaybeUninit::<Partials>::uninit();
         let mut b = 0;
         while b < self.blocks {
             let n = S::LANES.min(self.blocks - b);
-            // SAFETY: the maker has rows as long; a group that is not full finds zeros in the place of the blocks it lacks.
+            // SAFETY: the maker has rows as long; a group that is not full finds zeros in the place of the blocks it
+            // lacks.
             unsafe {
                 if n < S::LANES {
                     room.as_mut_ptr().write_bytes(0, 1);
@@ -70,8 +72,8 @@ impl Op for Quantize {
 
 /// Levels that are tried, from the highest on, each one below the last.
 const LEVELS: [f32; 4] = [127.0, 126.0, 125.0, 124.0];
-/// What rounding takes off a code comes as a word, in 2^-16 of a step; of these so many bits are enough, so that sums stay below 2^24 and are
-/// exact in f32: 512ths of a step where they are squared, 4096ths where they meet codes.
+/// What rounding takes off a code comes as a word, in 2^-16 of a step; of these so many bits are enough, so that sums
+/// stay below 2^24 and are exact in f32: 512ths of a step where they are squared, 4096ths where they meet codes.
 const SQUARED: u32 = 7;
 const MET: u32 = 4;
 
@@ -80,7 +82,7 @@ impl Quantize {
     /// # Safety
     /// The row has these blocks; the room is there, and filled with numbers where they are fewer than lanes.
     #[inline(always)]
-    unsafe fn group<S: Simd>(&self, s: S, first: usize, n: usize, room: *mut Room) {
+    unsafe fn group<S: Simd>(&self, s: S, first: usize, n: usize, room: *mut Partials) {
         let none = s.splat(0.0);
         // SAFETY: as the caller promises.
         unsafe {
@@ -158,8 +160,8 @@ impl Quantize {
         }
     }
 
-    /// Codes of the 32 words at `words`; partial sums of the codes, of their squares, of what rounding took off times the code, and where they are
-    /// asked for of the first sixteen codes, to row `b` of the four squares.
+    /// Codes of the 32 words at `words`; partial sums of the codes, of their squares, of what rounding took off times
+    /// the code, and where they are asked for of the first sixteen codes, to row `b` of the four squares.
     /// # Safety
     /// The pointers are good for 32 values, the squares have that row.
     #[inline(always)]
@@ -191,7 +193,8 @@ fn row<S: Simd>(squares: *mut f32, j: usize, b: usize) -> *mut f32 {
 /// The squares have that row.
 #[inline(always)]
 unsafe fn lost<S: Simd>(s: S, words: S::W, squares: *mut f32, b: usize) {
-    // Of `words * 2 * level` the last 16 bits are what is over a whole number of 2^16; one level less takes twice the words off it.
+    // Of `words * 2 * level` the last 16 bits are what is over a whole number of 2^16; one level less takes twice the
+    // words off it.
     let top = 2 * LEVELS[0] as i16;
     let (mut rest, two) = (s.low_w(words, s.splat_w(top, top)), s.low_w(words, s.splat_w(2, 2)));
     let mut j = 0;

@@ -8,8 +8,8 @@ use lacuna_spec::{Rope, RopeScaling, RopeStyle};
 use crate::simd::{Op, Simd, dispatch};
 use crate::{Isa, parallel};
 
-/// The frequencies of a [`Rope`], worked out once. Clones share the angles of the rows that they were last asked for: the blocks of a model
-/// ask for the same ones in turn.
+/// The frequencies of a [`Rope`], worked out once. Clones share the angles of the rows that they were last asked for:
+/// the blocks of a model ask for the same ones in turn.
 #[derive(Clone, Debug)]
 pub struct RopeTable {
     last: Arc<Mutex<Last>>,
@@ -86,7 +86,8 @@ impl RopeTable {
         RopeTable { last: Arc::new(Mutex::new(last)), dims: rope.dims, short, long, attention_factor }
     }
 
-    /// cos and sin of every pair at `position` of a sequence of `length` tokens, `[dims / 2]` each. The length matters for LongRoPE only.
+    /// cos and sin of every pair at `position` of a sequence of `length` tokens, `[dims / 2]` each. The length matters
+    /// for LongRoPE only.
     pub fn angles(&self, position: usize, length: usize, cos: &mut [f32], sin: &mut [f32]) {
         let freq = match &self.long {
             Some((long, original)) if length > *original => long,
@@ -169,7 +170,8 @@ impl RopeRows {
             let base = &base;
             for r in from..to {
                 for at in (0..cols).step_by(head_dim) {
-                    // SAFETY: tasks take disjoint rows of a matrix that this call borrows mutably; a head has two halves.
+                    // SAFETY: tasks take disjoint rows of a matrix that this call borrows mutably; a head has two
+                    // halves.
                     let head = unsafe { base.0.add(r * stride + at) };
                     let (cos, sin) = (self.cos[r * h..].as_ptr(), self.sin[r * h..].as_ptr());
                     match self.style {

@@ -80,8 +80,8 @@ unsafe fn walsh<S: Simd>(s: S, v: *mut f32, m: usize) {
     // SAFETY: as the caller promises.
     unsafe {
         if m >= two {
-            // Two vectors at a time: the sums and differences of their halves, put by turns, bring the next bit of the index to the top, and after
-            // as many rounds as there are bits all are done and in their places.
+            // Two vectors at a time: the sums and differences of their halves, put by turns, bring the next bit of the
+            // index to the top, and after as many rounds as there are bits all are done and in their places.
             let mut c = 0;
             while c < m {
                 let (mut a, mut b) = (s.load(v.add(c)), s.load(v.add(c + S::LANES)));

@@ -94,7 +94,7 @@ impl Width for Bf16 {
 pub(crate) struct Dense<W>(pub(crate) W);
 
 impl<W: Width> Codec for Dense<W> {
-    const AHEAD: bool = false;
+    const PREFETCH: bool = false;
     const OCTET: usize = 8 * ROWS * W::BYTES;
     type Block<S: Simd> = *const u8;
     #[inline(always)]
@@ -122,8 +122,8 @@ impl<W: Width> Codec for Dense<W> {
 
 /// A mask of 16 rows for every column, then the values that are there.
 ///
-/// A panel: where each block begins (u32, in bytes from the first one), then block by block its masks (u16) and its values, so that one stream
-/// is read from memory and not two.
+/// A panel: where each block begins (u32, in bytes from the first one), then block by block its masks (u16) and its
+/// values, so that one stream is read from memory and not two.
 #[derive(Clone, Copy)]
 pub(crate) struct Masked<W> {
     /// How its values are written.
@@ -177,7 +177,8 @@ impl<W: Width> Codec for Masked<W> {
     unsafe fn eight<S: Simd>(&self, s: S, r: &mut Reader, o: usize) -> [S::V; 8] {
         let mut out = [s.splat(0.0); 8];
         let mut j = 0;
-        // SAFETY: the caller promises the block; after the last value of the last panel there is room for a vector's overhang.
+        // SAFETY: the caller promises the block; after the last value of the last panel there is room for a vector's
+        // overhang.
         unsafe {
             while j < 8 {
                 let masks = r.masks.add(2 * (8 * o + j));
@@ -216,7 +217,8 @@ pub(crate) fn dense(rows: usize, cols: usize, bytes: &[u8], width: usize, read: 
     })
 }
 
-/// Masked panels of a sparse float piece, in f16 where that is exactly what is stored, else in f32; gives whether it is f16.
+/// Masked panels of a sparse float piece, in f16 where that is exactly what is stored, else in f32; gives whether it is
+/// f16.
 pub(crate) fn masked(piece: &Piece, read: &dyn Fn()) -> (Panels, bool) {
     let half = matches!(piece.values, lacuna_format::Values::Float(Float::F16, _));
     let width = if half { 2 } else { 4 };

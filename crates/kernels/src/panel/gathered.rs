@@ -1,14 +1,15 @@
 //! Panels whose rows share their columns: only those are kept, and x is gathered to them once for a panel.
 //!
-//! Where 16 rows share, a panel is as ever. Where 8 do, a panel has two halves with columns of their own: even lanes are the rows of the first,
-//! odd lanes those of the second, and x comes in pairs.
+//! Where 16 rows share, a panel is as ever. Where 8 do, a panel has two halves with columns of their own: even lanes
+//! are the rows of the first, odd lanes those of the second, and x comes in pairs.
 //!
-//! The kept columns of a run lie together, and are filled up to whole octets; in a pair, both halves are as long as the longer. A run is a block
-//! of 32 columns for codes, which have one scale of the weights and one of quantized activations there, and the whole row for floats.
+//! The kept columns of a run lie together, and are filled up to whole octets; in a pair, both halves are as long as the
+//! longer. A run is a block of 32 columns for codes, which have one scale of the weights and one of quantized
+//! activations there, and the whole row for floats.
 
 use lacuna_format::{Float, Pattern, Piece, Values};
 
-use super::ints::{Bytes, Grid, Ints, put_code, put_scale};
+use super::ints::{Bytes, GroupLayout, Ints, put_code, put_scale};
 use super::source::{Line, Source};
 use super::{BLOCK, Panels, ROWS};
 use crate::simd::{Op, Simd};
@@ -62,8 +63,8 @@ fn octets(halves: &[Vec<u32>], runs: usize, run: usize) -> Vec<usize> {
     out
 }
 
-/// The layout, by the blocks of a run and of a scale group and the bytes of a panel's scales and of an octet, as far as scales do not move it; and
-/// where the masks end.
+/// The layout, by the blocks of a run and of a scale group and the bytes of a panel's scales and of an octet, as far as
+/// scales do not move it; and where the masks end.
 fn layout(piece: &Piece, run: usize, per: usize, scale_bytes: usize, octet_bytes: usize) -> (Layout, usize) {
     let (rows, blocks) = (piece.rows, piece.cols.div_ceil(BLOCK));
     let shared = match piece.pattern {
@@ -137,13 +138,13 @@ pub(crate) fn floats(piece: &Piece, read: &dyn Fn()) -> (Panels, Layout, bool) {
 }
 
 /// Panels of codes of 4 or 8 bits (`wide`), whatever fewer the source has.
-pub(crate) fn ints(piece: &Piece, source: &Source, wide: usize, read: &dyn Fn()) -> (Panels, Grid, Layout) {
+pub(crate) fn ints(piece: &Piece, source: &Source, wide: usize, read: &dyn Fn()) -> (Panels, GroupLayout, Layout) {
     let blocks = piece.cols.div_ceil(BLOCK);
     let per = (source.run / BLOCK).clamp(1, blocks.max(1));
     let groups = blocks.div_ceil(per);
-    let scale_bytes = Grid::together_bytes(source.kind, groups);
+    let scale_bytes = GroupLayout::together_bytes(source.kind, groups);
     let (mut layout, masks_end) = layout(piece, 1, per, scale_bytes, 16 * wide);
-    let grid = Grid::together(source, groups, masks_end);
+    let grid = GroupLayout::together(source, groups, masks_end);
     layout.values_at = (masks_end + scale_bytes).next_multiple_of(64);
     let stride = layout.values_at + layout.octets * layout.octet_bytes;
     let panels = Panels::build(piece.rows, piece.cols, stride, read, |first, n, panel| {
@@ -163,12 +164,12 @@ pub(crate) fn ints(piece: &Piece, source: &Source, wide: usize, read: &dyn Fn())
 }
 
 /// Whether panels of this grid may be filled in: where a code says zero, the same one everywhere.
-pub(crate) fn fills(grid: &Grid) -> bool {
+pub(crate) fn fills(grid: &GroupLayout) -> bool {
     !grid.kind.zeros() && !grid.kind.minima() && !grid.kind.supers()
 }
 
 /// Bytes of a panel that [`Fill`] writes.
-pub(crate) fn filled_bytes<const BITS: usize>(grid: &Grid, layout: &Layout, blocks: usize) -> usize {
+pub(crate) fn filled_bytes<const BITS: usize>(grid: &GroupLayout, layout: &Layout, blocks: usize) -> usize {
     grid.beside(layout.per, 64 * BITS).dense_bytes(blocks, 64 * BITS)
 }
 
@@ -216,14 +217,14 @@ where
     }
 }
 
-/// Codes to where they are in a dense panel. Plain loops over lanes, by pointers: they become vectors of the instruction set that they are inlined
-/// into, as iterators and closures would not.
+/// Codes to where they are in a dense panel. Plain loops over lanes, by pointers: they become vectors of the
+/// instruction set that they are inlined into, as iterators and closures would not.
 /// # Safety
 /// `panel` is a whole one of `blocks` blocks, `lanes` are in it, and `out` has room for as many blocks.
 #[inline(always)]
 unsafe fn fill_codes<const BITS: usize>(
     panel: *const u8,
-    (layout, blocks, dense): (&Layout, usize, &Grid),
+    (layout, blocks, dense): (&Layout, usize, &GroupLayout),
     lanes: &[usize; ROWS],
     out: *mut u8,
 ) {

@@ -1,13 +1,13 @@
 //! Panels of 4-bit codes of which two in every four columns are there: 2:4, and 1:2, which is a kind of it.
 //!
-//! A block of 32 columns has two parts of 16. A part's four quads keep eight codes a row: two vectors of 16 rows and four bytes each, one in the lower
-//! and one in the upper halves of 64 bytes. A vector before them says for every code which column of its quad it is, in two bits: those of the first
-//! part's two vectors, then of the second's. A single row of x is brought to the codes, 16 of its bytes at a time; for several the codes are brought
-//! to their columns.
+//! A block of 32 columns has two parts of 16. A part's four quads keep eight codes a row: two vectors of 16 rows and
+//! four bytes each, one in the lower and one in the upper halves of 64 bytes. A vector before them says for every code
+//! which column of its quad it is, in two bits: those of the first part's two vectors, then of the second's. A single
+//! row of x is brought to the codes, 16 of its bytes at a time; for several the codes are brought to their columns.
 
 use lacuna_format::{Pattern, Piece};
 
-use super::ints::{Bytes, Grid, put_scale};
+use super::ints::{Bytes, GroupLayout, put_scale};
 use super::source::{Line, Source};
 use super::{BLOCK, Panels};
 use crate::simd::Simd;
@@ -18,14 +18,14 @@ const BYTES: usize = PLACES + 128;
 
 /// Codes of 4 bits, half of them there.
 #[derive(Clone)]
-pub(crate) struct Halved(pub(crate) Grid);
+pub(crate) struct Halved(pub(crate) GroupLayout);
 
 impl Bytes for Halved {
     const BITS: usize = 4;
     const BLOCK_BYTES: usize = BYTES;
     const PICKS: bool = true;
     #[inline(always)]
-    fn grid(&self) -> &Grid {
+    fn grid(&self) -> &GroupLayout {
         &self.0
     }
     #[inline(always)]
@@ -36,7 +36,8 @@ impl Bytes for Halved {
             (s.load_i(block.add(PLACES + 64 * (o / 2))), s.load_i(block))
         };
         let codes = s.and_i(if o % 2 == 1 { s.shr_i(codes, 4) } else { codes }, 15);
-        // Each code's bits, turned against the zero's that fill the lane, as far up as its column is: eight bits a column.
+        // Each code's bits, turned against the zero's that fill the lane, as far up as its column is: eight bits a
+        // column.
         let codes = s.xor_i(codes, s.and_i(s.splat_i(-1), self.0.zero));
         let up = s.shl_i(s.and_i(s.shr_i(places, 2 * o as u32), 3), 3);
         let mut out = [s.and_i(s.splat_i(-1), self.0.zero); 2];
@@ -73,11 +74,11 @@ pub(crate) fn fits(piece: &Piece, source: &Source) -> bool {
 }
 
 /// Panels of a piece that fits.
-pub(crate) fn halved(piece: &Piece, source: &Source, read: &dyn Fn()) -> (Panels, Grid) {
+pub(crate) fn halved(piece: &Piece, source: &Source, read: &dyn Fn()) -> (Panels, GroupLayout) {
     let (cols, blocks) = (piece.cols, piece.cols.div_ceil(BLOCK));
     let per = (source.run / BLOCK).clamp(1, blocks.max(1));
     let groups = blocks.div_ceil(per);
-    let grid = Grid::dense(source, per, BYTES);
+    let grid = GroupLayout::dense(source, per, BYTES);
     let panels = Panels::build(piece.rows, cols, grid.dense_bytes(blocks, BYTES), read, |first, n, panel| {
         let (mut line, mut columns) = (Line::default(), Vec::new());
         for lane in 0..n {

@@ -1,9 +1,10 @@
 //! Panels of integer codes with their scales.
 //!
-//! A vector of codes is 16 rows of 4 consecutive columns, a byte each: what the processor's dot products of bytes take. Codes of fewer bits are
-//! kept in planes of 4, 2 and 1 bits (6 bits: a plane of 4 and one of 2) and put together in registers. A block of 32 columns is
-//! `64 * bits` bytes. Two groups' entries stand before the codes of both, and what is over eight of them before these:
-//! a panel is read from its start to its end, without a glance elsewhere, so that processors guess what comes.
+//! A vector of codes is 16 rows of 4 consecutive columns, a byte each: what the processor's dot products of bytes take.
+//! Codes of fewer bits are kept in planes of 4, 2 and 1 bits (6 bits: a plane of 4 and one of 2) and put together in
+//! registers. A block of 32 columns is `64 * bits` bytes. Two groups' entries stand before the codes of both, and what
+//! is over eight of them before these: a panel is read from its start to its end, without a glance elsewhere, so that
+//! processors guess what comes.
 
 use std::sync::Arc;
 
@@ -61,7 +62,7 @@ impl Kind {
 
 /// How codes become values, and where in a panel the groups' entries are.
 #[derive(Clone)]
-pub(crate) struct Grid {
+pub(crate) struct GroupLayout {
     pub(crate) kind: Kind,
     /// The zero of all groups, where they have none of their own.
     pub(crate) zero: u8,
@@ -70,7 +71,8 @@ pub(crate) struct Grid {
     /// Where the groups' entries begin in a panel, and bytes from two of them to the next two.
     pub(crate) scales_at: usize,
     pair: usize,
-    /// Where the entries over 8 blocks begin, bytes from one to the next, and how many of these lie among the groups' entries.
+    /// Where the entries over 8 blocks begin, bytes from one to the next, and how many of these lie among the groups'
+    /// entries.
     supers_at: usize,
     over: usize,
     among: usize,
@@ -81,13 +83,13 @@ pub(crate) struct Grid {
 /// Bytes of an entry over 8 blocks.
 const SUPER: usize = 4 * ROWS;
 
-impl Grid {
+impl GroupLayout {
     /// For panels with all groups' entries together, at byte `at`; `b` is then a group, wherever a block is asked for.
-    pub(crate) fn together(source: &Source, groups: usize, at: usize) -> Grid {
+    pub(crate) fn together(source: &Source, groups: usize, at: usize) -> GroupLayout {
         let (kind, zero) = (source.kind, source.zero);
         let table = source.table.as_ref().map(|t| Arc::from(&t[..]));
         let (pair, supers_at) = (2 * kind.entry(), at + groups * kind.entry());
-        Grid { kind, zero, per: 1, scales_at: at, pair, supers_at, over: SUPER, among: 0, table }
+        GroupLayout { kind, zero, per: 1, scales_at: at, pair, supers_at, over: SUPER, among: 0, table }
     }
 
     /// Bytes of the entries of so many groups.
@@ -96,15 +98,15 @@ impl Grid {
     }
 
     /// For dense panels, whose groups have `per` blocks of `block` bytes of codes each.
-    pub(super) fn dense(source: &Source, per: usize, block: usize) -> Grid {
-        Grid::together(source, 0, 0).beside(per, block)
+    pub(super) fn dense(source: &Source, per: usize, block: usize) -> GroupLayout {
+        GroupLayout::together(source, 0, 0).beside(per, block)
     }
 
     /// The same values in dense panels.
-    pub(super) fn beside(&self, per: usize, block: usize) -> Grid {
+    pub(super) fn beside(&self, per: usize, block: usize) -> GroupLayout {
         let among = if self.kind.supers() { SUPER } else { 0 };
         let pair = 2 * (self.kind.entry() + per * block);
-        Grid { per, scales_at: among, pair, supers_at: 0, over: among + 4 * pair, among, ..self.clone() }
+        GroupLayout { per, scales_at: among, pair, supers_at: 0, over: among + 4 * pair, among, ..self.clone() }
     }
 
     /// Bytes of a dense panel of `blocks` blocks of `block` bytes of codes.
@@ -112,7 +114,8 @@ impl Grid {
         if blocks == 0 { 0 } else { self.codes::<false>(blocks - 1, block) + block }
     }
 
-    /// Where the codes of block `b` are in a dense panel whose blocks have `block` bytes of codes; `PLAIN` where the codec is.
+    /// Where the codes of block `b` are in a dense panel whose blocks have `block` bytes of codes; `PLAIN` where the
+    /// codec is.
     #[inline(always)]
     pub(crate) fn codes<const PLAIN: bool>(&self, b: usize, block: usize) -> usize {
         if PLAIN {
@@ -213,8 +216,9 @@ impl Grid {
     }
 }
 
-/// Where a row of quantized activations keeps what belongs to a block: its scale, minus the matrix's zero times the sum of its bytes, that
-/// sum, and the sum times the scale. Where a block has two scales: its scale, and the second of these for each sixteen of its columns.
+/// Where a row of quantized activations keeps what belongs to a block: its scale, minus the matrix's zero times the sum
+/// of its bytes, that sum, and the sum times the scale. Where a block has two scales: its scale, and the second of
+/// these for each sixteen of its columns.
 pub(crate) const META: usize = 4;
 
 /// Codes that come as unsigned bytes, eight columns at a time, for dot products with quantized activations.
@@ -228,13 +232,14 @@ pub(crate) trait Bytes: Send + Sync {
     /// Whether a single row of x is brought to the codes ([`Bytes::picks`]) and not the codes to their columns.
     const PICKS: bool = false;
     /// How codes become values.
-    fn grid(&self) -> &Grid;
+    fn grid(&self) -> &GroupLayout;
     /// Columns `8 * o..` of the block whose codes are at `block`.
     /// # Safety
     /// They are there.
     unsafe fn octet<S: Simd>(&self, s: S, block: *const u8, o: usize, h: usize) -> [S::I; 2];
 
-    /// Two vectors of codes that were kept of the first or second (`part`) 16 columns of a block, and which of those columns each is.
+    /// Two vectors of codes that were kept of the first or second (`part`) 16 columns of a block, and which of those
+    /// columns each is.
     /// # Safety
     /// As for `octet`.
     #[inline(always)]
@@ -248,8 +253,8 @@ pub(crate) trait Bytes: Send + Sync {
         self.grid().kind == Kind::F16 && self.grid().per == 1
     }
 
-    /// A block's exact sum of `code * x`, made the sum of `(code - zero) * x`, times both scales onto `acc`. `sum` comes with the
-    /// block's `bias` (see [`META`]) in it.
+    /// A block's exact sum of `code * x`, made the sum of `(code - zero) * x`, times both scales onto `acc`. `sum`
+    /// comes with the block's `bias` (see [`META`]) in it.
     /// # Safety
     /// As for `octet`; `meta` leads to the block's four numbers.
     #[inline(always)]
@@ -275,7 +280,8 @@ pub(crate) trait Bytes: Send + Sync {
         }
     }
 
-    /// As `close` for x that was gathered: `given` is the block's sum of what was kept of x, times the zero of all groups where there is one for all.
+    /// As `close` for x that was gathered: `given` is the block's sum of what was kept of x, times the zero of all
+    /// groups where there is one for all.
     #[inline(always)]
     fn close_gathered<S: Simd, const PLAIN: bool>(
         &self,
@@ -341,7 +347,7 @@ pub(crate) struct Shared<S: Simd> {
 
 /// Dense codes of `BITS` bits.
 #[derive(Clone)]
-pub(crate) struct Ints<const BITS: usize>(pub(crate) Grid);
+pub(crate) struct Ints<const BITS: usize>(pub(crate) GroupLayout);
 
 /// Bits from `from` on to `to` on, the others gone.
 #[inline(always)]
@@ -354,7 +360,8 @@ fn moved<S: Simd>(s: S, v: S::I, from: usize, to: usize, mask: u8) -> S::I {
     s.and_i(v, mask << to)
 }
 
-/// Where the planes of 4, 2 and 1 bits of octet `o` are in a block of codes of so many bits, of those that it has: what is read first comes first.
+/// Where the planes of 4, 2 and 1 bits of octet `o` are in a block of codes of so many bits, of those that it has: what
+/// is read first comes first.
 #[inline(always)]
 const fn planes(bits: usize, o: usize) -> [usize; 3] {
     let (two, four) = ((bits >> 1 & 1) * 64, (bits >> 2 & 1) * 128);
@@ -419,7 +426,7 @@ pub(crate) fn put_code(block: &mut [u8], bits: usize, lane: usize, c: usize, cod
 impl<const BITS: usize> Bytes for Ints<BITS> {
     const BITS: usize = BITS;
     #[inline(always)]
-    fn grid(&self) -> &Grid {
+    fn grid(&self) -> &GroupLayout {
         &self.0
     }
     #[inline(always)]
@@ -431,13 +438,13 @@ impl<const BITS: usize> Bytes for Ints<BITS> {
 
 /// Dense codes of `BITS` bits with two scales a block.
 #[derive(Clone)]
-pub(crate) struct Halves<const BITS: usize>(pub(crate) Grid);
+pub(crate) struct Halves<const BITS: usize>(pub(crate) GroupLayout);
 
 impl<const BITS: usize> Bytes for Halves<BITS> {
     const BITS: usize = BITS;
     const SIXTEENS: bool = true;
     #[inline(always)]
-    fn grid(&self) -> &Grid {
+    fn grid(&self) -> &GroupLayout {
         &self.0
     }
     #[inline(always)]
@@ -518,7 +525,7 @@ impl<T: Bytes> Codec for T {
 }
 
 /// Writes group `g`'s entry of lane `lane` from entry `from` of `line`.
-pub(crate) fn put_scale(panel: &mut [u8], grid: &Grid, lane: usize, g: usize, line: &Line, from: usize) {
+pub(crate) fn put_scale(panel: &mut [u8], grid: &GroupLayout, lane: usize, g: usize, line: &Line, from: usize) {
     let entry = &mut panel[grid.entry(g)..][..grid.kind.entry()];
     let scale = line.scales[from];
     let two = |x: f32| f16::from_f32(x).to_le_bytes();
@@ -545,12 +552,12 @@ pub(crate) fn put_scale(panel: &mut [u8], grid: &Grid, lane: usize, g: usize, li
 }
 
 /// Dense panels of `source`, `[rows, cols]`.
-pub(crate) fn dense(rows: usize, cols: usize, source: &Source, read: &dyn Fn()) -> (Panels, Grid) {
+pub(crate) fn dense(rows: usize, cols: usize, source: &Source, read: &dyn Fn()) -> (Panels, GroupLayout) {
     let bits = usize::from(source.bits);
     let blocks = cols.div_ceil(BLOCK);
     let per = (source.run / BLOCK).clamp(1, blocks.max(1));
     let groups = blocks.div_ceil(per);
-    let grid = Grid::dense(source, per, 64 * bits);
+    let grid = GroupLayout::dense(source, per, 64 * bits);
     let panels = Panels::build(rows, cols, grid.dense_bytes(blocks, 64 * bits), read, |first, n, panel| {
         let mut line = Line::default();
         for lane in 0..n {

@@ -1,8 +1,9 @@
 //! Panels: a matrix repacked once for this processor.
 //!
-//! A panel is 16 rows (outputs) of the matrix, and its columns run inside it, so that a lane is an output and no product ever needs a sum
-//! across lanes. The layout is the same for every instruction set: those with eight lanes take a panel's vectors in two halves (`h`). Columns
-//! are padded to whole blocks of 32 and the last panel to 16 rows, with weights of zero.
+//! A panel is 16 rows (outputs) of the matrix, and its columns run inside it, so that a lane is an output and no
+//! product ever needs a sum across lanes. The layout is the same for every instruction set: those with eight lanes take
+//! a panel's vectors in two halves (`h`). Columns are padded to whole blocks of 32 and the last panel to 16 rows, with
+//! weights of zero.
 
 pub(crate) mod float;
 pub(crate) mod gathered;
@@ -41,8 +42,8 @@ pub(crate) struct Panels {
 }
 
 impl Panels {
-    /// Panels for `rows` rows of `cols` columns, each of `stride` bytes filled by `fill(first row, rows, panel)` on whatever thread. `read` is called
-    /// from time to time: what was filled before is no longer needed in its old form.
+    /// Panels for `rows` rows of `cols` columns, each of `stride` bytes filled by `fill(first row, rows, panel)` on
+    /// whatever thread. `read` is called from time to time: what was filled before is no longer needed in its old form.
     pub(crate) fn build(
         rows: usize,
         cols: usize,
@@ -112,27 +113,28 @@ impl View {
     }
 }
 
-/// How far ahead of what is being read panels are asked for, at most; of smaller ones the next is asked for.
+/// How far ahead of what is being read panels are prefetched, at most; of smaller ones the next is.
 pub(crate) const FETCH: usize = 8192;
 /// The same for codes, and for what stands beside them, and for what is read as it lies: several streams need no more.
 pub(crate) const NEAR: usize = 1024;
 
-/// How far ahead a row of panels that share their columns is asked for, in bytes.
+/// How far ahead a row of panels that share their columns is prefetched, in bytes.
 #[derive(Clone, Copy)]
 pub(crate) struct Prefetch {
     /// From what is multiplied to what comes into the first-level cache meanwhile.
     pub(crate) near: usize,
-    /// From the codes that are multiplied to those that come into the second-level cache meanwhile: in large panels, and in others, of which it must
-    /// not pass over several, whose masks and scales lie between.
+    /// From the codes that are multiplied to those that come into the second-level cache meanwhile: in large panels,
+    /// and in others, of which it must not pass over several, whose masks and scales lie between.
     pub(crate) far: (usize, usize),
-    /// Bytes of a panel's values from which it is large. Of floats it is read at four places at once then: at one alone some processors fetch two
-    /// thirds of what memory gives, but short runs end before they notice.
+    /// Bytes of a panel's values from which it is large. Of floats it is read at four places at once then: at one alone
+    /// some processors fetch two thirds of what memory gives, but short runs end before they notice.
     pub(crate) large: usize,
     /// Lines that are asked for while a block of floats is gathered.
     pub(crate) lines: usize,
     /// From what is read of a part of a large panel of floats with two masks to what is asked for.
     pub(crate) part: usize,
-    /// From what is read of a panel of floats that is not large to what is asked for; four times as far where panels share their columns.
+    /// From what is read of a panel of floats that is not large to what is asked for; four times as far where panels
+    /// share their columns.
     pub(crate) stretch: usize,
 }
 
@@ -142,9 +144,10 @@ impl Prefetch {
         Prefetch { near: 1024, far: (16 << 10, 2 << 10), large: 32 << 10, lines: 2, part: 4096, stretch: FETCH };
 }
 
-/// How panels that are read once, from memory, are asked for ahead of time: what the processor's own guesses miss at every page.
+/// How panels that are read once, from memory, are prefetched: what the processor's own guesses miss at
+/// every page.
 #[derive(Clone, Copy)]
-pub(crate) struct Ahead {
+pub(crate) struct Prefetcher {
     /// Bytes of a block, about.
     block: usize,
     /// Bytes of a panel.
@@ -156,14 +159,15 @@ pub(crate) struct Ahead {
 }
 
 impl View {
-    /// For panels read `side` at a time, asked for as far ahead as `most`.
+    /// For panels read `side` at a time, prefetched as far ahead as `most`.
     #[inline(always)]
-    pub(crate) fn ahead(&self, side: usize, most: usize) -> Ahead {
+    pub(crate) fn ahead(&self, side: usize, most: usize) -> Prefetcher {
         let stride = self.stride;
-        Ahead { block: stride / self.blocks.max(1), stride, far: stride.min(most), jump: (side - 1) * stride }
+        Prefetcher { block: stride / self.blocks.max(1), stride, far: stride.min(most), jump: (side - 1) * stride }
     }
 
-    /// Asks for what lies `far` ahead of block `b` of `panel`, no nearer than the second-level cache, where panels are read one after another.
+    /// Prefetches what lies `far` ahead of block `b` of `panel`, no nearer than the second-level cache, where panels
+    /// are read one after another.
     #[inline(always)]
     pub(crate) fn ask_in_line(&self, panel: *const u8, b: usize, block: usize, far: usize) {
         let mut at = (b * block).next_multiple_of(64);
@@ -174,7 +178,7 @@ impl View {
     }
 }
 
-impl Ahead {
+impl Prefetcher {
     /// While block `b` of `panel` is read.
     #[inline(always)]
     pub(crate) fn fetch(&self, panel: *const u8, b: usize) {
@@ -187,7 +191,7 @@ impl Ahead {
     }
 }
 
-/// What a task reads first, asked for while its row of x is made ready: memory would have nothing to do then.
+/// What a task reads first, prefetched while its row of x is prepared: memory would have nothing to do then.
 #[derive(Clone, Copy)]
 pub(crate) struct Opening {
     /// The first of the places that are read side by side, how many they are and bytes from one to the next.
@@ -198,7 +202,7 @@ pub(crate) struct Opening {
     len: usize,
 }
 
-/// Lines that are asked for while a block of x is made ready; more hold it up.
+/// Lines that are prefetched while a block of x is prepared; more hold it up.
 const OPENING: usize = 4;
 /// Bytes of each place that are: from there on processors have guessed what comes.
 const OPENED: usize = 4096;
@@ -236,7 +240,7 @@ impl View {
     }
 }
 
-/// Asks for the cache line at `p`, whatever is there.
+/// Prefetches the cache line at `p`, whatever is there.
 #[inline(always)]
 pub(crate) fn fetch(p: *const u8) {
     #[cfg(target_arch = "x86_64")]
@@ -268,14 +272,15 @@ unsafe impl Send for Base {}
 
 /// A codec whose panels become f32 vectors, eight columns at a time.
 pub(crate) trait Codec: Send + Sync {
-    /// Whether its panels are asked for as far ahead as can be. What is read as it lies, several panels at once, is asked for nearer, and with eight lanes
-    /// not at all: the processor's own guesses bring it as fast as memory gives it, and asking costs as many instructions as reading.
-    const AHEAD: bool = true;
+    /// Whether its panels are prefetched as far ahead as can be. What is read as it lies, several panels at once, is
+    /// prefetched nearer, and with eight lanes not at all: the processor's own guesses bring it as fast as memory gives
+    /// it, and asking costs as many instructions as reading.
+    const PREFETCH: bool = true;
     /// Whether reading it uses what `Isa::Avx512Vnni` has beyond `Isa::Avx512`.
     const EXPANDS: bool = false;
     /// Bytes of an octet of a gathered panel; none where columns that rows share are not panels of this codec.
     const OCTET: usize = 0;
-    /// How far ahead its gathered panels are asked for.
+    /// How far ahead its gathered panels are prefetched.
     const GATHERED: Prefetch = Prefetch::GATHERED;
     /// What a block of 32 columns needs to be read.
     type Block<S: Simd>: Copy;

@@ -1,8 +1,9 @@
 //! Panels of codes whose rows have tables of their own.
 //!
-//! A vector of codes picks from one table, so its lanes are columns of one row, and a row's sum is a sum across lanes in the end. A panel: the 16
-//! rows' tables, `2^bits` entries each (f16 where they are stored so), then four rows at a time their codes, 128 columns of each a block, in the
-//! planes of [`super::ints`]: what is an octet of columns there is a row here, and the places in an octet are the row's runs of 16 columns.
+//! A vector of codes picks from one table, so its lanes are columns of one row, and a row's sum is a sum across lanes
+//! in the end. A panel: the 16 rows' tables, `2^bits` entries each (f16 where they are stored so), then four rows at a
+//! time their codes, 128 columns of each a block, in the planes of [`super::ints`]: what is an octet of columns there
+//! is a row here, and the places in an octet are the row's runs of 16 columns.
 
 use lacuna_format::bits::unpack;
 use lacuna_format::{Float, Piece, Values};

@@ -1,10 +1,11 @@
-//! Panels of what little there is: 16 rows side by side, each a list of columns and values, as long as the longest of them. Rows of like length share
-//! a panel: the few rows of a matrix that have most of its outliers would otherwise have fifteen others filled up to their length. Lists that join
-//! another term's pass are sorted within windows of that pass's panels, so that a range of those is a range of panels here, of the same rows.
+//! Panels of what little there is: 16 rows side by side, each a list of columns and values, as long as the longest of
+//! them. Rows of like length share a panel: the few rows of a matrix that have most of its outliers would otherwise
+//! have fifteen others filled up to their length. Lists that join another term's pass are sorted within windows of that
+//! pass's panels, so that a range of those is a range of panels here, of the same rows.
 //!
-//! A panel: the length of its lists (u32, in 64 bytes), the 16 rows it is of (u32), then for every place in a list 16 columns (u16 where all fit, else
-//! u32) and 16 values.
-//! Lists are filled up with zeros at the column after the last, where x has a zero, so that nothing but the entries themselves takes part.
+//! A panel: the length of its lists (u32, in 64 bytes), the 16 rows it is of (u32), then for every place in a list 16
+//! columns (u16 where all fit, else u32) and 16 values. Lists are filled up with zeros at the column after the last,
+//! where x has a zero, so that nothing but the entries themselves takes part.
 
 use std::sync::Arc;
 
@@ -53,8 +54,8 @@ impl Lists {
     }
 }
 
-/// Panels of a float piece of any pattern, in f16 where that is exactly what is stored, else in f32; gives whether it is f16. `window`: panels of a
-/// window, where rows are not sorted beyond.
+/// Panels of a float piece of any pattern, in f16 where that is exactly what is stored, else in f32; gives whether it
+/// is f16. `window`: panels of a window, where rows are not sorted beyond.
 pub(crate) fn lists(piece: &Piece, window: Option<usize>, read: &dyn Fn()) -> (Lists, bool) {
     let half = matches!(piece.values, Values::Float(Float::F16, _));
     let (rows, cols) = (piece.rows, piece.cols);

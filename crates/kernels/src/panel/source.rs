@@ -138,7 +138,8 @@ pub(crate) fn of(piece: &Piece) -> Option<Source<'_>> {
     }
 }
 
-/// The source of a piece that is not dense as if it were: what is not there has the code of its group's zero. None where no code says zero.
+/// The source of a piece that is not dense as if it were: what is not there has the code of its group's zero. None
+/// where no code says zero.
 pub(crate) fn filled<'a>(piece: &'a Piece, source: Source<'a>) -> Option<Source<'a>> {
     if source.table.is_some() || source.kind.minima() {
         return None;

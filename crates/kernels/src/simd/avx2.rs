@@ -20,7 +20,8 @@ pub(crate) fn run<O: Op>(op: O) -> O::Out {
     unsafe { inner(op, Avx2(())) }
 }
 
-// SAFETY, for every block below: the token proves the instructions exist, and pointers are good for as many values as the trait asks.
+// SAFETY, for every block below: the token proves the instructions exist, and pointers are good for as many values as
+// the trait asks.
 impl Simd for Avx2 {
     const LANES: usize = 8;
     type V = __m256;
@@ -179,7 +180,8 @@ impl Simd for Avx2 {
             match n {
                 8 => _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index),
                 16 => {
-                    // Of the two halves of the table the one that the index's fourth bit names: moved up, it is the sign.
+                    // Of the two halves of the table the one that the index's fourth bit names: moved up, it is the
+                    // sign.
                     let low = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table), index);
                     let high = _mm256_permutevar8x32_ps(_mm256_loadu_ps(table.add(8)), index);
                     _mm256_blendv_ps(low, high, _mm256_castsi256_ps(_mm256_slli_epi32::<28>(index)))
@@ -272,7 +274,8 @@ impl Simd for Avx2 {
         // SAFETY: see above.
         unsafe {
             let one = _mm256_set1_epi16(1);
-            // Of sums of two products of b bits, one fits 16 bits up to b = 7, two up to b = 6, and all eight of a block up to b = 4.
+            // Of sums of two products of b bits, one fits 16 bits up to b = 7, two up to b = 6, and all eight of a
+            // block up to b = 4.
             if bits == 8 {
                 let (a, b) = pairs([self.and_i(c[0], 15), self.and_i(c[1], 15)], x);
                 let low = _mm256_madd_epi16(_mm256_add_epi16(a, b), one);
@@ -539,7 +542,8 @@ static EXPAND_PAIRS: [[u8; 16]; 256] = {
     t
 };
 
-/// Sums of two neighbouring products each, for two vectors. A function, as a closure would be compiled without the instruction set.
+/// Sums of two neighbouring products each, for two vectors. A function, as a closure would be compiled without the
+/// instruction set.
 /// # Safety
 /// The processor has the instruction; sums fit 16 bits.
 #[inline(always)]

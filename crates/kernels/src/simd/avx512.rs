@@ -5,7 +5,8 @@ use std::arch::x86_64::*;
 use super::{Op, Simd};
 use crate::Isa;
 
-/// Proof that the processor has AVX-512 F, BW, DQ and VL, and with `VNNI` also VNNI and VBMI2: made by [`run`] and [`run_vnni`] alone.
+/// Proof that the processor has AVX-512 F, BW, DQ and VL, and with `VNNI` also VNNI and VBMI2: made by [`run`] and
+/// [`run_vnni`] alone.
 #[derive(Clone, Copy)]
 pub(crate) struct Avx512<const VNNI: bool>(());
 
@@ -33,7 +34,8 @@ pub(crate) fn run_vnni<O: Op>(op: O) -> O::Out {
     unsafe { inner(op, Avx512(())) }
 }
 
-// SAFETY, for every block below: the token proves the instructions exist, and pointers are good for as many values as the trait asks.
+// SAFETY, for every block below: the token proves the instructions exist, and pointers are good for as many values as
+// the trait asks.
 impl<const VNNI: bool> Simd for Avx512<VNNI> {
     const LANES: usize = 16;
     type V = __m512;
@@ -123,7 +125,8 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     unsafe fn row_sums(self, p: *const f32) -> __m512 {
         // SAFETY: see above.
         unsafe {
-            // Quarter k of what comes of row i belongs to row 4k + i, so that adding inside quarters leaves the rows in order.
+            // Quarter k of what comes of row i belongs to row 4k + i, so that adding inside quarters leaves the rows in
+            // order.
             let [a, b, c, d] = [fold(p), fold(p.add(16)), fold(p.add(32)), fold(p.add(48))];
             let ab = _mm512_add_ps(_mm512_shuffle_ps::<0x88>(a, b), _mm512_shuffle_ps::<0xDD>(a, b));
             let cd = _mm512_add_ps(_mm512_shuffle_ps::<0x88>(c, d), _mm512_shuffle_ps::<0xDD>(c, d));
@@ -289,7 +292,8 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
                 return [_mm512_dpbusd_epi32(_mm512_dpbusd_epi32(state[0], c[0], x[0]), c[1], x[1]), state[1]];
             }
             let one = _mm512_set1_epi16(1);
-            // Of sums of two products of b bits, one fits 16 bits up to b = 7, two up to b = 6, and all eight of a block up to b = 4.
+            // Of sums of two products of b bits, one fits 16 bits up to b = 7, two up to b = 6, and all eight of a
+            // block up to b = 4.
             if bits == 8 {
                 let (a, b) = pairs([self.and_i(c[0], 15), self.and_i(c[1], 15)], x);
                 let low = _mm512_madd_epi16(_mm512_add_epi16(a, b), one);
@@ -458,7 +462,8 @@ unsafe fn fold_tops(p: *const f32) -> __m512 {
     }
 }
 
-/// Sums of two neighbouring products each, for two vectors. A function, as a closure would be compiled without the instruction set.
+/// Sums of two neighbouring products each, for two vectors. A function, as a closure would be compiled without the
+/// instruction set.
 /// # Safety
 /// The processor has the instruction; sums fit 16 bits.
 #[inline(always)]

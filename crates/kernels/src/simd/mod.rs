@@ -1,8 +1,8 @@
 //! Vectors of f32 lanes, one implementation for each instruction set.
 //!
-//! An operation is written once over [`Simd`] as an [`Op`]; [`dispatch`] runs it inside a function that has the instruction set enabled,
-//! into which everything inlines. A token (`Avx2`, `Avx512`) exists only where the processor has the instructions, which is what makes
-//! the register-only methods safe.
+//! An operation is written once over [`Simd`] as an [`Op`]; [`dispatch`] runs it inside a function that has the
+//! instruction set enabled, into which everything inlines. A token (`Avx2`, `Avx512`) exists only where the processor
+//! has the instructions, which is what makes the register-only methods safe.
 
 #[cfg(target_arch = "x86_64")]
 mod avx2;
@@ -20,7 +20,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     type V: Copy;
     /// A vector of as many 32-bit integers, or of four times as many bytes.
     type I: Copy;
-    /// 32 integers of 16 bits, a block of columns: its two halves one after the other, each in an order that only `words` and `store_bytes` know.
+    /// 32 integers of 16 bits, a block of columns: its two halves one after the other, each in an order that only
+    /// `words` and `store_bytes` know.
     type W: Copy;
 
     /// All lanes `x`.
@@ -146,11 +147,12 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn sub_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// `a - b * c`.
     fn less_product(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I;
-    /// Adds to every lane the products of its four unsigned bytes in `c[0]`, and then in `c[1]`, of `bits` bits, and the signed bytes in `x[0]`, and
-    /// then in `x[1]`, which lie above -128. Exact. The sum is kept in `state`, which begins as what to add to and zeros.
+    /// Adds to every lane the products of its four unsigned bytes in `c[0]`, and then in `c[1]`, of `bits` bits, and
+    /// the signed bytes in `x[0]`, and then in `x[1]`, which lie above -128. Exact. The sum is kept in `state`, which
+    /// begins as what to add to and zeros.
     fn dot(self, bits: usize, state: [Self::I; 2], c: [Self::I; 2], x: [Self::I; 2]) -> [Self::I; 2];
-    /// As `dot` with the same four bytes for all lanes, at `x` and `x + 4`; with `PAIR` even lanes take those at `x` and `x + 8`, odd ones those at
-    /// `x + 4` and `x + 12`.
+    /// As `dot` with the same four bytes for all lanes, at `x` and `x + 4`; with `PAIR` even lanes take those at `x`
+    /// and `x + 8`, odd ones those at `x + 4` and `x + 12`.
     /// # Safety
     /// `x` is readable for 8 bytes, with `PAIR` for 16.
     #[inline(always)]
@@ -177,15 +179,18 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Bits of one of both.
     fn xor_i(self, a: Self::I, b: Self::I) -> Self::I;
 
-    /// The largest magnitude of the 32 values at `p`: the largest lane of these. Of a NaN or an infinity some lane is one.
+    /// The largest magnitude of the 32 values at `p`: the largest lane of these. Of a NaN or an infinity some lane is
+    /// one.
     /// # Safety
     /// `p` is readable for 32 values.
     unsafe fn tops(self, p: *const f32) -> Self::V;
-    /// The largest lanes of as many vectors of magnitudes as there are lanes, one after the other at `p`; a NaN is larger than any.
+    /// The largest lanes of as many vectors of magnitudes as there are lanes, one after the other at `p`; a NaN is
+    /// larger than any.
     /// # Safety
     /// `p` is readable for `LANES * LANES` values.
     unsafe fn row_tops(self, p: *const f32) -> Self::V;
-    /// The 32 values at `p` times `by`, to the nearest whole number, ties to even; anything where that is no number within 2^15.
+    /// The 32 values at `p` times `by`, to the nearest whole number, ties to even; anything where that is no number
+    /// within 2^15.
     /// # Safety
     /// `p` is readable for 32 values.
     unsafe fn words(self, p: *const f32, by: f32) -> Self::W;

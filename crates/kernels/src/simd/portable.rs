@@ -1,7 +1,7 @@
 //! Eight lanes in plain Rust; compilers turn them into whatever the baseline has.
 //!
-//! Where processors without an instruction set of their own are rare (x86-64), long methods may stay calls: inlined everywhere, they were half of
-//! all code of this crate.
+//! Where processors without an instruction set of their own are rare (x86-64), long methods may stay calls: inlined
+//! everywhere, they were half of all code of this crate.
 
 use half::{bf16, f16};
 
@@ -64,7 +64,8 @@ impl Simd for Portable {
     }
     #[inline(always)]
     fn fma(self, a: V, b: V, c: V) -> V {
-        // A real fused operation would be a library call on processors without one; two roundings are this row's arithmetic.
+        // A real fused operation would be a library call on processors without one; two roundings are this row's
+        // arithmetic.
         let mut o = c;
         for i in 0..8 {
             o[i] += a[i] * b[i];

@@ -4,7 +4,8 @@
 //!
 //! **Idea.** Keep the `width` channels `j` with the largest `E[x_j²]`.
 //!
-//! **Shapes and units.** `gram` `[n, n]`, the mean outer product of the rows; the answer `[n, width]` has one 1 in each column.
+//! **Shapes and units.** `gram` `[n, n]`, the mean outer product of the rows; the answer `[n, width]` has one 1 in each
+//! column.
 //!
 //! **Cost.** A sort of `n` numbers.
 //!

@@ -1,20 +1,20 @@
 //! SliceGPT: the residual stream is turned to its principal axes, and the last of them are cut off.
 //!
-//! **Paper.** Saleh Ashkboos, Maximilian L. Croci, Marcelo Gennari do Nascimento, Torsten Hoefler, James Hensman, "SliceGPT: Compress Large
-//! Language Models by Deleting Rows and Columns", 2024, arXiv 2401.15024.
+//! **Paper.** Saleh Ashkboos, Maximilian L. Croci, Marcelo Gennari do Nascimento, Torsten Hoefler, James Hensman,
+//! "SliceGPT: Compress Large Language Models by Deleting Rows and Columns", 2024, arXiv 2401.15024.
 //!
-//! **Idea.** RMS norms commute with rotations: with `Q` orthogonal, `x -> x Q` in the whole residual stream and `Q` folded into the matrices
-//! around it changes no output. `Q` are the eigenvectors of `Σ xᵀx` over the normalised signals `x`, largest first; keeping `d` of `D`
-//! columns deletes what carries least.
+//! **Idea.** RMS norms commute with rotations: with `Q` orthogonal, `x -> x Q` in the whole residual stream and `Q`
+//! folded into the matrices around it changes no output. `Q` are the eigenvectors of `Σ xᵀx` over the normalised
+//! signals `x`, largest first; keeping `d` of `D` columns deletes what carries least.
 //!
-//! **Shapes and units.** `gram` `[D, D]`: the mean outer product of the normalised signals at the inputs of attentions and FFNs, norm scales
-//! taken out; the answer `[D, d]`, its columns orthonormal.
+//! **Shapes and units.** `gram` `[D, D]`: the mean outer product of the normalised signals at the inputs of attentions
+//! and FFNs, norm scales taken out; the answer `[D, d]`, its columns orthonormal.
 //!
 //! **Cost.** `D³` once, in f64.
 //!
-//! **Departs.** One basis for the whole model, so that no matrix stands in the shortcuts and the result is a plain model (the paper: one for
-//! each block with a matrix in each shortcut). The signals of all blocks count alike. LayerNorm, which the paper turns into RMS norms first,
-//! is refused.
+//! **Departs.** One basis for the whole model, so that no matrix stands in the shortcuts and the result is a plain
+//! model (the paper: one for each block with a matrix in each shortcut). The signals of all blocks count alike.
+//! LayerNorm, which the paper turns into RMS norms first, is refused.
 
 use lacuna_base::{Mat64, factor};
 use lacuna_contract::{Basis, Card, Made, Method, MethodError};
@@ -31,7 +31,8 @@ pub(crate) fn method() -> Method {
     Method {
         card: Card {
             name: "slicegpt",
-            paper: "Ashkboos, Croci, Gennari do Nascimento, Hoefler, Hensman: SliceGPT: Compress Large Language Models by Deleting Rows and Columns, 2024",
+            paper: "Ashkboos, Croci, Gennari do Nascimento, Hoefler, Hensman: SliceGPT: Compress Large Language Models \
+             by Deleting Rows and Columns, 2024",
             arxiv: "2401.15024",
             summary: "The residual stream is turned to its principal axes and loses the last of them.",
             system: Some(144),
@@ -76,8 +77,8 @@ mod tests {
     use lacuna_base::dense::{matmul_nn_f64, matmul_tn_f64};
     use lacuna_base::testkit::random;
 
-    /// From the definition: no other projection of that width found by trying keeps more of the rows, and what it keeps is what the power
-    /// iteration with deflation finds.
+    /// From the definition: no other projection of that width found by trying keeps more of the rows, and what it keeps
+    /// is what the power iteration with deflation finds.
     #[test]
     fn agrees_with_brute_force_power_iteration() {
         for (n, width) in [(1, 1), (5, 2), (6, 6), (8, 3)] {

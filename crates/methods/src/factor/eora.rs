@@ -1,22 +1,25 @@
 //! EoRA: a correction of low rank for what compression lost, nearest where the inputs are large.
 //!
-//! **Paper.** Shih-Yang Liu, Maksim Khadkevich, Nai Chit Fung, Charbel Sakr, Chao-Han Huck Yang, Chien-Yi Wang, Saurav Muralidharan, Hongxu Yin,
-//! Kwang-Ting Cheng, Jan Kautz, Yu-Chiang Frank Wang, Pavlo Molchanov, Min-Hung Chen, "EoRA: Fine-tuning-free Compensation for Compressed LLM
-//! with Eigenspace Low-Rank Approximation", 2024, arXiv 2410.21271.
+//! **Paper.** Shih-Yang Liu, Maksim Khadkevich, Nai Chit Fung, Charbel Sakr, Chao-Han Huck Yang, Chien-Yi Wang, Saurav
+//! Muralidharan, Hongxu Yin, Kwang-Ting Cheng, Jan Kautz, Yu-Chiang Frank Wang, Pavlo Molchanov, Min-Hung Chen, "EoRA:
+//! Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank Approximation", 2024, arXiv 2410.21271.
 //!
-//! **Idea.** With `ΔW` the error and `X Xᵀ = Q Λ Qᵀ`: `ΔW' = ΔW Q Λ^½`, truncated as `U_r Σ_r V_rᵀ`, then back with `Λ^-½ Qᵀ`. Since
-//! `‖ΔW'‖ = ‖ΔW X‖`, no product of rank `r` leaves a smaller error of the outputs. Any root of `X Xᵀ` serves: SVD-LLM's Cholesky factor is
-//! another one and its answer the same; this root exists where inputs are dependent or zero, without anything added to the diagonal.
+//! **Idea.** With `ΔW` the error and `X Xᵀ = Q Λ Qᵀ`: `ΔW' = ΔW Q Λ^½`, truncated as `U_r Σ_r V_rᵀ`, then back with
+//! `Λ^-½ Qᵀ`. Since `‖ΔW'‖ = ‖ΔW X‖`, no product of rank `r` leaves a smaller error of the outputs. Any root of `X Xᵀ`
+//! serves: SVD-LLM's Cholesky factor is another one and its answer the same; this root exists where inputs are
+//! dependent or zero, without anything added to the diagonal.
 //!
-//! **Shapes and units.** `w` (here `ΔW`) `[out, in]`; `XᵀX` `[in, in]`, used as `H = XᵀX / tokens`; `a` `[out, r]`, `b` `[r, in]`.
+//! **Shapes and units.** `w` (here `ΔW`) `[out, in]`; `XᵀX` `[in, in]`, used as `H = XᵀX / tokens`; `a` `[out, r]`, `b`
+//! `[r, in]`.
 //!
-//! **Cost.** About `9 in³` for the eigenvectors, `out · in²` for `ΔW'`, about `20 · out · in · min(out, in)` for the singular values, all in f64;
-//! memory about 32 `in²` bytes and a few copies of the matrix in f64.
+//! **Cost.** About `9 in³` for the eigenvectors, `out · in²` for `ΔW'`, about `20 · out · in · min(out, in)` for the
+//! singular values, all in f64; memory about 32 `in²` bytes and a few copies of the matrix in f64.
 //!
-//! **Departs.** (1) `U_r Σ_r V_rᵀ Λ^-½ Qᵀ = U_r U_rᵀ ΔW`, which needs no inverse, is used instead. For inputs as seen it is what the
-//! pseudo-inverse gives; along directions that no input had, it takes the same projection of the error instead of none of it. (2) Ranks that
-//! the seen directions leave over (a singular value of 0) go to the nearest product for what is left of `ΔW`. (3) The paper trains the
-//! correction afterwards where it is used for a task; that is no part of this.
+//! **Departs.** (1) `U_r Σ_r V_rᵀ Λ^-½ Qᵀ = U_r U_rᵀ ΔW`, which needs no inverse, is used instead. For inputs as seen
+//! it is what the pseudo-inverse gives; along directions that no input had, it takes the same projection of the error
+//! instead of none of it. (2) Ranks that the seen directions leave over (a singular value of 0) go to the nearest
+//! product for what is left of `ΔW`. (3) The paper trains the correction afterwards where it is used for a task; that
+//! is no part of this.
 
 use lacuna_base::dense::{matmul_nn_f64, matmul_tn_f64};
 use lacuna_base::{Mat, Mat64, MatRef, factor};
@@ -35,7 +38,8 @@ pub(crate) fn method() -> Method {
     Method {
         card: Card {
             name: "eora",
-            paper: "Liu et al.: EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank Approximation, 2024",
+            paper: "Liu et al.: EoRA: Fine-tuning-free Compensation for Compressed LLM with Eigenspace Low-Rank \
+             Approximation, 2024",
             arxiv: "2410.21271",
             summary: "Two thin matrices for the error of compression, nearest in the eigenspace of the inputs.",
             system: Some(189),
@@ -48,7 +52,8 @@ pub(crate) fn method() -> Method {
     }
 }
 
-/// The first left singular vectors of `m`, at most `rank`, as columns; those whose singular value is 0 to working precision are left out.
+/// The first left singular vectors of `m`, at most `rank`, as columns; those whose singular value is 0 to working
+/// precision are left out.
 fn left(m: &Mat64, rank: usize) -> Result<Mat64, MethodError> {
     let factor::Svd { u, s, .. } = factor::svd(m).map_err(|e| MethodError::new(e.to_string()))?;
     let least = s.first().copied().unwrap_or(0.0) * f64::EPSILON * m.rows().max(m.cols()) as f64;

@@ -2,7 +2,8 @@
 //!
 //! **Paper.** Carl Eckart, Gale Young, "The approximation of one matrix by another of lower rank", Psychometrika, 1936.
 //!
-//! **Idea.** `W = U Σ Vᵀ`; the first `r` singular values and vectors minimise `‖W - A B‖` among all products of rank `r`.
+//! **Idea.** `W = U Σ Vᵀ`; the first `r` singular values and vectors minimise `‖W - A B‖` among all products of rank
+//! `r`.
 //!
 //! **Shapes and units.** `w` `[out, in]`; `a = U_r Σ_r^½` `[out, r]`, `b = Σ_r^½ V_rᵀ` `[r, in]`.
 //!

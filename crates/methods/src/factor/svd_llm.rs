@@ -1,19 +1,21 @@
 //! SVD-LLM: the product of a given rank whose *outputs* on calibration text are nearest.
 //!
-//! **Paper.** Xin Wang, Yu Zheng, Zhongwei Wan, Mi Zhang, "SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model
-//! Compression", 2024, arXiv 2403.07378.
+//! **Paper.** Xin Wang, Yu Zheng, Zhongwei Wan, Mi Zhang, "SVD-LLM: Truncation-aware Singular Value Decomposition for
+//! Large Language Model Compression", 2024, arXiv 2403.07378.
 //!
-//! **Idea.** With `X Xᵀ = S Sᵀ` (Cholesky), `‖(W - W')X‖ = ‖(W - W')S‖`: truncating `W S = U Σ Vᵀ` at rank `r` loses exactly the dropped
-//! singular values, and `W' = (U_r Σ_r^½)(Σ_r^½ V_rᵀ S⁻¹)`.
+//! **Idea.** With `X Xᵀ = S Sᵀ` (Cholesky), `‖(W - W')X‖ = ‖(W - W')S‖`: truncating `W S = U Σ Vᵀ` at rank `r` loses
+//! exactly the dropped singular values, and `W' = (U_r Σ_r^½)(Σ_r^½ V_rᵀ S⁻¹)`.
 //!
-//! **Shapes and units.** `w` `[out, in]`; `XᵀX` `[in, in]`, used as `H = XᵀX / tokens + whiten · mean(diag) · 1`; `a` `[out, r]`, `b` `[r, in]`.
+//! **Shapes and units.** `w` `[out, in]`; `XᵀX` `[in, in]`, used as `H = XᵀX / tokens + whiten · mean(diag) · 1`; `a`
+//! `[out, r]`, `b` `[r, in]`.
 //!
-//! **Cost.** `in³ / 3` for the Cholesky factor, `out · in²` for `W S`, about `20 · out · in · min(out, in)` for the singular values, all in f64;
-//! memory about 32 `in²` bytes and a few copies of the matrix in f64.
+//! **Cost.** `in³ / 3` for the Cholesky factor, `out · in²` for `W S`, about `20 · out · in · min(out, in)` for the
+//! singular values, all in f64; memory about 32 `in²` bytes and a few copies of the matrix in f64.
 //!
-//! **Departs.** (1) `whiten` is fixed instead of searched for when the factorization fails. (2) `update` solves for `a` once `b` is known,
-//! `a = W H bᵀ (b H bᵀ)⁻¹` with H as measured, without `whiten`: the paper's closed form on the inputs that the compressed earlier blocks
-//! produce, which are the inputs here anyway; so it moves little. Where `b H bᵀ` is singular the truncation stands.
+//! **Departs.** (1) `whiten` is fixed instead of searched for when the factorization fails. (2) `update` solves for `a`
+//! once `b` is known, `a = W H bᵀ (b H bᵀ)⁻¹` with H as measured, without `whiten`: the paper's closed form on the
+//! inputs that the compressed earlier blocks produce, which are the inputs here anyway; so it moves little. Where
+//! `b H bᵀ` is singular the truncation stands.
 
 use lacuna_base::dense::{matmul_nn_f64, matmul_nt_f64};
 use lacuna_base::{Mat, Mat64, MatRef, factor};
@@ -43,7 +45,8 @@ pub(crate) fn method() -> Method {
     Method {
         card: Card {
             name: "svd-llm",
-            paper: "Wang, Zheng, Wan, Zhang: SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language Model Compression, 2024",
+            paper: "Wang, Zheng, Wan, Zhang: SVD-LLM: Truncation-aware Singular Value Decomposition for Large Language \
+             Model Compression, 2024",
             arxiv: "2403.07378",
             summary: "Two thin matrices whose outputs on calibration text are the nearest of their rank.",
             system: Some(224),

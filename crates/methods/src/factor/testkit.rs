@@ -29,7 +29,8 @@ pub(crate) fn case(out: usize, cols: usize) -> (Mat, Mat, Gram) {
     (w, x, gram)
 }
 
-/// The best rank-r outputs, from the definition: the outputs `Y = X Wᵀ` lose the smallest eigenvalues of `YᵀY`, by Jacobi rotations.
+/// The best rank-r outputs, from the definition: the outputs `Y = X Wᵀ` lose the smallest eigenvalues of `YᵀY`, by
+/// Jacobi rotations.
 pub(crate) fn brute_error(w: &Mat, x: &Mat, rank: usize) -> f64 {
     let out = w.rows();
     let y: Vec<Vec<f64>> = (0..x.rows())

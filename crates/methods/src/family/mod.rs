@@ -1,5 +1,5 @@
-//! Families: one recipe verb a file. A family holds what its methods share — the keys of recipes, selection, the form of the answer — and
-//! makes the step that the driver drives.
+//! Families: one recipe verb a file. A family holds what its methods share — the keys of recipes, selection, the form
+//! of the answer — and makes the step that the driver drives.
 
 pub(crate) mod drop;
 pub(crate) mod factor;

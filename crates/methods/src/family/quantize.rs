@@ -1,4 +1,5 @@
-//! `quantize`: weights are written with few bits, each to the nearest value of a grid or by a solver that makes up for the errors.
+//! `quantize`: weights are written with few bits, each to the nearest value of a grid or by a solver that makes up for
+//! the errors.
 
 use lacuna_base::{Mat, MatRef};
 use lacuna_contract::{
@@ -29,14 +30,14 @@ struct Keys {
     /// How scales are written.
     scale: Scale,
     /// What is rounded: the weights, or the thin matrices of a factor step; whatever the matrix is where absent.
-    part: Option<Part>,
+    part: Option<Applies>,
     /// The grid that a solver rounds to.
     grid: String,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
 #[serde(rename_all = "snake_case")]
-enum Part {
+enum Applies {
     Weights,
     Factors,
 }
@@ -61,7 +62,7 @@ pub(crate) fn family() -> Family {
 struct Quantize {
     ask: GridAsk,
     group: usize,
-    part: Option<Part>,
+    part: Option<Applies>,
     values: Values,
     solver: Option<Box<dyn Solve>>,
     card: Card,
@@ -152,7 +153,7 @@ impl Quantize {
 
     fn round(&self, m: &mut Unpacked, solver: Option<&dyn Solve>, stats: &Stats<'_>) -> Result<(), MethodError> {
         let product = matches!(m.main, UnpackedTerm::Product(_));
-        if product || self.part == Some(Part::Factors) {
+        if product || self.part == Some(Applies::Factors) {
             let factors = Quantize::factors(m).ok_or_else(|| MethodError::new("there are no factors to round"))?;
             self.nearest(&mut factors.0, &Stats::default())?;
             return self.nearest(&mut factors.1, &Stats::default());
@@ -190,20 +191,20 @@ impl Local for Quantize {
         let thin = earlier.iter().any(|l| matches!(l, Left::Factored | Left::Corrected));
         let factored = earlier.contains(&Left::Factored);
         match self.part {
-            Some(Part::Factors) if !thin => {
+            Some(Applies::Factors) if !thin => {
                 return fail("there are no factors to round; put a factor step before".into());
             }
-            Some(Part::Weights) if factored => {
+            Some(Applies::Weights) if factored => {
                 return fail("the matrix was factored; write part = \"factors\"".into());
             }
-            None | Some(Part::Weights) if !factored && earlier.contains(&Left::Corrected) => {
+            None | Some(Applies::Weights) if !factored && earlier.contains(&Left::Corrected) => {
                 return fail(
                     "rounding after a correction would undo it; write part = \"factors\" or put it before".into(),
                 );
             }
             _ => {}
         }
-        let factors = factored || self.part == Some(Part::Factors);
+        let factors = factored || self.part == Some(Applies::Factors);
         if factors && self.solver.is_some() {
             return fail("a solver that needs the inputs' statistics cannot round factors; use rtn".into());
         }

@@ -74,7 +74,8 @@ fn search(making: &Making<'_>) -> Result<Step, MethodError> {
     if keys.parts.is_none() {
         let Some(wanted) = keys.target.clone() else {
             return Err(MethodError::new(
-                "target is missing: the value that, the same everywhere, makes the budget of bytes (for example target = 0.5)",
+                "target is missing: the value that, the same everywhere, makes the budget of bytes (for example target \
+                 = 0.5)",
             ));
         };
         if keys.values.is_empty() {

@@ -14,9 +14,11 @@ pub(crate) struct Scored<'a> {
     pub sparsity: f64,
 }
 
-/// The masks of matrices that compete in `scope`, in their order. Ties: the entry that comes first (row by row) goes first.
+/// The masks of matrices that compete in `scope`, in their order. Ties: the entry that comes first (row by row) goes
+/// first.
 ///
-/// N:M patterns compete within their run, whatever the scope. Errors name a shape that a pattern does not divide or a score that is no number.
+/// N:M patterns compete within their run, whatever the scope. Errors name a shape that a pattern does not divide or a
+/// score that is no number.
 pub(crate) fn select(list: &[Scored<'_>], pattern: Sparsity, scope: Scope) -> Result<Vec<Mask>, String> {
     for s in list {
         if let Some(i) = s.scores.data().iter().position(|x| x.is_nan()) {

@@ -1,8 +1,10 @@
-//! `slice`: the residual stream gets other axes and loses some of them; every matrix around it is folded, and a plain narrower model is left.
+//! `slice`: the residual stream gets other axes and loses some of them; every matrix around it is folded, and a plain
+//! narrower model is left.
 //!
-//! With `Q` `[D, d]`: matrices that read the stream become `W diag(scale) Q`, matrices that write it `Qᵀ W` (their biases `Qᵀ b`), embedding
-//! rows `e Q`; norms keep the constant scale `sqrt(D / d)` and `eps D / d`, since `d` numbers now stand under a root that was made for `D`. A
-//! tied head is untied: it reads behind the last norm's scale, the embedding does not.
+//! With `Q` `[D, d]`: matrices that read the stream become `W diag(scale) Q`, matrices that write it `Qᵀ W` (their
+//! biases `Qᵀ b`), embedding rows `e Q`; norms keep the constant scale `sqrt(D / d)` and `eps D / d`, since `d` numbers
+//! now stand under a root that was made for `D`. A tied head is untied: it reads behind the last norm's scale, the
+//! embedding does not.
 
 use std::sync::Arc;
 

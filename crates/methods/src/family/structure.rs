@@ -1,12 +1,13 @@
 //! `structure`: heads and FFN channels go, and the matrices get smaller.
 //!
-//! A head is a key and value head with the query heads that read it. At least one head and `align` channels stay in every layer. Of what
-//! competes, the units of lowest score go, so many that the parameters that go with them are nearest to the asked fraction of those of all
-//! targeted heads and channels (a tie: the fewer). Where units compete within a layer, its heads are met from below and its channels make
-//! up for the difference, so that equal layers stay equal.
+//! A head is a key and value head with the query heads that read it. At least one head and `align` channels stay in
+//! every layer. Of what competes, the units of lowest score go, so many that the parameters that go with them are
+//! nearest to the asked fraction of those of all targeted heads and channels (a tie: the fewer). Where units compete
+//! within a layer, its heads are met from below and its channels make up for the difference, so that equal layers stay
+//! equal.
 //!
-//! The experts of a layer keep one width: each loses channels of its own, the lowest of all experts together, the second lowest together,
-//! and so on; together they score the mean over the experts that calibration reached.
+//! The experts of a layer keep one width: each loses channels of its own, the lowest of all experts together, the
+//! second lowest together, and so on; together they score the mean over the experts that calibration reached.
 
 use std::sync::Arc;
 
@@ -30,7 +31,8 @@ struct Keys {
     sparsity: Fraction,
     /// What goes: "heads", "channels".
     parts: Vec<Kind>,
-    /// The channels that stay in a layer are a multiple of this, 1 to 65536: formats with groups and kernels with tiles want it.
+    /// The channels that stay in a layer are a multiple of this, 1 to 65536: formats with groups and kernels with tiles
+    /// want it.
     align: Whole<1, 65536>,
     /// Whose units compete: "layer", "model" or "standardized"; unless given, as the method says.
     scope: Option<Compete>,
@@ -192,7 +194,8 @@ impl ModelWide for Structured {
             // Rounded down, so that the number printed is one that works.
             let most = (free as f64 / total as f64 * 1e3).floor() / 1e3;
             return Err(MethodError::new(format!(
-                "sparsity = {sparsity}: at most {most} of the parameters of {} can go, since a head and {align} channels stay in each \
+                "sparsity = {sparsity}: at most {most} of the parameters of {} can go, since a head and {align} \
+                 channels stay in each \
                  layer; align = {align} can be less",
                 words(&self.keys.parts)
             )));
@@ -619,7 +622,8 @@ mod tests {
         }
     }
 
-    /// Straight from the definition, with single channels: nothing that went scores above anything of the model that could have gone.
+    /// Straight from the definition, with single channels: nothing that went scores above anything of the model that
+    /// could have gone.
     #[test]
     fn what_goes_scores_lowest() {
         let network = Network::new("llama");

@@ -4,9 +4,11 @@ use lacuna_base::{Mat, MatRef, float};
 use lacuna_contract::{MethodError, Table};
 use lacuna_format::{Codebook, Float, Mask, Owner};
 
-/// Codes and tables of `w`, with `(bits, group, float)`: columns that share a table (0: a whole row) and how entries are written.
+/// Codes and tables of `w`, with `(bits, group, float)`: columns that share a table (0: a whole row) and how entries
+/// are written.
 ///
-/// Where a mask drops something of a group, the entry nearest to 0 becomes 0: a dense piece stores what is dropped as that entry.
+/// Where a mask drops something of a group, the entry nearest to 0 becomes 0: a dense piece stores what is dropped as
+/// that entry.
 pub(super) fn round(
     w: MatRef<'_>,
     mask: Option<&Mask>,

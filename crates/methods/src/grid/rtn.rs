@@ -1,18 +1,20 @@
 //! Rounding to nearest: evenly spaced values from the smallest to the largest weight of a group.
 //!
-//! **Paper.** Benoit Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference",
-//! 2017, arXiv 1712.05877 (the affine scheme; as a baseline for language models: Tim Dettmers et al., arXiv 2208.07339).
+//! **Paper.** Benoit Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only
+//! Inference", 2017, arXiv 1712.05877 (the affine scheme; as a baseline for language models: Tim Dettmers et al., arXiv
+//! 2208.07339).
 //!
-//! **Idea.** With zero points: `scale = (max - min) / (2^b - 1)`, `zero = round(-min / scale)`, the range always stretched to hold 0.
-//! Without: `scale = e / -2^(b-1)` for the value `e` of largest magnitude, so that the lowest code is `e` exactly and no code is wasted
-//! on the side where `e` is not.
+//! **Idea.** With zero points: `scale = (max - min) / (2^b - 1)`, `zero = round(-min / scale)`, the range always
+//! stretched to hold 0. Without: `scale = e / -2^(b-1)` for the value `e` of largest magnitude, so that the lowest code
+//! is `e` exactly and no code is wasted on the side where `e` is not.
 //!
-//! **Shapes and units.** The values of one group in the weights' units; `scale` in the same, `zero` a code from 0 to `2^b - 1`.
+//! **Shapes and units.** The values of one group in the weights' units; `scale` in the same, `zero` a code from 0 to
+//! `2^b - 1`.
 //!
 //! **Cost.** One pass over the values.
 //!
-//! **Departs.** The scale is rounded to the codec it will be stored in *before* it is used, so that the decoded file holds the values that
-//! rounding saw.
+//! **Departs.** The scale is rounded to the codec it will be stored in *before* it is used, so that the decoded file
+//! holds the values that rounding saw.
 
 use lacuna_base::float;
 use lacuna_contract::{Ability, Card, Grid, GridAsk, Made, Method, MethodError};
@@ -30,7 +32,8 @@ pub(crate) fn method() -> Method {
     Method {
         card: Card {
             name: "rtn",
-            paper: "Jacob et al.: Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference, 2017",
+            paper: "Jacob et al.: Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only \
+             Inference, 2017",
             arxiv: "1712.05877",
             summary: "Every weight goes to the nearest of evenly spaced values between the extremes of its group.",
             system: None,
@@ -56,7 +59,8 @@ fn stored(scale: f32, codec: Float) -> Result<f32, MethodError> {
             "a group needs the scale {scale}, which is beyond the range of {codec:?}; scale = \"f32\" holds it"
         )));
     }
-    // Among the subnormal values of f16 the nearest may be so small that the grid would not reach the extremes: take the next one.
+    // Among the subnormal values of f16 the nearest may be so small that the grid would not reach the extremes: take
+    // the next one.
     let short = codec == Float::F16 && near.abs() < scale.abs() * (1.0 - 2f32.powi(-10));
     Ok(if short { near + 2f32.powi(-24).copysign(scale) } else { near })
 }
@@ -107,9 +111,11 @@ mod tests {
                         let grid = Rtn {}.fit(&values, &ask).expect("fits");
                         assert_eq!(grid.value(grid.code(0.0, bits)), 0.0);
                         assert_eq!(stored(grid.scale, codec), Ok(grid.scale), "kept exactly by {codec:?}");
-                        // A scale rounded down by up to 2^-9 (bf16) misses the extremes by that much of the whole range.
+                        // A scale rounded down by up to 2^-9 (bf16) misses the extremes by that much of the whole
+                        // range.
                         let slack = (1u32 << bits) as f32 * 2f32.powi(-8);
-                        // Without zero points the largest value of the other sign may lie one step beyond the last code.
+                        // Without zero points the largest value of the other sign may lie one step beyond the last
+                        // code.
                         let bound = if symmetric { 1.0 + slack } else { 0.5 + slack };
                         for v in &values {
                             let d = (grid.value(grid.code(*v, bits)) - v).abs();

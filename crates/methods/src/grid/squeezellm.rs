@@ -1,19 +1,21 @@
 //! SqueezeLLM: each row gets a table of values, placed where the loss is most sensitive.
 //!
-//! **Paper.** Sehoon Kim, Coleman Hooper, Amir Gholami, Zhen Dong, Xiuyu Li, Sheng Shen, Michael W. Mahoney, Kurt Keutzer, "SqueezeLLM:
-//! Dense-and-Sparse Quantization", 2023, arXiv 2306.07629.
+//! **Paper.** Sehoon Kim, Coleman Hooper, Amir Gholami, Zhen Dong, Xiuyu Li, Sheng Shen, Michael W. Mahoney, Kurt
+//! Keutzer, "SqueezeLLM: Dense-and-Sparse Quantization", 2023, arXiv 2306.07629.
 //!
-//! **Idea.** The loss moves by about `½ Σ F_ii (w_i - Q(w_i))²`, `F` the diagonal of the Fisher matrix, the mean of squared gradients. So the
-//! `2^b` values of a row are the centres of a k-means clustering of its weights weighted by `F_ii`. Outliers are taken out first, into a sparse
-//! term (a step of `outliers` before this one).
+//! **Idea.** The loss moves by about `½ Σ F_ii (w_i - Q(w_i))²`, `F` the diagonal of the Fisher matrix, the mean of
+//! squared gradients. So the `2^b` values of a row are the centres of a k-means clustering of its weights weighted by
+//! `F_ii`. Outliers are taken out first, into a sparse term (a step of `outliers` before this one).
 //!
-//! **Shapes and units.** The weights of one row or group with their `F_ii`, in nats² a squared unit of weight; `2^b` values, rising.
+//! **Shapes and units.** The weights of one row or group with their `F_ii`, in nats² a squared unit of weight; `2^b`
+//! values, rising.
 //!
-//! **Cost.** `n log n` for the order and `2^b n log n` for the clustering of `n` weights; memory `2^b n` indices. The statistics are one backward
-//! pass a sample.
+//! **Cost.** `n log n` for the order and `2^b n log n` for the clustering of `n` weights; memory `2^b n` indices. The
+//! statistics are one backward pass a sample.
 //!
-//! **Departs.** (1) The clustering is the best there is, by dynamic programming over the sorted weights, where the authors iterate from a random
-//! start. (2) Outliers are chosen by size alone, 0.45% in the recipe; the paper also takes the 0.05% with the largest `F_ii`.
+//! **Departs.** (1) The clustering is the best there is, by dynamic programming over the sorted weights, where the
+//! authors iterate from a random start. (2) Outliers are chosen by size alone, 0.45% in the recipe; the paper also
+//! takes the 0.05% with the largest `F_ii`.
 
 use lacuna_contract::{Ability, Ask, Card, Made, Method, MethodError, Table};
 use serde::Deserialize;
@@ -38,7 +40,8 @@ pub(crate) fn method() -> Method {
     Method {
         card: Card {
             name: "squeezellm",
-            paper: "Kim, Hooper, Gholami, Dong, Li, Shen, Mahoney, Keutzer: SqueezeLLM: Dense-and-Sparse Quantization, 2023",
+            paper: "Kim, Hooper, Gholami, Dong, Li, Shen, Mahoney, Keutzer: SqueezeLLM: Dense-and-Sparse Quantization, \
+             2023",
             arxiv: "2306.07629",
             summary: "Every row is rounded to a table of its own, whose values lie where the loss is most sensitive.",
             system: None,
@@ -76,7 +79,8 @@ impl Sums {
     }
 }
 
-/// Fills `best[lo..hi]` and `cut[lo..hi]` of one more cluster from `before`: the best cut moves right with the end, which halves the search.
+/// Fills `best[lo..hi]` and `cut[lo..hi]` of one more cluster from `before`: the best cut moves right with the end,
+/// which halves the search.
 fn fill(
     sums: &Sums,
     before: &[f64],

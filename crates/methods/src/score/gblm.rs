@@ -1,18 +1,20 @@
 //! GBLM-Pruner: a weight matters as much as it is large, its input is large and the loss leans on it.
 //!
-//! **Paper.** Rocktim Jyoti Das, Mingjie Sun, Liqun Ma, Zhiqiang Shen, "Beyond Size: How Gradients Shape Pruning Decisions in Large Language
-//! Models", 2023, arXiv 2311.04902.
+//! **Paper.** Rocktim Jyoti Das, Mingjie Sun, Liqun Ma, Zhiqiang Shen, "Beyond Size: How Gradients Shape Pruning
+//! Decisions in Large Language Models", 2023, arXiv 2311.04902.
 //!
-//! **Idea.** `S_ij = |W_ij| · ‖X_j‖₂ + α · |W_ij| · ‖G_ij‖_p`, compared within each output row: `X_j` are the inputs of a sample, `G` the
-//! gradients of each sample's mean loss, their norm taken over samples; the first-order Taylor term of the loss beside Wanda's.
+//! **Idea.** `S_ij = |W_ij| · ‖X_j‖₂ + α · |W_ij| · ‖G_ij‖_p`, compared within each output row: `X_j` are the inputs of
+//! a sample, `G` the gradients of each sample's mean loss, their norm taken over samples; the first-order Taylor term
+//! of the loss beside Wanda's.
 //!
-//! **Shapes and units.** `w` `[out, in]`; `Σ x²` of each input over all tokens, `[in]`; means over samples of `G²` or `|G|`, `[out, in]`, in
-//! nats a unit of weight; scores `[out, in]`. As in the authors' code `‖X_j‖₂² = Σ x² / N` and `‖G‖₂² = Σ G²`, `‖G‖₁ = Σ |G|` for `N` samples.
+//! **Shapes and units.** `w` `[out, in]`; `Σ x²` of each input over all tokens, `[in]`; means over samples of `G²` or
+//! `|G|`, `[out, in]`, in nats a unit of weight; scores `[out, in]`. As in the authors' code `‖X_j‖₂² = Σ x² / N` and
+//! `‖G‖₂² = Σ G²`, `‖G‖₁ = Σ |G|` for `N` samples.
 //!
 //! **Cost.** One backward pass a sample for the statistics, in f32; then one pass over the matrix.
 //!
-//! **Departs.** Gradients are accumulated in f32 where the authors' code sums the 1-norm in f16. Samples are as long as the recipe says (the
-//! paper: 128 of 2048 tokens); `alpha` is the paper's for those.
+//! **Departs.** Gradients are accumulated in f32 where the authors' code sums the 1-norm in f16. Samples are as long as
+//! the recipe says (the paper: 128 of 2048 tokens); `alpha` is the paper's for those.
 
 use lacuna_base::{Mat, MatRef};
 use lacuna_contract::{Ability, Ask, Card, Made, Method, MethodError, Scope, Score, Stats};
@@ -40,7 +42,8 @@ pub(crate) fn method() -> Method {
     Method {
         card: Card {
             name: "gblm",
-            paper: "Das, Sun, Ma, Shen: Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models, 2023",
+            paper: "Das, Sun, Ma, Shen: Beyond Size: How Gradients Shape Pruning Decisions in Large Language Models, \
+             2023",
             arxiv: "2311.04902",
             summary: "The weights go whose size times input norm plus gradient norm is smallest in each output row.",
             system: Some(69),

@@ -1,7 +1,7 @@
 //! Magnitude: the smallest weights go.
 //!
-//! **Paper.** Song Han, Jeff Pool, John Tran, William J. Dally, "Learning both Weights and Connections for Efficient Neural
-//! Networks", 2015, arXiv 1506.02626.
+//! **Paper.** Song Han, Jeff Pool, John Tran, William J. Dally, "Learning both Weights and Connections for Efficient
+//! Neural Networks", 2015, arXiv 1506.02626.
 //!
 //! **Idea.** `S_ij = |W_ij|`: what is near zero can be zero.
 //!
@@ -9,8 +9,8 @@
 //!
 //! **Cost.** One pass over the matrix; one copy of it.
 //!
-//! **Departs.** The paper prunes in rounds with training between them, with a threshold for each layer; here once, without training,
-//! the lowest of each matrix. The baseline that every method with calibration has to beat.
+//! **Departs.** The paper prunes in rounds with training between them, with a threshold for each layer; here once,
+//! without training, the lowest of each matrix. The baseline that every method with calibration has to beat.
 
 use lacuna_base::{Mat, MatRef};
 use lacuna_contract::{Ability, Card, Made, Method, MethodError, Scope, Score, Stats};

@@ -1,13 +1,13 @@
 //! Wanda: a weight matters as much as it and its input are large.
 //!
-//! **Paper.** Mingjie Sun, Zhuang Liu, Anna Bair, J. Zico Kolter, "A Simple and Effective Pruning Approach for Large Language
-//! Models", 2023, arXiv 2306.11695.
+//! **Paper.** Mingjie Sun, Zhuang Liu, Anna Bair, J. Zico Kolter, "A Simple and Effective Pruning Approach for Large
+//! Language Models", 2023, arXiv 2306.11695.
 //!
-//! **Idea.** `S_ij = |W_ij| · ‖X_j‖₂`, compared within each output row: removing weight `ij` alone changes the row's outputs on the
-//! calibration tokens by exactly `S_ij`.
+//! **Idea.** `S_ij = |W_ij| · ‖X_j‖₂`, compared within each output row: removing weight `ij` alone changes the row's
+//! outputs on the calibration tokens by exactly `S_ij`.
 //!
-//! **Shapes and units.** `w` `[out, in]`; `Σ x²` of each input over the tokens, `[in]`; scores `[out, in]` in units of the output times
-//! the square root of tokens.
+//! **Shapes and units.** `w` `[out, in]`; `Σ x²` of each input over the tokens, `[in]`; scores `[out, in]` in units of
+//! the output times the square root of tokens.
 //!
 //! **Cost.** One pass over the matrix; the statistics are one number an input.
 //!

@@ -1,22 +1,25 @@
 //! EvoPress: levels evolve; each generation a few of them switch places, and the fittest assignment goes on.
 //!
-//! **Paper.** Oliver Sieberling, Denis Kuznedelev, Eldar Kurtic, Dan Alistarh, "EvoPress: Towards Optimal Dynamic Model Compression via
-//! Evolutionary Search", 2024, arXiv 2410.14649.
+//! **Paper.** Oliver Sieberling, Denis Kuznedelev, Eldar Kurtic, Dan Alistarh, "EvoPress: Towards Optimal Dynamic Model
+//! Compression via Evolutionary Search", 2024, arXiv 2410.14649.
 //!
-//! **Idea.** A (1 + λ) evolution. A child is its parent with `min(x, y)` level switches, `x` and `y` drawn from 1, 2, 3: a slot goes one level up,
-//! another slot of its group one down. All λ children are measured on few tokens, the best of them on more, the last ones and the parent on
-//! most; the best of these is the next parent. Fitness is KL(source || trial). The first parent is the uniform assignment, or, where no level
-//! taken everywhere uses the budget up, the best of some that random places were lowered in until the budget held.
+//! **Idea.** A (1 + λ) evolution. A child is its parent with `min(x, y)` level switches, `x` and `y` drawn from 1, 2,
+//! 3: a slot goes one level up, another slot of its group one down. All λ children are measured on few tokens, the best
+//! of them on more, the last ones and the parent on most; the best of these is the next parent. Fitness is KL(source ||
+//! trial). The first parent is the uniform assignment, or, where no level taken everywhere uses the budget up, the best
+//! of some that random places were lowered in until the budget held.
 //!
-//! **Shapes and units.** Slots with their levels; a level's index for each slot. Tokens of a selection are shares of those the step allows.
+//! **Shapes and units.** Slots with their levels; a level's index for each slot. Tokens of a selection are shares of
+//! those the step allows.
 //!
-//! **Cost.** A generation is λ trials on `shares[0]` of the tokens, `survivors[0]` trials on `shares[1]`, and so on; memory a few assignments.
-//! The paper's defaults want 400 · 74 trials; the step's `trials` ends the search before.
+//! **Cost.** A generation is λ trials on `shares[0]` of the tokens, `survivors[0]` trials on `shares[1]`, and so on;
+//! memory a few assignments. The paper's defaults want 400 · 74 trials; the step's `trials` ends the search before.
 //!
-//! **Departs.** (1) Levels are ordered by bytes, and places of a group need not be of one size: places of the group, then of any, go down until
-//! the budget holds again, none where it holds anyhow. (2) Every selection takes the first tokens of the text and not a random part, so an
-//! outcome never changes: the parent is not measured again, and no assignment twice. (3) The uniform assignment is measured too, and wins
-//! against anything that is not better on most tokens. (4) The last generation has as many children as trials are left for.
+//! **Departs.** (1) Levels are ordered by bytes, and places of a group need not be of one size: places of the group,
+//! then of any, go down until the budget holds again, none where it holds anyhow. (2) Every selection takes the first
+//! tokens of the text and not a random part, so an outcome never changes: the parent is not measured again, and no
+//! assignment twice. (3) The uniform assignment is measured too, and wins against anything that is not better on most
+//! tokens. (4) The last generation has as many children as trials are left for.
 
 use std::collections::HashSet;
 
@@ -54,9 +57,11 @@ pub(crate) fn method() -> Method {
     Method {
         card: Card {
             name: "evopress",
-            paper: "Sieberling, Kuznedelev, Kurtic, Alistarh: EvoPress: Towards Optimal Dynamic Model Compression via Evolutionary Search, 2024",
+            paper: "Sieberling, Kuznedelev, Kurtic, Alistarh: EvoPress: Towards Optimal Dynamic Model Compression via \
+             Evolutionary Search, 2024",
             arxiv: "2410.14649",
-            summary: "Levels evolve: a few switch places in each generation, and the assignment nearest to the source goes on.",
+            summary: "Levels evolve: a few switch places in each generation, and the assignment nearest to the source \
+             goes on.",
             system: None,
             verb: "search",
             needs: &[],
@@ -98,7 +103,8 @@ impl EvoPress {
     }
 }
 
-/// What can be assigned: for each slot its levels by rising bytes. A *rung* is a place in that order; points are made of rungs.
+/// What can be assigned: for each slot its levels by rising bytes. A *rung* is a place in that order; points are made
+/// of rungs.
 struct Space {
     order: Vec<Vec<usize>>,
     bytes: Vec<Vec<u64>>,
@@ -137,7 +143,8 @@ impl Space {
         point.iter().zip(&self.bytes).map(|(&rung, bytes)| bytes[rung]).sum()
     }
 
-    /// Lowers slots drawn by lot, those of `first` before the others and never `but`, until the budget holds; whether that could be done.
+    /// Lowers slots drawn by lot, those of `first` before the others and never `but`, until the budget holds; whether
+    /// that could be done.
     fn lower(&self, point: &mut [usize], first: Option<usize>, but: Option<usize>, rng: &mut Rng) -> bool {
         while self.size(point) > self.budget {
             let free = |s: &usize| point[*s] > 0 && Some(*s) != but;

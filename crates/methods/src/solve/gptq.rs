@@ -1,20 +1,22 @@
 //! GPTQ: weights are rounded column by column, and the columns not yet rounded make up for each error.
 //!
-//! **Paper.** Elias Frantar, Saleh Ashkboos, Torsten Hoefler, Dan Alistarh, "GPTQ: Accurate Post-Training Quantization for Generative
-//! Pre-trained Transformers", 2022, arXiv 2210.17323.
+//! **Paper.** Elias Frantar, Saleh Ashkboos, Torsten Hoefler, Dan Alistarh, "GPTQ: Accurate Post-Training Quantization
+//! for Generative Pre-trained Transformers", 2022, arXiv 2210.17323.
 //!
-//! **Idea.** Minimise `‖WX - ŴX‖²`. With `H = XXᵀ` and `H⁻¹ = UᵀU`, U upper: for `j` = 0, 1, ...: `q = quant(w_j)`, `e = (w_j - q) / U_jj`,
-//! `w_k -= e U_jk` for all `k > j`. The grid of a group of columns is fitted to the *updated* weights when the walk reaches the group.
+//! **Idea.** Minimise `‖WX - ŴX‖²`. With `H = XXᵀ` and `H⁻¹ = UᵀU`, U upper: for `j` = 0, 1, ...: `q = quant(w_j)`,
+//! `e = (w_j - q) / U_jj`, `w_k -= e U_jk` for all `k > j`. The grid of a group of columns is fitted to the *updated*
+//! weights when the walk reaches the group.
 //!
-//! **Shapes and units.** `w` `[out, in]`; `XᵀX` of its inputs `[in, in]`, used as `H = XᵀX / tokens`; codes `[out, in]`, scales and zeros
-//! `[out, groups]`.
+//! **Shapes and units.** `w` `[out, in]`; `XᵀX` of its inputs `[in, in]`, used as `H = XᵀX / tokens`; codes
+//! `[out, in]`, scales and zeros `[out, groups]`.
 //!
-//! **Cost.** `in³` for the factor (f64, once), `out · in²` for the walk; memory 24 `in²` bytes and two copies of the matrix.
+//! **Cost.** `in³` for the factor (f64, once), `out · in²` for the walk; memory 24 `in²` bytes and two copies of the
+//! matrix.
 //!
-//! **Departs.** (1) With `act_order`, groups are runs in the order of the walk and the answer carries an explicit group for each column, as
-//! the authors' later code does. (2) Weights of inputs that are zero in every calibration token become 0 (the authors' code, too).
-//! (3) The grid sees every update, also those from columns of its own block of 128, which the authors' code applies late;
-//! `late_grid` does as that code. (4) Zeros that an earlier step made stay zero
+//! **Departs.** (1) With `act_order`, groups are runs in the order of the walk and the answer carries an explicit group
+//! for each column, as the authors' later code does. (2) Weights of inputs that are zero in every calibration token
+//! become 0 (the authors' code, too). (3) The grid sees every update, also those from columns of its own block of 128,
+//! which the authors' code applies late; `late_grid` does as that code. (4) Zeros that an earlier step made stay zero
 //! exactly: they are left out of the grid's fit, and their drift is made up for like any error.
 
 use std::ops::Range;
@@ -51,7 +53,8 @@ pub(crate) fn method() -> Method {
     Method {
         card: Card {
             name: "gptq",
-            paper: "Frantar, Ashkboos, Hoefler, Alistarh: GPTQ: Accurate Post-Training Quantization for Generative Pre-trained Transformers, 2022",
+            paper: "Frantar, Ashkboos, Hoefler, Alistarh: GPTQ: Accurate Post-Training Quantization for Generative \
+             Pre-trained Transformers, 2022",
             arxiv: "2210.17323",
             summary: "Weights are rounded column by column; the columns not yet rounded make up for each error.",
             system: None,

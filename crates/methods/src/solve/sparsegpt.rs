@@ -1,21 +1,25 @@
 //! SparseGPT: weights are dropped column by column, and the columns after them make up for each loss.
 //!
-//! **Paper.** Elias Frantar, Dan Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot", 2023,
-//! arXiv 2301.00774.
+//! **Paper.** Elias Frantar, Dan Alistarh, "SparseGPT: Massive Language Models Can Be Accurately Pruned in One-Shot",
+//! 2023, arXiv 2301.00774.
 //!
-//! **Idea.** Minimise `‖WX - ŴX‖²`. With `H = XXᵀ` and `H⁻¹ = UᵀU`, U upper, dropping `w_j` costs `(w_j / U_jj)²` once the columns before it
-//! are settled. When the walk reaches a block of `mask_block` columns, the cheapest of the block's weights go, over all rows together; for
-//! `n` of `m` the cheapest of each run in each row, when the walk reaches the run. Then for each column: `e = (w_j - ŵ_j) / U_jj`,
-//! `w_k -= e U_jk` for all `k > j`. Rounding can be asked in the same walk: a kept weight goes to its grid's nearest value.
+//! **Idea.** Minimise `‖WX - ŴX‖²`. With `H = XXᵀ` and `H⁻¹ = UᵀU`, U upper, dropping `w_j` costs `(w_j / U_jj)²` once
+//! the columns before it are settled. When the walk reaches a block of `mask_block` columns, the cheapest of the
+//! block's weights go, over all rows together; for `n` of `m` the cheapest of each run in each row, when the walk
+//! reaches the run. Then for each column: `e = (w_j - ŵ_j) / U_jj`, `w_k -= e U_jk` for all `k > j`. Rounding can be
+//! asked in the same walk: a kept weight goes to its grid's nearest value.
 //!
-//! **Shapes and units.** `w` `[out, in]`; `XᵀX` of its inputs `[in, in]`, used as `H = XᵀX / tokens`; `sparsity` is a fraction of weights.
+//! **Shapes and units.** `w` `[out, in]`; `XᵀX` of its inputs `[in, in]`, used as `H = XᵀX / tokens`; `sparsity` is a
+//! fraction of weights.
 //!
-//! **Cost.** `in³` for the factor (f64, once), `out · in²` for the walk; memory 24 `in²` bytes and two copies of the matrix.
+//! **Cost.** `in³` for the factor (f64, once), `out · in²` for the walk; memory 24 `in²` bytes and two copies of the
+//! matrix.
 //!
-//! **Departs.** (1) Exactly the asked number of weights goes: shares of the blocks are rounded so that the running total is exact, equal prices
-//! fall from left to right, top to bottom. (2) Blocks of `height x width` weights go by the sum of their prices. (3) What an earlier step
-//! dropped counts as the cheapest and stays dropped; with nothing asked to be pruned the walk only makes up for that mask. (4) Weights of
-//! inputs that are zero in every calibration token become 0 (the authors' code, too).
+//! **Departs.** (1) Exactly the asked number of weights goes: shares of the blocks are rounded so that the running
+//! total is exact, equal prices fall from left to right, top to bottom. (2) Blocks of `height x width` weights go by
+//! the sum of their prices. (3) What an earlier step dropped counts as the cheapest and stays dropped; with nothing
+//! asked to be pruned the walk only makes up for that mask. (4) Weights of inputs that are zero in every calibration
+//! token become 0 (the authors' code, too).
 
 use std::ops::Range;
 
@@ -214,7 +218,8 @@ mod tests {
     use lacuna_contract::{Gathered, Grid, GridAsk, RoundAsk, Stats};
     use lacuna_format::{Affine, Float};
 
-    /// The definition: the price of every weight of the block from a fresh inverse, a full sort, then column by column with a fresh inverse.
+    /// The definition: the price of every weight of the block from a fresh inverse, a full sort, then column by column
+    /// with a fresh inverse.
     fn brute(
         w: &Mat,
         gram: &Gram,

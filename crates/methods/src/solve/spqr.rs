@@ -1,25 +1,30 @@
-//! SpQR: the few weights that rounding would hurt most stay exact in a sparse term, all others go to few bits in small groups.
+//! SpQR: the few weights that rounding would hurt most stay exact in a sparse term, all others go to few bits in small
+//! groups.
 //!
-//! **Paper.** Tim Dettmers, Ruslan Svirschevski, Vage Egiazarian, Denis Kuznedelev, Elias Frantar, Saleh Ashkboos, Alexander Borzunov, Torsten
-//! Hoefler, Dan Alistarh, "SpQR: A Sparse-Quantized Representation for Near-Lossless LLM Weight Compression", 2023, arXiv 2306.03078.
+//! **Paper.** Tim Dettmers, Ruslan Svirschevski, Vage Egiazarian, Denis Kuznedelev, Elias Frantar, Saleh Ashkboos,
+//! Alexander Borzunov, Torsten Hoefler, Dan Alistarh, "SpQR: A Sparse-Quantized Representation for Near-Lossless LLM
+//! Weight Compression", 2023, arXiv 2306.03078.
 //!
-//! **Idea.** GPTQ's walk with groups of 16. A weight of a group is sensitive if leaving it out lowers the error of the rest by more than `τ`:
-//! `Σ_k ((w_k - quant(w_k)) / U_kk)² - Σ_{k≠i} ((w_k - quant_{-i}(w_k)) / U_kk)² > τ`, `quant_{-i}` the grid fitted without `w_i`. The group's
-//! grid is fitted without its sensitive weights; a weight whose own error `((w - q) / U_jj)²` on that grid is above `τ` is an outlier and
-//! stays as it is. Scales are rounded, too, to 3 bits over runs of 16 groups.
+//! **Idea.** GPTQ's walk with groups of 16. A weight of a group is sensitive if leaving it out lowers the error of the
+//! rest by more than `τ`: `Σ_k ((w_k - quant(w_k)) / U_kk)² - Σ_{k≠i} ((w_k - quant_{-i}(w_k)) / U_kk)² > τ`,
+//! `quant_{-i}` the grid fitted without `w_i`. The group's grid is fitted without its sensitive weights; a weight whose
+//! own error `((w - q) / U_jj)²` on that grid is above `τ` is an outlier and stays as it is. Scales are rounded, too,
+//! to 3 bits over runs of 16 groups.
 //!
-//! **Shapes and units.** `w` `[out, in]`; `XᵀX` of its inputs `[in, in]`, used as `H = XᵀX / tokens`, `H⁻¹ = UᵀU`; codes `[out, in]`, scales and
-//! zeros `[out, groups]`; outliers in f16. `τ = threshold · mean over columns of (mean over rows of w²) / U_jj²`.
+//! **Shapes and units.** `w` `[out, in]`; `XᵀX` of its inputs `[in, in]`, used as `H = XᵀX / tokens`, `H⁻¹ = UᵀU`;
+//! codes `[out, in]`, scales and zeros `[out, groups]`; outliers in f16.
+//! `τ = threshold · mean over columns of (mean over rows of w²) / U_jj²`.
 //!
-//! **Cost.** `in³` for the factor (f64, once), `out · in²` for the walk, one grid a weight for the sensitivities (`out · in · group`); memory
-//! 24 `in²` bytes and two copies of the matrix.
+//! **Cost.** `in³` for the factor (f64, once), `out · in²` for the walk, one grid a weight for the sensitivities
+//! (`out · in · group`); memory 24 `in²` bytes and two copies of the matrix.
 //!
-//! **Departs.** (1) Runs of groups that share a scale of scales lie along a row here, across 16 rows in the paper; so the grids of a run are
-//! fitted together when the walk reaches the run. (2) Zero points are codes of the weights' own bits and need no second order. (3) The mean
-//! square of a column stands for its variance in `τ`, so that one row has one, too. (4) Which weights stay is decided by their own error, as
-//! in the authors' code, while the paper's pseudo-code keeps every sensitive one. (5) The walk goes from left to right unless `act_order` is
-//! set; groups are then runs in the order of the walk. (6) Zeros that an earlier step made stay zero and are never outliers. (7) Without
-//! zero points scales have signs and keep the codec that the step asks for.
+//! **Departs.** (1) Runs of groups that share a scale of scales lie along a row here, across 16 rows in the paper; so
+//! the grids of a run are fitted together when the walk reaches the run. (2) Zero points are codes of the weights' own
+//! bits and need no second order. (3) The mean square of a column stands for its variance in `τ`, so that one row has
+//! one, too. (4) Which weights stay is decided by their own error, as in the authors' code, while the paper's
+//! pseudo-code keeps every sensitive one. (5) The walk goes from left to right unless `act_order` is set; groups are
+//! then runs in the order of the walk. (6) Zeros that an earlier step made stay zero and are never outliers. (7)
+//! Without zero points scales have signs and keep the codec that the step asks for.
 
 use std::ops::Range;
 
@@ -70,9 +75,11 @@ pub(crate) fn method() -> Method {
     Method {
         card: Card {
             name: "spqr",
-            paper: "Dettmers et al.: SpQR: A Sparse-Quantized Representation for Near-Lossless LLM Weight Compression, 2023",
+            paper: "Dettmers et al.: SpQR: A Sparse-Quantized Representation for Near-Lossless LLM Weight Compression, \
+             2023",
             arxiv: "2306.03078",
-            summary: "The weights that rounding would hurt most stay exact in a sparse term, the others go to few bits in small groups.",
+            summary: "The weights that rounding would hurt most stay exact in a sparse term, the others go to few bits \
+             in small groups.",
             system: Some(19),
             verb: "quantize",
             needs: &[Ask::InputGram],

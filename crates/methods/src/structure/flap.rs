@@ -1,21 +1,23 @@
 //! FLAP: what fluctuates least around its mean goes, and the mean goes into a bias.
 //!
-//! **Paper.** Yongqi An, Xu Zhao, Tao Yu, Ming Tang, Jinqiao Wang, "Fluctuation-based Adaptive Structured Pruning for Large Language
-//! Models", 2023, arXiv 2312.11983.
+//! **Paper.** Yongqi An, Xu Zhao, Tao Yu, Ming Tang, Jinqiao Wang, "Fluctuation-based Adaptive Structured Pruning for
+//! Large Language Models", 2023, arXiv 2312.11983.
 //!
-//! **Idea.** Where input `j` of a matrix `W` (`attn.o`, `ffn.down`) is replaced by its mean, the outputs on the calibration tokens change by
-//! `S_j = Var(X_j) · ‖W_:j‖²` in the mean of squares (WIFV, the weighted variance of the input feature). In each layer and kind `S` is
-//! standardized, `(S - mean) / std` over its channels, so that layers compete with each other, heads with FFN channels; a head's score is
-//! the mean over its columns. What the removed inputs gave on average is made up for: `b += Σ_j W_:j · mean(X_j)`.
+//! **Idea.** Where input `j` of a matrix `W` (`attn.o`, `ffn.down`) is replaced by its mean, the outputs on the
+//! calibration tokens change by `S_j = Var(X_j) · ‖W_:j‖²` in the mean of squares (WIFV, the weighted variance of the
+//! input feature). In each layer and kind `S` is standardized, `(S - mean) / std` over its channels, so that layers
+//! compete with each other, heads with FFN channels; a head's score is the mean over its columns. What the removed
+//! inputs gave on average is made up for: `b += Σ_j W_:j · mean(X_j)`.
 //!
-//! **Shapes and units.** The reader `W` `[hidden, count * width]`; mean and variance of each of its inputs over the tokens; the answer has
-//! one number a unit, without a unit.
+//! **Shapes and units.** The reader `W` `[hidden, count * width]`; mean and variance of each of its inputs over the
+//! tokens; the answer has one number a unit, without a unit.
 //!
 //! **Cost.** One pass over the reader; the statistics are three numbers an input.
 //!
-//! **Departs.** As the authors' code does and the paper does not say: a head's channels are squared before they are standardized, and the
-//! standard deviation is that of a sample. The variance is taken over all tokens at once, where their code adds up the sequences and
-//! leaves the first one out. With shared key and value heads (GQA) a head is one of those with all its query heads.
+//! **Departs.** As the authors' code does and the paper does not say: a head's channels are squared before they are
+//! standardized, and the standard deviation is that of a sample. The variance is taken over all tokens at once, where
+//! their code adds up the sequences and leaves the first one out. With shared key and value heads (GQA) a head is one
+//! of those with all its query heads.
 
 use lacuna_contract::{Ask, Card, Compete, Made, Method, MethodError, Structure, StructureAsk, Unit};
 use serde::Deserialize;
@@ -32,7 +34,8 @@ pub(crate) fn method() -> Method {
     Method {
         card: Card {
             name: "flap",
-            paper: "An, Zhao, Yu, Tang, Wang: Fluctuation-based Adaptive Structured Pruning for Large Language Models, 2023",
+            paper: "An, Zhao, Yu, Tang, Wang: Fluctuation-based Adaptive Structured Pruning for Large Language Models, \
+             2023",
             arxiv: "2312.11983",
             summary: "The heads and FFN channels go that fluctuate least around their mean, which goes into a bias.",
             system: Some(58),

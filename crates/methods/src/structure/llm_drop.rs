@@ -1,10 +1,10 @@
 //! LLM-Drop: the parts go that change their input least.
 //!
-//! **Paper.** Shwai He, Guoheng Sun, Zheyu Shen, Ang Li, "What Matters in Transformers? Not All Attention is Needed", 2024,
-//! arXiv 2406.15786.
+//! **Paper.** Shwai He, Guoheng Sun, Zheyu Shen, Ang Li, "What Matters in Transformers? Not All Attention is Needed",
+//! 2024, arXiv 2406.15786.
 //!
-//! **Idea.** `S = 1 - mean over tokens of cos(x, y)` for a part with input `x` (the residual stream before it, norm included in the part) and
-//! output `y` (the stream after it). The parts with the smallest `S` go, chosen in one shot.
+//! **Idea.** `S = 1 - mean over tokens of cos(x, y)` for a part with input `x` (the residual stream before it, norm
+//! included in the part) and output `y` (the stream after it). The parts with the smallest `S` go, chosen in one shot.
 //!
 //! **Shapes and units.** A mean cosine for each part, from -1 to 1; the answer is `S`, from 0 to 2.
 //!

@@ -1,18 +1,19 @@
 //! Wanda-sp: Wanda's score, added up over what goes as a whole.
 //!
-//! **Paper.** Yongqi An, Xu Zhao, Tao Yu, Ming Tang, Jinqiao Wang, "Fluctuation-based Adaptive Structured Pruning for Large Language
-//! Models", 2023, arXiv 2312.11983 (its structured baseline), after Sun et al., arXiv 2306.11695.
+//! **Paper.** Yongqi An, Xu Zhao, Tao Yu, Ming Tang, Jinqiao Wang, "Fluctuation-based Adaptive Structured Pruning for
+//! Large Language Models", 2023, arXiv 2312.11983 (its structured baseline), after Sun et al., arXiv 2306.11695.
 //!
-//! **Idea.** `S_j = ‖X_j‖₂ · mean_i |W_ij|` for input `j` of `attn.o` or `ffn.down`, the mean over the outputs; a head has the sum over its
-//! columns. Every layer loses the same fraction; nothing is made up for.
+//! **Idea.** `S_j = ‖X_j‖₂ · mean_i |W_ij|` for input `j` of `attn.o` or `ffn.down`, the mean over the outputs; a head
+//! has the sum over its columns. Every layer loses the same fraction; nothing is made up for.
 //!
-//! **Shapes and units.** The reader `W` `[hidden, count * width]`; `Σ x²` of each of its inputs over the tokens; the answer has one number a
-//! unit, in units of the output times the square root of tokens.
+//! **Shapes and units.** The reader `W` `[hidden, count * width]`; `Σ x²` of each of its inputs over the tokens; the
+//! answer has one number a unit, in units of the output times the square root of tokens.
 //!
 //! **Cost.** One pass over the reader; the statistics are one number an input.
 //!
-//! **Departs.** The authors' code runs each pruned layer before the next is calibrated; here all are calibrated on the source. Their code
-//! rounds the heads and the channels of a layer each to its own fraction; here the channels make up for what whole heads cannot meet.
+//! **Departs.** The authors' code runs each pruned layer before the next is calibrated; here all are calibrated on the
+//! source. Their code rounds the heads and the channels of a layer each to its own fraction; here the channels make up
+//! for what whole heads cannot meet.
 
 use lacuna_contract::{Ask, Card, Compete, Made, Method, MethodError, Structure, StructureAsk};
 use serde::Deserialize;
@@ -29,9 +30,11 @@ pub(crate) fn method() -> Method {
     Method {
         card: Card {
             name: "wanda-sp",
-            paper: "An, Zhao, Yu, Tang, Wang: Fluctuation-based Adaptive Structured Pruning for Large Language Models, 2023",
+            paper: "An, Zhao, Yu, Tang, Wang: Fluctuation-based Adaptive Structured Pruning for Large Language Models, \
+             2023",
             arxiv: "2312.11983",
-            summary: "The heads and FFN channels go whose weights times the norms of their inputs are smallest in their layer.",
+            summary: "The heads and FFN channels go whose weights times the norms of their inputs are smallest in \
+             their layer.",
             system: None,
             verb: "structure",
             needs: &[Ask::InputSquares],
@@ -70,7 +73,8 @@ mod tests {
     use lacuna_base::testkit::random;
     use lacuna_contract::{Gathered, Stats, Unit};
 
-    /// Straight from the definition: the norm of each weight's own part of the outputs, its mean over the rows, its sum over a head.
+    /// Straight from the definition: the norm of each weight's own part of the outputs, its mean over the rows, its sum
+    /// over a head.
     #[test]
     fn agrees_with_brute_force_parts_of_the_outputs() {
         for (unit, count, width, tokens) in [(Unit::Channel, 6, 1, 9), (Unit::Head, 3, 4, 9), (Unit::Channel, 1, 1, 1)]

@@ -6,8 +6,8 @@ use lacuna_spec::Activation;
 
 use super::rows::each;
 
-/// The adjoint of `act(gate) · up`: from `dy`, the gradient of the product, that of the gate's input into `dgate` and that of `up` into `dup`, both
-/// overwritten. All are `[rows, width]`.
+/// The adjoint of `act(gate) · up`: from `dy`, the gradient of the product, that of the gate's input into `dgate` and
+/// that of `up` into `dup`, both overwritten. All are `[rows, width]`.
 #[track_caller]
 pub fn gated_activation(
     act: Activation,

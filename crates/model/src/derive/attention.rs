@@ -22,9 +22,10 @@ pub struct AttentionGradients {
 
 /// The adjoint of causal attention over one sequence from its first position on.
 ///
-/// `q` is `[tokens, heads * head_dim]` and `k` and `v` `[tokens, kv_heads * head_dim]` as attention read them; `out` is what it gave and `dout` the
-/// gradient of that. With `S` the scores and `P` their softmax: `dV = Pᵀ dO`, `dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O))`, `dQ = dS K`, `dK = dSᵀ Q`.
-/// Weights are made again, a tile of queries at a time: never a whole score matrix.
+/// `q` is `[tokens, heads * head_dim]` and `k` and `v` `[tokens, kv_heads * head_dim]` as attention read them; `out` is
+/// what it gave and `dout` the gradient of that. With `S` the scores and `P` their softmax: `dV = Pᵀ dO`,
+/// `dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O))`, `dQ = dS K`, `dK = dSᵀ Q`. Weights are made again, a tile of queries at a time:
+/// never a whole score matrix.
 #[track_caller]
 pub fn attention(
     p: &Attention,

@@ -38,7 +38,8 @@ impl Record {
         all.map(|m| 4 * m.data().len() as u64).sum()
     }
 
-    /// Bytes that the record of a sequence of `tokens` in a block would hold. The way back makes gradients of about the same size beside it.
+    /// Bytes that the record of a sequence of `tokens` in a block would hold. The way back makes gradients of about the
+    /// same size beside it.
     pub fn forecast(block: &LayerSpec, hidden: usize, tokens: usize) -> u64 {
         let attention = block.attn.as_ref().map_or(0, |a| {
             let (wide, narrow) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
@@ -53,7 +54,8 @@ impl Record {
 }
 
 impl RecordedBlock {
-    /// Loads block `layer`, for exact activations, with its matrices from both sides; the other side shares the stored buffers.
+    /// Loads block `layer`, for exact activations, with its matrices from both sides; the other side shares the stored
+    /// buffers.
     pub fn load(weights: &dyn Weights, layer: usize) -> Result<RecordedBlock, ModelError> {
         let block = Block::load(weights, layer)?;
         let mut matrices = HashMap::new();
@@ -69,7 +71,8 @@ impl RecordedBlock {
         &self.block
     }
 
-    /// Runs one whole sequence through the block: `x`, `[tokens, hidden]`, becomes the residual stream after it, the same bits as ever.
+    /// Runs one whole sequence through the block: `x`, `[tokens, hidden]`, becomes the residual stream after it, the
+    /// same bits as ever.
     pub fn forward(&self, x: &mut Mat) -> Result<Record, ModelError> {
         let start = copy(x.view());
         let mut tap = Recorder { gated: self.gated(), inputs: HashMap::new(), outputs: HashMap::new() };
@@ -87,8 +90,8 @@ impl RecordedBlock {
         Ok(Record { start, middle, inputs, outputs })
     }
 
-    /// Walks back: `dx`, `[tokens, hidden]`, the gradient of the residual stream after the block, becomes that before it. `sink` is shown what it
-    /// wants of this block and sequence.
+    /// Walks back: `dx`, `[tokens, hidden]`, the gradient of the residual stream after the block, becomes that before
+    /// it. `sink` is shown what it wants of this block and sequence.
     #[track_caller]
     pub fn backward(&self, record: &Record, dx: &mut Mat, sink: &mut dyn GradientSink) {
         let shape = (record.start.rows(), record.start.cols());
@@ -222,7 +225,8 @@ impl RecordedBlock {
         self.project(&f.up, x, dup.view(), dx, sink);
     }
 
-    /// The adjoint of one expert over the rows routed to it: adds to `dh`, and gives the gradients of the rows' weights.
+    /// The adjoint of one expert over the rows routed to it: adds to `dh`, and gives the gradients of the rows'
+    /// weights.
     fn expert(
         &self,
         (act, expert): (Activation, &Ffn),

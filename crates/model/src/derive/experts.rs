@@ -5,9 +5,10 @@ use lacuna_spec::Experts;
 
 /// The gradient of the router's logits, `[rows, experts]`.
 ///
-/// `p` is the softmax of the logits, `[rows, experts]`; `routes` the rows of each expert with their weights and `dweights` the gradients of those
-/// weights. Gradients flow through the weights of the chosen experts, not through the choice: where a row's weights are made to sum to 1,
-/// `dp_e = (dw_e - Σ dw w) / Σ p` over the chosen, else `dp_e = dw_e`; then through the softmax over all experts.
+/// `p` is the softmax of the logits, `[rows, experts]`; `routes` the rows of each expert with their weights and
+/// `dweights` the gradients of those weights. Gradients flow through the weights of the chosen experts, not through the
+/// choice: where a row's weights are made to sum to 1, `dp_e = (dw_e - Σ dw w) / Σ p` over the chosen, else
+/// `dp_e = dw_e`; then through the softmax over all experts.
 #[track_caller]
 pub fn routing(p: MatRef<'_>, routes: &[Vec<(usize, f32)>], dweights: &[Vec<f32>], choice: Experts) -> Mat {
     assert!(routes.len() == p.cols() && dweights.len() == p.cols(), "routes of {} experts", p.cols());

@@ -14,8 +14,9 @@ use crate::{Head, Lent, ModelError};
 /// Bytes of logits that are there at a time, about.
 const LOGITS_BYTES: usize = 16 << 20;
 
-/// Cross-entropy of rows of logits against their targets: the sum of `-log softmax(row)[target]`, in nats; `logits`, `[rows, vocab]`, become its
-/// gradient times `factor`: `(softmax - one at the target) · factor`. Panics where a target is beyond the vocabulary.
+/// Cross-entropy of rows of logits against their targets: the sum of `-log softmax(row)[target]`, in nats; `logits`,
+/// `[rows, vocab]`, become its gradient times `factor`: `(softmax - one at the target) · factor`. Panics where a target
+/// is beyond the vocabulary.
 #[track_caller]
 pub fn cross_entropy(logits: &mut Mat, targets: &[u32], factor: f32) -> f64 {
     assert_eq!(logits.rows(), targets.len(), "a target for each row");
@@ -48,8 +49,9 @@ impl RecordedHead {
         Ok(RecordedHead { head, matrix })
     }
 
-    /// The mean next-token loss of one sequence, in nats, from the residual stream `x` after the last block, `[tokens, hidden]`; with the gradient
-    /// of `x`. Logits are made some rows at a time. The last token predicts nothing: its row's gradient is 0.
+    /// The mean next-token loss of one sequence, in nats, from the residual stream `x` after the last block,
+    /// `[tokens, hidden]`; with the gradient of `x`. Logits are made some rows at a time. The last token predicts
+    /// nothing: its row's gradient is 0.
     #[track_caller]
     pub fn backward(
         &self,

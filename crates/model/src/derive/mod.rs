@@ -1,11 +1,13 @@
 //! The way back through the one decoder: gradients of a sequence's mean next-token loss.
 //!
-//! Beside every operation of the decoder stands its adjoint, a plain function of the same values: what is known of the loss's gradient after the
-//! operation becomes what is known before it. [`RecordedBlock`] runs a block's own forward with a tap that keeps what its way back needs;
-//! [`gradients`] walks a model's blocks from last to first, one loaded at a time, their inputs in a store that may spill.
+//! Beside every operation of the decoder stands its adjoint, a plain function of the same values: what is known of the
+//! loss's gradient after the operation becomes what is known before it. [`RecordedBlock`] runs a block's own forward
+//! with a tap that keeps what its way back needs; [`gradients`] walks a model's blocks from last to first, one loaded
+//! at a time, their inputs in a store that may spill.
 //!
-//! A [`GradientSink`] is shown, for every matrix, the rows that it multiplied and the gradients of what it put out: all that second-order
-//! and gradient statistics are made of ([`stats`]). Weights are those that are stored, activations exact; nothing moves.
+//! A [`GradientSink`] is shown, for every matrix, the rows that it multiplied and the gradients of what it put out: all
+//! that second-order and gradient statistics are made of ([`stats`]). Weights are those that are stored, activations
+//! exact; nothing moves.
 //!
 //! Not here: gradients of the embedding and of learned positions. A tied matrix is shown as the head alone.
 //!

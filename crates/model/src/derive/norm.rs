@@ -14,8 +14,9 @@ pub struct NormGradients {
     pub bias: Vec<f32>,
 }
 
-/// `dx += ` the gradient of the rows `x` that a normalisation read, from `dy`, that of what it put out: with `x̂ = (x - mean) · inv` and
-/// `g = dy · (scale + offset)` it is `inv · (g - mean(g) - x̂ · mean(g x̂))`, of RMS without the means of `x` and `g`.
+/// `dx += ` the gradient of the rows `x` that a normalisation read, from `dy`, that of what it put out: with
+/// `x̂ = (x - mean) · inv` and `g = dy · (scale + offset)` it is `inv · (g - mean(g) - x̂ · mean(g x̂))`, of RMS
+/// without the means of `x` and `g`.
 ///
 /// All are `[rows, cols]`. Gives the gradients of the vectors where `vectors`.
 #[track_caller]

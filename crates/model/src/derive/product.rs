@@ -5,7 +5,8 @@ use lacuna_kernels::Transposed;
 
 use super::rows::chunks;
 
-/// `dx += dy · W`: of `y = x · Wᵀ`, from the gradient `[rows, outputs]` of what came out, that of what went in, `[rows, inputs]`.
+/// `dx += dy · W`: of `y = x · Wᵀ`, from the gradient `[rows, outputs]` of what came out, that of what went in,
+/// `[rows, inputs]`.
 #[track_caller]
 pub fn product(w: &Transposed, dy: MatRef<'_>, dx: MatMut<'_>) {
     w.add_product(dy, dx);

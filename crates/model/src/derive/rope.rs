@@ -3,8 +3,8 @@
 use lacuna_base::MatMut;
 use lacuna_kernels::RopeTable;
 
-/// Turns the gradients of turned heads back, in place, each `[rows, heads * head_dim]`: the transpose of the turn of every row, which stands at
-/// (position, length of the sequence). The factor on cos and sin stays: it is no rotation's.
+/// Turns the gradients of turned heads back, in place, each `[rows, heads * head_dim]`: the transpose of the turn of
+/// every row, which stands at (position, length of the sequence). The factor on cos and sin stays: it is no rotation's.
 pub fn rope<const N: usize>(
     table: &RopeTable,
     at: impl ExactSizeIterator<Item = (usize, usize)> + Clone,

@@ -5,9 +5,11 @@ use lacuna_spec::Place;
 
 use crate::ModelError;
 
-/// Someone who is shown gradients on the way back. Each sequence's loss is its own mean: gradients of several sequences are not averaged here.
+/// Someone who is shown gradients on the way back. Each sequence's loss is its own mean: gradients of several sequences
+/// are not averaged here.
 ///
-/// The order: parts from the last to the first (the head, then the blocks), in each part all sequences, one after the other.
+/// The order: parts from the last to the first (the head, then the blocks), in each part all sequences, one after the
+/// other.
 pub trait GradientSink {
     /// Whether what belongs to `place` is to be shown: a matrix, a norm's scale, or a bias. Everything by default.
     fn wants(&self, place: &Place) -> bool {
@@ -15,9 +17,10 @@ pub trait GradientSink {
         true
     }
 
-    /// What the matrix at `place` multiplied, `x` `[rows, inputs]`, and the gradients of what came out, `dy` `[rows, outputs]`: the gradient of the
-    /// matrix is the sum of `dyᵀ · x` over all calls up to the sequence's end. The head is shown in several calls of some rows each; an expert sees
-    /// the rows routed to it, and none where there are none.
+    /// What the matrix at `place` multiplied, `x` `[rows, inputs]`, and the gradients of what came out, `dy`
+    /// `[rows, outputs]`: the gradient of the matrix is the sum of `dyᵀ · x` over all calls up to the sequence's end.
+    /// The head is shown in several calls of some rows each; an expert sees the rows routed to it, and none where there
+    /// are none.
     fn gradient(&mut self, place: &Place, x: MatRef<'_>, dy: MatRef<'_>);
 
     /// The gradient of a norm's scale or of a bias, of one sequence; of the head's norm once.

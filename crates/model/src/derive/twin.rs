@@ -3,8 +3,8 @@
 use lacuna_kernels::Attention;
 use lacuna_spec::{Activation, Norm, NormKind};
 
-/// Compares gradients with central differences of `forward` in f64: `of` are the arguments with their gradients under test, `dy` the gradient of
-/// what comes out. `forward` is given all arguments.
+/// Compares gradients with central differences of `forward` in f64: `of` are the arguments with their gradients under
+/// test, `dy` the gradient of what comes out. `forward` is given all arguments.
 #[track_caller]
 pub(crate) fn check(name: &str, dy: &[f32], of: &[(&[f32], &[f32])], forward: impl Fn(&[Vec<f64>]) -> Vec<f64>) {
     let mut args: Vec<Vec<f64>> = of.iter().map(|(v, _)| v.iter().map(|&x| f64::from(x)).collect()).collect();
@@ -82,7 +82,8 @@ pub(crate) fn softmax(row: &[f64]) -> Vec<f64> {
     row.iter().map(|x| (x - top).exp() / total).collect()
 }
 
-/// Causal attention of one sequence from its start: `q` is `[tokens, heads * dim]`, `k` and `v` `[tokens, kv_heads * dim]`.
+/// Causal attention of one sequence from its start: `q` is `[tokens, heads * dim]`, `k` and `v`
+/// `[tokens, kv_heads * dim]`.
 pub(crate) fn attention(p: &Attention, dim: usize, kv_heads: usize, q: &[f64], k: &[f64], v: &[f64]) -> Vec<f64> {
     let (wide, narrow) = (p.heads * dim, kv_heads * dim);
     let mut out = vec![0.0; q.len()];

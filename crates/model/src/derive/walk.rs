@@ -9,8 +9,9 @@ use super::loss::RecordedHead;
 use super::sink::GradientSink;
 use crate::{Batch, Block, ContiguousKv, Embedding, ModelError, NoTap};
 
-/// A store of the residual stream before every block, `[tokens, hidden]` of each sequence: `slot` is a block's number, or the number of blocks
-/// for what comes out of the last one. On the way back each slot is taken once and holds the gradient of its values from then on.
+/// A store of the residual stream before every block, `[tokens, hidden]` of each sequence: `slot` is a block's number,
+/// or the number of blocks for what comes out of the last one. On the way back each slot is taken once and holds the
+/// gradient of its values from then on.
 pub trait BlockInputs {
     /// Takes what lies in a slot, which may be put back changed.
     fn take(&mut self, slot: usize, sequence: usize) -> Result<Mat, ModelError>;
@@ -47,8 +48,9 @@ impl BlockInputs for MemoryInputs {
 
 /// Shows `sink` the gradients of each sequence's mean next-token loss, and gives those losses, in nats.
 ///
-/// One block is in memory at a time, twice in turn: for the way forward and for the way back, which makes its forward again from the store. After it,
-/// slot 0 holds the gradients of the embedded sequences. `progress` is told how many steps of how many are done.
+/// One block is in memory at a time, twice in turn: for the way forward and for the way back, which makes its forward
+/// again from the store. After it, slot 0 holds the gradients of the embedded sequences. `progress` is told how many
+/// steps of how many are done.
 ///
 /// Of the embedding itself no gradient is shown: a tied matrix is shown as the head alone.
 pub fn gradients(

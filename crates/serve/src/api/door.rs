@@ -1,5 +1,5 @@
-//! The way in: a body within its limits, then a place in the queue, and only then a look at what the request says. Whoever finds no place costs
-//! no more than the reading of its body, which is thrown away as it comes.
+//! The way in: a body within its limits, then a place in the queue, and only then a look at what the request says.
+//! Whoever finds no place costs no more than the reading of its body, which is thrown away as it comes.
 
 use std::sync::Arc;
 use std::sync::atomic::Ordering;
@@ -15,8 +15,8 @@ use crate::error::ApiError;
 use crate::worker::Ticket;
 use crate::{exact, schema};
 
-/// Bytes of a request that are taken in and dropped when it is too large: whoever sends first and listens then would find the connection
-/// broken, and not the reason.
+/// Bytes of a request that are taken in and dropped when it is too large: whoever sends first and listens then would
+/// find the connection broken, and not the reason.
 const DROPPED: usize = 64 << 20;
 
 fn too_large(most: usize) -> ApiError {
@@ -48,8 +48,9 @@ async fn within(mut body: Body, most: usize, keep: bool, time: Duration) -> Resu
 }
 
 impl App {
-    /// Takes in a request of the schema `name` and has `work` make of it what the engine needs, beside the thread that talks: templates, tokens
-    /// and grammars take long and do not wait. The place in the queue is taken before, and held until the work is done, even if the client left.
+    /// Takes in a request of the schema `name` and has `work` make of it what the engine needs, beside the thread that
+    /// talks: templates, tokens and grammars take long and do not wait. The place in the queue is taken before, and
+    /// held until the work is done, even if the client left.
     pub async fn admit<T: Send + 'static>(
         self: &Arc<App>,
         name: &'static str,

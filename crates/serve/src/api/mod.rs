@@ -20,7 +20,7 @@ use crate::app::App;
 use crate::error::{ApiError, json_response};
 use crate::exact;
 use crate::schema::Path;
-use crate::tools::{Form, Tools};
+use crate::tools::{CallFormat, Tools};
 use crate::worker::Ticket;
 use reply::{Reply, Setting, Shape};
 use types::{Input, answer_tokens};
@@ -215,10 +215,10 @@ fn prepare_chat(app: &App, body: Value, ticket: &mut Ticket) -> Result<Prepared,
         let text = "this model has no chat template: it was not trained to chat. Use /v1/completions";
         ApiError::bad("messages", text).code("unsupported_parameter")
     })?;
-    let form = Form::of(template.source(), template.takes_tools());
+    let form = CallFormat::of(template.source(), template.takes_tools());
     let tools = Tools::read(c.tools, c.tool_choice.as_ref(), c.parallel_tool_calls, form)?;
     let mut messages: Vec<Value> = c.messages.into_iter().map(|m| plain(m, form)).collect();
-    if let Some(tools) = tools.as_ref().filter(|_| form == Form::Constrained) {
+    if let Some(tools) = tools.as_ref().filter(|_| form == CallFormat::Constrained) {
         let at = messages.iter().rposition(|m| m["role"] == "user").unwrap_or(messages.len() - 1);
         let instruction = format!("\n\n{}", tools.instruction());
         match &mut messages[at]["content"] {
@@ -226,7 +226,7 @@ fn prepare_chat(app: &App, body: Value, ticket: &mut Ticket) -> Result<Prepared,
             said => *said = (said.as_str().unwrap_or_default().to_owned() + &instruction).into(),
         }
     }
-    let shown = tools.as_ref().filter(|_| form != Form::Constrained).map(|t| Value::from(t.list.clone()));
+    let shown = tools.as_ref().filter(|_| form != CallFormat::Constrained).map(|t| Value::from(t.list.clone()));
     let text = |id: Option<u32>| id.and_then(|id| app.tokenizer.token_text(id)).unwrap_or("");
     let (bos, eos) = (text(app.tokenizer.bos()), text(app.tokenizer.eos()));
     let mut rendered = template
@@ -300,9 +300,10 @@ fn prepare_chat(app: &App, body: Value, ticket: &mut Ticket) -> Result<Prepared,
     Ok((requests, reply, stream))
 }
 
-/// A message as templates know it: developers called system, arguments of calls as objects. A template without a place for tools gets calls and
-/// results as texts. Whether what is said comes as a text or in parts is the template's own matter.
-fn plain(mut m: Value, form: Form) -> Value {
+/// A message as templates know it: developers called system, arguments of calls as objects. A template without a place
+/// for tools gets calls and results as texts. Whether what is said comes as a text or in parts is the template's own
+/// matter.
+fn plain(mut m: Value, form: CallFormat) -> Value {
     if m["role"] == "developer" {
         m["role"] = "system".into();
     }
@@ -312,7 +313,7 @@ fn plain(mut m: Value, form: Form) -> Value {
         fields.remove("tool_calls");
     }
     if let Some(calls) = fields.get_mut("tool_calls").and_then(Value::as_array_mut) {
-        if form == Form::Constrained {
+        if form == CallFormat::Constrained {
             let text: Vec<String> = calls.iter().map(|call| written(&call["function"])).collect();
             fields.remove("tool_calls");
             fields.insert("content".into(), text.join("\n").into());
@@ -320,7 +321,7 @@ fn plain(mut m: Value, form: Form) -> Value {
             calls.iter_mut().filter_map(Value::as_object_mut).for_each(open);
         }
     }
-    if form == Form::Constrained && fields.get("role").is_some_and(|r| r == "tool") {
+    if form == CallFormat::Constrained && fields.get("role").is_some_and(|r| r == "tool") {
         let said = match fields.get("content") {
             Some(Value::Array(parts)) => parts.iter().filter_map(|p| p["text"].as_str()).collect(),
             said => said.and_then(Value::as_str).unwrap_or_default().to_owned(),

@@ -154,7 +154,8 @@ impl Common {
         Ok((stream, usage))
     }
 
-    /// How tokens are chosen and where the answer ends, for the first of `n` answers. `vocab`: rows of the model's head.
+    /// How tokens are chosen and where the answer ends, for the first of `n` answers. `vocab`: rows of the model's
+    /// head.
     pub fn generation(&self, max_tokens: usize, vocab: usize) -> Result<Generation, ApiError> {
         let mut logit_bias = Vec::new();
         for (id, &bias) in self.logit_bias.iter().flatten() {

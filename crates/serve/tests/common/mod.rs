@@ -16,10 +16,12 @@ use lacuna_serve::{Options, Served, Stop, serve};
 use serde_json::{Value, json};
 
 /// ChatML, without a place for tools.
-pub const PLAIN: &str = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt %}<|im_start|>{% endif %}";
+pub const PLAIN: &str = "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{% if \
+ add_generation_prompt %}<|im_start|>{% endif %}";
 
 /// The same with tools, as Qwen's and Hermes' templates have them.
-pub const TOOLS: &str = "{% if tools %}{{ tools | tojson }} <tool_call>{% endif %}{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>";
+pub const TOOLS: &str = "{% if tools %}{{ tools | tojson }} <tool_call>{% endif %}{% for m in messages \
+ %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}<|im_start|>";
 
 /// 96 tokens: three special ones, a line's end, a space, and the printable characters but three.
 pub fn tokenizer() -> Tokenizer {
@@ -141,7 +143,8 @@ impl Drop for Server {
 pub fn request(path: &str, body: &Value) -> String {
     let body = body.to_string();
     format!(
-        "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: close\r\ncontent-length: {}\r\n\r\n{body}",
+        "POST {path} HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: \
+         close\r\ncontent-length: {}\r\n\r\n{body}",
         body.len()
     )
 }

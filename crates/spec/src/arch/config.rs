@@ -1,4 +1,5 @@
-//! Reading and writing config.json: typed access with errors that name the key, and what Llama's relatives have in common.
+//! Reading and writing config.json: typed access with errors that name the key, and what Llama's relatives have in
+//! common.
 
 use serde_json::{Map, Value, json};
 
@@ -14,8 +15,9 @@ pub(super) fn bad<T>(what: impl std::fmt::Display) -> Result<T, SpecError> {
 
 /// A config.json with its defaults filled in, or one of its nested objects.
 ///
-/// What a null means differs by key in transformers: none (`sliding_window`), derived (`head_dim` of Llama), false, or an error. So
-/// the plain readers refuse it, `bool` takes it for false as Python does, and the `opt_` ones leave it to the family.
+/// What a null means differs by key in transformers: none (`sliding_window`), derived (`head_dim` of Llama), false, or
+/// an error. So the plain readers refuse it, `bool` takes it for false as Python does, and the `opt_` ones leave it to
+/// the family.
 #[derive(Clone, Copy)]
 pub(super) struct Config<'a>(pub &'a Value);
 
@@ -78,7 +80,8 @@ impl<'a> Config<'a> {
         Ok(list.unwrap_or_default())
     }
 
-    /// Refuses any value of `key` but `only` (or none): the others change results in a way the decoder does not compute.
+    /// Refuses any value of `key` but `only` (or none): the others change results in a way the decoder does not
+    /// compute.
     pub fn only(&self, key: &str, only: Value) -> Result<(), SpecError> {
         match self.get(key) {
             Some(v) if *v != only => bad(format!("{key} is {v}; only {only} is supported")),
@@ -132,8 +135,8 @@ pub(super) fn num(x: f32) -> Value {
     json!(x.to_string().parse::<f64>().unwrap_or(f64::from(x)))
 }
 
-/// What Llama's relatives share: RMS norms, a gated feed-forward part, RoPE as `rope` reads it, no biases, no windows. Families change
-/// what differs.
+/// What Llama's relatives share: RMS norms, a gated feed-forward part, RoPE as `rope` reads it, no biases, no windows.
+/// Families change what differs.
 pub(super) fn llama_like(c: &Config, arch: &str, act: &str, rope: rope::Reader) -> Result<Spec, SpecError> {
     let hidden = c.usize("hidden_size")?;
     let heads = c.usize("num_attention_heads")?;
@@ -249,7 +252,8 @@ pub(super) fn window(spec: &Spec) -> Option<usize> {
     spec.layers.iter().find_map(|l| l.attn.as_ref()?.window)
 }
 
-/// Reads a configuration just written and compares: what it cannot say (uneven layers, a missing part, ...) is refused by name.
+/// Reads a configuration just written and compares: what it cannot say (uneven layers, a missing part, ...) is refused
+/// by name.
 pub(super) fn verified(
     spec: &Spec,
     config: Map<String, Value>,
@@ -316,7 +320,8 @@ pub(super) fn ffn_parts(spec: &Spec) -> Result<Vec<&FfnSpec>, SpecError> {
     Ok(spec.layers.iter().filter_map(|l| l.ffn.as_ref()).collect())
 }
 
-/// The tensor of `module` for a place, inside `model.layers.N.` or outside: `model.` and `.weight` or `.bias` are put around it.
+/// The tensor of `module` for a place, inside `model.layers.N.` or outside: `model.` and `.weight` or `.bias` are put
+/// around it.
 pub(super) fn named(place: &Place, prefix: &str, layers: &str, module: &str) -> Source {
     let part = if place.part == Part::Bias { "bias" } else { "weight" };
     Source::whole(match place.layer {

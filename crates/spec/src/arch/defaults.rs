@@ -1,12 +1,13 @@
-//! What a config.json means by what it leaves out: the defaults of transformers' configuration classes, class by class, and the second
-//! names that they answer to. `tests/golden/defaults.json` holds what the classes themselves say.
+//! What a config.json means by what it leaves out: the defaults of transformers' configuration classes, class by class,
+//! and the second names that they answer to. `tests/golden/defaults.json` holds what the classes themselves say.
 
 use serde_json::{Value, json};
 
 use super::config::bad;
 use crate::spec::SpecError;
 
-/// The configuration with every key that is read and absent at its class's default. An explicit null stays: it is a value of its own.
+/// The configuration with every key that is read and absent at its class's default. An explicit null stays: it is a
+/// value of its own.
 ///
 /// A null here: absent means derived from other keys (`num_key_value_heads` of Llama), or none.
 pub(super) fn filled(config: &Value, class: &str) -> Result<Value, SpecError> {

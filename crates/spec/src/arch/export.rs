@@ -1,7 +1,8 @@
 //! The way out: the network as another layout holds it, and every tensor that a file of that layout has.
 //!
-//! The names come from the same mappings that read files. What a layout keeps differently (the order of the rows of q and k, a norm's
-//! scale less one) shows as a difference between the two [`Spec`]s, from which a writer sees what to rearrange.
+//! The names come from the same mappings that read files. What a layout keeps differently (the order of the rows of q
+//! and k, a norm's scale less one) shows as a difference between the two [`Spec`]s, from which a writer sees what to
+//! rearrange.
 
 use super::{GgufKeys, Source, SourceOf, family, rope};
 use crate::place::{Part, Place, Role};
@@ -29,11 +30,13 @@ pub struct Whole {
     pub layers: Vec<usize>,
     /// Layers (of the network it was made from) that are left out: both their parts were missing.
     pub left_out: Vec<usize>,
-    /// Layers (of the network it was made from) with a missing part, which becomes a part of zeros: it adds nothing, as before.
+    /// Layers (of the network it was made from) with a missing part, which becomes a part of zeros: it adds nothing, as
+    /// before.
     pub filled: Vec<usize>,
 }
 
-/// The network with its missing parts put back as parts of the usual shape, since no other program's files can say that one is missing.
+/// The network with its missing parts put back as parts of the usual shape, since no other program's files can say that
+/// one is missing.
 pub fn whole(spec: &Spec) -> Result<Whole, SpecError> {
     let (some_attn, some_ffn) =
         (spec.layers.iter().find_map(|l| l.attn.clone()), spec.layers.iter().find_map(|l| l.ffn.clone()));
@@ -98,8 +101,8 @@ pub fn hf_spec(spec: &Spec) -> Result<Spec, SpecError> {
     Ok(out)
 }
 
-/// Gives every matrix that one word of config.json speaks of a bias where one of them has one. Those that had none are zeros, which add
-/// nothing.
+/// Gives every matrix that one word of config.json speaks of a bias where one of them has one. Those that had none are
+/// zeros, which add nothing.
 fn open_biases(spec: &mut Spec) {
     let knows = |families: &[&str]| families.contains(&spec.arch.as_str());
     let (attention, mlp) = (knows(&ATTENTION_BIAS), knows(&MLP_BIAS));
@@ -140,7 +143,8 @@ pub fn gguf_spec(spec: &Spec) -> Result<Spec, SpecError> {
     Ok(out)
 }
 
-/// The metadata of a GGUF file of `spec` (as [`gguf_spec`] gives it), or why there can be none. What is written is read again and compared.
+/// The metadata of a GGUF file of `spec` (as [`gguf_spec`] gives it), or why there can be none. What is written is read
+/// again and compared.
 pub fn to_gguf(spec: &Spec) -> Result<GgufKeys, SpecError> {
     (family(spec)?.to_gguf)(spec)
 }

@@ -1,8 +1,9 @@
-//! Gemma 2 and 3: norms before and after each part, scaled embeddings, layers that see a window and layers that see everything.
+//! Gemma 2 and 3: norms before and after each part, scaled embeddings, layers that see a window and layers that see
+//! everything.
 //!
-//! The embedding's factor is `sqrt(hidden)` as transformers applies it: rounded to the dtype that the configuration names (bf16 for the
-//! published files, which were trained so). llama.cpp keeps it in f32, and so do GGUF files here. Safetensors keep a norm's scale minus
-//! one; GGUF files keep the scale itself.
+//! The embedding's factor is `sqrt(hidden)` as transformers applies it: rounded to the dtype that the configuration
+//! names (bf16 for the published files, which were trained so). llama.cpp keeps it in f32, and so do GGUF files here.
+//! Safetensors keep a norm's scale minus one; GGUF files keep the scale itself.
 
 use serde_json::{Map, Value, json};
 
@@ -238,7 +239,8 @@ fn to_gguf3(spec: &Spec) -> Result<GgufKeys, SpecError> {
     if local != 10000.0 {
         keys.set("rope.freq_base_swa", GgufValue::F32(local));
     }
-    // Every sixth layer sees everything, unless the file says otherwise: by a period where there is one, else layer by layer.
+    // Every sixth layer sees everything, unless the file says otherwise: by a period where there is one, else layer by
+    // layer.
     let slides: Vec<bool> = attns().map(|a| a.window.is_some()).collect();
     let fits = |period: usize| slides.iter().enumerate().all(|(l, s)| *s != (l + 1).is_multiple_of(period));
     match (1..=slides.len() + 1).find(|p| fits(*p)) {

@@ -22,7 +22,8 @@ pub struct GgufHead {
     pub tensors: BTreeSet<String>,
     /// Rows of `token_embd.weight`.
     pub vocab: usize,
-    /// Values of the small tensors that describe RoPE: `rope_freqs.weight`, `rope_factors_long.weight`, `rope_factors_short.weight`.
+    /// Values of the small tensors that describe RoPE: `rope_freqs.weight`, `rope_factors_long.weight`,
+    /// `rope_factors_short.weight`.
     pub rope_lists: BTreeMap<String, Vec<f32>>,
 }
 
@@ -90,7 +91,8 @@ impl GgufHead {
     }
 }
 
-/// The network that the common keys describe: pre-norm RMS, gated SiLU, RoPE of the given style. Families change what differs.
+/// The network that the common keys describe: pre-norm RMS, gated SiLU, RoPE of the given style. Families change what
+/// differs.
 ///
 /// A layer whose head count or width is 0 lacks that part, as pruned files say it.
 pub(super) fn standard(head: &GgufHead, arch: &str, style: RopeStyle) -> Result<Spec, SpecError> {

@@ -62,7 +62,8 @@ impl GgufKeys {
         Ok(())
     }
 
-    /// One number, on which all layers must agree: GGUF could list one for each, but llama.cpp takes the first for all in these families.
+    /// One number, on which all layers must agree: GGUF could list one for each, but llama.cpp takes the first for all
+    /// in these families.
     fn each(&mut self, key: &str, list: &[usize]) -> Result<(), SpecError> {
         let first = list.first().copied().unwrap_or(0);
         match list.iter().position(|n| *n != first) {
@@ -116,7 +117,8 @@ pub(super) fn standard_keys(spec: &Spec, arch: &str) -> Result<GgufKeys, SpecErr
     Ok(k)
 }
 
-/// Refuses biases that pruning left and that llama.cpp's loader of this architecture does not know: it would refuse the whole file.
+/// Refuses biases that pruning left and that llama.cpp's loader of this architecture does not know: it would refuse the
+/// whole file.
 fn loadable_biases(spec: &Spec, arch: &str) -> Result<(), SpecError> {
     for (l, layer) in spec.layers.iter().enumerate() {
         let fail = |what: &str| {

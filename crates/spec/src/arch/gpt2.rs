@@ -1,4 +1,5 @@
-//! GPT-2: LayerNorm, learned positions, biases everywhere, q, k and v in one matrix that the safetensors keep as `[in, out]`.
+//! GPT-2: LayerNorm, learned positions, biases everywhere, q, k and v in one matrix that the safetensors keep as
+//! `[in, out]`.
 
 use serde_json::{Map, Value, json};
 

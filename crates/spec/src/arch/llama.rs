@@ -24,7 +24,8 @@ pub(super) const LLAMA: Family = Family {
     to_gguf,
 };
 
-/// Mistral: windows on every layer, or on those that `layer_types` names (Ministral). Its GGUF files call themselves llama.
+/// Mistral: windows on every layer, or on those that `layer_types` names (Ministral). Its GGUF files call themselves
+/// llama.
 pub(super) const MISTRAL: Family = Family {
     name: "mistral",
     model_types: &["mistral", "ministral"],
@@ -59,7 +60,8 @@ fn from_mistral(config: &Value) -> Result<Spec, SpecError> {
     let filled = filled(config, "mistral")?;
     let c = Config(&filled);
     let mut spec = llama_like(&c, "mistral", "hidden_act", rope::common)?;
-    // Absent is not null here (4096). With layer_types transformers takes the file for a Ministral's, whose layers may differ.
+    // Absent is not null here (4096). With layer_types transformers takes the file for a Ministral's, whose layers may
+    // differ.
     let windows = c.windows(spec.layers.len(), c.opt_usize("sliding_window")?, |_| true)?;
     attns(&mut spec).zip(windows).for_each(|(a, w)| a.window = w);
     Ok(spec)

@@ -1,9 +1,10 @@
 //! Architectures: each file maps one family's configuration and tensor names to a [`Spec`] and back. No arithmetic.
 //!
-//! A mapping never touches values. Where a file stores a tensor in another arrangement, [`Source`] says which rows of which stored
-//! tensor are meant and whether they lie transposed; the reader does the rest.
+//! A mapping never touches values. Where a file stores a tensor in another arrangement, [`Source`] says which rows of
+//! which stored tensor are meant and whether they lie transposed; the reader does the rest.
 //!
-//! An option of a configuration that would change results and that the decoder does not know is refused, never passed over.
+//! An option of a configuration that would change results and that the decoder does not know is refused, never passed
+//! over.
 
 mod config;
 mod defaults;
@@ -147,11 +148,11 @@ pub fn from_gguf(head: &GgufHead) -> Result<Spec, SpecError> {
     Ok(spec)
 }
 
-/// Where the tensor at `place` may lie in a Hugging Face checkpoint: the first name that the file has is the one. Empty where the
-/// network has no such tensor.
+/// Where the tensor at `place` may lie in a Hugging Face checkpoint: the first name that the file has is the one. Empty
+/// where the network has no such tensor.
 ///
-/// Files saved from a bare model lack the outer `model.` or `transformer.`; those of a model that also sees images wrap the names once
-/// more. transformers 5 can save all experts of a layer in two tensors, as its classes hold them.
+/// Files saved from a bare model lack the outer `model.` or `transformer.`; those of a model that also sees images wrap
+/// the names once more. transformers 5 can save all experts of a layer in two tensors, as its classes hold them.
 pub fn sources(spec: &Spec, place: &Place) -> Vec<Source> {
     let Some(own) = of_place(spec, place, |f| f.source) else { return Vec::new() };
     let mut out = Vec::new();
@@ -166,8 +167,8 @@ pub fn sources(spec: &Spec, place: &Place) -> Vec<Source> {
     out
 }
 
-/// Where a layer's experts lie stacked: gate above up in `[experts, 2 * width, hidden]`, and down. The router beside them has one name
-/// in all classes.
+/// Where a layer's experts lie stacked: gate above up in `[experts, 2 * width, hidden]`, and down. The router beside
+/// them has one name in all classes.
 fn stacked(spec: &Spec, place: &Place) -> Option<Source> {
     let l = place.layer?;
     let ffn = spec.layers.get(l as usize)?.ffn.as_ref().filter(|f| f.experts.is_some())?;
@@ -183,7 +184,8 @@ fn stacked(spec: &Spec, place: &Place) -> Option<Source> {
     (place.part == Part::Weight).then_some(Source { rows, slice, ..Source::whole(name) })
 }
 
-/// Where the tensor at `place` may lie in a GGUF file, as [`sources`]: experts stacked, or one by one as older files have them.
+/// Where the tensor at `place` may lie in a GGUF file, as [`sources`]: experts stacked, or one by one as older files
+/// have them.
 pub fn gguf_sources(spec: &Spec, place: &Place) -> Vec<Source> {
     let Some(first) = of_place(spec, place, |f| f.gguf_source) else { return Vec::new() };
     match first.slice {

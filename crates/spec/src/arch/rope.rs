@@ -1,5 +1,6 @@
-//! RoPE in config.json: transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 one `rope_parameters`, possibly one for
-//! each type of layer. Which of them count, and where, differs by class: `tests/golden/variants.json` holds what transformers computes.
+//! RoPE in config.json: transformers 4 writes `rope_theta` and `rope_scaling`, transformers 5 one `rope_parameters`,
+//! possibly one for each type of layer. Which of them count, and where, differs by class: `tests/golden/variants.json`
+//! holds what transformers computes.
 
 use serde_json::{Map, Value, json};
 
@@ -148,7 +149,8 @@ fn read(c: &Config, set: &Value, head_dim: usize, class: Class) -> Result<Rope, 
         ("default", _) => head_dim,
         _ if turning != head_dim => {
             return bad(format!(
-                "partial_rotary_factor is {part} with rope_type \"{kind}\"; this class turns whole heads, and transformers \
+                "partial_rotary_factor is {part} with rope_type \"{kind}\"; this class turns whole heads, and \
+                 transformers \
                  fails here"
             ));
         }
@@ -265,7 +267,8 @@ pub(super) fn llama3_factors(rope: &Rope) -> Option<Vec<f32>> {
     Some((0..rope.dims / 2).map(|i| one(i) as f32).collect())
 }
 
-/// The llama3 scaling behind a list of divisors, with the constants that every published model has; `None` where it is none.
+/// The llama3 scaling behind a list of divisors, with the constants that every published model has; `None` where it is
+/// none.
 pub(super) fn llama3_of_factors(factors: &[f32], theta: f32, dims: usize) -> Option<RopeScaling> {
     let factor = factors.iter().copied().fold(1.0, f32::max);
     (5..=20).map(|n| 1usize << n).find_map(|original| {
@@ -286,7 +289,8 @@ pub(super) fn to_config(
     out: &mut Map<String, Value>,
 ) -> Result<(), SpecError> {
     if rope.style != RopeStyle::Half {
-        let what = "RoPE pairs neighbouring channels (GGUF's order of rows); the rows of q and k must be brought into halves first";
+        let what = "RoPE pairs neighbouring channels (GGUF's order of rows); the rows of q and k must be brought into \
+         halves first";
         return Err(SpecError { what: what.into() });
     }
     out.insert("rope_theta".into(), num(rope.theta));

@@ -8,7 +8,7 @@ use lacuna_format::{Float, Pattern, PatternKind, Piece, Stored, Term, Values, We
 use lacuna_spec::{Part, Place};
 
 use super::decoded;
-use super::fit::{Change, Fitted, Form, Product};
+use super::fit::{Change, Fitted, Halves, Product};
 use crate::open::transpose;
 
 impl Fitted {
@@ -104,15 +104,15 @@ impl Fitted {
         let (fb, b0, b1, b) = self.adapter.matrix(&p.up)?;
         let rows = p.rows.clone();
         let (mut left, right, rank) = match p.form {
-            Form::Embedding => {
+            Halves::Embedding => {
                 let right = dense(b1, b0, Float::F32, bytes(turned(&decoded(fb, &b), b0, b1)));
                 (turned(&decoded(fa, &a), a0, a1), right, a0)
             }
-            Form::Plain => {
+            Halves::Plain => {
                 let size = b1 * fb.bytes();
                 (decoded(fb, &b[rows.start * size..rows.end * size]), dense(a0, a1, fa, a), a0)
             }
-            Form::Expert { index, of } => {
+            Halves::Expert { index, of } => {
                 let (rank, size) = (p.rank, p.rank * a1 * fa.bytes());
                 let all = decoded(fb, &b[rows.start * b1 * fb.bytes()..rows.end * b1 * fb.bytes()]);
                 let left = all.chunks_exact(b1).flat_map(|row| (0..rank).map(|k| row[k * of + index])).collect();
@@ -128,7 +128,7 @@ impl Fitted {
 
     /// DoRA: every row brought to the length that its magnitude says; in an embedding every column.
     fn rescaled(&self, name: &str, change: &Change, mut w: Mat) -> Result<Mat, WeightsError> {
-        let by_column = change.adds.as_ref().is_some_and(|p| p.form == Form::Embedding);
+        let by_column = change.adds.as_ref().is_some_and(|p| p.form == Halves::Embedding);
         let (rows, cols) = (w.rows(), w.cols());
         let n = if by_column { cols } else { rows };
         let magnitudes = if by_column { self.adapter.vector(name, cols)? } else { self.entries(name, change, rows)? };

@@ -46,12 +46,12 @@ pub(super) struct Product {
     /// Rows meant of what the product has, and all that it must have.
     pub rows: Range<usize>,
     pub all: Option<usize>,
-    pub form: Form,
+    pub form: Halves,
 }
 
 /// How the two halves are stored.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
-pub(super) enum Form {
+pub(super) enum Halves {
     /// `[rank, cols]` and `[rows, rank]`.
     Plain,
     /// `[rank, rows]` and `[cols, rank]`.
@@ -185,7 +185,8 @@ impl super::Said {
     }
 }
 
-/// Where a place may lie, in the names of all releases of transformers; experts in one tensor apart, which [`Adapter::product`] looks for.
+/// Where a place may lie, in the names of all releases of transformers; experts in one tensor apart, which
+/// [`Adapter::product`] looks for.
 fn spellings(spec: &Spec, place: &Place) -> Vec<Source> {
     let mut out = arch::sources(spec, place);
     out.retain(|s| s.slice.is_none());
@@ -300,8 +301,8 @@ impl Adapter {
     fn product(&self, spec: &Spec, place: &Place, module: &str, source: &Source) -> Option<Product> {
         let high = spec.shape(place)?.0;
         let mut ways = vec![
-            (module.to_owned(), ["lora_A.weight", "lora_B.weight"], Form::Plain, format!("{module}.weight")),
-            (module.to_owned(), ["lora_embedding_A", "lora_embedding_B"], Form::Embedding, String::new()),
+            (module.to_owned(), ["lora_A.weight", "lora_B.weight"], Halves::Plain, format!("{module}.weight")),
+            (module.to_owned(), ["lora_embedding_A", "lora_embedding_B"], Halves::Embedding, String::new()),
         ];
         if let (Some(index), Some((before, _))) = (place.expert, module.rsplit_once(".experts."))
             && let Some(of) = spec.layers[place.layer.unwrap_or(0) as usize].ffn.as_ref().and_then(|f| f.experts)
@@ -314,7 +315,7 @@ impl Adapter {
             let (parameter, inner) = if place.role == Role::Down { (second, false) } else { (first, both) };
             if self.said.aims_at(&parameter) {
                 let holder = if inner { format!("{experts}.base_layer") } else { experts };
-                let form = Form::Expert { index: index as usize, of: of.count };
+                let form = Halves::Expert { index: index as usize, of: of.count };
                 ways.push((holder, ["lora_A.weight", "lora_B.weight"], form, parameter));
             }
         }
@@ -327,8 +328,8 @@ impl Adapter {
             let aimed = if self.said.aims_at(&parameter) { &parameter } else { module };
             let (scale, rank) = self.said.scaling(aimed);
             let (from, all) = match (form, place.role, source.rows) {
-                (Form::Expert { .. }, Role::Gate, _) => (0, Some(2 * high)),
-                (Form::Expert { .. }, Role::Up, _) => (high, Some(2 * high)),
+                (Halves::Expert { .. }, Role::Gate, _) => (0, Some(2 * high)),
+                (Halves::Expert { .. }, Role::Up, _) => (high, Some(2 * high)),
                 (_, _, Some((from, _))) => (from, None),
                 _ => (0, Some(high)),
             };
@@ -380,8 +381,8 @@ impl Adapter {
         if let Some(p) = &c.adds {
             let (_, rank, cols, _) = self.matrix(&p.down)?;
             let (_, rows, wide, _) = self.matrix(&p.up)?;
-            let of = if let Form::Expert { of, .. } = p.form { of } else { 1 };
-            let (rows, cols) = if p.form == Form::Embedding { (cols, rows) } else { (rows, cols) };
+            let of = if let Halves::Expert { of, .. } = p.form { of } else { 1 };
+            let (rows, cols) = if p.form == Halves::Embedding { (cols, rows) } else { (rows, cols) };
             if wide != rank || p.rank.checked_mul(of) != Some(rank) {
                 let what =
                     format!("rank {wide}, the other half has {rank}, the configuration {} for each of {of}", p.rank);
@@ -395,7 +396,7 @@ impl Adapter {
             }
         }
         if let Some(name) = &c.magnitudes {
-            let embedding = c.adds.as_ref().is_some_and(|p| p.form == Form::Embedding);
+            let embedding = c.adds.as_ref().is_some_and(|p| p.form == Halves::Embedding);
             let (_, have, _) = self.floats(name)?;
             if !matches!(have, [n] if if embedding { *n == shape.1 } else { fits(*n, shape.0) }) {
                 return self.bad(name, format!("shape {have:?} for magnitudes of {place}, {shape:?}"));

@@ -325,7 +325,8 @@ impl Machine {
         }
     }
 
-    /// What an attribute's path, `a.0.b`, leads to; the value itself where there is no path. What is missing on the way is `default`, if given.
+    /// What an attribute's path, `a.0.b`, leads to; the value itself where there is no path. What is missing on the way
+    /// is `default`, if given.
     pub(super) fn reached(&self, mut value: Value, path: &Option<Value>, default: &Option<Value>) -> Outcome<Value> {
         let parts = match path {
             None | Some(Value::None) => return Ok(value),

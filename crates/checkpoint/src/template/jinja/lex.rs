@@ -1,4 +1,5 @@
-//! Source into tokens: text between tags, and what is inside them. Blanks around tags are trimmed here, as `trim_blocks` and `lstrip_blocks` say.
+//! Source into tokens: text between tags, and what is inside them. Blanks around tags are trimmed here, as
+//! `trim_blocks` and `lstrip_blocks` say.
 
 use std::sync::Arc;
 

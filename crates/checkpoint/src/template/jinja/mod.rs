@@ -1,11 +1,11 @@
 //! The language of chat templates: Jinja as `transformers` runs it, with Python's values and in its immutable sandbox.
 //!
-//! A program is parsed into a tree once and run on values of its own. Everything that it does is paid for: steps, and bytes held at one time
-//! ([`meter`]). It sees no files, no other templates and no clock but the one that it is given.
+//! A program is parsed into a tree once and run on values of its own. Everything that it does is paid for: steps, and
+//! bytes held at one time ([`meter`]). It sees no files, no other templates and no clock but the one that it is given.
 //!
-//! Departs from Jinja: whole numbers end at 128 bits; `include`, `import`, `extends` and `block` are refused, as are the filters that make
-//! HTML or draw lots; a generator can be walked twice, and is not printed; `safe` marks nothing, so that
-//! what is added to its text is not escaped; what Python prints with an address is printed without.
+//! Departs from Jinja: whole numbers end at 128 bits; `include`, `import`, `extends` and `block` are refused, as are
+//! the filters that make HTML or draw lots; a generator can be walked twice, and is not printed; `safe` marks nothing,
+//! so that what is added to its text is not escaped; what Python prints with an address is printed without.
 
 mod checks;
 mod eval;

@@ -108,7 +108,8 @@ fn quoted(text: &str, out: &mut Builder) -> Outcome<()> {
     out.push(quote.encode_utf8(&mut bytes))
 }
 
-/// Whether Python shows the letter as it is. Rust's own rule for what it shows is the same, but for letters that join those before them.
+/// Whether Python shows the letter as it is. Rust's own rule for what it shows is the same, but for letters that join
+/// those before them.
 pub(super) fn printable(c: char) -> bool {
     if c.is_ascii() {
         return !c.is_ascii_control();

@@ -1,8 +1,9 @@
-//! Causal attention over pages, streaming: an online softmax over tiles of 128 absolute positions, never a whole score matrix.
+//! Causal attention over pages, streaming: an online softmax over tiles of 128 absolute positions, never a whole score
+//! matrix.
 //!
-//! Segments of 512 absolute positions are softened apart and then added up in order, so that one long query can be shared between threads. A
-//! query's segments, tiles, its bounds in them and every order of summation follow from its own position: its result is the same bits in any
-//! company, alone, in a chunk of any size, with any number of threads.
+//! Segments of 512 absolute positions are softened apart and then added up in order, so that one long query can be
+//! shared between threads. A query's segments, tiles, its bounds in them and every order of summation follow from its
+//! own position: its result is the same bits in any company, alone, in a chunk of any size, with any number of threads.
 
 mod ops;
 
@@ -44,8 +45,8 @@ const SIDE: usize = 8;
 const WIDEN: usize = 16;
 
 impl Attention {
-    /// The outputs of one sequence's rows: `q` and `out` are `[rows, heads * head_dim]`, `positions` the rows' positions, whose keys
-    /// (and all before) are in `kv`. Panics where shapes do not fit or a position is not written.
+    /// The outputs of one sequence's rows: `q` and `out` are `[rows, heads * head_dim]`, `positions` the rows'
+    /// positions, whose keys (and all before) are in `kv`. Panics where shapes do not fit or a position is not written.
     #[track_caller]
     pub fn run(&self, q: MatRef<'_>, positions: &[usize], kv: &KvView<'_>, out: MatMut<'_>) {
         self.run_on(Isa::best(), q, positions, kv, out);
@@ -103,7 +104,7 @@ impl Attention {
                         let (task, segment) = (task(i / n), segments.start + i % n);
                         let into = parts.after(i % n * stride);
                         scratch::with(task.room(), |buffer| {
-                            Run { isa, task, segments: segment..segment + 1, into: Into::Partial(into), buffer }.run();
+                            Run { isa, task, segments: segment..segment + 1, into: Sink::Partial(into), buffer }.run();
                         });
                     }
                 });
@@ -121,15 +122,15 @@ impl Attention {
         }
         parallel::ranges(tasks, 1, 1, cost, |from, to| {
             for i in from..to {
-                let (task, segments, into) = (task(i), segments.clone(), Into::Out(at));
+                let (task, segments, into) = (task(i), segments.clone(), Sink::Out(at));
                 scratch::with(task.room(), |buffer| Run { isa, task, segments, into, buffer }.run());
             }
         });
     }
 
-    /// As [`Attention::run`] for nodes of a tree that continues a text of `base` tokens, such as drafts to be verified: the key of node `i` lies at
-    /// position `base + i` of `kv`, and row `r` of `q` sees the text and the nodes `paths[r]`, the tree's root first, itself last. The same bits as if
-    /// the text had gone on with that path alone.
+    /// As [`Attention::run`] for nodes of a tree that continues a text of `base` tokens, such as drafts to be verified:
+    /// the key of node `i` lies at position `base + i` of `kv`, and row `r` of `q` sees the text and the nodes
+    /// `paths[r]`, the tree's root first, itself last. The same bits as if the text had gone on with that path alone.
     #[track_caller]
     pub fn run_tree(&self, q: MatRef<'_>, base: usize, paths: &[&[usize]], kv: &KvView<'_>, out: MatMut<'_>) {
         self.run_tree_on(Isa::best(), q, base, paths, kv, out);
@@ -227,7 +228,7 @@ impl Task<'_> {
 
 /// Where a task's results go.
 #[derive(Clone, Copy)]
-enum Into {
+enum Sink {
     /// Finished, to the rows of the output.
     Out(Shared),
     /// Largest score, sum and sums of the only segment, for each row and head.
@@ -236,13 +237,13 @@ enum Into {
 
 /// Some segments of a task.
 ///
-/// What follows says which queries meet which keys and in which order; the arithmetic is in operations of their own, each compiled apart for
-/// every instruction set: inlined into one function they would take minutes to compile.
+/// What follows says which queries meet which keys and in which order; the arithmetic is in operations of their own,
+/// each compiled apart for every instruction set: inlined into one function they would take minutes to compile.
 struct Run<'a> {
     isa: Isa,
     task: Task<'a>,
     segments: std::ops::Range<usize>,
-    into: Into,
+    into: Sink,
     buffer: &'a mut [f32],
 }
 
@@ -299,7 +300,7 @@ impl Run<'_> {
         let (dim, padded, count) = (task.layout.head_dim, task.layout.padded(), task.count());
         let (sums, rest) = buffer.split_at_mut(2 * count * padded);
         let (weights, wide) = rest.split_at_mut(SIDE * TILE);
-        // Those of one row are all that a decoding step has: to make more ready would take a good part of its time.
+        // Those of one row are all that a decoding step has: to prepare more would take a good part of its time.
         let (mut few, mut all);
         let states = if count <= FEW {
             few = [State::NONE; FEW];
@@ -318,9 +319,10 @@ impl Run<'_> {
             state.low = task.p.low(state.high);
         }
         for segment in segments {
-            // SAFETY: the states point into this buffer and into q; run_on checked that the pages hold every visible position.
+            // SAFETY: the states point into this buffer and into q; run_on checked that the pages hold every visible
+            // position.
             unsafe { task.segment(isa, states, segment, weights.as_mut_ptr(), wide) };
-            if let Into::Out(_) = into {
+            if let Sink::Out(_) = into {
                 for state in states.iter_mut().filter(|q| saw(q, segment)) {
                     // SAFETY: as above.
                     unsafe { state.settle(isa, padded) };
@@ -332,13 +334,13 @@ impl Run<'_> {
             // SAFETY: as above; run_on made room for these rows and heads.
             unsafe {
                 match into {
-                    Into::Out(out) => {
+                    Sink::Out(out) => {
                         dispatch(
                             isa,
                             Finish { total: state.total, sum: state.total_sum, out: out.at(r, h * dim), dim },
                         );
                     }
-                    Into::Partial(parts) => {
+                    Sink::Partial(parts) => {
                         let at = parts.0.add((r * task.p.heads + h) * parts.1);
                         *at = state.top;
                         *at.add(1) = state.sum;
@@ -375,7 +377,8 @@ impl State {
 
 /// Adds up a query's partial results, segment by segment, as [`Run`] does; the first one's place holds the totals.
 /// # Safety
-/// Segments lie `stride` values apart; all from the first to the last of `segments` have `layout`'s sums; `out` has room for a head.
+/// Segments lie `stride` values apart; all from the first to the last of `segments` have `layout`'s sums; `out` has
+/// room for a head.
 unsafe fn gather(isa: Isa, partial: Shared, stride: usize, segments: (usize, usize), out: *mut f32, layout: KvLayout) {
     let at = |segment: usize| partial.after(segment * stride).0;
     // SAFETY: as the caller promises.
@@ -395,7 +398,8 @@ unsafe fn gather(isa: Isa, partial: Shared, stride: usize, segments: (usize, usi
 impl Task<'_> {
     /// One segment against every query that sees some of it, from fresh sums.
     /// # Safety
-    /// States are as [`Run`] makes them; `weights` has room for [`SIDE`] tiles, `wide` for a widened one where the task widens.
+    /// States are as [`Run`] makes them; `weights` has room for [`SIDE`] tiles, `wide` for a widened one where the task
+    /// widens.
     #[inline(always)]
     unsafe fn segment(&self, isa: Isa, states: &mut [State], segment: usize, weights: *mut f32, wide: &mut [f32]) {
         let padded = self.layout.padded();

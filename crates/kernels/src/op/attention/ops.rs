@@ -119,7 +119,8 @@ fn lane<S: Simd>(s: S, v: S::V) -> f32 {
     all[0]
 }
 
-/// Turns a query's raw scores of a tile into weights, brings its sums to the new largest score, and gives that and the sum of weights.
+/// Turns a query's raw scores of a tile into weights, brings its sums to the new largest score, and gives that and the
+/// sum of weights.
 pub(super) struct Soften<'a> {
     pub(super) p: &'a Attention,
     pub(super) top: f32,
@@ -230,7 +231,7 @@ pub(super) struct Scores<E, const M: usize> {
     pub(super) q: [*const f32; M],
     /// `[dim][32]` each.
     pub(super) keys: [*const E; SUBS],
-    /// Keys of the tile after it, asked for meanwhile.
+    /// Keys of the tile after it, prefetched meanwhile.
     pub(super) next: [*const u8; SUBS],
     pub(super) subs: (usize, usize),
     pub(super) dim: usize,
@@ -270,8 +271,9 @@ impl<E: Element, const M: usize> Op for Scores<E, M> {
 }
 
 impl<E: Element, const M: usize> Scores<E, M> {
-    /// All keys of the `B` key blocks from `i` on, where registers do not hold their sums: those pass through the weights' memory, a few dimensions
-    /// at a time, so that every line of keys is read once. Read in several passes, lines from memory came no faster for being asked for.
+    /// All keys of the `B` key blocks from `i` on, where registers do not hold their sums: those pass through the
+    /// weights' memory, a few dimensions at a time, so that every line of keys is read once. Read in several passes,
+    /// lines from memory came no faster for being asked for.
     #[inline(always)]
     fn lines<S: Simd, const B: usize>(&self, s: S, i: usize) {
         let mut d = 0;
@@ -359,7 +361,7 @@ impl<E: Element, const M: usize> Scores<E, M> {
                 let mut k = [[s.splat(0.0); V]; B];
                 let mut b = 0;
                 while b < B {
-                    // So few queries always meet whole key blocks: every line is asked for once.
+                    // So few queries always meet whole key blocks: every line is prefetched once.
                     if M <= 4 && size_of::<E>() < 4 {
                         fetch_far(next[b].wrapping_add(d * KEY_BLOCK * size_of::<E>()));
                     }
@@ -462,7 +464,8 @@ impl<E: Element, const M: usize> Op for Mix<E, M> {
 }
 
 impl<E: Element, const M: usize> Mix<E, M> {
-    /// `R` positions from `j` of key block `i` on, all columns: sums pass through memory, and every line of values is read once.
+    /// `R` positions from `j` of key block `i` on, all columns: sums pass through memory, and every line of values is
+    /// read once.
     #[inline(always)]
     fn lines<S: Simd, const R: usize>(&self, s: S, i: usize, j: usize) {
         // SAFETY: as for `columns`.

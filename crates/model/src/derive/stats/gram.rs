@@ -7,7 +7,8 @@ use lacuna_spec::Place;
 
 use crate::derive::GradientSink;
 
-/// `dYᵀ · dY` of each matrix, `[outputs, outputs]`, summed in f64 over all rows of all sequences and not divided by their number.
+/// `dYᵀ · dY` of each matrix, `[outputs, outputs]`, summed in f64 over all rows of all sequences and not divided by
+/// their number.
 #[derive(Clone, Debug)]
 pub struct OutputGrams {
     places: BTreeSet<Place>,

@@ -4,7 +4,8 @@ use lacuna_base::Mat;
 
 use super::{Fold, accumulate, map};
 
-/// Sums each matrix's gradients, `[outputs, inputs]`: the gradient of the mean loss of all sequences, up to their number.
+/// Sums each matrix's gradients, `[outputs, inputs]`: the gradient of the mean loss of all sequences, up to their
+/// number.
 #[derive(Clone, Debug)]
 pub struct Mean {
     sum: Mat,

@@ -23,8 +23,8 @@ pub trait Fold {
     /// Nothing yet, for a matrix `[outputs, inputs]`.
     fn new(outputs: usize, inputs: usize) -> Self;
 
-    /// Takes one sequence's gradient, `[outputs, inputs]`. A sequence that did not reach the matrix (an expert) has a gradient of 0, which is not
-    /// handed in.
+    /// Takes one sequence's gradient, `[outputs, inputs]`. A sequence that did not reach the matrix (an expert) has a
+    /// gradient of 0, which is not handed in.
     fn add(&mut self, gradient: &Mat);
 }
 
@@ -75,7 +75,8 @@ impl<F: Fold> WeightGradients<F> {
         self.folds.get(place)
     }
 
-    /// Takes out everything so far, such as the matrices of a block at its part's end: a walk then never holds more than a block's.
+    /// Takes out everything so far, such as the matrices of a block at its part's end: a walk then never holds more
+    /// than a block's.
     pub fn take(&mut self) -> BTreeMap<Place, F> {
         std::mem::take(&mut self.folds)
     }

@@ -4,7 +4,8 @@ use lacuna_base::Mat;
 
 use super::{Fold, accumulate, map};
 
-/// Sums the squares of each matrix's gradients, `[outputs, inputs]`: the diagonal of the empirical Fisher matrix, a sample being one sequence.
+/// Sums the squares of each matrix's gradients, `[outputs, inputs]`: the diagonal of the empirical Fisher matrix, a
+/// sample being one sequence.
 #[derive(Clone, Debug)]
 pub struct Square {
     sum: Mat,
