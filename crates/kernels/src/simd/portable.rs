@@ -1,7 +1,8 @@
 //! Eight lanes in plain Rust; compilers turn them into whatever the baseline has.
 //!
 //! Where processors without an instruction set of their own are rare (x86-64), long methods may stay calls: inlined
-//! everywhere, they were half of all code of this crate.
+//! everywhere, they were half of all code of this crate. With debug assertions all of them do: that takes a third less
+//! time to build.
 
 use half::{bf16, f16};
 
@@ -48,21 +49,21 @@ impl Simd for Portable {
     type I = I;
     type W = W;
 
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn splat(self, x: f32) -> V {
         [x; 8]
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     unsafe fn load(self, p: *const f32) -> V {
         // SAFETY: the caller promises LANES readable values.
         unsafe { p.cast::<V>().read_unaligned() }
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     unsafe fn store(self, p: *mut f32, v: V) {
         // SAFETY: the caller promises LANES writable values.
         unsafe { p.cast::<V>().write_unaligned(v) }
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn fma(self, a: V, b: V, c: V) -> V {
         // A real fused operation would be a library call on processors without one; two roundings are this row's
         // arithmetic.
@@ -72,27 +73,27 @@ impl Simd for Portable {
         }
         o
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn add(self, a: V, b: V) -> V {
         zip(a, b, |x, y| x + y)
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn sub(self, a: V, b: V) -> V {
         zip(a, b, |x, y| x - y)
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn mul(self, a: V, b: V) -> V {
         zip(a, b, |x, y| x * y)
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn div(self, a: V, b: V) -> V {
         zip(a, b, |x, y| x / y)
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn max(self, a: V, b: V) -> V {
         zip(a, b, |x, y| if x > y { x } else { y })
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn min(self, a: V, b: V) -> V {
         zip(a, b, |x, y| if x < y { x } else { y })
     }
@@ -140,7 +141,7 @@ impl Simd for Portable {
     fn fused(self, a: V, b: V, c: V) -> V {
         fill(|i| a[i].mul_add(b[i], c[i]))
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn top(self, a: V) -> f32 {
         a.iter().copied().fold(f32::NEG_INFINITY, f32::max)
     }
@@ -165,7 +166,7 @@ impl Simd for Portable {
         let b = unsafe { bytes::<32>(p) };
         ranked(mask, |i| f32::from_le_bytes([b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3]]))
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     unsafe fn spread<const PAIR: bool>(self, p: *const f32) -> V {
         // SAFETY: the caller promises a value, or two.
         unsafe { if PAIR { fill(|i| *p.add(i % 2)) } else { [*p; 8] } }
@@ -175,69 +176,69 @@ impl Simd for Portable {
         // SAFETY: the caller promises indices inside.
         fill(|i| unsafe { *table.add(index[i] as usize) })
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn splat_i(self, x: i32) -> I {
         [x as u32; 8]
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     unsafe fn spread_i<const PAIR: bool>(self, p: *const i32) -> I {
         // SAFETY: the caller promises a value, or two.
         unsafe { if PAIR { map(|i| *p.add(i % 2) as u32) } else { [*p as u32; 8] } }
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     unsafe fn load_i(self, p: *const u8) -> I {
         // SAFETY: the caller promises 4 * LANES bytes.
         let b = unsafe { bytes::<32>(p) };
         map(|i| u32::from_le_bytes([b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3]]))
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     unsafe fn widen(self, p: *const u8) -> I {
         // SAFETY: the caller promises LANES bytes.
         let b = unsafe { bytes::<8>(p) };
         map(|i| u32::from(b[i]))
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     unsafe fn widen_words(self, p: *const u8) -> I {
         // SAFETY: the caller promises 2 * LANES bytes.
         let b = unsafe { bytes::<16>(p) };
         map(|i| u32::from(u16::from_le_bytes([b[2 * i], b[2 * i + 1]])))
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn and_i(self, a: I, byte: u8) -> I {
         let mask = u32::from(byte) * 0x0101_0101;
         map(|i| a[i] & mask)
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn or_i(self, a: I, b: I) -> I {
         map(|i| a[i] | b[i])
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn shr_i(self, a: I, n: u32) -> I {
         let mask = (0xFFFFu32 >> n) * 0x1_0001;
         map(|i| a[i] >> n & mask)
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn shl_i(self, a: I, n: u32) -> I {
         let mask = (0xFFFFu32 << n & 0xFFFF) * 0x1_0001;
         map(|i| a[i] << n & mask)
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn byte(self, a: I, j: usize) -> I {
         map(|i| a[i] >> (8 * j) & 0xFF)
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn float(self, a: I) -> V {
         fill(|i| a[i] as i32 as f32)
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn sub_i(self, a: I, b: I) -> I {
         map(|i| a[i].wrapping_sub(b[i]))
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn less_product(self, a: I, b: I, c: I) -> I {
         map(|i| a[i].wrapping_sub(b[i].wrapping_mul(c[i])))
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn total(self, _: usize, state: [I; 2]) -> I {
         state[0]
     }
@@ -254,7 +255,7 @@ impl Simd for Portable {
         });
         [sum, state[1]]
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn interleave(self, a: V, b: V) -> [V; 2] {
         let (mut low, mut high) = (a, b);
         for i in 0..4 {
@@ -290,67 +291,67 @@ impl Simd for Portable {
         let x = unsafe { bytes::<16>(x.cast()) };
         map(|i| u32::from_le_bytes(index[i].to_le_bytes().map(|j| x[usize::from(j & 15)])))
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn up_i(self, a: I, n: I) -> I {
         map(|i| a[i] << n[i])
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn xor_i(self, a: I, b: I) -> I {
         map(|i| a[i] ^ b[i])
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     unsafe fn tops(self, p: *const f32) -> V {
         // SAFETY: the caller promises 32 values.
         let x = unsafe { p.cast::<[f32; 32]>().read_unaligned() };
         fill(|i| f32::from_bits((0..4).fold(0, |t, j| t.max(x[i + 8 * j].abs().to_bits()))))
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     unsafe fn row_tops(self, p: *const f32) -> V {
         // SAFETY: the caller promises LANES * LANES values.
         fill(|i| f32::from_bits(unsafe { self.load(p.add(8 * i)) }.iter().fold(0, |t, x| t.max(x.to_bits()))))
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     unsafe fn words(self, p: *const f32, by: f32) -> W {
         // SAFETY: the caller promises 32 values.
         let x = unsafe { p.cast::<[f32; 32]>().read_unaligned() };
         x.map(|x| (x * by + BIG - BIG) as i16)
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     unsafe fn load_w(self, p: *const i16) -> W {
         // SAFETY: the caller promises 32 values.
         unsafe { p.cast::<W>().read_unaligned() }
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     unsafe fn store_w(self, p: *mut i16, a: W) {
         // SAFETY: the caller promises room for 32 values.
         unsafe { p.cast::<W>().write_unaligned(a) }
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     unsafe fn store_bytes(self, p: *mut i8, a: W) {
         // SAFETY: the caller promises room for 32 bytes.
         unsafe { *p.cast::<[i8; 32]>() = a.map(|a| a as i8) }
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn splat_w(self, first: i16, second: i16) -> W {
         words(|i| if i < 16 { first } else { second })
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn sub_w(self, a: W, b: W) -> W {
         words(|i| a[i].wrapping_sub(b[i]))
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn low_w(self, a: W, b: W) -> W {
         words(|i| a[i].wrapping_mul(b[i]))
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn high_w(self, a: W, b: W) -> W {
         words(|i| ((i32::from(a[i]) * i32::from(b[i]) + (1 << 14)) >> 15) as i16)
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn down_w<const N: u32>(self, a: W) -> W {
         words(|i| a[i] >> N)
     }
-    #[inline(always)]
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn products_w(self, a: W, b: W) -> I {
         map(|i| (0..4).map(|j| i32::from(a[i + 8 * j]) * i32::from(b[i + 8 * j])).sum::<i32>() as u32)
     }
