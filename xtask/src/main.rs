@@ -4,6 +4,7 @@
 mod arrows;
 mod dependencies;
 mod evidence;
+mod family_laws;
 mod finding;
 mod method_laws;
 mod new_method;
@@ -19,8 +20,8 @@ use finding::Finding;
 use tree::Tree;
 
 const USAGE: &str = "\
-cargo xtask check [LAW ...]           every law, or those named: arrows methods tables unused length unsafe paths \
-silenced fmt clippy
+cargo xtask check [LAW ...]           every law, or those named: arrows methods families tables unused length unsafe \
+paths silenced fmt clippy
 cargo xtask tables                    METHODS.md and KERNELS.md written anew
 cargo xtask evidence --data DIR --record DIR [--only ROW]... [--lacuna BINARY]
                                       the rows of bench/evidence.toml that are not recorded in DIR yet, run and recorded
@@ -52,9 +53,10 @@ struct Law {
     hold: fn(&Tree) -> Result<Vec<Finding>>,
 }
 
-const LAWS: [Law; 10] = [
+const LAWS: [Law; 11] = [
     Law { name: "arrows", hold: arrows::check },
     Law { name: "methods", hold: method_laws::check },
+    Law { name: "families", hold: family_laws::check },
     Law { name: "tables", hold: tables::check },
     Law { name: "unused", hold: dependencies::check },
     Law { name: "length", hold: text_laws::length },

@@ -76,22 +76,22 @@ const QUESTIONS: [Question; 6] = [
     Question {
         name: "structure",
         question: "Structure",
-        verb: "drop",
+        verb: "structure",
         uses: &["Compete", "StructureAsk"],
         answer: "    fn score(&self, ask: &StructureAsk<'_>) -> Result<Vec<f64>, MethodError> {
         EMPTY
     }
 
     fn compete(&self) -> Compete {
-        Compete::Model
+        Compete::Layer
     }
 
     fn keeps_means(&self) -> bool {
         false
     }",
-        call: "score(&StructureAsk { unit: Unit::Block, layer: 0, count: 1, width: 0, reader: None, writers: &[], \
+        call: "score(&StructureAsk { unit: Unit::Channel, layer: 0, count: 4, width: 1, reader: None, writers: &[], \
          stats: Stats::default() })",
-        step: "part = \"block\"\ncount = 1\n",
+        step: "sparsity = 0.2\n",
     },
     Question {
         name: "search",

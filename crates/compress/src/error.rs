@@ -67,7 +67,7 @@ mod tests {
         let mut gram = Gram::new(8);
         gram.add(x.view());
         let found = [(Ask::InputGram, Gathered::Gram(gram))];
-        let stats = Stats { tokens: 40, found: &found, gradients: &[], sequences: 0 };
+        let stats = Stats { tokens: 40, found: &found, gradients: &[], sequences: 0, worked: None };
         let (b, a) = (before.to_mat(), after.to_mat());
         let norm = |m: &dyn Fn(usize, usize) -> f64| -> f64 {
             let out = |r: usize, t: usize| (0..8).map(|c| m(r, c) * f64::from(x[(t, c)])).sum::<f64>();

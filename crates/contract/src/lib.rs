@@ -18,5 +18,5 @@ pub use questions::{
     Basis, Compete, Factor, Grid, GridAsk, PruneAsk, RoundAsk, RoundedForm, Scope, Score, Search, SearchAsk, Solve,
     SolveAsk, Solved, Sparsity, Structure, StructureAsk, Table, Unit,
 };
-pub use stats::{Ask, Gathered, Site, Stats};
+pub use stats::{Ask, Gathered, Site, Stats, Worked};
 pub use step::{Edit, Finished, LayerWork, Left, Local, ModelWide, Searching, Step, Varied, Walker, Work};

@@ -1,6 +1,9 @@
 //! Statistics: what is gathered, of which event, and how a method reads it.
 
+use std::any::Any;
+use std::collections::HashMap;
 use std::fmt;
+use std::sync::{Arc, Mutex};
 
 use lacuna_base::{Mat, dense::Gram};
 use lacuna_spec::Place;
@@ -102,9 +105,42 @@ pub struct Stats<'a> {
     pub gradients: &'a [(Ask, Gathered)],
     /// Sequences of the backward passes.
     pub sequences: u64,
+    /// What methods worked out of `found`; absent where nobody else reads it.
+    pub worked: Option<&'a Worked>,
+}
+
+/// Answers that methods worked out of the statistics of one input, for the other matrices that read it.
+#[derive(Default)]
+pub struct Worked(Mutex<HashMap<String, Arc<Slot>>>);
+
+/// An answer, once somebody has worked it out.
+type Slot = Mutex<Option<Arc<dyn Any + Send + Sync>>>;
+
+impl fmt::Debug for Worked {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str("Worked")
+    }
 }
 
 impl<'a> Stats<'a> {
+    /// What `work` makes of the statistics that all matrices of this input share, worked out once for each `key`, which
+    /// names the method and all of its parameters that the answer depends on. `work` must not wait for other threads.
+    pub fn shared<T: Any + Send + Sync>(
+        &self,
+        key: String,
+        work: impl FnOnce() -> Result<T, MethodError>,
+    ) -> Result<Arc<T>, MethodError> {
+        let Some(worked) = self.worked else { return work().map(Arc::new) };
+        let slot = Arc::clone(worked.0.lock().unwrap_or_else(|e| e.into_inner()).entry(key).or_default());
+        let mut slot = slot.lock().unwrap_or_else(|e| e.into_inner());
+        if let Some(Ok(found)) = slot.clone().map(Arc::downcast::<T>) {
+            return Ok(found);
+        }
+        let made = Arc::new(work()?);
+        *slot = Some(Arc::clone(&made) as Arc<dyn Any + Send + Sync>);
+        Ok(made)
+    }
+
     /// What was gathered for `ask`.
     pub fn get(&self, ask: Ask) -> Option<&'a Gathered> {
         self.found.iter().chain(self.gradients).find(|(a, _)| *a == ask).map(|(_, g)| g)
@@ -144,5 +180,23 @@ impl<'a> Stats<'a> {
     /// A statistic with a number for each weight.
     pub fn matrix(&self, ask: Ask) -> Result<&'a Mat, MethodError> {
         self.need(ask, |g| if let Gathered::Matrix(m) = g { Some(m) } else { None })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn what_is_shared_is_worked_out_once_a_key_and_errors_are_not_kept() {
+        let worked = Worked::default();
+        let stats = Stats { worked: Some(&worked), ..Stats::default() };
+        let refused = stats.shared::<u32>("a".into(), || Err(MethodError::new("not now")));
+        assert!(refused.is_err());
+        let first = stats.shared("a".into(), || Ok(1u32)).unwrap();
+        let again = stats.shared("a".into(), || -> Result<u32, MethodError> { panic!("once is enough") }).unwrap();
+        assert!(Arc::ptr_eq(&first, &again));
+        assert_eq!(*stats.shared("b".into(), || Ok(2u32)).unwrap(), 2);
+        assert_eq!(*Stats::default().shared("a".into(), || Ok(3u32)).unwrap(), 3, "nobody shares");
     }
 }

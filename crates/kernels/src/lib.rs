@@ -15,6 +15,7 @@
 
 pub mod ceiling;
 pub mod cpu;
+mod gate;
 mod kv;
 mod linear;
 mod memory;
@@ -23,6 +24,7 @@ mod panel;
 mod parallel;
 mod scratch;
 mod simd;
+mod sync;
 pub mod table;
 
 pub use cpu::Isa;

@@ -5,11 +5,12 @@
 //! every task is taken from one counter and what nobody else takes, the caller does. A call while another is at work
 //! (from a second thread or from within a task) runs alone on its thread.
 
-use std::cell::UnsafeCell;
-use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::{Mutex, OnceLock};
 use std::thread::Thread;
 use std::time::{Duration, Instant};
+
+use crate::gate::Gate;
+use crate::sync::{AtomicBool, AtomicUsize, Cell, Ordering};
 
 /// Least arithmetic (fused multiply-adds) worth a task of its own.
 const TASK: usize = 1 << 15;
@@ -122,24 +123,11 @@ struct Job {
     cut: Cut,
 }
 
-/// Set in `Pool::gate` while workers may join.
-const OPEN: usize = 1 << (usize::BITS - 1);
-/// One worker more that may join.
-const TICKET: usize = 1 << 16;
-/// Workers inside.
-const INSIDE: usize = TICKET - 1;
-
 struct Pool {
-    /// A call is at work.
-    busy: AtomicBool,
-    /// Counts calls, so that workers see a new one.
-    epoch: AtomicUsize,
-    /// `OPEN`, tickets left and workers inside: joining is one exchange, so nobody can join a call that has ended.
-    gate: AtomicUsize,
+    gate: Gate<Job>,
     /// The next item to take.
     next: AtomicUsize,
     failed: AtomicBool,
-    job: UnsafeCell<Option<Job>>,
     workers: [OnceLock<Worker>; MOST],
     /// Held while workers are started.
     starting: Mutex<usize>,
@@ -150,17 +138,15 @@ struct Worker {
     asleep: AtomicBool,
 }
 
-// SAFETY: `job` is written by the caller that holds `busy` while the gate is shut and nobody is inside, and read by
-// those inside.
-unsafe impl Sync for Pool {}
-
 static POOL: Pool = Pool {
-    busy: AtomicBool::new(false),
-    epoch: AtomicUsize::new(0),
-    gate: AtomicUsize::new(0),
+    gate: Gate {
+        busy: AtomicBool::new(false),
+        epoch: AtomicUsize::new(0),
+        state: AtomicUsize::new(0),
+        job: Cell::new(None),
+    },
     next: AtomicUsize::new(0),
     failed: AtomicBool::new(false),
-    job: UnsafeCell::new(None),
     workers: [const { OnceLock::new() }; MOST],
     starting: Mutex::new(0),
 };
@@ -178,32 +164,23 @@ struct Shut;
 
 impl Drop for Shut {
     fn drop(&mut self) {
-        POOL.gate.fetch_and(INSIDE, Ordering::AcqRel);
-        let mut looks = 0u32;
-        while POOL.gate.load(Ordering::Acquire) & INSIDE != 0 {
-            looks += 1;
-            // A worker inside may have lost its core to another process: then it needs ours more than we do.
-            if looks > 2000 { std::thread::yield_now() } else { std::hint::spin_loop() }
-        }
-        POOL.busy.store(false, Ordering::Release);
+        POOL.gate.shut();
     }
 }
 
 impl Pool {
     /// Runs `f` over all items with up to `helpers` workers; false, and nothing done, where another call is at work.
     fn share<F: Fn((usize, usize), &mut Tasks<'_>) + Sync>(&'static self, cut: Cut, helpers: usize, f: &F) -> bool {
-        if self.busy.compare_exchange(false, true, Ordering::Acquire, Ordering::Relaxed).is_err() {
+        if !self.gate.take() {
             return false;
         }
         let helpers = helpers.min(self.started(helpers));
         self.failed.store(false, Ordering::Relaxed);
         self.next.store(0, Ordering::Relaxed);
-        // SAFETY: this call holds `busy` and the gate is shut with nobody inside, as the last call left it.
-        unsafe { *self.job.get() = Some(Job { call: call_of::<F>, data: (&raw const *f).cast(), cut }) };
         {
             let _shut = Shut;
-            self.gate.store(OPEN | (helpers * TICKET), Ordering::Release);
-            self.epoch.fetch_add(1, Ordering::SeqCst);
+            // SAFETY: taken above; `f` outlives the guard that shuts the gate.
+            unsafe { self.gate.open(Job { call: call_of::<F>, data: (&raw const *f).cast(), cut }, helpers) };
             for w in self.workers[..helpers].iter().filter_map(OnceLock::get) {
                 if w.asleep.load(Ordering::SeqCst) {
                     w.thread.unpark();
@@ -232,25 +209,15 @@ impl Pool {
         let mut seen = 0;
         loop {
             seen = self.wait(i, seen);
-            if self.join() {
-                // SAFETY: inside the gate, the job stays until this worker has left.
-                if let Some(job) = unsafe { *self.job.get() } {
-                    let tasks = Tasks { cut: job.cut, next: &self.next };
-                    // SAFETY: the job's function lives until nobody is inside.
-                    let run = || unsafe { (job.call)(job.data, tasks) };
-                    if std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err() {
-                        self.failed.store(true, Ordering::Relaxed);
-                    }
-                }
-                self.gate.fetch_sub(1, Ordering::AcqRel);
+            let Some(job) = self.gate.join() else { continue };
+            let tasks = Tasks { cut: job.cut, next: &self.next };
+            // SAFETY: the job's function lives until nobody is inside.
+            let run = || unsafe { (job.call)(job.data, tasks) };
+            if std::panic::catch_unwind(std::panic::AssertUnwindSafe(run)).is_err() {
+                self.failed.store(true, Ordering::Relaxed);
             }
+            self.gate.leave();
         }
-    }
-
-    /// Enters the gate where it is open and has a ticket left.
-    fn join(&self) -> bool {
-        let enter = |g: usize| (g & OPEN != 0 && g & !OPEN >= TICKET).then(|| g - TICKET + 1);
-        self.gate.fetch_update(Ordering::AcqRel, Ordering::Relaxed, enter).is_ok()
     }
 
     /// Waits until the epoch is no longer `seen` and gives the new one: awake for a moment, then asleep.
@@ -258,7 +225,7 @@ impl Pool {
         let started = Instant::now();
         loop {
             for _ in 0..LOOKS {
-                let now = self.epoch.load(Ordering::Acquire);
+                let now = self.gate.epoch.load(Ordering::Acquire);
                 if now != seen {
                     return now;
                 }
@@ -274,7 +241,7 @@ impl Pool {
         me.asleep.store(true, Ordering::SeqCst);
         // Either the caller sees `asleep` after its step of the epoch, or this sees the step: never neither.
         loop {
-            let now = self.epoch.load(Ordering::SeqCst);
+            let now = self.gate.epoch.load(Ordering::SeqCst);
             if now != seen {
                 me.asleep.store(false, Ordering::SeqCst);
                 return now;

@@ -7,6 +7,7 @@
 //! alone, in parallel; what a block owes to the columns after it is one matrix product.
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use lacuna_base::{Mat, Mat64, MatMut, dense, factor};
 use lacuna_contract::{MethodError, Stats};
@@ -19,13 +20,24 @@ pub(crate) struct Hessian {
     pub u: Mat,
     /// Positions (in the order of the walk) of inputs that were zero in every token: their weights do nothing.
     pub dead: Vec<usize>,
+    /// The input at each position of the walk.
+    pub order: Vec<usize>,
 }
 
 impl Hessian {
-    /// From `H = XᵀX / tokens + damping · mean(diag) · 1` with its axes put in `order`.
-    pub fn new(stats: &Stats<'_>, order: &[usize], damping: f64) -> Result<Hessian, MethodError> {
-        let n = order.len();
+    /// From `H = XᵀX / tokens + damping · mean(diag) · 1` with its axes as they are, or largest diagonal first
+    /// (`by_size`); shared by all matrices of the same input.
+    pub fn new(stats: &Stats<'_>, n: usize, by_size: bool, damping: f64) -> Result<Arc<Hessian>, MethodError> {
+        stats.shared(format!("hessian {n} {by_size} {damping}"), || Hessian::factorized(stats, n, by_size, damping))
+    }
+
+    fn factorized(stats: &Stats<'_>, n: usize, by_size: bool, damping: f64) -> Result<Hessian, MethodError> {
         let gram = make::gram(stats, n)?;
+        let mut order: Vec<usize> = (0..n).collect();
+        if by_size {
+            let squares = gram.diag();
+            order.sort_by(|&a, &b| squares[b].total_cmp(&squares[a]));
+        }
         let scale = 1.0 / gram.tokens() as f64;
         let mean = gram.mean_diag() * scale;
         let mut h = Mat64::from_fn(n, n, |r, c| gram.at(order[r], order[c]) * scale);
@@ -37,7 +49,7 @@ impl Hessian {
         let u = factor::upper_cholesky_of_inverse(&h).map_err(|e| {
             MethodError::new(format!("the calibration Hessian: {e}; more samples or a larger damping help"))
         })?;
-        Ok(Hessian { u: u.to_f32(), dead })
+        Ok(Hessian { u: u.to_f32(), dead, order })
     }
 }
 

@@ -58,7 +58,7 @@ impl Inputs {
     }
 
     fn stats(&self) -> Stats<'_> {
-        Stats { tokens: self.gram.tokens(), found: &self.found, gradients: &self.gradients, sequences: 3 }
+        Stats { tokens: self.gram.tokens(), found: &self.found, gradients: &self.gradients, sequences: 3, worked: None }
     }
 }
 

@@ -9,7 +9,7 @@ mod squares;
 use std::collections::{BTreeMap, HashMap};
 
 use lacuna_base::MatRef;
-use lacuna_contract::{Ask, Gathered, Site, Stats, Unit};
+use lacuna_contract::{Ask, Gathered, Site, Stats, Unit, Worked};
 use lacuna_model::{BlockPart, Tap, Wants};
 use lacuna_spec::{Place, Role, Spec};
 
@@ -45,7 +45,8 @@ fn reducer(ask: Ask) -> Option<Box<dyn Reducer>> {
 /// Bytes of a statistic of a matrix with `inputs` inputs.
 fn bytes(ask: Ask, inputs: u64) -> u64 {
     match ask {
-        Ask::InputGram => 8 * inputs * inputs,
+        // And as much again for what methods make of it and share.
+        Ask::InputGram => 16 * inputs * inputs,
         Ask::InputSquares => 8 * inputs,
         Ask::InputMoments => 24 * inputs,
         _ => 0,
@@ -112,16 +113,21 @@ impl Gather {
 
     /// What was gathered.
     pub(crate) fn finish(self) -> Statistics {
-        let done = |r: Running| (r.tokens, r.reducers.into_iter().map(|(a, r)| (a, r.gathered())).collect());
+        let done = |r: Running| {
+            (r.tokens, r.reducers.into_iter().map(|(a, r)| (a, r.gathered())).collect(), Worked::default())
+        };
         let found = self.sites.into_iter().map(|(site, r)| (site, done(r))).collect();
         Statistics { found, gradients: HashMap::new(), tokens: 0, sequences: 0 }
     }
 }
 
+/// Tokens seen at an input, what was gathered of them, and what methods worked out of that.
+type Found = (u64, Vec<(Ask, Gathered)>, Worked);
+
 /// The statistics of one block.
 #[derive(Default)]
 pub(crate) struct Statistics {
-    found: HashMap<Site, (u64, Vec<(Ask, Gathered)>)>,
+    found: HashMap<Site, Found>,
     gradients: HashMap<Place, Vec<(Ask, Gathered)>>,
     /// Tokens and sequences of the backward passes.
     tokens: u64,
@@ -137,13 +143,13 @@ impl Statistics {
         };
         match self.found.get(&shared(spec, site)) {
             // What saw nothing has nothing to say.
-            Some((tokens, found)) if *tokens > 0 => {
-                Stats { tokens: *tokens, found, gradients, sequences: self.sequences }
+            Some((tokens, found, worked)) if *tokens > 0 => {
+                Stats { tokens: *tokens, found, gradients, sequences: self.sequences, worked: Some(worked) }
             }
             Some(_) => Stats::default(),
             None => {
                 let tokens = if gradients.is_empty() { 0 } else { self.tokens };
-                Stats { tokens, found: &[], gradients, sequences: self.sequences }
+                Stats { tokens, found: &[], gradients, sequences: self.sequences, worked: None }
             }
         }
     }

@@ -22,7 +22,7 @@
 //! is no part of this.
 
 use lacuna_base::dense::{matmul_nn_f64, matmul_tn_f64};
-use lacuna_base::{Mat, Mat64, MatRef, factor};
+use lacuna_base::{Gram, Mat, Mat64, MatRef, factor};
 use lacuna_contract::{Ability, Ask, Card, Factor, Made, Method, MethodError, Stats};
 use serde::Deserialize;
 
@@ -61,18 +61,24 @@ fn left(m: &Mat64, rank: usize) -> Result<Mat64, MethodError> {
     Ok(u.corner(m.rows(), count))
 }
 
+/// `Q Λ^½` of the inputs' mean outer product.
+fn root(gram: &Gram) -> Result<Mat64, MethodError> {
+    let factor::Eigen { values, mut q } = factor::symmetric_eigen(&gram.mean())
+        .map_err(|e| MethodError::new(format!("the inputs' second moment: {e}")))?;
+    // What rounding left of a zero must not count as a direction.
+    let least = values.last().copied().unwrap_or(0.0) * f64::EPSILON * gram.n() as f64;
+    for (k, value) in values.iter().enumerate() {
+        let root = if *value > least { value.sqrt() } else { 0.0 };
+        (0..gram.n()).for_each(|r| q[(r, k)] *= root);
+    }
+    Ok(q)
+}
+
 impl Factor for Eora {
     fn factor(&self, w: MatRef<'_>, stats: &Stats<'_>, rank: usize) -> Result<(Mat, Mat), MethodError> {
         check(w, rank)?;
-        let h = make::gram(stats, w.cols())?.mean();
-        let factor::Eigen { values, mut q } =
-            factor::symmetric_eigen(&h).map_err(|e| MethodError::new(format!("the inputs' second moment: {e}")))?;
-        // What rounding left of a zero must not count as a direction.
-        let least = values.last().copied().unwrap_or(0.0) * f64::EPSILON * w.cols() as f64;
-        for (k, value) in values.iter().enumerate() {
-            let root = if *value > least { value.sqrt() } else { 0.0 };
-            (0..w.cols()).for_each(|r| q[(r, k)] *= root);
-        }
+        let gram = make::gram(stats, w.cols())?;
+        let q = stats.shared("eora".into(), || root(gram))?;
         let w = Mat64::from_f32(w);
         let seen = left(&matmul_nn_f64(&w, &q), rank)?;
         let mut rest = w.clone();
@@ -114,7 +120,6 @@ fn project(rest: &mut Mat64, u: Mat64) -> (Mat64, Mat64) {
 mod tests {
     use super::*;
     use crate::factor::testkit::{brute_error, case, output_error};
-    use lacuna_base::Gram;
     use lacuna_base::testkit::{max_abs_diff, random};
     use lacuna_contract::Gathered;
 
@@ -122,7 +127,7 @@ mod tests {
         let mut gram = Gram::new(w.cols());
         gram.add(x.view());
         let found = [(Ask::InputGram, Gathered::Gram(gram))];
-        let stats = Stats { tokens: x.rows() as u64, found: &found, gradients: &[], sequences: 0 };
+        let stats = Stats { tokens: x.rows() as u64, found: &found, gradients: &[], sequences: 0, worked: None };
         let (a, b) = Eora {}.factor(w.view(), &stats, rank).expect("factors");
         assert_eq!((a.rows(), a.cols(), b.rows(), b.cols()), (w.rows(), rank, rank, w.cols()));
         (a, b)

@@ -73,10 +73,12 @@ impl Factor for SvdLlm {
         let mean = gram.mean_diag() / gram.tokens() as f64;
         // Inputs that are all zero say nothing about any direction: then all count alike.
         let ridge = if mean > 0.0 { self.whiten * mean } else { 1.0 };
-        let mut whitened = h.clone();
-        (0..w.cols()).for_each(|i| whitened[(i, i)] += ridge);
-        let s = factor::cholesky(&whitened).map_err(|e| {
-            MethodError::new(format!("the calibration Hessian: {e}; more samples or a larger whiten help"))
+        let s = stats.shared(format!("svd-llm {}", self.whiten), || {
+            let mut whitened = h.clone();
+            (0..w.cols()).for_each(|i| whitened[(i, i)] += ridge);
+            factor::cholesky(&whitened).map_err(|e| {
+                MethodError::new(format!("the calibration Hessian: {e}; more samples or a larger whiten help"))
+            })
         })?;
         let w = Mat64::from_f32(w);
         let (mut a, bs) = halves(&matmul_nn_f64(&w, &s), rank)?;
@@ -107,7 +109,7 @@ mod tests {
         for (out, cols, rank) in [(6, 8, 3), (8, 5, 2), (1, 4, 1), (4, 1, 1), (5, 5, 5)] {
             let (w, x, gram) = case(out, cols);
             let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-            let stats = Stats { tokens: 50, found: &found, gradients: &[], sequences: 0 };
+            let stats = Stats { tokens: 50, found: &found, gradients: &[], sequences: 0, worked: None };
             let best = brute_error(&w, &x, rank);
             for update in [false, true] {
                 let method = SvdLlm { update, ..SvdLlm::default() };
@@ -122,7 +124,7 @@ mod tests {
     fn the_update_never_makes_outputs_worse() {
         let (w, x, gram) = case(7, 9);
         let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-        let stats = Stats { tokens: 50, found: &found, gradients: &[], sequences: 0 };
+        let stats = Stats { tokens: 50, found: &found, gradients: &[], sequences: 0, worked: None };
         for whiten in [1e-6, 0.5] {
             let [plain, updated] = [false, true].map(|update| {
                 let (a, b) = SvdLlm { whiten, update }.factor(w.view(), &stats, 4).expect("factors");
@@ -140,7 +142,7 @@ mod tests {
             let mut gram = Gram::new(6);
             gram.add(x.view());
             let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-            let stats = Stats { tokens: 20, found: &found, gradients: &[], sequences: 0 };
+            let stats = Stats { tokens: 20, found: &found, gradients: &[], sequences: 0, worked: None };
             let (a, b) = SvdLlm { update: true, ..SvdLlm::default() }.factor(w.view(), &stats, 4).expect("factors");
             assert!(output_error(&w, &a, &b, &x) < 1e-6);
         }

@@ -567,7 +567,7 @@ mod tests {
         }
         fn stats(&self, site: Site) -> Stats<'_> {
             let found = self.found.get(&site).map_or(&[][..], Vec::as_slice);
-            Stats { tokens: found.len() as u64, found, gradients: &[], sequences: 0 }
+            Stats { tokens: found.len() as u64, found, gradients: &[], sequences: 0, worked: None }
         }
     }
 

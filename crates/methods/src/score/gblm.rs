@@ -130,7 +130,8 @@ mod tests {
                 (Ask::GradientSquares, Gathered::Matrix(mean(&|g| g * g))),
                 (Ask::GradientAbsolute, Gathered::Matrix(mean(&f64::abs))),
             ];
-            let stats = Stats { tokens: 7 * samples, found: &found, gradients: &gradients, sequences: samples };
+            let stats =
+                Stats { tokens: 7 * samples, found: &found, gradients: &gradients, sequences: samples, worked: None };
             for norm in [1, 2] {
                 let scores = Gblm { alpha: 3.0, norm }.score(w.view(), &stats).expect("scores");
                 for (r, c) in (0..out).flat_map(|r| (0..inputs).map(move |c| (r, c))) {
@@ -150,7 +151,7 @@ mod tests {
     fn missing_statistics_and_wrong_parameters_are_refused() {
         let w = random(2, 3, 1);
         let found = [(Ask::InputSquares, Gathered::Vector(vec![1.0; 3]))];
-        let stats = Stats { tokens: 1, found: &found, gradients: &[], sequences: 1 };
+        let stats = Stats { tokens: 1, found: &found, gradients: &[], sequences: 1, worked: None };
         let said = Gblm::default().score(w.view(), &stats).expect_err("refused").what;
         assert!(said.contains("gradients"), "{said}");
         assert!((method().make)(serde_json::json!({ "alpha": -1 })).is_err());

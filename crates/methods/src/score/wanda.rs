@@ -79,7 +79,7 @@ mod tests {
             let squares: Vec<f64> =
                 (0..inputs).map(|j| (0..tokens).map(|t| f64::from(x[(t, j)]).powi(2)).sum()).collect();
             let found = [(Ask::InputSquares, Gathered::Vector(squares))];
-            let stats = Stats { tokens: tokens as u64, found: &found, gradients: &[], sequences: 0 };
+            let stats = Stats { tokens: tokens as u64, found: &found, gradients: &[], sequences: 0, worked: None };
             let scores = Wanda {}.score(w.view(), &stats).expect("scores");
             for r in 0..out {
                 for j in 0..inputs {
@@ -103,7 +103,7 @@ mod tests {
         assert!(Wanda {}.score(w.view(), &Stats::default()).is_err());
         for squares in [vec![1.0, 2.0], vec![1.0, f64::NAN, 1.0]] {
             let found = [(Ask::InputSquares, Gathered::Vector(squares))];
-            let stats = Stats { tokens: 1, found: &found, gradients: &[], sequences: 0 };
+            let stats = Stats { tokens: 1, found: &found, gradients: &[], sequences: 0, worked: None };
             assert!(Wanda {}.score(w.view(), &stats).is_err());
         }
     }

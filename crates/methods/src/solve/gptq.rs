@@ -197,13 +197,9 @@ impl Solve for Gptq {
         let round = ask.round.ok_or_else(|| MethodError::new("gptq was not asked to round"))?;
         make::finite(ask.w)?;
         let (out, cols) = (ask.w.rows(), ask.w.cols());
-        let mut order: Vec<usize> = (0..cols).collect();
-        if self.act_order {
-            let squares = make::gram(ask.stats, cols)?.diag();
-            order.sort_by(|&a, &b| squares[b].total_cmp(&squares[a]));
-        }
-        let hessian = Hessian::new(ask.stats, &order, self.damping)?;
-        let mut w = permuted(ask.w, &order);
+        let hessian = Hessian::new(ask.stats, cols, self.act_order, self.damping)?;
+        let order = &hessian.order;
+        let mut w = permuted(ask.w, order);
         for r in 0..out {
             hessian.dead.iter().for_each(|&j| w[(r, j)] = 0.0);
         }
@@ -227,7 +223,7 @@ impl Solve for Gptq {
             |(keep, done), row| rounder.round(done, keep, row),
         )?;
         let rows: Vec<RoundedRow> = rows.into_iter().map(|(_, done)| done).collect();
-        let integers = rounder.finish(&rows, &order)?;
+        let integers = rounder.finish(&rows, order)?;
         let mut back = vec![0; cols];
         order.iter().enumerate().for_each(|(j, &c)| back[c] = j);
         Ok(Solved {
@@ -296,7 +292,7 @@ mod tests {
                     let (w, gram) = (random(out, cols, 1), slow::inputs(cols, 40, 2));
                     let mask = masked.then(|| Mask::from_fn(out, cols, |r, c| (r + 2 * c) % 3 != 0));
                     let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-                    let stats = Stats { tokens: 40, found: &found, gradients: &[], sequences: 0 };
+                    let stats = Stats { tokens: 40, found: &found, gradients: &[], sequences: 0, worked: None };
                     let round = RoundAsk { ask: ask4(!masked), grid: &Rtn {}, group };
                     let gptq = Gptq { block, act_order, late_grid, ..Gptq::default() };
                     let ask =
@@ -330,7 +326,7 @@ mod tests {
     fn what_it_cannot_do_is_refused() {
         let (w, gram) = (random(2, 4, 1), slow::inputs(4, 9, 2));
         let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-        let stats = Stats { tokens: 9, found: &found, gradients: &[], sequences: 0 };
+        let stats = Stats { tokens: 9, found: &found, gradients: &[], sequences: 0, worked: None };
         let round = RoundAsk { ask: ask4(true), grid: &Rtn {}, group: 2 };
         let ask = SolveAsk { w: w.view(), stats: &stats, mask: None, prune: None, round: Some(round) };
         let fails = |ask: &SolveAsk<'_>| Gptq::default().solve(ask).expect_err("refused").what;

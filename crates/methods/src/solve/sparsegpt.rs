@@ -156,8 +156,8 @@ impl Solve for SparseGpt {
             fits(prune, ask.w)?;
         }
         let (out, cols) = (ask.w.rows(), ask.w.cols());
-        let order: Vec<usize> = (0..cols).collect();
-        let Hessian { u, dead } = Hessian::new(ask.stats, &order, self.damping)?;
+        let hessian = Hessian::new(ask.stats, cols, false, self.damping)?;
+        let Hessian { u, dead, .. } = &*hessian;
         let mut w = ask.w.to_mat();
         for r in 0..out {
             dead.iter().for_each(|&j| w[(r, j)] = 0.0);
@@ -180,20 +180,20 @@ impl Solve for SparseGpt {
         let before = |w: &Mat, columns: Range<usize>, states: &mut [State]| {
             match ask.prune {
                 Some(PruneAsk { sparsity, pattern: Sparsity::Unstructured }) => {
-                    choose(w, &u, columns, sparsity, (1, 1), states)
+                    choose(w, u, columns, sparsity, (1, 1), states)
                 }
                 Some(PruneAsk { sparsity, pattern: Sparsity::Block { height, width } }) => {
-                    choose(w, &u, columns, sparsity, (height, width), states)
+                    choose(w, u, columns, sparsity, (height, width), states)
                 }
                 _ => {}
             }
             Ok(())
         };
-        obs::walk(&mut w, &u, block, &mut states, before, |state, row| {
+        obs::walk(&mut w, u, block, &mut states, before, |state, row| {
             if let Some(Sparsity::Nm { n, m }) = pattern
                 && row.at % m == 0
             {
-                choose_run(n, m, &u, &mut state.keep, row);
+                choose_run(n, m, u, &mut state.keep, row);
             }
             match &rounder {
                 Some(rounder) => rounder.round(&mut state.done, &state.keep, row),
@@ -203,7 +203,7 @@ impl Solve for SparseGpt {
         let pruned = ask.prune.is_some() || ask.mask.is_some();
         let mask = pruned.then(|| Mask::from_fn(out, cols, |r, c| states[r].keep[c]));
         let rows: Vec<RoundedRow> = states.into_iter().map(|s| s.done).collect();
-        let integers = rounder.map(|rounder| rounder.finish(&rows, &order)).transpose()?;
+        let integers = rounder.map(|rounder| rounder.finish(&rows, &hessian.order)).transpose()?;
         Ok(Solved { w, mask, integers, aside: Vec::new() })
     }
 }
@@ -303,7 +303,7 @@ mod tests {
             let gram = slow::inputs(cols, 40, 2);
             let mask = masked.then(|| Mask::from_fn(out, cols, |r, c| (r + 2 * c) % 3 != 0));
             let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-            let stats = Stats { tokens: 40, found: &found, gradients: &[], sequences: 0 };
+            let stats = Stats { tokens: 40, found: &found, gradients: &[], sequences: 0, worked: None };
             let round = bits.map(|(bits, group)| RoundAsk {
                 ask: GridAsk { bits, symmetric: false, scale: Float::F32 },
                 grid: &Rtn {},
@@ -322,7 +322,7 @@ mod tests {
     fn blocks_go_whole() {
         let (w, gram) = (random(8, 12, 1), slow::inputs(12, 40, 2));
         let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-        let stats = Stats { tokens: 40, found: &found, gradients: &[], sequences: 0 };
+        let stats = Stats { tokens: 40, found: &found, gradients: &[], sequences: 0, worked: None };
         let prune = PruneAsk { sparsity: 0.5, pattern: Sparsity::Block { height: 4, width: 2 } };
         let ask = SolveAsk { w: w.view(), stats: &stats, mask: None, prune: Some(prune), round: None };
         let kept =
@@ -339,7 +339,7 @@ mod tests {
     fn shapes_and_numbers_that_do_not_fit_are_refused() {
         let (w, gram) = (random(3, 6, 1), slow::inputs(6, 9, 2));
         let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-        let stats = Stats { tokens: 9, found: &found, gradients: &[], sequences: 0 };
+        let stats = Stats { tokens: 9, found: &found, gradients: &[], sequences: 0, worked: None };
         for prune in [
             PruneAsk { sparsity: 0.5, pattern: Sparsity::Nm { n: 2, m: 4 } },
             PruneAsk { sparsity: 0.5, pattern: Sparsity::Block { height: 2, width: 1 } },

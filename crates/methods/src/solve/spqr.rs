@@ -269,13 +269,9 @@ impl Solve for SpQr {
         let round = ask.round.ok_or_else(|| MethodError::new("spqr was not asked to round"))?;
         make::finite(ask.w)?;
         let (out, cols) = (ask.w.rows(), ask.w.cols());
-        let mut order: Vec<usize> = (0..cols).collect();
-        if self.act_order {
-            let squares = make::gram(ask.stats, cols)?.diag();
-            order.sort_by(|&a, &b| squares[b].total_cmp(&squares[a]));
-        }
-        let hessian = Hessian::new(ask.stats, &order, self.damping)?;
-        let mut w = permuted(ask.w, &order);
+        let hessian = Hessian::new(ask.stats, cols, self.act_order, self.damping)?;
+        let order = &hessian.order;
+        let mut w = permuted(ask.w, order);
         for r in 0..out {
             hessian.dead.iter().for_each(|&j| w[(r, j)] = 0.0);
         }
@@ -305,7 +301,7 @@ impl Solve for SpQr {
             vec![piece]
         };
         let done: Vec<RoundedRow> = rows.into_iter().map(|s| s.done).collect();
-        let integers = walker.rounder.finish(&done, &order)?;
+        let integers = walker.rounder.finish(&done, order)?;
         let mut back = vec![0; cols];
         order.iter().enumerate().for_each(|(j, &c)| back[c] = j);
         Ok(Solved { w: permuted(w.view(), &back), mask: ask.mask.cloned(), integers: Some(integers), aside })
@@ -391,7 +387,7 @@ mod tests {
 
     fn solve(method: &SpQr, w: &Mat, gram: &Gram, mask: Option<&Mask>, ask: GridAsk, group: usize) -> Solved {
         let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-        let stats = Stats { tokens: gram.tokens(), found: &found, gradients: &[], sequences: 0 };
+        let stats = Stats { tokens: gram.tokens(), found: &found, gradients: &[], sequences: 0, worked: None };
         let round = RoundAsk { ask, grid: &Rtn {}, group };
         method.solve(&SolveAsk { w: w.view(), stats: &stats, mask, prune: None, round: Some(round) }).expect("solves")
     }
@@ -473,7 +469,7 @@ mod tests {
         let plain = serde_json::json!({ "damping": 1.0 });
         let Ok(Made::Solve(gptq)) = (gptq::method().make)(plain) else { panic!("gptq solves") };
         let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
-        let stats = Stats { tokens: 200, found: &found, gradients: &[], sequences: 0 };
+        let stats = Stats { tokens: 200, found: &found, gradients: &[], sequences: 0, worked: None };
         let round = Some(RoundAsk { ask: ask3(false), grid: &Rtn {}, group: 16 });
         let same = gptq.solve(&SolveAsk { w: w.view(), stats: &stats, mask: None, prune: None, round });
         assert_eq!(same.expect("solves").w, solve(&method, &w, &gram, None, ask3(false), 16).w);

@@ -70,7 +70,7 @@ mod tests {
     fn agrees_with_brute_force_one_less_the_cosine() {
         for alike in [-1.0, 0.0, 0.25, 1.0, f64::NAN] {
             let found = [(Ask::Similarity(Unit::Ffn), Gathered::Number(alike))];
-            let stats = Stats { tokens: 3, found: &found, gradients: &[], sequences: 0 };
+            let stats = Stats { tokens: 3, found: &found, gradients: &[], sequences: 0, worked: None };
             let ask = StructureAsk { unit: Unit::Ffn, layer: 2, count: 1, width: 0, reader: None, writers: &[], stats };
             match (LlmDrop {}).score(&ask) {
                 Ok(scores) => assert_eq!(scores, [1.0 - alike]),
