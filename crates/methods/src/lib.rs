@@ -23,6 +23,7 @@ pub fn registry() -> Registry {
         methods: vec![
             score::magnitude::method(),
             score::wanda::method(),
+            score::fisher::method(),
             score::gblm::method(),
             solve::sparsegpt::method(),
             grid::rtn::method(),

@@ -9,7 +9,7 @@
 use std::ops::Range;
 use std::sync::Arc;
 
-use lacuna_base::{Mat, Mat64, MatMut, dense, factor};
+use lacuna_base::{Mat, Mat64, MatMut, MatRef, dense, factor};
 use lacuna_contract::{MethodError, Stats};
 
 use crate::make;
@@ -51,6 +51,20 @@ impl Hessian {
         })?;
         Ok(Hessian { u: u.to_f32(), dead, order })
     }
+
+    /// `w` as it is walked: columns in the order of the walk, those of dead inputs zero.
+    pub fn ordered(&self, w: MatRef<'_>) -> Mat {
+        let mut w = permuted(w, &self.order);
+        for r in 0..w.rows() {
+            self.dead.iter().for_each(|&j| w[(r, j)] = 0.0);
+        }
+        w
+    }
+}
+
+/// `w` with its columns in `order`.
+pub(crate) fn permuted(w: MatRef<'_>, order: &[usize]) -> Mat {
+    Mat::from_fn(w.rows(), w.cols(), |r, j| w.at(r, order[j]))
 }
 
 /// One row in the middle of its block, as a decision about a column sees it.

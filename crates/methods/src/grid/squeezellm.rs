@@ -14,8 +14,8 @@
 //! statistics are one backward pass a sample.
 //!
 //! **Departs.** (1) The clustering is the best there is, by dynamic programming over the sorted weights, where the
-//! authors iterate from a random start. (2) Outliers are chosen by size alone, 0.45% in the recipe; the paper also
-//! takes the 0.05% with the largest `F_ii`.
+//! authors iterate from a random start. (2) Outliers are other steps: in the recipe the largest 0.45% of each matrix
+//! (`magnitude`), then the 0.05% with the largest `F_ii` (`fisher`).
 
 use lacuna_contract::{Ability, Ask, Card, Made, Method, MethodError, Table};
 use serde::Deserialize;

@@ -184,11 +184,6 @@ impl<'a> Rounder<'a> {
     }
 }
 
-/// `w` with its columns in `order`.
-pub(super) fn permuted(w: lacuna_base::MatRef<'_>, order: &[usize]) -> Mat {
-    Mat::from_fn(w.rows(), w.cols(), |r, j| w.at(r, order[j]))
-}
-
 impl Solve for Gptq {
     fn solve(&self, ask: &SolveAsk<'_>) -> Result<Solved, MethodError> {
         if ask.prune.is_some() {
@@ -199,10 +194,7 @@ impl Solve for Gptq {
         let (out, cols) = (ask.w.rows(), ask.w.cols());
         let hessian = Hessian::new(ask.stats, cols, self.act_order, self.damping)?;
         let order = &hessian.order;
-        let mut w = permuted(ask.w, order);
-        for r in 0..out {
-            hessian.dead.iter().for_each(|&j| w[(r, j)] = 0.0);
-        }
+        let mut w = hessian.ordered(ask.w);
         let rounder = Rounder::new(round, cols);
         let mut rows: Vec<(Vec<bool>, RoundedRow)> = (0..out)
             .map(|r| (order.iter().map(|&c| ask.mask.is_none_or(|m| m.get(r, c))).collect(), RoundedRow::default()))
@@ -227,7 +219,7 @@ impl Solve for Gptq {
         let mut back = vec![0; cols];
         order.iter().enumerate().for_each(|(j, &c)| back[c] = j);
         Ok(Solved {
-            w: permuted(w.view(), &back),
+            w: obs::permuted(w.view(), &back),
             mask: ask.mask.cloned(),
             integers: Some(integers),
             aside: Vec::new(),

@@ -157,11 +157,8 @@ impl Solve for SparseGpt {
         }
         let (out, cols) = (ask.w.rows(), ask.w.cols());
         let hessian = Hessian::new(ask.stats, cols, false, self.damping)?;
-        let Hessian { u, dead, .. } = &*hessian;
-        let mut w = ask.w.to_mat();
-        for r in 0..out {
-            dead.iter().for_each(|&j| w[(r, j)] = 0.0);
-        }
+        let u = &hessian.u;
+        let mut w = hessian.ordered(ask.w);
         let rounder = ask.round.map(|round| Rounder::new(round, cols));
         let mut states: Vec<State> = (0..out)
             .map(|r| State {

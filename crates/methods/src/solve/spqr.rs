@@ -33,7 +33,7 @@ use lacuna_contract::{Ability, Ask, Card, GridAsk, Made, Method, MethodError, Ro
 use lacuna_format::{Affine, Layout, Mask, PatternKind, ScaleCodec, UnpackedPiece, pack_scales};
 use serde::Deserialize;
 
-use super::gptq::{self, RoundedRow, Rounder, permuted};
+use super::gptq::{self, RoundedRow, Rounder};
 use crate::make;
 use crate::obs::{self, Hessian};
 
@@ -271,10 +271,7 @@ impl Solve for SpQr {
         let (out, cols) = (ask.w.rows(), ask.w.cols());
         let hessian = Hessian::new(ask.stats, cols, self.act_order, self.damping)?;
         let order = &hessian.order;
-        let mut w = permuted(ask.w, order);
-        for r in 0..out {
-            hessian.dead.iter().for_each(|&j| w[(r, j)] = 0.0);
-        }
+        let mut w = hessian.ordered(ask.w);
         let codec = self.codec(&round.ask);
         let (rounder, tau) = (Rounder::new(round, cols), self.tau(&w, &hessian.u));
         let run = if codec.is_some() { self.scale_group } else { 1 };
@@ -304,7 +301,7 @@ impl Solve for SpQr {
         let integers = walker.rounder.finish(&done, order)?;
         let mut back = vec![0; cols];
         order.iter().enumerate().for_each(|(j, &c)| back[c] = j);
-        Ok(Solved { w: permuted(w.view(), &back), mask: ask.mask.cloned(), integers: Some(integers), aside })
+        Ok(Solved { w: obs::permuted(w.view(), &back), mask: ask.mask.cloned(), integers: Some(integers), aside })
     }
 }
 
