@@ -114,6 +114,12 @@ pub trait ModelWide: Send + Sync {
     /// Begins a walk over the layers.
     fn begin(&self, spec: &Spec) -> Result<Box<dyn Walker>, MethodError>;
 
+    /// Bytes that a walk takes at once, beside a layer and its statistics.
+    fn scratch_bytes(&self, spec: &Spec) -> u64 {
+        let _ = spec;
+        0
+    }
+
     /// Whether the walk changes the residual stream as it goes, so that what is gathered further on has seen it: the
     /// walker is then asked [`Walker::turn`] before every reader of the stream, and visits no layer.
     fn turns(&self) -> bool {

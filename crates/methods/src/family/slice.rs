@@ -112,6 +112,13 @@ impl ModelWide for Slice {
         roles.map(|role| (Site::Matrix(Place::layer(layer, role)), Ask::InputGram)).collect()
     }
 
+    fn scratch_bytes(&self, spec: &Spec) -> u64 {
+        let (d, vocab) = (spec.hidden as u64, spec.vocab as u64);
+        // In f64 the signals, what the eigenvectors are made of, two bases and a map; the embedding as it was, folded
+        // and packed, and a head beside it.
+        8 * 8 * d * d + 14 * vocab * d
+    }
+
     fn turns(&self) -> bool {
         self.basis == Of::Layer
     }
