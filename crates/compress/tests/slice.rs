@@ -31,8 +31,7 @@ fn run(model: &Checkpoint, keys: &str, out: &Path) -> Result<Outcomes, CompressE
     let sets = ["calibration.samples=1".to_owned(), format!("calibration.seq_len={TOKENS}")];
     let recipe = Recipe::parse(&text_of, &lacuna_methods::registry(), &sets).unwrap();
     let source = json!("tiny");
-    let options =
-        Options { out, overwrite: false, resume: false, scratch: None, max_ram: None, bos: None, source };
+    let options = Options { out, overwrite: false, resume: false, scratch: None, max_ram: None, bos: None, source };
     compress(model, &text(model.spec().vocab), &recipe, &options, &mut Quiet)
 }
 
@@ -135,8 +134,9 @@ fn principal(mut a: Rows) -> Rows {
                 for row in &mut a {
                     (row[p], row[q]) = (c * row[p] - s * row[q], s * row[p] + c * row[q]);
                 }
-                for k in 0..n {
-                    (a[p][k], a[q][k]) = (c * a[p][k] - s * a[q][k], s * a[p][k] + c * a[q][k]);
+                let (above, below) = a.split_at_mut(q);
+                for (x, y) in above[p].iter_mut().zip(&mut below[0]) {
+                    (*x, *y) = (c * *x - s * *y, s * *x + c * *y);
                 }
                 for row in &mut v {
                     (row[p], row[q]) = (c * row[p] - s * row[q], s * row[p] + c * row[q]);

@@ -19,4 +19,6 @@ pub use questions::{
     SolveAsk, Solved, Sparsity, Structure, StructureAsk, Table, Unit,
 };
 pub use stats::{Ask, Gathered, Site, Stats};
-pub use step::{Edit, Finished, LayerWork, Left, Local, ModelWide, Reader, Searching, Step, Turn, Varied, Walker, Work};
+pub use step::{
+    Edit, Finished, LayerWork, Left, Local, ModelWide, Reader, Searching, Step, Turn, Varied, Walker, Work,
+};

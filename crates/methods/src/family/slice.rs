@@ -455,9 +455,8 @@ mod tests {
         fn norm(&self, place: Place, x: &Mat64) -> Mat64 {
             let scale = self.mat(place);
             let n = self.spec.norm.divisor.unwrap_or(x.cols()) as f64;
-            let root = |r: usize| {
-                (x.row(r).iter().map(|v| v * v).sum::<f64>() / n + f64::from(self.spec.norm.eps)).sqrt()
-            };
+            let root =
+                |r: usize| (x.row(r).iter().map(|v| v * v).sum::<f64>() / n + f64::from(self.spec.norm.eps)).sqrt();
             Mat64::from_fn(x.rows(), x.cols(), |r, c| x[(r, c)] / root(r) * scale[(0, c)])
         }
 

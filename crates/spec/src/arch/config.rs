@@ -357,7 +357,9 @@ pub(super) fn llama_source(_: &Spec, place: &Place) -> Option<Source> {
             };
             return Some(named(place, "model.", "layers", &module));
         }
-        Role::Positions | Role::AttnPostNorm | Role::FfnPostNorm | Role::AttnShortcut | Role::FfnShortcut => return None,
+        Role::Positions | Role::AttnPostNorm | Role::FfnPostNorm | Role::AttnShortcut | Role::FfnShortcut => {
+            return None;
+        }
     };
     Some(named(place, "model.", "layers", module))
 }

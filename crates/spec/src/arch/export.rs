@@ -80,10 +80,8 @@ pub fn whole(spec: &Spec) -> Result<Whole, SpecError> {
 /// What the scale of a norm of the residual stream is multiplied with where its divisor becomes its width, with
 /// `eps * divisor / width`: the root of divisor over width.
 pub fn norm_factor(spec: &Spec, place: &Place) -> f32 {
-    let stream = matches!(
-        place.role,
-        Role::AttnNorm | Role::AttnPostNorm | Role::FfnNorm | Role::FfnPostNorm | Role::FinalNorm
-    );
+    let stream =
+        matches!(place.role, Role::AttnNorm | Role::AttnPostNorm | Role::FfnNorm | Role::FfnPostNorm | Role::FinalNorm);
     match spec.norm.divisor {
         Some(n) if stream && place.part == Part::Weight => (n as f64 / spec.hidden as f64).sqrt() as f32,
         _ => 1.0,
