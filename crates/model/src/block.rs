@@ -60,8 +60,8 @@ impl Block {
         Block::load_with(weights, layer, Activations::Exact)
     }
 
-    /// As [`Block::load`], told how activations meet integer codes. A router's and a shortcut's always meet them as they
-    /// are.
+    /// As [`Block::load`], told how activations meet integer codes. A router's and a shortcut's always meet them as
+    /// they are.
     pub fn load_with(weights: &dyn Weights, layer: usize, activations: Activations) -> Result<Block, ModelError> {
         let spec = weights.spec();
         let missing = || ModelError::Missing { place: format!("layers.{layer}") };

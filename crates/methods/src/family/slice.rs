@@ -162,8 +162,8 @@ fn scale(work: &dyn LayerWork, norm: &Place) -> Result<Vec<f32>, MethodError> {
     Ok(work.weight(norm)?.into_vec().into_iter().map(|s| s + offset).collect())
 }
 
-/// The mean outer product of a reader's signals, the norm's scale taken out: it goes into the matrices, and the basis is
-/// that of what comes before it. What the scale mutes says nothing.
+/// The mean outer product of a reader's signals, the norm's scale taken out: it goes into the matrices, and the basis
+/// is that of what comes before it. What the scale mutes says nothing.
 fn signals(work: &dyn LayerWork, reader: &Place) -> Result<Mat64, MethodError> {
     let Some(norm) = norm_of(reader) else { return Err(MethodError::new(format!("{reader} reads behind no norm"))) };
     let mut gram = make::gram(&work.stats(Site::Matrix(*reader)), work.spec().hidden)?.mean();
