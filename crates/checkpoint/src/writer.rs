@@ -32,7 +32,7 @@ use lacuna_spec::{Place, Spec};
 use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
-use crate::packed::{FORMAT, PackedConfig, fits};
+use crate::packed::{FORMAT, PackedConfig, fits, version_of};
 use crate::template::{DIR_OF_NAMED, named_files};
 use crate::{Checkpoint, Kind, OpenError, files};
 
@@ -465,7 +465,7 @@ impl PackedWriter {
             self.take_along(source)?;
         }
         let (format, source) = (FORMAT.to_owned(), source_note);
-        let version = weights.values().map(Descriptor::version).max().unwrap_or(1);
+        let version = version_of(&spec, &weights);
         let config = PackedConfig { format, version, spec, recipe, source, approximations, files, weights };
         let json = serde_json::to_vec_pretty(&config).map_err(|e| SaveError::Refused(e.to_string()))?;
         self.write("config.json", &json)?;

@@ -249,6 +249,72 @@ fn nothing_is_overwritten_unasked() {
     assert!(make(true).unwrap_err().to_string().contains("will not be overwritten"));
 }
 
+/// Matrices in shortcuts come back as they were; in another shape they are refused, whoever says so.
+#[test]
+fn shortcuts_come_back_and_fit() {
+    let c = tiny("llama");
+    let dir = tempfile::tempdir().unwrap();
+    let mut spec = c.spec().clone();
+    spec.norm.divisor = Some(48);
+    (spec.layers[0].attn_shortcut, spec.layers[0].ffn_shortcut, spec.layers[1].ffn_shortcut) = (true, true, true);
+    let h = spec.hidden;
+    let turned = |rows: usize, cols: usize| {
+        let w = lacuna_base::Mat::from_fn(rows, cols, |r, c| ((r * 7 + c * 3) % 11) as f32 / 8.0 - 0.5);
+        Arc::new(Stored::from_piece(pack_float(w.view(), None, PatternKind::Dense, Float::F16).unwrap()))
+    };
+    let write = |name: &str, shape: (usize, usize)| {
+        let mut w = PackedWriter::create(&dir.path().join(name), false).unwrap();
+        for place in spec.places() {
+            let stored = c.get(&place).unwrap().unwrap_or_else(|| turned(shape.0, shape.1));
+            w.put(&place, &stored).unwrap();
+        }
+        w.finish(spec.clone(), json!(null), json!(null), vec![], Some(&c)).map_err(|e| e.to_string())
+    };
+    let out = write("m", (h, h)).unwrap();
+    let p = open(&out).unwrap();
+    assert_eq!((p.spec(), p.packed().unwrap().version), (&spec, 3));
+    let shortcuts: Vec<Place> = spec.places().into_iter().filter(|p| p.role.is_shortcut()).collect();
+    assert_eq!(shortcuts.len(), 3);
+    for place in &shortcuts {
+        assert_eq!(p.get(place).unwrap().unwrap(), turned(h, h), "{place}");
+    }
+    assert!(p.unused().is_empty());
+    for (i, shape) in [(h, h + 1), (h - 1, h), (1, h), (h * h, 1)].into_iter().enumerate() {
+        let said = write(&format!("bad{i}"), shape).unwrap_err();
+        assert!(said.contains("layers.0.attn.shortcut") && said.contains(&shape.0.to_string()), "{said}");
+    }
+    // A file that says so of itself: in its network, in its descriptions, in its buffers.
+    let good: Value = serde_json::from_slice(&fs::read(out.join("config.json")).unwrap()).unwrap();
+    let refused = |change: &dyn Fn(&mut Value)| {
+        let mut config = good.clone();
+        change(&mut config);
+        fs::write(out.join("config.json"), config.to_string()).unwrap();
+        let all = |p: Checkpoint| {
+            let check = |x: &Place| p.get(x).map_err(|e| e.to_string())?.unwrap().check().map_err(|e| e.to_string());
+            p.spec().places().iter().try_for_each(check)
+        };
+        open(&out).map_err(|e| e.to_string()).and_then(all).unwrap_err()
+    };
+    for (rows, cols) in [(h, h - 8), (2 * h, h), (0, 0), (1 << 40, 1 << 40)] {
+        let said = refused(&|c| {
+            let d = &mut c["weights"]["layers.0.ffn.shortcut"];
+            (d["rows"], d["cols"]) = (json!(rows), json!(cols));
+        });
+        assert!(said.contains("layers.0.ffn.shortcut"), "{said}");
+    }
+    let said = refused(&|c| c["spec"]["layers"][1]["ffn_shortcut"] = json!(false));
+    assert!(said.contains("layers.1.ffn.shortcut"), "{said}");
+    let said = refused(&|c| drop(c["weights"].as_object_mut().unwrap().remove("layers.1.ffn.shortcut")));
+    assert!(said.contains("lack layers.1.ffn.shortcut"), "{said}");
+    let said = refused(&|c| {
+        let q = c["weights"]["layers.0.attn.k"].clone();
+        c["weights"]["layers.0.attn.shortcut"] = q;
+    });
+    assert!(said.contains("layers.0.attn.shortcut"), "{said}");
+    fs::write(out.join("config.json"), good.to_string()).unwrap();
+    assert!(open(&out).is_ok());
+}
+
 #[test]
 fn an_incomplete_model_is_not_finished() {
     let c = tiny("llama");
@@ -283,7 +349,11 @@ fn damaged_packed_models_are_refused() {
         let e = all(&out).unwrap_err();
         assert!(words.iter().all(|w| e.contains(w)), "{words:?} not in: {e}");
     };
-    refuse(&|c| c["version"] = json!(3), &["config.json", "version 3"]);
+    refuse(&|c| c["version"] = json!(4), &["config.json", "version 4"]);
+    refuse(&|c| c["spec"]["layers"][0]["attn_shortcut"] = json!(true), &["lack layers.0.attn.shortcut"]);
+    refuse(&|c| c["spec"]["layers"][0]["attn_shortcut"] = json!(32), &["config.json"]);
+    refuse(&|c| c["weights"]["layers.0.attn.shortcut"] = c["weights"]["layers.0.attn.q"].clone(), &["attn.shortcut"]);
+    refuse(&|c| c["spec"]["norm"]["divisor"] = json!(0), &["norm.divisor is 0"]);
     refuse(&|c| c["files"][0] = json!("../model.safetensors"), &["config.json", "same directory"]);
     refuse(&|c| c["files"][0] = json!("other.safetensors"), &["other.safetensors"]);
     refuse(&|c| c["files"] = json!(["model.safetensors", "model.safetensors"]), &["two files"]);

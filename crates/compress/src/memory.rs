@@ -111,7 +111,7 @@ fn floor(spec: &Spec, recipe: &Recipe, seq_len: usize) -> u64 {
     let backward = !gradients_asked(spec, recipe).is_empty();
     for (l, layer) in spec.layers.iter().enumerate() {
         let whole = |s: &RecipeStep| match s.step() {
-            Step::Model(model) => Gather::bytes(spec, model.needs(spec, l)),
+            Step::Model(model) => Gather::bytes(spec, model.needs(spec, l)) + model.scratch_bytes(spec),
             _ => 0,
         };
         let whole = recipe.steps.iter().map(whole).max().unwrap_or(0);

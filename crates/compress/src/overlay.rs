@@ -123,6 +123,30 @@ impl Weights for Overlay<'_> {
     }
 }
 
+/// The weights with another network, and some tensors replaced: one trial's layer, one part of a layer.
+pub(crate) struct Stitched<'a> {
+    pub(crate) base: &'a Overlay<'a>,
+    pub(crate) spec: &'a Spec,
+    pub(crate) new: HashMap<Place, Arc<Stored>>,
+}
+
+impl Weights for Stitched<'_> {
+    fn spec(&self) -> &Spec {
+        self.spec
+    }
+
+    fn get(&self, place: &Place) -> Result<Option<Arc<Stored>>, WeightsError> {
+        match self.new.get(place) {
+            Some(s) => Ok(Some(s.clone())),
+            None => self.base.get(place),
+        }
+    }
+
+    fn release(&self, place: &Place) {
+        self.base.release(place);
+    }
+}
+
 /// Some rows and columns of a tensor: as its own floats where it is one piece of floats, else as f16 (a vector as f32).
 fn sliced(stored: &Stored, rows: Option<&[usize]>, cols: Option<&[usize]>) -> Result<Stored, FormatError> {
     let own = match stored.terms.as_slice() {

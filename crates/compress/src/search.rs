@@ -6,7 +6,6 @@ use std::sync::{Arc, Mutex, PoisonError};
 use lacuna_base::Mat;
 use lacuna_contract::{Assignment, Lab, Level, MethodError, Outcome, Searching, Site, Slot, Step, Varied};
 use lacuna_eval::loss;
-use lacuna_format::{Stored, Weights, WeightsError};
 use lacuna_model::{Block, Head, NoTap};
 use lacuna_spec::{Part, Place, Role, Spec};
 use rayon::prelude::*;
@@ -17,7 +16,7 @@ use crate::calibrate::Gather;
 use crate::drive::{SOURCE, Walk, at_step};
 use crate::error::relative_error;
 use crate::local::{asks, local_of};
-use crate::overlay::{Overlay, finite, forward, need, release_layer};
+use crate::overlay::{Overlay, Stitched, finite, forward, need, release_layer};
 use crate::recipe::RecipeStep;
 use crate::scratch::Scratch;
 use crate::trials::Trials;
@@ -52,30 +51,6 @@ struct Database<'a> {
     last: Activations,
     trials: Trials,
     tell: &'a mut dyn FnMut(usize, &Outcome),
-}
-
-/// Weights of one trial's layer.
-struct Stitched<'a> {
-    base: &'a Overlay<'a>,
-    spec: &'a Spec,
-    new: HashMap<Place, Arc<Stored>>,
-}
-
-impl Weights for Stitched<'_> {
-    fn spec(&self) -> &Spec {
-        self.spec
-    }
-
-    fn get(&self, place: &Place) -> Result<Option<Arc<Stored>>, WeightsError> {
-        match self.new.get(place) {
-            Some(s) => Ok(Some(s.clone())),
-            None => self.base.get(place),
-        }
-    }
-
-    fn release(&self, place: &Place) {
-        self.base.release(place);
-    }
 }
 
 fn told(e: impl std::fmt::Display) -> MethodError {
@@ -448,7 +423,9 @@ fn parts_of(
             continue;
         }
         let (mut bytes, mut parameters) = (0, 0);
-        for p in overlay.spec.layer_places(layer).into_iter().filter(|p| attention(p.role) == (role == Role::O)) {
+        // A shortcut stays: what comes behind it stands in its axes.
+        let mine = |p: &Place| !p.role.is_shortcut() && attention(p.role) == (role == Role::O);
+        for p in overlay.spec.layer_places(layer).into_iter().filter(mine) {
             let stored = need(overlay, &p)?;
             // Else the part would be dropped because it is broken.
             finite(&p, &stored, SOURCE)?;

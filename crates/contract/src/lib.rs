@@ -19,4 +19,6 @@ pub use questions::{
     SolveAsk, Solved, Sparsity, Structure, StructureAsk, Table, Unit,
 };
 pub use stats::{Ask, Gathered, Site, Stats, Worked};
-pub use step::{Edit, Finished, LayerWork, Left, Local, ModelWide, Searching, Step, Varied, Walker, Work};
+pub use step::{
+    Edit, Finished, LayerWork, Left, Local, ModelWide, Reader, Searching, Step, Turn, Varied, Walker, Work,
+};

@@ -104,7 +104,8 @@ pub trait Local: Send + Sync {
 
 /// A step that looks at the whole model before it decides.
 pub trait ModelWide: Send + Sync {
-    /// Statistics that the step reads at a layer of a network.
+    /// Statistics that the step reads at a layer of a network; where it turns the residual stream, those at the head,
+    /// too, which stands behind the last layer.
     fn needs(&self, spec: &Spec, layer: usize) -> Vec<(Site, Ask)>;
 
     /// Refuses a network that the step cannot work on.
@@ -112,6 +113,38 @@ pub trait ModelWide: Send + Sync {
 
     /// Begins a walk over the layers.
     fn begin(&self, spec: &Spec) -> Result<Box<dyn Walker>, MethodError>;
+
+    /// Bytes that a walk takes at once, beside a layer and its statistics.
+    fn scratch_bytes(&self, spec: &Spec) -> u64 {
+        let _ = spec;
+        0
+    }
+
+    /// Whether the walk changes the residual stream as it goes, so that what is gathered further on has seen it: the
+    /// walker is then asked [`Walker::turn`] before every reader of the stream, and visits no layer.
+    fn turns(&self) -> bool {
+        false
+    }
+}
+
+/// Who reads the residual stream next.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Reader {
+    /// The attention of a layer.
+    Attention(usize),
+    /// The FFN of a layer.
+    Ffn(usize),
+    /// The head.
+    Head,
+}
+
+/// What a walk does before a reader.
+#[derive(Debug, Default)]
+pub struct Turn {
+    /// `[hidden, hidden]`, for the rest of the walk: rows `x` of the stream become `x · map`.
+    pub map: Option<Mat>,
+    /// Edits, kept aside by the driver until the walk ends.
+    pub edits: Vec<Edit>,
 }
 
 /// What a model-wide step sees: at a visit the layer with its statistics, at the end the network as it was throughout,
@@ -131,6 +164,12 @@ pub trait LayerWork {
 pub trait Walker {
     /// Looks at a layer. Edits given here are kept aside by the driver until the walk ends.
     fn visit(&mut self, layer: usize, work: &dyn LayerWork) -> Result<Vec<Edit>, MethodError>;
+
+    /// Looks at what a reader is about to be given, first to last; for steps that turn the stream.
+    fn turn(&mut self, before: Reader, work: &dyn LayerWork) -> Result<Turn, MethodError> {
+        let _ = (before, work);
+        Ok(Turn::default())
+    }
 
     /// Decides. What depends on the decision is worked out of weights read once more.
     fn finish(self: Box<Self>, work: &dyn LayerWork) -> Result<Finished, MethodError>;

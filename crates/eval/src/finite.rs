@@ -42,8 +42,11 @@ impl Tap for Watch {
     }
 
     fn input(&mut self, place: &Place, x: MatRef<'_>) {
-        let part =
-            if matches!(place.role, Role::Q | Role::K | Role::V | Role::O) { "attention" } else { "feed-forward part" };
+        let part = match place.role {
+            Role::Q | Role::K | Role::V | Role::O => "attention",
+            role if role.is_shortcut() => "shortcut",
+            _ => "feed-forward part",
+        };
         self.see(x, || format!("{part}, what goes into {place}"));
     }
 

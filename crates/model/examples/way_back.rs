@@ -55,9 +55,9 @@ fn spec() -> Spec {
         embed_scale: 1.0,
         tied: true,
         positions: Positions::None,
-        norm: Norm { kind: NormKind::Rms, eps: 1e-5, offset: 0.0 },
+        norm: Norm { kind: NormKind::Rms, eps: 1e-5, offset: 0.0, divisor: None },
         final_norm: true,
-        layers: vec![LayerSpec { attn: Some(attn), ffn: Some(ffn) }],
+        layers: vec![LayerSpec { attn: Some(attn), ffn: Some(ffn), ..LayerSpec::default() }],
         logit_softcap: None,
         logit_scale: 1.0,
     }

@@ -11,11 +11,14 @@ use crate::parts::{NormWeights, Projection};
 use crate::profile::span;
 use crate::{Batch, BlockPart, KvStore, ModelError, Tap, Wants};
 
-/// A decoder block, ready to compute: `x + attention(x)`, then `x + ffn(x)`.
+/// A decoder block, ready to compute: `x + attention(x)`, then `x + ffn(x)`; with a matrix in a shortcut `x Sᵀ` instead
+/// of that `x`.
 pub struct Block {
     layer: usize,
     pub(crate) attention: Option<AttentionPart>,
     pub(crate) ffn: Option<FfnPart>,
+    pub(crate) attention_shortcut: Option<Projection>,
+    pub(crate) ffn_shortcut: Option<Projection>,
 }
 
 pub(crate) struct AttentionPart {
@@ -57,7 +60,8 @@ impl Block {
         Block::load_with(weights, layer, Activations::Exact)
     }
 
-    /// As [`Block::load`], told how activations meet integer codes. A router's always meet them as they are.
+    /// As [`Block::load`], told how activations meet integer codes. A router's and a shortcut's always meet them as
+    /// they are.
     pub fn load_with(weights: &dyn Weights, layer: usize, activations: Activations) -> Result<Block, ModelError> {
         let spec = weights.spec();
         let missing = || ModelError::Missing { place: format!("layers.{layer}") };
@@ -111,7 +115,12 @@ impl Block {
                 })
             }
         };
-        Ok(Block { layer, attention, ffn })
+        let shortcut = |on: bool, role| {
+            on.then(|| Projection::load(weights, Place::layer(layer, role), Activations::Exact)).transpose()
+        };
+        let attention_shortcut = shortcut(described.attn_shortcut, Role::AttnShortcut)?;
+        let ffn_shortcut = shortcut(described.ffn_shortcut, Role::FfnShortcut)?;
+        Ok(Block { layer, attention, ffn, attention_shortcut, ffn_shortcut })
     }
 
     /// Its number in the model.
@@ -151,7 +160,12 @@ impl Block {
                 router.bytes() + share(experts.iter().map(Ffn::bytes).sum(), choice)
             }
         });
-        attention + ffn
+        attention + ffn + self.shortcuts().map(Projection::bytes).sum::<u64>()
+    }
+
+    /// The matrices in its shortcuts.
+    pub(crate) fn shortcuts(&self) -> impl Iterator<Item = &Projection> {
+        self.attention_shortcut.iter().chain(&self.ffn_shortcut)
     }
 
     /// Multiply-adds of one token's products, were every matrix dense: on f32, and on 8-bit activations. Of experts,
@@ -172,6 +186,7 @@ impl Block {
             }
             None => {}
         }
+        self.shortcuts().for_each(|p| add(p, 1, 1));
         all
     }
 
@@ -187,18 +202,17 @@ impl Block {
         assert_eq!(x.rows(), batch.rows(), "a row of x for each row of the batch");
         let wants = tap.wants();
         let start = wants.residuals.then(|| x.clone());
-        if let Some(a) = &self.attention {
-            let y = a.forward(self.layer, x.view(), batch, kv, tap, wants)?;
-            span("add", || kernels::add(x.view_mut(), y.view()));
-        }
+        let y = match &self.attention {
+            Some(a) => Some(a.forward(self.layer, x.view(), batch, kv, tap, wants)?),
+            None => None,
+        };
+        join(x, self.attention_shortcut.as_ref(), y, tap, wants);
         let middle = wants.residuals.then(|| x.clone());
         if let (Some(a), Some(b), true) = (&start, &middle, self.attention.is_some()) {
             tap.residual(self.layer, BlockPart::Attention, a.view(), b.view());
         }
-        if let Some(f) = &self.ffn {
-            let y = f.forward(x.view(), tap, wants);
-            span("add", || kernels::add(x.view_mut(), y.view()));
-        }
+        let y = self.ffn.as_ref().map(|f| f.forward(x.view(), tap, wants));
+        join(x, self.ffn_shortcut.as_ref(), y, tap, wants);
         if let (Some(b), true) = (&middle, self.ffn.is_some()) {
             tap.residual(self.layer, BlockPart::Ffn, b.view(), x.view());
         }
@@ -206,6 +220,23 @@ impl Block {
             tap.residual(self.layer, BlockPart::Block, a.view(), x.view());
         }
         Ok(())
+    }
+}
+
+/// The residual stream behind a part that put out `y`: `x`, or what the shortcut's matrix makes of it, and `y`.
+fn join(x: &mut Mat, shortcut: Option<&Projection>, y: Option<Lent>, tap: &mut dyn Tap, wants: Wants) {
+    if let Some(s) = shortcut {
+        if wants.inputs {
+            tap.input(&s.place, x.view());
+        }
+        let turned = s.apply(x.view());
+        if wants.outputs {
+            tap.output(&s.place, turned.view());
+        }
+        x.data_mut().copy_from_slice(turned.data());
+    }
+    if let Some(y) = y {
+        span("add", || kernels::add(x.view_mut(), y.view()));
     }
 }
 

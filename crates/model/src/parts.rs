@@ -36,6 +36,11 @@ pub(crate) fn vector(weights: &dyn Weights, place: Place) -> Result<Vec<f32>, Mo
     Ok(stored.to_mat().into_vec())
 }
 
+/// Rows of the residual stream as a norm of the model leaves them, and nothing else loaded.
+pub fn normalised(weights: &dyn Weights, norm: Place, x: MatRef<'_>) -> Result<Mat, ModelError> {
+    Ok(NormWeights::load(weights, norm)?.apply(x).into_mat())
+}
+
 /// A normalisation with its constants.
 pub(crate) struct NormWeights {
     pub(crate) place: Place,
@@ -46,7 +51,10 @@ pub(crate) struct NormWeights {
 
 impl NormWeights {
     pub(crate) fn load(weights: &dyn Weights, place: Place) -> Result<NormWeights, ModelError> {
-        let norm = weights.spec().norm;
+        let mut norm = weights.spec().norm;
+        if matches!(place.role, Role::QNorm | Role::KNorm) {
+            norm.divisor = None;
+        }
         let bias = (norm.kind == NormKind::Layer).then(|| vector(weights, place.bias())).transpose()?;
         Ok(NormWeights { place, norm, scale: vector(weights, place)?, bias })
     }
@@ -102,6 +110,7 @@ impl Projection {
             Role::O => "attn.o",
             Role::Gate | Role::Up => "ffn.gate, up",
             Role::Down => "ffn.down",
+            role if role.is_shortcut() => "shortcuts",
             _ => "other products",
         };
         Ok(Projection { place, name, linear, bias })

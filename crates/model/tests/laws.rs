@@ -87,12 +87,13 @@ fn a_cut_store_continues_with_the_same_bits() {
 
 #[test]
 fn threads_change_nothing() {
-    let spec = specs().remove(1);
-    let d = Decoder::load(&Memory::random(spec, 7), &LoadOptions::default()).unwrap();
-    let a = tokens(90, 1);
-    let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
-    let one = pool(1).install(|| whole(&d, &a, KvFormat::F32));
-    assert_eq!(bits(&pool(3).install(|| whole(&d, &a, KvFormat::F32))), bits(&one));
+    for i in [1, 3] {
+        let d = Decoder::load(&Memory::random(specs().remove(i), 7), &LoadOptions::default()).unwrap();
+        let a = tokens(90, 1);
+        let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
+        let one = pool(1).install(|| whole(&d, &a, KvFormat::F32));
+        assert_eq!(bits(&pool(3).install(|| whole(&d, &a, KvFormat::F32))), bits(&one), "spec {i}");
+    }
 }
 
 #[derive(Default)]

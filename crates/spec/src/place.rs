@@ -38,6 +38,9 @@ pub enum Role {
     /// Norm of attention's output before it is added (sandwich norms), `[hidden]`.
     #[serde(rename = "attn.post_norm")]
     AttnPostNorm,
+    /// Matrix in the shortcut around attention, `[hidden, hidden]`.
+    #[serde(rename = "attn.shortcut")]
+    AttnShortcut,
     /// Norm before the FFN, `[hidden]`.
     #[serde(rename = "ffn.norm")]
     FfnNorm,
@@ -56,6 +59,9 @@ pub enum Role {
     /// Norm of the FFN's output before it is added (sandwich norms), `[hidden]`.
     #[serde(rename = "ffn.post_norm")]
     FfnPostNorm,
+    /// Matrix in the shortcut around the FFN, `[hidden, hidden]`.
+    #[serde(rename = "ffn.shortcut")]
+    FfnShortcut,
     /// Norm before the head, `[hidden]`.
     #[serde(rename = "norm")]
     FinalNorm,
@@ -66,7 +72,7 @@ pub enum Role {
 
 impl Role {
     /// Every role, in the order in which a token meets them.
-    pub const ALL: [Role; 18] = [
+    pub const ALL: [Role; 20] = [
         Role::Embed,
         Role::Positions,
         Role::AttnNorm,
@@ -77,12 +83,14 @@ impl Role {
         Role::QNorm,
         Role::KNorm,
         Role::AttnPostNorm,
+        Role::AttnShortcut,
         Role::FfnNorm,
         Role::Router,
         Role::Gate,
         Role::Up,
         Role::Down,
         Role::FfnPostNorm,
+        Role::FfnShortcut,
         Role::FinalNorm,
         Role::Head,
     ];
@@ -100,12 +108,14 @@ impl Role {
             Role::QNorm => "attn.q_norm",
             Role::KNorm => "attn.k_norm",
             Role::AttnPostNorm => "attn.post_norm",
+            Role::AttnShortcut => "attn.shortcut",
             Role::FfnNorm => "ffn.norm",
             Role::Gate => "ffn.gate",
             Role::Up => "ffn.up",
             Role::Down => "ffn.down",
             Role::Router => "ffn.router",
             Role::FfnPostNorm => "ffn.post_norm",
+            Role::FfnShortcut => "ffn.shortcut",
             Role::FinalNorm => "norm",
             Role::Head => "head",
         }
@@ -114,10 +124,16 @@ impl Role {
     /// Whether the weight is a matrix that multiplies activations (what compression aims at), not a norm or a table of
     /// positions.
     pub fn is_linear(self) -> bool {
-        matches!(
-            self,
-            Role::Q | Role::K | Role::V | Role::O | Role::Gate | Role::Up | Role::Down | Role::Router | Role::Head
-        )
+        self.is_shortcut()
+            || matches!(
+                self,
+                Role::Q | Role::K | Role::V | Role::O | Role::Gate | Role::Up | Role::Down | Role::Router | Role::Head
+            )
+    }
+
+    /// Whether the matrix stands in the shortcut around a part.
+    pub fn is_shortcut(self) -> bool {
+        matches!(self, Role::AttnShortcut | Role::FfnShortcut)
     }
 
     /// Whether the role stands in every decoder block.
@@ -248,10 +264,12 @@ impl<'de> Deserialize<'de> for Place {
 pub struct Target(pub String);
 
 impl Target {
-    /// Whether `place` (a weight) is meant. Norms, positions and biases never are; a router only by its name: it is
-    /// tiny, and which experts a token gets hangs on its last bits.
+    /// Whether `place` (a weight) is meant. Norms, positions and biases never are. A router only by its name: it is
+    /// tiny, and which experts a token gets hangs on its last bits; a shortcut, too: what it loses, every later block
+    /// lacks.
     pub fn matches(&self, place: &Place) -> bool {
-        if place.role == Role::Router && !self.0.ends_with("router") {
+        let named = |last: &str| self.0.ends_with(last);
+        if (place.role == Role::Router && !named("router")) || (place.role.is_shortcut() && !named("shortcut")) {
             return false;
         }
         if place.part == Part::Bias || !(place.role.is_linear() || place.role == Role::Embed) {
@@ -299,5 +317,8 @@ mod tests {
         assert!(!hit("attn.*", Place::layer(3, Role::Q).bias()) && hit("*", Place::global(Role::Head)));
         let router = Place::layer(0, Role::Router);
         assert!(!hit("ffn.*", router) && !hit("*", router) && hit("ffn.router", router));
+        let shortcut = Place::layer(3, Role::AttnShortcut);
+        assert!(!hit("attn.*", shortcut) && !hit("*", shortcut) && hit("layers.3.attn.shortcut", shortcut));
+        assert!(hit("*.shortcut", shortcut) && !hit("ffn.shortcut", shortcut));
     }
 }

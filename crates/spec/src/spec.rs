@@ -57,26 +57,39 @@ pub struct Norm {
     pub eps: f32,
     /// Added to the stored scale (Gemma's safetensors: 1, since the file keeps `scale - 1`).
     pub offset: f32,
+    /// What the sum of squares of the residual stream's RMS norms is divided by, where that is not their width: a
+    /// stream that lost channels still stands under the root that was made for all of them. Norms of heads know
+    /// nothing of it.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub divisor: Option<usize>,
 }
 
 /// Kinds of normalisation.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum NormKind {
-    /// `x / sqrt(mean(x²) + eps) * scale`.
+    /// `x / sqrt(mean(x²) + eps) * scale`, the mean over the divisor where there is one.
     Rms,
     /// `(x - mean) / sqrt(var + eps) * scale + bias`.
     Layer,
 }
 
-/// One decoder block. A part that pruning removed is `None`: the residual stream passes by.
-#[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
+/// One decoder block. A part that pruning removed is `None`: the residual stream passes by, through the part's shortcut
+/// where there is one.
+#[derive(Clone, Debug, Default, PartialEq, Serialize, Deserialize)]
 #[serde(deny_unknown_fields)]
 pub struct LayerSpec {
     /// Attention.
     pub attn: Option<AttnSpec>,
     /// Feed-forward.
     pub ffn: Option<FfnSpec>,
+    /// A matrix in the shortcut around attention: `x Sᵀ + attention(norm(x))`. It stays where the part goes, since what
+    /// comes behind it stands in its axes.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub attn_shortcut: bool,
+    /// The same around the FFN.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub ffn_shortcut: bool,
 }
 
 /// Attention of one block.
@@ -270,6 +283,12 @@ impl Spec {
         if !(self.norm.eps >= 0.0 && self.norm.eps < 1.0) {
             return fail(format!("norm.eps is {}", self.norm.eps));
         }
+        if let Some(n) = self.norm.divisor {
+            dim("norm.divisor", n)?;
+            if self.norm.kind != NormKind::Rms {
+                return fail(format!("norm.divisor is {n}; only RMS norms have one"));
+            }
+        }
         // A few bytes of a hostile file could otherwise announce a billion tensors.
         let experts =
             self.layers.iter().filter_map(|l| l.ffn.as_ref()?.experts).fold(0, |n: usize, e| n.saturating_add(e.count));
@@ -367,6 +386,8 @@ impl Spec {
             Bias => bias.then_some((1, rows)),
         };
         match place.role {
+            Role::AttnShortcut => layer.attn_shortcut.then(|| linear(h, h, false)).flatten(),
+            Role::FfnShortcut => layer.ffn_shortcut.then(|| linear(h, h, false)).flatten(),
             Role::AttnNorm | Role::Q | Role::K | Role::V | Role::O | Role::QNorm | Role::KNorm | Role::AttnPostNorm => {
                 let a = layer.attn.as_ref()?;
                 match place.role {
@@ -429,6 +450,17 @@ impl Spec {
         out.extend([Role::FinalNorm, Role::Head].into_iter().flat_map(global));
         out.retain(|p| self.shape(p).is_some());
         out
+    }
+
+    /// The first shortcut that a matrix stands in: only the packed format can say it, and one layer's residual stream
+    /// cannot be compared with the next one's.
+    pub fn first_shortcut(&self) -> Option<Place> {
+        let of = |(l, layer): (usize, &LayerSpec)| match (layer.attn_shortcut, layer.ffn_shortcut) {
+            (true, _) => Some(Place::layer(l, Role::AttnShortcut)),
+            (_, true) => Some(Place::layer(l, Role::FfnShortcut)),
+            _ => None,
+        };
+        self.layers.iter().enumerate().find_map(of)
     }
 
     /// Number of parameters: every tensor's entries, a tied head counted once.

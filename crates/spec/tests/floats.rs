@@ -46,6 +46,36 @@ fn a_bias_on_down_alone_is_said_only_where_it_is() {
     assert!(spec.check().unwrap_err().what.contains("layer 0: a bias on down is said twice"));
 }
 
+/// A model saved before there were shortcuts and divisors is read, and one without them is written as before.
+#[test]
+fn shortcuts_and_divisors_are_said_only_where_they_are() {
+    let config = serde_json::json!({
+        "model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
+        "num_attention_heads": 4, "max_position_embeddings": 128,
+    });
+    let mut spec = lacuna_spec::arch::from_config(&config).unwrap();
+    let plain = serde_json::to_string(&spec).unwrap();
+    assert!(!plain.contains("shortcut") && !plain.contains("divisor"), "{plain}");
+    assert_eq!(serde_json::from_str::<Spec>(&plain).unwrap(), spec);
+    let before = spec.places().len();
+    (spec.layers[0].ffn_shortcut, spec.layers[1].attn_shortcut, spec.norm.divisor) = (true, true, Some(40));
+    spec.check().unwrap();
+    assert_eq!(serde_json::from_str::<Spec>(&serde_json::to_string(&spec).unwrap()).unwrap(), spec);
+    let (ffn, attn) = (Place::layer(0, Role::FfnShortcut), Place::layer(1, Role::AttnShortcut));
+    assert_eq!((spec.shape(&ffn), spec.shape(&attn)), (Some((32, 32)), Some((32, 32))));
+    assert_eq!((spec.shape(&Place::layer(0, Role::AttnShortcut)), spec.shape(&ffn.bias())), (None, None));
+    assert_eq!((spec.places().len(), spec.first_shortcut()), (before + 2, Some(ffn)));
+    // It outlives the part that it goes around.
+    spec.layers[0].ffn = None;
+    assert_eq!(spec.shape(&ffn), Some((32, 32)));
+    for (divisor, word) in [(0, "norm.divisor is 0"), (usize::MAX, "norm.divisor is")] {
+        spec.norm.divisor = Some(divisor);
+        assert!(spec.check().unwrap_err().what.contains(word));
+    }
+    (spec.norm.divisor, spec.norm.kind) = (Some(40), lacuna_spec::NormKind::Layer);
+    assert!(spec.check().unwrap_err().what.contains("only RMS norms"));
+}
+
 fn bits_of(rope: &Rope) -> Vec<u32> {
     match &rope.scaling {
         RopeScaling::Factors { factors } => factors.iter().map(|x| x.to_bits()).collect(),

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use lacuna_base::Mat;
 use lacuna_format::{Float, GgufType, Pattern, Stored, Values, Weights};
-use lacuna_spec::arch::{Target, Whole};
+use lacuna_spec::arch::{self, Target, Whole};
 use lacuna_spec::{AttnSpec, Part, Place, Role, RopeStyle, Spec, SpecError};
 use rayon::prelude::*;
 
@@ -97,7 +97,7 @@ impl<'a> Arranged<'a> {
         as_held: fn(&Spec) -> Result<Spec, SpecError>,
     ) -> Result<(Arranged<'a>, Vec<String>), SaveError> {
         let refused = |e: SpecError| SaveError::Refused(e.what);
-        let Whole { spec, layers, left_out, filled } = lacuna_spec::arch::whole(weights.spec()).map_err(refused)?;
+        let Whole { spec, layers, left_out, filled } = arch::whole(weights.spec()).map_err(refused)?;
         let mut notes = Vec::new();
         if !left_out.is_empty() {
             notes.push(format!("layers {left_out:?} have no part left and are left out altogether"));
@@ -167,10 +167,16 @@ impl<'a> Arranged<'a> {
         Some((0..to.head_dim).map(moved).collect())
     }
 
-    /// What is added to a stored value: norms lie less one in some layouts.
-    fn shift(&self, place: &Place) -> f32 {
+    /// What a stored value is multiplied with, and what is added to it: norms lie less one in some layouts, and none
+    /// has a divisor of its own.
+    fn rescale(&self, place: &Place) -> (f32, f32) {
         let table = place.role.is_linear() || matches!(place.role, Role::Embed | Role::Positions);
-        if table || place.part == Part::Bias { 0.0 } else { self.weights.spec().norm.offset - self.spec.norm.offset }
+        if table || place.part == Part::Bias {
+            return (1.0, 0.0);
+        }
+        let from = self.weights.spec();
+        let factor = if self.spec.norm.divisor.is_none() { arch::norm_factor(from, place) } else { 1.0 };
+        (factor, from.norm.offset * factor - self.spec.norm.offset)
     }
 
     /// Rows `from..to` of a place, decoded, in the layout's order. Where rows move, `from` and `to` are at the bounds
@@ -180,9 +186,9 @@ impl<'a> Arranged<'a> {
         let mut m = Mat::zeros(to - from, cols);
         let Some(stored) = stored else { return m };
         stored.decode_rows(from, to, m.view_mut());
-        let shift = self.shift(place);
-        if shift != 0.0 {
-            m.data_mut().iter_mut().for_each(|x| *x += shift);
+        let (factor, shift) = self.rescale(place);
+        if (factor, shift) != (1.0, 0.0) {
+            m.data_mut().iter_mut().for_each(|x| *x = *x * factor + shift);
         }
         let Some(moves) = self.moves(place) else { return m };
         if place.part == Part::Bias {
@@ -281,7 +287,7 @@ impl<'a> Arranged<'a> {
 
     /// The bytes of rows that the form can hold without decoding them.
     fn as_they_are(&self, place: &Place, stored: &Stored, form: Encoding, from: usize, to: usize) -> Option<Vec<u8>> {
-        if self.shift(place) != 0.0 || (place.part == Part::Bias && self.moves(place).is_some()) {
+        if self.rescale(place) != (1.0, 0.0) || (place.part == Part::Bias && self.moves(place).is_some()) {
             return None;
         }
         if let Some(piece) = stored.single()

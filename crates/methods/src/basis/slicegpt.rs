@@ -12,9 +12,13 @@
 //!
 //! **Cost.** `D³` once, in f64.
 //!
-//! **Departs.** One basis for the whole model, so that no matrix stands in the shortcuts and the result is a plain
-//! model (the paper: one for each block with a matrix in each shortcut). The signals of all blocks count alike.
-//! LayerNorm, which the paper turns into RMS norms first, is refused.
+//! With `basis = "layer"` every attention, every FFN and the head has its own `Q_s`, of `D x d`, found front to back on
+//! the sliced network's own signals, and shortcuts carry `Q_sᵀ Q_{s+1}`, as in the paper.
+//!
+//! **Departs.** By default one basis for the whole model, so that no matrix stands in the shortcuts and the result is a
+//! plain model; the signals of all blocks count alike. All parts keep the same `d`, and the head is sliced, too (the
+//! paper's program leaves the last width whole). Signals are taken behind the norm, its scale taken out. LayerNorm,
+//! which the paper turns into RMS norms first, is refused.
 
 use lacuna_base::{Mat64, factor};
 use lacuna_contract::{Basis, Card, Made, Method, MethodError};

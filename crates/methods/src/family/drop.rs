@@ -75,7 +75,13 @@ impl ModelWide for DropParts {
             let what = format!("{} to drop; only {there} layers have the part {:?}", self.count, self.part);
             return Err(MethodError::new(what));
         }
-        Ok(())
+        let compares = self.card.needs.iter().any(|ask| matches!(ask, Ask::Similarity(_)));
+        match spec.first_shortcut() {
+            Some(place) if compares => Err(MethodError::new(format!(
+                "{place} turns the residual stream: what goes into a part cannot be compared with what comes out"
+            ))),
+            _ => Ok(()),
+        }
     }
 
     fn begin(&self, _: &Spec) -> Result<Box<dyn Walker>, MethodError> {

@@ -32,6 +32,11 @@ pub struct Record {
 }
 
 impl Record {
+    /// The residual stream before the FFN.
+    fn before_ffn(&self) -> MatRef<'_> {
+        self.middle.as_ref().unwrap_or(&self.start).view()
+    }
+
     /// Bytes that it holds.
     pub fn bytes(&self) -> u64 {
         let all = self.inputs.values().chain(self.outputs.values()).chain(&self.middle).chain([&self.start]);
@@ -49,7 +54,9 @@ impl Record {
             let one = 2 * hidden + f.width * if f.gated { 3 } else { 2 };
             f.experts.map_or(one, |e| hidden + e.count + e.used.min(e.count) * one)
         });
-        4 * (tokens as u64) * (hidden + attention + ffn) as u64
+        // What comes out of attention's shortcut is the middle of a block without attention; elsewhere it is not kept.
+        let turned = if block.attn.is_none() && block.attn_shortcut { hidden } else { 0 };
+        4 * (tokens as u64) * (hidden + turned + attention + ffn) as u64
     }
 }
 
@@ -78,15 +85,19 @@ impl RecordedBlock {
         let mut tap = Recorder { gated: self.gated(), inputs: HashMap::new(), outputs: HashMap::new() };
         let batch = Batch::one(0, 0..x.rows());
         self.block.forward(x, &batch, &mut OneSequence::of(&self.block, x.rows()), &mut tap)?;
-        let Recorder { inputs, outputs, .. } = tap;
-        let middle = self.block.attention.as_ref().map(|a| {
-            let mut middle = copy(outputs[&a.o.place].view());
-            if let Some(n) = &a.post_norm {
-                n.in_place(&mut middle);
+        let Recorder { inputs, mut outputs, .. } = tap;
+        let turned = self.block.attention_shortcut.as_ref().and_then(|s| outputs.remove(&s.place));
+        let middle = match &self.block.attention {
+            None => turned,
+            Some(a) => {
+                let mut middle = copy(outputs[&a.o.place].view());
+                if let Some(n) = &a.post_norm {
+                    n.in_place(&mut middle);
+                }
+                kernels::add(middle.view_mut(), turned.as_ref().unwrap_or(&start).view());
+                Some(middle)
             }
-            kernels::add(middle.view_mut(), start.view());
-            middle
-        });
+        };
         Ok(Record { start, middle, inputs, outputs })
     }
 
@@ -96,11 +107,13 @@ impl RecordedBlock {
     pub fn backward(&self, record: &Record, dx: &mut Mat, sink: &mut dyn GradientSink) {
         let shape = (record.start.rows(), record.start.cols());
         assert_eq!((dx.rows(), dx.cols()), shape, "a gradient of another shape than the record");
-        if let Some(f) = &self.block.ffn {
-            self.ffn(f, record, dx, sink);
+        match &self.block.ffn {
+            Some(f) => self.ffn(f, record, dx, sink),
+            None => self.shortcut(&self.block.ffn_shortcut, record.before_ffn(), dx, sink),
         }
-        if let Some(a) = &self.block.attention {
-            self.attention(a, record, dx, sink);
+        match &self.block.attention {
+            Some(a) => self.attention(a, record, dx, sink),
+            None => self.shortcut(&self.block.attention_shortcut, record.start.view(), dx, sink),
         }
         sink.end_of_sequence();
     }
@@ -122,6 +135,14 @@ impl RecordedBlock {
             sink.vector(&p.place.bias(), &bias(dy));
         }
         product(&self.matrices[&p.place], dy, dx);
+    }
+
+    /// The adjoint of a shortcut that read `x`: `dx`, the gradient behind it, becomes that before it.
+    fn shortcut(&self, s: &Option<Projection>, x: MatRef<'_>, dx: &mut Mat, sink: &mut dyn GradientSink) {
+        let Some(s) = s else { return };
+        let dy = copy(dx.view());
+        dx.data_mut().fill(0.0);
+        self.project(s, x, dy.view(), dx.view_mut(), sink);
     }
 
     fn attention(&self, a: &AttentionPart, record: &Record, dx: &mut Mat, sink: &mut dyn GradientSink) {
@@ -165,11 +186,12 @@ impl RecordedBlock {
         for (p, d) in [(&a.q, &d.q), (&a.k, &d.k), (&a.v, &d.v)] {
             self.project(p, h, d.view(), dh.view_mut(), sink);
         }
+        self.shortcut(&self.block.attention_shortcut, record.start.view(), dx, sink);
         through_norm(&a.norm, record.start.view(), dh.view(), dx.view_mut(), sink);
     }
 
     fn ffn(&self, f: &FfnPart, record: &Record, dx: &mut Mat, sink: &mut dyn GradientSink) {
-        let x = record.middle.as_ref().unwrap_or(&record.start).view();
+        let x = record.before_ffn();
         let mut dh = zeros(x.rows(), x.cols());
         match &f.body {
             Body::Dense(one) => {
@@ -194,6 +216,7 @@ impl RecordedBlock {
                 self.project(router, read, dlogits.view(), dh.view_mut(), sink);
             }
         }
+        self.shortcut(&self.block.ffn_shortcut, x, dx, sink);
         through_norm(&f.norm, x, dh.view(), dx.view_mut(), sink);
     }
 
@@ -310,6 +333,7 @@ fn projections(block: &Block) -> Vec<&Projection> {
         }
         None => {}
     }
+    all.extend(block.shortcuts());
     all
 }
 
@@ -329,7 +353,8 @@ impl Tap for Recorder {
         let again = match place.role {
             Role::K | Role::V => true,
             Role::Up => self.gated,
-            _ => false,
+            // The residual stream itself, which the record has.
+            role => role.is_shortcut(),
         };
         if !again {
             self.inputs.insert(*place, copy(x));
@@ -337,7 +362,9 @@ impl Tap for Recorder {
     }
 
     fn output(&mut self, place: &Place, y: MatRef<'_>) {
-        self.outputs.insert(*place, copy(y));
+        if place.role != Role::FfnShortcut {
+            self.outputs.insert(*place, copy(y));
+        }
     }
 }
 

@@ -184,7 +184,7 @@ mod tests {
     #[test]
     fn a_head_agrees_with_finite_differences_however_its_rows_are_cut() {
         let (hidden, vocab) = (6, 19);
-        let n = Norm { kind: NormKind::Layer, eps: 1e-3, offset: 0.0 };
+        let n = Norm { kind: NormKind::Layer, eps: 1e-3, offset: 0.0, divisor: None };
         let weights = Only(Spec {
             arch: "test".into(),
             hidden,

@@ -16,7 +16,7 @@ pub struct NormGradients {
 
 /// `dx += ` the gradient of the rows `x` that a normalisation read, from `dy`, that of what it put out: with
 /// `x̂ = (x - mean) · inv` and `g = dy · (scale + offset)` it is `inv · (g - mean(g) - x̂ · mean(g x̂))`, of RMS
-/// without the means of `x` and `g`.
+/// without the means of `x` and `g`, and the last mean over the divisor where there is one.
 ///
 /// All are `[rows, cols]`. Gives the gradients of the vectors where `vectors`.
 #[track_caller]
@@ -33,6 +33,7 @@ pub fn norm(
     assert_eq!((x.rows(), cols), (dx.rows(), dx.cols()), "two shapes");
     assert_eq!(scale.len(), cols, "one scale a column");
     let n = cols as f32;
+    let divisor = norm.divisor.map_or(n, |n| n as f32);
     let parts = chunks(dx, |first, mut dx| {
         let mut sums = vectors.then(|| NormGradients { scale: vec![0.0; cols], bias: vec![0.0; cols] });
         let mut g = vec![0.0f32; cols];
@@ -42,7 +43,7 @@ pub fn norm(
                 NormKind::Rms => 0.0,
                 NormKind::Layer => sum_of(x, x, |x, _| x) / n,
             };
-            let inv = 1.0 / (sum_of(x, x, |x, _| (x - mean) * (x - mean)) / n + norm.eps).sqrt();
+            let inv = 1.0 / (sum_of(x, x, |x, _| (x - mean) * (x - mean)) / divisor + norm.eps).sqrt();
             for ((g, &d), &s) in g.iter_mut().zip(dy).zip(scale) {
                 *g = d * (s + norm.offset);
             }
@@ -50,7 +51,7 @@ pub fn norm(
                 NormKind::Rms => 0.0,
                 NormKind::Layer => sum_of(&g, &g, |g, _| g) / n,
             };
-            let along = sum_of(&g, x, |g, x| g * ((x - mean) * inv)) / n;
+            let along = sum_of(&g, x, |g, x| g * ((x - mean) * inv)) / divisor;
             for ((o, &g), &x) in dx.row_mut(i).iter_mut().zip(&g).zip(x) {
                 *o += inv * (g - g_mean - (x - mean) * inv * along);
             }
@@ -81,15 +82,15 @@ mod tests {
 
     #[test]
     fn agrees_with_finite_differences_of_the_definition() {
-        for kind in [NormKind::Rms, NormKind::Layer] {
+        for (kind, divisor) in [(NormKind::Rms, None), (NormKind::Layer, None), (NormKind::Rms, Some(41))] {
             for (rows, cols) in [(1, 1), (3, 5), (40, 37), (0, 4)] {
-                let n = Norm { kind, eps: 1e-2, offset: 0.5 };
+                let n = Norm { kind, eps: 1e-2, offset: 0.5, divisor };
                 let (x, dy, scale) = (random(rows, cols, 1), random(rows, cols, 2), random(1, cols, 3));
                 let mut dx = zeros(rows, cols);
                 let got = norm(n, scale.data(), x.view(), dy.view(), dx.view_mut(), true).unwrap();
                 let bias = vec![0.3; cols];
                 check(
-                    &format!("{kind:?} {rows} x {cols}"),
+                    &format!("{kind:?} {rows} x {cols} over {divisor:?}"),
                     dy.data(),
                     &[(x.data(), dx.data()), (scale.data(), &got.scale), (&bias, &got.bias)],
                     |v| twin::norm(n, cols, &v[1], &v[2], &v[0]),

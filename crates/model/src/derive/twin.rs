@@ -42,7 +42,7 @@ pub(crate) fn linear(x: &[f64], w: &[f64], b: &[f64], inputs: usize) -> Vec<f64>
 pub(crate) fn norm(n: Norm, cols: usize, scale: &[f64], bias: &[f64], x: &[f64]) -> Vec<f64> {
     let row = |x: &[f64]| -> Vec<f64> {
         let mean = if n.kind == NormKind::Layer { x.iter().sum::<f64>() / cols as f64 } else { 0.0 };
-        let var = x.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / cols as f64;
+        let var = x.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / n.divisor.unwrap_or(cols) as f64;
         let by = (var + f64::from(n.eps)).sqrt();
         let one = |(i, v): (usize, &f64)| (v - mean) / by * (scale[i] + f64::from(n.offset)) + bias[i];
         x.iter().enumerate().map(one).collect()

@@ -82,7 +82,7 @@ fn ffn(width: usize) -> FfnSpec {
     }
 }
 
-/// Three descriptions that use everything a description can say, with uneven layers.
+/// Four descriptions that use everything a description can say, with uneven layers.
 pub fn specs() -> Vec<Spec> {
     let plain = Spec {
         arch: "test".into(),
@@ -92,13 +92,13 @@ pub fn specs() -> Vec<Spec> {
         embed_scale: 1.0,
         tied: false,
         positions: Positions::None,
-        norm: Norm { kind: NormKind::Rms, eps: 1e-5, offset: 0.0 },
+        norm: Norm { kind: NormKind::Rms, eps: 1e-5, offset: 0.0, divisor: None },
         final_norm: true,
         layers: vec![
-            LayerSpec { attn: Some(attention(4, 2, 10)), ffn: Some(ffn(50)) },
-            LayerSpec { attn: None, ffn: Some(ffn(33)) },
-            LayerSpec { attn: Some(attention(3, 1, 16)), ffn: None },
-            LayerSpec { attn: None, ffn: None },
+            LayerSpec { attn: Some(attention(4, 2, 10)), ffn: Some(ffn(50)), ..LayerSpec::default() },
+            LayerSpec { ffn: Some(ffn(33)), ..LayerSpec::default() },
+            LayerSpec { attn: Some(attention(3, 1, 16)), ..LayerSpec::default() },
+            LayerSpec::default(),
         ],
         logit_softcap: None,
         logit_scale: 1.0,
@@ -136,5 +136,18 @@ pub fn specs() -> Vec<Spec> {
             (f.gated, f.bias, f.act) = (false, true, Activation::Relu);
         }
     }
-    vec![plain, sandwich, learned]
+    // Shortcuts around parts that are there and parts that are not; everything else that can stand beside them.
+    let mut turned = plain.clone();
+    turned.norm.divisor = Some(53);
+    for (l, layer) in turned.layers.iter_mut().enumerate() {
+        (layer.attn_shortcut, layer.ffn_shortcut) = (l != 2, l != 1);
+        if let Some(a) = &mut layer.attn {
+            (a.qk_norm, a.post_norm) = (true, l == 2);
+        }
+        if let Some(f) = &mut layer.ffn {
+            f.experts = (l == 1).then_some(Experts { count: 4, used: 2, normalize: true });
+            f.post_norm = l == 0;
+        }
+    }
+    vec![plain, sandwich, learned, turned]
 }

@@ -176,9 +176,9 @@ pub(super) fn llama_like(c: &Config, arch: &str, act: &str, rope: rope::Reader) 
         embed_scale: 1.0,
         tied: c.bool("tie_word_embeddings")?,
         positions: Positions::None,
-        norm: Norm { kind: NormKind::Rms, eps: c.f64("rms_norm_eps")? as f32, offset: 0.0 },
+        norm: Norm { kind: NormKind::Rms, eps: c.f64("rms_norm_eps")? as f32, offset: 0.0, divisor: None },
         final_norm: true,
-        layers: vec![LayerSpec { attn: Some(attn), ffn: Some(ffn) }; layers],
+        layers: vec![LayerSpec { attn: Some(attn), ffn: Some(ffn), ..LayerSpec::default() }; layers],
         logit_softcap: None,
         logit_scale: 1.0,
     })
@@ -357,7 +357,9 @@ pub(super) fn llama_source(_: &Spec, place: &Place) -> Option<Source> {
             };
             return Some(named(place, "model.", "layers", &module));
         }
-        Role::Positions | Role::AttnPostNorm | Role::FfnPostNorm => return None,
+        Role::Positions | Role::AttnPostNorm | Role::FfnPostNorm | Role::AttnShortcut | Role::FfnShortcut => {
+            return None;
+        }
     };
     Some(named(place, "model.", "layers", module))
 }

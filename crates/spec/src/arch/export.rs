@@ -36,8 +36,17 @@ pub struct Whole {
 }
 
 /// The network with its missing parts put back as parts of the usual shape, since no other program's files can say that
-/// one is missing.
+/// one is missing, and with norms whose divisor is their width: what that changes of them is [`norm_factor`].
+///
+/// A matrix in a shortcut is refused: it can be neither said nor folded into what stands around it.
 pub fn whole(spec: &Spec) -> Result<Whole, SpecError> {
+    if let Some(place) = spec.first_shortcut() {
+        let what = format!(
+            "{place} is a matrix in a shortcut of the residual stream, which no other program's files can say: such a \
+             model is kept in the packed format only (a `slice` step with basis = \"one\" leaves a model without)"
+        );
+        return Err(SpecError { what });
+    }
     let (some_attn, some_ffn) =
         (spec.layers.iter().find_map(|l| l.attn.clone()), spec.layers.iter().find_map(|l| l.ffn.clone()));
     let (mut layers, mut from, mut left_out, mut filled) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
@@ -55,13 +64,28 @@ pub fn whole(spec: &Spec) -> Result<Whole, SpecError> {
         if layer.attn.is_none() || layer.ffn.is_none() {
             filled.push(l);
         }
-        layers.push(LayerSpec { attn, ffn });
+        layers.push(LayerSpec { attn, ffn, ..LayerSpec::default() });
         from.push(l);
     }
     if layers.is_empty() {
         return Err(SpecError { what: "no layer is left".into() });
     }
-    Ok(Whole { spec: Spec { layers, ..spec.clone() }, layers: from, left_out, filled })
+    let mut spec = Spec { layers, ..spec.clone() };
+    if let Some(n) = spec.norm.divisor.take() {
+        spec.norm.eps = (f64::from(spec.norm.eps) * n as f64 / spec.hidden as f64) as f32;
+    }
+    Ok(Whole { spec, layers: from, left_out, filled })
+}
+
+/// What the scale of a norm of the residual stream is multiplied with where its divisor becomes its width, with
+/// `eps * divisor / width`: the root of divisor over width.
+pub fn norm_factor(spec: &Spec, place: &Place) -> f32 {
+    let stream =
+        matches!(place.role, Role::AttnNorm | Role::AttnPostNorm | Role::FfnNorm | Role::FfnPostNorm | Role::FinalNorm);
+    match spec.norm.divisor {
+        Some(n) if stream && place.part == Part::Weight => (n as f64 / spec.hidden as f64).sqrt() as f32,
+        _ => 1.0,
+    }
 }
 
 /// The families whose GGUF files keep the rows of q and k so that RoPE pairs neighbours.
@@ -210,7 +234,7 @@ mod tests {
     #[test]
     fn missing_parts_come_back_and_empty_layers_go() {
         let mut spec = llama(json!({}));
-        spec.layers[0] = LayerSpec { attn: None, ffn: None };
+        spec.layers[0] = LayerSpec::default();
         spec.layers[2].attn = None;
         let w = whole(&spec).unwrap();
         assert_eq!(
@@ -220,6 +244,22 @@ mod tests {
         assert_eq!(w.spec.layers[1].attn, spec.layers[1].attn);
         spec.layers.iter_mut().for_each(|l| l.attn = None);
         assert!(whole(&spec).unwrap_err().what.contains("layer 1 lacks attention"));
+    }
+
+    #[test]
+    fn shortcuts_are_refused_and_divisors_folded() {
+        let mut spec = llama(json!({}));
+        spec.norm.divisor = Some(72);
+        let held = whole(&spec).unwrap().spec.norm;
+        assert_eq!(held.divisor, None);
+        assert!((held.eps - 1e-5 * 72.0 / 32.0).abs() < 1e-10);
+        let factor = |role| norm_factor(&spec, &Place::layer(0, role));
+        assert_eq!((factor(Role::AttnNorm), factor(Role::QNorm), factor(Role::Q)), (1.5, 1.0, 1.0));
+        spec.layers[1].ffn_shortcut = true;
+        let said = whole(&spec).unwrap_err().what;
+        assert!(said.contains("layers.1.ffn.shortcut") && said.contains("packed format only"), "{said}");
+        assert!(hf_targets(&spec).unwrap_err().what.contains("layers.1.ffn.shortcut"));
+        assert!(gguf_targets(&spec).unwrap_err().what.contains("layers.1.ffn.shortcut"));
     }
 
     #[test]

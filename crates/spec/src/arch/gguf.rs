@@ -177,7 +177,8 @@ pub(super) fn standard(head: &GgufHead, arch: &str, style: RopeStyle) -> Result<
         })
     };
     let layer = |l: usize| {
-        Ok(LayerSpec { attn: (heads[l] > 0).then(|| attn(l)), ffn: if widths[l] > 0 { Some(ffn(l)?) } else { None } })
+        let ffn = if widths[l] > 0 { Some(ffn(l)?) } else { None };
+        Ok(LayerSpec { attn: (heads[l] > 0).then(|| attn(l)), ffn, ..LayerSpec::default() })
     };
     Ok(Spec {
         arch: arch.into(),
@@ -187,7 +188,7 @@ pub(super) fn standard(head: &GgufHead, arch: &str, style: RopeStyle) -> Result<
         embed_scale: 1.0,
         tied: !head.tensors.contains("output.weight"),
         positions: Positions::None,
-        norm: Norm { kind: NormKind::Rms, eps, offset: 0.0 },
+        norm: Norm { kind: NormKind::Rms, eps, offset: 0.0, divisor: None },
         final_norm: true,
         layers: (0..layers).map(layer).collect::<Result<_, SpecError>>()?,
         logit_softcap: head.f32("final_logit_softcapping")?.filter(|c| *c != 0.0),
@@ -251,6 +252,7 @@ pub(super) fn standard_source(_: &Spec, place: &Place) -> Option<Source> {
         Role::Up => "ffn_up",
         Role::Down => "ffn_down",
         Role::FfnPostNorm => "post_ffw_norm",
+        Role::AttnShortcut | Role::FfnShortcut => return None,
     };
     Some(Source { slice: place.expert.map(|e| e as usize), ..named(place, "", "blk", module) })
 }

@@ -51,7 +51,7 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
             o_bias: true,
             post_norm: false,
         }),
-        ffn: None,
+        ..LayerSpec::default()
     };
     let ffn = FfnSpec {
         width: c.opt_usize("n_inner")?.unwrap_or(hidden.saturating_mul(4)),
@@ -70,7 +70,7 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
         embed_scale: 1.0,
         tied: c.bool("tie_word_embeddings")?,
         positions: Positions::Learned { offset: 0 },
-        norm: Norm { kind: NormKind::Layer, eps: c.f64("layer_norm_epsilon")? as f32, offset: 0.0 },
+        norm: Norm { kind: NormKind::Layer, eps: c.f64("layer_norm_epsilon")? as f32, offset: 0.0, divisor: None },
         final_norm: true,
         layers: (0..c.usize("n_layer")?.min(1 << 16))
             .map(|l| LayerSpec { ffn: Some(ffn.clone()), ..layer(l) })

@@ -22,7 +22,7 @@ mod rope;
 
 use serde_json::{Value, json};
 
-pub use export::{Target, Whole, gguf_spec, gguf_targets, hf_spec, hf_targets, to_gguf, whole};
+pub use export::{Target, Whole, gguf_spec, gguf_targets, hf_spec, hf_targets, norm_factor, to_gguf, whole};
 pub use gguf::GgufHead;
 pub use gguf_out::{GgufKeys, GgufValue};
 

@@ -68,9 +68,9 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
         embed_scale: 1.0,
         tied: c.bool("tie_word_embeddings")?,
         positions: Positions::Learned { offset: 2 },
-        norm: Norm { kind: NormKind::Layer, eps: 1e-5, offset: 0.0 },
+        norm: Norm { kind: NormKind::Layer, eps: 1e-5, offset: 0.0, divisor: None },
         final_norm: !c.bool("_remove_final_layer_norm")?,
-        layers: vec![LayerSpec { attn: Some(attn), ffn: Some(ffn) }; layers],
+        layers: vec![LayerSpec { attn: Some(attn), ffn: Some(ffn), ..LayerSpec::default() }; layers],
         logit_softcap: None,
         logit_scale: 1.0,
     })
