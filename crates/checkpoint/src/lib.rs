@@ -29,5 +29,5 @@ pub use open::{Checkpoint, Kind, OpenError, examine, open};
 pub use repair::{Fault, diagnose, mendable, repair};
 pub use template::{ChatTemplate, Message, Setting, TemplateError};
 pub use tensor::{TensorInfo, TensorType};
-pub use tokenizer::{Compared, Decoder, Export, HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};
+pub use tokenizer::{Compared, Decoder, Export, HfFiles, Lexicon, TokenKind, Tokenizer, TokenizerError, Vocabulary};
 pub use writer::{PackedWriter, SaveError, left_behind};

@@ -34,6 +34,7 @@ use serde_json::{Map, Value, json};
 
 use crate::packed::{FORMAT, PackedConfig, fits};
 use crate::template::{DIR_OF_NAMED, named_files};
+use crate::tokenizer::shortened_files;
 use crate::{Checkpoint, Kind, OpenError, files};
 
 /// Why a model cannot be written.
@@ -122,6 +123,8 @@ pub struct PackedWriter {
     end: u64,
     /// Bytes kept free at the start of a data file for its header.
     reserved: u64,
+    /// The source's tokens that stay, where not all do.
+    kept: Option<Vec<usize>>,
 }
 
 /// Bytes of a tensor's entries in a file's header at the most, as far as most tensors go.
@@ -189,7 +192,13 @@ impl PackedWriter {
             shard: 1,
             end: 0,
             reserved: 0,
+            kept: None,
         }
+    }
+
+    /// The model has the source's tokens `kept` alone (their ids rise): its tokenizer's files are written so.
+    pub fn keep_tokens(&mut self, kept: &[usize]) {
+        self.kept = Some(kept.to_vec());
     }
 
     /// Seals files after `bytes` of data instead of 2 GB. A resumed writer must be given the same.
@@ -422,7 +431,8 @@ impl PackedWriter {
         Ok(())
     }
 
-    /// Completes the model: every place of `spec` must have been put. Tokenizer files come from `source` unchanged; of
+    /// Completes the model: every place of `spec` must have been put. Tokenizer files come from `source`, unchanged where
+    /// all its tokens stay; of
     /// a GGUF file its tokenizer's metadata go into `tokenizer.gguf`.
     pub fn finish(
         mut self,
@@ -479,6 +489,11 @@ impl PackedWriter {
     }
 
     fn take_along(&self, source: &Checkpoint) -> Result<(), SaveError> {
+        if let Some(kept) = &self.kept {
+            let files = shortened_files(source, kept, false).map_err(|e| SaveError::Refused(e.to_string()))?;
+            files.iter().try_for_each(|(name, bytes)| self.write(name, bytes))?;
+            return if source.kind() == Kind::Gguf { Ok(()) } else { copy_named_templates(source.dir(), &self.dir) };
+        }
         if let Some(bytes) = source.tokenizer_gguf()? {
             self.write("tokenizer.gguf", &bytes)?;
         }

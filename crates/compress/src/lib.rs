@@ -22,6 +22,7 @@ mod scratch;
 mod search;
 mod sequences;
 mod trials;
+mod vocabulary;
 
 pub use account::{CompressError, Options, Outcomes, Progress, Quiet, TensorReport};
 pub use drive::compress;

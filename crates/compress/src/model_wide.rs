@@ -1,7 +1,7 @@
 //! Model-wide steps: each one full pass over the layers, then its edits.
 
 use lacuna_base::Mat;
-use lacuna_contract::{LayerWork, MethodError, ModelWide, Site, Stats, Step};
+use lacuna_contract::{LayerWork, MethodError, ModelWide, Site, Stats, Step, Vocabulary};
 use lacuna_format::Weights;
 use lacuna_model::Block;
 use lacuna_spec::{Place, Spec};
@@ -17,6 +17,7 @@ use crate::recipe::RecipeStep;
 struct Layer<'a> {
     weights: &'a Overlay<'a>,
     statistics: &'a Statistics,
+    vocabulary: Option<&'a Vocabulary>,
 }
 
 impl LayerWork for Layer<'_> {
@@ -33,6 +34,10 @@ impl LayerWork for Layer<'_> {
 
     fn stats(&self, site: Site) -> Stats<'_> {
         self.statistics.of(&self.weights.spec, site)
+    }
+
+    fn vocabulary(&self) -> Option<&Vocabulary> {
+        self.vocabulary
     }
 }
 
@@ -63,6 +68,9 @@ impl Walk<'_> {
     ) -> Result<String, CompressError> {
         let fail = |e: MethodError| at_step(step, "the model", e);
         model.check(&overlay.spec).map_err(fail)?;
+        let rows = overlay.spec.vocab;
+        let read = model.reads_vocabulary().then(|| self.vocabulary(rows)).transpose().map_err(fail)?;
+        let vocabulary = read.as_ref();
         let mut walker = model.begin(&overlay.spec).map_err(fail)?;
         let layers = overlay.spec.layers.len();
         let watched = (0..layers).any(|l| !model.needs(&overlay.spec, l).is_empty());
@@ -83,13 +91,13 @@ impl Walk<'_> {
                 }
                 let places = overlay.spec.layer_places(l);
                 let statistics = self.with_gradients(gather.finish(), &places)?;
-                let work = Layer { weights: overlay, statistics: &statistics };
+                let work = Layer { weights: overlay, statistics: &statistics, vocabulary };
                 let edits = walker.visit(l, &work).map_err(|e| at_step(step, format!("layers.{l}"), e))?;
                 pending.take(edits, overlay, &dir)?;
                 release_layer(overlay, l);
                 self.progress.step(l as u64 + 1, &format!("layer {l}"));
             }
-            let work = Layer { weights: overlay, statistics: &Statistics::default() };
+            let work = Layer { weights: overlay, statistics: &Statistics::default(), vocabulary };
             let finished = walker.finish(&work).map_err(fail)?;
             pending.take(finished.edits, overlay, &dir)?;
             note += &finished.note;
@@ -101,7 +109,9 @@ impl Walk<'_> {
             }
         }
         pending.check(overlay).map_err(|what| fail(MethodError::new(what)))?;
-        pending.apply(overlay, &dir)?;
+        if let Some(kept) = pending.apply(overlay, &dir)? {
+            self.shorten(kept).map_err(fail)?;
+        }
         Ok(note)
     }
 }

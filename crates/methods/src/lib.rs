@@ -12,6 +12,7 @@ mod make;
 mod obs;
 mod score;
 mod search;
+mod shortlist;
 mod solve;
 mod structure;
 
@@ -37,6 +38,7 @@ pub fn registry() -> Registry {
             structure::llm_drop::method(),
             structure::flap::method(),
             structure::wanda_sp::method(),
+            shortlist::lexical::method(),
             search::uniform::method(),
             search::evopress::method(),
         ],
@@ -48,6 +50,7 @@ pub fn registry() -> Registry {
             family::drop::family(),
             family::slice::family(),
             family::structure::family(),
+            family::vocabulary::family(),
             family::search::family(),
         ],
     }
