@@ -72,7 +72,10 @@ impl Pending {
         match &self.kept {
             Some(kept) if !rising(kept, old.vocab) || kept.len() != new.vocab => {
                 let (n, rows) = (kept.len(), new.vocab);
-                return Err(format!("{n} tokens stay, not rising within {}, and the new network has {rows}", old.vocab));
+                return Err(format!(
+                    "{n} tokens stay, not rising within {}, and the new network has {rows}",
+                    old.vocab
+                ));
             }
             None if old.vocab != new.vocab => {
                 return Err(format!("{} tokens become {}, and nobody says which", old.vocab, new.vocab));

@@ -18,6 +18,7 @@ mod model_wide;
 mod overlay;
 mod predict;
 mod recipe;
+mod rows;
 mod scratch;
 mod search;
 mod sequences;

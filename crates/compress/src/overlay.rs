@@ -6,11 +6,12 @@ use std::sync::{Arc, Mutex, PoisonError};
 
 use lacuna_base::Mat;
 use lacuna_checkpoint::PackedWriter;
-use lacuna_format::{Float, FormatError, Pattern, PatternKind, Piece, Stored, Term, Values, Weights, WeightsError, pack_float};
+use lacuna_format::{Float, FormatError, PatternKind, Stored, Term, Values, Weights, WeightsError, pack_float};
 use lacuna_model::{Batch, Block, ContiguousKv, Tap};
 use lacuna_spec::{Place, Spec};
 
 use crate::account::{CompressError, TensorReport};
+use crate::rows::whole_rows;
 use crate::scratch::Scratch;
 
 /// Weights of the source with some tensors, and perhaps the network, replaced.
@@ -123,30 +124,13 @@ impl Weights for Overlay<'_> {
     }
 }
 
-/// Some rows of a dense piece whose rows lie one behind the other, byte for byte.
-fn rows_of(piece: &Piece, rows: &[usize]) -> Option<Stored> {
-    let bytes = match (&piece.pattern, &piece.values) {
-        (Pattern::Dense, Values::Float(_, b) | Values::Gguf(_, b)) => b,
-        _ => return None,
-    };
-    let width = bytes.len() / piece.rows.max(1);
-    let mut out = Vec::with_capacity(rows.len() * width);
-    rows.iter().for_each(|r| out.extend_from_slice(&bytes[r * width..(r + 1) * width]));
-    let values = match &piece.values {
-        Values::Gguf(kind, _) => Values::Gguf(*kind, out.into()),
-        Values::Float(float, _) => Values::Float(*float, out.into()),
-        _ => return None,
-    };
-    Some(Stored::from_piece(Piece { rows: rows.len(), cols: piece.cols, pattern: Pattern::Dense, values }))
-}
-
-/// Some rows and columns of a tensor: as it is where whole rows of one plain piece stay, else as its own floats where it is
-/// one piece of them, else as f16 (a vector as f32).
+/// Some rows and columns of a tensor: as it is stored where whole rows of one plain piece stay, else as its own floats
+/// where it is one piece of them, else as f16 (a vector as f32).
 fn sliced(stored: &Stored, rows: Option<&[usize]>, cols: Option<&[usize]>) -> Result<Stored, FormatError> {
-    if let (Some(rows), None, Some(piece)) = (rows, cols, stored.single())
-        && let Some(cut) = rows_of(piece, rows)
+    if let (Some(rows), None) = (rows, cols)
+        && let Some(cut) = whole_rows(stored, rows)
     {
-        return Ok(cut);
+        return cut;
     }
     let own = match stored.terms.as_slice() {
         [Term::Piece(p)] => match p.values {

@@ -74,7 +74,13 @@ struct Window {
 
 impl Window {
     /// The same text as `window` of another tokenizer, with as much of it to predict.
-    fn retold(window: &[u32], bos: bool, old: &Tokenizer, new: &Tokenizer, context: usize) -> Result<Window, EvalError> {
+    fn retold(
+        window: &[u32],
+        bos: bool,
+        old: &Tokenizer,
+        new: &Tokenizer,
+        context: usize,
+    ) -> Result<Window, EvalError> {
         let length = |t: &Tokenizer, id: u32| t.token_bytes(id).len();
         let text = old.decode_with_special(&window[usize::from(bos)..]);
         // Windows begin and end anywhere, within letters of several bytes as well.

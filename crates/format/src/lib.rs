@@ -43,7 +43,9 @@ pub use pack_scales::pack_scales;
 pub use pattern::Pattern;
 pub use piece::{Piece, Stored, Term};
 pub use recode::IntRows;
-pub use serial::{Descriptor, Elem, GroupDesc, MapDesc, Buffer, PieceDesc, ScalesDesc, TablesDesc, TermDesc, ValuesDesc};
+pub use serial::{
+    Buffer, Descriptor, Elem, GroupDesc, MapDesc, PieceDesc, ScalesDesc, TablesDesc, TermDesc, ValuesDesc,
+};
 pub use unpacked::{Code, Layout, Unpacked, UnpackedPiece, UnpackedTerm};
 pub use values::{Float, Group, Owner, Scales, Tables, Values, Zeros};
 pub use weights::{Weights, WeightsError};

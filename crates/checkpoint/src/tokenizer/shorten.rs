@@ -1,11 +1,12 @@
 //! Tokenizer files for a model that has lost tokens: those that stay get new ids, their places among them.
 
 use std::collections::HashSet;
+use std::path::Path;
 
 use serde_json::{Map, Value};
 
 use super::{HfFiles, Tokenizer, TokenizerError};
-use crate::gguf::{self, Metadata};
+use crate::gguf;
 use crate::save::Pairs;
 use crate::writer::SIDE_FILES;
 use crate::{Checkpoint, Kind};
@@ -65,23 +66,24 @@ impl Renumbered {
 
     /// tokenizer.json.
     fn tokenizer(&self, json: &mut Value) -> Result<(), TokenizerError> {
-        let model = &mut json["model"];
-        match &mut model["vocab"] {
-            Value::Object(map) => {
+        let none = || broken("tokenizer.json: the model has no vocab");
+        let model = json.get_mut("model").and_then(Value::as_object_mut).ok_or_else(none)?;
+        match model.get_mut("vocab") {
+            Some(Value::Object(map)) => {
                 self.vocab(map);
                 let texts: HashSet<String> = map.keys().cloned().collect();
                 if let Some(list) = model.get_mut("merges").and_then(Value::as_array_mut) {
                     list.retain(|m| merge(m).is_some_and(|(l, r)| stays(&texts, l, r)));
                 }
             }
-            Value::Array(list) => *list = self.of_list(list),
-            _ => return Err(broken("tokenizer.json: the model has no vocab")),
+            Some(Value::Array(list)) => *list = self.of_list(list),
+            _ => return Err(none()),
         }
         if let Some(id) = model.get_mut("unk_id") {
             self.ids(id);
         }
         for token in json.get_mut("added_tokens").and_then(Value::as_array_mut).into_iter().flatten() {
-            self.ids(&mut token["id"]);
+            token.get_mut("id").into_iter().for_each(|id| self.ids(id));
         }
         if let Some(id) = json.get_mut("padding").and_then(|p| p.get_mut("pad_id")) {
             self.ids(id);
@@ -157,15 +159,32 @@ impl Renumbered {
     /// The texts of `vocab.json` that stay.
     fn pair(&self, vocab: Option<&[u8]>) -> Result<HashSet<String>, TokenizerError> {
         let Some(bytes) = vocab else { return Ok(HashSet::new()) };
-        let mut map: Map<String, Value> =
-            crate::json::parse(bytes).map_err(|e| broken(format!("vocab.json: {e}")))?;
+        let mut map: Map<String, Value> = crate::json::parse(bytes).map_err(|e| broken(format!("vocab.json: {e}")))?;
         self.vocab(&mut map);
         Ok(map.into_iter().map(|(text, _)| text).collect())
     }
 
-    /// A GGUF file of metadata alone, with lists of the tokens that stay.
-    fn metadata(&self, file: &[u8], metadata: &Metadata) -> Result<Vec<u8>, TokenizerError> {
+    /// The files in the directory of a checkpoint.
+    fn dir(&self, dir: &Path, settings: bool) -> Result<Vec<(String, Vec<u8>)>, TokenizerError> {
+        let read = |name: &str| {
+            let path = dir.join(name);
+            let fault = |source| TokenizerError::Read { path: path.display().to_string(), source };
+            if path.is_file() { std::fs::read(&path).map(Some).map_err(fault) } else { Ok(None) }
+        };
+        let texts = self.pair(read("vocab.json")?.as_deref())?;
+        let mut out = Vec::new();
+        for name in SIDE_FILES.iter().copied().chain(settings.then_some("config.json")) {
+            if let Some(bytes) = read(name)? {
+                out.extend(self.file(name, bytes, &texts)?.map(|bytes| (name.to_owned(), bytes)));
+            }
+        }
+        Ok(out)
+    }
+
+    /// The metadata of a GGUF file, which has nothing else, with lists of the tokens that stay.
+    fn metadata(&self, file: &[u8]) -> Result<Vec<u8>, TokenizerError> {
         const KEY: &str = "tokenizer.ggml.";
+        let metadata = &gguf::parse(file).map_err(|e| broken(e.what))?.metadata;
         let texts: HashSet<String> = match metadata.get("tokenizer.ggml.tokens") {
             Some(gguf::Value::Strs(all)) => self.of_list(all).into_iter().collect(),
             _ => return Err(broken("the GGUF file has no list of tokens")),
@@ -225,22 +244,10 @@ pub(crate) fn shortened_files(
     let new = Renumbered::new(kept)?;
     let mut out = Vec::new();
     if let Some(file) = source.tokenizer_gguf().map_err(broken)? {
-        let parsed = gguf::parse(&file).map_err(|e| broken(e.what))?;
-        out.push(("tokenizer.gguf".to_owned(), new.metadata(&file, &parsed.metadata)?));
+        out.push(("tokenizer.gguf".to_owned(), new.metadata(&file)?));
     }
-    if source.kind() == Kind::Gguf {
-        return Ok(out);
-    }
-    let read = |name: &str| {
-        let path = source.dir().join(name);
-        let fault = |source| TokenizerError::Read { path: path.display().to_string(), source };
-        if path.is_file() { std::fs::read(&path).map(Some).map_err(fault) } else { Ok(None) }
-    };
-    let texts = new.pair(read("vocab.json")?.as_deref())?;
-    for name in SIDE_FILES.iter().copied().chain(settings.then_some("config.json")) {
-        if let Some(bytes) = read(name)? {
-            out.extend(new.file(name, bytes, &texts)?.map(|bytes| (name.to_owned(), bytes)));
-        }
+    if source.kind() != Kind::Gguf {
+        out.extend(new.dir(source.dir(), settings)?);
     }
     Ok(out)
 }
@@ -249,7 +256,10 @@ impl Tokenizer {
     /// This tokenizer, which is that of `source`, with the tokens `kept` alone (old ids, rising), as a model without
     /// the others will have it. Refused where a token would not come out as the same text.
     pub fn shortened(&self, source: &Checkpoint, kept: &[usize]) -> Result<Tokenizer, TokenizerError> {
-        let mut files = shortened_files(source, kept, true)?;
+        self.shortened_by(shortened_files(source, kept, true)?, kept)
+    }
+
+    fn shortened_by(&self, mut files: Vec<(String, Vec<u8>)>, kept: &[usize]) -> Result<Tokenizer, TokenizerError> {
         let mut take = |name: &str| Some(files.remove(files.iter().position(|f| f.0 == name)?).1);
         let made = match take("tokenizer.gguf") {
             Some(file) => Tokenizer::from_gguf(&gguf::parse(&file).map_err(|e| broken(e.what))?.metadata)?,
@@ -273,5 +283,201 @@ impl Tokenizer {
             }
         }
         Ok(made)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use std::path::PathBuf;
+
+    use super::*;
+    use crate::tokenizer::Export;
+    use lacuna_base::Rng;
+    use serde_json::json;
+
+    const ROWS: usize = 700;
+
+    fn golden(name: &str) -> PathBuf {
+        Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tokenizers").join(name)
+    }
+
+    /// Texts of one line each, from a page written to be hard and from a page that anyone reads.
+    fn texts() -> Vec<String> {
+        let page = std::fs::read(golden("bytelevel").join("golden.json")).unwrap();
+        let page: Value = serde_json::from_slice(&page).unwrap();
+        let hard = page["cases"].as_array().unwrap().iter().map(|c| c["text"].as_str().unwrap().to_owned());
+        let plain = Path::new(env!("CARGO_MANIFEST_DIR")).join("../eval/texts/held-out.txt");
+        let plain = std::fs::read_to_string(plain).unwrap();
+        hard.chain(plain.split_inclusive(' ').take(1500).map(str::to_owned)).collect()
+    }
+
+    /// What must stay and `more`, with all pieces.
+    fn closed(tokenizer: &Tokenizer, more: impl Fn(usize) -> bool) -> Vec<usize> {
+        let lexicon = tokenizer.lexicon_with(ROWS, None).unwrap();
+        let mut stays: Vec<bool> =
+            (0..ROWS).map(|id| lexicon.must[id] || (more(id) && !lexicon.bytes[id].is_empty())).collect();
+        loop {
+            let kept: Vec<usize> = (0..ROWS).filter(|&id| stays[id]).collect();
+            let fresh: Vec<u32> = kept.iter().flat_map(|&id| lexicon.pieces[id].iter().copied()).collect();
+            fresh.iter().for_each(|&p| stays[p as usize] = true);
+            if stays.iter().filter(|s| **s).count() == kept.len() {
+                return kept;
+            }
+        }
+    }
+
+    /// Texts of kept tokens have the same ids but for their names; any other is written all the same.
+    fn holds(name: &str, old: &Tokenizer, files: &dyn Fn(&[usize]) -> Vec<(String, Vec<u8>)>) {
+        let texts = texts();
+        let (mut same, mut other, mut shorter) = (0, 0, 0);
+        for seed in 0..6 {
+            let mut rng = Rng::new(seed);
+            let chosen: Vec<bool> = (0..ROWS).map(|_| rng.below(6) < seed as usize).collect();
+            let kept = closed(old, |id| chosen[id]);
+            let new = old.shortened_by(files(&kept), &kept).unwrap_or_else(|e| panic!("{name} {seed}: {e}"));
+            shorter += usize::from(kept.len() < old.vocab_size());
+            let id = |old: Option<u32>| old.map(|id| kept.binary_search(&(id as usize)).unwrap() as u32);
+            assert_eq!((new.bos(), new.eos()), (id(old.bos()), id(old.eos())), "{name}");
+            let ends: Vec<u32> = old.eos_set().iter().filter_map(|&e| id(Some(e))).collect();
+            assert_eq!(new.eos_set(), ends, "{name}");
+            for text in &texts {
+                for special in [false, true] {
+                    let ids = old.encode(text, special).unwrap();
+                    let renamed: Option<Vec<u32>> =
+                        ids.iter().map(|&i| kept.binary_search(&(i as usize)).ok().map(|at| at as u32)).collect();
+                    let have = new.encode(text, special).unwrap();
+                    match renamed {
+                        Some(want) => assert_eq!(have, want, "{name} {seed}: {text:?}"),
+                        None => other += 1,
+                    }
+                    same += 1;
+                    assert_eq!(new.decode(&have), old.decode(&ids), "{name} {seed}: {text:?}");
+                }
+            }
+        }
+        assert!(shorter > 3 && other > 200 && same - other > 200, "{name}: {shorter} {same} {other}");
+    }
+
+    #[test]
+    fn texts_of_kept_tokens_keep_their_ids_and_others_are_still_written() {
+        for name in ["bytelevel", "metaspace", "phi3", "pair"] {
+            let dir = golden(name);
+            let old = Tokenizer::from_dir(&dir);
+            let Ok(old) = old else {
+                // Its class stands in the model's configuration.
+                let home = tempfile::tempdir().unwrap();
+                for file in ["vocab.json", "merges.txt"] {
+                    std::fs::copy(dir.join(file), home.path().join(file)).unwrap();
+                }
+                std::fs::write(home.path().join("config.json"), json!({"model_type": "gpt2"}).to_string()).unwrap();
+                let old = Tokenizer::from_dir(home.path()).unwrap();
+                holds(name, &old, &|kept| Renumbered::new(kept).unwrap().dir(home.path(), true).unwrap());
+                continue;
+            };
+            holds(name, &old, &|kept| Renumbered::new(kept).unwrap().dir(&dir, true).unwrap());
+        }
+    }
+
+    #[test]
+    fn lists_of_a_gguf_file_are_shortened_as_well() {
+        for name in ["bytelevel", "metaspace"] {
+            let export = Export::of_dir(&golden(name), ROWS).unwrap();
+            let old = Tokenizer::from_vocabulary(export.vocabulary.clone()).unwrap();
+            let mut pairs = Pairs::default();
+            pairs.str("general.architecture", "llama");
+            pairs.tokenizer(&export);
+            let file = [b"GGUF\x03\0\0\0".as_slice(), &[0; 8], &pairs.count.to_le_bytes(), &pairs.bytes].concat();
+            holds(name, &old, &|kept| {
+                vec![("tokenizer.gguf".into(), Renumbered::new(kept).unwrap().metadata(&file).unwrap())]
+            });
+        }
+    }
+
+    #[test]
+    fn a_unigram_model_keeps_its_cuts() {
+        let words = ["▁the", "▁ri", "ver", "▁", "t", "h", "e", "r", "i", "v", "he", "▁t", "er", "re", "▁bridge", "in"];
+        let mut vocab = vec![json!(["<unk>", 0.0]), json!(["<s>", 0.0]), json!(["</s>", 0.0])];
+        vocab.extend((0..256).map(|b| json!([format!("<0x{b:02X}>"), -20.0])));
+        vocab.extend(words.iter().enumerate().map(|(i, w)| json!([w, -2.0 - (i as f64) * 0.37])));
+        let special = |id: usize, text: &str| {
+            json!({"id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false,
+                "normalized": false, "special": true})
+        };
+        let space = json!({"type": "Metaspace", "replacement": "▁", "prepend_scheme": "always", "split": true});
+        let file = json!({
+            "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
+            "added_tokens": [special(0, "<unk>"), special(1, "<s>"), special(2, "</s>")], "pre_tokenizer": space,
+            "decoder": space, "model": {"type": "Unigram", "unk_id": 0, "vocab": vocab, "byte_fallback": true},
+        });
+        let home = tempfile::tempdir().unwrap();
+        std::fs::write(home.path().join("tokenizer.json"), file.to_string()).unwrap();
+        let old = Tokenizer::from_dir(home.path()).unwrap();
+        holds("unigram", &old, &|kept| Renumbered::new(kept).unwrap().dir(home.path(), true).unwrap());
+    }
+
+    #[test]
+    fn merges_lead_to_a_token_through_its_pieces() {
+        let home = tempfile::tempdir().unwrap();
+        let write = |model: Value| {
+            let level =
+                json!({"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true});
+            let file = json!({"added_tokens": [], "decoder": level, "model": model});
+            std::fs::write(home.path().join("tokenizer.json"), file.to_string()).unwrap();
+            Tokenizer::from_dir(home.path()).unwrap().lexicon_with(8, None)
+        };
+        let vocab = json!({"a": 0, "b": 1, "c": 2, "ab": 3, "bc": 4, "abc": 5, "cab": 6});
+        // "abc" can be joined in two ways; the earlier merge of "bc" decides. Nothing leads to "cab".
+        let merges = json!(["b c", "a b", "ab c", "a bc"]);
+        let lexicon = write(json!({"type": "BPE", "vocab": vocab, "merges": merges})).unwrap();
+        let want: [&[u32]; 8] = [&[], &[], &[], &[0, 1], &[1, 2], &[0, 4], &[], &[]];
+        assert_eq!(lexicon.pieces, want);
+        // Letters alone can write every text here, since there are no bytes to fall back on.
+        assert_eq!(lexicon.must, [true, true, true, false, false, false, false, false]);
+        assert!(lexicon.bytes[7].is_empty());
+        let prefixed =
+            json!({"type": "BPE", "vocab": {"a": 0, "##b": 1}, "merges": [], "continuing_subword_prefix": "##"});
+        assert!(write(prefixed).unwrap_err().to_string().contains("continuing_subword_prefix"));
+    }
+
+    #[test]
+    fn torn_files_are_refused_and_never_panic() {
+        let home = tempfile::tempdir().unwrap();
+        let new = Renumbered::new(&[0, 2, 3]).unwrap();
+        assert!(Renumbered::new(&[]).is_err() && Renumbered::new(&[2, 1]).is_err());
+        assert!(Renumbered::new(&[usize::MAX]).is_err());
+        for name in
+            ["tokenizer.json", "tokenizer_config.json", "added_tokens.json", "vocab.json", "generation_config.json"]
+        {
+            for text in ["", "[1]", "7", "{", "{\"model\": 5}", "{\"model\": {\"vocab\": null}}", "null"] {
+                std::fs::write(home.path().join(name), text).unwrap();
+                // Not all of them are wrong for all files.
+                let _ = new.dir(home.path(), true);
+                if !text.starts_with("{\"") {
+                    assert!(new.dir(home.path(), true).is_err(), "{name}: {text}");
+                }
+            }
+            std::fs::remove_file(home.path().join(name)).unwrap();
+        }
+        let odd = json!({"model": {"vocab": {"a": 0, "b": "x", "c": -1, "d": 3}, "merges": [3, "a", ["a"], "a d"]},
+            "added_tokens": [5, {"id": 1}, {}], "post_processor": {"processors": [{"sep": 3, "special_tokens": []}]}});
+        std::fs::write(home.path().join("tokenizer.json"), odd.to_string()).unwrap();
+        let _ = new.dir(home.path(), true);
+        for torn in [&b"GGUF"[..], b"", b"GGUF\x03\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0\0"] {
+            assert!(new.metadata(torn).is_err());
+        }
+    }
+
+    #[test]
+    fn settings_follow_and_what_went_is_named_no_more() {
+        let home = tempfile::tempdir().unwrap();
+        let settings =
+            json!({"eos_token_id": [2, 1, 3], "pad_token_id": 1, "temperature": 1, "suppress_tokens": [0, 1]});
+        std::fs::write(home.path().join("generation_config.json"), settings.to_string()).unwrap();
+        std::fs::write(home.path().join("tokenizer.model"), [1, 2]).unwrap();
+        let files = Renumbered::new(&[0, 2, 3]).unwrap().dir(home.path(), false).unwrap();
+        assert_eq!(files.len(), 1);
+        let is: Value = serde_json::from_slice(&files[0].1).unwrap();
+        let want = json!({"eos_token_id": [1, 2], "pad_token_id": null, "temperature": 1, "suppress_tokens": [0]});
+        assert_eq!(is, want);
     }
 }

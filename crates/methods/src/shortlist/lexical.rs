@@ -80,7 +80,9 @@ impl Lexical {
     /// What texts of the scripts look like.
     fn letters(&self) -> Result<Regex, MethodError> {
         let fail = |name: &str| {
-            MethodError::new(format!("scripts: {name:?} is no script of Unicode; write \"Latin\", \"Cyrillic\", \"Han\""))
+            MethodError::new(format!(
+                "scripts: {name:?} is no script of Unicode; write \"Latin\", \"Cyrillic\", \"Han\""
+            ))
         };
         let mut all = String::from(r"\p{Common}\p{Inherited}");
         for name in &self.scripts {
