@@ -3,6 +3,7 @@
 //! [`open`] takes a directory in the Hugging Face layout, a packed model, a `.gguf` or a `.safetensors` file. Files are
 //! mapped, never read whole, and everything in them is checked before it is believed.
 
+mod along;
 mod content;
 mod examine;
 mod files;

@@ -33,9 +33,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::packed::{FORMAT, PackedConfig, fits};
-use crate::template::{DIR_OF_NAMED, named_files};
-use crate::tokenizer::shortened_files;
-use crate::{Checkpoint, Kind, OpenError, files};
+use crate::{Checkpoint, Kind, OpenError, along, files};
 
 /// Why a model cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -67,20 +65,6 @@ pub enum SaveError {
 pub(crate) fn io_at(path: &Path) -> impl Fn(io::Error) -> SaveError {
     move |source| SaveError::Io { file: path.display().to_string(), source }
 }
-
-/// Files beside the weights that a model takes along unchanged.
-pub(crate) const SIDE_FILES: &[&str] = &[
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-];
 
 /// Bytes of data after which a file is sealed.
 const SHARD_BYTES: u64 = 2_000_000_000;
@@ -489,47 +473,15 @@ impl PackedWriter {
     }
 
     fn take_along(&self, source: &Checkpoint) -> Result<(), SaveError> {
-        if let Some(kept) = &self.kept {
-            let files = shortened_files(source, kept, false).map_err(|e| SaveError::Refused(e.to_string()))?;
-            files.iter().try_for_each(|(name, bytes)| self.write(name, bytes))?;
-            return if source.kind() == Kind::Gguf { Ok(()) } else { copy_named_templates(source.dir(), &self.dir) };
+        for (name, bytes) in along::files(source, self.kept.as_deref())? {
+            self.write(&name, &bytes)?;
         }
-        if let Some(bytes) = source.tokenizer_gguf()? {
-            self.write("tokenizer.gguf", &bytes)?;
-        }
-        if source.kind() == Kind::Gguf {
-            return Ok(());
-        }
-        for name in SIDE_FILES {
-            let path = source.dir().join(name);
-            if path.is_file() {
-                self.write(name, &fs::read(&path).map_err(io_at(&path))?)?;
-            }
-        }
-        copy_named_templates(source.dir(), &self.dir)
+        if source.kind() == Kind::Gguf { Ok(()) } else { along::copy_named_templates(source.dir(), &self.dir) }
     }
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<(), SaveError> {
         files::write(&self.dir.join(name), bytes)
     }
-}
-
-/// The templates that have files of their own in one directory, into another.
-pub(crate) fn copy_named_templates(from: &Path, to: &Path) -> Result<(), SaveError> {
-    let files = named_files(from).map_err(io_at(&from.join(DIR_OF_NAMED)))?;
-    let to = to.join(DIR_OF_NAMED);
-    for (i, (name, path)) in files.iter().enumerate() {
-        if i == 0 {
-            fs::create_dir_all(&to).map_err(io_at(&to))?;
-        }
-        let target = to.join(format!("{name}.jinja"));
-        let copy = || -> io::Result<()> {
-            fs::copy(path, &target)?;
-            File::open(&target)?.sync_all()
-        };
-        copy().map_err(io_at(path))?;
-    }
-    Ok(())
 }
 
 pub(crate) fn beside(out: &Path, what: &str) -> Result<PathBuf, SaveError> {

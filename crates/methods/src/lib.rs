@@ -38,7 +38,7 @@ pub fn registry() -> Registry {
             structure::llm_drop::method(),
             structure::flap::method(),
             structure::wanda_sp::method(),
-            shortlist::lexical::method(),
+            shortlist::lexical_shortlist::method(),
             search::uniform::method(),
             search::evopress::method(),
         ],

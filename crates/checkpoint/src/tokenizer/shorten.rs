@@ -6,9 +6,9 @@ use std::path::Path;
 use serde_json::{Map, Value};
 
 use super::{HfFiles, Tokenizer, TokenizerError};
+use crate::along::SIDE_FILES;
 use crate::gguf;
 use crate::save::Pairs;
-use crate::writer::SIDE_FILES;
 use crate::{Checkpoint, Kind};
 
 /// Vocabularies in forms that are not rewritten; what they hold is in the others.

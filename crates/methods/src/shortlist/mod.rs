@@ -1,6 +1,6 @@
 //! Shortlists: which tokens does the model still need?
 
-pub(crate) mod lexical;
+pub(crate) mod lexical_shortlist;
 
 use lacuna_contract::{MethodError, Vocabulary};
 
