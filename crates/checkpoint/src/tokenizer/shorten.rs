@@ -326,8 +326,11 @@ mod tests {
         }
     }
 
+    /// Files for the tokens that stay.
+    type Files<'a> = dyn Fn(&[usize]) -> Vec<(String, Vec<u8>)> + 'a;
+
     /// Texts of kept tokens have the same ids but for their names; any other is written all the same.
-    fn holds(name: &str, old: &Tokenizer, files: &dyn Fn(&[usize]) -> Vec<(String, Vec<u8>)>) {
+    fn holds(name: &str, old: &Tokenizer, files: &Files<'_>) {
         let texts = texts();
         let (mut same, mut other, mut shorter) = (0, 0, 0);
         for seed in 0..6 {
