@@ -10,7 +10,7 @@ use lacuna_base::units::show_bytes;
 use lacuna_checkpoint::{SaveError, Tokenizer};
 use lacuna_compress::{CompressError, Options, Outcomes, Planned, Recipe, compress, memory};
 use lacuna_contract::Registry;
-use lacuna_eval::{CALIBRATION, Eval, HELD_OUT, Judged, Means, Table};
+use lacuna_eval::{Across, CALIBRATION, Eval, HELD_OUT, Judged, Means, Table};
 use lacuna_format::Weights;
 use lacuna_judge::{
     Bench, CostTable, Footprint, Forecast, Hold, Measured, Products, Verdict, baselines, judge, time_decode,
@@ -20,7 +20,7 @@ use serde_json::{Value, json};
 
 use crate::cli::{self, Gate, Global};
 use crate::common::{self, CompressBar, Model, Usage};
-use crate::{recipes, report};
+use crate::{across, recipes, report};
 
 /// Alternating runs of each model that is timed.
 const ROUNDS: usize = 5;
@@ -37,6 +37,8 @@ pub struct Done {
     pub outcomes: Outcomes,
     /// Held-out quality beside the dense model, unless judging was off.
     pub judged: Option<Judged>,
+    /// The same for a result of another vocabulary, in the place of that.
+    pub across: Option<Across>,
     /// The result's numbers.
     pub measured: Option<Measured>,
     /// The gate's word.
@@ -137,7 +139,6 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         common::say(format!("plan: not known beforehand: {e}"));
         None
     });
-    drop(tokenizer);
     let mut bar = CompressBar::default();
     let outcomes = kept_if_stopped(&a.out, || compress(&source.checkpoint, &calibration, &recipe, &options, &mut bar))?;
     let whole = outcomes.path.display().to_string();
@@ -150,6 +151,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
     let mut done = Done {
         outcomes,
         judged: None,
+        across: None,
         measured: None,
         verdict: None,
         forecast,
@@ -170,16 +172,19 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         let windows = Some(a.windows.unwrap_or_else(few));
         let eval = Eval { ctx, windows, bos, room, progress: Some(&progress) };
         let result = lacuna_checkpoint::open(&done.outcomes.path)?;
-        let mut reference = eval.reference(&held_out, &source.checkpoint)?;
-        let judged = match eval.against(&result, &mut reference) {
-            // What ruins a model does not pay, whatever the baselines are.
-            Err(e) if e.not_finite => {
-                common::say(format!("{}: {e}", done.outcomes.path.display()));
-                None
-            }
-            judged => Some(judged?),
+        let (mut judged, mut told) = (None, None);
+        let compared = if done.outcomes.kept.is_some() {
+            let own = Tokenizer::open(&result)?;
+            across::hold(&eval, &held_out, (&result, &own), (&source.checkpoint, &tokenizer)).map(|x| told = Some(x))
+        } else {
+            let mut reference = eval.reference(&held_out, &source.checkpoint)?;
+            eval.against(&result, &mut reference).map(|j| judged = Some(j))
         };
-        drop(reference);
+        match compared {
+            // What ruins a model does not pay, whatever the baselines are.
+            Err(e) if e.not_finite => common::say(format!("{}: {e}", done.outcomes.path.display())),
+            compared => compared?,
+        }
         bars.finish_and_clear();
         let cache = common::cache_dir(g)?;
         let bench = Bench {
@@ -200,15 +205,19 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
             name: "result".into(),
             bytes: done.outcomes.bytes,
             loss: judged.as_ref().map_or(f64::INFINITY, |j| j.nll),
+            nats_a_byte: None,
             ppl: judged.as_ref().map_or(f64::INFINITY, |j| j.ppl),
             speed: None,
         };
-        if a.gate == Gate::Full && judged.is_some() {
+        if let Some(x) = &told {
+            across::in_bytes(x, &mut measured, others.all.iter_mut().map(|b| &mut b.measured));
+        }
+        if a.gate == Gate::Full && (judged.is_some() || told.is_some()) {
             time(&mut measured, &result, &mut others.all, max_ram)?;
         }
         let list: Vec<Measured> = others.all.into_iter().map(|b| b.measured).collect();
         done.verdict = Some(judge(&measured, &list));
-        done.judged = judged;
+        (done.judged, done.across) = (judged, told);
         done.measured = Some(measured);
     }
     done.seconds = start.elapsed().as_secs_f64();
@@ -282,7 +291,7 @@ fn time(
     others: &mut [lacuna_judge::Baseline],
     max_ram: Option<u64>,
 ) -> anyhow::Result<()> {
-    let competes = |b: &lacuna_judge::Baseline| b.measured.loss <= measured.loss + lacuna_judge::LOSS_SLACK;
+    let competes = |b: &lacuna_judge::Baseline| lacuna_judge::competes(measured, &b.measured);
     let rivals: Vec<(usize, PathBuf)> = others
         .iter()
         .enumerate()
@@ -396,11 +405,11 @@ fn foretold(d: &Done) -> Option<(f64, lacuna_judge::Speed)> {
 }
 
 fn to_json(a: &cli::Compress, d: &Done) -> Value {
-    json!({
+    let mut json = json!({
         "model": a.model, "recipe": a.recipe, "out": d.outcomes.path, "source_bytes": d.source_bytes, "bytes_f16": d.bytes_f16,
         "bytes_after": d.outcomes.bytes, "bits_per_weight": d.bits(d.outcomes.bytes),
         "ppl_dense": d.judged.as_ref().and_then(|j| j.against.as_ref()).map(|x| x.ppl_dense),
-        "ppl": d.judged.as_ref().map(|j| j.ppl),
+        "ppl": d.judged.as_ref().map(|j| j.ppl).or(d.across.as_ref().map(|x| x.model.nll.exp())),
         "kl_mean": d.judged.as_ref().and_then(|j| j.against.as_ref()).map(|x| x.kl_mean),
         "top1_agree": d.judged.as_ref().and_then(|j| j.against.as_ref()).map(|x| x.top1_agree),
         "decode_tok_s": d.measured.as_ref().and_then(|m| m.speed).map(|s| s.median),
@@ -408,7 +417,12 @@ fn to_json(a: &cli::Compress, d: &Done) -> Value {
         "baselines": d.verdict.as_ref().map(|v| &v.against), "pays": d.verdict.as_ref().map(|v| v.pays),
         "calibration": { "samples": d.outcomes.calibration.0, "seq_len": d.outcomes.calibration.1 },
         "notes": d.outcomes.notes, "tensors": d.outcomes.tensors, "seconds": d.seconds, "peak_rss_bytes": memory::peak(),
-    })
+    });
+    if let (Some(x), Some(fields)) = (&d.across, json.as_object_mut()) {
+        fields.extend(across::keys(x));
+        fields["ppl_dense"] = json!(x.dense.nll.exp());
+    }
+    json
 }
 
 /// The comparison as a table.
@@ -443,11 +457,12 @@ pub fn words(d: &Done) -> String {
         d.bits(d.outcomes.bytes),
         d.seconds
     );
-    if let Some(j) = &d.judged {
-        if let Some(x) = &j.against {
+    if d.judged.is_some() || d.across.is_some() {
+        out.extend(d.across.as_ref().map(across::words));
+        if let Some(x) = d.judged.as_ref().and_then(|j| j.against.as_ref()) {
             out += &format!(
                 "held-out perplexity {:.3} (dense {:.3}), KL {:.4} nats a token, same first choice {:.1}%\n\n",
-                j.ppl,
+                d.judged.as_ref().map_or(f64::NAN, |j| j.ppl),
                 x.ppl_dense,
                 x.kl_mean,
                 100.0 * x.top1_agree

@@ -4,11 +4,11 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Context;
-use lacuna_eval::{Eval, HELD_OUT, Means, Table, tasks};
+use lacuna_eval::{Eval, HELD_OUT, Means, Table, Told, cut, tasks};
 use lacuna_format::Weights;
-use lacuna_spec::Spec;
 use serde_json::{Map, Value, json};
 
+use crate::across;
 use crate::cli::{self, Global};
 use crate::common::{self, Usage};
 
@@ -46,15 +46,25 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
             room: room.clone(),
             progress: Some(&progress),
         };
-        let judged = match &a.against {
+        let other = a.against.as_ref().map(|dense| common::open_alone(g, dense)).transpose()?;
+        let mut told = None;
+        let judged = match &other {
             None => eval.judge(&tokens, &m.checkpoint)?,
-            Some(dense) => {
-                let d = common::open_alone(g, dense)?;
-                same_vocabulary(m.checkpoint.spec(), d.checkpoint.spec())?;
+            Some(d) if d.checkpoint.spec().vocab == m.checkpoint.spec().vocab => {
                 let mut reference = eval.reference(&tokens, &d.checkpoint)?;
                 eval.against(&m.checkpoint, &mut reference)?
             }
+            Some(d) => {
+                let theirs = d.tokenizer()?;
+                let text = theirs.encode(&text, false)?;
+                told = Some(across::hold(&eval, &text, (&m.checkpoint, &tokenizer), (&d.checkpoint, &theirs))?);
+                eval.judge(&tokens, &m.checkpoint)?
+            }
         };
+        let predicted = cut(&tokens, eval.ctx, eval.windows, bos)?;
+        let predicted = predicted.iter().flat_map(|w| &w[1..]);
+        let bytes = predicted.map(|&id| tokenizer.token_bytes(id).len()).sum();
+        let own = Told::new(judged.nll, judged.tokens, bytes);
         bar.finish_and_clear();
         out.extend([
             ("ppl".to_owned(), json!(judged.ppl)),
@@ -62,12 +72,22 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
             ("tokens".to_owned(), json!(judged.tokens)),
             ("ctx".to_owned(), json!(judged.ctx)),
             ("windows".to_owned(), json!(judged.windows)),
+            ("nats_a_byte".to_owned(), json!(own.nats_a_byte)),
+            ("bits_a_byte".to_owned(), json!(own.bits_a_byte())),
             ("bos".to_owned(), json!(bos)),
             ("activations".to_owned(), json!(a.activations.name())),
         ]);
         table.row(["perplexity".to_owned(), format!("{:.4}", judged.ppl)]);
         table.row(["loss".to_owned(), format!("{:.5} nats a token", judged.nll)]);
         table.row(["tokens".to_owned(), format!("{} in {} windows of {}", judged.tokens, judged.windows, judged.ctx)]);
+        match &told {
+            None => across::by_the_byte(&mut table, &own),
+            Some(x) => {
+                out.extend(across::keys(x));
+                out.insert("notes".to_owned(), json!([across::NO_KL]));
+                across::rows(&mut table, x);
+            }
+        }
         if let Some(x) = &judged.against {
             out.extend([
                 ("kl_mean".to_owned(), json!(x.kl_mean)),
@@ -118,11 +138,4 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
     out.insert("peak_rss_bytes".into(), json!(lacuna_compress::memory::peak()));
     common::print(g, &Value::Object(out), || table.text())?;
     Ok(ExitCode::SUCCESS)
-}
-
-fn same_vocabulary(a: &Spec, b: &Spec) -> anyhow::Result<()> {
-    if a.vocab != b.vocab {
-        return Err(Usage(format!("vocabularies of {} and {} tokens cannot be compared", a.vocab, b.vocab)).into());
-    }
-    Ok(())
 }

@@ -3,6 +3,7 @@
 // What is printed goes through `out`, which knows what to do where nobody reads or the disk is full.
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
+mod across;
 mod bench;
 mod chat;
 mod cli;

@@ -25,6 +25,9 @@ pub fn write(
         }
         parts.push(Element::Heading("Beside plain rounding".into()));
         parts.push(Element::Table(table(d)));
+        if d.across.is_some() {
+            parts.push(Element::Text(crate::across::NO_KL.into()));
+        }
         if timed(d) {
             parts.push(Element::Text(TIMED_AS.into()));
         }
@@ -59,6 +62,10 @@ fn answer(d: &Done, v: &Verdict, m: &Measured) -> Answer {
     ];
     if let Some(x) = d.judged.as_ref().and_then(|j| j.against.as_ref()) {
         figures.push(["perplexity".into(), format!("{:.2}", m.ppl), format!("{:.2} before", x.ppl_dense)]);
+    }
+    if let Some(x) = &d.across {
+        let before = format!("{:.4} before", x.dense.nats_a_byte);
+        figures.push(["nats a byte".into(), format!("{:.4}", x.model.nats_a_byte), before]);
     }
     if let Some(s) = m.speed {
         let source = v.against.iter().find(|a| a.baseline.name == lacuna_judge::SOURCE).and_then(|a| a.baseline.speed);

@@ -11,7 +11,7 @@ use crate::tree::Tree;
 const HEADER: [&str; 5] = ["Paper", "Idea", "Shapes", "Cost", "Departs"];
 
 /// The questions whose answer makes a file a method.
-const QUESTIONS: [&str; 14] = [
+const QUESTIONS: [&str; 15] = [
     "Score",
     "Grid",
     "Solve",
@@ -19,6 +19,7 @@ const QUESTIONS: [&str; 14] = [
     "Factor",
     "Basis",
     "Structure",
+    "Shortlist",
     "Search",
     "Select",
     "Keep",

@@ -3,6 +3,7 @@
 //! [`open`] takes a directory in the Hugging Face layout, a packed model, a `.gguf` or a `.safetensors` file. Files are
 //! mapped, never read whole, and everything in them is checked before it is believed.
 
+mod along;
 mod content;
 mod examine;
 mod files;
@@ -29,5 +30,5 @@ pub use open::{Checkpoint, Kind, OpenError, examine, open};
 pub use repair::{Fault, diagnose, mendable, repair};
 pub use template::{ChatTemplate, Message, Setting, TemplateError};
 pub use tensor::{TensorInfo, TensorType};
-pub use tokenizer::{Compared, Decoder, Export, HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};
+pub use tokenizer::{Compared, Decoder, Export, HfFiles, Lexicon, TokenKind, Tokenizer, TokenizerError, Vocabulary};
 pub use writer::{PackedWriter, SaveError, left_behind};

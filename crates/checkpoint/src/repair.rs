@@ -11,12 +11,13 @@ use std::path::{Path, PathBuf};
 
 use serde_json::{Map, Value, json};
 
+use crate::along::copy_named_templates;
 use crate::content::{self, Content};
 use crate::map::Mapped;
 use crate::open::{open_as, open_parsed};
 use crate::save::OutDir;
 use crate::save::{OutFile, Pairs, Progress};
-use crate::writer::{copy_named_templates, io_at};
+use crate::writer::io_at;
 use crate::{Checkpoint, OpenError, SaveError, gguf, json, safetensors};
 
 /// Something wrong with a checkpoint that [`repair`] mends.

@@ -9,7 +9,9 @@ mod bounds;
 mod compare;
 mod export;
 mod hf;
+mod lexicon;
 mod pair;
+mod shorten;
 mod stream;
 mod vocabulary;
 
@@ -22,6 +24,8 @@ pub use compare::Compared;
 pub use export::Export;
 pub(crate) use export::{general_name, hf_files};
 pub use hf::HfFiles;
+pub use lexicon::Lexicon;
+pub(crate) use shorten::shortened_files;
 pub use stream::Decoder;
 use stream::Pieces;
 pub use vocabulary::{TokenKind, Vocabulary};

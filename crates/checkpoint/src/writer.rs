@@ -33,8 +33,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::{Map, Value, json};
 
 use crate::packed::{FORMAT, PackedConfig, fits, version_of};
-use crate::template::{DIR_OF_NAMED, named_files};
-use crate::{Checkpoint, Kind, OpenError, files};
+use crate::{Checkpoint, Kind, OpenError, along, files};
 
 /// Why a model cannot be written.
 #[derive(Debug, thiserror::Error)]
@@ -66,20 +65,6 @@ pub enum SaveError {
 pub(crate) fn io_at(path: &Path) -> impl Fn(io::Error) -> SaveError {
     move |source| SaveError::Io { file: path.display().to_string(), source }
 }
-
-/// Files beside the weights that a model takes along unchanged.
-pub(crate) const SIDE_FILES: &[&str] = &[
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "tokenizer.model",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-];
 
 /// Bytes of data after which a file is sealed.
 const SHARD_BYTES: u64 = 2_000_000_000;
@@ -122,6 +107,8 @@ pub struct PackedWriter {
     end: u64,
     /// Bytes kept free at the start of a data file for its header.
     reserved: u64,
+    /// The source's tokens that stay, where not all do.
+    kept: Option<Vec<usize>>,
 }
 
 /// Bytes of a tensor's entries in a file's header at the most, as far as most tensors go.
@@ -189,7 +176,13 @@ impl PackedWriter {
             shard: 1,
             end: 0,
             reserved: 0,
+            kept: None,
         }
+    }
+
+    /// The model has the source's tokens `kept` alone (their ids rise): its tokenizer's files are written so.
+    pub fn keep_tokens(&mut self, kept: &[usize]) {
+        self.kept = Some(kept.to_vec());
     }
 
     /// Seals files after `bytes` of data instead of 2 GB. A resumed writer must be given the same.
@@ -422,7 +415,8 @@ impl PackedWriter {
         Ok(())
     }
 
-    /// Completes the model: every place of `spec` must have been put. Tokenizer files come from `source` unchanged; of
+    /// Completes the model: every place of `spec` must have been put. Tokenizer files come from `source`, unchanged where
+    /// all its tokens stay; of
     /// a GGUF file its tokenizer's metadata go into `tokenizer.gguf`.
     pub fn finish(
         mut self,
@@ -479,42 +473,15 @@ impl PackedWriter {
     }
 
     fn take_along(&self, source: &Checkpoint) -> Result<(), SaveError> {
-        if let Some(bytes) = source.tokenizer_gguf()? {
-            self.write("tokenizer.gguf", &bytes)?;
+        for (name, bytes) in along::files(source, self.kept.as_deref())? {
+            self.write(&name, &bytes)?;
         }
-        if source.kind() == Kind::Gguf {
-            return Ok(());
-        }
-        for name in SIDE_FILES {
-            let path = source.dir().join(name);
-            if path.is_file() {
-                self.write(name, &fs::read(&path).map_err(io_at(&path))?)?;
-            }
-        }
-        copy_named_templates(source.dir(), &self.dir)
+        if source.kind() == Kind::Gguf { Ok(()) } else { along::copy_named_templates(source.dir(), &self.dir) }
     }
 
     fn write(&self, name: &str, bytes: &[u8]) -> Result<(), SaveError> {
         files::write(&self.dir.join(name), bytes)
     }
-}
-
-/// The templates that have files of their own in one directory, into another.
-pub(crate) fn copy_named_templates(from: &Path, to: &Path) -> Result<(), SaveError> {
-    let files = named_files(from).map_err(io_at(&from.join(DIR_OF_NAMED)))?;
-    let to = to.join(DIR_OF_NAMED);
-    for (i, (name, path)) in files.iter().enumerate() {
-        if i == 0 {
-            fs::create_dir_all(&to).map_err(io_at(&to))?;
-        }
-        let target = to.join(format!("{name}.jinja"));
-        let copy = || -> io::Result<()> {
-            fs::copy(path, &target)?;
-            File::open(&target)?.sync_all()
-        };
-        copy().map_err(io_at(path))?;
-    }
-    Ok(())
 }
 
 pub(crate) fn beside(out: &Path, what: &str) -> Result<PathBuf, SaveError> {

@@ -138,6 +138,8 @@ pub struct Outcomes {
     pub tensors: Vec<TensorReport>,
     /// Calibration sequences and their length.
     pub calibration: (usize, usize),
+    /// The source's tokens that stay, by their old ids, where some went.
+    pub kept: Option<Vec<usize>>,
     /// Things the user should know.
     pub notes: Vec<String>,
 }

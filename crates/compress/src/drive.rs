@@ -40,17 +40,24 @@ pub fn compress(
     let mut overlay = Overlay::new(source);
     let plan = memory::plan(&overlay.spec, recipe, &sequences, options.max_ram)?;
     let calibration = (sequences.len(), sequences.first().map_or(0, Vec::len));
-    let identity = json!({
+    let mut identity = json!({
         "recipe": recipe.resolved, "source": options.source, "files": identity::fingerprint(source), "bos": options.bos,
         "sequences": calibration, "text": fingerprint(&sequences), "program": identity::revision(),
     });
+    if recipe.steps.iter().any(RecipeStep::reads_vocabulary) {
+        // Which tokens stay depends on all of the text.
+        identity["tokens"] = fingerprint(&[tokens.to_vec()]).into();
+    }
     let mut writer =
         PackedWriter::open(options.out, options.overwrite, options.resume, &identity, source.spec().places().len())?;
     let mut walk = Walk {
         recipe,
         options,
         progress,
-        sequences: &sequences,
+        source,
+        tokens,
+        kept: None,
+        sequences,
         spill: plan.spill,
         scratch_bytes: plan.scratch_bytes,
         chosen: Chosen::default(),
@@ -62,6 +69,7 @@ pub fn compress(
     walk.backward(&overlay, &mut notes)?;
     walk.model_wide(&mut overlay, &mut notes)?;
     recipe.check_local(&overlay.spec)?;
+    walk.kept.iter().for_each(|kept| writer.keep_tokens(kept));
     let mut tensors = Vec::new();
     walk.globals(&mut overlay, &mut writer, &[Role::Embed, Role::Positions], &mut tensors)?;
     walk.blocks(&mut overlay, &mut writer, &mut tensors)?;
@@ -80,7 +88,7 @@ pub fn compress(
         writer.finish(overlay.spec.clone(), recipe_json, options.source.clone(), approximations, Some(source))?;
     recipe.steps.iter().filter(|s| s.is_model_wide()).for_each(|s| trials::forget(options.out, &s.name));
     let bytes = tensors.iter().map(|t| t.bytes_after).sum();
-    Ok(Outcomes { path, bytes, spec: overlay.spec, tensors, calibration, notes })
+    Ok(Outcomes { path, bytes, spec: overlay.spec, tensors, calibration, kept: walk.kept, notes })
 }
 
 /// Whose weights are looked at before anything is done to them.
@@ -90,7 +98,13 @@ pub(crate) struct Walk<'a> {
     pub(crate) recipe: &'a Recipe,
     pub(crate) options: &'a Options<'a>,
     pub(crate) progress: &'a mut dyn Progress,
-    pub(crate) sequences: &'a [Vec<u32>],
+    /// The model as it came, and all of the calibration text in its tokens.
+    pub(crate) source: &'a Checkpoint,
+    pub(crate) tokens: &'a [u32],
+    /// The source's tokens that stay, where some went.
+    pub(crate) kept: Option<Vec<usize>>,
+    /// What is calibrated on, in the tokens that the model has by now.
+    pub(crate) sequences: Vec<Vec<u32>>,
     pub(crate) spill: bool,
     /// Bytes that steps may take at once, beside matrices and statistics.
     pub(crate) scratch_bytes: u64,
@@ -158,7 +172,7 @@ impl Walk<'_> {
             }
             progress.step(at as u64, "there and back");
         };
-        let made = Gradients::gather(overlay, self.sequences, &asked, &dir, self.spill, &mut tell)?;
+        let made = Gradients::gather(overlay, &self.sequences, &asked, &dir, self.spill, &mut tell)?;
         notes.push(
             "gradients are those of the source: steps that read them do not see what earlier blocks became".into(),
         );

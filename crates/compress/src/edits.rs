@@ -15,6 +15,8 @@ use crate::overlay::{Overlay, finite, packing};
 #[derive(Default)]
 pub(crate) struct Pending {
     spec: Option<Box<Spec>>,
+    /// Tokens that stay.
+    kept: Option<Vec<usize>>,
     tensors: Vec<(Place, Tensor)>,
 }
 
@@ -56,6 +58,7 @@ impl Pending {
                 }
                 Edit::Keep { place, rows, cols } => self.tensors.push((place, Tensor::Keep(rows, cols))),
                 Edit::Spec(spec) => self.spec = Some(spec),
+                Edit::Vocabulary(kept) => self.kept = Some(kept),
             }
         }
         Ok(())
@@ -66,6 +69,19 @@ impl Pending {
     pub(crate) fn check(&self, overlay: &Overlay<'_>) -> Result<(), String> {
         let (old, new) = (&overlay.spec, self.spec.as_deref().unwrap_or(&overlay.spec));
         new.check().map_err(|e| e.what)?;
+        match &self.kept {
+            Some(kept) if !rising(kept, old.vocab) || kept.len() != new.vocab => {
+                let (n, rows) = (kept.len(), new.vocab);
+                return Err(format!(
+                    "{n} tokens stay, not rising within {}, and the new network has {rows}",
+                    old.vocab
+                ));
+            }
+            None if old.vocab != new.vocab => {
+                return Err(format!("{} tokens become {}, and nobody says which", old.vocab, new.vocab));
+            }
+            _ => {}
+        }
         let mut shapes: HashMap<Place, (usize, usize)> = HashMap::new();
         for (place, tensor) in &self.tensors {
             let shape = match tensor {
@@ -106,8 +122,8 @@ impl Pending {
         }
     }
 
-    /// Applies a checked list.
-    pub(crate) fn apply(self, overlay: &mut Overlay<'_>, dir: &Path) -> Result<(), CompressError> {
+    /// Applies a checked list; the tokens that stay, where it says which.
+    pub(crate) fn apply(self, overlay: &mut Overlay<'_>, dir: &Path) -> Result<Option<Vec<usize>>, CompressError> {
         for (place, tensor) in self.tensors {
             match tensor {
                 Tensor::New(number, _) => overlay.put_in_place(place, number),
@@ -118,6 +134,6 @@ impl Pending {
             overlay.spec = *spec;
         }
         debug_assert!(overlay.spec().check().is_ok());
-        Ok(())
+        Ok(self.kept)
     }
 }

@@ -18,10 +18,12 @@ mod model_wide;
 mod overlay;
 mod predict;
 mod recipe;
+mod rows;
 mod scratch;
 mod search;
 mod sequences;
 mod trials;
+mod vocabulary;
 
 pub use account::{CompressError, Options, Outcomes, Progress, Quiet, TensorReport};
 pub use drive::compress;

@@ -4,7 +4,9 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 
 use lacuna_base::{Mat, dense};
-use lacuna_contract::{Ask, Finished, LayerWork, MethodError, ModelWide, Reader, Site, Stats, Step, Walker};
+use lacuna_contract::{
+    Ask, Finished, LayerWork, MethodError, ModelWide, Reader, Site, Stats, Step, Vocabulary, Walker,
+};
 use lacuna_format::Weights;
 use lacuna_model::{Block, NoTap, Tap, normalised};
 use lacuna_spec::{LayerSpec, Place, Role, Spec};
@@ -21,6 +23,7 @@ use crate::recipe::RecipeStep;
 struct Layer<'a> {
     weights: &'a Overlay<'a>,
     statistics: &'a Statistics,
+    vocabulary: Option<&'a Vocabulary>,
 }
 
 impl LayerWork for Layer<'_> {
@@ -38,17 +41,22 @@ impl LayerWork for Layer<'_> {
     fn stats(&self, site: Site) -> Stats<'_> {
         self.statistics.of(&self.weights.spec, site)
     }
+
+    fn vocabulary(&self) -> Option<&Vocabulary> {
+        self.vocabulary
+    }
 }
 
 /// Ends a walk and takes its last edits in.
 fn finish(
     step: &RecipeStep,
     walker: Box<dyn Walker>,
+    vocabulary: Option<&Vocabulary>,
     pending: &mut Pending,
     overlay: &mut Overlay<'_>,
     dir: &Path,
 ) -> Result<Finished, CompressError> {
-    let work = Layer { weights: overlay, statistics: &Statistics::default() };
+    let work = Layer { weights: overlay, statistics: &Statistics::default(), vocabulary };
     let mut finished = walker.finish(&work).map_err(|e| at_step(step, "the model", e))?;
     pending.take(std::mem::take(&mut finished.edits), overlay, dir)?;
     Ok(finished)
@@ -100,6 +108,9 @@ impl Walk<'_> {
     ) -> Result<String, CompressError> {
         let fail = |e: MethodError| at_step(step, "the model", e);
         model.check(&overlay.spec).map_err(fail)?;
+        let rows = overlay.spec.vocab;
+        let read = model.reads_vocabulary().then(|| self.vocabulary(rows)).transpose().map_err(fail)?;
+        let vocabulary = read.as_ref();
         let walker = model.begin(&overlay.spec).map_err(fail)?;
         let mut pending = Pending::default();
         let dir = self.scratch_dir();
@@ -107,10 +118,12 @@ impl Walk<'_> {
             let mut turning = Turning { step, model, dir: &dir, x: self.embedded(overlay)? };
             self.turn(&mut turning, walker, &mut pending, overlay)?
         } else {
-            self.visit((step, model, &dir), walker, &mut pending, overlay)?
+            self.visit((step, model, &dir), walker, vocabulary, &mut pending, overlay)?
         };
         pending.check(overlay).map_err(|what| fail(MethodError::new(what)))?;
-        pending.apply(overlay, &dir)?;
+        if let Some(kept) = pending.apply(overlay, &dir)? {
+            self.shorten(kept).map_err(fail)?;
+        }
         Ok(note)
     }
 
@@ -119,6 +132,7 @@ impl Walk<'_> {
         &mut self,
         (step, model, dir): (&RecipeStep, &dyn ModelWide, &Path),
         mut walker: Box<dyn Walker>,
+        vocabulary: Option<&Vocabulary>,
         pending: &mut Pending,
         overlay: &mut Overlay<'_>,
     ) -> Result<String, CompressError> {
@@ -140,13 +154,13 @@ impl Walk<'_> {
                 }
                 let places = overlay.spec.layer_places(l);
                 let statistics = self.with_gradients(gather.finish(), &places)?;
-                let work = Layer { weights: overlay, statistics: &statistics };
+                let work = Layer { weights: overlay, statistics: &statistics, vocabulary };
                 let edits = walker.visit(l, &work).map_err(|e| at_step(step, format!("layers.{l}"), e))?;
                 pending.take(edits, overlay, dir)?;
                 release_layer(overlay, l);
                 self.progress.step(l as u64 + 1, &format!("layer {l}"));
             }
-            let finished = finish(step, walker, pending, overlay, dir)?;
+            let finished = finish(step, walker, vocabulary, pending, overlay, dir)?;
             note += &finished.note;
             // Statistics are those of the first walk.
             x = None;
@@ -187,7 +201,7 @@ impl Walk<'_> {
         let asks = turning.model.needs(&overlay.spec, layers);
         let head = (Reader::Head, Place::global(Role::FinalNorm), asks);
         self.before(turning, walker.as_mut(), head, pending, overlay)?;
-        Ok(finish(turning.step, walker, pending, overlay, turning.dir)?.note)
+        Ok(finish(turning.step, walker, None, pending, overlay, turning.dir)?.note)
     }
 
     /// What a walker does before one reader, whose inputs come from `norm`.
@@ -209,7 +223,7 @@ impl Walk<'_> {
             places.iter().for_each(|p| gather.input(p, read.view()));
             x.put(i, m).map_err(self.scratch_error())?;
         }
-        let work = Layer { weights: overlay, statistics: &gather.finish() };
+        let work = Layer { weights: overlay, statistics: &gather.finish(), vocabulary: None };
         let turn = walker.turn(reader, &work).map_err(|e| at_step(turning.step, norm, e))?;
         if let Some(map) = &turn.map {
             for i in 0..x.len() {

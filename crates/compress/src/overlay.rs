@@ -11,6 +11,7 @@ use lacuna_model::{Batch, Block, ContiguousKv, Tap};
 use lacuna_spec::{Place, Spec};
 
 use crate::account::{CompressError, TensorReport};
+use crate::rows::whole_rows;
 use crate::scratch::Scratch;
 
 /// Weights of the source with some tensors, and perhaps the network, replaced.
@@ -147,8 +148,14 @@ impl Weights for Stitched<'_> {
     }
 }
 
-/// Some rows and columns of a tensor: as its own floats where it is one piece of floats, else as f16 (a vector as f32).
+/// Some rows and columns of a tensor: as it is stored where whole rows of one plain piece stay, else as its own floats
+/// where it is one piece of them, else as f16 (a vector as f32).
 fn sliced(stored: &Stored, rows: Option<&[usize]>, cols: Option<&[usize]>) -> Result<Stored, FormatError> {
+    if let (Some(rows), None) = (rows, cols)
+        && let Some(cut) = whole_rows(stored, rows)
+    {
+        return cut;
+    }
     let own = match stored.terms.as_slice() {
         [Term::Piece(p)] => match p.values {
             Values::Float(f, _) => Some(f),

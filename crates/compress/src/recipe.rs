@@ -160,6 +160,11 @@ impl RecipeStep {
         }
     }
 
+    /// Whether it reads the model's tokens and how often each stands in the calibration text.
+    pub(crate) fn reads_vocabulary(&self) -> bool {
+        matches!(&self.step, Step::Model(model) if model.reads_vocabulary())
+    }
+
     fn make(name: &str, targets: Vec<Target>, from: MadeFrom, registry: &Registry) -> Result<RecipeStep, RecipeError> {
         let card = from.method.card.clone();
         let verb = from.keys.get("verb").and_then(|v| v.as_str()).unwrap_or(card.verb).to_owned();

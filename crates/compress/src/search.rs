@@ -251,7 +251,7 @@ impl Walk<'_> {
         let mut tell = |n: usize, o: &Outcome| progress.step(n as u64, &format!("loss {:.4}, KL {:.4}", o.loss, o.kl));
         let mut lab = Database {
             overlay,
-            sequences: self.sequences,
+            sequences: &self.sequences,
             slots,
             levels,
             entries,

@@ -64,6 +64,8 @@ fn every_carried_recipe_saves_a_model_that_opens() {
             let done = match run(&source, &text, &out) {
                 // Named by the family: norms that subtract the mean do not commute with rotations.
                 Err(e) if model == "gpt2" && e.to_string().contains("cannot be turned") => continue,
+                // These models have no tokenizer that could lose tokens; `tests/vocabulary.rs` has some.
+                Err(e) if e.to_string().contains("the vocabulary cannot change: no tokenizer") => continue,
                 done => done.unwrap_or_else(|e| panic!("{name} on {model}: {e}")),
             };
             let packed = open(&done.path).unwrap();

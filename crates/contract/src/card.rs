@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::questions::{Basis, Factor, Grid, Score, Search, Solve, Structure, Table};
+use crate::questions::{Basis, Factor, Grid, Score, Search, Shortlist, Solve, Structure, Table};
 use crate::stats::Ask;
 use crate::step::Step;
 
@@ -88,6 +88,8 @@ pub enum Made {
     Structure(Box<dyn Structure>),
     /// See [`Basis`].
     Basis(Box<dyn Basis>),
+    /// See [`Shortlist`].
+    Shortlist(Box<dyn Shortlist>),
     /// See [`Search`].
     Search(Box<dyn Search>),
 }
@@ -102,6 +104,7 @@ impl fmt::Debug for Made {
             Made::Factor(_) => "Factor",
             Made::Structure(_) => "Structure",
             Made::Basis(_) => "Basis",
+            Made::Shortlist(_) => "Shortlist",
             Made::Search(_) => "Search",
         })
     }

@@ -269,6 +269,34 @@ pub trait Basis: Send + Sync {
     fn basis(&self, gram: &Mat64, width: usize) -> Result<Mat64, MethodError>;
 }
 
+/// The tokens of a vocabulary, as a shortlist needs to know them; the index is the id.
+#[derive(Clone, Debug, Default, PartialEq)]
+pub struct Vocabulary {
+    /// How often each stands in the calibration text.
+    pub counts: Vec<u64>,
+    /// The bytes of text that each stands for; none where no token has the id.
+    pub bytes: Vec<Vec<u8>>,
+    /// Whether it stays whatever is chosen: special and added tokens, bytes, what the chat template writes.
+    pub must: Vec<bool>,
+    /// Tokens without which it cannot be reached: the two that its last merge joins, the letters that it is made of.
+    pub pieces: Vec<Vec<u32>>,
+}
+
+/// What a shortlist is asked.
+#[derive(Clone, Copy, Debug)]
+pub struct ShortlistAsk<'a> {
+    /// The tokens there are.
+    pub vocabulary: &'a Vocabulary,
+    /// Most tokens that may stay.
+    pub most: usize,
+}
+
+/// Shortlist: which tokens does the model still need?
+pub trait Shortlist: Send + Sync {
+    /// Ids that stay, rising: those that must, the wanted ones, and with each its pieces, theirs and so on.
+    fn shortlist(&self, ask: &ShortlistAsk<'_>) -> Result<Vec<usize>, MethodError>;
+}
+
 /// What a search is asked.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SearchAsk {

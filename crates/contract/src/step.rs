@@ -7,6 +7,7 @@ use serde_json::Value;
 
 use crate::card::MethodError;
 use crate::lab::{Assignment, Lab};
+use crate::questions::Vocabulary;
 use crate::stats::{Ask, Site, Stats};
 
 /// A step of a recipe, by how it walks.
@@ -49,6 +50,9 @@ pub enum Edit {
     },
     /// The network from now on.
     Spec(Box<Spec>),
+    /// The ids of the tokens that stay, rising; each gets its place among them as its new id. Rows of the tensors and
+    /// the network's `vocab` come as edits of their own.
+    Vocabulary(Vec<usize>),
 }
 
 /// What a step leaves of a matrix, for the steps after it.
@@ -111,6 +115,11 @@ pub trait ModelWide: Send + Sync {
     /// Refuses a network that the step cannot work on.
     fn check(&self, spec: &Spec) -> Result<(), MethodError>;
 
+    /// Whether the step reads the tokens of the model's tokenizer.
+    fn reads_vocabulary(&self) -> bool {
+        false
+    }
+
     /// Begins a walk over the layers.
     fn begin(&self, spec: &Spec) -> Result<Box<dyn Walker>, MethodError>;
 
@@ -158,6 +167,9 @@ pub trait LayerWork {
 
     /// The statistics of a site.
     fn stats(&self, site: Site) -> Stats<'_>;
+
+    /// The tokens, where the step reads them.
+    fn vocabulary(&self) -> Option<&Vocabulary>;
 }
 
 /// A walk over the layers of a model, first to last.

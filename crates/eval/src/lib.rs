@@ -1,5 +1,6 @@
 //! What a model is worth: loss, perplexity, divergence from the dense model, tasks, tables and plots.
 
+mod across;
 mod finite;
 pub mod html;
 pub mod loss;
@@ -10,6 +11,7 @@ pub mod tasks;
 mod texts;
 mod windows;
 
+pub use across::{Across, Speaker, Told};
 pub use perplexity::{Against, Eval, Judged, Reference};
 pub use stream::Means;
 pub use table::Table;

@@ -84,7 +84,10 @@ impl Eval<'_> {
     pub fn against(&self, model: &dyn Weights, dense: &mut Reference<'_>) -> Result<Judged, EvalError> {
         let (a, b) = (model.spec().vocab, dense.weights.spec().vocab);
         if a != b {
-            return Err(EvalError::new(format!("the model has {a} tokens in its vocabulary, the dense one {b}")));
+            return Err(EvalError::new(format!(
+                "the model has {a} tokens in its vocabulary, the dense one {b}: there is no KL between them; compare \
+                 them in nats a byte"
+            )));
         }
         let spill = must_spill(&[model, dense.weights], &dense.windows, &self.room)?;
         let windows = std::mem::take(&mut dense.windows);

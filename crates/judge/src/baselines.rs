@@ -115,7 +115,7 @@ pub fn measure(
         Err(e) if e.not_finite => (f64::INFINITY, f64::INFINITY),
         Err(e) => return Err(e.into()),
     };
-    Ok(Measured { name: name.into(), bytes: bytes(weights)?, loss, ppl, speed: None })
+    Ok(Measured { name: name.into(), bytes: bytes(weights)?, loss, nats_a_byte: None, ppl, speed: None })
 }
 
 /// Bytes of every tensor as stored.
@@ -140,7 +140,8 @@ pub fn frequencies(calibration: &[u32], held_out: &[u32], vocab: usize) -> Measu
     let all = (calibration.len() + vocab) as f64;
     let nats = |t: &u32| -((counts.get(t).copied().unwrap_or(0) + 1) as f64 / all).ln();
     let loss = held_out.iter().map(nats).sum::<f64>() / held_out.len().max(1) as f64;
-    Measured { name: "token frequencies".into(), bytes: 2 * vocab as u64, loss, ppl: loss.exp(), speed: None }
+    let (name, bytes) = ("token frequencies".into(), 2 * vocab as u64);
+    Measured { name, bytes, loss, nats_a_byte: None, ppl: loss.exp(), speed: None }
 }
 
 /// Makes (or finds) and measures every baseline.

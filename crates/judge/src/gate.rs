@@ -9,8 +9,11 @@ pub struct Measured {
     pub name: String,
     /// Bytes of its weights.
     pub bytes: u64,
-    /// Held-out loss, nats a token.
+    /// Held-out loss, nats a token of the source.
     pub loss: f64,
+    /// The same in nats a byte of the text, where models of different vocabularies are compared.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub nats_a_byte: Option<f64>,
     /// `exp(loss)`.
     pub ppl: f64,
     /// Decode speed, where it was timed.
@@ -92,10 +95,23 @@ pub fn judge(result: &Measured, baselines: &[Measured]) -> Verdict {
     Verdict { pays, against }
 }
 
-fn compare(result: &Measured, b: &Measured) -> Against {
+/// How much more a baseline loses than the result, nats a token of the source: by the byte where both say that.
+fn gap(result: &Measured, b: &Measured) -> f64 {
+    match (result.nats_a_byte, b.nats_a_byte) {
+        (Some(mine), Some(theirs)) if theirs > 0.0 => (theirs - mine) * b.loss / theirs,
+        _ => b.loss - result.loss,
+    }
+}
+
+/// Whether a baseline competes with a result: its loss is no more than [`LOSS_SLACK`] above.
+pub fn competes(result: &Measured, b: &Measured) -> bool {
     // A result whose loss is no number is worse than nobody, so everybody competes with it.
-    let worse = b.loss > result.loss + LOSS_SLACK;
-    let competes = b.loss.is_finite() && !worse;
+    let worse = gap(result, b) > LOSS_SLACK;
+    b.loss.is_finite() && !worse
+}
+
+fn compare(result: &Measured, b: &Measured) -> Against {
+    let competes = competes(result, b);
     let smaller = 1.0 - result.bytes as f64 / b.bytes.max(1) as f64;
     let faster = match (result.speed, b.speed) {
         (Some(r), Some(o)) => {
@@ -120,7 +136,7 @@ fn compare(result: &Measured, b: &Measured) -> Against {
         Some(f) => format!(", {:.0}% slower", -100.0 * f),
     };
     let why = match (competes, beaten) {
-        (false, _) => format!("loses {:.3} nat more; does not compete", b.loss - result.loss),
+        (false, _) => format!("loses {:.3} nat more; does not compete", gap(result, b)),
         (true, true) => format!("beaten: {size}{speed}"),
         (true, false) => format!("not beaten: {size}{speed}"),
     };
@@ -133,7 +149,7 @@ mod tests {
 
     fn m(name: &str, bytes: u64, loss: f64, speed: Option<f64>) -> Measured {
         let speed = speed.map(|median| Speed { median, spread: 0.01, pace: 3e10 });
-        Measured { name: name.into(), bytes, loss, ppl: loss.exp(), speed }
+        Measured { name: name.into(), bytes, loss, nats_a_byte: None, ppl: loss.exp(), speed }
     }
 
     #[test]
@@ -163,6 +179,20 @@ mod tests {
         assert!(judge(&r, std::slice::from_ref(&b)).pays);
         r.speed = Some(Speed { median: 105.6, spread: 0.2, pace: 3e10 });
         assert!(!judge(&r, &[b]).pays);
+    }
+
+    #[test]
+    fn other_vocabularies_are_compared_by_the_byte() {
+        let at = |name: &str, bytes, loss: f64, by| Measured { nats_a_byte: Some(by), ..m(name, bytes, loss, None) };
+        // Four bytes a token of the source. The result's own tokens are shorter, and its loss a token says nothing.
+        let b = at("int8", 100, 3.0, 0.75);
+        assert!(competes(&at("r", 90, 9.0, 0.7501), &b) && competes(&at("r", 90, 1.0, 0.7476), &b));
+        assert!(!competes(&at("r", 90, 9.0, 0.7474), &b));
+        let v = judge(&at("r", 90, 9.0, 0.74), std::slice::from_ref(&b));
+        assert!(v.pays && v.against[0].why.contains("0.040 nat more"), "{}", v.against[0].why);
+        assert!(!judge(&at("r", 99, 1.0, 0.76), std::slice::from_ref(&b)).pays);
+        // Where one side does not say, tokens count.
+        assert!(!competes(&m("r", 90, 2.9, None), &b));
     }
 
     #[test]

@@ -11,6 +11,6 @@ mod speed;
 pub use baselines::{Baseline, BaselineError, Baselines, Bench, SOURCE, baselines, frequencies, measure};
 pub use cost::{CostTable, Forecast, Products};
 pub use footprint::Footprint;
-pub use gate::{Against, LOSS_SLACK, Measured, Speed, Verdict, judge};
+pub use gate::{Against, LOSS_SLACK, Measured, Speed, Verdict, competes, judge};
 pub use shelf::{MAX_AGE, MAX_BYTES, kept_baselines, remove_baselines};
 pub use speed::{Hold, time_decode};

@@ -12,6 +12,7 @@ mod make;
 mod obs;
 mod score;
 mod search;
+mod shortlist;
 mod solve;
 mod structure;
 
@@ -38,6 +39,7 @@ pub fn registry() -> Registry {
             structure::llm_drop::method(),
             structure::flap::method(),
             structure::wanda_sp::method(),
+            shortlist::lexical_shortlist::method(),
             search::uniform::method(),
             search::evopress::method(),
         ],
@@ -49,6 +51,7 @@ pub fn registry() -> Registry {
             family::drop::family(),
             family::slice::family(),
             family::structure::family(),
+            family::vocabulary::family(),
             family::search::family(),
         ],
     }

@@ -5,8 +5,8 @@ use std::collections::HashSet;
 use lacuna_base::testkit::{max_abs_diff, random};
 use lacuna_base::{Gram, Mat, Mat64, dense};
 use lacuna_contract::{
-    Ability, Ask, Factor, Gathered, Grid, GridAsk, Made, Making, PruneAsk, RoundAsk, Score, Solve, SolveAsk, Solved,
-    Sparsity, Stats, StructureAsk, Unit,
+    Ability, Ask, Factor, Gathered, Grid, GridAsk, Made, Making, PruneAsk, RoundAsk, Score, ShortlistAsk, Solve,
+    SolveAsk, Solved, Sparsity, Stats, StructureAsk, Unit, Vocabulary,
 };
 use lacuna_format::{Float, Mask, PatternKind, ScaleCodec, pack_integers};
 use lacuna_methods::registry;
@@ -446,4 +446,36 @@ fn a_full_rank_factor_gives_the_matrix_back() {
             assert!(factor.factor(w.view(), &inputs.stats(), rank + 1).is_err(), "{name}");
         }
     }
+}
+
+#[test]
+fn shortlists_keep_what_must_stay_with_its_pieces_within_the_bound() {
+    let mut found = 0;
+    for (name, by) in each!(Shortlist) {
+        found += 1;
+        for seed in 0..20 {
+            let mut rng = lacuna_base::Rng::new(seed);
+            let n = 1 + rng.below(60);
+            let vocabulary = Vocabulary {
+                counts: (0..n).map(|_| rng.below(3) as u64).collect(),
+                bytes: (0..n).map(|id| if id % 7 == 5 { Vec::new() } else { format!("{id}a").into_bytes() }).collect(),
+                must: (0..n).map(|_| rng.below(10) == 0).collect(),
+                pieces: (0..n).map(|id| (0..rng.below(3)).map(|_| rng.below(id + 1) as u32).collect()).collect(),
+            };
+            for most in [n, n / 2, 0] {
+                // What must stay may be more than may; then the method has to say so.
+                let Ok(kept) = by.shortlist(&ShortlistAsk { vocabulary: &vocabulary, most }) else {
+                    assert!(most < n && vocabulary.must.contains(&true), "{name}: {most} of {n}");
+                    continue;
+                };
+                assert!(kept.len() <= most && kept.windows(2).all(|w| w[0] < w[1]), "{name}: {kept:?} of {most}");
+                assert!((0..n).all(|id| !vocabulary.must[id] || kept.contains(&id)), "{name}: what must stay went");
+                let held = |id: &usize| vocabulary.pieces[*id].iter().all(|p| kept.contains(&(*p as usize)));
+                assert!(kept.iter().all(held), "{name}: a token stays without its pieces");
+                let again = by.shortlist(&ShortlistAsk { vocabulary: &vocabulary, most }).expect("again");
+                assert_eq!(kept, again, "{name}");
+            }
+        }
+    }
+    assert!(found > 0);
 }

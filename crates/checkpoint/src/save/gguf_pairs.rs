@@ -50,9 +50,19 @@ impl Pairs {
         self.bytes.extend((n as u64).to_le_bytes());
     }
 
-    fn strs(&mut self, key: &str, list: &[String]) {
+    pub fn strs(&mut self, key: &str, list: &[String]) {
         self.list(key, 8, list.len());
         list.iter().for_each(|s| self.string(s));
+    }
+
+    pub fn f32s(&mut self, key: &str, list: &[f32]) {
+        self.list(key, 6, list.len());
+        list.iter().for_each(|x| self.bytes.extend(x.to_le_bytes()));
+    }
+
+    pub fn i32s(&mut self, key: &str, list: impl ExactSizeIterator<Item = i32>) {
+        self.list(key, 5, list.len());
+        list.for_each(|x| self.bytes.extend(x.to_le_bytes()));
     }
 
     pub fn value(&mut self, key: &str, value: &GgufValue) {
@@ -83,11 +93,9 @@ impl Pairs {
         }
         self.strs("tokenizer.ggml.tokens", &v.tokens);
         if !v.scores.is_empty() {
-            self.list("tokenizer.ggml.scores", 6, v.scores.len());
-            v.scores.iter().for_each(|x| self.bytes.extend(x.to_le_bytes()));
+            self.f32s("tokenizer.ggml.scores", &v.scores);
         }
-        self.list("tokenizer.ggml.token_type", 5, v.kinds.len());
-        v.kinds.iter().for_each(|k| self.bytes.extend(TokenKind::number(*k).to_le_bytes()));
+        self.i32s("tokenizer.ggml.token_type", v.kinds.iter().map(|k| TokenKind::number(*k)));
         if !v.merges.is_empty() {
             self.strs("tokenizer.ggml.merges", &v.merges);
         }

@@ -10,7 +10,8 @@ use serde_json::{Map, Value, json};
 use super::arrange::{Arranged, Encoding};
 use super::dir::{Entry, OutDir, SHARD_BYTES};
 use super::{Progress, Saved, Written};
-use crate::writer::{SIDE_FILES, copy_named_templates, io_at};
+use crate::along::{SIDE_FILES, copy_named_templates};
+use crate::writer::io_at;
 use crate::{Checkpoint, Kind, SaveError, Tokenizer, TokenizerError};
 
 /// Writes a dense model into the directory `out`. `float`: its type; absent: that of the source's embedding where it is

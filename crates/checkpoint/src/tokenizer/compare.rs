@@ -148,7 +148,7 @@ impl Tokenizer {
     }
 
     /// Conversations in the template's words; those that it has no words for are left out.
-    fn chats(&self, template: &ChatTemplate) -> Vec<String> {
+    pub(super) fn chats(&self, template: &ChatTemplate) -> Vec<String> {
         let text = |id: Option<u32>| id.and_then(|i| self.token_text(i)).unwrap_or_default();
         let (bos, eos) = (text(self.bos()), text(self.eos()));
         let (ask, answer) = (Message::new("user", "Why is it 12 degrees?"), Message::new("assistant", "It's spring."));

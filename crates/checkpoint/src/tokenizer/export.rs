@@ -198,7 +198,7 @@ fn vocabulary(
     Ok(v)
 }
 
-fn merges(model: &Value) -> Result<Vec<(String, String)>, TokenizerError> {
+pub(super) fn merges(model: &Value) -> Result<Vec<(String, String)>, TokenizerError> {
     let pair = |m: &Value| match m {
         Value::String(s) => s.split_once(' ').map(|(l, r)| (l.to_owned(), r.to_owned())),
         _ => Some((m[0].as_str()?.to_owned(), m[1].as_str()?.to_owned())),

@@ -12,6 +12,7 @@ pub(crate) mod select;
 pub(crate) mod slice;
 pub(crate) mod structure;
 mod tables;
+pub(crate) mod vocabulary;
 
 use lacuna_base::{Mat, Rng};
 use lacuna_contract::{Edit, Left, Made, Making, MethodError, Work};

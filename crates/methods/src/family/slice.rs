@@ -421,7 +421,10 @@ mod tests {
             self.weights.get(place).cloned().ok_or_else(|| MethodError::new(format!("no {place}")))
         }
         fn stats(&self, _: Site) -> Stats<'_> {
-            Stats { tokens: self.spec.vocab as u64, found: &self.found, gradients: &[], sequences: 0 }
+            Stats { tokens: self.spec.vocab as u64, found: &self.found, gradients: &[], sequences: 0, worked: None }
+        }
+        fn vocabulary(&self) -> Option<&lacuna_contract::Vocabulary> {
+            None
         }
     }
 

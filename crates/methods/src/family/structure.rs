@@ -569,6 +569,9 @@ mod tests {
             let found = self.found.get(&site).map_or(&[][..], Vec::as_slice);
             Stats { tokens: found.len() as u64, found, gradients: &[], sequences: 0, worked: None }
         }
+        fn vocabulary(&self) -> Option<&lacuna_contract::Vocabulary> {
+            None
+        }
     }
 
     fn keys(sparsity: f64, align: usize) -> Keys {
