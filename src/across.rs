@@ -1,15 +1,28 @@
 //! Models of different vocabularies side by side: in nats a byte, and never by KL.
 
+use anyhow::Result;
 use lacuna_checkpoint::Tokenizer;
 use lacuna_eval::{Across, Eval, EvalError, Speaker, Table, Told};
 use lacuna_format::Weights;
 use lacuna_judge::Measured;
 use serde_json::{Map, Value, json};
 
+use crate::common::Model;
+
 /// Why there is no divergence.
 pub const NO_KL: &str = "The vocabularies differ, so there is no KL between the models: they are compared in nats a \
  byte, and where losses and perplexities stand beside the source's, they are for as much text as one of the source's \
  tokens has.";
+
+/// Whether both models have the same tokens: as many, with the same texts. A model without a tokenizer has the other's.
+pub fn same_tokens((model, tokenizer): (&Model, &Tokenizer), other: &Model) -> Result<bool> {
+    let rows = model.checkpoint.spec().vocab;
+    if other.checkpoint.spec().vocab != rows {
+        return Ok(false);
+    }
+    let Ok(theirs) = other.tokenizer() else { return Ok(true) };
+    Ok((0..rows as u32).all(|id| tokenizer.token_text(id) == theirs.token_text(id)))
+}
 
 /// Holds `model` against `dense` on `tokens`, which are the dense model's.
 pub fn hold(

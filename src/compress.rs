@@ -483,12 +483,12 @@ pub fn words(d: &Done) -> String {
         }
     }
     if let Some(v) = &d.verdict {
-        let beaten_by: Vec<&str> =
-            v.against.iter().filter(|a| a.competes && !a.beaten).map(|a| a.baseline.name.as_str()).collect();
+        let beaten_by = v.against.iter().filter(|a| a.competes && !a.beaten).map(|a| &a.baseline);
+        let instead = beaten_by.min_by_key(|b| b.bytes).map_or("the source", |b| b.name.as_str());
         out += &if v.pays {
             "\nIt pays: smaller or faster than every baseline that is as good.\n".to_owned()
         } else {
-            format!("\nIt does not pay: take {} instead.\n", beaten_by.first().copied().unwrap_or("the source"))
+            format!("\nIt does not pay: take {instead} instead.\n")
         };
         if source_is_coarse(d) {
             out += &format!("{SOURCE_IS_COARSE}\n");

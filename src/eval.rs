@@ -50,7 +50,7 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
         let mut told = None;
         let judged = match &other {
             None => eval.judge(&tokens, &m.checkpoint)?,
-            Some(d) if d.checkpoint.spec().vocab == m.checkpoint.spec().vocab => {
+            Some(d) if across::same_tokens((&m, &tokenizer), d)? => {
                 let mut reference = eval.reference(&tokens, &d.checkpoint)?;
                 eval.against(&m.checkpoint, &mut reference)?
             }

@@ -35,6 +35,9 @@ fn show(ppl: f64) -> String {
     if ppl < 1e5 { format!("{ppl:.2}") } else { format!("{ppl:.1e}") }
 }
 
+/// A method that asks for no statistics: the verb may still gather some for all of its methods.
+const NO_NEEDS: &str = "no statistics of its own";
+
 /// Runs the verb.
 pub fn run(g: &Global) -> anyhow::Result<ExitCode> {
     let all = lacuna_methods::registry();
@@ -56,11 +59,11 @@ pub fn run(g: &Global) -> anyhow::Result<ExitCode> {
         let mut page = String::new();
         for c in &cards {
             let needs: Vec<&str> = c.needs.iter().map(|ask| ask.describe()).collect();
-            let needs =
-                if needs.is_empty() { "no calibration".to_owned() } else { format!("needs {}", needs.join(", ")) };
+            let needs = if needs.is_empty() { NO_NEEDS.to_owned() } else { format!("needs {}", needs.join(", ")) };
             page += &format!("{:<12} {:<9} {}\n", c.name, c.verb, c.summary);
             let arxiv = if c.arxiv.is_empty() { String::new() } else { format!(" (arXiv {})", c.arxiv) };
-            page += &format!("{:<22} {}{arxiv}; {needs}\n", "", c.paper);
+            let paper = if c.paper.is_empty() { String::new() } else { format!("{}{arxiv}; ", c.paper) };
+            page += &format!("{:<22} {paper}{needs}\n", "");
             for r in of(c.name) {
                 let beside = r.beside.as_ref().map_or_else(String::new, |(b, ppl)| format!(" ({b}: {})", show(*ppl)));
                 let (name, model, ppl) = (&r.name, &r.model, show(r.perplexity));

@@ -46,8 +46,11 @@ pub fn write(
         parts.push(Element::Heading("The same prompt".into()));
         parts.push(Element::Samples(samples.to_vec()));
     }
-    parts.push(Element::Heading("Error by layer".into()));
-    parts.push(Element::Layers { y: "relative output error".into(), series: errors(d) });
+    let series = errors(d);
+    if series.iter().any(|(_, v)| v.iter().any(|e| e.is_finite() && *e > 0.0)) {
+        parts.push(Element::Heading("Error by layer".into()));
+        parts.push(Element::Layers { y: "relative output error".into(), series });
+    }
     let html = Report { title: format!("Lacuna: {model} by {recipe}"), parts }.html();
     lacuna_base::unfinished::write(path, html.as_bytes())
         .with_context(|| format!("{}: cannot be written", path.display()))

@@ -5,10 +5,11 @@ mod support;
 use std::path::{Path, PathBuf};
 
 use lacuna_checkpoint::save::{GgufKind, save_gguf, save_hf};
-use lacuna_checkpoint::{Checkpoint, Tokenizer, open};
+use lacuna_checkpoint::{Adapter, Checkpoint, Tokenizer, open};
 use lacuna_compress::{CompressError, Options, Outcomes, Quiet, Recipe, compress};
 use lacuna_eval::{Eval, Speaker};
 use lacuna_format::{Float, Weights};
+use safetensors::{Dtype, serialize_to_file, tensor::TensorView};
 use serde_json::json;
 use support::{families, greedy, logits, logits_of, make};
 use tempfile::TempDir;
@@ -205,4 +206,43 @@ fn other_vocabularies_are_told_by_the_byte() {
     let with_bos = Eval { bos: tokenizer.bos().or(Some(1)), ..eval.clone() };
     let x = with_bos.across(&tokens, model, dense).unwrap();
     assert!(x.model.bytes.abs_diff(x.dense.bytes) <= 4 * 6, "{x:?}");
+}
+
+#[test]
+fn a_text_of_nothing_and_keys_of_the_other_way_are_refused() {
+    let home = TempDir::new().unwrap();
+    let source = open(family(&home, "llama", 603)).unwrap();
+    let said = run(&source, &[], STEP, &home.path().join("none")).err().expect("no text").to_string();
+    assert!(said.contains("the calibration text has 0 tokens"), "{said}");
+    for (keys, want) in [
+        ("by = \"script\"\nmin_count = 3\n", "min_count goes with by = \"corpus\""),
+        ("scripts = [\"Greek\"]\n", "scripts goes with by = \"script\""),
+        ("by = \"script\"\nscripts = []\n", "scripts is empty"),
+    ] {
+        let said = Recipe::parse(&format!("{STEP}{keys}"), &lacuna_methods::registry(), &[]).err().expect("refused");
+        assert!(said.what.contains(want), "{}", said.what);
+    }
+}
+
+#[test]
+fn an_adapter_with_rows_for_the_source_is_refused_on_what_lost_tokens() {
+    let home = TempDir::new().unwrap();
+    let dir = family(&home, "llama", 603);
+    let source = open(&dir).unwrap();
+    let tokens = Tokenizer::open(&source).unwrap().encode(TEXT, false).unwrap();
+    let done = run(&source, &tokens, STEP, &home.path().join("short")).unwrap();
+    let adapter = home.path().join("adapter");
+    std::fs::create_dir(&adapter).unwrap();
+    let config = json!({"peft_type": "LORA", "r": 1, "lora_alpha": 1, "target_modules": ["q_proj"],
+        "modules_to_save": ["embed_tokens", "lm_head"]});
+    std::fs::write(adapter.join("adapter_config.json"), config.to_string()).unwrap();
+    let zeros = vec![0u8; 4 * 603 * source.spec().hidden];
+    let table = || TensorView::new(Dtype::F32, vec![603, source.spec().hidden], &zeros).unwrap();
+    let tensors =
+        [("base_model.model.model.embed_tokens.weight", table()), ("base_model.model.lm_head.weight", table())];
+    serialize_to_file(tensors, None, &adapter.join("adapter_model.safetensors")).unwrap();
+    let put = |model: Checkpoint| model.with_adapter(Adapter::open(&adapter).unwrap(), false);
+    assert!(put(source).is_ok());
+    let said = put(open(&done.path).unwrap()).expect_err("refused").to_string();
+    assert!(said.contains("603 rows") && said.contains("before it loses tokens"), "{said}");
 }

@@ -227,7 +227,7 @@ fn measured_table(all: &[Measured]) -> Result<String> {
 
 fn reads(needs: &[Ask]) -> String {
     let asked: Vec<&str> = needs.iter().map(|ask| ask.describe()).collect();
-    if asked.is_empty() { "the weights alone".into() } else { asked.join(", ") }
+    if asked.is_empty() { "nothing of its own".into() } else { asked.join(", ") }
 }
 
 fn kernels(rows: &[Row]) -> String {

@@ -22,7 +22,7 @@ use crate::map::Mapped;
 use crate::packed::{self, PackedConfig};
 use crate::repair::mendable;
 use crate::tensor::{TensorInfo, TensorType};
-use crate::{gguf, json};
+use crate::{Tokenizer, gguf, json};
 
 /// Why a checkpoint cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -407,6 +407,13 @@ impl Checkpoint {
     /// The same model with an adapter on it: as low-rank terms beside the matrices it changes, or merged into them.
     pub fn with_adapter(self, adapter: Adapter, merge: bool) -> Result<Checkpoint, OpenError> {
         let fitted = Fitted::new(adapter, &self.spec, merge)?;
+        // A model that has lost tokens numbers the others anew: rows for more tokens than it has are of the source's.
+        if let (Some(rows), Some(_)) = (fitted.rows(), &self.packed)
+            && let Ok(tokenizer) = Tokenizer::open(&self)
+            && rows > self.spec.vocab.max(tokenizer.vocab_size())
+        {
+            return fitted.other_tokens(rows, self.spec.vocab);
+        }
         Ok(Checkpoint { spec: fitted.spec.clone(), fitted: Some(fitted), ..self })
     }
 

@@ -8,7 +8,7 @@ use lacuna_contract::{
     Ask, Finished, LayerWork, MethodError, ModelWide, Reader, Site, Stats, Step, Vocabulary, Walker,
 };
 use lacuna_format::Weights;
-use lacuna_model::{Block, NoTap, Tap, normalised};
+use lacuna_model::{Block, NoTap, Tap};
 use lacuna_spec::{LayerSpec, Place, Role, Spec};
 
 use crate::account::CompressError;
@@ -204,7 +204,7 @@ impl Walk<'_> {
         Ok(finish(turning.step, walker, None, pending, overlay, turning.dir)?.note)
     }
 
-    /// What a walker does before one reader, whose inputs come from `norm`.
+    /// What a walker does before one reader, which reads the stream behind `norm`: its statistics are of the stream.
     fn before(
         &mut self,
         turning: &mut Turning<'_>,
@@ -219,8 +219,7 @@ impl Walk<'_> {
         let x = &mut turning.x;
         for i in 0..x.len() {
             let m = x.take(i).map_err(self.scratch_error())?;
-            let read = normalised(overlay, norm, m.view())?;
-            places.iter().for_each(|p| gather.input(p, read.view()));
+            places.iter().for_each(|p| gather.input(p, m.view()));
             x.put(i, m).map_err(self.scratch_error())?;
         }
         let work = Layer { weights: overlay, statistics: &gather.finish(), vocabulary: None };

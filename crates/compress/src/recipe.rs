@@ -6,7 +6,7 @@
 use std::collections::BTreeMap;
 
 use lacuna_contract::{Ask, Card, Left, Local, Making, Method, MethodError, Registry, Step, Varied};
-use lacuna_spec::{Part, Place, Spec, Target};
+use lacuna_spec::{Part, Place, Role, Spec, Target};
 use serde::{Deserialize, Serialize};
 use serde_json::Map;
 use toml::{Table, Value};
@@ -122,6 +122,40 @@ impl RecipeStep {
         match over.map_or(Some(&self.step), |(_, step)| step.as_ref())? {
             Step::Local(local) => Some(local.as_ref()),
             _ => None,
+        }
+    }
+
+    /// Whether it asks for gradients anywhere.
+    fn reads_gradients(&self) -> bool {
+        let asks = |s: &Step| {
+            let Step::Local(local) = s else { return false };
+            local.needs(&Place::layer(0, Role::Up)).into_iter().any(Ask::is_gradient)
+        };
+        asks(&self.step) || self.except.iter().any(|(_, s)| s.as_ref().is_some_and(asks))
+    }
+
+    /// Refuses patterns that mean nothing in any network, or nothing in this one.
+    fn check_targets(&self, spec: &Spec) -> Result<(), RecipeError> {
+        if self.is_model_wide() {
+            return Ok(());
+        }
+        let places = spec.places();
+        let means = |t: &Target| places.iter().any(|p| t.matches(p));
+        let role = |t: &&Target| !means(t) && !Role::ALL.iter().any(|r| t.matches(&Place::global(*r)));
+        let unknown = self.targets.iter().find(role);
+        match unknown.or(self.targets.first().filter(|_| !self.targets.iter().any(means))) {
+            None => Ok(()),
+            Some(t) => {
+                let known = Role::ALL.iter().filter(|r| places.iter().any(|p| p.role == **r && p.part == Part::Weight));
+                let known: Vec<&str> = known.map(|r| r.name()).filter(|r| !r.contains("norm")).collect();
+                err(format!(
+                    "step '{}': the target \"{}\" is no matrix of this model; it has {} (write \"attn.*\", or \
+                     \"layers.0.*\" for one layer)",
+                    self.name,
+                    t.0,
+                    known.join(", ")
+                ))
+            }
         }
     }
 
@@ -292,6 +326,7 @@ impl Recipe {
     pub fn check(&self, spec: &Spec) -> Result<(), RecipeError> {
         self.check_local(spec)?;
         for step in &self.steps {
+            step.check_targets(spec)?;
             if let Step::Model(m) = &step.step {
                 let fail = |e: MethodError| RecipeError { what: format!("step '{}': {}", step.name, e.what) };
                 m.check(spec).map_err(fail)?;
@@ -344,6 +379,7 @@ fn step(i: usize, v: Value, registry: &Registry) -> Result<RecipeStep, RecipeErr
     let at = format!("step '{name}'");
     t.remove("method");
     t.remove("name");
+    let aimed = t.contains_key("targets");
     let aims =
         targets(t.remove("targets"), &at)?.unwrap_or_else(|| vec![Target("attn.*".into()), Target("ffn.*".into())]);
     let mut except = Vec::new();
@@ -365,7 +401,11 @@ fn step(i: usize, v: Value, registry: &Registry) -> Result<RecipeStep, RecipeErr
         Some(_) => return err(format!("{at}: except is a list of tables")),
     }
     let from = MadeFrom { method: method.clone(), keys: keys(t, &at)?, except };
-    RecipeStep::make(&name, aims, from, registry)
+    let made = RecipeStep::make(&name, aims, from, registry)?;
+    if aimed && made.is_model_wide() {
+        return err(format!("{at}: works on the whole model and takes no targets"));
+    }
+    Ok(made)
 }
 
 fn keys(table: Table, at: &str) -> Result<Keys, RecipeError> {
@@ -377,7 +417,7 @@ fn keys(table: Table, at: &str) -> Result<Keys, RecipeError> {
 
 fn check_order(steps: &[RecipeStep]) -> Result<(), RecipeError> {
     let mut seen = BTreeMap::new();
-    let mut local: Option<&str> = None;
+    let (mut local, mut reshaped): (Option<&str>, Option<&str>) = (None, None);
     for s in steps {
         if seen.insert(s.name.as_str(), ()).is_some() {
             return err(format!("two steps are called '{}'; give one of them a name", s.name));
@@ -388,6 +428,18 @@ fn check_order(steps: &[RecipeStep]) -> Result<(), RecipeError> {
             }
             (false, _) => local = Some(&s.name),
             _ => {}
+        }
+        if let Step::Model(m) = &s.step
+            && m.reshapes()
+        {
+            reshaped.get_or_insert(&s.name);
+        }
+        if let (Some(before), true) = (reshaped, s.reads_gradients()) {
+            return err(format!(
+                "step '{}' reads gradients of the source's matrices, to which '{before}' gives other rows, columns or \
+                 axes; compress in two commands, with '{before}' in the first",
+                s.name
+            ));
         }
     }
     Ok(())

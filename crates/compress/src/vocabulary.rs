@@ -13,6 +13,9 @@ fn told(e: impl std::fmt::Display) -> MethodError {
 
 /// The tokens of `source`, which has `rows` rows, with how often each stands in the calibration text.
 fn read(source: &Checkpoint, tokens: &[u32], rows: usize) -> Result<Vocabulary, MethodError> {
+    if tokens.len() < 2 {
+        return Err(told(format!("the calibration text has {} tokens; at least 2 are needed", tokens.len())));
+    }
     let tokenizer = Tokenizer::open(source).map_err(told)?;
     let lexicon = tokenizer.lexicon(source, rows).map_err(told)?;
     let mut counts = vec![0; rows];

@@ -67,6 +67,10 @@ fn no_recipe_saves_what_is_not_finite() {
             match run(&source, text, &out) {
                 Err(e) => {
                     let said = e.to_string();
+                    // These models have no tokenizer that could lose tokens.
+                    if said.contains("the vocabulary cannot change: no tokenizer") {
+                        continue;
+                    }
                     // What a whole layer comes to is finite no more where a product of two weights is not.
                     let layer = value == f32::MAX && (said.contains("layer 0") || said.starts_with("layers.0:"));
                     assert!(said.contains("layers.0.ffn") || layer, "{value:e} by {name}: {said}");

@@ -261,8 +261,8 @@ fn onto(axes: &[Vec<f64>], x: Rows) -> Rows {
     x.into_iter().map(one).collect()
 }
 
-/// From the definition: the source with the stream projected, before each reader, onto the principal axes of what that
-/// reader is given once the projections before it are in force.
+/// From the definition: the source with the stream projected, before each reader, onto its principal axes there, once
+/// the projections before are in force.
 #[test]
 fn a_basis_a_layer_is_a_projection_before_each_reader() {
     let dir = tempfile::tempdir().unwrap();
@@ -277,7 +277,7 @@ fn a_basis_a_layer_is_a_projection_before_each_reader() {
             let mut axes: Vec<Rows> = Vec::new();
             slow.logits(&text(vocab), &mut |reader, x| {
                 assert_eq!(axes.len(), reader);
-                let h = slow.bare(&x);
+                let h = x.clone();
                 let gram = |i: usize, j: usize| h.iter().map(|h| h[i] * h[j]).sum::<f64>();
                 let n = h[0].len();
                 let mut all = principal((0..n).map(|i| (0..n).map(|j| gram(i, j)).collect()).collect());
@@ -393,4 +393,24 @@ fn one_basis_goes_out_to_other_programs() {
             assert!(worst < if name == "qwen3" { 1e-3 } else { 1e-5 }, "{}: {worst}", out.display());
         }
     }
+}
+
+#[test]
+fn a_recipe_that_would_go_wrong_is_refused_before_work() {
+    let registry = lacuna_methods::registry();
+    let parse = |steps: &str| Recipe::parse(&format!("version = 1\n{steps}"), &registry, &[]);
+    let slice = "[[step]]\nmethod = \"slicegpt\"\nkeep = 0.5\n";
+    let fisher = "[[step]]\nmethod = \"fisher\"\nfraction = 0.1\n";
+    let said = parse(&format!("{slice}{fisher}")).err().expect("gradients of other axes").what;
+    assert!(said.contains("'outliers' reads gradients") && said.contains("'slice'"), "{said}");
+    assert!(parse(fisher).is_ok());
+    let said = parse(&format!("{slice}targets = [\"attn.*\"]\n")).err().expect("targets of all").what;
+    assert!(said.contains("takes no targets"), "{said}");
+    let source = tiny("llama");
+    let wanda = |targets: &str| parse(&format!("[[step]]\nmethod = \"wanda\"\ntargets = [{targets}]\n")).unwrap();
+    for targets in ["\"q_proj\"", "\"attention.*\", \"ffn.*\"", "\"layers.9.*\""] {
+        let said = wanda(targets).check(source.spec()).expect_err("no such matrix").what;
+        assert!(said.contains("is no matrix of this model") && said.contains("attn.q"), "{targets}: {said}");
+    }
+    assert!(wanda("\"attn.*\", \"layers.0.ffn.up\"").check(source.spec()).is_ok());
 }

@@ -120,6 +120,11 @@ pub trait ModelWide: Send + Sync {
         false
     }
 
+    /// Whether matrices that stay get other rows, columns or axes: what was gathered of the source is then not of them.
+    fn reshapes(&self) -> bool {
+        false
+    }
+
     /// Begins a walk over the layers.
     fn begin(&self, spec: &Spec) -> Result<Box<dyn Walker>, MethodError>;
 

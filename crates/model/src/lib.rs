@@ -26,6 +26,5 @@ pub use decoder::{Decoder, Embedding, Head, LoadOptions};
 pub use error::ModelError;
 pub use kv::{ContiguousKv, KvStore, STEP_TOKENS};
 pub use lent::Lent;
-pub use parts::normalised;
 pub use profile::{end_profile, start_profile};
 pub use tap::{BlockPart, NoTap, Tap, Wants};

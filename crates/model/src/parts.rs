@@ -36,11 +36,6 @@ pub(crate) fn vector(weights: &dyn Weights, place: Place) -> Result<Vec<f32>, Mo
     Ok(stored.to_mat().into_vec())
 }
 
-/// Rows of the residual stream as a norm of the model leaves them, and nothing else loaded.
-pub fn normalised(weights: &dyn Weights, norm: Place, x: MatRef<'_>) -> Result<Mat, ModelError> {
-    Ok(NormWeights::load(weights, norm)?.apply(x).into_mat())
-}
-
 /// A normalisation with its constants.
 pub(crate) struct NormWeights {
     pub(crate) place: Place,

@@ -285,6 +285,9 @@ impl Spec {
         }
         if let Some(n) = self.norm.divisor {
             dim("norm.divisor", n)?;
+            if n < self.hidden {
+                return fail(format!("norm.divisor is {n}, less than the {} channels it stands for", self.hidden));
+            }
             if self.norm.kind != NormKind::Rms {
                 return fail(format!("norm.divisor is {n}; only RMS norms have one"));
             }

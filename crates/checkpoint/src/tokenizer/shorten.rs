@@ -15,7 +15,7 @@ use crate::{Checkpoint, Kind};
 const LEFT_OUT: [&str; 1] = ["tokenizer.model"];
 
 /// Lists of ids in settings, beside those whose names end in `_token_id`.
-const LISTS: [&str; 3] = ["suppress_tokens", "begin_suppress_tokens", "bad_words_ids"];
+const LISTS: [&str; 2] = ["suppress_tokens", "begin_suppress_tokens"];
 
 fn broken(e: impl ToString) -> TokenizerError {
     TokenizerError::Broken(e.to_string())
@@ -112,11 +112,42 @@ impl Renumbered {
         }
     }
 
+    /// Renumbers an id or a list of ids; false where one of them goes.
+    fn all(&self, v: &mut Value) -> bool {
+        match v {
+            Value::Number(n) => match n.as_u64().and_then(|id| self.of(id)) {
+                Some(id) => {
+                    *v = Value::from(id);
+                    true
+                }
+                None => false,
+            },
+            Value::Array(list) => list.iter_mut().all(|v| self.all(v)),
+            _ => false,
+        }
+    }
+
+    /// Keeps of a list what `renumber` could say in the new ids.
+    fn phrases(&self, v: &mut Value, renumber: impl Fn(&Self, &mut Value) -> bool) {
+        if let Some(list) = v.as_array_mut() {
+            list.retain_mut(|p| renumber(self, p));
+        }
+        if v.as_array().is_some_and(Vec::is_empty) {
+            *v = Value::Null;
+        }
+    }
+
     /// generation_config.json and config.json.
     fn settings(&self, json: &mut Value) {
         for (key, v) in json.as_object_mut().into_iter().flatten() {
-            if key.ends_with("_token_id") || LISTS.contains(&key.as_str()) {
-                self.ids(v);
+            match key.as_str() {
+                // Phrases: one that has lost a token means something else.
+                "bad_words_ids" => self.phrases(v, Self::all),
+                // Pairs of a place and an id, pairs of a phrase and a number.
+                "forced_decoder_ids" => self.phrases(v, |s, p| p.get_mut(1).is_some_and(|id| s.all(id))),
+                "sequence_bias" => self.phrases(v, |s, p| p.get_mut(0).is_some_and(|ids| s.all(ids))),
+                name if name.ends_with("_token_id") || LISTS.contains(&name) => self.ids(v),
+                _ => {}
             }
         }
     }
@@ -473,14 +504,17 @@ mod tests {
     #[test]
     fn settings_follow_and_what_went_is_named_no_more() {
         let home = tempfile::tempdir().unwrap();
-        let settings =
-            json!({"eos_token_id": [2, 1, 3], "pad_token_id": 1, "temperature": 1, "suppress_tokens": [0, 1]});
+        let settings = json!({"eos_token_id": [2, 1, 3], "pad_token_id": 1, "temperature": 1, "suppress_tokens": [0, 1],
+                "bad_words_ids": [[1], [3, 1], [3, 2]], "sequence_bias": [[[3, 0], -5.0], [[1], 2.0]],
+                "forced_decoder_ids": [[1, 1]]});
         std::fs::write(home.path().join("generation_config.json"), settings.to_string()).unwrap();
         std::fs::write(home.path().join("tokenizer.model"), [1, 2]).unwrap();
         let files = Renumbered::new(&[0, 2, 3]).unwrap().dir(home.path(), false).unwrap();
         assert_eq!(files.len(), 1);
         let is: Value = serde_json::from_slice(&files[0].1).unwrap();
-        let want = json!({"eos_token_id": [1, 2], "pad_token_id": null, "temperature": 1, "suppress_tokens": [0]});
+        // A phrase that has lost a token would forbid what is left of it.
+        let want = json!({"eos_token_id": [1, 2], "pad_token_id": null, "temperature": 1, "suppress_tokens": [0],
+            "bad_words_ids": [[2, 1]], "sequence_bias": [[[2, 0], -5.0]], "forced_decoder_ids": null});
         assert_eq!(is, want);
     }
 }

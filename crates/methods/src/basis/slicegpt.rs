@@ -8,16 +8,18 @@
 //! signals `x`, largest first; keeping `d` of `D` columns deletes what carries least.
 //!
 //! **Shapes and units.** `gram` `[D, D]`: the mean outer product of the normalised signals at the inputs of attentions
-//! and FFNs, norm scales taken out; the answer `[D, d]`, its columns orthonormal.
+//! and FFNs, norm scales taken out (of one basis; else that of the stream); the answer `[D, d]`, its columns
+//! orthonormal.
 //!
 //! **Cost.** `D³` once, in f64.
 //!
 //! With `basis = "layer"` every attention, every FFN and the head has its own `Q_s`, of `D x d`, found front to back on
-//! the sliced network's own signals, and shortcuts carry `Q_sᵀ Q_{s+1}`, as in the paper.
+//! the sliced network's own stream before the norm, as the authors' program has it, and shortcuts carry `Q_sᵀ Q_{s+1}`.
+//! (Of normalised signals instead, on smollm2: perplexity 235 instead of 136.)
 //!
 //! **Departs.** By default one basis for the whole model, so that no matrix stands in the shortcuts and the result is a
 //! plain model; the signals of all blocks count alike. All parts keep the same `d`, and the head is sliced, too (the
-//! paper's program leaves the last width whole). Signals are taken behind the norm, its scale taken out. LayerNorm,
+//! paper's program leaves the last width whole). LayerNorm,
 //! which the paper turns into RMS norms first, is refused.
 
 use lacuna_base::{Mat64, factor};

@@ -147,6 +147,10 @@ impl ModelWide for Slice {
         Ok(())
     }
 
+    fn reshapes(&self) -> bool {
+        true
+    }
+
     fn begin(&self, spec: &Spec) -> Result<Box<dyn Walker>, MethodError> {
         let (slice, n) = (self.clone(), spec.hidden);
         Ok(match self.basis {
@@ -334,7 +338,8 @@ impl Walker for Each {
 
     fn turn(&mut self, before: Reader, work: &dyn LayerWork) -> Result<Turn, MethodError> {
         let spec = work.spec();
-        let gram = signals(work, &named(spec, before)?)?;
+        // Of the stream itself, not of what the norm makes of it: that is what is cut.
+        let gram = make::gram(&work.stats(Site::Matrix(named(spec, before)?)), spec.hidden)?.mean();
         let next = self.slice.by.basis(&gram, self.slice.width(spec.hidden))?;
         let share = share(&gram, &next);
         (self.least, self.all, self.readers) = (self.least.min(share), self.all + share, self.readers + 1);
@@ -378,7 +383,7 @@ impl Walker for Each {
         }
         let halves = |n: usize| show_bytes(2 * n as u64);
         let note = format!(
-            "kept {width} of {} axes of the residual stream at each of {} readers, with {:.2}% of its normalised \
+            "kept {width} of {} axes of the residual stream at each of {} readers, with {:.2}% of its \
              energy, at the least {:.2}%; {} matrices in shortcuts take {} in f16{}",
             spec.hidden,
             self.readers,

@@ -203,6 +203,10 @@ impl ModelWide for Structured {
         Ok(())
     }
 
+    fn reshapes(&self) -> bool {
+        true
+    }
+
     fn begin(&self, _: &Spec) -> Result<Box<dyn Walker>, MethodError> {
         Ok(Box::new(Walk { step: self.clone(), seen: Vec::new() }))
     }

@@ -101,11 +101,18 @@ impl Walker for Shorten {
         let kept = self.by.shortlist(&ShortlistAsk { vocabulary: v, most: self.most(rows) })?;
         check(&kept, v)?;
         let (all, seen): (u64, u64) = (v.counts.iter().sum(), kept.iter().map(|&id| v.counts[id]).sum());
-        let note = format!(
-            "{} of {rows} tokens stay, with {:.3}% of the calibration text's",
+        let mut note = format!(
+            "{} of {rows} tokens stay, with {:.3}% of the calibration text's {all} tokens",
             kept.len(),
             100.0 * seen as f64 / all.max(1) as f64
         );
+        // Below that most tokens of any language have not come up yet.
+        if all < 20 * rows as u64 && kept.len() < rows {
+            note += &format!(
+                "; a text of {all} tokens says little about {rows}: give more of what the model is for with \
+                 --calibration"
+            );
+        }
         if kept.len() == rows {
             return Ok(Finished { edits: Vec::new(), note, again: None });
         }

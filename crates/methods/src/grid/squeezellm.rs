@@ -44,7 +44,7 @@ pub(crate) fn method() -> Method {
              2023",
             arxiv: "2306.07629",
             summary: "Every row is rounded to a table of its own, whose values lie where the loss is most sensitive.",
-            system: None,
+            system: Some(18),
             verb: "quantize",
             needs: &[Ask::GradientSquares],
             abilities: &[Ability::Round, Ability::FixedMask],

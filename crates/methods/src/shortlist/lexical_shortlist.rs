@@ -69,7 +69,18 @@ pub(crate) fn method() -> Method {
         },
         keys: make::keys::<Lexical>,
         make: |given| {
+            for (key, of, by) in [("min_count", By::Script, "corpus"), ("scripts", By::Corpus, "script")] {
+                let way = given.get("by").and_then(|v| v.as_str()).unwrap_or("corpus");
+                if given.get(key).is_some() && (way == "script") == (of == By::Script) {
+                    return Err(MethodError::new(format!(
+                        "{key} goes with by = \"{by}\"; here tokens are chosen by {way}"
+                    )));
+                }
+            }
             let made = make::parameters::<Lexical>("lexical-shortlist", given)?;
+            if made.by == By::Script && made.scripts.is_empty() {
+                return Err(MethodError::new("scripts is empty; name at least one, for example \"Latin\""));
+            }
             made.letters()?;
             Ok(Made::Shortlist(Box::new(made)))
         },
@@ -81,7 +92,7 @@ impl Lexical {
     fn letters(&self) -> Result<Regex, MethodError> {
         let fail = |name: &str| {
             MethodError::new(format!(
-                "scripts: {name:?} is no script of Unicode; write \"Latin\", \"Cyrillic\", \"Han\""
+                "scripts: {name:?} is no script of Unicode; write it as Unicode does, for example \"Latin\", \"Cyrillic\" or \"Han\""
             ))
         };
         let mut all = String::from(r"\p{Common}\p{Inherited}");

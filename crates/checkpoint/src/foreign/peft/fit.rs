@@ -106,6 +106,20 @@ impl Fitted {
         Ok(fitted)
     }
 
+    /// Rows of the embedding, where they are more or fewer than the base's.
+    pub fn rows(&self) -> Option<usize> {
+        self.resized
+    }
+
+    /// Refuses an adapter whose rows are those of other tokens.
+    pub fn other_tokens<T>(&self, rows: usize, base: usize) -> Result<T, OpenError> {
+        let what = format!(
+            "the adapter has {rows} rows of embedding or head, the base {base} tokens of its own numbering; put the \
+             adapter on the model before it loses tokens"
+        );
+        Ok(self.adapter.bad("the embedding", what)?)
+    }
+
     /// Gives the head of a base that has none what PEFT gives it, and says whether it is still the embedding.
     fn share(&mut self) -> Result<bool, WeightsError> {
         let places = [Place::global(Role::Embed), Place::global(Role::Head)];
