@@ -1,6 +1,7 @@
 //! The gate of the thread pool under a model checker: every order in which its steps can be seen (up to a bound of
 //! preemptions), on the memory model of the language.
 
+// What only the pool uses of it is dead here.
 #[allow(dead_code)]
 #[path = "../src/gate.rs"]
 mod gate;
