@@ -16,6 +16,8 @@ pub enum Code {
     Integers(Integers, ScaleCodec),
     /// Codes into tables of floats of that type, whose decoded values are the piece's.
     Codebook(Codebook, Float, ScaleCodec),
+    /// As this dense piece, whose decoded values are the piece's: GGUF blocks, codes kept from the source.
+    Packed(Box<Piece>),
 }
 
 /// Where the values of a piece will lie.
@@ -89,6 +91,7 @@ impl UnpackedPiece {
                 let shape = (self.w.rows(), self.w.cols());
                 pack_codebook(shape, q, mask, self.kind(f64::from(q.bits)), *tables, *scale)
             }
+            Code::Packed(piece) => Ok(piece.as_ref().clone()),
         }
     }
 
