@@ -59,6 +59,8 @@ pub enum Verb {
     Methods,
     /// Compress a model by a recipe, judge the result, save it.
     Compress(Compress),
+    /// Find the best model within a budget, make it, judge it.
+    Fit(Fit),
     /// Perplexity, divergence from the dense model, tasks.
     Eval(Eval),
     /// Write a model for other programs: GGUF, Hugging Face, compressed-tensors, PEFT.
@@ -188,6 +190,112 @@ pub struct Compress {
     #[arg(long, value_name = "SIZE")]
     pub max_ram: Option<String>,
     /// Go on with an interrupted run.
+    #[arg(long)]
+    pub resume: bool,
+    /// Replace what is at OUT.
+    #[arg(long)]
+    pub overwrite: bool,
+    /// Exit with 0 even where the result does not pay.
+    #[arg(long)]
+    pub accept: bool,
+    /// Write a report with plots.
+    #[arg(long, value_name = "FILE.html")]
+    pub report: Option<PathBuf>,
+}
+
+/// How long a search may take.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Effort {
+    /// Minutes: 12 trials, no solver for the embedding.
+    Quick,
+    /// An hour or so: 120 trials.
+    Normal,
+    /// Over night: 1200 trials.
+    Long,
+}
+
+/// Who is to read the result.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Reader {
+    /// Lacuna: whatever is smallest.
+    Lacuna,
+    /// llama.cpp and its kin: one GGUF file of its block types.
+    Gguf,
+    /// vLLM and others: a directory of compressed-tensors.
+    CompressedTensors,
+}
+
+impl Reader {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Reader::Lacuna => "lacuna",
+            Reader::Gguf => "gguf",
+            Reader::CompressedTensors => "compressed-tensors",
+        }
+    }
+}
+
+/// `fit`
+#[derive(Debug, Args)]
+pub struct Fit {
+    /// The model.
+    pub model: String,
+    /// Where the result goes: a directory; with --for gguf a file.
+    #[arg(short, long)]
+    pub out: PathBuf,
+    /// Most bytes of the weights, e.g. 90MB. Without any budget: where bytes stop being cheap.
+    #[arg(long, value_name = "SIZE")]
+    pub max_bytes: Option<String>,
+    /// Most KL from the source on the text of the search, nats a token, e.g. 0.02.
+    #[arg(long, value_name = "NATS")]
+    pub max_loss: Option<f64>,
+    /// Memory that weights and the cache of --context positions may take; also the ceiling of the whole command.
+    #[arg(long, value_name = "SIZE")]
+    pub max_ram: Option<String>,
+    /// Positions whose keys and values --max-ram counts, in 16 bits; by default 4096, where the model sees as many.
+    #[arg(long, value_name = "N")]
+    pub context: Option<usize>,
+    /// Who is to read the result: only what that program runs is tried, and its file is written.
+    #[arg(long = "for", value_enum, default_value_t = Reader::Lacuna)]
+    pub reader: Reader,
+    /// How long the search may take.
+    #[arg(long, value_enum, default_value_t = Effort::Normal)]
+    pub effort: Effort,
+    /// Keep matrices at a level: TARGET=LEVEL, for example attn.v=source. May be given several times.
+    #[arg(long, value_name = "TARGET=LEVEL")]
+    pub keep: Vec<String>,
+    /// Text whose first 70% give statistics, and the rest is searched on; by default a small one that Lacuna carries.
+    #[arg(long, value_name = "FILE")]
+    pub calibration: Option<PathBuf>,
+    /// Calibration sequences of 512 tokens at the most; by default 128.
+    #[arg(long, value_name = "N")]
+    pub samples: Option<usize>,
+    /// Another text to search on.
+    #[arg(long, value_name = "FILE")]
+    pub search: Option<PathBuf>,
+    /// Held-out text to judge on, read once the search is over; by default a small one that Lacuna carries.
+    #[arg(long, value_name = "FILE")]
+    pub eval: Option<PathBuf>,
+    /// Tokens of a judging window; by default 512, where model and text have as many.
+    #[arg(long)]
+    pub ctx: Option<usize>,
+    /// Judging windows; by default 16, where the text has as many.
+    #[arg(long)]
+    pub windows: Option<usize>,
+    /// How far the judging goes.
+    #[arg(long, value_enum, default_value_t = Gate::Full)]
+    pub gate: Gate,
+    /// Where randomness comes from.
+    #[arg(long, default_value_t = 0)]
+    pub seed: u64,
+    /// Search, print the front, write nothing.
+    #[arg(long)]
+    pub dry_run: bool,
+    /// Where scratch files go: every matrix at every level; beside the output by default.
+    #[arg(long, value_name = "DIR")]
+    pub scratch: Option<PathBuf>,
+    /// Go on with an interrupted search: what was measured is known.
     #[arg(long)]
     pub resume: bool,
     /// Replace what is at OUT.

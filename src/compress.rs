@@ -75,10 +75,10 @@ impl Done {
 pub fn run(g: &Global, a: &cli::Compress) -> anyhow::Result<ExitCode> {
     let source = common::open(g, &a.model)?;
     let done = work(g, a, &source)?;
-    let json = to_json(a, &done);
+    let json = json_of(&a.model, &a.recipe, &done);
     common::print(g, &json, || words(&done))?;
     if let Some(path) = &a.report {
-        report::write(path, &a.model, &a.recipe, &done, &[])?;
+        report::write(path, &a.model, &a.recipe, &done, &[], &[])?;
         common::say(format!("report: {}", path.display()));
     }
     let pays = done.verdict.as_ref().is_none_or(|v| v.pays);
@@ -98,7 +98,7 @@ fn save_report(model: &Path, report: &Value) -> anyhow::Result<()> {
 }
 
 /// A text's tokens, from a file or the one carried along.
-fn tokens_of(tokenizer: &Tokenizer, path: Option<&Path>, carried: &str) -> anyhow::Result<Vec<u32>> {
+pub fn tokens_of(tokenizer: &Tokenizer, path: Option<&Path>, carried: &str) -> anyhow::Result<Vec<u32>> {
     let text = match path {
         Some(p) => common::read_text(p)?,
         None => carried.to_owned(),
@@ -221,12 +221,12 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         done.measured = Some(measured);
     }
     done.seconds = start.elapsed().as_secs_f64();
-    save_report(&done.outcomes.path, &to_json(a, &done))?;
+    save_report(&done.outcomes.path, &json_of(&a.model, &a.recipe, &done))?;
     Ok(done)
 }
 
 /// Bytes of all tensors of a model as they are stored, those included that the result lacks.
-fn tensor_bytes(weights: &dyn Weights) -> anyhow::Result<u64> {
+pub fn tensor_bytes(weights: &dyn Weights) -> anyhow::Result<u64> {
     let mut sum = 0;
     for place in weights.spec().places() {
         sum += weights.get(&place)?.map_or(0, |s| s.bytes());
@@ -404,9 +404,10 @@ fn foretold(d: &Done) -> Option<(f64, lacuna_judge::Speed)> {
     Some((d.forecast?.speed(speed.pace), speed))
 }
 
-fn to_json(a: &cli::Compress, d: &Done) -> Value {
+/// What came, for programs.
+pub fn json_of(model: &str, recipe: &str, d: &Done) -> Value {
     let mut json = json!({
-        "model": a.model, "recipe": a.recipe, "out": d.outcomes.path, "source_bytes": d.source_bytes, "bytes_f16": d.bytes_f16,
+        "model": model, "recipe": recipe, "out": d.outcomes.path, "source_bytes": d.source_bytes, "bytes_f16": d.bytes_f16,
         "bytes_after": d.outcomes.bytes, "bits_per_weight": d.bits(d.outcomes.bytes),
         "ppl_dense": d.judged.as_ref().and_then(|j| j.against.as_ref()).map(|x| x.ppl_dense),
         "ppl": d.judged.as_ref().map(|j| j.ppl).or(d.across.as_ref().map(|x| x.model.nll.exp())),

@@ -15,7 +15,7 @@ use lacuna_eval::{Eval, HELD_OUT, Means, Table};
 use lacuna_format::{Float, Weights};
 use serde_json::{Value, json};
 
-use crate::cli::{Convert, Format, Global, Type};
+use crate::cli::{Convert, Format, Global, Reader, Type};
 use crate::common::{self, Model, Usage};
 
 /// Runs the verb.
@@ -63,6 +63,24 @@ pub fn run(g: &Global, a: &Convert) -> anyhow::Result<ExitCode> {
     out["peak_rss_bytes"] = json!(lacuna_compress::memory::peak());
     common::print(g, &out, || words(&saved, &forms, &all, &judged))?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Writes a packed model for another program, every value as it is stored.
+pub fn write(g: &Global, packed: &Path, reader: Reader, out: &Path, overwrite: bool) -> anyhow::Result<()> {
+    let m = common::open_alone(g, &packed.display().to_string())?;
+    let bar = common::bar(0, "converting");
+    let mut progress = |done: usize, all: usize| {
+        bar.set_length(all as u64);
+        bar.set_position(done as u64);
+    };
+    let none = PackQuantized { rounding: None, zero_points: false };
+    let saved = match reader {
+        Reader::Gguf => save_gguf(&m.checkpoint, out, GgufKind::Source, overwrite, &mut progress)?,
+        _ => save_compressed_tensors(&m.checkpoint, out, none, overwrite, &mut progress)?,
+    };
+    bar.finish_and_clear();
+    saved.notes.iter().for_each(|n| common::say(format!("note: {n}")));
+    Ok(())
 }
 
 fn gguf_kind(kind: Type) -> anyhow::Result<GgufKind> {

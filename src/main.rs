@@ -12,6 +12,7 @@ mod compress;
 mod convert;
 mod doctor;
 mod eval;
+mod fit;
 mod generate;
 mod inspect;
 mod methods;
@@ -81,6 +82,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Verb::Inspect(a) => inspect::run(g, a),
         Verb::Methods => methods::run(g),
         Verb::Compress(a) => compress::run(g, a),
+        Verb::Fit(a) => fit::run(g, a),
         Verb::Eval(a) => eval::run(g, a),
         Verb::Convert(a) => convert::run(g, a),
         Verb::Repair(a) => repair::run(g, a),

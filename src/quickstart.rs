@@ -75,7 +75,7 @@ pub fn run(g: &Global, a: &Quickstart) -> anyhow::Result<ExitCode> {
         let asked = if chat { format!("{PROMPT}\n\n") } else { PROMPT.to_owned() };
         samples.push((who.to_owned(), asked, said.text));
     }
-    report::write(&a.report, &a.model, &recipe, &done, &samples)?;
+    report::write(&a.report, &a.model, &recipe, &done, &samples, &[])?;
     let json = json!({
         "model": a.model, "out": done.outcomes.path, "report": a.report, "source_bytes": done.source_bytes,
         "bytes_after": done.outcomes.bytes, "ppl": done.judged.as_ref().map(|j| j.ppl),

@@ -9,13 +9,14 @@ use lacuna_judge::{Measured, Verdict};
 
 use crate::compress::{Done, SOURCE_IS_COARSE, TIMED_AS, source_is_coarse, table, timed};
 
-/// Writes the report; `samples` are (who, prompt, what followed).
+/// Writes the report; `samples` are (who, prompt, what followed), `front` what a search measured: name, bytes, KL.
 pub fn write(
     path: &Path,
     model: &str,
     recipe: &str,
     d: &Done,
     samples: &[(String, String, String)],
+    front: &[(String, u64, f64)],
 ) -> anyhow::Result<()> {
     let mut parts = Vec::new();
     if let (Some(v), Some(m)) = (&d.verdict, &d.measured) {
@@ -41,6 +42,14 @@ pub fn write(
         points.push(Point { label: m.name.clone(), bytes: m.bytes, ppl: m.ppl, baseline: false });
         parts.push(Element::Heading("Size against perplexity".into()));
         parts.push(Element::Scatter(points));
+    }
+    if !front.is_empty() {
+        parts.push(Element::Heading("The front of the search".into()));
+        let mut t = lacuna_eval::Table::new(["", "size", "KL, nats a token"]);
+        front.iter().for_each(|(name, bytes, kl)| {
+            t.row([name.clone(), show_bytes(*bytes), format!("{kl:.4}")]);
+        });
+        parts.push(Element::Table(t));
     }
     if !samples.is_empty() {
         parts.push(Element::Heading("The same prompt".into()));

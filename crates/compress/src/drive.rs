@@ -6,7 +6,7 @@ use std::sync::Arc;
 
 use lacuna_base::Mat;
 use lacuna_checkpoint::{Checkpoint, PackedWriter};
-use lacuna_contract::{MethodError, Stats};
+use lacuna_contract::{MethodError, Site};
 use lacuna_format::{Float, FormatError, PatternKind, Stored, Weights, pack_float};
 use lacuna_model::{Block, Embedding, NoTap, Tap};
 use lacuna_spec::{Place, Role, Spec};
@@ -50,30 +50,20 @@ pub fn compress(
     }
     let mut writer =
         PackedWriter::open(options.out, options.overwrite, options.resume, &identity, source.spec().places().len())?;
-    let mut walk = Walk {
-        recipe,
-        options,
-        progress,
-        source,
-        tokens,
-        kept: None,
-        sequences,
-        spill: plan.spill,
-        scratch_bytes: plan.scratch_bytes,
-        chosen: Chosen::default(),
-        gradients: None,
-        identity: &identity,
-        unreached: BTreeSet::new(),
-        wide: BTreeSet::new(),
-    };
+    let mut walk = Walk::new(recipe, options, progress, source, tokens, sequences, plan, &identity);
     walk.backward(&overlay, &mut notes)?;
     walk.model_wide(&mut overlay, &mut notes)?;
     recipe.check_local(&overlay.spec)?;
     walk.kept.iter().for_each(|kept| writer.keep_tokens(kept));
+    let asked = recipe.at_head(&overlay.spec);
+    let head = walk.of_head(&overlay, &asked)?;
+    if !asked.is_empty() {
+        notes.push("the output projection is calibrated on what the source's blocks put out".into());
+    }
     let mut tensors = Vec::new();
-    walk.globals(&mut overlay, &mut writer, &[Role::Embed, Role::Positions], &mut tensors)?;
+    walk.globals(&mut overlay, &mut writer, &[Role::Embed, Role::Positions], &head, &mut tensors)?;
     walk.blocks(&mut overlay, &mut writer, &mut tensors)?;
-    walk.globals(&mut overlay, &mut writer, &[Role::FinalNorm, Role::Head], &mut tensors)?;
+    walk.globals(&mut overlay, &mut writer, &[Role::FinalNorm, Role::Head], &head, &mut tensors)?;
     if let Some(first) = walk.unreached.first() {
         let n = walk.unreached.len();
         notes.push(format!("{n} matrices, {first} the first, keep what they were: no calibration token reached them"));
@@ -118,6 +108,37 @@ pub(crate) struct Walk<'a> {
     pub(crate) unreached: BTreeSet<Place>,
     /// Matrices whose values f16 cannot say.
     pub(crate) wide: BTreeSet<Place>,
+}
+
+impl<'a> Walk<'a> {
+    #[allow(clippy::too_many_arguments)]
+    pub(crate) fn new(
+        recipe: &'a Recipe,
+        options: &'a Options<'a>,
+        progress: &'a mut dyn Progress,
+        source: &'a Checkpoint,
+        tokens: &'a [u32],
+        sequences: Vec<Vec<u32>>,
+        plan: memory::Plan,
+        identity: &'a Value,
+    ) -> Walk<'a> {
+        Walk {
+            recipe,
+            options,
+            progress,
+            source,
+            tokens,
+            kept: None,
+            sequences,
+            spill: plan.spill,
+            scratch_bytes: plan.scratch_bytes,
+            chosen: Chosen::default(),
+            gradients: None,
+            identity,
+            unreached: BTreeSet::new(),
+            wide: BTreeSet::new(),
+        }
+    }
 }
 
 impl Walk<'_> {
@@ -217,6 +238,7 @@ impl Walk<'_> {
         overlay: &mut Overlay<'_>,
         writer: &mut PackedWriter,
         roles: &[Role],
+        statistics: &Statistics,
         tensors: &mut Vec<TensorReport>,
     ) -> Result<(), CompressError> {
         let places: Vec<Place> =
@@ -227,13 +249,14 @@ impl Walk<'_> {
                 Some(s) => Arc::new(s),
                 None => {
                     let sources = HashMap::from([(place, source.clone())]);
-                    let made = self.local_steps(&overlay.spec, &[place], &sources, &Statistics::default())?;
+                    let made = self.local_steps(&overlay.spec, &[place], &sources, statistics)?;
                     let new = self.finished(made.into_iter().next().map(|(_, s)| s), &source, &place)?;
                     writer.put(&place, &new)?;
                     new
                 }
             };
-            tensors.push(report(&place, &source, &stored, relative_error(&source, &stored, &Stats::default())));
+            let stats = statistics.of(&overlay.spec, Site::Matrix(place));
+            tensors.push(report(&place, &source, &stored, relative_error(&source, &stored, &stats)));
             overlay.new.insert(place, stored);
             overlay.release(&place);
         }
@@ -298,7 +321,7 @@ impl Walk<'_> {
                 made
             };
             for (place, stored) in &made {
-                let stats = statistics.of(&overlay.spec, lacuna_contract::Site::Matrix(*place));
+                let stats = statistics.of(&overlay.spec, Site::Matrix(*place));
                 tensors.push(report(place, &sources[place], stored, relative_error(&sources[place], stored, &stats)));
             }
             drop(statistics);

@@ -5,7 +5,7 @@ use std::sync::Arc;
 
 use lacuna_contract::{Ask, Edit, Local, MethodError, Site, Work};
 use lacuna_format::{Float, Piece, Stored, Term, Unpacked, Values};
-use lacuna_spec::{Part, Place, Spec};
+use lacuna_spec::{Part, Place, Role, Spec};
 use rayon::prelude::*;
 
 use crate::account::CompressError;
@@ -24,6 +24,29 @@ pub(crate) fn local_of<'a>(step: &'a RecipeStep, i: usize, chosen: &Chosen, plac
         Some(&variant) => step.variants.get(variant)?.local(place),
         None => step.local(place),
     }
+}
+
+/// Whether the steps of a recipe that aim at `place` can all work there, one after the other; false where none aims.
+pub(crate) fn fits(recipe: &Recipe, spec: &Spec, place: &Place) -> bool {
+    let Some(shape) = spec.shape(place) else { return false };
+    let mut earlier = Vec::new();
+    for (_, step) in recipe.local() {
+        let Some(local) = step.local(place) else { continue };
+        if place.layer.is_none() && !local.needs(place).is_empty() && !has_inputs(spec, place) {
+            return false;
+        }
+        match local.check(shape, &earlier) {
+            Ok(left) => earlier.push(left),
+            Err(_) => return false,
+        }
+    }
+    !earlier.is_empty()
+}
+
+/// Whether a matrix outside the blocks is multiplied, so that there are statistics of its inputs: the head, or the
+/// embedding where that is the head, too.
+pub(crate) fn has_inputs(spec: &Spec, place: &Place) -> bool {
+    place.part == Part::Weight && (place.role == Role::Head || place.role == Role::Embed && spec.tied)
 }
 
 /// The statistics that local steps read in a block.

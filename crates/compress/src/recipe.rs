@@ -5,11 +5,13 @@
 
 use std::collections::BTreeMap;
 
-use lacuna_contract::{Ask, Card, Left, Local, Making, Method, MethodError, Registry, Step, Varied};
+use lacuna_contract::{Ask, Card, Left, Local, Making, Method, MethodError, Registry, Site, Step, Varied};
 use lacuna_spec::{Part, Place, Role, Spec, Target};
 use serde::{Deserialize, Serialize};
 use serde_json::Map;
 use toml::{Table, Value};
+
+use crate::local::has_inputs;
 
 /// A recipe that cannot be followed.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -312,6 +314,13 @@ impl Recipe {
         Ok(Recipe { calibration, rest, steps, resolved })
     }
 
+    /// What steps read of what multiplies the output projection.
+    pub(crate) fn at_head(&self, spec: &Spec) -> Vec<(Site, Ask)> {
+        let places = spec.places().into_iter().filter(|p| p.layer.is_none() && has_inputs(spec, p));
+        let of = |p: Place| self.local().flat_map(move |(_, s)| s.needs(&p).into_iter().map(move |a| (Site::Matrix(p), a)));
+        places.flat_map(of).collect()
+    }
+
     /// The steps that work on blocks, with their index.
     pub(crate) fn local(&self) -> impl Iterator<Item = (usize, &RecipeStep)> {
         self.steps.iter().enumerate().filter(|(_, s)| !s.is_model_wide())
@@ -343,8 +352,10 @@ impl Recipe {
             for (_, step) in self.local() {
                 let Some(local) = step.local(&place) else { continue };
                 let fail = |what: String| RecipeError { what: format!("step '{}' on {place}: {what}", step.name) };
-                if place.layer.is_none() && !local.needs(&place).is_empty() {
-                    let why = "which are gathered in blocks only; use rtn";
+                let needs = local.needs(&place);
+                let none = !has_inputs(spec, &place) || needs.iter().any(|a| a.is_gradient());
+                if place.layer.is_none() && !needs.is_empty() && none {
+                    let why = "and there are none of what nothing is multiplied with; use rtn";
                     return Err(fail(format!("{} needs statistics of its inputs, {why}", step.card.name)));
                 }
                 let left = local.check(shape, &earlier).map_err(|e| fail(e.what))?;

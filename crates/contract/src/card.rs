@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::questions::{Basis, Factor, Grid, Score, Search, Shortlist, Solve, Structure, Table};
+use crate::questions::{Basis, Factor, Grid, Recode, Score, Search, Shortlist, Solve, Structure, Table};
 use crate::stats::Ask;
 use crate::step::Step;
 
@@ -80,6 +80,8 @@ pub enum Made {
     Grid(Box<dyn Grid>),
     /// See [`Table`].
     Table(Box<dyn Table>),
+    /// See [`Recode`].
+    Recode(Box<dyn Recode>),
     /// See [`Solve`].
     Solve(Box<dyn Solve>),
     /// See [`Factor`].
@@ -100,6 +102,7 @@ impl fmt::Debug for Made {
             Made::Score(_) => "Score",
             Made::Grid(_) => "Grid",
             Made::Table(_) => "Table",
+            Made::Recode(_) => "Recode",
             Made::Solve(_) => "Solve",
             Made::Factor(_) => "Factor",
             Made::Structure(_) => "Structure",

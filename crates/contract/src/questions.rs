@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use lacuna_base::{Mat, Mat64, MatRef};
-use lacuna_format::{Affine, Float, Integers, Mask, ScaleCodec, UnpackedPiece};
+use lacuna_format::{Affine, Float, Integers, Mask, ScaleCodec, Stored, UnpackedPiece};
 use serde::{Deserialize, Serialize};
 
 use crate::card::MethodError;
@@ -65,6 +65,12 @@ pub trait Table: Send + Sync {
 
     /// The statistic `[out, in]` that says how much each weight matters; `None`: all the same.
     fn importance(&self) -> Option<Ask>;
+}
+
+/// Recode: how are the numbers beside the codes of a rounded matrix written?
+pub trait Recode: Send + Sync {
+    /// The matrix with the same codes and other numbers beside them; `None` where it has none that can be written so.
+    fn recode(&self, stored: &Stored) -> Result<Option<Stored>, MethodError>;
 }
 
 /// Which zeros are wanted.

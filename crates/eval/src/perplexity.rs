@@ -40,6 +40,9 @@ pub struct Judged {
     /// Mean loss of each window: what a paired comparison of two models needs.
     #[serde(skip)]
     pub window_nll: Vec<f64>,
+    /// Mean KL(dense || model) of each window, where a comparison was made.
+    #[serde(skip)]
+    pub window_kl: Vec<f64>,
 }
 
 /// A model beside the dense one on the same text.
@@ -47,6 +50,8 @@ pub struct Judged {
 pub struct Against {
     /// Mean KL(dense || model), nats a token.
     pub kl_mean: f64,
+    /// The KL that 99 of 100 positions stay below.
+    pub kl_p99: f64,
     /// Fraction of positions at which both find the same token likeliest.
     pub top1_agree: f64,
     /// Perplexity of the dense model.
@@ -139,6 +144,11 @@ impl Eval<'_> {
         let mean = |k: usize| found.iter().map(|f| f.1[k]).sum::<f64>() / n;
         let nll = found.iter().map(|f| f.0).sum::<f64>() / n;
         let of_window = |w: &[(f64, [f64; 3])]| w.iter().map(|f| f.0).sum::<f64>() / w.len() as f64;
+        let kl_of_window = |w: &[(f64, [f64; 3])]| w.iter().map(|f| f.1[0]).sum::<f64>() / w.len() as f64;
+        let each = found.len() / windows.len();
+        let mut kl: Vec<f64> = found.iter().map(|f| f.1[0]).collect();
+        kl.sort_by(f64::total_cmp);
+        let kl_p99 = kl.get((kl.len() * 99).div_ceil(100).saturating_sub(1)).copied().unwrap_or(0.0);
         Ok(Judged {
             ppl: nll.exp(),
             nll,
@@ -147,11 +157,13 @@ impl Eval<'_> {
             windows: windows.len(),
             against: compared.then(|| Against {
                 kl_mean: mean(0),
+                kl_p99,
                 top1_agree: mean(1),
                 ppl_dense: mean(2).exp(),
                 nll_dense: mean(2),
             }),
-            window_nll: found.chunks(found.len() / windows.len()).map(of_window).collect(),
+            window_nll: found.chunks(each).map(of_window).collect(),
+            window_kl: if compared { found.chunks(each).map(kl_of_window).collect() } else { Vec::new() },
         })
     }
 }

@@ -232,6 +232,9 @@ impl Piece {
                     Some(Zeros::Real(z)) => {
                         z.check(rows, group.count(cols)).map_err(|e| FormatError { what: format!("zeros: {e}") })
                     }
+                    Some(Zeros::Minima(z)) => {
+                        z.check(rows, group.count(cols)).map_err(|e| FormatError { what: format!("minima: {e}") })
+                    }
                 }
             }
             Values::Codebook { bits, codes, tables, scales } => {

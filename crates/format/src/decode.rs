@@ -75,11 +75,11 @@ impl Scales {
 }
 
 impl Zeros {
-    /// The zero points of row `r`, `[out.len()]` of them a row, of codes of `bits` bits.
+    /// The zero points, or the minima, of row `r`, `[out.len()]` of them a row, of codes of `bits` bits.
     pub fn row(&self, r: usize, bits: u8, out: &mut [f32]) {
         match self {
             Zeros::Codes(stream) => unpack_map(stream, bits, r * out.len(), out, f32::from),
-            Zeros::Real(scales) => scales.row(r, out),
+            Zeros::Real(scales) | Zeros::Minima(scales) => scales.row(r, out),
         }
     }
 }
@@ -149,6 +149,11 @@ impl Values {
         z.resize(groups, 0.0);
         if let Some((zeros, bits)) = zeros {
             zeros.row(r, bits, z);
+        }
+        if let Some((Zeros::Minima(_), _)) = zeros {
+            let at = |i: usize| group.of(columns.map_or(i, |c| c[i] as usize));
+            levels.iter_mut().enumerate().for_each(|(i, v)| *v = *v * s[at(i)] - z[at(i)]);
+            return;
         }
         match (columns, group) {
             (None, Group::Run(n)) => {

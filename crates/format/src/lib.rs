@@ -39,7 +39,7 @@ pub use pack::{
     Codebook, PatternKind, ScaleCodec, Ternary, cheapest_pattern, exact_bytes, pack_codebook, pack_float,
     pack_integers, pack_integers_off, pack_ternary,
 };
-pub use pack_scales::pack_scales;
+pub use pack_scales::{pack_multiples, pack_scales};
 pub use pattern::Pattern;
 pub use piece::{Piece, Stored, Term};
 pub use recode::IntRows;

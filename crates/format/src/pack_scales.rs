@@ -50,6 +50,52 @@ pub fn pack_scales(s: &Mat, codec: ScaleCodec) -> Result<Scales, FormatError> {
     })
 }
 
+/// Writes numbers as integers of `bits` bits times an f16 for every `per` of a row, without minima: least squares, from
+/// the number of largest magnitude on. Those of the other sign become 0.
+pub fn pack_multiples(s: &Mat, bits: u8, per: usize) -> Result<Scales, FormatError> {
+    if !(2..=8).contains(&bits) || per == 0 {
+        return fail(format!("scales of {bits} bits over runs of {per}"));
+    }
+    let top = (1u32 << bits) as f32 - 1.0;
+    let (mut codes, mut steps) = (Vec::new(), FloatWriter::new(Float::F16));
+    for r in 0..s.rows() {
+        for run in s.row(r).chunks(per) {
+            let extreme = run.iter().fold(0.0f32, |a, &b| if b.abs() > a.abs() { b } else { a });
+            let step = nearest_step(run, extreme / top, top);
+            if steps.extend(&[step]).is_err() {
+                return fail(format!("scales of row {r}, {extreme} the largest, are beyond f16"));
+            }
+            codes.extend(run.iter().map(|&v| grid_code(v, (0.0, step), top)));
+        }
+    }
+    Ok(Scales::Int { bits, per, codes: pack(&codes, bits).into(), super_scales: steps.bytes.into(), super_mins: None })
+}
+
+/// As [`nearest_grid`] where the minimum is 0.
+fn nearest_step(run: &[f32], first: f32, top: f32) -> f32 {
+    let half = |step: f64| f16::from_f64(step).to_f32();
+    let lost = |step: f32| -> f64 {
+        let far = |v: &f32| f64::from(step * f32::from(grid_code(*v, (0.0, step), top))) - f64::from(*v);
+        run.iter().map(|v| far(v).powi(2)).sum()
+    };
+    let mut best = half(first.into());
+    let mut least = lost(best);
+    for _ in 0..8 {
+        let (mut xx, mut xy) = (0.0, 0.0);
+        for &v in run {
+            let c = f64::from(grid_code(v, (0.0, best), top));
+            (xx, xy) = (xx + c * c, xy + c * f64::from(v));
+        }
+        let next = if xx > 0.0 { half(xy / xx) } else { best };
+        let error = lost(next);
+        if error.is_nan() || error >= least {
+            break;
+        }
+        (best, least) = (next, error);
+    }
+    best
+}
+
 /// The nearest code from 0 to `top` of a value on a grid of `min + step * code`.
 fn grid_code(v: f32, (min, step): (f32, f32), top: f32) -> u8 {
     if step == 0.0 { 0 } else { ((v - min) / step).round().clamp(0.0, top) as u8 }

@@ -2,9 +2,12 @@
 
 use half::f16;
 
-use crate::bits::unpack;
+use lacuna_base::Mat;
+
+use crate::bits::{pack, unpack};
 use crate::gguf_encode::symmetric_block;
-use crate::{GgufType, Group, Pattern, Piece, Stored, Values, Zeros};
+use crate::pack_scales::pack_multiples;
+use crate::{FormatError, GgufType, Group, Pattern, Piece, Stored, Values, Zeros};
 
 /// A matrix that is nothing but grouped integers, whatever form they are stored in: `value = scale * (code - zero)`.
 #[derive(Clone, Debug)]
@@ -24,7 +27,7 @@ impl Stored {
     pub fn integers(&self) -> Option<IntRows<'_>> {
         let piece = self.single()?;
         let (bits, group, symmetric) = match &piece.values {
-            Values::Int { zeros: Some(Zeros::Real(_)), .. } => return None,
+            Values::Int { zeros: Some(Zeros::Real(_) | Zeros::Minima(_)), .. } => return None,
             Values::Int { bits, group, zeros, .. } => (*bits, group.clone(), zeros.is_none()),
             Values::Gguf(GgufType::Q4_0, _) => (4, Group::Run(32), true),
             Values::Gguf(GgufType::Q5_0, _) => (5, Group::Run(32), true),
@@ -32,6 +35,55 @@ impl Stored {
             _ => return None,
         };
         Some(IntRows { piece, bits, group, symmetric })
+    }
+}
+
+impl Stored {
+    /// The same codes with their scales and minima written as integers of `bits` bits times an f16 for every `per` of
+    /// them, where the matrix is one dense piece of codes with f16 scales and minima: Q4_1, Q5_1, or grouped integers
+    /// whose zero points are no codes. `None` for any other.
+    pub fn with_coded_scales(&self, bits: u8, per: usize) -> Result<Option<Stored>, FormatError> {
+        let Some(piece) = self.single().filter(|p| p.pattern == Pattern::Dense) else { return Ok(None) };
+        let (rows, cols) = (piece.rows, piece.cols);
+        let coded = |width, codes, scales: &Mat, minima: &Mat, group| -> Result<Option<Stored>, FormatError> {
+            let values = Values::Int {
+                bits: width,
+                codes,
+                scales: pack_multiples(scales, bits, per)?,
+                zeros: Some(Zeros::Minima(pack_multiples(minima, bits, per)?)),
+                group,
+            };
+            let stored = Stored::from_piece(Piece { rows, cols, pattern: Pattern::Dense, values });
+            stored.check()?;
+            Ok(Some(stored))
+        };
+        match &piece.values {
+            Values::Int { bits: width, codes, scales, zeros: Some(Zeros::Minima(minima)), group } => {
+                let floats = [scales, minima].map(|s| {
+                    let mut m = Mat::zeros(rows, group.count(cols));
+                    (0..rows).for_each(|r| s.row(r, m.row_mut(r)));
+                    m
+                });
+                coded(*width, codes.clone(), &floats[0], &floats[1], group.clone())
+            }
+            Values::Gguf(kind @ (GgufType::Q4_1 | GgufType::Q5_1), bytes) => {
+                let (size, per_row, width) =
+                    (kind.block_bytes(), cols / 32, if *kind == GgufType::Q4_1 { 4 } else { 5 });
+                let (mut scales, mut minima) = (Mat::zeros(rows, per_row), Mat::zeros(rows, per_row));
+                let mut codes = Vec::with_capacity(rows * cols);
+                for (i, b) in bytes.chunks_exact(size).enumerate() {
+                    let half = |at: usize| f16::from_le_bytes([b[at], b[at + 1]]).to_f32();
+                    scales.data_mut()[i] = half(0);
+                    minima.data_mut()[i] = -half(2);
+                    let low = &b[size - 16..];
+                    let high = |j: usize| if width == 5 { (b[4 + j / 8] >> (j % 8) & 1) << 4 } else { 0 };
+                    codes.extend((0..16).map(|j| low[j] & 15 | high(j)));
+                    codes.extend((0..16).map(|j| low[j] >> 4 | high(j + 16)));
+                }
+                coded(width, pack(&codes, width).into(), &scales, &minima, Group::Run(32))
+            }
+            _ => Ok(None),
+        }
     }
 }
 
@@ -124,7 +176,7 @@ impl IntRows<'_> {
 mod tests {
     use super::*;
     use crate::{Integers, Mask, PatternKind, ScaleCodec, pack_integers};
-    use lacuna_base::{Mat, Rng};
+    use lacuna_base::Rng;
 
     fn random(bits: u8, group: usize, zeros: bool, rng: &mut Rng) -> Integers {
         let (rows, cols) = (5, 128);
@@ -182,5 +234,41 @@ mod tests {
         let float = Values::Float(crate::Float::F32, vec![0; 32 * 4].into());
         let s = Stored::from_piece(Piece { rows: 1, cols: 32, pattern: Pattern::Dense, values: float });
         assert!(s.integers().is_none());
+    }
+
+    #[test]
+    fn scales_beside_the_same_codes_are_written_as_integers() {
+        let mut rng = Rng::new(5);
+        for kind in [GgufType::Q4_1, GgufType::Q5_1] {
+            let (rows, cols) = (3, 320);
+            let bytes: Vec<u8> = (0..rows * cols / 32)
+                .flat_map(|_| {
+                    let (d, m) = (0.01 + 0.02 * rng.f32(), -0.1 - 0.1 * rng.f32());
+                    let mut b = [f16::from_f32(d).to_le_bytes(), f16::from_f32(m).to_le_bytes()].concat();
+                    b.extend((4..kind.block_bytes()).map(|_| rng.u64() as u8));
+                    b
+                })
+                .collect();
+            let values = Values::Gguf(kind, bytes.into());
+            let before = Stored::from_piece(Piece { rows, cols, pattern: Pattern::Dense, values });
+            let after = before.with_coded_scales(8, 32).unwrap().unwrap();
+            assert!(after.bytes() < before.bytes());
+            let (a, b) = (before.to_mat(), after.to_mat());
+            let error: f32 = a.data().iter().zip(b.data()).map(|(a, b)| (a - b).powi(2)).sum();
+            let all: f32 = a.data().iter().map(|a| a * a).sum();
+            assert!(error < 1e-4 * all, "{kind:?}: {error} of {all}");
+            // Integers already: the same numbers again.
+            let again = after.with_coded_scales(8, 32).unwrap().unwrap().to_mat();
+            assert!(again.data().iter().zip(b.data()).all(|(x, y)| (x - y).abs() <= 1e-3 * y.abs().max(0.1)));
+        }
+        let plain = Stored::from_piece(
+            pack_integers(&random(4, 32, false, &mut rng), None, PatternKind::Dense, ScaleCodec::F16).unwrap(),
+        );
+        assert!(plain.with_coded_scales(8, 32).unwrap().is_none(), "no minima");
+        assert!(pack_multiples(&Mat::zeros(2, 3), 9, 8).is_err() && pack_multiples(&Mat::zeros(2, 3), 8, 0).is_err());
+        let zeros = pack_multiples(&Mat::zeros(2, 3), 8, 8).unwrap();
+        let mut row = [1.0; 3];
+        zeros.row(1, &mut row);
+        assert_eq!(row, [0.0; 3]);
     }
 }

@@ -96,18 +96,20 @@ pub enum MapDesc {
 
 impl Descriptor {
     /// The first version of the packed format that has all of this: 2 for a codebook's tables that are not one of f32,
-    /// for zero points that are no codes, and for maps.
+    /// for zero points that are no codes, and for maps; 4 for minima beside codes.
     pub fn version(&self) -> u32 {
-        let newer = |p: &PieceDesc| match &p.values {
-            ValuesDesc::Codebook { tables, .. } => !tables.is_first(),
-            ValuesDesc::Int { real_zeros, .. } => real_zeros.is_some(),
-            _ => false,
+        let of = |p: &PieceDesc| match &p.values {
+            ValuesDesc::Int { minima: Some(_), .. } => 4,
+            ValuesDesc::Codebook { tables, .. } if !tables.is_first() => 2,
+            ValuesDesc::Int { real_zeros: Some(_), .. } => 2,
+            _ => 1,
         };
-        let newer = self.terms.iter().any(|t| match t {
-            TermDesc::Piece(p) => newer(p),
-            TermDesc::Product { left, right, .. } => newer(left) || newer(right),
+        let terms = self.terms.iter().map(|t| match t {
+            TermDesc::Piece(p) => of(p),
+            TermDesc::Product { left, right, .. } => of(left).max(of(right)),
         });
-        if newer || !self.input.is_empty() || !self.output.is_empty() { 2 } else { 1 }
+        let maps = if self.input.is_empty() && self.output.is_empty() { 1 } else { 2 };
+        terms.max().unwrap_or(1).max(maps)
     }
 }
 
@@ -153,6 +155,9 @@ pub enum ValuesDesc {
         /// How they are encoded where they are any numbers.
         #[serde(default, skip_serializing_if = "Option::is_none")]
         real_zeros: Option<ScalesDesc>,
+        /// How minima are encoded, where those stand in the place of zero points.
+        #[serde(default, skip_serializing_if = "Option::is_none")]
+        minima: Option<ScalesDesc>,
     },
     Codebook {
         bits: u8,
@@ -355,18 +360,18 @@ fn write_piece(p: &Piece, prefix: &str, parts: &mut Vec<Buffer>) -> PieceDesc {
         }
         Values::Int { bits, codes, scales, zeros, group } => {
             put("codes", Elem::U8, &[codes.len()], codes);
-            let (coded, real_zeros) = match zeros {
-                None => (false, None),
+            let shape = (p.rows, group.count(p.cols));
+            let (coded, real_zeros, minima) = match zeros {
+                None => (false, None, None),
                 Some(Zeros::Codes(z)) => {
                     put("zeros", Elem::U8, &[z.len()], z);
-                    (true, None)
+                    (true, None, None)
                 }
-                Some(Zeros::Real(z)) => {
-                    (false, Some(write_encoded(z, "zero_", (p.rows, group.count(p.cols)), &mut put)))
-                }
+                Some(Zeros::Real(z)) => (false, Some(write_encoded(z, "zero_", shape, &mut put)), None),
+                Some(Zeros::Minima(z)) => (false, None, Some(write_encoded(z, "min_", shape, &mut put))),
             };
             let (scales, group) = write_scales(scales, group, p, &mut put);
-            ValuesDesc::Int { bits: *bits, zeros: coded, scales, group, real_zeros }
+            ValuesDesc::Int { bits: *bits, zeros: coded, scales, group, real_zeros, minima }
         }
         Values::Codebook { bits, codes, tables: Tables { owner, float, bytes }, scales } => {
             put("codes", Elem::U8, &[codes.len()], codes);
@@ -457,14 +462,14 @@ fn read_piece(d: &PieceDesc, (rows, cols): (usize, usize), prefix: &str, take: T
     };
     let values = match &d.values {
         ValuesDesc::Float(float) => Values::Float(*float, take("values", (*float).into())?),
-        ValuesDesc::Int { bits, zeros, scales, group, real_zeros } => {
+        ValuesDesc::Int { bits, zeros, scales, group, real_zeros, minima } => {
             let codes = take("codes", Elem::U8)?;
-            let zeros = match (zeros, real_zeros) {
-                (true, Some(_)) => return Err(FormatError::new("zero points that are codes and any numbers at once")),
-                (true, None) => Some(Zeros::Codes(take("zeros", Elem::U8)?)),
-                (false, real) => {
-                    real.as_ref().map(|z| read_encoded(z, "zero_", &mut take)).transpose()?.map(Zeros::Real)
-                }
+            let zeros = match (zeros, real_zeros, minima) {
+                (false, None, None) => None,
+                (true, None, None) => Some(Zeros::Codes(take("zeros", Elem::U8)?)),
+                (false, Some(z), None) => Some(Zeros::Real(read_encoded(z, "zero_", &mut take)?)),
+                (false, None, Some(m)) => Some(Zeros::Minima(read_encoded(m, "min_", &mut take)?)),
+                _ => return Err(FormatError::new("zero points that are codes, any numbers or minima at once")),
             };
             let (scales, group) = read_scales(scales, group, &mut take)?;
             Values::Int { bits: *bits, codes, scales, zeros, group }

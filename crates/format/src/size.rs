@@ -95,7 +95,7 @@ impl Zeros {
     pub fn bytes(&self) -> u64 {
         match self {
             Zeros::Codes(b) => b.len() as u64,
-            Zeros::Real(s) => s.bytes(),
+            Zeros::Real(s) | Zeros::Minima(s) => s.bytes(),
         }
     }
 
@@ -104,6 +104,8 @@ impl Zeros {
             Zeros::Codes(_) => " zero".into(),
             Zeros::Real(Scales::Float(f, _)) => format!(" zero {}", f.name()),
             Zeros::Real(Scales::Int { bits, .. }) => format!(" zero{bits}"),
+            Zeros::Minima(Scales::Float(f, _)) => format!(" min {}", f.name()),
+            Zeros::Minima(Scales::Int { bits, .. }) => format!(" min{bits}"),
         }
     }
 }

@@ -83,13 +83,15 @@ pub enum Values {
     Gguf(GgufType, Bytes),
 }
 
-/// Zero points of integer codes, `[rows, groups]`.
+/// Zero points of integer codes, or what stands in their place, `[rows, groups]`.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Zeros {
     /// Unsigned codes of as many bits as the values', one stream: every zero point is a code, whose value is exactly 0.
     Codes(Bytes),
     /// Any numbers, encoded as scales are: none of the codes need be worth 0.
     Real(Scales),
+    /// No zero points but minima, encoded as scales are: `value = scale * code - minimum`.
+    Minima(Scales),
 }
 
 impl From<Bytes> for Zeros {

@@ -3,6 +3,7 @@
 
 mod baselines;
 mod cost;
+pub mod fit;
 mod footprint;
 mod gate;
 mod shelf;

@@ -10,6 +10,7 @@ mod family;
 mod grid;
 mod make;
 mod obs;
+mod recode;
 mod score;
 mod search;
 mod shortlist;
@@ -29,6 +30,7 @@ pub fn registry() -> Registry {
             solve::sparsegpt::method(),
             grid::rtn::method(),
             grid::squeezellm::method(),
+            recode::double_quantization::method(),
             solve::gptq::method(),
             solve::spqr::method(),
             factor::svd::method(),
@@ -46,6 +48,7 @@ pub fn registry() -> Registry {
         families: vec![
             family::prune::family(),
             family::quantize::family(),
+            family::recode::family(),
             family::factor::family(),
             family::outliers::family(),
             family::drop::family(),

@@ -68,6 +68,7 @@ fn value(p: &Piece, i: usize, r: usize, c: usize) -> f64 {
             let zero = match zeros {
                 Some(Zeros::Codes(z)) => code(z, bits, r * groups(g, p.cols) + group(g, c)) as f64,
                 Some(Zeros::Real(z)) => scaled(z, g),
+                Some(Zeros::Minima(m)) => return scaled(scales, g) * code(codes, bits, i) as f64 - scaled(m, g),
                 None => (1 << (bits - 1)) as f64,
             };
             scaled(scales, g) * (code(codes, bits, i) as f64 - zero)
@@ -236,8 +237,13 @@ pub fn random_piece(rng: &mut Rng, rows: usize, cols: usize) -> Piece {
             if mask.is_none() && rng.below(3) == 0 {
                 let zeros = scales_of(rng, rows, &q.group, cols);
                 let q = Integers { zeros: None, ..q };
-                return pack_integers_off(&q, &zeros, None, kind, scales, pick(rng, &[ScaleCodec::F16, scales]))
-                    .unwrap();
+                let codec = pick(rng, &[ScaleCodec::F16, scales]);
+                let mut piece = pack_integers_off(&q, &zeros, None, kind, scales, codec).unwrap();
+                if let (Values::Int { zeros: Some(z), .. }, 0) = (&mut piece.values, rng.below(2)) {
+                    let Zeros::Real(s) = z.clone() else { panic!("real zero points") };
+                    *z = Zeros::Minima(s);
+                }
+                return piece;
             }
             pack_integers(&q, mask.as_ref(), kind, scales)
         }

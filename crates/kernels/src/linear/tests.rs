@@ -6,7 +6,8 @@ use lacuna_base::{Mat, MatRef, Rng};
 use lacuna_format::bits::{pack, pack_trits};
 use lacuna_format::{
     Bytes, Float, FormatError, GgufType, Group, Integers, Map, Mask, Owner, Pattern, PatternKind, Piece, ScaleCodec,
-    Scales, Stored, Tables, Term, Values, hadamard_parts, pack_float, pack_integers, pack_integers_off,
+    Scales, Stored, Tables, Term, Values, Zeros, hadamard_parts, pack_float, pack_integers, pack_integers_off,
+    pack_multiples, pack_scales,
 };
 
 use super::{Activations, Linear, Packing, Transposed};
@@ -290,6 +291,25 @@ fn cases() -> Vec<(String, Stored)> {
             let codec = ScaleCodec::Int { bits: 3, per: 16 };
             let piece = pack_integers_off(&q, &zeros, None, PatternKind::Dense, codec, codec).unwrap();
             out.push((format!("int{bits} run {run} off"), Stored::from_piece(piece)));
+        }
+        for (i, (bits, run)) in
+            [(4u8, 32), (2, 32), (3, 32), (5, 32), (6, 32), (8, 32), (4, 64)].into_iter().enumerate()
+        {
+            let n = rows * cols;
+            let codes: Vec<u8> = (0..n).map(|_| rng.u64() as u8 >> (8 - bits)).collect();
+            let groups = cols.div_ceil(run);
+            let mut numbers = || Mat::from_fn(rows, groups, |_, _| rng.normal().abs() + 0.5);
+            let (scales, minima) = (numbers(), numbers());
+            let per = [8, 24, 16][i % 3];
+            let coded = |m: &Mat| pack_multiples(m, [8, 6][i % 2], per).unwrap();
+            let floats = |m: &Mat| pack_scales(m, ScaleCodec::F16).unwrap();
+            for (name, s, m) in [("", floats(&scales), floats(&minima)), (" coded", coded(&scales), coded(&minima))] {
+                let (zeros, group) = (Some(Zeros::Minima(m)), Group::Run(run));
+                let values = Values::Int { bits, codes: pack(&codes, bits).into(), scales: s, zeros, group };
+                let piece = Piece { rows, cols, pattern: Pattern::Dense, values };
+                piece.check().unwrap();
+                out.push((format!("int{bits} run {run} minima{name}"), Stored::from_piece(piece)));
+            }
         }
         out.extend(tables(rows, cols, 32, &mut rng));
         if rows == 11 {

@@ -51,6 +51,37 @@ fn is_f16(scales: &Scales) -> bool {
     matches!(scales, Scales::Float(Float::F16, _))
 }
 
+/// Integer scales that panels keep as they are, for groups of a block: those without minima of their own under
+/// super-scales of whole eights of blocks.
+struct Coded<'a> {
+    bits: u8,
+    per: usize,
+    codes: &'a [u8],
+    super_scales: &'a [u8],
+}
+
+impl<'a> Coded<'a> {
+    fn of(scales: &'a Scales) -> Option<Coded<'a>> {
+        match scales {
+            Scales::Int { bits, per, codes, super_scales, super_mins: None } if per.is_multiple_of(8) => {
+                Some(Coded { bits: *bits, per: *per, codes, super_scales })
+            }
+            _ => None,
+        }
+    }
+
+    /// The `n` codes of row `r`, and the super-scale of every eight of them.
+    fn row(&self, r: usize, n: usize, room: &mut Vec<u8>, codes: &mut Vec<f32>, supers: &mut Vec<f32>) {
+        room.resize(n, 0);
+        unpack(self.codes, self.bits, r * n, room);
+        codes.clear();
+        codes.extend(room.iter().map(|&c| f32::from(c)));
+        let first = r * n.div_ceil(self.per);
+        supers.clear();
+        supers.extend((0..n.div_ceil(8)).map(|i| f16_at(self.super_scales, 2 * (first + 8 * i / self.per))));
+    }
+}
+
 /// The source of a checked piece, where it has one.
 pub(crate) fn of(piece: &Piece) -> Option<Source<'_>> {
     let cols = piece.cols;
@@ -61,12 +92,15 @@ pub(crate) fn of(piece: &Piece) -> Option<Source<'_>> {
         Values::Int { bits, codes, scales, zeros, group } => {
             let run = whole(group, cols)?;
             let n = groups(run);
+            if let Some(Zeros::Minima(minima)) = zeros {
+                return with_minima(piece, *bits, codes, (scales, minima), run);
+            }
             let kind = match (is_f16(scales), zeros) {
                 (true, None) => Kind::F16,
                 (false, None) => Kind::F32,
                 (true, Some(Zeros::Codes(_))) => Kind::F16Zeros,
                 (false, Some(Zeros::Codes(_))) => Kind::F32Zeros,
-                (_, Some(Zeros::Real(_))) => Kind::F32Off,
+                (_, Some(Zeros::Real(_) | Zeros::Minima(_))) => Kind::F32Off,
             };
             let read = move |r: usize, line: &mut Line| {
                 let span = span(r);
@@ -136,6 +170,45 @@ pub(crate) fn of(piece: &Piece) -> Option<Source<'_>> {
         Values::Gguf(kind, bytes) => gguf(*kind, bytes, cols),
         Values::Float(..) | Values::Codebook { .. } => None,
     }
+}
+
+/// Codes beside scales and minima: both f16, or both integers as panels keep them. Others have no panel.
+fn with_minima<'a>(
+    piece: &'a Piece,
+    bits: u8,
+    codes: &'a Bytes,
+    (scales, minima): (&'a Scales, &'a Scales),
+    run: usize,
+) -> Option<Source<'a>> {
+    let cols = piece.cols;
+    let n = cols.div_ceil(run);
+    let of = move |r: usize, line: &mut Line| {
+        let span = piece.pattern.span(r, cols);
+        line.codes.resize(span.len(), 0);
+        unpack(codes, bits, span.start, &mut line.codes);
+    };
+    if is_f16(scales) && is_f16(minima) {
+        let read = move |r: usize, line: &mut Line| {
+            of(r, line);
+            line.scales.resize(n, 0.0);
+            scales.row(r, &mut line.scales);
+            line.seconds.resize(n, 0.0);
+            minima.row(r, &mut line.seconds);
+            line.seconds.iter_mut().for_each(|m| *m = -*m);
+        };
+        return Some(Source { bits, kind: Kind::F16Min, zero: 0, run, table: None, read: Box::new(read) });
+    }
+    let (scales, minima) = (Coded::of(scales)?, Coded::of(minima)?);
+    if run != BLOCK {
+        return None;
+    }
+    let read = move |r: usize, line: &mut Line| {
+        of(r, line);
+        let mut room = Vec::new();
+        scales.row(r, n, &mut room, &mut line.scales, &mut line.supers);
+        minima.row(r, n, &mut room, &mut line.seconds, &mut line.super_seconds);
+    };
+    Some(Source { bits, kind: Kind::Super, zero: 0, run, table: None, read: Box::new(read) })
 }
 
 /// The source of a piece that is not dense as if it were: what is not there has the code of its group's zero. None

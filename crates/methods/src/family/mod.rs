@@ -7,6 +7,7 @@ mod keys;
 pub(crate) mod outliers;
 pub(crate) mod prune;
 pub(crate) mod quantize;
+pub(crate) mod recode;
 pub(crate) mod search;
 pub(crate) mod select;
 pub(crate) mod slice;

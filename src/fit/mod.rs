@@ -1,0 +1,490 @@
+//! `fit`: the best model within a budget.
+
+mod candidates;
+mod journal;
+
+use std::collections::{BTreeMap, HashMap};
+use std::path::PathBuf;
+use std::process::ExitCode;
+
+use anyhow::Context;
+use lacuna_base::units::show_bytes;
+use lacuna_base::unfinished;
+use lacuna_compress::{Levels, Recipe, levels};
+use lacuna_eval::{CALIBRATION, Eval, EvalError, Means, Reference, Table as Columns};
+use lacuna_format::Weights;
+use lacuna_judge::fit::{self, Budget, Found, Measure, Point, is_end};
+use lacuna_spec::{Place, Spec};
+use serde_json::{Value, json};
+
+use crate::cli::{self, Effort, Global, Reader};
+use crate::common::{self, CompressBar, Model, Usage};
+use crate::{compress, convert, report};
+use candidates::{Candidate, candidates};
+use journal::Journal;
+
+/// Share of the calibration text that gives statistics; the rest is searched on.
+const STATISTICS: f64 = 0.7;
+/// Tokens of a window of the search.
+const WINDOW: usize = 512;
+/// Bits a weight below which a source counts as rounded already.
+const COARSE: f64 = 9.0;
+
+/// What a search and its judging came to.
+pub struct Fitted {
+    /// What is wanted of the result, in words.
+    pub wanted: String,
+    /// The search's account; `None` of a dry run that found nothing to do.
+    pub found: Found,
+    /// Points of the front in words: name, point.
+    pub front: Vec<(String, Point)>,
+    /// The compression, its judgement and its verdict; `None` of a dry run.
+    pub done: Option<compress::Done>,
+    /// The recipe that makes the result again.
+    pub recipe: PathBuf,
+    /// What the reader wants, where it is another program.
+    pub written: Option<PathBuf>,
+}
+
+/// Runs the verb.
+pub fn run(g: &Global, a: &cli::Fit) -> anyhow::Result<ExitCode> {
+    let source = common::open(g, &a.model)?;
+    let fitted = work(g, a, &source)?;
+    common::print(g, &to_json(a, &fitted), || words(a, &fitted))?;
+    if let (Some(path), Some(done)) = (&a.report, &fitted.done) {
+        report::write(path, &a.model, "fit", done, &[], &marks(&fitted))?;
+        common::say(format!("report: {}", path.display()));
+    }
+    let pays = fitted.done.as_ref().and_then(|d| d.verdict.as_ref()).is_none_or(|v| v.pays);
+    Ok(if pays || a.accept { ExitCode::SUCCESS } else { ExitCode::from(3) })
+}
+
+/// Points of the front for a plot of bytes against loss: name, bytes, KL on the text of the search.
+pub fn marks(f: &Fitted) -> Vec<(String, u64, f64)> {
+    f.front.iter().map(|(name, p)| (name.clone(), p.bytes, p.mean())).collect()
+}
+
+fn effort(e: Effort, seed: u64) -> fit::Effort {
+    match e {
+        Effort::Quick => fit::Effort { trials: 12, windows: [2, 4, 6], bands: 0, front: 7, seed },
+        Effort::Normal => fit::Effort { trials: 120, windows: [4, 16, 64], bands: 3, front: 12, seed },
+        Effort::Long => fit::Effort { trials: 1200, windows: [4, 16, 64], bands: 6, front: 16, seed },
+    }
+}
+
+/// Bytes that keys and values of `context` positions take, in 16 bits.
+fn cache_bytes(spec: &Spec, context: usize) -> u64 {
+    let one = |l: &lacuna_spec::Layer| {
+        l.attn.as_ref().map_or(0, |a| {
+            let seen = a.window.map_or(context, |w| w.min(context));
+            4 * (seen * a.kv_heads * a.head_dim) as u64
+        })
+    };
+    spec.layers.iter().map(one).sum()
+}
+
+/// The budget, and in words.
+fn budget(a: &cli::Fit, spec: &Spec) -> anyhow::Result<(Budget, String)> {
+    let bytes = common::size(a.max_bytes.as_deref())?;
+    let memory = match common::size(a.max_ram.as_deref())? {
+        None => None,
+        Some(ram) => {
+            let cache = cache_bytes(spec, a.context.unwrap_or(4096).min(spec.context));
+            match ram.checked_sub(cache).filter(|b| *b > 0) {
+                Some(left) => Some(left),
+                None => {
+                    return Err(Usage(format!(
+                        "--max-ram {}: keys and values of {} positions alone take {}; give more, or a smaller --context",
+                        show_bytes(ram),
+                        a.context.unwrap_or(4096).min(spec.context),
+                        show_bytes(cache)
+                    ))
+                    .into());
+                }
+            }
+        }
+    };
+    let most = [bytes, memory].into_iter().flatten().min();
+    match (most, a.max_loss) {
+        (Some(_), Some(_)) => {
+            Err(Usage("--max-loss and a number of bytes exclude each other: one is what the other is found for".into())
+                .into())
+        }
+        (Some(bytes), None) => Ok((Budget::Bytes(bytes), format!("at most {}", show_bytes(bytes)))),
+        (None, Some(loss)) if loss.is_finite() && loss > 0.0 => {
+            Ok((Budget::Loss(loss), format!("KL of at most {loss} nats a token")))
+        }
+        (None, Some(loss)) => Err(Usage(format!("--max-loss {loss}: give a number of nats above 0")).into()),
+        (None, None) => Ok((Budget::Knee, "where the front bends".into())),
+    }
+}
+
+/// Measures stitched models on the windows of the search's text.
+struct Trials<'a> {
+    levels: &'a Levels<'a>,
+    source: &'a Model,
+    /// Windows, one after the other, and tokens of each that the text gives.
+    text: &'a [u32],
+    each: usize,
+    eval: Eval<'a>,
+    references: HashMap<(usize, usize), Reference<'a>>,
+    journal: Journal,
+    bar: indicatif::ProgressBar,
+}
+
+impl Measure for Trials<'_> {
+    type Error = anyhow::Error;
+
+    fn kl(&mut self, assignment: &[usize], from: usize, n: usize) -> anyhow::Result<Vec<f64>> {
+        let n = n.min(self.windows().saturating_sub(from));
+        if n == 0 {
+            return Ok(Vec::new());
+        }
+        if let Some(known) = self.journal.known(assignment, from, n) {
+            return Ok(known);
+        }
+        let text = &self.text[from * self.each..(from + n) * self.each];
+        let eval = Eval { windows: Some(n), ..self.eval.clone() };
+        if !self.references.contains_key(&(from, n)) {
+            let made = eval.reference(text, &self.source.checkpoint)?;
+            self.references.insert((from, n), made);
+        }
+        let reference = self.references.get_mut(&(from, n)).context("a reference was lost")?;
+        let judged = eval.against(&self.levels.stitch(assignment), reference);
+        let kl = match judged {
+            // A level that breaks the model loses; it does not end the search.
+            Err(EvalError { not_finite: true, .. }) => vec![f64::INFINITY; n],
+            judged => judged?.window_kl,
+        };
+        self.journal.learn(assignment, from, n, &kl)?;
+        Ok(kl)
+    }
+
+    fn windows(&self) -> usize {
+        self.text.len() / self.each
+    }
+
+    fn tell(&mut self, trial: usize, bytes: u64, kl: f64) {
+        self.bar.set_position(trial as u64);
+        self.bar.set_message(format!("{}, KL {kl:.4}", show_bytes(bytes)));
+    }
+}
+
+/// What most of an assignment's matrices became, blocks and ends apart.
+fn name_of(levels: &Levels<'_>, all: &[Candidate], assignment: &[usize]) -> String {
+    let part = |ends: bool| {
+        let mut weights: BTreeMap<String, u64> = BTreeMap::new();
+        for (c, &l) in levels.choices.iter().zip(assignment).filter(|(c, _)| is_end(c) == ends) {
+            let name = c.levels[l].recipe.map_or("as it came", |r| all[r].name.as_str());
+            *weights.entry(name.to_owned()).or_default() += c.parameters;
+        }
+        let mut by_weight: Vec<(String, u64)> = weights.into_iter().collect();
+        by_weight.sort_by(|a, b| b.1.cmp(&a.1).then(a.0.cmp(&b.0)));
+        let sum: u64 = by_weight.iter().map(|w| w.1).sum();
+        let shown: Vec<String> = by_weight
+            .iter()
+            .take(3)
+            .map(|(n, w)| if *w == sum { n.clone() } else { format!("{n} {:.0}%", 100.0 * *w as f64 / sum as f64) })
+            .collect();
+        shown.join(", ") + if by_weight.len() > 3 { ", …" } else { "" }
+    };
+    match (part(false), part(true)) {
+        (body, ends) if ends.is_empty() => body,
+        (body, ends) if body.is_empty() => format!("embedding {ends}"),
+        (body, ends) => format!("{body}; embedding {ends}"),
+    }
+}
+
+/// The recipe that brings every matrix to its level.
+fn recipe_of(levels: &Levels<'_>, all: &[Candidate], assignment: &[usize], spec: &Spec, calibration: &toml::Table) -> String {
+    let every: Vec<Place> = levels.choices.iter().map(|c| c.place).collect();
+    let mut steps = Vec::new();
+    for (i, candidate) in all.iter().enumerate() {
+        let mine: Vec<Place> = levels
+            .choices
+            .iter()
+            .zip(assignment)
+            .filter(|(c, l)| c.levels[**l].recipe == Some(i))
+            .map(|(c, _)| c.place)
+            .collect();
+        if !mine.is_empty() {
+            steps.extend(candidate.steps(spec, &mine, candidates::targets(&mine, &every)));
+        }
+    }
+    candidates::recipe(calibration, steps)
+}
+
+/// Searches, makes, judges.
+pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> {
+    let spec = source.checkpoint.spec().clone();
+    let (budget, wanted) = budget(a, &spec)?;
+    if a.reader == Reader::Gguf && a.out.extension().is_none_or(|e| e != "gguf") {
+        return Err(Usage(format!("{}: the name of a GGUF file ends in .gguf", a.out.display())).into());
+    }
+    if a.out.exists() && !(a.overwrite || a.resume) && !a.dry_run {
+        anyhow::bail!("{} exists; --overwrite replaces it", a.out.display());
+    }
+    let max_ram = common::size(a.max_ram.as_deref())?;
+    let bits = 8.0 * compress::tensor_bytes(&source.checkpoint)? as f64 / spec.parameters().max(1) as f64;
+    let coarse = bits < COARSE;
+    if coarse {
+        common::say(format!(
+            "note: your source has {bits:.1} bits a weight: it is rounded already, and its codes stay as they are. Give \
+             the bf16 model for more"
+        ));
+    }
+    // The texts: what gives statistics, what is searched on. What judges is opened in the end.
+    let tokenizer = source.tokenizer()?;
+    let bos = compress::wants_bos(&tokenizer)?;
+    let text = compress::tokens_of(&tokenizer, a.calibration.as_deref(), CALIBRATION)?;
+    let len = WINDOW.min(spec.context);
+    let samples = ((text.len() as f64 * STATISTICS) as usize / len).min(a.samples.unwrap_or(128)).max(1);
+    let searched: Vec<u32> = match &a.search {
+        Some(file) => tokenizer.encode(&common::read_text(file)?, false)?,
+        None => text.get(samples * len..).unwrap_or_default().to_vec(),
+    };
+    let each = len - usize::from(bos.is_some());
+    if searched.len() < each || text.len() < samples * len {
+        anyhow::bail!(
+            "the calibration text has {} tokens: statistics and search need {} at the least; give a longer one with \
+             --calibration, or one for the search with --search",
+            text.len(),
+            2 * len
+        );
+    }
+    let mut calibration = toml::Table::new();
+    calibration.insert("samples".into(), toml::Value::Integer(samples as i64));
+    calibration.insert("seq_len".into(), toml::Value::Integer(len as i64));
+
+    let registry = lacuna_methods::registry();
+    let all = candidates(a.reader, coarse, a.effort);
+    let recipes = all
+        .iter()
+        .map(|c| Recipe::parse(&c.recipe(&spec, &calibration), &registry, &[]).context(c.name.clone()))
+        .collect::<anyhow::Result<Vec<_>>>()?;
+    let scratch = a.scratch.clone().unwrap_or_else(|| {
+        a.out.parent().filter(|p| !p.as_os_str().is_empty()).map_or_else(|| PathBuf::from("."), PathBuf::from)
+    });
+    let mut bar = CompressBar::default();
+    let mut made = levels(&source.checkpoint, &text, &recipes, &scratch, max_ram, bos, &mut bar)?;
+    drop(bar);
+    pin(&mut made, &a.keep, &all)?;
+    for n in &made.notes {
+        common::say(format!("note: {n}"));
+    }
+    if made.choices.is_empty() {
+        anyhow::bail!(
+            "nothing of {} can be made smaller for {}: its matrices are rounded already, or their shapes fit no level",
+            a.model,
+            a.reader.name()
+        );
+    }
+    let n = made.choices.len();
+    common::say(format!(
+        "{n} matrices at up to {} levels each, {} on disk; searching for {wanted}",
+        made.choices.iter().map(|c| c.levels.len()).max().unwrap_or(0),
+        show_bytes(made.scratch_bytes())
+    ));
+
+    let plan = effort(a.effort, a.seed);
+    let identity = json!({
+        "source": lacuna_compress::fingerprint(&source.checkpoint), "program": lacuna_compress::revision(),
+        "recipes": recipes.iter().map(|r| r.resolved.to_string()).collect::<Vec<_>>(), "text": text.len(),
+        "searched": searched.len(), "len": len,
+    });
+    let mut trials = Trials {
+        levels: &made,
+        source,
+        text: &searched,
+        each,
+        eval: Eval { ctx: len, windows: None, bos, room: Means { max_ram, ..Means::default() }, progress: None },
+        references: HashMap::new(),
+        journal: Journal::open(&a.out, a.resume, &identity)?,
+        bar: common::bar(plan.trials as u64, "trials"),
+    };
+    let found = fit::search(&made, &mut trials, budget, plan)?;
+    trials.bar.finish_and_clear();
+    for n in &found.notes {
+        common::say(format!("note: {n}"));
+    }
+    if let Budget::Bytes(most) = budget
+        && found.chosen.bytes > most
+    {
+        anyhow::bail!(
+            "nothing as small as {} was found: the smallest for {} takes {}",
+            show_bytes(most),
+            a.reader.name(),
+            show_bytes(found.chosen.bytes)
+        );
+    }
+    let front = found.front.iter().map(|p| (name_of(&made, &all, &p.assignment), p.clone())).collect();
+    let recipe = beside(&a.out, "recipe.toml");
+    let mut fitted = Fitted { wanted, found, front, done: None, recipe, written: None };
+    if a.dry_run {
+        return Ok(fitted);
+    }
+    let text = recipe_of(&made, &all, &fitted.found.chosen.assignment, &spec, &calibration);
+    let about = format!(
+        "# Written by lacuna fit for {}: {}.\n# Makes it again: lacuna compress {} --recipe THIS --out DIR\n",
+        a.model, fitted.wanted, a.model
+    );
+    unfinished::write(&fitted.recipe, (about + &text).as_bytes())
+        .with_context(|| format!("{}: cannot be written", fitted.recipe.display()))?;
+    drop(made);
+    let packed = if a.reader == Reader::Lacuna { a.out.clone() } else { beside(&a.out, "packed") };
+    let args = cli::Compress {
+        scratch: a.scratch.clone(),
+        model: a.model.clone(),
+        recipe: fitted.recipe.display().to_string(),
+        out: packed.clone(),
+        sets: Vec::new(),
+        calibration: a.calibration.clone(),
+        samples: None,
+        seq_len: None,
+        seed: None,
+        eval: a.eval.clone(),
+        ctx: a.ctx,
+        windows: a.windows,
+        gate: a.gate,
+        max_ram: a.max_ram.clone(),
+        resume: a.resume,
+        overwrite: a.overwrite || a.resume || a.reader != Reader::Lacuna,
+        accept: true,
+        report: None,
+    };
+    let done = compress::work(g, &args, source)?;
+    if a.reader != Reader::Lacuna {
+        convert::write(g, &packed, a.reader, &a.out, a.overwrite)?;
+        fitted.written = Some(a.out.clone());
+    }
+    journal::forget(&a.out);
+    let card = card(a, &fitted, &done);
+    let at = if a.reader == Reader::Lacuna { a.out.join("README.md") } else { beside(&a.out, "README.md") };
+    unfinished::write(&at, card.as_bytes()).with_context(|| format!("{}: cannot be written", at.display()))?;
+    fitted.done = Some(done);
+    Ok(fitted)
+}
+
+/// `OUT.name`, beside it.
+fn beside(out: &std::path::Path, name: &str) -> PathBuf {
+    let file = out.file_name().unwrap_or_default().to_string_lossy();
+    out.with_file_name(format!("{file}.{name}"))
+}
+
+/// Keeps matrices at the level that `--keep TARGET=NAME` names.
+fn pin(levels: &mut Levels<'_>, pins: &[String], all: &[Candidate]) -> anyhow::Result<()> {
+    for pin in pins {
+        let Some((target, name)) = pin.split_once('=') else {
+            return Err(Usage(format!("--keep {pin}: write TARGET=LEVEL, for example attn.v=source")).into());
+        };
+        let target = lacuna_spec::Target(target.to_owned());
+        let at = all.iter().position(|c| c.name == name);
+        if at.is_none() && name != "source" {
+            let names: Vec<&str> = all.iter().map(|c| c.name.as_str()).collect();
+            return Err(Usage(format!("--keep {pin}: no level is called '{name}'; there are source, {}", names.join(", "))).into());
+        }
+        let mut any = false;
+        for c in levels.choices.iter_mut().filter(|c| target.matches(&c.place)) {
+            any = true;
+            if let Some(level) = c.levels.iter().find(|l| l.recipe == at).copied() {
+                c.levels = vec![level];
+            } else {
+                return Err(Usage(format!("--keep {pin}: {} cannot be at that level, or is no smaller there", c.place)).into());
+            }
+        }
+        if !any {
+            return Err(Usage(format!("--keep {pin}: no matrix that can change matches '{}'", target.0)).into());
+        }
+    }
+    Ok(())
+}
+
+fn to_json(a: &cli::Fit, f: &Fitted) -> Value {
+    let front: Vec<Value> = f
+        .front
+        .iter()
+        .map(|(name, p)| {
+            let tok_s = f.done.as_ref().filter(|_| *p == f.found.chosen);
+            let tok_s = tok_s.and_then(|d| d.measured.as_ref()?.speed).map(|s| s.median);
+            json!({ "name": name, "bytes": p.bytes, "kl_mean": p.mean(), "decode_tok_s": tok_s, "by": p.by })
+        })
+        .collect();
+    let mut json = match &f.done {
+        Some(d) => compress::json_of(&a.model, &f.recipe.display().to_string(), d),
+        None => json!({ "model": a.model }),
+    };
+    if let Some(fields) = json.as_object_mut() {
+        fields.insert("front".into(), front.into());
+        fields.insert("trials".into(), f.found.trials.into());
+        fields.insert("slopes".into(), json!(f.found.slopes));
+        fields.insert("kl_search".into(), json!(f.found.chosen.mean()));
+        fields.insert("kl_knapsack".into(), json!(f.found.knapsack.mean()));
+        fields.insert("run".into(), Value::Null);
+        if let Some(path) = &f.written {
+            fields.insert("out".into(), json!(path));
+        }
+    }
+    json
+}
+
+/// The front as a table.
+fn front(f: &Fitted) -> Columns {
+    let mut t = Columns::new(["front", "size", "KL of the search", ""]);
+    for (name, p) in &f.front {
+        let mark = if p.assignment == f.found.chosen.assignment { "chosen" } else { "" };
+        t.row([name.clone(), show_bytes(p.bytes), format!("{:.4}", p.mean()), mark.to_owned()]);
+    }
+    t
+}
+
+/// What came, in words.
+pub fn words(a: &cli::Fit, f: &Fitted) -> String {
+    let mut text = format!("Searched for {} in {} trials.\n\n", f.wanted, f.found.trials);
+    text += &front(f).text();
+    match &f.done {
+        None => text += "\nA dry run: nothing was written.\n",
+        Some(d) => {
+            text += "\n";
+            text += &compress::words(d);
+            text += &format!("recipe: {}\n", f.recipe.display());
+            if let Some(path) = &f.written {
+                text += &format!("for {}: {}\n", a.reader.name(), path.display());
+            }
+        }
+    }
+    text
+}
+
+/// The model card.
+fn card(a: &cli::Fit, f: &Fitted, d: &compress::Done) -> String {
+    use std::fmt::Write;
+    let mut c = String::new();
+    let _ = writeln!(c, "# {}\n", a.out.file_name().unwrap_or_default().to_string_lossy());
+    let _ = writeln!(c, "Made by `lacuna fit` from {} for {}: {}.\n", a.model, a.reader.name(), f.wanted);
+    let chosen = f.front.iter().find(|(_, p)| p.assignment == f.found.chosen.assignment);
+    if let Some((name, _)) = chosen {
+        let _ = writeln!(c, "What became of the matrices: {name}.\n");
+    }
+    let _ = writeln!(c, "| | |\n|---|---|");
+    let _ = writeln!(c, "| size | {} (source {}) |", show_bytes(d.outcomes.bytes), show_bytes(d.source_bytes));
+    let _ = writeln!(c, "| bits a weight | {:.2} |", d.bits(d.outcomes.bytes));
+    if let Some(x) = d.judged.as_ref().and_then(|j| j.against.as_ref()) {
+        let j = d.judged.as_ref().map_or((0, 0, f64::NAN), |j| (j.windows, j.ctx, j.ppl));
+        let _ = writeln!(c, "| held-out perplexity | {:.3} (source {:.3}), {} windows of {} |", j.2, x.ppl_dense, j.0, j.1);
+        let _ = writeln!(c, "| KL from the source | {:.4} nats a token (99 of 100 below {:.3}) |", x.kl_mean, x.kl_p99);
+        let _ = writeln!(c, "| another first choice | {:.2}% |", 100.0 * (1.0 - x.top1_agree));
+    }
+    if let Some(v) = &d.verdict {
+        let _ = writeln!(c, "| verdict | {} |", if v.pays { "pays" } else { "does not pay" });
+    }
+    let _ = writeln!(
+        c,
+        "\nCalibrated on {} sequences of {} tokens; the recipe, with the text's sha256, stands in `config.json`.",
+        d.outcomes.calibration.0, d.outcomes.calibration.1
+    );
+    let _ = writeln!(c, "\n## The front\n\n| | size | KL of the search |\n|---|---|---|");
+    for (name, p) in &f.front {
+        let _ = writeln!(c, "| {name} | {} | {:.4} |", show_bytes(p.bytes), p.mean());
+    }
+    c
+}
