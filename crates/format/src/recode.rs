@@ -3,7 +3,7 @@
 use half::f16;
 
 use crate::bits::unpack;
-use crate::gguf_encode::symmetric_block;
+use crate::gguf_write::symmetric_block;
 use crate::{GgufType, Group, Pattern, Piece, Stored, Values, Zeros};
 
 /// A matrix that is nothing but grouped integers, whatever form they are stored in: `value = scale * (code - zero)`.
