@@ -10,6 +10,7 @@ use crate::GgufType;
 use crate::gguf::IQ4;
 
 /// How the values of a type are made.
+#[derive(Clone, Copy, Debug)]
 pub(crate) struct Form {
     /// Values that share a scale.
     pub run: usize,
@@ -27,6 +28,7 @@ pub(crate) struct Form {
 
 impl GgufType {
     /// How the type makes its values.
+    #[inline]
     pub(crate) fn form(self) -> Form {
         let even = |run, zero: i32, top: i32, scales, mins| Form {
             run,
@@ -138,32 +140,25 @@ impl BlockGrid {
         (self.d * f32::from(self.scales[r]), self.dmin * f32::from(self.mins[r]))
     }
 
+    /// What codes are worth in run `r`.
+    #[inline]
+    pub fn of_run(&self, r: usize) -> RunGrid {
+        let (scale, min) = self.affine(r);
+        RunGrid { form: self.kind.form(), scale, min, inverse: inverse(scale) }
+    }
+
     /// The code for the `i`-th value of the block that comes nearest to `x`; finite or not, it is a code.
     pub fn code(&self, i: usize, x: f32) -> u8 {
-        let form = self.kind.form();
-        let (s, m) = self.affine(i / form.run);
-        form.code(if s == 0.0 { 0.0 } else { (x + m) / s })
+        self.of_run(i / self.run()).code(x)
     }
 
     /// The value of a code at the `i`-th place of the block: exactly what the decoder gives.
     pub fn value(&self, i: usize, code: u8) -> f32 {
-        let form = self.kind.form();
-        let (s, m) = self.affine(i / form.run);
-        s * form.level(code) - m
-    }
-
-    /// The codes nearest to the `values` of a run, and what they are worth.
-    pub fn round_run(&self, r: usize, values: &[f32], codes: &mut [u8], worth: &mut [f32]) {
-        let form = self.kind.form();
-        let (s, m) = self.affine(r);
-        let inverse = inverse(s);
-        for ((&x, code), worth) in values.iter().zip(codes).zip(worth) {
-            *code = form.code((x + m) * inverse);
-            *worth = s * form.level(*code) - m;
-        }
+        self.of_run(i / self.run()).value(code)
     }
 
     /// What the two f16 of the block are multiplied with at place `i` under `code`: `value = d * a - dmin * b`.
+    #[inline]
     pub fn parts(&self, i: usize, code: u8) -> (f32, f32) {
         let form = self.kind.form();
         let r = i / form.run;
@@ -182,21 +177,53 @@ impl BlockGrid {
         allowed.then(|| BlockGrid { d: as_f16(d), dmin: as_f16(dmin), ..*self })
     }
 
-    /// The block with the integer scale and minimum of run `r` moved by at most `by`; none where the f16 are all.
-    pub fn neighbours(&self, r: usize, by: i32) -> impl Iterator<Item = BlockGrid> + '_ {
+    /// Grids a little finer, coarser or shifted in run `r`: its integer scale and minimum moved by one, or, where the
+    /// f16 are all, those moved by less than half a step of the outermost level.
+    pub fn neighbours(&self, r: usize) -> impl Iterator<Item = BlockGrid> + '_ {
         let form = self.kind.form();
-        let (scale, min) = (i32::from(self.scales[r]), i32::from(self.mins[r]));
-        let scales = if form.scales == (1, 1) { 0 } else { by };
-        let mins = if form.mins > 1 { by } else { 0 };
+        let single = form.scales == (1, 1);
+        let scales = if single { 2 } else { 1 };
+        let mins = i32::from(form.mins > 0);
         let all = (-scales..=scales).flat_map(move |s| (-mins..=mins).map(move |m| (s, m)));
-        all.filter(|&moved| moved != (0, 0))
-            .map(move |(s, m)| (scale + s, min + m))
-            .filter(move |(s, m)| (form.scales.0..=form.scales.1).contains(s) && (0..=form.mins).contains(m))
-            .map(move |(s, m)| {
-                let mut moved = *self;
+        all.filter(|&moved| moved != (0, 0)).filter_map(move |(s, m)| {
+            let mut moved = *self;
+            if single {
+                let reach = form.levels.1 - form.levels.0;
+                let step = if form.table { 1.0 / 32.0 } else { 0.5 / reach };
+                moved.d = as_f16(self.d * (1.0 + step * s as f32));
+                moved.dmin = as_f16(self.dmin + 0.25 * self.d * m as f32);
+            } else {
+                let (s, m) = (i32::from(self.scales[r]) + s, i32::from(self.mins[r]) + m);
+                if !(form.scales.0..=form.scales.1).contains(&s) || !(0..=form.mins).contains(&m) {
+                    return None;
+                }
                 (moved.scales[r], moved.mins[r]) = (s as i16, m as u8);
-                moved
-            })
+            }
+            Some(moved)
+        })
+    }
+}
+
+/// What the codes of one run of a block are worth.
+#[derive(Clone, Copy, Debug)]
+pub struct RunGrid {
+    form: Form,
+    scale: f32,
+    min: f32,
+    inverse: f32,
+}
+
+impl RunGrid {
+    /// The code whose value is nearest to `x`; finite or not, it is a code.
+    #[inline]
+    pub fn code(&self, x: f32) -> u8 {
+        self.form.code((x + self.min) * self.inverse)
+    }
+
+    /// The value of a code.
+    #[inline]
+    pub fn value(&self, code: u8) -> f32 {
+        self.scale * self.form.level(code) - self.min
     }
 }
 

@@ -34,7 +34,7 @@ mod weights;
 pub use affine::Affine;
 pub use bytes::Bytes;
 pub use gguf::GgufType;
-pub use gguf_grid::BlockGrid;
+pub use gguf_grid::{BlockGrid, RunGrid};
 pub use integers::Integers;
 pub use map::{MOST_DENSE, MOST_MAPS, Map, hadamard_core, hadamard_parts};
 pub use mask::Mask;
