@@ -52,6 +52,20 @@ pub(crate) fn fits(kind: GgufType, cols: usize) -> Result<(), MethodError> {
     Err(MethodError::new(format!("{cols} columns are not whole blocks of {n}, of which {name} is made; {advice}")))
 }
 
+/// What `f` makes of every row of `w`, rows in parallel.
+pub(crate) fn each_row<T: Default + Clone + Send>(w: MatRef<'_>, f: impl Fn(&[f32]) -> T + Sync) -> Vec<T> {
+    let mut made = vec![T::default(); w.rows()];
+    if w.cols() > 0 {
+        let (mut rows, mut none) = (Mat::from_fn(w.rows(), w.cols(), |r, c| w.at(r, c)), Mat::zeros(w.rows(), 1));
+        let done = dense::each_row(&mut rows, &mut none, &mut made, |row, _, made| {
+            *made = f(row);
+            Ok::<(), std::convert::Infallible>(())
+        });
+        done.unwrap_or_else(|never| match never {});
+    }
+    made
+}
+
 /// The matrix in blocks of `kind`.
 pub(crate) fn solve(w: MatRef<'_>, stats: &Stats<'_>, kind: GgufType, how: &Walk) -> Result<Piece, MethodError> {
     make::finite(w)?;
