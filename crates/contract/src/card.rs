@@ -51,6 +51,8 @@ pub enum Ability {
     FixedMask,
     /// Kept weights are rounded to a grid.
     Round,
+    /// Weights are rounded to the blocks of a GGUF type.
+    BlockTypes,
     /// Pruning and rounding in one walk.
     PruneAndRound,
     /// The error that earlier terms leave is approximated, and not the matrix alone.

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use lacuna_base::{Mat, Mat64, MatRef};
-use lacuna_format::{Affine, Float, Integers, Mask, ScaleCodec, Stored, UnpackedPiece};
+use lacuna_format::{Affine, Float, GgufType, Integers, Mask, Piece, ScaleCodec, Stored, UnpackedPiece};
 use serde::{Deserialize, Serialize};
 
 use crate::card::MethodError;
@@ -194,6 +194,12 @@ pub struct RoundedForm {
 pub trait Solve: Send + Sync {
     /// New weights for the request.
     fn solve(&self, ask: &SolveAsk<'_>) -> Result<Solved, MethodError>;
+
+    /// The matrix `w`, `[out, in]`, in blocks of a GGUF type; those that cannot refuse.
+    fn solve_blocks(&self, w: MatRef<'_>, stats: &Stats<'_>, kind: GgufType) -> Result<Piece, MethodError> {
+        let _ = (w, stats);
+        Err(MethodError::new(format!("the method does not round to {kind:?}")))
+    }
 
     /// The form of its answers where it rounds.
     fn rounded_form(&self, _: &GridAsk) -> RoundedForm {

@@ -21,6 +21,22 @@ pub enum GgufType {
     IQ4_XS,
 }
 
+/// All of them.
+pub const ALL: [GgufType; 12] = [
+    GgufType::Q4_0,
+    GgufType::Q4_1,
+    GgufType::Q5_0,
+    GgufType::Q5_1,
+    GgufType::Q8_0,
+    GgufType::Q2_K,
+    GgufType::Q3_K,
+    GgufType::Q4_K,
+    GgufType::Q5_K,
+    GgufType::Q6_K,
+    GgufType::IQ4_NL,
+    GgufType::IQ4_XS,
+];
+
 impl GgufType {
     /// Values in a block.
     pub fn block(self) -> usize {
@@ -214,7 +230,7 @@ fn q6_k(b: &[u8], y: &mut [f32]) {
 }
 
 /// The sixteen levels of IQ4_NL and IQ4_XS.
-const IQ4: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
+pub(crate) const IQ4: [i8; 16] = [-127, -104, -83, -65, -49, -35, -22, -10, 1, 13, 25, 38, 53, 69, 89, 113];
 
 fn iq4(dl: f32, codes: &[u8], y: &mut [f32]) {
     for (j, &q) in codes.iter().enumerate() {

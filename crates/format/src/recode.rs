@@ -5,7 +5,7 @@ use half::f16;
 use lacuna_base::Mat;
 
 use crate::bits::{pack, unpack};
-use crate::gguf_encode::symmetric_block;
+use crate::gguf_write::symmetric_block;
 use crate::pack_scales::pack_multiples;
 use crate::{FormatError, GgufType, Group, Pattern, Piece, Stored, Values, Zeros};
 

@@ -76,7 +76,7 @@ fn maps_are_counted_named_and_not_forgotten() {
     assert_eq!((plain.to_parts().0.version(), maps.to_parts().0.version()), (1, 2));
     let names: Vec<String> = maps.to_parts().1.into_iter().map(|p| p.suffix).collect();
     assert_eq!(names, ["values", "in0.diagonal", "in1.signs", "out0.index"]);
-    let q = GgufType::Q8_0.encode(&[1.0; 8 * 128]).unwrap();
+    let q = GgufType::Q8_0.encode(&[1.0; 8 * 128]);
     let blocks = Piece { rows: 8, cols: 128, pattern: Pattern::Dense, values: Values::Gguf(GgufType::Q8_0, q.into()) };
     let blocks = Stored::from_piece(blocks);
     assert!(blocks.integers().is_some(), "integers as they are");

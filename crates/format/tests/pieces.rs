@@ -280,7 +280,7 @@ fn names_and_sizes() {
 fn plain_rounding_stays_within_half_a_step() {
     let w = lacuna_base::testkit::random(1, 640, 9);
     for (codec, levels) in [(GgufType::Q8_0, 127.0), (GgufType::Q4_0, 8.0)] {
-        let bytes = codec.encode(w.data()).unwrap();
+        let bytes = codec.encode(w.data());
         let mut back = vec![0.0; 640];
         codec.decode(&bytes, &mut back);
         for (w, b) in w.data().chunks(32).zip(back.chunks(32)) {
@@ -290,9 +290,8 @@ fn plain_rounding_stays_within_half_a_step() {
             let bound = if codec == GgufType::Q8_0 { 0.57 } else { 1.01 } * top / levels;
             assert!(w.iter().zip(b).all(|(x, y)| (x - y).abs() <= bound));
         }
-        assert_eq!(codec.encode(&[0.0; 32]).unwrap().len(), codec.block_bytes());
+        assert_eq!(codec.encode(&[0.0; 32]).len(), codec.block_bytes());
     }
-    assert!(GgufType::Q3_K.encode(&[0.0; 256]).is_none());
 }
 
 /// A matrix of few columns and the buffers of what version 1 of the packed format wrote for it.

@@ -5,6 +5,7 @@
 //! so is a family.
 
 mod basis;
+mod blocks;
 mod factor;
 mod family;
 mod grid;

@@ -62,6 +62,18 @@ impl Hessian {
     }
 }
 
+/// `H` as [`Hessian`] factorizes it, its axes as they are; shared by all matrices of the same input.
+pub(crate) fn damped(stats: &Stats<'_>, n: usize, damping: f64) -> Result<Arc<Mat>, MethodError> {
+    stats.shared(format!("damped {n} {damping}"), || {
+        let gram = make::gram(stats, n)?;
+        let scale = 1.0 / gram.tokens() as f64;
+        let mean = gram.mean_diag() * scale;
+        let dead = if mean > 0.0 { mean } else { 1.0 };
+        let diagonal = |j: usize| if gram.at(j, j) == 0.0 { dead } else { gram.at(j, j) * scale } + damping * mean;
+        Ok(Mat::from_fn(n, n, |r, c| (if r == c { diagonal(r) } else { gram.at(r, c) * scale }) as f32))
+    })
+}
+
 /// `w` with its columns in `order`.
 pub(crate) fn permuted(w: MatRef<'_>, order: &[usize]) -> Mat {
     Mat::from_fn(w.rows(), w.cols(), |r, j| w.at(r, order[j]))
@@ -78,6 +90,21 @@ pub(crate) struct Row<'a> {
 }
 
 impl Row<'_> {
+    /// Walks the next `n` columns, which belong to the block, for a try: `quant` answers for each (given as its distance
+    /// from the current one) what it would be rounded to. The error that this would leave.
+    pub fn attempt(&self, n: usize, mut quant: impl FnMut(usize, f32) -> f32) -> f32 {
+        let from = self.at;
+        let mut values = self.values[from..from + n].to_vec();
+        let mut error = 0.0;
+        for j in 0..n {
+            let u = &self.u.row(from + j)[from..from + n];
+            let e = (values[j] - quant(j, values[j])) / u[j];
+            error += e * e;
+            values[j + 1..].iter_mut().zip(&u[j + 1..]).for_each(|(v, u)| *v -= e * u);
+        }
+        error
+    }
+
     /// The weight of column `c`, at or after the current one, with everything that earlier columns owe it.
     pub fn current(&self, c: usize) -> f32 {
         if c < self.block.end {

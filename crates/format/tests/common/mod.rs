@@ -266,7 +266,7 @@ pub fn random_piece(rng: &mut Rng, rows: usize, cols: usize) -> Piece {
         _ if cols.is_multiple_of(32) => {
             let codec = pick(rng, &[GgufType::Q8_0, GgufType::Q4_0]);
             let w: Vec<f32> = (0..rows * cols).map(|_| rng.normal()).collect();
-            let values = Values::Gguf(codec, codec.encode(&w).unwrap().into());
+            let values = Values::Gguf(codec, codec.encode(&w).into());
             Ok(Piece { rows, cols, pattern: Pattern::Dense, values })
         }
         _ => {

@@ -1,7 +1,7 @@
 //! Values that recipe keys take: each says in its error what it wants.
 
 use lacuna_contract::Sparsity;
-use lacuna_format::Float;
+use lacuna_format::{Float, GgufType, gguf::ALL};
 use serde::de::Error;
 use serde::{Deserialize, Deserializer};
 
@@ -38,6 +38,21 @@ pub(super) struct Pattern(pub Sparsity);
 impl<'de> Deserialize<'de> for Pattern {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Pattern, D::Error> {
         String::deserialize(d)?.parse().map(Pattern).map_err(D::Error::custom)
+    }
+}
+
+/// A GGUF block type: "q4_k", or as llama.cpp writes it, "Q4_K".
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub(super) struct BlockType(pub GgufType);
+
+impl<'de> Deserialize<'de> for BlockType {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<BlockType, D::Error> {
+        let said = String::deserialize(d)?.to_lowercase();
+        let named = |t: &GgufType| format!("{t:?}").to_lowercase();
+        ALL.into_iter().find(|t| named(t) == said).map(BlockType).ok_or_else(|| {
+            let all: Vec<String> = ALL.iter().map(|t| format!("\"{}\"", named(t))).collect();
+            D::Error::custom(format!("write one of {}", all.join(", ")))
+        })
     }
 }
 

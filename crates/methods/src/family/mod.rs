@@ -1,6 +1,7 @@
 //! Families: one recipe verb a file. A family holds what its methods share — the keys of recipes, selection, the form
 //! of the answer — and makes the step that the driver drives.
 
+mod blocks;
 pub(crate) mod drop;
 pub(crate) mod factor;
 mod keys;

@@ -11,7 +11,8 @@ use lacuna_spec::Place;
 use serde::Deserialize;
 use serde_json::Value;
 
-use super::keys::{Scale, Whole};
+use super::blocks::Blocks;
+use super::keys::{BlockType, Scale, Whole};
 use super::outliers::set_aside;
 use super::tables;
 use super::{chance, finite, floats, one_by_one, solver_bytes, wrong};
@@ -33,6 +34,10 @@ struct Keys {
     part: Option<Applies>,
     /// The grid that a solver rounds to.
     grid: String,
+    /// The GGUF block type that is written instead of grouped integers.
+    r#type: Option<BlockType>,
+    /// With `type` and rounding to nearest: an error counts as much as the mean square of its input.
+    importance: bool,
 }
 
 #[derive(Clone, Copy, Debug, Deserialize, PartialEq)]
@@ -51,6 +56,8 @@ impl Default for Keys {
             scale: Scale(Float::F16),
             part: None,
             grid: "rtn".into(),
+            r#type: None,
+            importance: false,
         }
     }
 }
@@ -65,6 +72,7 @@ struct Quantize {
     part: Option<Applies>,
     values: Values,
     solver: Option<Box<dyn Solve>>,
+    blocks: Option<Blocks>,
     card: Card,
 }
 
@@ -79,6 +87,7 @@ enum Values {
 fn quantize(making: &Making<'_>) -> Result<Step, MethodError> {
     let (keys, made) = make::split::<Keys>(making)?;
     let card = making.method.card.clone();
+    let blocks = Blocks::of(making, keys.r#type.map(|t| t.0), keys.importance, &made)?;
     let (values, solver) = match made {
         Made::Grid(_) if making.keys.contains_key("grid") => {
             return Err(MethodError::new(format!("{} is a grid itself; grid belongs to solvers", card.name)));
@@ -95,11 +104,11 @@ fn quantize(making: &Making<'_>) -> Result<Step, MethodError> {
         }
         other => return Err(wrong(making, &other)),
     };
-    if !card.can(Ability::Round) {
+    if blocks.is_none() && !card.can(Ability::Round) {
         return Err(MethodError::new(format!("{} does not round", card.name)));
     }
     let ask = GridAsk { bits: keys.bits.0 as u8, symmetric: keys.symmetric, scale: keys.scale.0 };
-    Ok(Step::Local(Box::new(Quantize { ask, group: keys.group.0, part: keys.part, values, solver, card })))
+    Ok(Step::Local(Box::new(Quantize { ask, group: keys.group.0, part: keys.part, values, solver, blocks, card })))
 }
 
 impl Quantize {
@@ -107,6 +116,9 @@ impl Quantize {
     fn nearest(&self, piece: &mut UnpackedPiece, stats: &Stats<'_>) -> Result<(), MethodError> {
         if !matches!(piece.code, Code::Float) {
             return Err(MethodError::new("already rounded"));
+        }
+        if let Some(blocks) = &self.blocks {
+            return blocks.write(piece, blocks.nearest(piece.w.view(), stats)?);
         }
         match &self.values {
             Values::Grid(grid) => {
@@ -165,6 +177,9 @@ impl Quantize {
         if !matches!(piece.code, Code::Float) {
             return Err(MethodError::new("the matrix is already rounded"));
         }
+        if let Some(blocks) = &self.blocks {
+            return blocks.write(piece, solver.solve_blocks(piece.w.view(), stats, blocks.kind)?);
+        }
         let round = RoundAsk { ask: self.ask, grid: grid.as_ref(), group: self.group };
         let ask = SolveAsk { w: piece.w.view(), stats, mask: piece.mask.as_ref(), prune: None, round: Some(round) };
         let solved = solver.solve(&ask)?;
@@ -183,10 +198,11 @@ impl Local for Quantize {
     }
 
     fn needs(&self, _: &Place) -> Vec<Ask> {
-        self.card.needs.to_vec()
+        let own = self.card.needs.iter().copied();
+        own.chain(self.blocks.filter(|b| b.importance).map(|_| Ask::InputSquares)).collect()
     }
 
-    fn check(&self, _: (usize, usize), earlier: &[Left]) -> Result<Left, MethodError> {
+    fn check(&self, shape: (usize, usize), earlier: &[Left]) -> Result<Left, MethodError> {
         let fail = |what: String| Err(MethodError::new(what));
         let thin = earlier.iter().any(|l| matches!(l, Left::Factored | Left::Corrected));
         let factored = earlier.contains(&Left::Factored);
@@ -211,6 +227,9 @@ impl Local for Quantize {
         if !factors && earlier.contains(&Left::Rounded) {
             return fail("the matrix is already rounded".into());
         }
+        if let Some(blocks) = &self.blocks {
+            blocks.check(shape.1, earlier, factors)?;
+        }
         if earlier.contains(&Left::Masked) && !self.card.can(Ability::FixedMask) {
             return fail(format!("{} cannot keep the zeros of an earlier step", self.card.name));
         }
@@ -218,6 +237,12 @@ impl Local for Quantize {
     }
 
     fn foretell(&self, mut sample: Unpacked, seed: u64) -> Result<Unpacked, MethodError> {
+        if let (Some(blocks), UnpackedTerm::Piece(piece)) = (&self.blocks, &mut sample.main)
+            && self.part != Some(Applies::Factors)
+        {
+            blocks.foretell(piece)?;
+            return Ok(sample);
+        }
         let form = self.form();
         if form.aside > 0.0 && matches!(sample.main, UnpackedTerm::Piece(_)) {
             // The solver sets weights aside and keeps their places in the rest.

@@ -14,7 +14,7 @@
 //! **Cost.** One pass over the values.
 //!
 //! **Departs.** The scale is rounded to the codec it will be stored in *before* it is used, so that the decoded file
-//! holds the values that rounding saw.
+//! holds the values that rounding saw. With `type` the scales are those of GGUF blocks, fitted by least squares.
 
 use lacuna_base::float;
 use lacuna_contract::{Ability, Card, Grid, GridAsk, Made, Method, MethodError};
@@ -39,7 +39,7 @@ pub(crate) fn method() -> Method {
             system: None,
             verb: "quantize",
             needs: &[],
-            abilities: &[Ability::Round, Ability::FixedMask],
+            abilities: &[Ability::Round, Ability::BlockTypes, Ability::FixedMask],
         },
         keys: make::keys::<Rtn>,
         make: |given| Ok(Made::Grid(Box::new(make::parameters::<Rtn>("rtn", given)?))),

@@ -17,15 +17,18 @@
 //! for each column, as the authors' later code does. (2) Weights of inputs that are zero in every calibration token
 //! become 0 (the authors' code, too). (3) The grid sees every update, also those from columns of its own block of 128,
 //! which the authors' code applies late; `late_grid` does as that code. (4) Zeros that an earlier step made stay zero
-//! exactly: they are left out of the grid's fit, and their drift is made up for like any error.
+//! exactly: they are left out of the grid's fit, and their drift is made up for like any error. (5) `type` rounds to the
+//! blocks of a GGUF type, which the paper does not: all scales are fitted beforehand, `act_order` is then the default,
+//! and `passes` over all codes and scales after the walk lower the error further (`blocks.rs`).
 
 use std::ops::Range;
 
-use lacuna_base::Mat;
-use lacuna_contract::{Ability, Ask, Card, Made, Method, MethodError, RoundAsk, Solve, SolveAsk, Solved};
-use lacuna_format::{Affine, Group, Integers};
+use lacuna_base::{Mat, MatRef};
+use lacuna_contract::{Ability, Ask, Card, Made, Method, MethodError, RoundAsk, Solve, SolveAsk, Solved, Stats};
+use lacuna_format::{Affine, GgufType, Group, Integers, Piece};
 use serde::Deserialize;
 
+use crate::blocks::{self, Walk};
 use crate::make;
 use crate::obs::{self, Hessian};
 
@@ -37,15 +40,17 @@ struct Gptq {
     damping: f64,
     /// Columns walked between two updates of all later ones; 1 or more.
     block: usize,
-    /// Walk the inputs by falling `Σ x²` instead of from left to right.
-    act_order: bool,
+    /// Walk the inputs by falling `Σ x²` instead of from left to right; without a word only where `type` is asked.
+    act_order: Option<bool>,
     /// Fit a group's grid to the weights as they were at the start of the block that the group starts in.
     late_grid: bool,
+    /// With `type`: passes over all codes and scales after the walk, each move of which lowers the error.
+    passes: usize,
 }
 
 impl Default for Gptq {
     fn default() -> Gptq {
-        Gptq { damping: 0.01, block: 128, act_order: false, late_grid: false }
+        Gptq { damping: 0.01, block: 128, act_order: None, late_grid: false, passes: 4 }
     }
 }
 
@@ -60,12 +65,15 @@ pub(crate) fn method() -> Method {
             system: None,
             verb: "quantize",
             needs: &[Ask::InputGram],
-            abilities: &[Ability::Round, Ability::FixedMask],
+            abilities: &[Ability::Round, Ability::BlockTypes, Ability::FixedMask],
         },
         keys: make::keys::<Gptq>,
         make: |given| {
             let p: Gptq = make::parameters("gptq", given)?;
             check(p.damping, p.block)?;
+            if p.passes > 100 {
+                return Err(MethodError::new(format!("passes is {}; 0 to 100 are possible", p.passes)));
+            }
             Ok(Made::Solve(Box::new(p)))
         },
     }
@@ -192,7 +200,7 @@ impl Solve for Gptq {
         let round = ask.round.ok_or_else(|| MethodError::new("gptq was not asked to round"))?;
         make::finite(ask.w)?;
         let (out, cols) = (ask.w.rows(), ask.w.cols());
-        let hessian = Hessian::new(ask.stats, cols, self.act_order, self.damping)?;
+        let hessian = Hessian::new(ask.stats, cols, self.act_order.unwrap_or(false), self.damping)?;
         let order = &hessian.order;
         let mut w = hessian.ordered(ask.w);
         let rounder = Rounder::new(round, cols);
@@ -225,6 +233,12 @@ impl Solve for Gptq {
             aside: Vec::new(),
         })
     }
+
+    fn solve_blocks(&self, w: MatRef<'_>, stats: &Stats<'_>, kind: GgufType) -> Result<Piece, MethodError> {
+        let act_order = self.act_order.unwrap_or(true);
+        let how = Walk { damping: self.damping, block: self.block, act_order, passes: self.passes };
+        blocks::solve(w, stats, kind, &how)
+    }
 }
 
 #[cfg(test)]
@@ -233,7 +247,7 @@ mod tests {
     use crate::grid::rtn::Rtn;
     use crate::obs::slow;
     use lacuna_base::testkit::{max_abs_diff, random};
-    use lacuna_contract::{Gathered, Grid, GridAsk, PruneAsk, Sparsity, Stats};
+    use lacuna_contract::{Gathered, Grid, GridAsk, PruneAsk, Sparsity};
     use lacuna_format::{Float, Mask};
 
     fn ask4(symmetric: bool) -> GridAsk {
@@ -286,7 +300,7 @@ mod tests {
                     let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
                     let stats = Stats { tokens: 40, found: &found, gradients: &[], sequences: 0, worked: None };
                     let round = RoundAsk { ask: ask4(!masked), grid: &Rtn {}, group };
-                    let gptq = Gptq { block, act_order, late_grid, ..Gptq::default() };
+                    let gptq = Gptq { block, act_order: Some(act_order), late_grid, ..Gptq::default() };
                     let ask =
                         SolveAsk { w: w.view(), stats: &stats, mask: mask.as_ref(), prune: None, round: Some(round) };
                     let solved = gptq.solve(&ask).expect("solves");
