@@ -28,6 +28,7 @@ pub fn registry() -> Registry {
             score::gblm::method(),
             solve::sparsegpt::method(),
             grid::rtn::method(),
+            grid::weighted_rtn::method(),
             grid::squeezellm::method(),
             solve::gptq::method(),
             solve::spqr::method(),

@@ -2,3 +2,4 @@
 
 pub(crate) mod rtn;
 pub(crate) mod squeezellm;
+pub(crate) mod weighted_rtn;
