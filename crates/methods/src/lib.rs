@@ -29,6 +29,7 @@ pub fn registry() -> Registry {
             solve::sparsegpt::method(),
             grid::rtn::method(),
             grid::weighted_rtn::method(),
+            solve::hqq::method(),
             grid::squeezellm::method(),
             solve::gptq::method(),
             solve::spqr::method(),
