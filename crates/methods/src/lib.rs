@@ -30,6 +30,7 @@ pub fn registry() -> Registry {
             grid::rtn::method(),
             grid::weighted_rtn::method(),
             solve::hqq::method(),
+            solve::finequant::method(),
             grid::squeezellm::method(),
             solve::gptq::method(),
             solve::spqr::method(),
