@@ -31,6 +31,7 @@ pub fn registry() -> Registry {
             grid::weighted_rtn::method(),
             solve::hqq::method(),
             solve::finequant::method(),
+            grid::float_format::method(),
             grid::squeezellm::method(),
             solve::gptq::method(),
             solve::spqr::method(),
