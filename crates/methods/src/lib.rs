@@ -33,6 +33,7 @@ pub fn registry() -> Registry {
             solve::finequant::method(),
             grid::float_format::method(),
             grid::squeezellm::method(),
+            grid::any_precision::method(),
             solve::gptq::method(),
             solve::spqr::method(),
             factor::svd::method(),
