@@ -116,6 +116,7 @@ fn pack(dir: &Path, out: &Path) -> Result<()> {
                     scales: lacuna_base::Mat::from_fn(rows, groups, |_, _| 0.5),
                     zeros: Some((0..rows * groups).map(|i| (i % 16) as u8).collect()),
                     group: Group::Run(8),
+                    offsets: None,
                 };
                 Some(pack_integers(&integers, None, PatternKind::Dense, ScaleCodec::F16)?)
             }
@@ -130,6 +131,7 @@ fn pack(dir: &Path, out: &Path) -> Result<()> {
                     scales: numbers(0.5),
                     zeros: None,
                     group: Group::Run(16),
+                    offsets: None,
                 };
                 let codec = ScaleCodec::Int { bits: 3, per: 16 };
                 Some(pack_integers_off(&integers, &numbers(1.5), None, PatternKind::Dense, codec, codec)?)

@@ -30,7 +30,7 @@ fn compressed(c: &Checkpoint) -> Vec<(Place, Arc<Stored>)> {
             let group = Group::Run(16);
             let scales = lacuna_base::Mat::from_fn(rows, group.count(cols), |r, g| 0.1 + (r + g) as f32 / 64.0);
             let codes = (0..rows * cols).map(|i| (i * 5 % 15) as u8).collect();
-            let q = Integers { rows, cols, bits: 4, group, codes, scales, zeros: None };
+            let q = Integers { rows, cols, bits: 4, group, codes, scales, zeros: None, offsets: None };
             pack_integers(&q, None, PatternKind::Dense, ScaleCodec::F16).unwrap()
         };
         let sparse = |kind: PatternKind| {

@@ -43,7 +43,16 @@ fn integers(stored: &Stored, rows: &[usize]) -> Option<Integers> {
         all.row(from, &mut codes[to * cols..(to + 1) * cols], scales.row_mut(to), zeros);
     }
     let zeros = (!all.symmetric).then_some(zeros);
-    Some(Integers { rows: rows.len(), cols, bits: all.bits, codes, scales, zeros, group: all.group.clone() })
+    Some(Integers {
+        rows: rows.len(),
+        cols,
+        bits: all.bits,
+        codes,
+        scales,
+        zeros,
+        group: all.group.clone(),
+        offsets: None,
+    })
 }
 
 #[cfg(test)]
@@ -60,7 +69,7 @@ mod tests {
             let group = Group::Run(16);
             // Scales that f16 keeps.
             let scales = Mat::from_fn(9, 4, |r, c| (scales[(r, c)] * 64.0).round() / 64.0 + 2.0);
-            let q = Integers { rows: 9, cols: 64, bits: 4, codes: codes.clone(), scales, zeros, group };
+            let q = Integers { rows: 9, cols: 64, bits: 4, codes: codes.clone(), scales, zeros, group, offsets: None };
             Stored::from_piece(pack_integers(&q, None, PatternKind::Dense, codec).unwrap())
         };
         let blocks = |kind: GgufType| {

@@ -55,6 +55,18 @@ pub trait Grid: Send + Sync {
     /// The grid for one group's `values` (those that pruning removed left out). Empty or all-zero values: any scale,
     /// exact zero kept.
     fn fit(&self, values: &[f32], ask: &GridAsk) -> Result<Affine, MethodError>;
+
+    /// The same where each value's `importance` is known (as long as `values`, none negative).
+    fn fit_weighted(&self, values: &[f32], importance: &[f32], ask: &GridAsk) -> Result<Affine, MethodError> {
+        let _ = importance;
+        self.fit(values, ask)
+    }
+
+    /// The statistic of the inputs, `[in]`, that says how much the weights of each column matter; `None`: all the same.
+    /// A solver gives its own importance to a grid that asks for one.
+    fn importance(&self) -> Option<Ask> {
+        None
+    }
 }
 
 /// Table: which values may the weights of one row or group take, evenly spaced or not?
@@ -65,6 +77,42 @@ pub trait Table: Send + Sync {
 
     /// The statistic `[out, in]` that says how much each weight matters; `None`: all the same.
     fn importance(&self) -> Option<Ask>;
+
+    /// Where one table serves the whole matrix and each group takes a multiple of it: by whom; [`Table::table`] is then
+    /// not asked.
+    fn scaled(&self) -> Option<&dyn Scaled> {
+        None
+    }
+}
+
+/// What a table of scaled values is asked.
+#[derive(Clone, Copy)]
+pub struct ScaledAsk<'a> {
+    /// The weights, `[out, in]`.
+    pub w: MatRef<'a>,
+    /// What stays (all, where absent); the rest stays zero.
+    pub mask: Option<&'a Mask>,
+    /// Bits, and how scales are written where the answer does not say otherwise.
+    pub ask: GridAsk,
+    /// Consecutive columns that share a scale, 1 or more.
+    pub group: usize,
+}
+
+/// One table for a matrix, and the multiples of it that groups take.
+#[derive(Clone, Debug, PartialEq)]
+pub struct ScaledTable {
+    /// `2^bits` values, rising.
+    pub table: Vec<f32>,
+    /// `[out, groups]`, values that `codec` keeps exactly.
+    pub scales: Mat,
+    /// How scales are written.
+    pub codec: ScaleCodec,
+}
+
+/// Scaled: a table fixed for the matrix, times a scale for each group.
+pub trait Scaled: Send + Sync {
+    /// The table and the scales.
+    fn fit(&self, ask: &ScaledAsk<'_>) -> Result<ScaledTable, MethodError>;
 }
 
 /// Recode: how are the numbers beside the codes of a rounded matrix written?
@@ -185,6 +233,8 @@ pub struct RoundedForm {
     /// How scales are written, where not as the grid's ask says; the scales answered are values that this codec keeps
     /// exactly.
     pub scales: Option<ScaleCodec>,
+    /// Whether zero points are any numbers, written as the scales are, where no mask drops weights.
+    pub offsets: bool,
     /// The fraction of the weights that will lie in sparse terms aside, as far as that can be known before the weights
     /// are.
     pub aside: f64,

@@ -82,7 +82,8 @@ fn finite(name: &str, float: Float, bytes: &[u8]) -> Check {
         Float::F32 => bytes.chunks_exact(4).position(|b| !f32::from_le_bytes([b[0], b[1], b[2], b[3]]).is_finite()),
         Float::F16 => bytes.chunks_exact(2).position(|b| !f16::from_le_bytes([b[0], b[1]]).is_finite()),
         Float::Bf16 => bytes.chunks_exact(2).position(|b| !bf16::from_le_bytes([b[0], b[1]]).is_finite()),
-        Float::F8E4m3 | Float::F8E5m2 => return fail(format!("{name}: f32, f16 or bf16, not 8 bits")),
+        Float::F8E4m3 => bytes.iter().position(|b| b & 0x7F == 0x7F),
+        Float::F8E5m2 => bytes.iter().position(|b| b & 0x7C == 0x7C),
     };
     bad.map_or(Ok(()), |i| fail(format!("{name}: value {i} is not finite")))
 }

@@ -19,12 +19,14 @@ pub struct Integers {
     pub scales: Mat,
     /// Zero points, `[rows, groups]`; absent: all are `2^(bits-1)`.
     pub zeros: Option<Vec<u8>>,
+    /// Zero points that are any numbers, `[rows, groups]`, in the place of `zeros` and written as the scales are.
+    pub offsets: Option<Mat>,
     /// Which columns share a scale.
     pub group: Group,
 }
 
 impl Integers {
-    /// The grid of group `g` of row `r`.
+    /// The grid of group `g` of row `r`; none of `offsets`, which [`Integers::value`] alone reads.
     pub fn affine(&self, r: usize, g: usize) -> Affine {
         let zero = match &self.zeros {
             Some(z) => z[r * self.scales.cols() + g],
@@ -35,6 +37,10 @@ impl Integers {
 
     /// The value at `(r, c)`.
     pub fn value(&self, r: usize, c: usize) -> f32 {
-        self.affine(r, self.group.of(c)).value(self.codes[r * self.cols + c])
+        let (g, code) = (self.group.of(c), self.codes[r * self.cols + c]);
+        match &self.offsets {
+            Some(z) => self.scales[(r, g)] * (f32::from(code) - z[(r, g)]),
+            None => self.affine(r, g).value(code),
+        }
     }
 }

@@ -20,6 +20,7 @@ mod gguf_write;
 mod integers;
 mod map;
 mod mask;
+mod narrow;
 mod pack;
 mod pack_scales;
 mod pattern;
@@ -38,6 +39,7 @@ pub use gguf_grid::{BlockGrid, RunGrid};
 pub use integers::Integers;
 pub use map::{MOST_DENSE, MOST_MAPS, Map, hadamard_core, hadamard_parts};
 pub use mask::Mask;
+pub use narrow::narrow;
 pub use pack::{
     Codebook, PatternKind, ScaleCodec, Ternary, cheapest_pattern, exact_bytes, pack_codebook, pack_float,
     pack_integers, pack_integers_off, pack_ternary,

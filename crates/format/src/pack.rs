@@ -53,6 +53,10 @@ pub enum ScaleCodec {
     F32,
     /// IEEE half.
     F16,
+    /// 8-bit floats with 4 bits of exponent.
+    F8E4m3,
+    /// 8-bit floats with 5 bits of exponent: powers of two from 2^-16 to 2^15 exactly.
+    F8E5m2,
     /// Integers of `bits` bits over an f16 scale and minimum for every `per` scales of a row: those of least squares
     /// found from the smallest and the largest value on, each value at its nearest code.
     Int {
@@ -115,13 +119,17 @@ pub fn pack_float(w: MatRef<'_>, mask: Option<&Mask>, kind: PatternKind, float: 
     finish(rows, cols, pattern, Values::Float(float, out.bytes.into()))
 }
 
-/// Packs grouped integers. `mask`: what stays (all, where absent); what it drops gets the code of zero.
+/// Packs grouped integers. `mask`: what stays (all, where absent); what it drops gets the code of zero. Zero points that
+/// are any numbers are written as the scales are.
 pub fn pack_integers(
     q: &Integers,
     mask: Option<&Mask>,
     kind: PatternKind,
     scales: ScaleCodec,
 ) -> Result<Piece, FormatError> {
+    if let Some(zeros) = &q.offsets {
+        return pack_integers_off(q, zeros, mask, kind, scales, scales);
+    }
     let (rows, cols, groups) = (q.rows, q.cols, q.group.count(q.cols));
     codes_fit(rows, cols, q.codes.len(), q.bits, 2)?;
     scales_fit(rows, groups, &q.scales)?;

@@ -23,6 +23,8 @@ pub fn pack_scales(s: &Mat, codec: ScaleCodec) -> Result<Scales, FormatError> {
     let (bits, per) = match codec {
         ScaleCodec::F32 => return float(Float::F32),
         ScaleCodec::F16 => return float(Float::F16),
+        ScaleCodec::F8E4m3 => return float(Float::F8E4m3),
+        ScaleCodec::F8E5m2 => return float(Float::F8E5m2),
         ScaleCodec::Int { bits, per } => (bits, per),
     };
     if !(2..=8).contains(&bits) || per == 0 {

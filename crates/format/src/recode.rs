@@ -184,7 +184,7 @@ mod tests {
         let mut code = |n: usize| (0..n).map(|_| rng.below(1 << bits) as u8).collect::<Vec<_>>();
         let (codes, zeros) = (code(rows * cols), zeros.then(|| code(rows * groups)));
         let scales = Mat::from_fn(rows, groups, |r, g| ((r * 7 + g * 3) as f32 - 9.0) / 64.0);
-        Integers { rows, cols, bits, codes, scales, zeros, group: Group::Run(group) }
+        Integers { rows, cols, bits, codes, scales, zeros, group: Group::Run(group), offsets: None }
     }
 
     #[test]

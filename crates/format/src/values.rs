@@ -215,7 +215,7 @@ impl Group {
 /// An encoded array of scales, `[rows, groups]`, row-major.
 #[derive(Clone, Debug, PartialEq)]
 pub enum Scales {
-    /// Floats (f32, f16 or bf16).
+    /// Floats.
     Float(Float, Bytes),
     /// Integers with scales of their own: `scale = super_scale * code + super_min` over runs of `per` scales of a row.
     Int {

@@ -133,7 +133,7 @@ proptest! {
         let mask = mask.unwrap_or_else(|| Mask::all(rows, cols, true));
         let group = group_of(&mut rng, cols);
         let scales = Mat::zeros(rows, group.count(cols));
-        let q = Integers { rows, cols, bits: 5, codes: vec![3; rows * cols], scales, zeros: None, group };
+        let q = Integers { rows, cols, bits: 5, codes: vec![3; rows * cols], scales, zeros: None, group, offsets: None };
         let p = pack_integers(&q, Some(&mask), kind, ScaleCodec::F16).unwrap();
         let Values::Int { codes, .. } = &p.values else { unreachable!() };
         prop_assert_eq!(exact_bytes(kind, &mask, 5.0), Some(p.pattern.bytes() + codes.len() as u64));
@@ -161,7 +161,7 @@ fn what_goes_in_comes_out() {
         let mut codes = |n: usize| (0..n).map(|_| rng.below(1 << bits) as u8).collect::<Vec<u8>>();
         let (values, zeros) = (codes(rows * cols), Some(codes(n)).filter(|_| n.is_multiple_of(2)));
         let scales = Mat::from_fn(rows, group.count(cols), |_, _| rng.normal());
-        let q = Integers { rows, cols, bits, codes: values, scales, zeros, group };
+        let q = Integers { rows, cols, bits, codes: values, scales, zeros, group, offsets: None };
         let got = pack_integers(&q, mask.as_ref(), kind, ScaleCodec::F32).unwrap().to_mat();
         assert_eq!(got, Mat::from_fn(rows, cols, |r, c| if kept(r, c) { q.value(r, c) } else { 0.0 }));
     }
@@ -197,6 +197,7 @@ fn scales_too_large_are_errors_and_too_small_are_zeros() {
         scales: Mat::from_vec(1, 1, vec![scale]),
         zeros: None,
         group: Group::Run(4),
+        offsets: None,
     };
     let pack = |scale, codec| pack_integers(&q(scale), None, PatternKind::Dense, codec);
     for codec in [ScaleCodec::F16, ScaleCodec::Int { bits: 6, per: 8 }] {
@@ -256,6 +257,7 @@ fn names_and_sizes() {
         scales: Mat::zeros(8, 2),
         zeros: None,
         group: Group::Run(32),
+        offsets: None,
     };
     let int4 = pack_integers(&q, None, PatternKind::Dense, ScaleCodec::F16).unwrap();
     let sum = Stored::new(8, 64, vec![Term::Piece(int4), Term::Piece(f(PatternKind::Csr))]);
@@ -399,7 +401,7 @@ fn encoded_zeros_are_counted_and_near() {
     let codes: Vec<u8> = (0..rows * cols).map(|_| rng.below(8) as u8).collect();
     let numbers = |rng: &mut Rng, by: f32| Mat::from_fn(rows, 32, |_, _| by * (1.0 + 0.2 * rng.normal()));
     let (scales, zeros) = (numbers(&mut rng, 0.01), numbers(&mut rng, 3.5));
-    let q = Integers { rows, cols, bits: 3, codes, scales, zeros: None, group: Group::Run(16) };
+    let q = Integers { rows, cols, bits: 3, codes, scales, zeros: None, group: Group::Run(16), offsets: None };
     let p = pack_integers_off(&q, &zeros, None, PatternKind::Dense, codec, codec).unwrap();
     // 3 bits a weight, and for 16 of them 3 and 3, and for 256 four f16.
     assert_eq!(p.bytes(), (4 * 512 * 3 + 4 * 32 * 6 + 4 * 2 * 64) / 8);

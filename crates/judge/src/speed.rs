@@ -40,6 +40,7 @@ impl Pace {
             scales: Mat::from_fn(SIDE, SIDE / 32, |_, _| 0.01),
             zeros: None,
             group: Group::Run(32),
+            offsets: None,
         };
         let piece = pack_integers(&q, None, PatternKind::Dense, ScaleCodec::F16).expect("a matrix of our own");
         let stored = Stored::from_piece(piece);

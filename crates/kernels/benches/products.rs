@@ -29,6 +29,7 @@ fn ints(rows: usize, cols: usize, bits: u8, run: usize, kind: PatternKind, mask:
         scales: Mat::from_fn(rows, cols / run, |_, _| 0.01),
         zeros: None,
         group: Group::Run(run),
+        offsets: None,
     };
     Stored::from_piece(pack_integers(&q, mask, kind, ScaleCodec::F16).expect("fits"))
 }
@@ -154,6 +155,7 @@ fn against_hand(rows: usize, cols: usize) {
         scales: Mat::from_fn(rows, cols / 32, |_, _| scale.to_f32()),
         zeros: None,
         group: Group::Run(32),
+        offsets: None,
     };
     let hand = by_hand::Matrix::new(rows, cols, &q.codes, scale);
     let stored = Stored::from_piece(pack_integers(&q, None, PatternKind::Dense, ScaleCodec::F16).expect("fits"));

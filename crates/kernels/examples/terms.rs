@@ -24,6 +24,7 @@ fn int4(rows: usize, cols: usize, bits: u8) -> Piece {
         scales: Mat::from_fn(rows, cols / 32, |r, g| 0.01 + ((r + g) % 7) as f32 * 1e-3),
         zeros: None,
         group: Group::Run(32),
+        offsets: None,
     };
     pack_integers(&q, None, PatternKind::Dense, ScaleCodec::F16).expect("packs")
 }

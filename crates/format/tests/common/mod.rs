@@ -220,7 +220,16 @@ fn scales_of(rng: &mut Rng, rows: usize, group: &Group, cols: usize) -> Mat {
 /// A random piece of `[rows, cols]`.
 pub fn random_piece(rng: &mut Rng, rows: usize, cols: usize) -> Piece {
     let (kind, mask) = kind_and_mask(rng, rows, cols);
-    let scales = pick(rng, &[ScaleCodec::F32, ScaleCodec::F16, ScaleCodec::Int { bits: 6, per: 8 }]);
+    let scales = pick(
+        rng,
+        &[
+            ScaleCodec::F32,
+            ScaleCodec::F16,
+            ScaleCodec::F8E4m3,
+            ScaleCodec::F8E5m2,
+            ScaleCodec::Int { bits: 6, per: 8 },
+        ],
+    );
     let group = group_of(rng, cols);
     let piece = match rng.below(5) {
         0 => {
@@ -233,7 +242,16 @@ pub fn random_piece(rng: &mut Rng, rows: usize, cols: usize) -> Piece {
             let codes = (0..rows * cols).map(|_| rng.below(1 << bits) as u8).collect();
             let n = groups(&group, cols) * rows;
             let zeros = (rng.below(2) == 0).then(|| (0..n).map(|_| rng.below(1 << bits) as u8).collect());
-            let q = Integers { rows, cols, bits, codes, scales: scales_of(rng, rows, &group, cols), zeros, group };
+            let q = Integers {
+                rows,
+                cols,
+                bits,
+                codes,
+                scales: scales_of(rng, rows, &group, cols),
+                zeros,
+                group,
+                offsets: None,
+            };
             if mask.is_none() && rng.below(3) == 0 {
                 let zeros = scales_of(rng, rows, &q.group, cols);
                 let q = Integers { zeros: None, ..q };

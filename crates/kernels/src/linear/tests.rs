@@ -139,6 +139,7 @@ fn patterns(rows: usize, cols: usize, rng: &mut Rng) -> Vec<(String, Stored)> {
                 scales: Mat::from_fn(rows, groups, |_, _| rng.normal()),
                 zeros: zeros.then(|| any(rng, rows * groups)),
                 group: Group::Run(run),
+                offsets: None,
             };
             let piece = pack_integers(&q, Some(&mask), kind, ScaleCodec::F16).unwrap();
             out.push((format!("{kind:?} int{bits} run {run} zeros {zeros}"), Stored::from_piece(piece)));
@@ -287,7 +288,7 @@ fn cases() -> Vec<(String, Stored)> {
             let groups = cols.div_ceil(run);
             let numbers = |rng: &mut Rng| Mat::from_fn(rows, groups, |_, _| rng.normal() + 3.0);
             let (scales, zeros) = (numbers(&mut rng), numbers(&mut rng));
-            let q = Integers { rows, cols, bits, codes, scales, zeros: None, group: Group::Run(run) };
+            let q = Integers { rows, cols, bits, codes, scales, zeros: None, group: Group::Run(run), offsets: None };
             let codec = ScaleCodec::Int { bits: 3, per: 16 };
             let piece = pack_integers_off(&q, &zeros, None, PatternKind::Dense, codec, codec).unwrap();
             out.push((format!("int{bits} run {run} off"), Stored::from_piece(piece)));
@@ -481,7 +482,16 @@ fn what_is_left_out_is_zero_bit_for_bit() {
         let codes: Vec<u8> = (0..rows * cols).map(|_| rng.u64() as u8 >> (8 - bits)).collect();
         let scales = Mat::from_fn(rows, cols.div_ceil(run), |_, _| rng.normal());
         let with = |codes, mask, kind| {
-            let q = Integers { rows, cols, bits, codes, scales: scales.clone(), zeros: None, group: Group::Run(run) };
+            let q = Integers {
+                rows,
+                cols,
+                bits,
+                codes,
+                scales: scales.clone(),
+                zeros: None,
+                group: Group::Run(run),
+                offsets: None,
+            };
             Stored::from_piece(pack_integers(&q, mask, kind, ScaleCodec::F16).unwrap())
         };
         let zero = 1 << (bits - 1);

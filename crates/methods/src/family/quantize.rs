@@ -123,9 +123,21 @@ impl Quantize {
         match &self.values {
             Values::Grid(grid) => {
                 let mask = piece.mask.as_ref();
-                let q = round_to_nearest(piece.w.view(), mask, grid.as_ref(), &self.ask, self.group)?;
+                let importance = match grid.importance() {
+                    Some(ask) if stats.tokens > 0 => mean_squares(ask, stats, piece.w.cols())?,
+                    _ => Vec::new(),
+                };
+                let (w, grid) = (piece.w.view(), grid.as_ref());
+                let q = round_to_nearest(w, mask, grid, &importance, &self.ask, self.group)?;
                 piece.w = values(&q, mask);
                 piece.code = Code::Integers(q, self.ask.codec());
+            }
+            Values::Table(table) if table.scaled().is_some() => {
+                let Some(by) = table.scaled() else { return Ok(()) };
+                let (mask, shape) = (piece.mask.as_ref(), (piece.w.rows(), piece.w.cols()));
+                let (q, codec) = tables::scaled(piece.w.view(), mask, by, &self.ask, self.group)?;
+                piece.w = tables::values(&q, mask, shape);
+                piece.code = Code::Codebook(q, Float::F32, codec);
             }
             Values::Table(table) => {
                 let importance = match table.importance() {
@@ -252,8 +264,13 @@ impl Local for Quantize {
             floats(&mut sample)?.mask = before;
         }
         self.round(&mut sample, None, &Stats::default())?;
-        if let UnpackedTerm::Piece(UnpackedPiece { code: Code::Integers(_, codec), .. }) = &mut sample.main {
+        if let UnpackedTerm::Piece(UnpackedPiece { code: Code::Integers(q, codec), mask, .. }) = &mut sample.main {
             *codec = self.codec();
+            if form.offsets && mask.is_none() {
+                let zeros = q.zeros.take();
+                q.offsets = zeros
+                    .map(|z| Mat::from_vec(q.scales.rows(), q.scales.cols(), z.into_iter().map(f32::from).collect()));
+            }
         }
         Ok(sample)
     }
@@ -272,11 +289,24 @@ fn values(q: &Integers, mask: Option<&Mask>) -> Mat {
     Mat::from_fn(q.rows, q.cols, |r, c| if mask.is_none_or(|m| m.get(r, c)) { q.value(r, c) } else { 0.0 })
 }
 
-/// Each group of each row on its own grid, each value to the nearest point.
+/// What each column matters to a grid.
+fn mean_squares(ask: Ask, stats: &Stats<'_>, cols: usize) -> Result<Vec<f32>, MethodError> {
+    if ask != Ask::InputSquares {
+        return Err(MethodError::new(format!("a grid that weighs by {}; only the inputs' squares do", ask.describe())));
+    }
+    let squares = stats.squares()?;
+    if squares.len() != cols {
+        return Err(MethodError::new(format!("squares of {} inputs for a matrix of {cols}", squares.len())));
+    }
+    Ok(squares.iter().map(|s| (s / stats.tokens as f64) as f32).collect())
+}
+
+/// Each group of each row on its own grid, each value to the nearest point; `importance` of each column, or empty.
 fn round_to_nearest(
     w: MatRef<'_>,
     mask: Option<&Mask>,
     grid: &dyn Grid,
+    importance: &[f32],
     ask: &GridAsk,
     group: usize,
 ) -> Result<Integers, MethodError> {
@@ -286,14 +316,21 @@ fn round_to_nearest(
     let mut scales = Mat::zeros(rows, groups);
     let mut zeros = vec![0u8; rows * groups];
     let mut codes = vec![0u8; rows * cols];
-    let mut kept = Vec::with_capacity(run);
+    let (mut kept, mut worth) = (Vec::with_capacity(run), Vec::with_capacity(run));
     for r in 0..rows {
         let row = w.row(r);
         for g in 0..groups {
             let span = g * run..((g + 1) * run).min(cols);
             kept.clear();
-            kept.extend(span.clone().filter(|&c| mask.is_none_or(|m| m.get(r, c))).map(|c| row[c]));
-            let a: Affine = grid.fit(&kept, ask)?;
+            worth.clear();
+            for c in span.clone().filter(|&c| mask.is_none_or(|m| m.get(r, c))) {
+                kept.push(row[c]);
+                worth.extend(importance.get(c));
+            }
+            let a: Affine = match importance {
+                [] => grid.fit(&kept, ask)?,
+                _ => grid.fit_weighted(&kept, &worth, ask)?,
+            };
             scales[(r, g)] = a.scale;
             zeros[r * groups + g] = a.zero;
             for c in span {
@@ -302,5 +339,5 @@ fn round_to_nearest(
         }
     }
     let zeros = (!ask.symmetric).then_some(zeros);
-    Ok(Integers { rows, cols, bits: ask.bits, codes, scales, zeros, group: Group::Run(run) })
+    Ok(Integers { rows, cols, bits: ask.bits, codes, scales, zeros, group: Group::Run(run), offsets: None })
 }

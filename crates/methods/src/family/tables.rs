@@ -1,8 +1,8 @@
 //! Rounding to tables: a table for each row or run of columns, each weight to its nearest entry.
 
 use lacuna_base::{Mat, MatRef, float};
-use lacuna_contract::{MethodError, Table};
-use lacuna_format::{Codebook, Float, Mask, Owner};
+use lacuna_contract::{GridAsk, MethodError, Scaled, ScaledAsk, ScaledTable, Table};
+use lacuna_format::{Codebook, Float, Group, Mask, Owner, ScaleCodec};
 
 /// Codes and tables of `w`, with `(bits, group, float)`: columns that share a table (0: a whole row) and how entries
 /// are written.
@@ -79,16 +79,44 @@ fn nearest(entries: &[f32], v: f32) -> u8 {
     at as u8
 }
 
+/// Codes of `w` into the one table of the matrix, and how scales are written; `group` as of [`round`].
+pub(super) fn scaled(
+    w: MatRef<'_>,
+    mask: Option<&Mask>,
+    by: &dyn Scaled,
+    ask: &GridAsk,
+    group: usize,
+) -> Result<(Codebook, ScaleCodec), MethodError> {
+    let (rows, cols, bits) = (w.rows(), w.cols(), ask.bits);
+    let run = if group == 0 { cols } else { group.min(cols) }.max(1);
+    let ScaledTable { table, scales, codec } = by.fit(&ScaledAsk { w, mask, ask: *ask, group: run })?;
+    let groups = cols.div_ceil(run);
+    if table.len() != 1 << bits || (scales.rows(), scales.cols()) != (rows, groups) {
+        let (n, r, c) = (table.len(), scales.rows(), scales.cols());
+        return Err(MethodError::new(format!(
+            "a table of {n} entries and scales of {r} x {c} for {bits} bits and {rows} x {groups} groups"
+        )));
+    }
+    let mut codes = vec![0u8; rows * cols];
+    for r in 0..rows {
+        for c in (0..cols).filter(|&c| mask.is_none_or(|m| m.get(r, c))) {
+            let scale = scales[(r, c / run)];
+            codes[r * cols + c] = nearest(&table, if scale == 0.0 { 0.0 } else { w.at(r, c) / scale });
+        }
+    }
+    let tables = Mat::from_vec(1, table.len(), table);
+    let scales = Some((scales, Group::Run(run)));
+    Ok((Codebook { bits, codes, owner: Owner::Matrix, tables, scales }, codec))
+}
+
 /// The values that codes stand for; what the mask drops is 0.
 pub(super) fn values(q: &Codebook, mask: Option<&Mask>, (rows, cols): (usize, usize)) -> Mat {
-    let groups = q.tables.rows() / rows.max(1);
-    let run = match q.owner {
-        Owner::Group(n) => n,
-        _ => cols.max(1),
-    };
     Mat::from_fn(rows, cols, |r, c| {
-        let kept = mask.is_none_or(|m| m.get(r, c));
-        if kept { q.tables[(r * groups + c / run, usize::from(q.codes[r * cols + c]))] } else { 0.0 }
+        if mask.is_some_and(|m| !m.get(r, c)) {
+            return 0.0;
+        }
+        let entry = q.tables[(q.owner.of(r, c, cols), usize::from(q.codes[r * cols + c]))];
+        q.scales.as_ref().map_or(entry, |(scales, group)| scales[(r, group.of(c))] * entry)
     })
 }
 
@@ -134,6 +162,50 @@ mod tests {
                     let kept = mask.as_ref().is_none_or(|m| m.get(r, c));
                     assert!(!kept || (got[(r, c)] - w[(r, c)]).abs() <= best, "({r}, {c})");
                 }
+            }
+        }
+    }
+
+    /// A table of 0 and ±1, under the largest of each group.
+    struct Signs;
+
+    impl Scaled for Signs {
+        fn fit(&self, ask: &ScaledAsk<'_>) -> Result<ScaledTable, MethodError> {
+            let groups = ask.w.cols().div_ceil(ask.group);
+            let most = |r: usize, g: usize| {
+                ask.w
+                    .row(r)
+                    .chunks(ask.group)
+                    .nth(g)
+                    .map_or(0.0, |v| float::round_f16(v.iter().fold(0.0, |a, x| x.abs().max(a))))
+            };
+            let scales = Mat::from_fn(ask.w.rows(), groups, most);
+            Ok(ScaledTable { table: vec![-1.0, 0.0, 0.0, 1.0], scales, codec: ScaleCodec::F16 })
+        }
+    }
+
+    #[test]
+    fn scaled_tables_are_packed_as_they_are_read() {
+        for (rows, cols, group) in [(3, 20, 0), (2, 20, 8), (1, 1, 4), (4, 7, 100)] {
+            for masked in [false, true] {
+                let w = random(rows, cols, 5);
+                let mask = masked.then(|| Mask::from_fn(rows, cols, |r, c| (r + c) % 4 != 0));
+                let ask = GridAsk { bits: 2, symmetric: true, scale: Float::F16 };
+                let (q, codec) = scaled(w.view(), mask.as_ref(), &Signs, &ask, group).expect("rounds");
+                let got = values(&q, mask.as_ref(), (rows, cols));
+                let run = if group == 0 { cols } else { group };
+                for (r, c) in (0..rows).flat_map(|r| (0..cols).map(move |c| (r, c))) {
+                    let scale =
+                        w.row(r).chunks(run).nth(c / run).expect("a group").iter().fold(0.0f32, |a, x| x.abs().max(a));
+                    let near = [-1.0, 0.0, 1.0].map(|t| (t * float::round_f16(scale) - w[(r, c)]).abs());
+                    let best = near.into_iter().fold(f32::INFINITY, f32::min);
+                    let kept = mask.as_ref().is_none_or(|m| m.get(r, c));
+                    assert!(if kept { (got[(r, c)] - w[(r, c)]).abs() <= best + 1e-6 } else { got[(r, c)] == 0.0 });
+                }
+                let mut piece = UnpackedPiece::dense(got.clone());
+                piece.mask = mask;
+                piece.code = Code::Codebook(q, Float::F32, codec);
+                assert_eq!(piece.pack(Float::F32).expect("packs").to_mat(), got, "{rows} {cols} {group} {masked}");
             }
         }
     }

@@ -47,7 +47,7 @@ pub(crate) fn method() -> Method {
 }
 
 /// The scale as the file will hold it.
-fn stored(scale: f32, codec: Float) -> Result<f32, MethodError> {
+pub(super) fn stored(scale: f32, codec: Float) -> Result<f32, MethodError> {
     let near = match codec {
         Float::F32 => scale,
         Float::F16 => float::round_f16(scale),

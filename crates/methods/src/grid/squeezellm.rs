@@ -106,7 +106,7 @@ fn fill(
 }
 
 /// The centres of the best clustering of `sorted` `(value, weight)` into at most `k` clusters, rising.
-fn centres(sorted: &[(f64, f64)], k: usize) -> Vec<f64> {
+pub(super) fn centres(sorted: &[(f64, f64)], k: usize) -> Vec<f64> {
     let n = sorted.len();
     let sums = Sums::new(sorted);
     let mut best: Vec<f64> = (0..=n).map(|end| sums.cost(0, end)).collect();
@@ -129,23 +129,29 @@ fn centres(sorted: &[(f64, f64)], k: usize) -> Vec<f64> {
     out
 }
 
+/// The values, rising, each with what it is worth.
+pub(super) fn sorted(values: &[f32], importance: &[f32], weigh: bool) -> Result<Vec<(f64, f64)>, MethodError> {
+    if let Some(v) = values.iter().find(|v| !v.is_finite()) {
+        return Err(MethodError::new(format!("a weight is {v}, not a finite number")));
+    }
+    if let Some(v) = importance.iter().find(|v| !v.is_finite() || **v < 0.0) {
+        return Err(MethodError::new(format!("the square of a gradient is {v}")));
+    }
+    if !importance.is_empty() && importance.len() != values.len() {
+        return Err(MethodError::new(format!("{} importances of {} weights", importance.len(), values.len())));
+    }
+    // Gradients that are all zero say nothing: then all weights count alike.
+    let weigh = weigh && importance.iter().any(|v| *v > 0.0);
+    let of = |i: usize| if weigh { f64::from(importance[i]) } else { 1.0 };
+    let mut sorted: Vec<(f64, f64)> = (0..values.len()).map(|i| (f64::from(values[i]), of(i))).collect();
+    sorted.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)));
+    Ok(sorted)
+}
+
 impl Table for SqueezeLlm {
     fn table(&self, values: &[f32], importance: &[f32], bits: u8) -> Result<Vec<f32>, MethodError> {
         let size = 1usize << bits;
-        if let Some(v) = values.iter().find(|v| !v.is_finite()) {
-            return Err(MethodError::new(format!("a weight is {v}, not a finite number")));
-        }
-        if let Some(v) = importance.iter().find(|v| !v.is_finite() || **v < 0.0) {
-            return Err(MethodError::new(format!("the square of a gradient is {v}")));
-        }
-        if !importance.is_empty() && importance.len() != values.len() {
-            return Err(MethodError::new(format!("{} importances of {} weights", importance.len(), values.len())));
-        }
-        // Gradients that are all zero say nothing: then all weights count alike.
-        let weigh = self.sensitivity && importance.iter().any(|v| *v > 0.0);
-        let of = |i: usize| if weigh { f64::from(importance[i]) } else { 1.0 };
-        let mut sorted: Vec<(f64, f64)> = (0..values.len()).map(|i| (f64::from(values[i]), of(i))).collect();
-        sorted.sort_by(|a, b| a.0.total_cmp(&b.0).then(a.1.total_cmp(&b.1)));
+        let sorted = sorted(values, importance, self.sensitivity)?;
         let mut out: Vec<f32> = centres(&sorted, size).into_iter().map(|c| c as f32).collect();
         let last = out.last().copied().unwrap_or(0.0);
         out.resize(size, last);

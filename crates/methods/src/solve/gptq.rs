@@ -95,6 +95,8 @@ pub(super) struct Rounder<'a> {
     pub ask: RoundAsk<'a>,
     pub cols: usize,
     pub group: usize,
+    /// `1 / U_jj²` at each position of the walk, what an error there costs; empty where the grid does not ask.
+    pub prices: Vec<f32>,
 }
 
 /// The codes and grids of one row, in the order of the walk.
@@ -107,7 +109,15 @@ pub(super) struct RoundedRow {
 impl<'a> Rounder<'a> {
     pub fn new(ask: RoundAsk<'a>, cols: usize) -> Rounder<'a> {
         let group = if ask.group == 0 { cols } else { ask.group.min(cols) };
-        Rounder { ask, cols, group: group.max(1) }
+        Rounder { ask, cols, group: group.max(1), prices: Vec::new() }
+    }
+
+    /// Tells a grid that asks for importance what an error costs.
+    pub fn priced(mut self, u: &Mat) -> Rounder<'a> {
+        if self.ask.grid.importance().is_some() {
+            self.prices = (0..self.cols).map(|j| u[(j, j)].powi(-2)).collect();
+        }
+        self
     }
 
     /// Fits the grid of the group that starts at column `at`, whose weights `value` tells.
@@ -119,14 +129,20 @@ impl<'a> Rounder<'a> {
         value: impl Fn(usize) -> f32,
     ) -> Result<(), MethodError> {
         let members = at..(at + self.group).min(self.cols);
-        let values: Vec<f32> = members.filter(|&c| keep[c]).map(value).collect();
-        done.grids.push(self.grid(&values)?);
+        let of: Vec<(usize, f32)> = members.filter(|&c| keep[c]).map(|c| (c, value(c))).collect();
+        done.grids.push(self.grid(&of)?);
         Ok(())
     }
 
-    /// The grid for some values.
-    pub fn grid(&self, values: &[f32]) -> Result<Affine, MethodError> {
-        let grid = self.ask.grid.fit(values, &self.ask.ask)?;
+    /// The grid for some values, each with its position in the walk.
+    pub fn grid(&self, of: &[(usize, f32)]) -> Result<Affine, MethodError> {
+        let values: Vec<f32> = of.iter().map(|(_, v)| *v).collect();
+        let grid = if self.prices.is_empty() {
+            self.ask.grid.fit(&values, &self.ask.ask)?
+        } else {
+            let prices: Vec<f32> = of.iter().map(|(c, _)| self.prices[*c]).collect();
+            self.ask.grid.fit_weighted(&values, &prices, &self.ask.ask)?
+        };
         if self.ask.ask.symmetric && u32::from(grid.zero) != 1 << (self.ask.ask.bits - 1) {
             return Err(MethodError::new(format!("a symmetric grid with its zero at code {}", grid.zero)));
         }
@@ -188,6 +204,7 @@ impl<'a> Rounder<'a> {
             scales: Mat::from_fn(rows.len(), groups, |r, g| rows[r].grids[g].scale),
             zeros: if self.ask.ask.symmetric { None } else { Some(zeros()) },
             group,
+            offsets: None,
         })
     }
 }
@@ -203,7 +220,7 @@ impl Solve for Gptq {
         let hessian = Hessian::new(ask.stats, cols, self.act_order.unwrap_or(false), self.damping)?;
         let order = &hessian.order;
         let mut w = hessian.ordered(ask.w);
-        let rounder = Rounder::new(round, cols);
+        let rounder = Rounder::new(round, cols).priced(&hessian.u);
         let mut rows: Vec<(Vec<bool>, RoundedRow)> = (0..out)
             .map(|r| (order.iter().map(|&c| ask.mask.is_none_or(|m| m.get(r, c))).collect(), RoundedRow::default()))
             .collect();
@@ -325,6 +342,39 @@ mod tests {
                     }
                 }
             }
+        }
+    }
+
+    /// `tr(ΔW H ΔWᵀ)` by the definition, as a sum over pairs of inputs.
+    fn output_error(old: &Mat, new: &Mat, gram: &lacuna_base::Gram) -> f64 {
+        let n = old.cols();
+        let delta = |r: usize, c: usize| f64::from(old[(r, c)]) - f64::from(new[(r, c)]);
+        let row = |r: usize| -> f64 {
+            (0..n).map(|i| (0..n).map(|j| delta(r, i) * gram.at(i, j) * delta(r, j)).sum::<f64>()).sum()
+        };
+        (0..old.rows()).map(row).sum()
+    }
+
+    #[test]
+    fn grids_that_know_the_prices_leave_less_error() {
+        let made = (crate::grid::weighted_rtn::method().make)(serde_json::Value::Null).expect("made");
+        let lacuna_contract::Made::Grid(weighted) = made else { panic!("a grid") };
+        for (bits, symmetric, most) in [(2, false, 0.7), (2, true, 0.9), (3, false, 0.9), (3, true, 0.95)] {
+            let mut ratios = 0.0;
+            for seed in 0..4 {
+                let (w, gram) = (random(16, 128, seed), slow::inputs(128, 300, seed + 20));
+                let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
+                let stats = Stats { tokens: 300, found: &found, gradients: &[], sequences: 0, worked: None };
+                let lost = |grid: &dyn Grid| {
+                    let ask = GridAsk { bits, symmetric, scale: Float::F16 };
+                    let round = Some(RoundAsk { ask, grid, group: 64 });
+                    let ask = SolveAsk { w: w.view(), stats: &stats, mask: None, prune: None, round };
+                    output_error(&w, &Gptq::default().solve(&ask).expect("solves").w, &gram)
+                };
+                ratios += lost(weighted.as_ref()) / lost(&Rtn {}) / 4.0;
+            }
+            println!("{bits} bits, symmetric {symmetric}: {ratios}");
+            assert!(ratios < most, "{bits} bits, symmetric {symmetric}: {ratios}");
         }
     }
 

@@ -1,5 +1,7 @@
 //! Solves: choose what stays, and compensate with the rest.
 
+pub(crate) mod finequant;
 pub(crate) mod gptq;
+pub(crate) mod hqq;
 pub(crate) mod sparsegpt;
 pub(crate) mod spqr;

@@ -159,7 +159,7 @@ impl Solve for SparseGpt {
         let hessian = Hessian::new(ask.stats, cols, false, self.damping)?;
         let u = &hessian.u;
         let mut w = hessian.ordered(ask.w);
-        let rounder = ask.round.map(|round| Rounder::new(round, cols));
+        let rounder = ask.round.map(|round| Rounder::new(round, cols).priced(&hessian.u));
         let mut states: Vec<State> = (0..out)
             .map(|r| State {
                 keep: (0..cols).map(|c| ask.mask.is_none_or(|m| m.get(r, c))).collect(),

@@ -160,7 +160,7 @@ impl Walker<'_> {
 
     /// A group's grid, fitted without its sensitive weights. `of`: columns and values.
     fn fit(&self, of: &[(usize, f32)]) -> Result<Affine, MethodError> {
-        let fit = |of: &[(usize, f32)]| self.rounder.grid(&of.iter().map(|(_, v)| *v).collect::<Vec<f32>>());
+        let fit = |of: &[(usize, f32)]| self.rounder.grid(of);
         let all = fit(of)?;
         if self.tau.is_infinite() {
             return Ok(all);
@@ -259,7 +259,7 @@ impl SpQr {
 impl Solve for SpQr {
     fn rounded_form(&self, ask: &GridAsk) -> RoundedForm {
         // The share that the paper's thresholds lead to.
-        RoundedForm { scales: self.codec(ask), aside: if self.outliers { 0.01 } else { 0.0 } }
+        RoundedForm { scales: self.codec(ask), aside: if self.outliers { 0.01 } else { 0.0 }, ..RoundedForm::default() }
     }
 
     fn solve(&self, ask: &SolveAsk<'_>) -> Result<Solved, MethodError> {
@@ -273,7 +273,7 @@ impl Solve for SpQr {
         let order = &hessian.order;
         let mut w = hessian.ordered(ask.w);
         let codec = self.codec(&round.ask);
-        let (rounder, tau) = (Rounder::new(round, cols), self.tau(&w, &hessian.u));
+        let (rounder, tau) = (Rounder::new(round, cols).priced(&hessian.u), self.tau(&w, &hessian.u));
         let run = if codec.is_some() { self.scale_group } else { 1 };
         let walker = Walker { rounder, u: &hessian.u, tau, codec, run };
         let keeps = |r: usize| order.iter().map(|&c| ask.mask.is_none_or(|m| m.get(r, c))).collect();
