@@ -200,6 +200,12 @@ pub trait Factor: Send + Sync {
     /// `(a, b)` with `a` `[out, rank]`, `b` `[rank, in]` and `a · b` near `w`, which is a matrix or the error of the
     /// terms so far.
     fn factor(&self, w: MatRef<'_>, stats: &Stats<'_>, rank: usize) -> Result<(Mat, Mat), MethodError>;
+
+    /// Bytes that it takes for a matrix of `(rows, cols)`, beside the matrix and its statistics: a few matrices
+    /// `[in, in]` and some copies in f64.
+    fn scratch_bytes(&self, (rows, cols): (usize, usize)) -> u64 {
+        32 * (cols as u64) * (cols as u64) + 48 * (rows as u64) * (cols as u64)
+    }
 }
 
 /// What can go as a whole.

@@ -40,6 +40,7 @@ impl Inputs {
         let found = vec![
             (Ask::InputGram, Gathered::Gram(gram.clone())),
             (Ask::InputSquares, Gathered::Vector(gram.diag())),
+            (Ask::InputAbsolute, Gathered::Vector((0..x.cols()).map(|c| column(c).map(f64::abs).sum()).collect())),
             (Ask::InputMoments, Gathered::Moments { mean, variance }),
         ];
         Inputs { gram, found, gradients: Vec::new() }
@@ -53,6 +54,8 @@ impl Inputs {
             (Ask::GradientAbsolute, Gathered::Matrix(of(f32::abs))),
             (Ask::GradientSquares, Gathered::Matrix(of(|x| x * x))),
             (Ask::GradientMean, Gathered::Matrix(of(|x| x))),
+            (Ask::GradientRowGram, Gathered::Matrix(dense::matmul_nt(g.view(), g.view()))),
+            (Ask::GradientColumnGram, Gathered::Matrix(dense::matmul_tn(g.view(), g.view()))),
         ];
         self
     }
@@ -437,7 +440,7 @@ fn a_full_rank_factor_gives_the_matrix_back() {
     for (name, factor) in each!(Factor) {
         let factor: Box<dyn Factor> = factor;
         for (rows, cols) in SHAPES {
-            let (w, inputs) = (weights(rows, cols, 15), Inputs::new(cols, 300, 16));
+            let (w, inputs) = (weights(rows, cols, 15), Inputs::new(cols, 300, 16).with_gradients(rows, 17));
             let rank = rows.min(cols);
             let (a, b) = factor.factor(w.view(), &inputs.stats(), rank).expect("factors");
             let product = dense::matmul_nn(a.view(), b.view());

@@ -136,8 +136,8 @@ impl Local for Thin {
         Ok(sample)
     }
 
-    fn scratch_bytes(&self, (rows, cols): (usize, usize)) -> u64 {
-        32 * (cols as u64) * (cols as u64) + 48 * (rows as u64) * (cols as u64)
+    fn scratch_bytes(&self, shape: (usize, usize)) -> u64 {
+        self.by.scratch_bytes(shape)
     }
 
     fn edit(&self, work: Vec<Work<'_>>) -> Result<Vec<Edit>, MethodError> {
