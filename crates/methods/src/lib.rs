@@ -46,6 +46,7 @@ pub fn registry() -> Registry {
             shortlist::lexical_shortlist::method(),
             search::uniform::method(),
             search::evopress::method(),
+            search::svd_llm_v2::method(),
         ],
         families: vec![
             family::prune::family(),
