@@ -208,6 +208,22 @@ pub trait Factor: Send + Sync {
     }
 }
 
+/// The singular values of one matrix.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Spectrum {
+    /// Rows and columns.
+    pub shape: (usize, usize),
+    /// The values, largest first, as many as its shorter side.
+    pub values: Vec<f64>,
+}
+
+/// Ranks: how thin may each matrix of a model become?
+pub trait Ranks: Send + Sync {
+    /// The rank of each, 1 or more, or `None` where the matrix stays whole. With `rank · (rows + cols)` parameters for a
+    /// thin one all together hold no more than `keep` of what they held.
+    fn ranks(&self, spectra: &[Spectrum], keep: f64) -> Result<Vec<Option<usize>>, MethodError>;
+}
+
 /// What can go as a whole.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]

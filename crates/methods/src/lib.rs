@@ -37,6 +37,7 @@ pub fn registry() -> Registry {
             factor::gfwsvd::method(),
             factor::svd_llm::method(),
             factor::dobi_svd::method(),
+            factor::welore::method(),
             factor::eora::method(),
             basis::axes::method(),
             basis::slicegpt::method(),

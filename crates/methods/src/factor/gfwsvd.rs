@@ -98,9 +98,8 @@ impl Factor for Gfwsvd {
         let whitened = matmul_nn_f64(&matmul_tn_f64(&y, &Mat64::from_f32(w)), &x);
         let (u, v) = halves(&whitened, rank)?;
         // L_Yᵀ a = u; b L_X = v, solved as L_Xᵀ bᵀ = vᵀ.
-        let back = |l: &Mat64, m: &Mat64| {
-            factor::solve_lower_transposed(l, m).map_err(|e| MethodError::new(e.to_string()))
-        };
+        let back =
+            |l: &Mat64, m: &Mat64| factor::solve_lower_transposed(l, m).map_err(|e| MethodError::new(e.to_string()));
         Ok(balanced(back(&y, &u)?, back(&x, &v.transpose())?.transpose()))
     }
 
@@ -146,7 +145,8 @@ mod tests {
         let mut sum = 0.0;
         for (i, j) in (0..m).flat_map(|i| (0..m).map(move |j| (i, j))) {
             for (p, q) in (0..n).flat_map(|p| (0..n).map(move |q| (p, q))) {
-                sum += f64::from(y[(i, j)]) * f64::from(x[(p, q)]) * f64::from(delta[(i, p)]) * f64::from(delta[(j, q)]);
+                sum +=
+                    f64::from(y[(i, j)]) * f64::from(x[(p, q)]) * f64::from(delta[(i, p)]) * f64::from(delta[(j, q)]);
             }
         }
         sum
@@ -229,9 +229,11 @@ mod tests {
             kronecker_error(&minus(&w, &answer), &square(&found, Ask::GradientRowGram), &x)
         };
         let ours = by(method(), &stats);
-        for (name, other) in
-            [("svd", by(svd::method(), &stats)), ("asvd", by(asvd::method(), &seen)), ("fwsvd", by(fwsvd::method(), &stats))]
-        {
+        for (name, other) in [
+            ("svd", by(svd::method(), &stats)),
+            ("asvd", by(asvd::method(), &seen)),
+            ("fwsvd", by(fwsvd::method(), &stats)),
+        ] {
             assert!(ours < 0.9 * other, "{name}: {ours} {other}");
         }
     }
@@ -242,9 +244,7 @@ mod tests {
         let (m, n) = (4, 3);
         let (left, right) = (random(m, m, 8), random(n, n, 9));
         let units = (0..m).flat_map(|i| (0..n).map(move |j| (i, j)));
-        let all: Vec<Mat> = units
-            .map(|(i, j)| Mat::from_fn(m, n, |r, c| left[(r, i)] * right[(j, c)]))
-            .collect();
+        let all: Vec<Mat> = units.map(|(i, j)| Mat::from_fn(m, n, |r, c| left[(r, i)] * right[(j, c)])).collect();
         let found = gathered(&all);
         let same = |ask, want: &Mat| {
             let got = square(&found, ask);

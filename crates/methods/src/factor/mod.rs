@@ -9,3 +9,4 @@ pub(crate) mod svd;
 pub(crate) mod svd_llm;
 #[cfg(test)]
 mod testkit;
+pub(crate) mod welore;

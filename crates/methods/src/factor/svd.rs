@@ -53,7 +53,7 @@ pub(super) fn check(w: MatRef<'_>, rank: usize) -> Result<(), MethodError> {
 }
 
 /// The first `rank` singular triples as `(U Σ^½, Σ^½ Vᵀ)`.
-pub(super) fn halves(w: &Mat64, rank: usize) -> Result<(Mat64, Mat64), MethodError> {
+pub(crate) fn halves(w: &Mat64, rank: usize) -> Result<(Mat64, Mat64), MethodError> {
     let factor::Svd { u, s, vt } = factor::svd(w).map_err(|e| MethodError::new(e.to_string()))?;
     let a = Mat64::from_fn(w.rows(), rank, |r, k| u[(r, k)] * s[k].sqrt());
     let b = Mat64::from_fn(rank, w.cols(), |k, c| s[k].sqrt() * vt[(k, c)]);

@@ -176,7 +176,8 @@ mod tests {
         let stats = Stats { tokens: 50, found: &found, gradients: &[], sequences: 0, worked: None };
         for whiten in [1e-6, 0.5] {
             let [plain, updated] = [false, true].map(|update| {
-                let (a, b) = SvdLlm { whiten, update, ..SvdLlm::default() }.factor(w.view(), &stats, 4).expect("factors");
+                let (a, b) =
+                    SvdLlm { whiten, update, ..SvdLlm::default() }.factor(w.view(), &stats, 4).expect("factors");
                 output_error(&w, &a, &b, &x)
             });
             assert!(updated <= plain * 1.000_01, "{updated} {plain}");
@@ -193,10 +194,8 @@ mod tests {
         let stats = Stats { tokens: 50, found: &found, gradients: &[], sequences: 0, worked: None };
         for root in [Root::Cholesky, Root::Svd] {
             for rank in 1..7 {
-                let (a, b) =
-                    SvdLlm { root, ..SvdLlm::default() }.factor(w.view(), &stats, rank).expect("factors");
-                let (lost, gone) =
-                    (output_error(&w, &a, &b, &x), values[rank..].iter().map(|v| v * v).sum::<f64>());
+                let (a, b) = SvdLlm { root, ..SvdLlm::default() }.factor(w.view(), &stats, rank).expect("factors");
+                let (lost, gone) = (output_error(&w, &a, &b, &x), values[rank..].iter().map(|v| v * v).sum::<f64>());
                 assert!((lost / gone - 1.0).abs() < 1e-3, "{root:?} {rank}: {lost} {gone}");
             }
         }
