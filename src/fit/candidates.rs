@@ -47,7 +47,8 @@ impl Candidate {
             plain = without;
         }
         let steps = [(&self.solver, solved, "solved"), (&self.plain, plain, "plain")];
-        let steps = steps.into_iter().filter(|s| !s.1.is_empty()).map(|(keys, targets, name)| step(keys, name, targets));
+        let steps =
+            steps.into_iter().filter(|s| !s.1.is_empty()).map(|(keys, targets, name)| step(keys, name, targets));
         recipe(calibration, steps.collect())
     }
 
@@ -130,10 +131,9 @@ pub fn candidates(reader: Reader, coarse: bool, effort: Effort) -> Vec<Candidate
             all.push(grouped(3, 32, false, true, body));
             all
         }
-        (Reader::Gguf, false) => block(
-            &["q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "iq4_xs", "iq4_nl", "q4_0", "q3_k", "q2_k"],
-            None,
-        ),
+        (Reader::Gguf, false) => {
+            block(&["q8_0", "q6_k", "q5_k", "q5_1", "q5_0", "q4_k", "iq4_xs", "iq4_nl", "q4_0", "q3_k", "q2_k"], None)
+        }
         (Reader::CompressedTensors, false) => {
             [8, 4].into_iter().map(|bits| grouped(bits, 128, true, true, body)).collect()
         }

@@ -8,8 +8,8 @@ use std::path::PathBuf;
 use std::process::ExitCode;
 
 use anyhow::Context;
-use lacuna_base::units::show_bytes;
 use lacuna_base::unfinished;
+use lacuna_base::units::show_bytes;
 use lacuna_compress::{Levels, Recipe, levels};
 use lacuna_eval::{CALIBRATION, Eval, EvalError, Means, Reference, Table as Columns};
 use lacuna_format::Weights;
@@ -196,7 +196,13 @@ fn name_of(levels: &Levels<'_>, all: &[Candidate], assignment: &[usize]) -> Stri
 }
 
 /// The recipe that brings every matrix to its level.
-fn recipe_of(levels: &Levels<'_>, all: &[Candidate], assignment: &[usize], spec: &Spec, calibration: &toml::Table) -> String {
+fn recipe_of(
+    levels: &Levels<'_>,
+    all: &[Candidate],
+    assignment: &[usize],
+    spec: &Spec,
+    calibration: &toml::Table,
+) -> String {
     let every: Vec<Place> = levels.choices.iter().map(|c| c.place).collect();
     let mut steps = Vec::new();
     for (i, candidate) in all.iter().enumerate() {
@@ -381,7 +387,11 @@ fn pin(levels: &mut Levels<'_>, pins: &[String], all: &[Candidate]) -> anyhow::R
         let at = all.iter().position(|c| c.name == name);
         if at.is_none() && name != "source" {
             let names: Vec<&str> = all.iter().map(|c| c.name.as_str()).collect();
-            return Err(Usage(format!("--keep {pin}: no level is called '{name}'; there are source, {}", names.join(", "))).into());
+            return Err(Usage(format!(
+                "--keep {pin}: no level is called '{name}'; there are source, {}",
+                names.join(", ")
+            ))
+            .into());
         }
         let mut any = false;
         for c in levels.choices.iter_mut().filter(|c| target.matches(&c.place)) {
@@ -389,7 +399,11 @@ fn pin(levels: &mut Levels<'_>, pins: &[String], all: &[Candidate]) -> anyhow::R
             if let Some(level) = c.levels.iter().find(|l| l.recipe == at).copied() {
                 c.levels = vec![level];
             } else {
-                return Err(Usage(format!("--keep {pin}: {} cannot be at that level, or is no smaller there", c.place)).into());
+                return Err(Usage(format!(
+                    "--keep {pin}: {} cannot be at that level, or is no smaller there",
+                    c.place
+                ))
+                .into());
             }
         }
         if !any {
@@ -470,7 +484,8 @@ fn card(a: &cli::Fit, f: &Fitted, d: &compress::Done) -> String {
     let _ = writeln!(c, "| bits a weight | {:.2} |", d.bits(d.outcomes.bytes));
     if let Some(x) = d.judged.as_ref().and_then(|j| j.against.as_ref()) {
         let j = d.judged.as_ref().map_or((0, 0, f64::NAN), |j| (j.windows, j.ctx, j.ppl));
-        let _ = writeln!(c, "| held-out perplexity | {:.3} (source {:.3}), {} windows of {} |", j.2, x.ppl_dense, j.0, j.1);
+        let _ =
+            writeln!(c, "| held-out perplexity | {:.3} (source {:.3}), {} windows of {} |", j.2, x.ppl_dense, j.0, j.1);
         let _ = writeln!(c, "| KL from the source | {:.4} nats a token (99 of 100 below {:.3}) |", x.kl_mean, x.kl_p99);
         let _ = writeln!(c, "| another first choice | {:.2}% |", 100.0 * (1.0 - x.top1_agree));
     }

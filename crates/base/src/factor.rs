@@ -10,6 +10,7 @@ use faer::linalg::evd::{self, ComputeEigenvectors};
 use faer::linalg::svd::{self as faer_svd, ComputeSvdVectors};
 use faer::linalg::{triangular_inverse, triangular_solve};
 use faer::{Mat as Work, MatRef as View, Par};
+use rayon::prelude::*;
 
 use crate::Mat64;
 
@@ -232,6 +233,30 @@ pub fn svd(a: &Mat64) -> Result<Svd, FactorError> {
     if sound { Ok(out) } else { Err(failed) }
 }
 
+/// The singular values of `a` alone, largest first, by way of the smaller of its Gram matrices: at a quarter of the
+/// cost, and exact to about a hundred-millionth of the largest.
+pub fn singular_values(a: &Mat64) -> Result<Vec<f64>, FactorError> {
+    finite(a)?;
+    let (wide, rows, cols) = (a.rows() <= a.cols(), a.rows(), a.cols());
+    let max = a.data().iter().fold(0.0f64, |m, v| m.max(v.abs()));
+    if max == 0.0 {
+        return Ok(vec![0.0; rows.min(cols)]);
+    }
+    let small = Mat64::from_vec(rows, cols, a.data().iter().map(|v| v / max).collect());
+    let gram =
+        if wide { crate::dense::matmul_nt_f64(&small, &small) } else { crate::dense::matmul_tn_f64(&small, &small) };
+    Ok(symmetric_eigen(&gram)?.values.iter().rev().map(|v| max * v.max(0.0).sqrt()).collect())
+}
+
+/// `f` of each item, several side by side, in the order of the items; of several errors the first.
+pub fn side_by_side<T: Sync, R: Send, E: Send>(
+    items: &[T],
+    f: impl Fn(&T) -> Result<R, E> + Send + Sync,
+) -> Result<Vec<R>, E> {
+    let all: Vec<Result<R, E>> = items.par_iter().map(f).collect();
+    all.into_iter().collect()
+}
+
 /// Eigenvalues and vectors of a symmetric matrix, of which only the lower triangle is read.
 #[track_caller]
 pub fn symmetric_eigen(a: &Mat64) -> Result<Eigen, FactorError> {
@@ -273,6 +298,21 @@ mod tests {
     fn close(a: &Mat64, b: &Mat64, tolerance: f64) -> bool {
         assert_eq!((a.rows(), a.cols()), (b.rows(), b.cols()));
         a.data().iter().zip(b.data()).all(|(x, y)| (x - y).abs() <= tolerance)
+    }
+
+    #[test]
+    fn singular_values_alone() {
+        for (m, n) in [(1, 1), (5, 3), (3, 5), (1, 6), (6, 1), (40, 17)] {
+            let a = random64(m, n, 3);
+            let (got, want) = (singular_values(&a).expect("values"), svd(&a).expect("values").s);
+            assert_eq!(got.len(), want.len());
+            assert!(got.iter().zip(&want).all(|(g, w)| (g - w).abs() < 1e-7 * want[0]), "{got:?} {want:?}");
+        }
+        assert_eq!(singular_values(&Mat64::zeros(3, 2)), Ok(vec![0.0; 2]));
+        assert!(singular_values(&Mat64::from_vec(1, 1, vec![f64::NAN])).is_err());
+        let doubled: Result<Vec<i32>, ()> = side_by_side(&[1, 2, 3], |x| Ok(2 * x));
+        assert_eq!(doubled, Ok(vec![2, 4, 6]));
+        assert_eq!(side_by_side(&[1, 2, 3], |x| if *x > 1 { Err(*x) } else { Ok(()) }), Err(2));
     }
 
     #[test]

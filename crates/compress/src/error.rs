@@ -9,9 +9,17 @@ use lacuna_format::Stored;
 /// Rows looked at, spread evenly: as telling as all of them, and a small part of what the step itself costs.
 const ROWS: usize = 64;
 
-/// `‖(W - W') X‖² / ‖W X‖²` over evenly spread rows, where the Gram matrix is known; with its diagonal alone where only
-/// squares are, else `‖W - W'‖² / ‖W‖²`. 0 for zeros; `None` where nothing changed.
-pub(crate) fn relative_error(before: &Arc<Stored>, after: &Arc<Stored>, stats: &Stats<'_>) -> Option<f64> {
+/// What a change of a matrix does to its outputs.
+pub(crate) struct Change {
+    /// `‖(W - W') X‖²`.
+    pub(crate) lost: f64,
+    /// `‖W X‖²`.
+    pub(crate) whole: f64,
+}
+
+/// Both over evenly spread rows, for all of them, where the Gram matrix is known; with its diagonal alone where only
+/// squares are, else of the weights alone. `None` where nothing changed.
+pub(crate) fn change(before: &Arc<Stored>, after: &Arc<Stored>, stats: &Stats<'_>) -> Option<Change> {
     if Arc::ptr_eq(before, after) || before == after || before.rows != after.rows {
         return None;
     }
@@ -27,8 +35,20 @@ pub(crate) fn relative_error(before: &Arc<Stored>, after: &Arc<Stored>, stats: &
     };
     let (b, a) = (pick(before), pick(after));
     let delta = Mat::from_fn(rows, before.cols, |r, c| b[(r, c)] - a[(r, c)]);
-    let whole = energy(b.view(), stats);
-    Some(if whole <= 0.0 { 0.0 } else { (energy(delta.view(), stats) / whole).max(0.0) })
+    let all = before.rows as f64 / rows.max(1) as f64;
+    let [lost, whole] = [delta, b].map(|m| (energy(m.view(), stats) * all).max(0.0));
+    Some(Change { lost, whole })
+}
+
+/// `‖(W - W') X‖² / ‖W X‖²` of a [`change`]. 0 for zeros; `None` where nothing changed.
+pub(crate) fn relative_error(before: &Arc<Stored>, after: &Arc<Stored>, stats: &Stats<'_>) -> Option<f64> {
+    change(before, after, stats).map(|c| c.relative())
+}
+
+impl Change {
+    pub(crate) fn relative(&self) -> f64 {
+        if self.whole <= 0.0 { 0.0 } else { self.lost / self.whole }
+    }
 }
 
 fn energy(w: MatRef<'_>, stats: &Stats<'_>) -> f64 {
@@ -37,11 +57,10 @@ fn energy(w: MatRef<'_>, stats: &Stats<'_>) -> f64 {
         let scale = gram.mean_diag().max(f64::MIN_POSITIVE);
         let g = Mat::from_fn(n, n, |i, j| (gram.at(i, j) / scale) as f32);
         let wg = dense::matmul_nn(w, g.view());
-        (0..w.rows()).map(|r| dot(w.row(r), wg.row(r))).sum()
+        scale * (0..w.rows()).map(|r| dot(w.row(r), wg.row(r))).sum::<f64>()
     } else if let Ok(sq) = stats.squares() {
-        let mean = (sq.iter().sum::<f64>() / sq.len().max(1) as f64).max(f64::MIN_POSITIVE);
         (0..w.rows())
-            .map(|r| w.row(r).iter().zip(sq).map(|(x, s)| f64::from(*x) * f64::from(*x) * s / mean).sum::<f64>())
+            .map(|r| w.row(r).iter().zip(sq).map(|(x, s)| f64::from(*x) * f64::from(*x) * s).sum::<f64>())
             .sum()
     } else {
         (0..w.rows()).map(|r| dot(w.row(r), w.row(r))).sum()
@@ -76,6 +95,9 @@ mod tests {
         let want = norm(&|r, c| f64::from(b[(r, c)] - a[(r, c)])) / norm(&|r, c| f64::from(b[(r, c)]));
         let got = relative_error(&before, &after, &stats).unwrap();
         assert!((got / want - 1.0).abs() < 1e-4, "{got} {want}");
+        let lost = change(&before, &after, &stats).unwrap().lost;
+        let all = norm(&|r, c| f64::from(b[(r, c)] - a[(r, c)]));
+        assert!((lost / all - 1.0).abs() < 1e-4, "{lost} {all}");
         assert_eq!(relative_error(&before, &before.clone(), &stats), None);
     }
 }

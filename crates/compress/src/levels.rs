@@ -179,7 +179,8 @@ pub fn levels<'a>(
             }
             let block = Block::load(&overlay, l)?;
             walk.through(&spec, &block, &mut x, &mut gather, true)?;
-        } else if !walk.sequences.is_empty() && (l..spec.layers.len()).any(|l| Gather::new(&spec, wants(l)).is_needed()) {
+        } else if !walk.sequences.is_empty() && (l..spec.layers.len()).any(|l| Gather::new(&spec, wants(l)).is_needed())
+        {
             let block = Block::load(&overlay, l)?;
             walk.through(&spec, &block, &mut x, &mut NoTap, true)?;
         }
@@ -240,7 +241,8 @@ impl<'r> Making<'r> {
             match found.remove(p) {
                 None => self.rest_bytes += source.bytes(),
                 Some(more) => {
-                    let mut levels = vec![AtLevel { recipe: None, bytes: source.bytes(), error: 0.0, kept: usize::MAX }];
+                    let mut levels =
+                        vec![AtLevel { recipe: None, bytes: source.bytes(), error: 0.0, kept: usize::MAX }];
                     // What is no smaller than the source is no choice.
                     levels.extend(more.into_iter().filter(|l| l.bytes < source.bytes()));
                     if levels.len() == 1 {

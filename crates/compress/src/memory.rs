@@ -108,7 +108,8 @@ fn told(file: &str, key: &str) -> Option<u64> {
 /// embedding being rewritten.
 fn floor(spec: &Spec, recipe: &Recipe, seq_len: usize) -> u64 {
     let mut most = 0u64;
-    let backward = !gradients_asked(spec, recipe).is_empty();
+    let asked = gradients_asked(spec, recipe);
+    let backward = !asked.is_empty();
     for (l, layer) in spec.layers.iter().enumerate() {
         let whole = |s: &RecipeStep| match s.step() {
             Step::Model(model) => Gather::bytes(spec, model.needs(spec, l)) + model.scratch_bytes(spec),
@@ -133,8 +134,12 @@ fn floor(spec: &Spec, recipe: &Recipe, seq_len: usize) -> u64 {
         let rows = seq_len as u64 * 4 * (5 * spec.hidden + attn.max(ffn) + attn) as u64;
         // On the way back a block's gradients stand beside it, with two sums of each, and what its forward kept of one
         // sequence.
-        let back = if backward { 4 * 4 * weights + 6 * rows } else { 0 };
-        most = most.max(2 * 4 * weights + (grams + scratch + rows).max(back));
+        let mine = asked.iter().filter(|(p, _)| p.layer == Some(l as u32));
+        let mine: Vec<_> = mine.filter_map(|(p, ask)| Some((*ask, spec.shape(p)?))).collect();
+        let square = mine.iter().map(|(ask, shape)| gradients::square_bytes(*ask, *shape)).sum::<u64>();
+        let given = gradients::given_bytes(mine.into_iter());
+        let back = if backward { 4 * 4 * weights + 6 * rows + square } else { 0 };
+        most = most.max(2 * 4 * weights + (grams + given + scratch + rows).max(back));
     }
     let embed = (spec.vocab as u64) * (spec.hidden as u64);
     let changes = |p: &lacuna_spec::Place| p.layer.is_none() && recipe.local().any(|(_, s)| s.local(p).is_some());

@@ -317,7 +317,8 @@ impl Recipe {
     /// What steps read of what multiplies the output projection.
     pub(crate) fn at_head(&self, spec: &Spec) -> Vec<(Site, Ask)> {
         let places = spec.places().into_iter().filter(|p| p.layer.is_none() && has_inputs(spec, p));
-        let of = |p: Place| self.local().flat_map(move |(_, s)| s.needs(&p).into_iter().map(move |a| (Site::Matrix(p), a)));
+        let of =
+            |p: Place| self.local().flat_map(move |(_, s)| s.needs(&p).into_iter().map(move |a| (Site::Matrix(p), a)));
         places.flat_map(of).collect()
     }
 

@@ -14,7 +14,7 @@ use crate::account::CompressError;
 use crate::activations::Activations;
 use crate::calibrate::Gather;
 use crate::drive::{SOURCE, Walk, at_step};
-use crate::error::relative_error;
+use crate::error::change;
 use crate::local::{asks, local_of};
 use crate::overlay::{Overlay, Stitched, finite, forward, need, release_layer};
 use crate::recipe::RecipeStep;
@@ -334,9 +334,10 @@ impl Walk<'_> {
             let mut level = Vec::new();
             for (place, stored) in made {
                 let stats = statistics.of(&overlay.spec, Site::Matrix(place));
-                let error = relative_error(&sources[&place], &stored, &stats).unwrap_or(0.0);
+                let change = change(&sources[&place], &stored, &stats);
+                let (error, lost) = change.map_or((0.0, 0.0), |c| (c.relative(), c.lost));
                 let number = scratch.put(&stored).map_err(self.scratch_error())?;
-                level.push(AtLevel { place, number, bytes: stored.bytes(), error });
+                level.push(AtLevel { place, number, bytes: stored.bytes(), error, lost });
             }
             out.push(level);
         }
@@ -381,6 +382,7 @@ impl Walk<'_> {
                     value: values.get(v).copied().unwrap_or(v as f64),
                     bytes: mine.iter().map(|t| t.bytes).sum(),
                     error: error / parameters.max(1) as f64,
+                    lost: mine.iter().map(|t| t.lost).sum(),
                 });
                 kept.push(mine.iter().map(|t| (t.place, t.number)).collect());
             }
@@ -399,6 +401,7 @@ struct AtLevel {
     number: usize,
     bytes: u64,
     error: f64,
+    lost: f64,
 }
 
 /// The attention and the FFN of a layer as slots.
@@ -433,7 +436,9 @@ fn parts_of(
             parameters += stored.rows as u64 * stored.cols as u64;
         }
         slots.push(Slot { name: format!("layers.{layer}.{name}"), parameters, group });
-        levels.push(vec![Level { value: 0.0, bytes: 0, error: 1.0 }, Level { value: 1.0, bytes, error: 0.0 }]);
+        // What a part's absence costs its own outputs is not looked at.
+        let level = |value, bytes, error| Level { value, bytes, error, lost: 0.0 };
+        levels.push(vec![level(0.0, 0, 1.0), level(1.0, bytes, 0.0)]);
         entries.push(Entry { layer, meaning: Meaning::Part(role), kept: Vec::new() });
     }
     Ok(())

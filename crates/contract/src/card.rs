@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::questions::{Basis, Factor, Grid, Recode, Score, Search, Shortlist, Solve, Structure, Table};
+use crate::questions::{Basis, Factor, Grid, Ranks, Recode, Score, Search, Shortlist, Solve, Structure, Table};
 use crate::stats::Ask;
 use crate::step::Step;
 
@@ -88,6 +88,8 @@ pub enum Made {
     Solve(Box<dyn Solve>),
     /// See [`Factor`].
     Factor(Box<dyn Factor>),
+    /// See [`Ranks`].
+    Ranks(Box<dyn Ranks>),
     /// See [`Structure`].
     Structure(Box<dyn Structure>),
     /// See [`Basis`].
@@ -107,6 +109,7 @@ impl fmt::Debug for Made {
             Made::Recode(_) => "Recode",
             Made::Solve(_) => "Solve",
             Made::Factor(_) => "Factor",
+            Made::Ranks(_) => "Ranks",
             Made::Structure(_) => "Structure",
             Made::Basis(_) => "Basis",
             Made::Shortlist(_) => "Shortlist",

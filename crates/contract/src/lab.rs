@@ -22,6 +22,8 @@ pub struct Level {
     pub bytes: u64,
     /// Relative error on the source's calibration text, weighted by the weights of each matrix.
     pub error: f64,
+    /// The same as it is, not relative: `‖(W - W') X‖²` over all tokens of that text.
+    pub lost: f64,
 }
 
 /// A level for each slot, by index.

@@ -262,6 +262,28 @@ pub trait Factor: Send + Sync {
     /// `(a, b)` with `a` `[out, rank]`, `b` `[rank, in]` and `a · b` near `w`, which is a matrix or the error of the
     /// terms so far.
     fn factor(&self, w: MatRef<'_>, stats: &Stats<'_>, rank: usize) -> Result<(Mat, Mat), MethodError>;
+
+    /// Bytes that it takes for a matrix of `(rows, cols)`, beside the matrix and its statistics: a few matrices
+    /// `[in, in]` and some copies in f64.
+    fn scratch_bytes(&self, (rows, cols): (usize, usize)) -> u64 {
+        32 * (cols as u64) * (cols as u64) + 48 * (rows as u64) * (cols as u64)
+    }
+}
+
+/// The singular values of one matrix.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Spectrum {
+    /// Rows and columns.
+    pub shape: (usize, usize),
+    /// The values, largest first, as many as its shorter side.
+    pub values: Vec<f64>,
+}
+
+/// Ranks: how thin may each matrix of a model become?
+pub trait Ranks: Send + Sync {
+    /// The rank of each, 1 or more, or `None` where the matrix stays whole. With `rank · (rows + cols)` parameters for a
+    /// thin one all together hold no more than `keep` of what they held.
+    fn ranks(&self, spectra: &[Spectrum], keep: f64) -> Result<Vec<Option<usize>>, MethodError>;
 }
 
 /// What can go as a whole.

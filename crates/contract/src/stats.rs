@@ -20,6 +20,8 @@ pub enum Ask {
     InputGram,
     /// `Σ x²` of every input channel of a matrix, `[in]`.
     InputSquares,
+    /// `Σ |x|` of every input channel of a matrix, `[in]`.
+    InputAbsolute,
     /// Mean and variance of every input channel of a matrix, `[in]` each.
     InputMoments,
     /// Mean over tokens of the cosine of what goes into a part of a decoder block and what comes out.
@@ -31,6 +33,10 @@ pub enum Ask {
     GradientSquares,
     /// The mean of `G` over sequences, `[out, in]`.
     GradientMean,
+    /// The mean of `G Gᵀ` over sequences, `[out, out]`.
+    GradientRowGram,
+    /// The mean of `Gᵀ G` over sequences, `[in, in]`.
+    GradientColumnGram,
     /// `Σ dyᵀ dy` of a matrix's output gradients, `[out, out]`.
     OutputGradientGram,
 }
@@ -38,7 +44,16 @@ pub enum Ask {
 impl Ask {
     /// Whether it takes a backward pass.
     pub fn is_gradient(self) -> bool {
-        matches!(self, Ask::GradientAbsolute | Ask::GradientSquares | Ask::GradientMean | Ask::OutputGradientGram)
+        use Ask::*;
+        matches!(
+            self,
+            GradientAbsolute
+                | GradientSquares
+                | GradientMean
+                | GradientRowGram
+                | GradientColumnGram
+                | OutputGradientGram
+        )
     }
 
     /// In words.
@@ -46,11 +61,14 @@ impl Ask {
         match self {
             Ask::InputGram => "the Gram matrix of its inputs",
             Ask::InputSquares => "the squares of its inputs",
+            Ask::InputAbsolute => "the sizes of its inputs",
             Ask::InputMoments => "mean and variance of its inputs",
             Ask::Similarity(_) => "how like its input a part's output is",
             Ask::GradientAbsolute => "the sizes of its gradients",
             Ask::GradientSquares => "the squares of its gradients",
             Ask::GradientMean => "its mean gradient",
+            Ask::GradientRowGram => "how the rows of its gradients go together",
+            Ask::GradientColumnGram => "how the columns of its gradients go together",
             Ask::OutputGradientGram => "the Gram matrix of its output gradients",
         }
     }
@@ -161,6 +179,11 @@ impl<'a> Stats<'a> {
         self.need(Ask::InputSquares, |g| if let Gathered::Vector(v) = g { Some(v.as_slice()) } else { None })
     }
 
+    /// `Σ |x|` of each input.
+    pub fn sizes(&self) -> Result<&'a [f64], MethodError> {
+        self.need(Ask::InputAbsolute, |g| if let Gathered::Vector(v) = g { Some(v.as_slice()) } else { None })
+    }
+
     /// Mean and variance of each input.
     pub fn moments(&self) -> Result<(&'a [f64], &'a [f64]), MethodError> {
         self.need(Ask::InputMoments, |g| {
@@ -177,7 +200,7 @@ impl<'a> Stats<'a> {
         self.need(Ask::Similarity(unit), |g| if let Gathered::Number(x) = g { Some(*x) } else { None })
     }
 
-    /// A statistic with a number for each weight.
+    /// A statistic of gradients: a number for each weight, or for each pair of rows or columns.
     pub fn matrix(&self, ask: Ask) -> Result<&'a Mat, MethodError> {
         self.need(ask, |g| if let Gathered::Matrix(m) = g { Some(m) } else { None })
     }

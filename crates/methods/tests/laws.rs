@@ -3,10 +3,10 @@
 use std::collections::HashSet;
 
 use lacuna_base::testkit::{max_abs_diff, random};
-use lacuna_base::{Gram, Mat, Mat64, dense};
+use lacuna_base::{Gram, Mat, Mat64, dense, factor};
 use lacuna_contract::{
     Ability, Ask, Factor, Gathered, Grid, GridAsk, Made, Making, PruneAsk, RoundAsk, Score, ShortlistAsk, Solve,
-    SolveAsk, Solved, Sparsity, Stats, StructureAsk, Unit, Vocabulary,
+    SolveAsk, Solved, Sparsity, Spectrum, Stats, StructureAsk, Unit, Vocabulary,
 };
 use lacuna_format::{Float, Mask, PatternKind, ScaleCodec, pack_integers};
 use lacuna_methods::registry;
@@ -40,6 +40,7 @@ impl Inputs {
         let found = vec![
             (Ask::InputGram, Gathered::Gram(gram.clone())),
             (Ask::InputSquares, Gathered::Vector(gram.diag())),
+            (Ask::InputAbsolute, Gathered::Vector((0..x.cols()).map(|c| column(c).map(f64::abs).sum()).collect())),
             (Ask::InputMoments, Gathered::Moments { mean, variance }),
         ];
         Inputs { gram, found, gradients: Vec::new() }
@@ -53,6 +54,8 @@ impl Inputs {
             (Ask::GradientAbsolute, Gathered::Matrix(of(f32::abs))),
             (Ask::GradientSquares, Gathered::Matrix(of(|x| x * x))),
             (Ask::GradientMean, Gathered::Matrix(of(|x| x))),
+            (Ask::GradientRowGram, Gathered::Matrix(dense::matmul_nt(g.view(), g.view()))),
+            (Ask::GradientColumnGram, Gathered::Matrix(dense::matmul_tn(g.view(), g.view()))),
         ];
         self
     }
@@ -454,7 +457,7 @@ fn a_full_rank_factor_gives_the_matrix_back() {
     for (name, factor) in each!(Factor) {
         let factor: Box<dyn Factor> = factor;
         for (rows, cols) in SHAPES {
-            let (w, inputs) = (weights(rows, cols, 15), Inputs::new(cols, 300, 16));
+            let (w, inputs) = (weights(rows, cols, 15), Inputs::new(cols, 300, 16).with_gradients(rows, 17));
             let rank = rows.min(cols);
             let (a, b) = factor.factor(w.view(), &inputs.stats(), rank).expect("factors");
             let product = dense::matmul_nn(a.view(), b.view());
@@ -462,6 +465,35 @@ fn a_full_rank_factor_gives_the_matrix_back() {
             assert!(factor.factor(w.view(), &inputs.stats(), 0).is_err(), "{name}");
             assert!(factor.factor(w.view(), &inputs.stats(), rank + 1).is_err(), "{name}");
         }
+    }
+}
+
+#[test]
+fn ranks_stay_within_what_may_be_kept() {
+    for (name, by) in each!(Ranks) {
+        let spectra: Vec<Spectrum> = SHAPES
+            .iter()
+            .enumerate()
+            .map(|(i, &(rows, cols))| {
+                let w = Mat64::from_f32(weights(rows, cols, 20 + i as u64).view());
+                Spectrum { shape: (rows, cols), values: factor::singular_values(&w).expect("values") }
+            })
+            .collect();
+        let size =
+            |s: &Spectrum, rank: &Option<usize>| rank.map_or(s.shape.0 * s.shape.1, |r| r * (s.shape.0 + s.shape.1));
+        let whole: usize = spectra.iter().map(|s| size(s, &None)).sum();
+        let mut last = 0;
+        for keep in [0.3, 0.5, 0.8, 0.95, 1.0] {
+            let ranks = by.ranks(&spectra, keep).unwrap_or_else(|e| panic!("{name} {keep}: {e}"));
+            assert_eq!(ranks.len(), spectra.len(), "{name}");
+            let fits = |(s, r): (&Spectrum, &Option<usize>)| r.is_none_or(|r| r >= 1 && r <= s.values.len());
+            assert!(spectra.iter().zip(&ranks).all(fits), "{name}: {ranks:?}");
+            let held: usize = spectra.iter().zip(&ranks).map(|(s, r)| size(s, r)).sum();
+            assert!(held as f64 <= keep * whole as f64 && held >= last, "{name} {keep}: {held} of {whole}");
+            last = held;
+            assert_eq!(by.ranks(&spectra, keep), Ok(ranks), "{name}");
+        }
+        assert!(by.ranks(&spectra, 0.0).is_err(), "{name}");
     }
 }
 

@@ -8,7 +8,7 @@ use lacuna_base::{Mat, MatRef};
 use lacuna_contract::{Ask, Gathered};
 use lacuna_format::{Float, PatternKind, Stored, Weights, pack_float};
 use lacuna_model::ModelError;
-use lacuna_model::derive::stats::{Mean, Norms, OutputGrams, WeightGradients};
+use lacuna_model::derive::stats::{Mean, Norms, OutputGrams, Sides, WeightGradients};
 use lacuna_model::derive::{BlockInputs, GradientSink, gradients};
 use lacuna_spec::Place;
 
@@ -29,10 +29,25 @@ pub(crate) struct Gradients {
 /// Bytes that what the pass gives takes on disk.
 pub(crate) fn given_bytes(asked: impl Iterator<Item = (Ask, (usize, usize))>) -> u64 {
     let one = |(ask, (m, n)): (Ask, (usize, usize))| match ask {
-        Ask::OutputGradientGram => 4 * (m * m) as u64,
+        Ask::OutputGradientGram | Ask::GradientRowGram => 4 * (m * m) as u64,
+        Ask::GradientColumnGram => 4 * (n * n) as u64,
         _ => 4 * (m * n) as u64,
     };
     asked.map(one).sum()
+}
+
+/// Whether it is of how rows or columns go together.
+fn of_sides(ask: Ask) -> bool {
+    matches!(ask, Ask::GradientRowGram | Ask::GradientColumnGram)
+}
+
+/// Bytes that a square statistic of a matrix `[m, n]` takes while a block is walked back, in f64.
+pub(crate) fn square_bytes(ask: Ask, (m, n): (usize, usize)) -> u64 {
+    match ask {
+        Ask::GradientRowGram | Ask::OutputGradientGram => 8 * (m * m) as u64,
+        Ask::GradientColumnGram => 8 * (n * n) as u64,
+        _ => 0,
+    }
 }
 
 impl Gradients {
@@ -55,7 +70,8 @@ impl Gradients {
             |want: &dyn Fn(Ask) -> bool| asked.iter().filter(|(_, a)| want(*a)).map(|(p, _)| *p).collect::<Vec<_>>();
         let mut sink = Sink {
             asked,
-            folds: WeightGradients::new(of(&|a| a != Ask::OutputGradientGram)),
+            folds: WeightGradients::new(of(&|a| a != Ask::OutputGradientGram && !of_sides(a))),
+            sides: WeightGradients::new(of(&of_sides)),
             grams: OutputGrams::new(of(&|a| a == Ask::OutputGradientGram)),
             kept: HashMap::new(),
             scratch: Scratch::new(dir).map_err(fault)?,
@@ -121,6 +137,7 @@ fn store(e: io::Error) -> ModelError {
 struct Sink<'a> {
     asked: &'a BTreeSet<(Place, Ask)>,
     folds: WeightGradients<(Mean, Norms)>,
+    sides: WeightGradients<Sides>,
     grams: OutputGrams,
     kept: HashMap<(Place, Ask), usize>,
     scratch: Scratch,
@@ -147,21 +164,24 @@ impl Sink<'_> {
 
 impl GradientSink for Sink<'_> {
     fn wants(&self, place: &Place) -> bool {
-        self.folds.wants(place) || self.grams.wants(place)
+        self.folds.wants(place) || self.sides.wants(place) || self.grams.wants(place)
     }
 
     fn gradient(&mut self, place: &Place, x: MatRef<'_>, dy: MatRef<'_>) {
         self.folds.gradient(place, x, dy);
+        self.sides.gradient(place, x, dy);
         self.grams.gradient(place, x, dy);
     }
 
     fn end_of_sequence(&mut self) {
         self.folds.end_of_sequence();
+        self.sides.end_of_sequence();
         self.grams.end_of_sequence();
     }
 
     fn end_of_part(&mut self, layer: Option<usize>) -> Result<(), ModelError> {
         self.folds.end_of_part(layer)?;
+        self.sides.end_of_part(layer)?;
         self.grams.end_of_part(layer)?;
         let n = self.folds.sequences();
         let asked = self.asked;
@@ -177,6 +197,16 @@ impl GradientSink for Sink<'_> {
                     _ => continue,
                 };
                 self.keep(place, ask, &m)?;
+            }
+        }
+        let n = self.sides.sequences();
+        for (place, sides) in self.sides.take() {
+            for ask in asked.iter().filter(|(p, _)| *p == place).map(|(_, a)| *a) {
+                match ask {
+                    Ask::GradientRowGram => self.keep(place, ask, &sides.rows(n))?,
+                    Ask::GradientColumnGram => self.keep(place, ask, &sides.columns(n))?,
+                    _ => {}
+                }
             }
         }
         for (place, gram) in self.grams.take() {

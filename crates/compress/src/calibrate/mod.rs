@@ -1,5 +1,6 @@
 //! Statistics gathered in forward passes: one reducer a file, over the events that the model emits.
 
+mod absolute;
 pub(crate) mod gradients;
 mod gram;
 mod moments;
@@ -36,9 +37,15 @@ fn reducer(ask: Ask) -> Option<Box<dyn Reducer>> {
     Some(match ask {
         Ask::InputGram => Box::new(gram::InputGram::default()),
         Ask::InputSquares => Box::new(squares::InputSquares::default()),
+        Ask::InputAbsolute => Box::new(absolute::InputAbsolute::default()),
         Ask::InputMoments => Box::new(moments::InputMoments::default()),
         Ask::Similarity(unit) => Box::new(similarity::Similarity::new(unit)),
-        Ask::GradientAbsolute | Ask::GradientSquares | Ask::GradientMean | Ask::OutputGradientGram => return None,
+        Ask::GradientAbsolute
+        | Ask::GradientSquares
+        | Ask::GradientMean
+        | Ask::GradientRowGram
+        | Ask::GradientColumnGram
+        | Ask::OutputGradientGram => return None,
     })
 }
 
@@ -47,7 +54,7 @@ fn bytes(ask: Ask, inputs: u64) -> u64 {
     match ask {
         // And as much again for what methods make of it and share.
         Ask::InputGram => 16 * inputs * inputs,
-        Ask::InputSquares => 8 * inputs,
+        Ask::InputSquares | Ask::InputAbsolute => 8 * inputs,
         Ask::InputMoments => 24 * inputs,
         _ => 0,
     }

@@ -220,7 +220,11 @@ pub fn search<M: Measure>(
                     if point.bytes >= high || point.bytes <= low {
                         break;
                     }
-                    if point.mean() <= most { high = point.bytes } else { low = point.bytes }
+                    if point.mean() <= most {
+                        high = point.bytes
+                    } else {
+                        low = point.bytes
+                    }
                     front.push(point);
                 }
                 bytes = high;
@@ -294,8 +298,9 @@ mod tests {
 
     #[test]
     fn the_knee_is_where_bytes_stop_being_cheap() {
-        let front: Vec<Point> =
-            [(100, 0.0), (90, 0.001), (80, 0.003), (70, 0.01), (60, 0.2), (50, 1.0)].map(|(b, k)| point(b, &[k])).into();
+        let front: Vec<Point> = [(100, 0.0), (90, 0.001), (80, 0.003), (70, 0.01), (60, 0.2), (50, 1.0)]
+            .map(|(b, k)| point(b, &[k]))
+            .into();
         assert_eq!(front[knee(&front)].bytes, 60);
         assert_eq!(knee(&front[..1]), 0);
         assert_eq!(knee(&[]), 0);

@@ -81,29 +81,35 @@ impl Factor for Eora {
         let q = stats.shared("eora".into(), || root(gram))?;
         let w = Mat64::from_f32(w);
         let seen = left(&matmul_nn_f64(&w, &q), rank)?;
-        let mut rest = w.clone();
-        let mut halves = Vec::new();
-        halves.push(project(&mut rest, seen));
-        if halves[0].0.cols() < rank {
-            let unseen = left(&rest, rank - halves[0].0.cols())?;
-            halves.push(project(&mut rest, unseen));
-        }
-        // Ranks that a matrix of fewer directions does not need stay zero.
-        let (mut a, mut b) = (Mat64::zeros(w.rows(), rank), Mat64::zeros(rank, w.cols()));
-        let mut at = 0;
-        for (u, v) in &halves {
-            for k in 0..u.cols() {
-                // Sharing the size evenly keeps both within the range of f16.
-                let size = v.row(k).iter().map(|x| x * x).sum::<f64>().sqrt().sqrt();
-                if size > 0.0 {
-                    (0..w.rows()).for_each(|r| a[(r, at)] = u[(r, k)] * size);
-                    b.row_mut(at).iter_mut().zip(v.row(k)).for_each(|(b, v)| *b = v / size);
-                }
-                at += 1;
-            }
-        }
-        Ok((a.to_f32(), b.to_f32()))
+        spanned(&w, seen, rank)
     }
+}
+
+/// `(u, uᵀ w)` of rank `rank` for the orthonormal columns `u` of `seen` and, where those are fewer, the first left
+/// singular vectors of what they leave of `w`.
+pub(super) fn spanned(w: &Mat64, seen: Mat64, rank: usize) -> Result<(Mat, Mat), MethodError> {
+    let mut rest = w.clone();
+    let mut halves = Vec::new();
+    halves.push(project(&mut rest, seen));
+    if halves[0].0.cols() < rank {
+        let unseen = left(&rest, rank - halves[0].0.cols())?;
+        halves.push(project(&mut rest, unseen));
+    }
+    // Ranks that a matrix of fewer directions does not need stay zero.
+    let (mut a, mut b) = (Mat64::zeros(w.rows(), rank), Mat64::zeros(rank, w.cols()));
+    let mut at = 0;
+    for (u, v) in &halves {
+        for k in 0..u.cols() {
+            // Sharing the size evenly keeps both within the range of f16.
+            let size = v.row(k).iter().map(|x| x * x).sum::<f64>().sqrt().sqrt();
+            if size > 0.0 {
+                (0..w.rows()).for_each(|r| a[(r, at)] = u[(r, k)] * size);
+                b.row_mut(at).iter_mut().zip(v.row(k)).for_each(|(b, v)| *b = v / size);
+            }
+            at += 1;
+        }
+    }
+    Ok((a.to_f32(), b.to_f32()))
 }
 
 /// Takes the projection on the columns of `u` out of `rest`: `u` and `uᵀ rest`.

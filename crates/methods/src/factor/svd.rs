@@ -53,11 +53,42 @@ pub(super) fn check(w: MatRef<'_>, rank: usize) -> Result<(), MethodError> {
 }
 
 /// The first `rank` singular triples as `(U Σ^½, Σ^½ Vᵀ)`.
-pub(super) fn halves(w: &Mat64, rank: usize) -> Result<(Mat64, Mat64), MethodError> {
+pub(crate) fn halves(w: &Mat64, rank: usize) -> Result<(Mat64, Mat64), MethodError> {
     let factor::Svd { u, s, vt } = factor::svd(w).map_err(|e| MethodError::new(e.to_string()))?;
     let a = Mat64::from_fn(w.rows(), rank, |r, k| u[(r, k)] * s[k].sqrt());
     let b = Mat64::from_fn(rank, w.cols(), |k, c| s[k].sqrt() * vt[(k, c)]);
     Ok((a, b))
+}
+
+/// The same with the columns of `w` weighted by `scale`, which the right factor is rid of again; then each pair of a
+/// column and a row is made of one size, which keeps both within the range of f16. Columns that weigh nothing, or less
+/// than a millionth of the heaviest, weigh a millionth of it; all count alike where none weighs anything.
+pub(super) fn weighted(w: MatRef<'_>, scale: &[f64], rank: usize) -> Result<(Mat, Mat), MethodError> {
+    if let Some(j) = scale.iter().position(|s| !s.is_finite() || *s < 0.0) {
+        return Err(MethodError::new(format!("input {j} would weigh {}; a number of 0 or more is needed", scale[j])));
+    }
+    let most = scale.iter().copied().fold(0.0, f64::max);
+    let weight = |c: usize| if most > 0.0 { (scale[c] / most).max(1e-6) } else { 1.0 };
+    let heavy = Mat64::from_fn(w.rows(), w.cols(), |r, c| f64::from(w.at(r, c)) * weight(c));
+    let (a, mut b) = halves(&heavy, rank)?;
+    for k in 0..rank {
+        b.row_mut(k).iter_mut().enumerate().for_each(|(c, v)| *v /= weight(c));
+    }
+    Ok(balanced(a, b))
+}
+
+/// The same product, each column of `a` as long as its row of `b`.
+pub(super) fn balanced(mut a: Mat64, mut b: Mat64) -> (Mat, Mat) {
+    let norm = |values: &mut dyn Iterator<Item = f64>| values.map(|v| v * v).sum::<f64>().sqrt();
+    for k in 0..a.cols() {
+        let (column, row) = (norm(&mut (0..a.rows()).map(|r| a[(r, k)])), norm(&mut b.row(k).iter().copied()));
+        if column > 0.0 && row > 0.0 {
+            let by = (row / column).sqrt();
+            (0..a.rows()).for_each(|r| a[(r, k)] *= by);
+            b.row_mut(k).iter_mut().for_each(|v| *v /= by);
+        }
+    }
+    (a.to_f32(), b.to_f32())
 }
 
 impl Factor for Svd {

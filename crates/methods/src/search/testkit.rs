@@ -22,12 +22,20 @@ impl Bench {
                         value: l as f64,
                         bytes: size * (levels - l) as u64,
                         error: pain * (l as f64 / levels as f64).powi(2),
+                        lost: 1e4 * pain * (l as f64 / levels as f64).powi(2),
                     })
                     .collect()
             })
             .collect();
         let slots = (0..slots).map(|s| Slot { name: format!("slot {s}"), parameters: 100, group: 0 }).collect();
         Bench { slots, levels: list, measured: 0 }
+    }
+
+    /// Of these levels, by slot; slots of one group each.
+    pub fn of(levels: Vec<(usize, Vec<Level>)>, parameters: u64) -> Bench {
+        let slot = |(s, group): (usize, usize)| Slot { name: format!("slot {s}"), parameters, group };
+        let (groups, levels): (Vec<usize>, Vec<Vec<Level>>) = levels.into_iter().unzip();
+        Bench { slots: groups.into_iter().enumerate().map(slot).collect(), levels, measured: 0 }
     }
 
     pub fn bytes(&self, a: &[usize]) -> u64 {

@@ -3,11 +3,13 @@
 mod gram;
 mod mean;
 mod norms;
+mod sides;
 mod square;
 
 pub use gram::OutputGrams;
 pub use mean::Mean;
 pub use norms::Norms;
+pub use sides::Sides;
 pub use square::Square;
 
 use std::collections::{BTreeMap, BTreeSet};
@@ -140,7 +142,7 @@ mod tests {
     #[test]
     fn folds_agree_with_their_definitions() {
         let place = Place::layer(0, Role::Q);
-        let mut sink: WeightGradients<((Mean, Square), Norms)> = WeightGradients::new([place]);
+        let mut sink: WeightGradients<((Mean, Square), (Norms, Sides))> = WeightGradients::new([place]);
         let mut grams = OutputGrams::new([place]);
         assert!(sink.wants(&place) && !sink.wants(&Place::layer(0, Role::K)) && !grams.wants(&place.bias()));
         let mut exact = Vec::new();
@@ -165,7 +167,7 @@ mod tests {
         sink.end_of_part(Some(0)).unwrap();
         assert_eq!(sink.sequences(), 3);
         assert!(sink.get(&Place::layer(0, Role::K)).is_none());
-        let ((mean, square), norms) = sink.get(&place).unwrap();
+        let ((mean, square), (norms, sides)) = sink.get(&place).unwrap();
         let over = |f: &dyn Fn(&Mat, usize, usize) -> f32| {
             Mat::from_fn(4, 6, |o, i| exact.iter().map(|dw| f(dw, o, i)).sum::<f32>())
         };
@@ -177,6 +179,17 @@ mod tests {
             ("l2", norms.root_sum_of_squares(), map(&over(&|m, o, i| m[(o, i)] * m[(o, i)]), f32::sqrt)),
         ] {
             assert!(max_abs_diff(got.view(), want.view()) < 1e-4, "{name}");
+        }
+        let (rows, columns) = (sides.rows(3), sides.columns(3));
+        assert_eq!((rows.rows(), columns.rows()), (4, 6));
+        for (a, b) in (0..6).flat_map(|a| (0..6).map(move |b| (a, b))) {
+            let of = |f: &dyn Fn(&Mat) -> f32| exact.iter().map(f).sum::<f32>() / 3.0;
+            let want = of(&|g| (0..4).map(|o| g[(o, a)] * g[(o, b)]).sum());
+            assert!((columns[(a, b)] - want).abs() < 1e-3 * (1.0 + want.abs()));
+            if a.max(b) < 4 {
+                let want = of(&|g| (0..6).map(|i| g[(a, i)] * g[(b, i)]).sum());
+                assert!((rows[(a, b)] - want).abs() < 1e-3 * (1.0 + want.abs()));
+            }
         }
         let gram = grams.get(&place).unwrap();
         for (a, b) in (0..4).flat_map(|a| (0..4).map(move |b| (a, b))) {
