@@ -27,6 +27,7 @@ pub fn registry() -> Registry {
             score::fisher::method(),
             score::gblm::method(),
             solve::sparsegpt::method(),
+            solve::dsnot::method(),
             grid::rtn::method(),
             grid::squeezellm::method(),
             solve::gptq::method(),

@@ -1,5 +1,6 @@
 //! Solves: choose what stays, and compensate with the rest.
 
+pub(crate) mod dsnot;
 pub(crate) mod gptq;
 pub(crate) mod sparsegpt;
 pub(crate) mod spqr;
