@@ -255,6 +255,11 @@ pub trait Solve: Send + Sync {
     fn rounded_form(&self, _: &GridAsk) -> RoundedForm {
         RoundedForm::default()
     }
+
+    /// Statistics that its parameters make it read, beside those on its card.
+    fn also_needs(&self) -> &'static [Ask] {
+        &[]
+    }
 }
 
 /// Factor: thin matrices instead of one.

@@ -29,6 +29,7 @@ pub fn registry() -> Registry {
             score::fisher::method(),
             score::gblm::method(),
             solve::sparsegpt::method(),
+            solve::dsnot::method(),
             grid::rtn::method(),
             grid::weighted_rtn::method(),
             solve::hqq::method(),

@@ -128,7 +128,11 @@ impl Local for Prune {
     }
 
     fn needs(&self, _: &Place) -> Vec<Ask> {
-        self.card.needs.to_vec()
+        let also: &[Ask] = match &self.by {
+            By::Score(_) => &[],
+            By::Solve(solver) => solver.also_needs(),
+        };
+        [self.card.needs, also].concat()
     }
 
     fn check(&self, (rows, cols): (usize, usize), earlier: &[Left]) -> Result<Left, MethodError> {

@@ -1,5 +1,6 @@
 //! Solves: choose what stays, and compensate with the rest.
 
+pub(crate) mod dsnot;
 pub(crate) mod finequant;
 pub(crate) mod gptq;
 pub(crate) mod hqq;
