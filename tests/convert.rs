@@ -121,7 +121,8 @@ fn integers(s: &Stored, bits: u8, group: usize, zeros: bool) -> Stored {
     let scales = Mat::from_fn(s.rows, groups, |r, g| {
         ((r * 5 + g) % 17 + 1) as f32 / 2048.0 * if r % 2 == 0 { 1.0 } else { -1.0 }
     });
-    let q = Integers { rows: s.rows, cols: s.cols, bits, codes, scales, zeros, group: Group::Run(group) };
+    let q =
+        Integers { rows: s.rows, cols: s.cols, bits, codes, scales, zeros, offsets: None, group: Group::Run(group) };
     Stored::from_piece(pack_integers(&q, None, PatternKind::Dense, ScaleCodec::F16).unwrap())
 }
 

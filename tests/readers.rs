@@ -548,6 +548,15 @@ fn zero_points(p: &Place, s: &Stored) -> Stored {
             codes.extend(run.iter().map(|x| grid.code(*x, 4)));
         }
     }
-    let q = Integers { rows: s.rows, cols: s.cols, bits: 4, codes, scales, zeros: Some(zeros), group: Group::Run(64) };
+    let q = Integers {
+        rows: s.rows,
+        cols: s.cols,
+        bits: 4,
+        codes,
+        scales,
+        zeros: Some(zeros),
+        offsets: None,
+        group: Group::Run(64),
+    };
     Stored::from_piece(pack_integers(&q, None, PatternKind::Dense, ScaleCodec::F16).expect("codes of 4 bits"))
 }

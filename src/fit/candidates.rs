@@ -144,7 +144,7 @@ pub fn candidates(reader: Reader, coarse: bool, effort: Effort) -> Vec<Candidate
 pub fn targets(places: &[Place], all: &[Place]) -> Vec<String> {
     let mut out = Vec::new();
     for role in Role::ALL {
-        let of = |list: &[Place]| list.iter().filter(|p| p.role == *role).copied().collect::<Vec<_>>();
+        let of = |list: &[Place]| list.iter().filter(|p| p.role == role).copied().collect::<Vec<_>>();
         let (mine, every) = (of(places), of(all));
         if mine.is_empty() {
             continue;
