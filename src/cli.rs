@@ -93,7 +93,7 @@ pub struct Quickstart {
     /// Where the report goes.
     #[arg(long, default_value = "report.html")]
     pub report: PathBuf,
-    /// A recipe of your own instead of the default one.
+    /// A recipe instead of a search.
     #[arg(long)]
     pub recipe: Option<String>,
 }

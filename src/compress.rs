@@ -13,7 +13,7 @@ use lacuna_contract::Registry;
 use lacuna_eval::{Across, CALIBRATION, Eval, HELD_OUT, Judged, Means, Table};
 use lacuna_format::Weights;
 use lacuna_judge::{
-    Bench, CostTable, Footprint, Forecast, Hold, Measured, Products, Verdict, baselines, judge, time_decode,
+    Bench, CostTable, Footprint, Forecast, Hold, Measured, OwnBits, Products, Verdict, baselines, judge, time_decode,
 };
 use lacuna_spec::Spec;
 use serde_json::{Value, json};
@@ -195,6 +195,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
             calibration: &calibration,
             eval: &Eval { progress: None, ..eval.clone() },
             max_ram,
+            own: OwnBits::of(&result)?,
         };
         let mut others = baselines(&bench, &mut bar)?;
         for why in std::mem::take(&mut others.left_out) {

@@ -3,12 +3,13 @@
 use std::process::ExitCode;
 use std::time::Instant;
 
+use anyhow::Context;
 use lacuna_run::{Generation, Sampling};
 use serde_json::json;
 
-use crate::cli::{Activations, Cache, Compress, Gate, Global, Quickstart, Running};
+use crate::cli::{Activations, Cache, Compress, Effort, Fit, Gate, Global, Quickstart, Reader, Running};
 use crate::common::{self, Model};
-use crate::{compress, generate, out, report};
+use crate::{compress, fit, generate, out, report};
 
 /// Both run as `generate` would.
 const RUNNING: Running = Running { activations: Activations::Int8, kv: Cache::F16 };
@@ -20,34 +21,13 @@ pub fn run(g: &Global, a: &Quickstart) -> anyhow::Result<ExitCode> {
     let start = Instant::now();
     common::say(format!("1. pulling {}", a.model));
     let source = common::open(g, &a.model)?;
-    let recipe = a.recipe.clone().unwrap_or_else(|| "default".into());
-    common::say(format!(
-        "2. compressing by the recipe '{recipe}', then judging on held-out text beside plain rounding"
-    ));
-    let args = Compress {
-        scratch: None,
-        model: a.model.clone(),
-        recipe: recipe.clone(),
-        out: a.out.clone(),
-        sets: Vec::new(),
-        calibration: None,
-        // A quarter of what the recipe asks for, and few windows: the whole story within minutes on two cores.
-        samples: Some(8),
-        seq_len: None,
-        seed: None,
-        eval: None,
-        ctx: None,
-        windows: Some(6),
-        gate: Gate::Full,
-        max_ram: None,
-        resume: false,
-        overwrite: true,
-        accept: true,
-        report: None,
+    let made = match &a.recipe {
+        None => by_search(g, a, &source)?,
+        Some(recipe) => by_recipe(g, a, recipe, &source)?,
     };
-    let done = compress::work(g, &args, &source)?;
+    let done = &made.done;
     if !g.json {
-        out::write(&compress::words(&done))?;
+        out::write(&made.words)?;
     }
     common::say("3. the same prompt, dense and compressed");
     let mut samples = Vec::new();
@@ -75,17 +55,91 @@ pub fn run(g: &Global, a: &Quickstart) -> anyhow::Result<ExitCode> {
         let asked = if chat { format!("{PROMPT}\n\n") } else { PROMPT.to_owned() };
         samples.push((who.to_owned(), asked, said.text));
     }
-    report::write(&a.report, &a.model, &recipe, &done, &samples, &[])?;
-    let json = json!({
-        "model": a.model, "out": done.outcomes.path, "report": a.report, "source_bytes": done.source_bytes,
-        "bytes_after": done.outcomes.bytes, "ppl": done.judged.as_ref().map(|j| j.ppl),
-        "pays": done.verdict.as_ref().map(|v| v.pays), "baselines": done.verdict.as_ref().map(|v| &v.against),
-        "samples": samples.iter().map(|(who, _, text)| json!({ "who": who, "text": text })).collect::<Vec<_>>(),
-        "seconds": start.elapsed().as_secs_f64(),
-    });
+    report::write(&a.report, &a.model, &made.by, done, &samples, &made.front)?;
+    let mut json = made.json;
+    json["report"] = json!(a.report);
+    json["samples"] = samples.iter().map(|(who, _, text)| json!({ "who": who, "text": text })).collect();
+    json["seconds"] = json!(start.elapsed().as_secs_f64());
     common::print(g, &json, || {
         let out = a.out.display();
         format!("\nreport: {}\nmodel:  {out}   (try: lacuna chat {out})\n", a.report.display())
     })?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// A compression on the way, with what is shown of it.
+struct Made {
+    done: compress::Done,
+    by: String,
+    words: String,
+    json: serde_json::Value,
+    front: Vec<(String, u64, f64)>,
+}
+
+/// Judging windows: few, so that the whole story takes minutes on two cores.
+const WINDOWS: usize = 6;
+
+/// The best model that a short search finds.
+fn by_search(g: &Global, a: &Quickstart, source: &Model) -> anyhow::Result<Made> {
+    common::say("2. searching for the best model, then judging it on held-out text beside plain rounding");
+    let args = Fit {
+        model: a.model.clone(),
+        out: a.out.clone(),
+        max_bytes: None,
+        max_loss: None,
+        max_ram: None,
+        context: None,
+        reader: Reader::Lacuna,
+        effort: Effort::Quick,
+        keep: Vec::new(),
+        calibration: None,
+        samples: Some(8),
+        search: None,
+        eval: None,
+        ctx: None,
+        windows: Some(WINDOWS),
+        gate: Gate::Full,
+        seed: 0,
+        dry_run: false,
+        scratch: None,
+        resume: false,
+        overwrite: true,
+        accept: true,
+        report: None,
+    };
+    let fitted = fit::work(g, &args, source)?;
+    let (words, json, front) = (fit::words(&args, &fitted), fit::to_json(&args, &fitted), fit::marks(&fitted));
+    let done = fitted.done.context("the search made no model")?;
+    Ok(Made { done, by: "fit".into(), words, json, front })
+}
+
+/// What a recipe of the user's own makes.
+fn by_recipe(g: &Global, a: &Quickstart, recipe: &str, source: &Model) -> anyhow::Result<Made> {
+    common::say(format!(
+        "2. compressing by the recipe '{recipe}', then judging on held-out text beside plain rounding"
+    ));
+    let args = Compress {
+        scratch: None,
+        model: a.model.clone(),
+        recipe: recipe.to_owned(),
+        out: a.out.clone(),
+        sets: Vec::new(),
+        calibration: None,
+        // A quarter of what recipes ask for.
+        samples: Some(8),
+        seq_len: None,
+        seed: None,
+        eval: None,
+        ctx: None,
+        windows: Some(WINDOWS),
+        gate: Gate::Full,
+        max_ram: None,
+        resume: false,
+        overwrite: true,
+        accept: true,
+        report: None,
+    };
+    let done = compress::work(g, &args, source)?;
+    let (words, json) = (compress::words(&done), compress::json_of(&a.model, recipe, &done));
+    Ok(Made { done, by: recipe.to_owned(), words, json, front: Vec::new() })
 }

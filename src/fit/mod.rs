@@ -413,7 +413,8 @@ fn pin(levels: &mut Levels<'_>, pins: &[String], all: &[Candidate]) -> anyhow::R
     Ok(())
 }
 
-fn to_json(a: &cli::Fit, f: &Fitted) -> Value {
+/// What came, for programs.
+pub fn to_json(a: &cli::Fit, f: &Fitted) -> Value {
     let front: Vec<Value> = f
         .front
         .iter()

@@ -1,5 +1,6 @@
 //! The baselines: plain rounding of the same source to 8, 6, 5, 4 and 3 bits, f16, the source as it came, and a table
-//! of word frequencies.
+//! of word frequencies; for a result of 3 bits or fewer, plain rounding to as many, too, with the embedding and the head
+//! at 8 bits and at the result's own: leaving something out there alone is no merit of a method.
 //!
 //! Rounded files and losses are made once and kept in a cache, for the source's files as they are and the program as it
 //! is: of another revision nothing is taken, since its rounding, its kernels or its evaluation may be others.
@@ -13,6 +14,7 @@ use lacuna_compress::{CompressError, Options, Progress, Recipe, compress, finger
 use lacuna_contract::Registry;
 use lacuna_eval::{Eval, EvalError};
 use lacuna_format::{Weights, WeightsError};
+use lacuna_spec::{Part, Role};
 use serde_json::{Value, json};
 
 use crate::gate::Measured;
@@ -81,6 +83,8 @@ pub struct Bench<'a> {
     pub eval: &'a Eval<'a>,
     /// Ceiling of memory.
     pub max_ram: Option<u64>,
+    /// Bits of a result that rounds to few.
+    pub own: Option<OwnBits>,
 }
 
 /// The name of the baseline that is the source itself.
@@ -88,7 +92,51 @@ pub const SOURCE: &str = "source as it came";
 /// Bits of the rounded baselines.
 const BITS: [u8; 5] = [8, 6, 5, 4, 3];
 
-fn recipe(bits: u8) -> String {
+/// Bits of a result that rounds to few: the baselines that it has beside the usual ones.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub struct OwnBits {
+    /// Bits of a code, 2 or 3, of plain rounding that takes about as much for the matrices of the blocks.
+    pub body: u8,
+    /// The same, 2 to 8, for the embedding and the head.
+    pub ends: u8,
+}
+
+impl OwnBits {
+    /// Those of a result; `None` where its blocks take more than plain rounding to 3 bits does.
+    pub fn of(weights: &dyn Weights) -> Result<Option<OwnBits>, WeightsError> {
+        let (mut body, mut ends) = ((0u64, 0u64), (0u64, 0u64));
+        for p in weights.spec().places() {
+            let end = matches!(p.role, Role::Embed | Role::Head);
+            if p.part != Part::Weight || !(end || p.role.is_linear()) {
+                continue;
+            }
+            if let Some(s) = weights.get(&p)? {
+                let sum = if end { &mut ends } else { &mut body };
+                *sum = (sum.0 + s.bytes(), sum.1 + s.rows as u64 * s.cols as u64);
+            }
+            weights.release(&p);
+        }
+        // Groups of 32 share a scale of 16 bits.
+        let code = |(bytes, n): (u64, u64)| 8.0 * bytes as f64 / n.max(1) as f64 - 0.5;
+        let (body, ends) = (code(body), code(ends));
+        let whole = |bits: f64, most: f64| bits.round().clamp(2.0, most) as u8;
+        Ok((body < 3.5).then(|| OwnBits { body: whole(body, 3.0), ends: whole(ends, 8.0) }))
+    }
+
+    /// Baselines by name and recipe: plain rounding to as many bits, with the ends at 8 and at the result's own.
+    fn recipes(self) -> Vec<(String, String)> {
+        let mut out = Vec::new();
+        if !BITS.contains(&self.body) {
+            out.push((format!("int{} g32", self.body), recipe(self.body, 8)));
+        }
+        if self.ends != 8 {
+            out.push((format!("int{} g32 ends int{}", self.body, self.ends), recipe(self.body, self.ends)));
+        }
+        out
+    }
+}
+
+fn recipe(bits: u8, ends: u8) -> String {
     let step = |name: &str, targets: &str, bits: u8| {
         format!(
             "[[step]]\nname = \"{name}\"\nmethod = \"rtn\"\ntargets = [{targets}]\nbits = {bits}\ngroup = \
@@ -98,7 +146,7 @@ fn recipe(bits: u8) -> String {
     format!(
         "version = 1\nrest = \"source\"\n{}{}",
         step("body", "\"attn.*\", \"ffn.*\"", bits),
-        step("ends", "\"embed\", \"head\"", 8)
+        step("ends", "\"embed\", \"head\"", ends)
     )
 }
 
@@ -151,7 +199,8 @@ pub fn baselines(bench: &Bench<'_>, progress: &mut dyn Progress) -> Result<Basel
     let made = set.make().map_err(io)?;
     let (dir, key) = (set.dir().to_owned(), text_key(bench));
     let (mut out, mut left_out) = (Vec::new(), Vec::new());
-    let mut recipes: Vec<(String, String)> = BITS.iter().map(|b| (format!("int{b} g32"), recipe(*b))).collect();
+    let mut recipes: Vec<(String, String)> = BITS.iter().map(|b| (format!("int{b} g32"), recipe(*b, 8))).collect();
+    recipes.extend(bench.own.into_iter().flat_map(OwnBits::recipes));
     recipes.push(("f16".into(), "version = 1\nrest = \"f16\"\n".into()));
     for (name, text) in recipes {
         let path = dir.join(name.replace(' ', "-"));
@@ -242,6 +291,34 @@ mod tests {
     }
 
     #[test]
+    fn few_bits_have_baselines_of_their_own() {
+        let names = |body, ends| OwnBits { body, ends }.recipes().into_iter().map(|r| r.0).collect::<Vec<_>>();
+        assert_eq!(names(2, 6), ["int2 g32", "int2 g32 ends int6"]);
+        assert_eq!(names(3, 4), ["int3 g32 ends int4"]);
+        assert!(names(3, 8).is_empty());
+        let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny/llama");
+        let model = lacuna_checkpoint::open(&tiny).unwrap();
+        assert_eq!(OwnBits::of(&model).unwrap(), None, "floats");
+        let dir = tempfile::tempdir().unwrap();
+        let out = dir.path().join("two");
+        let registry = lacuna_methods::registry();
+        let text = recipe(2, 4);
+        let recipe = Recipe::parse(&text, &registry, &[]).unwrap();
+        let options = Options {
+            out: &out,
+            overwrite: false,
+            resume: false,
+            scratch: None,
+            max_ram: None,
+            bos: None,
+            source: json!(null),
+        };
+        compress(&model, &[], &recipe, &options, &mut lacuna_compress::Quiet).unwrap();
+        let two = lacuna_checkpoint::open(&out).unwrap();
+        assert_eq!(OwnBits::of(&two).unwrap(), Some(OwnBits { body: 2, ends: 4 }));
+    }
+
+    #[test]
     fn another_source_and_another_revision_have_a_set_of_their_own() {
         let tiny = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny/llama");
         let dir = tempfile::tempdir().unwrap();
@@ -260,7 +337,7 @@ mod tests {
     #[test]
     fn baseline_recipes_state_every_matrix() {
         for b in BITS {
-            let t: toml::Table = recipe(b).parse().unwrap();
+            let t: toml::Table = recipe(b, 8).parse().unwrap();
             assert_eq!(t["step"].as_array().unwrap().len(), 2);
         }
     }
