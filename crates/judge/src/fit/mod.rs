@@ -192,8 +192,7 @@ pub fn search<M: Measure>(
     let chain = knapsack::chain(&items);
     let mut front = Vec::new();
     let points = effort.front.min(run.left().saturating_sub(1)).clamp(1, chain.len());
-    for i in 0..points {
-        let at = if points == 1 { chain.len() - 1 } else { i * (chain.len() - 1) / (points - 1) };
+    for at in evenly(&chain.iter().map(|a| levels.bytes(a)).collect::<Vec<u64>>(), points) {
         let untouched = |(c, &l): (&Choice, &usize)| c.levels[l].recipe.is_none();
         let all_as_it_came = levels.choices.iter().zip(&chain[at]).all(untouched);
         let point = if all_as_it_came {
@@ -268,6 +267,16 @@ pub fn search<M: Measure>(
     Ok(Found { chosen, knapsack, front, slopes, trials: run.spent, notes })
 }
 
+/// Indices of `n` of these, falling, that lie about evenly between the first and the last.
+fn evenly(bytes: &[u64], n: usize) -> Vec<usize> {
+    let (Some(&high), Some(&low)) = (bytes.first(), bytes.last()) else { return Vec::new() };
+    let wanted = |i: usize| if n < 2 { low } else { high - (high - low) * i as u64 / (n as u64 - 1) };
+    let nearest = |w: u64| (0..bytes.len()).min_by_key(|&k| bytes[k].abs_diff(w)).unwrap_or(0);
+    let mut out: Vec<usize> = (0..n).map(|i| nearest(wanted(i))).collect();
+    out.dedup();
+    out
+}
+
 /// The knapsack's answer for the bytes of a whole model.
 pub(crate) fn whole(levels: &Levels<'_>, items: &[Vec<Item>], bytes: u64) -> Option<Assignment> {
     knapsack::within(items, bytes.checked_sub(levels.rest_bytes)?)
@@ -304,6 +313,14 @@ mod tests {
         assert_eq!(front[knee(&front)].bytes, 60);
         assert_eq!(knee(&front[..1]), 0);
         assert_eq!(knee(&[]), 0);
+    }
+
+    #[test]
+    fn the_front_is_looked_at_evenly_in_bytes() {
+        assert_eq!(evenly(&[100, 99, 98, 97, 60, 20], 3), [0, 4, 5]);
+        assert_eq!(evenly(&[100, 20], 5), [0, 1]);
+        assert_eq!(evenly(&[7], 1), [0]);
+        assert!(evenly(&[], 4).is_empty());
     }
 
     #[test]
