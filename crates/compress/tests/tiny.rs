@@ -76,7 +76,10 @@ fn every_carried_recipe_saves_a_model_that_opens() {
                 let told: f64 = told.iter().map(|f| f.sample.bytes() as f64 * f.scale * f.matrices as f64).sum();
                 let matrix = |p: &&Place| p.part == Part::Weight && (p.role.is_linear() || p.role == Role::Embed);
                 let made: u64 = done.tensors.iter().filter(|t| matrix(&&t.place)).map(|t| t.bytes_after).sum();
-                assert!((told / made as f64 - 1.0).abs() < 0.05, "{name} on {model}: told {told}, made {made}");
+                // FineQuant's groups may be larger than the smallest allowed, which is told.
+                let most = if name.starts_with("finequant") { 1.15 } else { 1.05 };
+                let ratio = told / made as f64;
+                assert!(ratio > 0.95 && ratio < most, "{name} on {model}: told {told}, made {made}");
             }
             for place in done.spec.places() {
                 let s = packed.get(&place).unwrap().unwrap();

@@ -64,13 +64,15 @@ fn gguf(rows: usize, cols: usize, kind: GgufType, rng: &mut Rng) -> Stored {
 fn tables(rows: usize, cols: usize, run: usize, rng: &mut Rng) -> Vec<(String, Stored)> {
     let group = || Group::Run(run);
     let scales = Mat::from_fn(rows, cols.div_ceil(run), |_, _| rng.normal());
-    let scales = || Scales::Float(Float::F16, floats(&scales, Float::F16));
+    let scales_of = |float| Scales::Float(float, floats(&scales, float));
+    let scales = || scales_of(Float::F16);
     let mut out = Vec::new();
     for bits in [1u8, 3, 4, 8] {
         let codes: Vec<u8> = (0..rows * cols).map(|_| rng.u64() as u8 >> (8 - bits)).collect();
         let table: Vec<f32> = (0..1 << bits).map(|_| rng.normal()).collect();
-        for s in [None, Some((scales(), group()))] {
-            let name = format!("codebook {bits} scales {}", s.is_some());
+        for float in [None, Some(Float::F16), Some(Float::F8E4m3), Some(Float::F8E5m2)] {
+            let name = format!("codebook {bits} scales {float:?}");
+            let s = float.map(|f| (scales_of(f), group()));
             let codes = Bytes::from(pack(&codes, bits));
             out.push((
                 name,
