@@ -135,16 +135,16 @@ mod tests {
     fn gram(n: usize) -> Gram {
         let (a, b) = (random(600, n, 2), random(600, 1, 3));
         let mut gram = Gram::new(n);
-        gram.add(Mat::from_fn(600, n, |t, c| (a[(t, c)] + b[(t, 0)]) * (1 + 7 * usize::from(c % 9 == 4)) as f32).view());
+        gram.add(
+            Mat::from_fn(600, n, |t, c| (a[(t, c)] + b[(t, 0)]) * (1 + 7 * usize::from(c % 9 == 4)) as f32).view(),
+        );
         gram
     }
 
     fn run(local: &dyn lacuna_contract::Local, w: &Mat) -> Stored {
         let gram = gram(w.cols());
-        let found = [
-            (Ask::InputGram, Gathered::Gram(gram.clone())),
-            (Ask::InputSquares, Gathered::Vector(gram.diag())),
-        ];
+        let found =
+            [(Ask::InputGram, Gathered::Gram(gram.clone())), (Ask::InputSquares, Gathered::Vector(gram.diag()))];
         let stats = Stats { tokens: 600, found: &found, gradients: &[], sequences: 0, worked: None };
         let matrix = Unpacked::dense(w.clone());
         let source = matrix.pack(Float::F32).expect("packs");
