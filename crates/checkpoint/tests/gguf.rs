@@ -3,9 +3,10 @@
 use std::fs;
 use std::path::PathBuf;
 
+use lacuna_checkpoint::save::{GgufKind, save_gguf};
 use lacuna_checkpoint::{Checkpoint, Kind, PackedWriter, open};
-use lacuna_format::{Float, GgufType, Term, Values, Weights};
-use lacuna_spec::{Place, Positions, Role, RopeScaling, RopeStyle};
+use lacuna_format::{Float, GgufType, Pattern, Piece, Stored, Term, Values, Weights};
+use lacuna_spec::{Part, Place, Positions, Role, RopeScaling, RopeStyle};
 
 enum Meta {
     U32(u32),
@@ -194,6 +195,62 @@ fn packed_as_it_is_a_gguf_keeps_its_bytes_and_its_tokenizer() {
     w.finish(p.spec().clone(), "none".into(), "here".into(), vec![], Some(&p)).unwrap();
     for file in ["model.safetensors", "config.json", "tokenizer.gguf"] {
         assert_eq!(fs::read(out.join(file)).unwrap(), fs::read(again.join(file)).unwrap(), "{file}");
+    }
+}
+
+/// Blocks of every type, in matrices, embedding and head, go into a GGUF file as they are.
+#[test]
+fn blocks_of_every_type_are_exported_byte_for_byte() {
+    for kind in lacuna_format::gguf::ALL {
+        let keys = [
+            ("general.architecture", Str("llama")),
+            ("llama.block_count", U32(1)),
+            ("llama.context_length", U32(64)),
+            ("llama.embedding_length", U32(256)),
+            ("llama.feed_forward_length", U32(256)),
+            ("llama.attention.head_count", U32(4)),
+            ("llama.attention.head_count_kv", U32(2)),
+            ("llama.attention.layer_norm_rms_epsilon", F32(1e-5)),
+            ("llama.rope.freq_base", F32(10000.0)),
+        ];
+        let mut tensors = vec![
+            ("token_embd.weight".to_owned(), vec![8, 256], 0),
+            ("output.weight".to_owned(), vec![8, 256], 0),
+            ("output_norm.weight".to_owned(), vec![256], 0),
+        ];
+        let square: &[usize] = &[256, 256];
+        let mut names = vec![("attn_norm", &[256][..], 0), ("ffn_norm", &[256], 0)];
+        names.extend(["attn_q", "attn_output", "ffn_gate", "ffn_up", "ffn_down"].map(|n| (n, square, 0)));
+        names.extend(["attn_k", "attn_v"].map(|n| (n, &[128, 256][..], 0)));
+        tensors.extend(layer(0, &names));
+        let (dir, path) = write(&keys, &tensors);
+        let c = open(&path).unwrap();
+        let (out, file) = (dir.path().join("out"), dir.path().join("out.gguf"));
+        let mut w = PackedWriter::create(&out, false).unwrap();
+        for (i, place) in c.spec().places().into_iter().enumerate() {
+            let stored = c.get(&place).unwrap().unwrap();
+            if place.part != Part::Weight || stored.cols != 256 || stored.rows == 1 {
+                w.put(&place, &stored).unwrap();
+                continue;
+            }
+            let values = lacuna_base::testkit::random(stored.rows, 256, i as u64);
+            let values = Values::Gguf(kind, kind.encode(values.data()).into());
+            let piece = Piece { rows: stored.rows, cols: 256, pattern: Pattern::Dense, values };
+            w.put(&place, &Stored::from_piece(piece)).unwrap();
+        }
+        w.finish(c.spec().clone(), "none".into(), "here".into(), vec![], Some(&c)).unwrap();
+        let packed = open(&out).unwrap();
+        save_gguf(&packed, &file, GgufKind::Source, false, &mut |_, _| {}).unwrap();
+        let exported = open(&file).unwrap();
+        let mut blocks = 0;
+        for place in c.spec().places() {
+            let (was, is) = (packed.get(&place).unwrap().unwrap(), exported.get(&place).unwrap().unwrap());
+            if let Values::Gguf(..) = was.single().unwrap().values {
+                assert_eq!(was, is, "{kind:?} {place}");
+                blocks += 1;
+            }
+        }
+        assert_eq!(blocks, 9, "{kind:?}: embedding, head and seven matrices");
     }
 }
 

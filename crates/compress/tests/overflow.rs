@@ -71,6 +71,10 @@ fn no_recipe_saves_what_is_not_finite() {
                     if said.contains("the vocabulary cannot change: no tokenizer") {
                         continue;
                     }
+                    // Nor rows that are whole blocks.
+                    if said.contains("are not whole blocks") {
+                        continue;
+                    }
                     // What a whole layer comes to is finite no more where a product of two weights is not.
                     let layer = value == f32::MAX && (said.contains("layer 0") || said.starts_with("layers.0:"));
                     assert!(said.contains("layers.0.ffn") || layer, "{value:e} by {name}: {said}");
