@@ -112,7 +112,13 @@ fn floor(spec: &Spec, recipe: &Recipe, seq_len: usize) -> u64 {
     for (l, layer) in spec.layers.iter().enumerate() {
         let whole = |s: &RecipeStep| match s.step() {
             Step::Model(model) => Gather::bytes(spec, model.needs(spec, l)) + model.scratch_bytes(spec),
-            _ => 0,
+            Step::Search(search) => {
+                let matrices = spec.layer_places(l).into_iter().filter(|p| p.part == Part::Weight);
+                let looks = |p| search.needs().iter().map(move |ask| (Site::Matrix(p), *ask));
+                let all = asks(recipe, &Chosen::default(), spec, l).into_iter().chain(matrices.flat_map(looks));
+                Gather::bytes(spec, all)
+            }
+            Step::Local(_) => 0,
         };
         let whole = recipe.steps.iter().map(whole).max().unwrap_or(0);
         let grams = Gather::bytes(spec, asks(recipe, &Chosen::default(), spec, l)).max(whole);

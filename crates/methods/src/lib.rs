@@ -43,6 +43,9 @@ pub fn registry() -> Registry {
             shortlist::lexical_shortlist::method(),
             search::uniform::method(),
             search::evopress::method(),
+            search::owl::method(),
+            search::sv_nup::method(),
+            search::essential_sparsity::method(),
         ],
         families: vec![
             family::prune::family(),

@@ -193,11 +193,8 @@ impl Solve for DsNoT {
                 let of = |f: &dyn Fn(f64, usize) -> f64| -> Vec<f64> {
                     ask.w.row(r).iter().enumerate().map(|(c, v)| f(f64::from(*v), c)).collect()
                 };
-                let row = Row {
-                    adds: of(&|v, c| v * mean[c] * SAMPLE),
-                    variance,
-                    wanda: of(&|v, c| v.abs() * norms[c]),
-                };
+                let row =
+                    Row { adds: of(&|v, c| v * mean[c] * SAMPLE), variance, wanda: of(&|v, c| v.abs() * norms[c]) };
                 let before = |c: usize| ask.mask.is_none_or(|m| m.get(r, c));
                 for (back, gone) in row.exchanges(&|c| mask.get(r, c), &before, run, self) {
                     mask.set(r, back, true);
@@ -381,8 +378,7 @@ mod tests {
                 let (w, x) = (random(16, 96, seed), inputs(96, 200, seed + 50));
                 let found = gathered(&x);
                 for pattern in [Sparsity::Unstructured, Sparsity::Nm { n: 2, m: 4 }] {
-                    let first =
-                        solve(&DsNoT { start, cycles: 0, ..DsNoT::default() }, &w, &found, pattern, None).w;
+                    let first = solve(&DsNoT { start, cycles: 0, ..DsNoT::default() }, &w, &found, pattern, None).w;
                     let after = solve(&DsNoT { start, ..DsNoT::default() }, &w, &found, pattern, None).w;
                     let (was, is) = (error(&w, &first, &x), error(&w, &after, &x));
                     assert!(is < was, "{start:?} {pattern} seed {seed}: {is} {was}");
