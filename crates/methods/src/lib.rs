@@ -26,6 +26,7 @@ pub fn registry() -> Registry {
             score::wanda::method(),
             score::fisher::method(),
             score::gblm::method(),
+            score::gqsa::method(),
             solve::sparsegpt::method(),
             solve::dsnot::method(),
             grid::rtn::method(),
