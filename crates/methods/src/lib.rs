@@ -29,6 +29,7 @@ pub fn registry() -> Registry {
             score::gqsa::method(),
             solve::sparsegpt::method(),
             solve::dsnot::method(),
+            solve::llm_surgeon::method(),
             grid::rtn::method(),
             grid::squeezellm::method(),
             solve::gptq::method(),
