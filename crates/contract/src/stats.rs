@@ -33,12 +33,22 @@ pub enum Ask {
     GradientMean,
     /// `Σ dyᵀ dy` of a matrix's output gradients, `[out, out]`.
     OutputGradientGram,
+    /// Each sequence's `G`, one below the other, `[sequences * out, in]`; sequences that did not reach the matrix, whose
+    /// `G` is 0, are left out.
+    SequenceGradients,
 }
 
 impl Ask {
     /// Whether it takes a backward pass.
     pub fn is_gradient(self) -> bool {
-        matches!(self, Ask::GradientAbsolute | Ask::GradientSquares | Ask::GradientMean | Ask::OutputGradientGram)
+        matches!(
+            self,
+            Ask::GradientAbsolute
+                | Ask::GradientSquares
+                | Ask::GradientMean
+                | Ask::OutputGradientGram
+                | Ask::SequenceGradients
+        )
     }
 
     /// In words.
@@ -52,6 +62,7 @@ impl Ask {
             Ask::GradientSquares => "the squares of its gradients",
             Ask::GradientMean => "its mean gradient",
             Ask::OutputGradientGram => "the Gram matrix of its output gradients",
+            Ask::SequenceGradients => "its gradients, sequence by sequence",
         }
     }
 }

@@ -30,6 +30,7 @@ pub fn registry() -> Registry {
             solve::sparsegpt::method(),
             solve::dsnot::method(),
             solve::llm_surgeon::method(),
+            solve::obert::method(),
             grid::rtn::method(),
             grid::squeezellm::method(),
             solve::gptq::method(),

@@ -13,6 +13,7 @@ use lacuna_methods::registry;
 
 /// Statistics of correlated inputs; input 1 is zero in every token.
 struct Inputs {
+    x: Mat,
     gram: Gram,
     found: Vec<(Ask, Gathered)>,
     gradients: Vec<(Ask, Gathered)>,
@@ -42,7 +43,7 @@ impl Inputs {
             (Ask::InputSquares, Gathered::Vector(gram.diag())),
             (Ask::InputMoments, Gathered::Moments { mean, variance }),
         ];
-        Inputs { gram, found, gradients: Vec::new() }
+        Inputs { x: x.clone(), gram, found, gradients: Vec::new() }
     }
 
     /// With gradients of a matrix of `rows` outputs.
@@ -54,6 +55,11 @@ impl Inputs {
             (Ask::GradientSquares, Gathered::Matrix(of(|x| x * x))),
             (Ask::GradientMean, Gathered::Matrix(of(|x| x))),
             (Ask::OutputGradientGram, Gathered::Matrix(dense::matmul_nt(g.view(), g.view()))),
+            // A token a sequence, and an output's gradient of 1: then the Fisher matrix of a row is that of the inputs.
+            (
+                Ask::SequenceGradients,
+                Gathered::Matrix(Mat::from_fn(self.x.rows() * rows, self.x.cols(), |i, c| self.x[(i / rows, c)])),
+            ),
         ];
         self
     }

@@ -38,7 +38,11 @@ fn reducer(ask: Ask) -> Option<Box<dyn Reducer>> {
         Ask::InputSquares => Box::new(squares::InputSquares::default()),
         Ask::InputMoments => Box::new(moments::InputMoments::default()),
         Ask::Similarity(unit) => Box::new(similarity::Similarity::new(unit)),
-        Ask::GradientAbsolute | Ask::GradientSquares | Ask::GradientMean | Ask::OutputGradientGram => return None,
+        Ask::GradientAbsolute
+        | Ask::GradientSquares
+        | Ask::GradientMean
+        | Ask::OutputGradientGram
+        | Ask::SequenceGradients => return None,
     })
 }
 

@@ -3,5 +3,6 @@
 pub(crate) mod dsnot;
 pub(crate) mod gptq;
 pub(crate) mod llm_surgeon;
+pub(crate) mod obert;
 pub(crate) mod sparsegpt;
 pub(crate) mod spqr;
