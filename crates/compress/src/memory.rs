@@ -54,9 +54,9 @@ pub fn plan(spec: &Spec, recipe: &Recipe, sequences: &[Vec<u32>], max_ram: Optio
     let asked = gradients_asked(spec, recipe);
     let shapes = asked.iter().filter_map(|(p, ask)| Some((*ask, spec.shape(p)?)));
     let inputs = SpilledInputs::bytes(spec.layers.len(), &lens, spec.hidden);
-    let back = if asked.is_empty() { 0 } else { inputs + gradients::given_bytes(shapes) };
+    let back = if asked.is_empty() { 0 } else { inputs + gradients::given_bytes(shapes, lens.len()) };
     let all = (copies * one).max(back);
-    let floor = floor(spec, recipe, lens.iter().copied().max().unwrap_or(0)) + in_use();
+    let floor = floor(spec, recipe, &lens) + in_use();
     let Some(max) = max_ram else {
         let free = available().unwrap_or(4 << 30);
         // Nobody set a ceiling: what the machine has free is one.
@@ -106,14 +106,20 @@ fn told(file: &str, key: &str) -> Option<u64> {
 /// The largest block: its matrices decoded once as f32 and once more as new weights, its statistics, what the step that
 /// needs most takes for the matrices it works on at once, and the activations of one sequence inside the block; or the
 /// embedding being rewritten.
-fn floor(spec: &Spec, recipe: &Recipe, seq_len: usize) -> u64 {
-    let mut most = 0u64;
+fn floor(spec: &Spec, recipe: &Recipe, lens: &[usize]) -> u64 {
+    let (mut most, seq_len) = (0u64, lens.iter().copied().max().unwrap_or(0));
     let asked = gradients_asked(spec, recipe);
     let backward = !asked.is_empty();
     for (l, layer) in spec.layers.iter().enumerate() {
         let whole = |s: &RecipeStep| match s.step() {
             Step::Model(model) => Gather::bytes(spec, model.needs(spec, l)) + model.scratch_bytes(spec),
-            _ => 0,
+            Step::Search(search) => {
+                let matrices = spec.layer_places(l).into_iter().filter(|p| p.part == Part::Weight);
+                let looks = |p| search.needs().iter().map(move |ask| (Site::Matrix(p), *ask));
+                let all = asks(recipe, &Chosen::default(), spec, l).into_iter().chain(matrices.flat_map(looks));
+                Gather::bytes(spec, all)
+            }
+            Step::Local(_) => 0,
         };
         let whole = recipe.steps.iter().map(whole).max().unwrap_or(0);
         let grams = Gather::bytes(spec, asks(recipe, &Chosen::default(), spec, l)).max(whole);
@@ -137,9 +143,13 @@ fn floor(spec: &Spec, recipe: &Recipe, seq_len: usize) -> u64 {
         let mine = asked.iter().filter(|(p, _)| p.layer == Some(l as u32));
         let mine: Vec<_> = mine.filter_map(|(p, ask)| Some((*ask, spec.shape(p)?))).collect();
         let square = mine.iter().map(|(ask, shape)| gradients::square_bytes(*ask, *shape)).sum::<u64>();
-        let given = gradients::given_bytes(mine.into_iter());
+        let given = gradients::given_bytes(mine.into_iter(), lens.len());
         let back = if backward { 4 * 4 * weights + 6 * rows + square } else { 0 };
-        most = most.max(2 * 4 * weights + (grams + given + scratch + rows).max(back));
+        // Gradients kept one by one are there on the way back and again while the block's matrices are worked on, where
+        // they come out of the scratch file as packed bytes first.
+        let here = asked.iter().filter(|(p, ask)| p.layer == Some(l as u32) && *ask == Ask::SequenceGradients);
+        let each: u64 = here.filter_map(|(p, _)| spec.shape(p)).map(|(m, n)| 4 * (m * n * lens.len()) as u64).sum();
+        most = most.max(2 * 4 * weights + (grams + given + scratch + rows).max(back) + each);
     }
     let embed = (spec.vocab as u64) * (spec.hidden as u64);
     let changes = |p: &lacuna_spec::Place| p.layer.is_none() && recipe.local().any(|(_, s)| s.local(p).is_some());

@@ -20,10 +20,10 @@ use crate::overlay::{Overlay, Stitched, finite, need, release_layer};
 use crate::recipe::RecipeStep;
 
 /// One layer as a walker sees it.
-struct Layer<'a> {
-    weights: &'a Overlay<'a>,
-    statistics: &'a Statistics,
-    vocabulary: Option<&'a Vocabulary>,
+pub(crate) struct Layer<'a> {
+    pub(crate) weights: &'a Overlay<'a>,
+    pub(crate) statistics: &'a Statistics,
+    pub(crate) vocabulary: Option<&'a Vocabulary>,
 }
 
 impl LayerWork for Layer<'_> {

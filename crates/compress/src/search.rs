@@ -16,6 +16,7 @@ use crate::calibrate::Gather;
 use crate::drive::{SOURCE, Walk, at_step};
 use crate::error::change;
 use crate::local::{asks, local_of};
+use crate::model_wide::Layer;
 use crate::overlay::{Overlay, Stitched, finite, forward, need, release_layer};
 use crate::recipe::RecipeStep;
 use crate::scratch::Scratch;
@@ -51,6 +52,11 @@ struct Database<'a> {
     last: Activations,
     trials: Trials,
     tell: &'a mut dyn FnMut(usize, &Outcome),
+    /// By slot, what the search saw.
+    looks: Vec<f64>,
+    /// By level, the value that varies.
+    names: Vec<String>,
+    notes: String,
 }
 
 fn told(e: impl std::fmt::Display) -> MethodError {
@@ -203,6 +209,19 @@ impl Lab for Database<'_> {
         }
         Ok(all)
     }
+
+    fn looked(&self, slot: usize) -> f64 {
+        self.looks[slot]
+    }
+
+    fn name(&self, slot: usize, level: usize) -> String {
+        self.names.get(level).cloned().unwrap_or_else(|| self.levels[slot][level].value.to_string())
+    }
+
+    fn note(&mut self, text: String) {
+        self.notes += "; ";
+        self.notes += &text;
+    }
 }
 
 impl Walk<'_> {
@@ -218,8 +237,14 @@ impl Walk<'_> {
         let scratch = Scratch::new(&self.scratch_dir()).map_err(self.scratch_error())?;
         let (first, mut x) = (self.embedded(overlay)?, self.embedded(overlay)?);
         let (mut slots, mut levels, mut entries) = (Vec::new(), Vec::new(), Vec::new());
-        let mut common = Vec::new();
+        let (mut common, mut looks) = (Vec::new(), Vec::new());
         let mut scratch = scratch;
+        let names: Vec<String> = match &varies {
+            Varied::Parts => Vec::new(),
+            Varied::Key { values, .. } => {
+                values.iter().map(|v| v.as_str().map_or_else(|| v.to_string(), str::to_owned)).collect()
+            }
+        };
         let varied = match &varies {
             Varied::Parts => None,
             Varied::Key { step: name, by_layer, .. } => {
@@ -232,10 +257,19 @@ impl Walk<'_> {
         for l in 0..layers {
             let spec = overlay.spec.clone();
             match varied {
-                None => parts_of(overlay, l, &mut slots, &mut levels, &mut entries)?,
+                None => {
+                    parts_of(overlay, l, &mut slots, &mut levels, &mut entries)?;
+                    looks.resize(slots.len(), 0.0);
+                }
                 Some((i, by_layer)) => {
-                    let places = self.at_levels(i, overlay, l, &mut x, &mut scratch)?;
+                    let (places, seen) =
+                        self.at_levels((i, step, by_layer), search, overlay, l, &mut x, &mut scratch)?;
                     self.slots_of(i, &spec, l, by_layer, places, &mut slots, &mut levels, &mut entries, &mut common);
+                    let of = |e: &Entry| match &e.meaning {
+                        Meaning::Places(places) => seen.get(&places[0]).copied().unwrap_or(0.0),
+                        Meaning::Part(_) => 0.0,
+                    };
+                    looks.extend(entries[looks.len()..].iter().map(of));
                 }
             }
             let block = Block::load(overlay, l)?;
@@ -261,14 +295,18 @@ impl Walk<'_> {
             last: x,
             trials,
             tell: &mut tell,
+            looks,
+            names,
+            notes: String::new(),
         };
         let chosen = search.search(&mut lab).map_err(fail)?;
         let spent = lab.trials.spent();
-        let (entries, levels) = (lab.entries, lab.levels);
+        let told: Vec<String> = chosen.iter().enumerate().map(|(s, &level)| lab.name(s, level)).collect();
+        let (entries, notes) = (lab.entries, lab.notes);
         let mut histogram: BTreeMap<String, usize> = BTreeMap::new();
         let mut spec = overlay.spec.clone();
         for (s, (entry, &level)) in entries.iter().zip(&chosen).enumerate() {
-            *histogram.entry(format!("{}", levels[s][level].value)).or_default() += 1;
+            *histogram.entry(told[s].clone()).or_default() += 1;
             match (&entry.meaning, varied) {
                 (Meaning::Places(places), Some((i, _))) => {
                     let of = self.chosen.0.entry(i).or_default();
@@ -292,19 +330,20 @@ impl Walk<'_> {
             n => format!("; levels of {} calibrated on the source", lacuna_base::units::show_bytes(n)),
         };
         let (n, shown) = (entries.len(), shown.join(", "));
-        Ok(format!("chose {what} for {n} places: {shown} ({spent} trials{levels})"))
+        Ok(format!("chose {what} for {n} places: {shown} ({spent} trials{levels}){notes}"))
     }
 
     /// One layer's matrices at each level of step `i`: by level, each place's tensor with its bytes and its relative
-    /// error.
+    /// error. And what the search `by` saw of each place's slot.
     fn at_levels(
         &mut self,
-        i: usize,
+        (i, by, by_layer): (usize, &RecipeStep, bool),
+        search: &dyn Searching,
         overlay: &Overlay<'_>,
         layer: usize,
         x: &mut Activations,
         scratch: &mut Scratch,
-    ) -> Result<Vec<Vec<AtLevel>>, CompressError> {
+    ) -> Result<(Vec<Vec<AtLevel>>, HashMap<Place, f64>), CompressError> {
         let recipe = self.recipe;
         let places = overlay.spec.layer_places(layer);
         let mut wanted = asks(recipe, &self.chosen, &overlay.spec, layer);
@@ -312,6 +351,11 @@ impl Walk<'_> {
             for p in places.iter().filter(|p| p.part == Part::Weight) {
                 wanted.extend(variant.needs(p).into_iter().map(|ask| (Site::Matrix(*p), ask)));
             }
+        }
+        let aims = |p: &&Place| p.part == Part::Weight && local_of(&recipe.steps[i], i, &self.chosen, p).is_some();
+        let aimed: Vec<Place> = places.iter().filter(aims).copied().collect();
+        for p in &aimed {
+            wanted.extend(search.needs().iter().map(|ask| (Site::Matrix(*p), *ask)));
         }
         let mut gather = Gather::new(&overlay.spec, wanted);
         if gather.is_needed() {
@@ -322,6 +366,12 @@ impl Walk<'_> {
             self.through(&overlay.spec, &block, x, &mut gather, false)?;
         }
         let statistics = self.with_gradients(gather.finish(), &places)?;
+        let mut seen = HashMap::new();
+        let work = Layer { weights: overlay, statistics: &statistics, vocabulary: None };
+        for slot in if by_layer { aimed.chunks(aimed.len().max(1)) } else { aimed.chunks(1) } {
+            let looked = search.look(slot, &work).map_err(|e| at_step(by, slot[0].to_string(), e))?;
+            seen.extend(slot.iter().map(|p| (*p, looked)));
+        }
         let mut sources = HashMap::new();
         for p in &places {
             sources.insert(*p, need(overlay, p)?);
@@ -342,7 +392,7 @@ impl Walk<'_> {
             out.push(level);
         }
         self.chosen.0.remove(&i);
-        Ok(out)
+        Ok((out, seen))
     }
 
     /// Slots of a layer from its matrices at each level.

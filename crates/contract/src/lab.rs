@@ -51,4 +51,20 @@ pub trait Lab {
     /// Measures assignments on the first `tokens` calibration tokens (at least one sequence). An error when the budget
     /// of trials is spent.
     fn measure(&mut self, batch: &[Assignment], tokens: usize) -> Result<Vec<Outcome>, MethodError>;
+
+    /// What the search's look at a slot gave.
+    fn looked(&self, slot: usize) -> f64 {
+        let _ = slot;
+        0.0
+    }
+
+    /// A level as the recipe writes its value.
+    fn name(&self, slot: usize, level: usize) -> String {
+        self.levels(slot)[level].value.to_string()
+    }
+
+    /// Something for the report, beside what was chosen.
+    fn note(&mut self, text: String) {
+        let _ = text;
+    }
 }

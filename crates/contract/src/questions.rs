@@ -5,11 +5,13 @@ use std::str::FromStr;
 
 use lacuna_base::{Mat, Mat64, MatRef};
 use lacuna_format::{Affine, Float, GgufType, Integers, Mask, Piece, ScaleCodec, Stored, UnpackedPiece};
+use lacuna_spec::Place;
 use serde::{Deserialize, Serialize};
 
 use crate::card::MethodError;
 use crate::lab::{Assignment, Lab};
 use crate::stats::{Ask, Stats};
+use crate::step::LayerWork;
 
 /// Which weights compete when the lowest scores go.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
@@ -399,8 +401,14 @@ pub struct SearchAsk {
     pub seed: u64,
 }
 
-/// Search: how much for each place?
+/// Search: how much for each place? Statistics on its card are those that `look` reads.
 pub trait Search: Send + Sync {
     /// A level for each slot whose bytes stay within the budget.
     fn search(&self, lab: &mut dyn Lab, ask: &SearchAsk) -> Result<Assignment, MethodError>;
+
+    /// Looks at the matrices of a slot as they are in the source: a number that the lab keeps for it.
+    fn look(&self, places: &[Place], work: &dyn LayerWork) -> Result<f64, MethodError> {
+        let _ = (places, work);
+        Ok(0.0)
+    }
 }

@@ -39,6 +39,9 @@ pub enum Ask {
     GradientColumnGram,
     /// `Σ dyᵀ dy` of a matrix's output gradients, `[out, out]`.
     OutputGradientGram,
+    /// Each sequence's `G`, one below the other, `[sequences * out, in]`; sequences that did not reach the matrix, whose
+    /// `G` is 0, are left out.
+    SequenceGradients,
 }
 
 impl Ask {
@@ -53,6 +56,7 @@ impl Ask {
                 | GradientRowGram
                 | GradientColumnGram
                 | OutputGradientGram
+                | SequenceGradients
         )
     }
 
@@ -70,6 +74,7 @@ impl Ask {
             Ask::GradientRowGram => "how the rows of its gradients go together",
             Ask::GradientColumnGram => "how the columns of its gradients go together",
             Ask::OutputGradientGram => "the Gram matrix of its output gradients",
+            Ask::SequenceGradients => "its gradients, sequence by sequence",
         }
     }
 }

@@ -230,6 +230,12 @@ pub trait Searching: Send + Sync {
     /// Most trials, each of them one assignment measured.
     fn trials(&self) -> usize;
 
+    /// Statistics of a matrix that it looks at, beside those that the step that varies reads.
+    fn needs(&self) -> &'static [Ask];
+
+    /// Looks at the matrices of a slot as they are in the source: a number that the lab keeps for it.
+    fn look(&self, places: &[Place], work: &dyn LayerWork) -> Result<f64, MethodError>;
+
     /// Chooses.
     fn search(&self, lab: &mut dyn Lab) -> Result<Assignment, MethodError>;
 }

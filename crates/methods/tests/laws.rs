@@ -13,6 +13,7 @@ use lacuna_methods::registry;
 
 /// Statistics of correlated inputs; input 1 is zero in every token.
 struct Inputs {
+    x: Mat,
     gram: Gram,
     found: Vec<(Ask, Gathered)>,
     gradients: Vec<(Ask, Gathered)>,
@@ -43,7 +44,7 @@ impl Inputs {
             (Ask::InputAbsolute, Gathered::Vector((0..x.cols()).map(|c| column(c).map(f64::abs).sum()).collect())),
             (Ask::InputMoments, Gathered::Moments { mean, variance }),
         ];
-        Inputs { gram, found, gradients: Vec::new() }
+        Inputs { x: x.clone(), gram, found, gradients: Vec::new() }
     }
 
     /// With gradients of a matrix of `rows` outputs.
@@ -56,6 +57,12 @@ impl Inputs {
             (Ask::GradientMean, Gathered::Matrix(of(|x| x))),
             (Ask::GradientRowGram, Gathered::Matrix(dense::matmul_nt(g.view(), g.view()))),
             (Ask::GradientColumnGram, Gathered::Matrix(dense::matmul_tn(g.view(), g.view()))),
+            (Ask::OutputGradientGram, Gathered::Matrix(dense::matmul_nt(g.view(), g.view()))),
+            // A token a sequence, and an output's gradient of 1: then the Fisher matrix of a row is that of the inputs.
+            (
+                Ask::SequenceGradients,
+                Gathered::Matrix(Mat::from_fn(self.x.rows() * rows, self.x.cols(), |i, c| self.x[(i / rows, c)])),
+            ),
         ];
         self
     }
@@ -122,7 +129,7 @@ fn unstructured(sparsity: f64) -> Option<PruneAsk> {
 
 /// Whether a solver can be asked for something; what its card says and what it does must be the same.
 fn can(solve: &dyn Solve, what: Ability) -> bool {
-    let (w, inputs, grid) = (random(4, 8, 1), Inputs::new(8, 30, 2), grid());
+    let (w, inputs, grid) = (random(4, 8, 1), Inputs::new(8, 30, 2).with_gradients(4, 3), grid());
     let ask = GridAsk { bits: 4, symmetric: false, scale: Float::F32 };
     let round = Some(RoundAsk { ask, grid: grid.as_ref(), group: 4 });
     let prune = |pattern| Some(PruneAsk { sparsity: 0.5, pattern });
@@ -272,7 +279,7 @@ fn units_have_a_finite_score_each_and_the_same_again() {
 fn the_asked_sparsity_is_met() {
     for (name, solve) in pruners() {
         for (rows, cols) in SHAPES {
-            let (w, inputs) = (weights(rows, cols, 5), Inputs::new(cols, 300, 6));
+            let (w, inputs) = (weights(rows, cols, 5), Inputs::new(cols, 300, 6).with_gradients(rows, 66));
             for sparsity in [0.0, 0.3, 0.5, 0.75, 1.0] {
                 let prune = unstructured(sparsity);
                 let ask = SolveAsk { w: w.view(), stats: &inputs.stats(), mask: None, prune, round: None };
@@ -289,7 +296,7 @@ fn the_asked_sparsity_is_met() {
 #[test]
 fn runs_and_blocks_hold_everywhere() {
     for (name, solve) in pruners() {
-        let (w, inputs) = (weights(8, 240, 7), Inputs::new(240, 300, 8));
+        let (w, inputs) = (weights(8, 240, 7), Inputs::new(240, 300, 8).with_gradients(8, 88));
         let mask_for = |pattern| {
             let prune = Some(PruneAsk { sparsity: 0.25, pattern });
             let ask = SolveAsk { w: w.view(), stats: &inputs.stats(), mask: None, prune, round: None };
@@ -321,7 +328,8 @@ fn earlier_zeros_stay() {
     for (name, solve) in solves() {
         let prunes = prunes(solve.as_ref());
         for (rows, cols) in SHAPES {
-            let (w, inputs, before) = (weights(rows, cols, 9), Inputs::new(cols, 300, 10), earlier_mask(rows, cols));
+            let (w, inputs, before) =
+                (weights(rows, cols, 9), Inputs::new(cols, 300, 10).with_gradients(rows, 99), earlier_mask(rows, cols));
             let grid = grid();
             let ask = GridAsk { bits: 4, symmetric: false, scale: Float::F16 };
             let round = (!prunes).then_some(RoundAsk { ask, grid: grid.as_ref(), group: 32 });
@@ -345,7 +353,7 @@ fn earlier_zeros_stay() {
 fn the_same_answer_on_any_number_of_threads() {
     let ask = GridAsk { bits: 4, symmetric: false, scale: Float::F16 };
     for (name, solve) in solves() {
-        let (w, inputs) = (weights(150, 260, 11), Inputs::new(260, 400, 12));
+        let (w, inputs) = (weights(150, 260, 11), Inputs::new(260, 400, 12).with_gradients(150, 13));
         let run = |threads: usize| {
             let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().expect("a pool");
             pool.install(|| everything(solve.as_ref(), &w, &inputs, ask, 64))
@@ -380,7 +388,11 @@ fn packed_codes_decode_to_the_answer() {
 fn compensation_pays_for_a_fixed_mask() {
     for (name, solve) in pruners() {
         for seed in 0..10 {
-            let (w, inputs, mask) = (random(24, 150, seed), Inputs::new(150, 400, seed + 50), earlier_mask(24, 150));
+            let (w, inputs, mask) = (
+                random(24, 150, seed),
+                Inputs::new(150, 400, seed + 50).with_gradients(24, seed),
+                earlier_mask(24, 150),
+            );
             let ask = SolveAsk { w: w.view(), stats: &inputs.stats(), mask: Some(&mask), prune: None, round: None };
             let compensated = solve.solve(&ask).expect("solves").w;
             let bare = Mat::from_fn(24, 150, |r, c| if mask.get(r, c) { w[(r, c)] } else { 0.0 });

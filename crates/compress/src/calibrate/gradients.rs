@@ -8,7 +8,7 @@ use lacuna_base::{Mat, MatRef};
 use lacuna_contract::{Ask, Gathered};
 use lacuna_format::{Float, PatternKind, Stored, Weights, pack_float};
 use lacuna_model::ModelError;
-use lacuna_model::derive::stats::{Mean, Norms, OutputGrams, Sides, WeightGradients};
+use lacuna_model::derive::stats::{Each, Mean, Norms, OutputGrams, Sides, WeightGradients};
 use lacuna_model::derive::{BlockInputs, GradientSink, gradients};
 use lacuna_spec::Place;
 
@@ -26,11 +26,12 @@ pub(crate) struct Gradients {
     pub(crate) seen: (u64, u64),
 }
 
-/// Bytes that what the pass gives takes on disk.
-pub(crate) fn given_bytes(asked: impl Iterator<Item = (Ask, (usize, usize))>) -> u64 {
+/// Bytes that what the pass over so many `sequences` gives takes on disk.
+pub(crate) fn given_bytes(asked: impl Iterator<Item = (Ask, (usize, usize))>, sequences: usize) -> u64 {
     let one = |(ask, (m, n)): (Ask, (usize, usize))| match ask {
         Ask::OutputGradientGram | Ask::GradientRowGram => 4 * (m * m) as u64,
         Ask::GradientColumnGram => 4 * (n * n) as u64,
+        Ask::SequenceGradients => 4 * (m * n) as u64 * sequences as u64,
         _ => 4 * (m * n) as u64,
     };
     asked.map(one).sum()
@@ -70,8 +71,11 @@ impl Gradients {
             |want: &dyn Fn(Ask) -> bool| asked.iter().filter(|(_, a)| want(*a)).map(|(p, _)| *p).collect::<Vec<_>>();
         let mut sink = Sink {
             asked,
-            folds: WeightGradients::new(of(&|a| a != Ask::OutputGradientGram && !of_sides(a))),
+            folds: WeightGradients::new(of(&|a| {
+                a != Ask::OutputGradientGram && a != Ask::SequenceGradients && !of_sides(a)
+            })),
             sides: WeightGradients::new(of(&of_sides)),
+            each: WeightGradients::new(of(&|a| a == Ask::SequenceGradients)),
             grams: OutputGrams::new(of(&|a| a == Ask::OutputGradientGram)),
             kept: HashMap::new(),
             scratch: Scratch::new(dir).map_err(fault)?,
@@ -138,6 +142,7 @@ struct Sink<'a> {
     asked: &'a BTreeSet<(Place, Ask)>,
     folds: WeightGradients<(Mean, Norms)>,
     sides: WeightGradients<Sides>,
+    each: WeightGradients<Each>,
     grams: OutputGrams,
     kept: HashMap<(Place, Ask), usize>,
     scratch: Scratch,
@@ -164,24 +169,27 @@ impl Sink<'_> {
 
 impl GradientSink for Sink<'_> {
     fn wants(&self, place: &Place) -> bool {
-        self.folds.wants(place) || self.sides.wants(place) || self.grams.wants(place)
+        self.folds.wants(place) || self.sides.wants(place) || self.each.wants(place) || self.grams.wants(place)
     }
 
     fn gradient(&mut self, place: &Place, x: MatRef<'_>, dy: MatRef<'_>) {
         self.folds.gradient(place, x, dy);
         self.sides.gradient(place, x, dy);
+        self.each.gradient(place, x, dy);
         self.grams.gradient(place, x, dy);
     }
 
     fn end_of_sequence(&mut self) {
         self.folds.end_of_sequence();
         self.sides.end_of_sequence();
+        self.each.end_of_sequence();
         self.grams.end_of_sequence();
     }
 
     fn end_of_part(&mut self, layer: Option<usize>) -> Result<(), ModelError> {
         self.folds.end_of_part(layer)?;
         self.sides.end_of_part(layer)?;
+        self.each.end_of_part(layer)?;
         self.grams.end_of_part(layer)?;
         let n = self.folds.sequences();
         let asked = self.asked;
@@ -208,6 +216,9 @@ impl GradientSink for Sink<'_> {
                     _ => {}
                 }
             }
+        }
+        for (place, each) in self.each.take() {
+            self.keep(place, Ask::SequenceGradients, &each.into_mat())?;
         }
         for (place, gram) in self.grams.take() {
             let m = Mat::from_fn(gram.n(), gram.n(), |i, j| gram.at(i, j) as f32);

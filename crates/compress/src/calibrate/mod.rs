@@ -45,7 +45,8 @@ fn reducer(ask: Ask) -> Option<Box<dyn Reducer>> {
         | Ask::GradientMean
         | Ask::GradientRowGram
         | Ask::GradientColumnGram
-        | Ask::OutputGradientGram => return None,
+        | Ask::OutputGradientGram
+        | Ask::SequenceGradients => return None,
     })
 }
 

@@ -163,6 +163,11 @@ impl Local for Prune {
     fn scratch_bytes(&self, shape: (usize, usize)) -> u64 {
         match self.by {
             By::Score(_) => 24 * shape.0 as u64 * shape.1 as u64,
+            By::Solve(_) if self.card.needs.contains(&Ask::OutputGradientGram) => {
+                // As much of the outputs as of the inputs, and f64 copies of the matrix.
+                let (rows, cols) = (shape.0 as u64, shape.1 as u64);
+                solver_bytes(shape) + 24 * rows * rows + 40 * rows * cols
+            }
             By::Solve(_) => solver_bytes(shape),
         }
     }

@@ -1,6 +1,9 @@
 //! `search`: a key of another step, or whether parts are there at all, chosen place by place within a budget of bytes.
 
-use lacuna_contract::{Assignment, Family, Lab, Made, Making, MethodError, Search, SearchAsk, Searching, Step, Varied};
+use lacuna_contract::{
+    Ask, Assignment, Family, Lab, LayerWork, Made, Making, MethodError, Search, SearchAsk, Searching, Step, Varied,
+};
+use lacuna_spec::Place;
 use serde::Deserialize;
 use serde_json::Value;
 
@@ -65,6 +68,7 @@ struct Choose {
     /// Index of the target among the values.
     target: usize,
     by: Box<dyn Search>,
+    needs: &'static [Ask],
 }
 
 fn search(making: &Making<'_>) -> Result<Step, MethodError> {
@@ -88,7 +92,7 @@ fn search(making: &Making<'_>) -> Result<Step, MethodError> {
     } else if making.keys.contains_key("key") || making.keys.contains_key("values") {
         return Err(MethodError::new("parts and key exclude each other"));
     }
-    Ok(Step::Search(Box::new(Choose { keys, target, by })))
+    Ok(Step::Search(Box::new(Choose { keys, target, by, needs: making.method.card.needs })))
 }
 
 impl Searching for Choose {
@@ -106,6 +110,14 @@ impl Searching for Choose {
 
     fn trials(&self) -> usize {
         self.keys.trials.0
+    }
+
+    fn needs(&self) -> &'static [Ask] {
+        self.needs
+    }
+
+    fn look(&self, places: &[Place], work: &dyn LayerWork) -> Result<f64, MethodError> {
+        self.by.look(places, work)
     }
 
     fn search(&self, lab: &mut dyn Lab) -> Result<Assignment, MethodError> {

@@ -2,5 +2,6 @@
 
 pub(crate) mod fisher;
 pub(crate) mod gblm;
+pub(crate) mod gqsa;
 pub(crate) mod magnitude;
 pub(crate) mod wanda;

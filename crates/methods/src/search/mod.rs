@@ -1,6 +1,10 @@
 //! Searches: how much for each place?
 
+mod divide;
+pub(crate) mod essential_sparsity;
 pub(crate) mod evopress;
+pub(crate) mod owl;
+pub(crate) mod sv_nup;
 pub(crate) mod svd_llm_v2;
 #[cfg(test)]
 mod testkit;

@@ -62,3 +62,59 @@ impl Lab for Bench {
         Ok(batch.iter().map(|a| Outcome { loss: self.loss(a), kl: self.loss(a), bytes: self.bytes(a) }).collect())
     }
 }
+
+/// A lab of slots of one size with levels of given sparsities and a given loss.
+pub(crate) struct Known<F> {
+    slots: Vec<Slot>,
+    levels: Vec<Level>,
+    loss: F,
+    /// What looks at the slots gave.
+    pub looks: Vec<f64>,
+    /// Assignments measured.
+    pub measured: usize,
+    /// What was told.
+    pub notes: Vec<String>,
+}
+
+impl<F: FnMut(&[usize]) -> f64> Known<F> {
+    pub fn new(slots: usize, sparsity: &[f64], loss: F) -> Known<F> {
+        let level = |&value: &f64| Level { value, bytes: (1000.0 * (1.0 - value)).round() as u64, error: value, lost: value };
+        let slot = |s| Slot { name: format!("slot {s}"), parameters: 1000, group: 0 };
+        Known {
+            slots: (0..slots).map(slot).collect(),
+            levels: sparsity.iter().map(level).collect(),
+            loss,
+            looks: vec![0.0; slots],
+            measured: 0,
+            notes: Vec::new(),
+        }
+    }
+
+    pub fn bytes(&self, a: &[usize]) -> u64 {
+        a.iter().map(|&l| self.levels[l].bytes).sum()
+    }
+}
+
+impl<F: FnMut(&[usize]) -> f64> Lab for Known<F> {
+    fn slots(&self) -> &[Slot] {
+        &self.slots
+    }
+
+    fn levels(&self, _: usize) -> &[Level] {
+        &self.levels
+    }
+
+    fn measure(&mut self, batch: &[Assignment], _: usize) -> Result<Vec<Outcome>, MethodError> {
+        self.measured += batch.len();
+        let loss: Vec<f64> = batch.iter().map(|a| (self.loss)(a)).collect();
+        Ok(batch.iter().zip(loss).map(|(a, loss)| Outcome { loss, kl: loss, bytes: self.bytes(a) }).collect())
+    }
+
+    fn looked(&self, slot: usize) -> f64 {
+        self.looks[slot]
+    }
+
+    fn note(&mut self, text: String) {
+        self.notes.push(text);
+    }
+}

@@ -1,11 +1,13 @@
 //! What gradients add up to: reducers that a walk shows its gradients, plain data out.
 
+mod each;
 mod gram;
 mod mean;
 mod norms;
 mod sides;
 mod square;
 
+pub use each::Each;
 pub use gram::OutputGrams;
 pub use mean::Mean;
 pub use norms::Norms;
@@ -142,7 +144,7 @@ mod tests {
     #[test]
     fn folds_agree_with_their_definitions() {
         let place = Place::layer(0, Role::Q);
-        let mut sink: WeightGradients<((Mean, Square), (Norms, Sides))> = WeightGradients::new([place]);
+        let mut sink: WeightGradients<(((Mean, Square), (Norms, Sides)), Each)> = WeightGradients::new([place]);
         let mut grams = OutputGrams::new([place]);
         assert!(sink.wants(&place) && !sink.wants(&Place::layer(0, Role::K)) && !grams.wants(&place.bias()));
         let mut exact = Vec::new();
@@ -167,7 +169,13 @@ mod tests {
         sink.end_of_part(Some(0)).unwrap();
         assert_eq!(sink.sequences(), 3);
         assert!(sink.get(&Place::layer(0, Role::K)).is_none());
-        let ((mean, square), (norms, sides)) = sink.get(&place).unwrap();
+        let (((mean, square), (norms, sides)), each) = sink.get(&place).unwrap();
+        // The second sequence reached nothing and is left out.
+        let kept = each.clone().into_mat();
+        assert_eq!((kept.rows(), kept.cols()), (8, 6));
+        for (n, dw) in [&exact[0], &exact[2]].into_iter().enumerate() {
+            assert!(max_abs_diff(kept.view().rows_range(4 * n, 4 * n + 4), dw.view()) < 1e-5, "{n}");
+        }
         let over = |f: &dyn Fn(&Mat, usize, usize) -> f32| {
             Mat::from_fn(4, 6, |o, i| exact.iter().map(|dw| f(dw, o, i)).sum::<f32>())
         };
