@@ -11,12 +11,13 @@ use crate::tree::Tree;
 const HEADER: [&str; 5] = ["Paper", "Idea", "Shapes", "Cost", "Departs"];
 
 /// The questions whose answer makes a file a method.
-const QUESTIONS: [&str; 15] = [
+const QUESTIONS: [&str; 16] = [
     "Score",
     "Grid",
     "Solve",
     "Table",
     "Factor",
+    "Transform",
     "Basis",
     "Structure",
     "Shortlist",

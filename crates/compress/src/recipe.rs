@@ -11,6 +11,8 @@ use serde::{Deserialize, Serialize};
 use serde_json::Map;
 use toml::{Table, Value};
 
+use crate::calibrate::mapped::lost;
+
 /// A recipe that cannot be followed.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{what}")]
@@ -346,6 +348,12 @@ impl Recipe {
                 if place.layer.is_none() && !local.needs(&place).is_empty() {
                     let why = "which are gathered in blocks only; use rtn";
                     return Err(fail(format!("{} needs statistics of its inputs, {why}", step.card.name)));
+                }
+                if let Some(mixes) = Left::mixes(&earlier) {
+                    let mut needs = local.needs(&place).into_iter();
+                    if let Some(ask) = needs.find(|ask| ask.behind(mixes).is_none()) {
+                        return Err(fail(lost(ask)));
+                    }
                 }
                 let left = local.check(shape, &earlier).map_err(|e| fail(e.what))?;
                 for variant in &step.variants {

@@ -5,7 +5,7 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::questions::{Basis, Factor, Grid, Score, Search, Shortlist, Solve, Structure, Table};
+use crate::questions::{Basis, Factor, Grid, Score, Search, Shortlist, Solve, Structure, Table, Transform};
 use crate::stats::Ask;
 use crate::step::Step;
 
@@ -84,6 +84,8 @@ pub enum Made {
     Solve(Box<dyn Solve>),
     /// See [`Factor`].
     Factor(Box<dyn Factor>),
+    /// See [`Transform`].
+    Transform(Box<dyn Transform>),
     /// See [`Structure`].
     Structure(Box<dyn Structure>),
     /// See [`Basis`].
@@ -102,6 +104,7 @@ impl fmt::Debug for Made {
             Made::Table(_) => "Table",
             Made::Solve(_) => "Solve",
             Made::Factor(_) => "Factor",
+            Made::Transform(_) => "Transform",
             Made::Structure(_) => "Structure",
             Made::Basis(_) => "Basis",
             Made::Shortlist(_) => "Shortlist",

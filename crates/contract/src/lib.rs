@@ -16,7 +16,7 @@ pub use card::{Ability, Card, Family, Made, Making, Method, MethodError, Registr
 pub use lab::{Assignment, Lab, Level, Outcome, Slot};
 pub use questions::{
     Basis, Compete, Factor, Grid, GridAsk, PruneAsk, RoundAsk, RoundedForm, Scope, Score, Search, SearchAsk, Shortlist,
-    ShortlistAsk, Solve, SolveAsk, Solved, Sparsity, Structure, StructureAsk, Table, Unit, Vocabulary,
+    ShortlistAsk, Solve, SolveAsk, Solved, Sparsity, Structure, StructureAsk, Table, Transform, Unit, Vocabulary,
 };
 pub use stats::{Ask, Gathered, Site, Stats, Worked};
 pub use step::{

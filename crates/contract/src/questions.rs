@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use lacuna_base::{Mat, Mat64, MatRef};
-use lacuna_format::{Affine, Float, Integers, Mask, ScaleCodec, UnpackedPiece};
+use lacuna_format::{Affine, Float, Integers, Map, Mask, ScaleCodec, UnpackedPiece};
 use serde::{Deserialize, Serialize};
 
 use crate::card::MethodError;
@@ -200,6 +200,16 @@ pub trait Factor: Send + Sync {
     /// `(a, b)` with `a` `[out, rank]`, `b` `[rank, in]` and `a · b` near `w`, which is a matrix or the error of the
     /// terms so far.
     fn factor(&self, w: MatRef<'_>, stats: &Stats<'_>, rank: usize) -> Result<(Mat, Mat), MethodError>;
+}
+
+/// Transform: which maps of a matrix's inputs make it easier to write with few bits?
+pub trait Transform: Send + Sync {
+    /// The maps for `w`, `[out, in]`, in the order in which they are applied. Each has an inverse: the weights become
+    /// those of the mapped inputs, and nothing else changes.
+    fn maps(&self, w: MatRef<'_>, stats: &Stats<'_>) -> Result<Vec<Map>, MethodError>;
+
+    /// Maps of the same form with any numbers, or why there are none for so many inputs.
+    fn form(&self, inputs: usize) -> Result<Vec<Map>, MethodError>;
 }
 
 /// What can go as a whole.

@@ -33,7 +33,7 @@ pub use affine::Affine;
 pub use bytes::Bytes;
 pub use gguf::GgufType;
 pub use integers::Integers;
-pub use map::{MOST_DENSE, MOST_MAPS, Map, hadamard_core, hadamard_parts};
+pub use map::{Axes, MOST_DENSE, MOST_MAPS, Map, Number, hadamard_core, hadamard_parts};
 pub use mask::Mask;
 pub use pack::{
     Codebook, PatternKind, ScaleCodec, Ternary, cheapest_pattern, exact_bytes, pack_codebook, pack_float,

@@ -15,6 +15,7 @@ mod search;
 mod shortlist;
 mod solve;
 mod structure;
+mod transform;
 
 use lacuna_contract::Registry;
 
@@ -34,6 +35,7 @@ pub fn registry() -> Registry {
             factor::svd::method(),
             factor::svd_llm::method(),
             factor::eora::method(),
+            transform::hadamard::method(),
             basis::axes::method(),
             basis::slicegpt::method(),
             structure::llm_drop::method(),
@@ -48,6 +50,7 @@ pub fn registry() -> Registry {
             family::quantize::family(),
             family::factor::family(),
             family::outliers::family(),
+            family::transform::family(),
             family::drop::family(),
             family::slice::family(),
             family::structure::family(),

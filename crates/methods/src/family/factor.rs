@@ -90,8 +90,9 @@ impl Thin {
         let of = match self.of {
             Of::Matrix => w.matrix.main.to_mat(),
             Of::Error => {
-                let mut error = w.source.to_mat();
-                let now = w.matrix.to_mat();
+                let source = w.matrix.turned(w.source.to_mat());
+                let mut error = source.map_err(|e| MethodError::new(e.what))?;
+                let now = w.matrix.sum();
                 error.data_mut().iter_mut().zip(now.data()).for_each(|(e, n)| *e -= n);
                 error
             }
@@ -113,7 +114,7 @@ impl Local for Thin {
     fn check(&self, _: (usize, usize), earlier: &[Left]) -> Result<Left, MethodError> {
         if self.of == Of::Error {
             return match earlier {
-                [] => Err(MethodError::new(
+                _ if earlier.iter().all(|l| matches!(l, Left::Mapped { .. })) => Err(MethodError::new(
                     "of = \"error\" and nothing before has made one; put it after the other steps",
                 )),
                 _ => Ok(Left::Corrected),

@@ -1,0 +1,5 @@
+//! Transform: which maps of a matrix's inputs make it easier to write with few bits?
+
+pub(crate) mod hadamard;
+#[cfg(test)]
+mod testkit;
