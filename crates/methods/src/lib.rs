@@ -36,6 +36,7 @@ pub fn registry() -> Registry {
             factor::svd_llm::method(),
             factor::eora::method(),
             transform::hadamard::method(),
+            transform::awq::method(),
             basis::axes::method(),
             basis::slicegpt::method(),
             structure::llm_drop::method(),

@@ -1,5 +1,6 @@
 //! Transform: which maps of a matrix's inputs make it easier to write with few bits?
 
+pub(crate) mod awq;
 pub(crate) mod hadamard;
 #[cfg(test)]
 mod testkit;
