@@ -2,5 +2,6 @@
 
 pub(crate) mod awq;
 pub(crate) mod hadamard;
+pub(crate) mod rearrange;
 #[cfg(test)]
 mod testkit;
