@@ -11,13 +11,15 @@ use crate::tree::Tree;
 const HEADER: [&str; 5] = ["Paper", "Idea", "Shapes", "Cost", "Departs"];
 
 /// The questions whose answer makes a file a method.
-const QUESTIONS: [&str; 16] = [
+const QUESTIONS: [&str; 18] = [
+    "Recode",
     "Score",
     "Grid",
     "Solve",
     "Table",
     "Factor",
     "Ranks",
+    "Transform",
     "Basis",
     "Structure",
     "Shortlist",

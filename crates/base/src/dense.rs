@@ -275,6 +275,19 @@ impl Gram {
         Mat64::from_vec(self.n, self.n, self.data.iter().map(|&v| v * scale).collect())
     }
 
+    /// The same of inputs `M x`: `M XᵀX Mᵀ`, where `turn` applies `M` to `n` values.
+    pub fn turned(&self, turn: impl Fn(&mut [f64]) + Sync) -> Gram {
+        let n = self.n;
+        let rows = |data: &mut [f64]| data.par_chunks_mut(n.max(1)).for_each(&turn);
+        let mut m = Mat64::from_vec(n, n, self.data.clone());
+        rows(m.data_mut());
+        m = m.transpose();
+        rows(m.data_mut());
+        let mut gram = Gram { n, tokens: self.tokens, data: m.data().to_vec() };
+        gram.mirror();
+        gram
+    }
+
     /// The lower triangle for a scratch file: columns and tokens as little-endian u64, then the values, f64, row by
     /// row.
     pub fn to_bytes(&self) -> Vec<u8> {

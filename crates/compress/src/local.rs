@@ -3,13 +3,14 @@
 use std::collections::HashMap;
 use std::sync::Arc;
 
-use lacuna_contract::{Ask, Edit, Local, MethodError, Site, Work};
-use lacuna_format::{Float, Piece, Stored, Term, Unpacked, Values};
+use lacuna_contract::{Ask, Edit, Left, Local, MethodError, Site, Stats, Work};
+use lacuna_format::{Float, Map, Piece, Stored, Term, Unpacked, Values};
 use lacuna_spec::{Part, Place, Role, Spec};
 use rayon::prelude::*;
 
 use crate::account::CompressError;
-use crate::calibrate::Statistics;
+use crate::calibrate::mapped::Mapped;
+use crate::calibrate::{Statistics, reader};
 use crate::drive::{SOURCE, Walk, at_step};
 use crate::overlay::{finite, finite_rows, packing};
 use crate::recipe::{Recipe, RecipeStep};
@@ -49,16 +50,40 @@ pub(crate) fn has_inputs(spec: &Spec, place: &Place) -> bool {
     place.part == Part::Weight && (place.role == Role::Head || place.role == Role::Embed && spec.tied)
 }
 
+/// The steps at a place in their order: their index, what works there, and where maps of the inputs stand before it,
+/// whether these mix them.
+pub(crate) fn locals_of<'a>(
+    recipe: &'a Recipe,
+    chosen: &Chosen,
+    spec: &Spec,
+    place: &Place,
+) -> Vec<(usize, &'a dyn Local, Option<bool>)> {
+    let mut earlier: Vec<Left> = Vec::new();
+    let mut out = Vec::new();
+    for (i, step) in recipe.local() {
+        let Some(local) = local_of(step, i, chosen, place) else { continue };
+        out.push((i, local, Left::mixes(&earlier)));
+        // What refuses the shape is told by the recipe's own check.
+        earlier.extend(spec.shape(place).and_then(|shape| local.check(shape, &earlier).ok()));
+    }
+    out
+}
+
 /// The statistics that local steps read in a block.
 pub(crate) fn asks(recipe: &Recipe, chosen: &Chosen, spec: &Spec, layer: usize) -> Vec<(Site, Ask)> {
     let mut out = Vec::new();
     for place in spec.layer_places(layer).into_iter().filter(|p| p.part == Part::Weight) {
-        for (i, step) in recipe.local() {
-            let needs = local_of(step, i, chosen, &place).map_or_else(Vec::new, |l| l.needs(&place));
-            out.extend(needs.into_iter().map(|ask| (Site::Matrix(place), ask)));
+        for (_, local, mixes) in locals_of(recipe, chosen, spec, &place) {
+            out.extend(gathered_for(local, &place, mixes).map(|ask| (Site::Matrix(place), ask)));
         }
     }
     out
+}
+
+/// What has to be gathered for what a step reads at a place behind maps, if any.
+pub(crate) fn gathered_for(local: &dyn Local, place: &Place, mixes: Option<bool>) -> impl Iterator<Item = Ask> {
+    let behind = move |ask: Ask| mixes.map_or(Some(ask), |mixes| ask.behind(mixes));
+    local.needs(place).into_iter().filter_map(behind)
 }
 
 /// Matrices that one call of a step works on.
@@ -119,8 +144,10 @@ impl Walk<'_> {
             .collect::<Result<Vec<_>, CompressError>>()?;
         work.extend(decoded.into_iter().flatten());
         for (i, step) in recipe.local() {
-            let groups = self.groups(step, i, &aimed, spec);
+            let groups = self.groups(step, i, &aimed, spec, &work);
             for batch in in_turn(groups, self.scratch_bytes) {
+                let mapped = mapped(step, &batch, &work, spec, &stats)?;
+                let stats = |p: &Place| mapped.get(p).map_or_else(|| stats(p), Mapped::stats);
                 let batch: Vec<(Group<'_>, Vec<Work<'_>>)> = batch
                     .into_iter()
                     .map(|g| {
@@ -159,7 +186,7 @@ impl Walk<'_> {
                 }
                 let stored = m.pack(wide_of(&sources[p])).map_err(|e| packing(p, e))?;
                 // A sum or a product of finite numbers need not be finite.
-                if stored.terms.len() > 1 || matches!(stored.terms[..], [Term::Product(..)]) {
+                if stored.terms.len() > 1 || matches!(stored.terms[..], [Term::Product(..)]) || stored.has_maps() {
                     finite(p, &stored, &format!("the weight as {}", stored.codec_name()))?;
                 }
                 Ok((*p, Arc::new(stored)))
@@ -170,11 +197,22 @@ impl Walk<'_> {
     }
 
     /// The calls of a step on a block: one for each matrix, or one for all that compete.
-    fn groups<'s>(&self, step: &'s RecipeStep, i: usize, aimed: &[Place], spec: &Spec) -> Vec<Group<'s>> {
+    fn groups<'s>(
+        &self,
+        step: &'s RecipeStep,
+        i: usize,
+        aimed: &[Place],
+        spec: &Spec,
+        work: &HashMap<Place, Unpacked>,
+    ) -> Vec<Group<'s>> {
         let mut out: Vec<Group<'s>> = Vec::new();
         for p in aimed {
             let Some(local) = local_of(step, i, &self.chosen, p) else { continue };
-            let bytes = spec.shape(p).map_or(0, |shape| local.scratch_bytes(shape));
+            let bytes = spec.shape(p).map_or(0, |shape| {
+                let maps = work.get(p).map_or(&[][..], |m| &m.input);
+                let mapped = if maps.is_empty() { 0 } else { Mapped::bytes(&local.needs(p), is_mixed(maps), shape.1) };
+                local.scratch_bytes(shape) + mapped
+            });
             let same = |g: &&mut Group<'_>| std::ptr::addr_eq(g.local, local);
             match out.iter_mut().find(same).filter(|_| local.together()) {
                 Some(g) => {
@@ -186,6 +224,35 @@ impl Walk<'_> {
         }
         out
     }
+}
+
+fn is_mixed(maps: &[Map]) -> bool {
+    !maps.iter().all(Map::moves_only)
+}
+
+/// The statistics of those matrices of a batch whose inputs are mapped. Matrices of one input with the same maps share
+/// them, and what methods make of them.
+fn mapped<'s>(
+    step: &RecipeStep,
+    batch: &[Group<'_>],
+    work: &HashMap<Place, Unpacked>,
+    spec: &Spec,
+    stats: &impl Fn(&Place) -> Stats<'s>,
+) -> Result<HashMap<Place, Mapped>, CompressError> {
+    let mut out: HashMap<Place, Mapped> = HashMap::new();
+    let mut known: Vec<(Place, Vec<Ask>, Place)> = Vec::new();
+    for (g, p) in batch.iter().flat_map(|g| g.places.iter().map(move |p| (g, p))) {
+        let Some(m) = work.get(p).filter(|m| !m.input.is_empty()) else { continue };
+        let (asks, of) = (g.local.needs(p), reader(spec, p));
+        let same = |(other, a, other_of): &&(Place, Vec<Ask>, Place)| {
+            *other_of == of && *a == asks && work.get(other).is_some_and(|w| w.input == m.input)
+        };
+        let like = known.iter().find(same).and_then(|(other, ..)| out.get(other));
+        let made = Mapped::of(&stats(p), &asks, &m.input, m.shape().1, like).map_err(|e| at_step(step, p, e))?;
+        known.push((*p, asks, of));
+        out.insert(*p, made);
+    }
+    Ok(out)
 }
 
 /// Groups that go at once, batch after batch: as many as the scratch memory holds, at least one.

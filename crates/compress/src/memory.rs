@@ -8,8 +8,9 @@ use lacuna_spec::{Part, Place, Spec};
 
 use crate::account::CompressError;
 use crate::activations::{Activations, SpilledInputs};
+use crate::calibrate::mapped::Mapped;
 use crate::calibrate::{Gather, gradients};
-use crate::local::{Chosen, asks};
+use crate::local::{Chosen, asks, locals_of};
 use crate::recipe::{Recipe, RecipeStep};
 
 /// How the work keeps below the ceiling.
@@ -128,9 +129,9 @@ fn floor(spec: &Spec, recipe: &Recipe, lens: &[usize]) -> u64 {
         for p in spec.layer_places(l).into_iter().filter(|p| p.part == Part::Weight) {
             let Some(shape) = spec.shape(&p) else { continue };
             weights += shape.0 as u64 * shape.1 as u64;
-            for (i, step) in recipe.local() {
-                let Some(local) = step.local(&p) else { continue };
-                let bytes = local.scratch_bytes(shape);
+            for (i, local, mixes) in locals_of(recipe, &Chosen::default(), spec, &p) {
+                let mapped = mixes.map_or(0, |mixes| Mapped::bytes(&local.needs(&p), mixes, shape.1));
+                let bytes = local.scratch_bytes(shape) + mapped;
                 together[i] = if local.together() { together[i] + bytes } else { together[i].max(bytes) };
                 scratch = scratch.max(together[i]);
             }

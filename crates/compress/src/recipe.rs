@@ -11,6 +11,7 @@ use serde::{Deserialize, Serialize};
 use serde_json::Map;
 use toml::{Table, Value};
 
+use crate::calibrate::mapped::lost;
 use crate::local::has_inputs;
 
 /// A recipe that cannot be followed.
@@ -358,6 +359,12 @@ impl Recipe {
                 if place.layer.is_none() && !needs.is_empty() && none {
                     let why = "and there are none of what nothing is multiplied with; use rtn";
                     return Err(fail(format!("{} needs statistics of its inputs, {why}", step.card.name)));
+                }
+                if let Some(mixes) = Left::mixes(&earlier) {
+                    let mut needs = local.needs(&place).into_iter();
+                    if let Some(ask) = needs.find(|ask| ask.behind(mixes).is_none()) {
+                        return Err(fail(lost(ask)));
+                    }
                 }
                 let left = local.check(shape, &earlier).map_err(|e| fail(e.what))?;
                 for variant in &step.variants {

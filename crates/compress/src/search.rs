@@ -15,7 +15,7 @@ use crate::activations::Activations;
 use crate::calibrate::Gather;
 use crate::drive::{SOURCE, Walk, at_step};
 use crate::error::change;
-use crate::local::{asks, local_of};
+use crate::local::{asks, gathered_for, local_of, locals_of};
 use crate::model_wide::Layer;
 use crate::overlay::{Overlay, Stitched, finite, forward, need, release_layer};
 use crate::recipe::RecipeStep;
@@ -349,7 +349,10 @@ impl Walk<'_> {
         let mut wanted = asks(recipe, &self.chosen, &overlay.spec, layer);
         for variant in &recipe.steps[i].variants {
             for p in places.iter().filter(|p| p.part == Part::Weight) {
-                wanted.extend(variant.needs(p).into_iter().map(|ask| (Site::Matrix(*p), ask)));
+                let Some(local) = variant.local(p) else { continue };
+                let before = locals_of(recipe, &self.chosen, &overlay.spec, p);
+                let mixes = before.iter().find(|(at, ..)| *at == i).and_then(|(.., mixes)| *mixes);
+                wanted.extend(gathered_for(local, p, mixes).map(|ask| (Site::Matrix(*p), ask)));
             }
         }
         let aims = |p: &&Place| p.part == Part::Weight && local_of(&recipe.steps[i], i, &self.chosen, p).is_some();

@@ -5,7 +5,9 @@ use std::fmt;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::questions::{Basis, Factor, Grid, Ranks, Recode, Score, Search, Shortlist, Solve, Structure, Table};
+use crate::questions::{
+    Basis, Factor, Grid, Ranks, Recode, Score, Search, Shortlist, Solve, Structure, Table, Transform,
+};
 use crate::stats::Ask;
 use crate::step::Step;
 
@@ -90,6 +92,8 @@ pub enum Made {
     Factor(Box<dyn Factor>),
     /// See [`Ranks`].
     Ranks(Box<dyn Ranks>),
+    /// See [`Transform`].
+    Transform(Box<dyn Transform>),
     /// See [`Structure`].
     Structure(Box<dyn Structure>),
     /// See [`Basis`].
@@ -110,6 +114,7 @@ impl fmt::Debug for Made {
             Made::Solve(_) => "Solve",
             Made::Factor(_) => "Factor",
             Made::Ranks(_) => "Ranks",
+            Made::Transform(_) => "Transform",
             Made::Structure(_) => "Structure",
             Made::Basis(_) => "Basis",
             Made::Shortlist(_) => "Shortlist",

@@ -4,7 +4,7 @@ use std::fmt;
 use std::str::FromStr;
 
 use lacuna_base::{Mat, Mat64, MatRef};
-use lacuna_format::{Affine, Float, GgufType, Integers, Mask, Piece, ScaleCodec, Stored, UnpackedPiece};
+use lacuna_format::{Affine, Float, GgufType, Integers, Map, Mask, Piece, ScaleCodec, Stored, UnpackedPiece};
 use lacuna_spec::Place;
 use serde::{Deserialize, Serialize};
 
@@ -291,6 +291,16 @@ pub trait Ranks: Send + Sync {
     /// The rank of each, 1 or more, or `None` where the matrix stays whole. With `rank · (rows + cols)` parameters for a
     /// thin one all together hold no more than `keep` of what they held.
     fn ranks(&self, spectra: &[Spectrum], keep: f64) -> Result<Vec<Option<usize>>, MethodError>;
+}
+
+/// Transform: which maps of a matrix's inputs make it easier to write with few bits?
+pub trait Transform: Send + Sync {
+    /// The maps for `w`, `[out, in]`, in the order in which they are applied. Each has an inverse: the weights become
+    /// those of the mapped inputs, and nothing else changes.
+    fn maps(&self, w: MatRef<'_>, stats: &Stats<'_>) -> Result<Vec<Map>, MethodError>;
+
+    /// Maps of the same form with any numbers, or why there are none for so many inputs.
+    fn form(&self, inputs: usize) -> Result<Vec<Map>, MethodError>;
 }
 
 /// What can go as a whole.

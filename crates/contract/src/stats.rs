@@ -21,7 +21,7 @@ pub enum Ask {
     /// `Σ x²` of every input channel of a matrix, `[in]`.
     InputSquares,
     /// `Σ |x|` of every input channel of a matrix, `[in]`.
-    InputAbsolute,
+    InputMagnitudes,
     /// Mean and variance of every input channel of a matrix, `[in]` each.
     InputMoments,
     /// Mean over tokens of the cosine of what goes into a part of a decoder block and what comes out.
@@ -60,12 +60,23 @@ impl Ask {
         )
     }
 
+    /// The statistic of inputs `x` from which this one of `M x` follows, `M` being maps at a matrix's input that mix
+    /// inputs or only move and scale them. `None`: no other says it.
+    pub fn behind(self, mixes: bool) -> Option<Ask> {
+        match self {
+            Ask::InputSquares if mixes => Some(Ask::InputGram),
+            Ask::InputMagnitudes | Ask::InputMoments | Ask::GradientAbsolute | Ask::GradientSquares if mixes => None,
+            Ask::GradientRowGram | Ask::GradientColumnGram => None,
+            other => Some(other),
+        }
+    }
+
     /// In words.
     pub fn describe(self) -> &'static str {
         match self {
             Ask::InputGram => "the Gram matrix of its inputs",
             Ask::InputSquares => "the squares of its inputs",
-            Ask::InputAbsolute => "the sizes of its inputs",
+            Ask::InputMagnitudes => "the sizes of its inputs",
             Ask::InputMoments => "mean and variance of its inputs",
             Ask::Similarity(_) => "how like its input a part's output is",
             Ask::GradientAbsolute => "the sizes of its gradients",
@@ -185,8 +196,8 @@ impl<'a> Stats<'a> {
     }
 
     /// `Σ |x|` of each input.
-    pub fn sizes(&self) -> Result<&'a [f64], MethodError> {
-        self.need(Ask::InputAbsolute, |g| if let Gathered::Vector(v) = g { Some(v.as_slice()) } else { None })
+    pub fn magnitudes(&self) -> Result<&'a [f64], MethodError> {
+        self.need(Ask::InputMagnitudes, |g| if let Gathered::Vector(v) = g { Some(v.as_slice()) } else { None })
     }
 
     /// Mean and variance of each input.

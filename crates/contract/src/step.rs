@@ -68,6 +68,19 @@ pub enum Left {
     Aside,
     /// A term beside what was there.
     Corrected,
+    /// Weights of mapped inputs: statistics are then those of the inputs as mapped.
+    Mapped {
+        /// Whether the maps mix inputs, and not only move and scale them.
+        mixes: bool,
+    },
+}
+
+impl Left {
+    /// Whether the maps that steps left at a matrix's input mix inputs; `None` where there are none.
+    pub fn mixes(earlier: &[Left]) -> Option<bool> {
+        let maps = earlier.iter().filter_map(|l| if let Left::Mapped { mixes } = l { Some(*mixes) } else { None });
+        maps.reduce(|a, b| a || b)
+    }
 }
 
 /// One matrix at a local step.
@@ -78,7 +91,7 @@ pub struct Work<'a> {
     pub matrix: Unpacked,
     /// As it came.
     pub source: &'a Stored,
-    /// Statistics of its inputs.
+    /// Statistics of its inputs, as the matrix's maps leave them.
     pub stats: Stats<'a>,
 }
 

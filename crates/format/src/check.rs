@@ -273,7 +273,7 @@ impl Piece {
 
 impl Map {
     /// Whether it maps `n` values.
-    fn check(&self, n: usize) -> Check {
+    pub(crate) fn check(&self, n: usize) -> Check {
         let runs = |size: usize| {
             if size == 0 || !n.is_multiple_of(size) { fail(format!("runs of {size} in {n} values")) } else { Ok(()) }
         };

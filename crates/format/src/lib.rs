@@ -37,7 +37,7 @@ pub use bytes::Bytes;
 pub use gguf::GgufType;
 pub use gguf_grid::{BlockGrid, RunGrid};
 pub use integers::Integers;
-pub use map::{MOST_DENSE, MOST_MAPS, Map, hadamard_core, hadamard_parts};
+pub use map::{Axes, MOST_DENSE, MOST_MAPS, Map, Number, hadamard_core, hadamard_parts};
 pub use mask::Mask;
 pub use narrow::narrow;
 pub use pack::{

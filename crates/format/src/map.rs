@@ -4,6 +4,8 @@
 //! sum `W` of its terms, the maps of its output in theirs. All are square. What it decodes to is the product of all of
 //! them, dense.
 
+use std::ops::{Add, Mul, Sub};
+
 use bytes::Bytes;
 use lacuna_base::MatMut;
 
@@ -194,14 +196,20 @@ enum Open {
     Dense { size: usize, m: Vec<f32> },
 }
 
+/// What maps apply to: f32 and f64.
+pub trait Number: Copy + From<f32> + Add<Output = Self> + Sub<Output = Self> + Mul<Output = Self> {}
+
+impl Number for f32 {}
+impl Number for f64 {}
+
 impl Open {
     /// Applies the map, or with `transposed` its transpose, to values `first..` of it, each a row of `width`: `v` is
     /// `[values, width]`, whole runs (all values for a permutation).
-    fn apply(&self, first: usize, v: &mut [f32], width: usize, transposed: bool) {
+    fn apply<T: Number>(&self, first: usize, v: &mut [T], width: usize, transposed: bool) {
         let row = |i: usize| i * width..(i + 1) * width;
-        let scale = |v: &mut [f32], by: &[f32]| {
-            for (v, by) in v.chunks_exact_mut(width.max(1)).zip(&by[first..]) {
-                v.iter_mut().for_each(|v| *v *= by);
+        let scale = |v: &mut [T], by: &[f32]| {
+            for (v, &by) in v.chunks_exact_mut(width.max(1)).zip(&by[first..]) {
+                v.iter_mut().for_each(|v| *v = *v * by.into());
             }
         };
         match self {
@@ -231,19 +239,19 @@ impl Open {
 
 /// Every of the `n` rows of `v`, `[n, width]`, becomes the sum over `j`, rising, of `m[i, j]`, or `m[j, i]`, times row
 /// `j`.
-fn mix(v: &mut [f32], n: usize, width: usize, m: &[f32], transposed: bool) {
+fn mix<T: Number>(v: &mut [T], n: usize, width: usize, m: &[f32], transposed: bool) {
     let from = v.to_vec();
     for (i, v) in v.chunks_exact_mut(width).enumerate() {
-        v.fill(0.0);
+        v.fill(0.0.into());
         for (j, from) in from.chunks_exact(width).enumerate() {
-            let a = if transposed { m[j * n + i] } else { m[i * n + j] };
-            v.iter_mut().zip(from).for_each(|(v, x)| *v += a * x);
+            let a: T = if transposed { m[j * n + i] } else { m[i * n + j] }.into();
+            v.iter_mut().zip(from).for_each(|(v, &x)| *v = *v + a * x);
         }
     }
 }
 
 /// One run of a Hadamard map without its signs.
-fn rotate(v: &mut [f32], (h, m): (usize, usize), core: &[f32], width: usize, transposed: bool) {
+fn rotate<T: Number>(v: &mut [T], (h, m): (usize, usize), core: &[f32], width: usize, transposed: bool) {
     let mut half = 1;
     while half < m {
         for pair in v.chunks_exact_mut(2 * half * width) {
@@ -257,8 +265,52 @@ fn rotate(v: &mut [f32], (h, m): (usize, usize), core: &[f32], width: usize, tra
     if h > 1 {
         mix(v, h, m * width, core, transposed);
     }
-    let by = 1.0 / ((h * m) as f32).sqrt();
-    v.iter_mut().for_each(|v| *v *= by);
+    let by: T = (1.0 / ((h * m) as f32).sqrt()).into();
+    v.iter_mut().for_each(|v| *v = *v * by);
+}
+
+/// The maps of a matrix's input with their numbers read: `M = In_k · .. · In_1`.
+pub struct Axes(Vec<Open>);
+
+impl Axes {
+    /// Of `maps` of `n` values. Errors name the map.
+    pub fn of(maps: &[Map], n: usize) -> Result<Axes, FormatError> {
+        for (i, map) in maps.iter().enumerate() {
+            map.check(n).map_err(|e| FormatError { what: format!("map {i}: {e}") })?;
+        }
+        Ok(Axes(maps.iter().map(|m| m.open(n)).collect()))
+    }
+
+    /// `x <- M x`.
+    pub fn inputs<T: Number>(&self, x: &mut [T]) {
+        self.0.iter().for_each(|map| map.apply(0, x, 1, false));
+    }
+
+    /// `w <- w M`: a row that meets `M x`, as one that meets `x`.
+    pub fn back(&self, w: &mut [f32]) {
+        self.0.iter().rev().for_each(|map| map.apply(0, w, 1, true));
+    }
+
+    /// `w <- w M⁻¹`: a row that meets `x`, as one that meets `M x`. Refused for dense maps, whose inverse is not
+    /// known, and for a diagonal with a 0.
+    pub fn weights(&self, w: &mut [f32]) -> Result<(), FormatError> {
+        for (i, map) in self.0.iter().enumerate() {
+            match map {
+                // The inverse of an orthogonal map is its transpose.
+                Open::Permutation(_) | Open::Hadamard { .. } => map.apply(0, w, 1, false),
+                Open::Diagonal(d) => {
+                    if let Some(at) = d.iter().position(|d| *d == 0.0) {
+                        return Err(FormatError::new(format!("map {i}: the factor of value {at} is 0")));
+                    }
+                    w.iter_mut().zip(d).for_each(|(w, d)| *w /= d);
+                }
+                Open::Dense { .. } => {
+                    return Err(FormatError::new(format!("map {i}: the inverse of a dense map is not known here")));
+                }
+            }
+        }
+        Ok(())
+    }
 }
 
 /// The values that values `from..to` behind each of these maps come of, whole runs of it, and in the end `from..to`

@@ -3,8 +3,8 @@
 use lacuna_base::{Mat, MatRef, dense};
 
 use crate::{
-    Codebook, Float, FormatError, Integers, Mask, PatternKind, Piece, ScaleCodec, Stored, Term, cheapest_pattern,
-    pack_codebook, pack_float, pack_integers,
+    Axes, Codebook, Float, FormatError, Integers, Map, Mask, PatternKind, Piece, ScaleCodec, Stored, Term,
+    cheapest_pattern, pack_codebook, pack_float, pack_integers,
 };
 
 /// How the values of a piece will be written.
@@ -53,13 +53,18 @@ pub enum UnpackedTerm {
     Product(Box<(UnpackedPiece, UnpackedPiece)>),
 }
 
-/// A matrix that is not packed yet: the sum of the term that steps work on and of those set aside.
+/// A matrix that is not packed yet: the sum of the term that steps work on and of those set aside, times the maps of
+/// its input.
+///
+/// With `M` all maps together, the terms are those of `W' = W M⁻¹`, so that `W' (M x) = W x`.
 #[derive(Clone, Debug)]
 pub struct Unpacked {
     /// The term that the next step works on.
     pub main: UnpackedTerm,
     /// Terms that earlier steps set aside: outliers, corrections of an error.
     pub aside: Vec<UnpackedTerm>,
+    /// Maps of its input, in the order in which they are applied.
+    pub input: Vec<Map>,
 }
 
 impl UnpackedPiece {
@@ -124,7 +129,7 @@ impl UnpackedTerm {
 impl Unpacked {
     /// One dense term.
     pub fn dense(w: Mat) -> Unpacked {
-        Unpacked { main: UnpackedTerm::Piece(UnpackedPiece::dense(w)), aside: Vec::new() }
+        Unpacked { main: UnpackedTerm::Piece(UnpackedPiece::dense(w)), aside: Vec::new(), input: Vec::new() }
     }
 
     /// `[rows, cols]`.
@@ -148,8 +153,37 @@ impl Unpacked {
         })
     }
 
-    /// The sum of the terms, `[rows, cols]`.
+    /// More maps of the input, behind those there are: the weights become those of the inputs as mapped. Refused for
+    /// anything but floats of which nothing was dropped or set aside.
+    pub fn turn(&mut self, maps: Vec<Map>) -> Result<(), FormatError> {
+        match &mut self.main {
+            UnpackedTerm::Piece(p) if matches!(p.code, Code::Float) && p.mask.is_none() && self.aside.is_empty() => {
+                turned(&maps, &mut p.w)?;
+            }
+            _ => return Err(FormatError::new("only floats, all of them kept in one term, get maps")),
+        }
+        self.input.extend(maps);
+        Ok(())
+    }
+
+    /// `w`, weights of the inputs as they come, as weights of the inputs as mapped.
+    pub fn turned(&self, mut w: Mat) -> Result<Mat, FormatError> {
+        turned(&self.input, &mut w)?;
+        Ok(w)
+    }
+
+    /// The whole matrix, `[rows, cols]`: the sum of the terms times the maps.
     pub fn to_mat(&self) -> Mat {
+        let mut sum = self.sum();
+        if !self.input.is_empty() {
+            let axes = Axes::of(&self.input, sum.cols()).expect("maps were checked when they were taken in");
+            (0..sum.rows()).for_each(|r| axes.back(sum.row_mut(r)));
+        }
+        sum
+    }
+
+    /// The sum of the terms, `[rows, cols]`: what meets the inputs as mapped.
+    pub fn sum(&self) -> Mat {
         let mut sum = self.main.to_mat();
         for term in &self.aside {
             match term {
@@ -165,10 +199,19 @@ impl Unpacked {
     pub fn pack(&self, wide: Float) -> Result<Stored, FormatError> {
         let (rows, cols) = self.shape();
         let terms = self.terms().map(|t| t.pack(wide)).collect::<Result<_, _>>()?;
-        let stored = Stored::new(rows, cols, terms);
+        let stored = Stored::new(rows, cols, terms).with_maps(self.input.clone(), Vec::new());
         stored.check()?;
         Ok(stored)
     }
+}
+
+/// `w <- w M⁻¹`.
+fn turned(maps: &[Map], w: &mut Mat) -> Result<(), FormatError> {
+    if maps.is_empty() {
+        return Ok(());
+    }
+    let axes = Axes::of(maps, w.cols())?;
+    (0..w.rows()).try_for_each(|r| axes.weights(w.row_mut(r)))
 }
 
 fn add(sum: &mut Mat, w: MatRef<'_>) {
@@ -196,6 +239,7 @@ mod tests {
         let all = Unpacked {
             main: UnpackedTerm::Piece(main),
             aside: vec![UnpackedTerm::Piece(out), UnpackedTerm::Product(Box::new(thin))],
+            input: Vec::new(),
         };
         let stored = all.pack(Float::F32).unwrap();
         assert_eq!((stored.terms.len(), all.pieces().count()), (3, 4));
@@ -203,5 +247,39 @@ mod tests {
         // Beyond f16: the wide codec.
         let big = Unpacked::dense(Mat::from_fn(1, 2, |_, _| 1e6));
         assert_eq!(big.pack(Float::F32).unwrap().to_mat().data(), [1e6, 1e6]);
+    }
+
+    #[test]
+    fn maps_turn_the_weights_and_leave_the_matrix() {
+        let (w, x) = (random(5, 24, 1), random(1, 24, 2));
+        let signs: Vec<bool> = (0..24).map(|i| i % 5 < 2).collect();
+        let index: Vec<u32> = (0..24).map(|i| i * 7 % 24).collect();
+        let d: Vec<f32> = (0..24).map(|i| 0.25 + i as f32 / 8.0).collect();
+        let mut m = Unpacked::dense(w.clone());
+        m.turn(vec![Map::diagonal(&d, Float::F16).unwrap()]).unwrap();
+        m.turn(vec![Map::hadamard(12, Some(&signs)), Map::permutation(&index)]).unwrap();
+        assert!(max_abs_diff(m.to_mat().view(), w.view()) < 1e-5);
+        assert!(max_abs_diff(m.turned(w.clone()).unwrap().view(), m.sum().view()) == 0.0);
+        // The definition: the sum of terms times the mapped input is the matrix times the input.
+        let mut y: Vec<f64> = x.data().iter().map(|v| f64::from(*v)).collect();
+        Axes::of(&m.input, 24).unwrap().inputs(&mut y);
+        for r in 0..5 {
+            let want: f64 = w.row(r).iter().zip(x.data()).map(|(a, b)| f64::from(*a) * f64::from(*b)).sum();
+            let got: f64 = m.sum().row(r).iter().zip(&y).map(|(a, b)| f64::from(*a) * b).sum();
+            assert!((got - want).abs() < 1e-5, "row {r}: {got} {want}");
+        }
+        let stored = m.pack(Float::F32).unwrap();
+        assert_eq!(stored.input.len(), 3);
+        assert!(max_abs_diff(stored.to_mat().view(), w.view()) < 2e-3);
+        assert_eq!(stored.bytes(), 5 * 24 * 2 + 24 * 2 + 24 / 8 + 24 * 4);
+        // What has no inverse, what does not fit, what is no longer plain floats.
+        let zero = Map::diagonal(&[0.0; 24], Float::F32).unwrap();
+        assert!(m.clone().turn(vec![zero]).unwrap_err().what.contains("value 0 is 0"));
+        let dense = Map::dense(2, &[1.0, 0.0, 0.0, 1.0], Float::F32).unwrap();
+        assert!(m.clone().turn(vec![dense]).unwrap_err().what.contains("inverse"));
+        assert!(m.clone().turn(vec![Map::hadamard(16, None)]).unwrap_err().what.contains("runs of 16"));
+        let UnpackedTerm::Piece(p) = &mut m.main else { unreachable!() };
+        p.keep(Mask::from_fn(5, 24, |r, _| r > 0));
+        assert!(m.turn(vec![Map::hadamard(8, None)]).unwrap_err().what.contains("floats"));
     }
 }

@@ -17,6 +17,7 @@ mod search;
 mod shortlist;
 mod solve;
 mod structure;
+mod transform;
 
 use lacuna_contract::Registry;
 
@@ -38,6 +39,7 @@ pub fn registry() -> Registry {
             solve::hqq::method(),
             solve::finequant::method(),
             grid::float_format::method(),
+            grid::bfp::method(),
             grid::squeezellm::method(),
             grid::any_precision::method(),
             recode::double_quantization::method(),
@@ -51,6 +53,9 @@ pub fn registry() -> Registry {
             factor::dobi_svd::method(),
             factor::welore::method(),
             factor::eora::method(),
+            transform::hadamard::method(),
+            transform::awq::method(),
+            transform::rearrange::method(),
             basis::axes::method(),
             basis::slicegpt::method(),
             structure::llm_drop::method(),
@@ -70,6 +75,7 @@ pub fn registry() -> Registry {
             family::recode::family(),
             family::factor::family(),
             family::outliers::family(),
+            family::transform::family(),
             family::drop::family(),
             family::slice::family(),
             family::structure::family(),

@@ -6,9 +6,9 @@ use lacuna_base::testkit::{max_abs_diff, random};
 use lacuna_base::{Gram, Mat, Mat64, dense, factor};
 use lacuna_contract::{
     Ability, Ask, Factor, Gathered, Grid, GridAsk, Made, Making, PruneAsk, RoundAsk, Score, ShortlistAsk, Solve,
-    SolveAsk, Solved, Sparsity, Spectrum, Stats, StructureAsk, Unit, Vocabulary,
+    SolveAsk, Solved, Sparsity, Spectrum, Stats, StructureAsk, Transform, Unit, Vocabulary,
 };
-use lacuna_format::{Float, Mask, PatternKind, ScaleCodec, pack_integers};
+use lacuna_format::{Float, Map, Mask, PatternKind, ScaleCodec, Unpacked, pack_integers};
 use lacuna_methods::registry;
 
 /// Statistics of correlated inputs; input 1 is zero in every token.
@@ -41,7 +41,7 @@ impl Inputs {
         let found = vec![
             (Ask::InputGram, Gathered::Gram(gram.clone())),
             (Ask::InputSquares, Gathered::Vector(gram.diag())),
-            (Ask::InputAbsolute, Gathered::Vector((0..x.cols()).map(|c| column(c).map(f64::abs).sum()).collect())),
+            (Ask::InputMagnitudes, Gathered::Vector((0..x.cols()).map(|c| column(c).map(f64::abs).sum()).collect())),
             (Ask::InputMoments, Gathered::Moments { mean, variance }),
         ];
         Inputs { x: x.clone(), gram, found, gradients: Vec::new() }
@@ -514,6 +514,34 @@ fn ranks_stay_within_what_may_be_kept() {
         }
         assert!(by.ranks(&spectra, 0.0).is_err(), "{name}");
     }
+}
+
+#[test]
+fn maps_change_the_weights_and_not_the_matrix() {
+    let (mut found, mut shapes) = (0, 0);
+    for (name, by) in each!(Transform) {
+        let by: Box<dyn Transform> = by;
+        found += 1;
+        for (rows, cols) in SHAPES {
+            let (w, inputs) = (weights(rows, cols, 21), Inputs::new(cols, 60, 22));
+            // Some widths have no such map: then it says so at once.
+            let Ok(form) = by.form(cols) else {
+                assert!(by.maps(w.view(), &inputs.stats()).is_err(), "{name} {cols}");
+                continue;
+            };
+            shapes += 1;
+            let maps = by.maps(w.view(), &inputs.stats()).unwrap_or_else(|e| panic!("{name} {rows} x {cols}: {e}"));
+            let alike = |(a, b): (&Map, &Map)| a.name() == b.name() && a.bytes() == b.bytes();
+            assert!(maps.len() == form.len() && maps.iter().zip(&form).all(alike), "{name} {cols}");
+            assert_eq!(by.maps(w.view(), &inputs.stats()), Ok(maps.clone()), "{name}: the same again");
+            let mut m = Unpacked::dense(w.clone());
+            m.turn(maps).unwrap_or_else(|e| panic!("{name}: {e}"));
+            assert!(max_abs_diff(m.to_mat().view(), w.view()) < 1e-5, "{name} {rows} x {cols}");
+        }
+        let bad = Mat::from_fn(2, 8, |_, c| if c == 3 { f32::NAN } else { 1.0 });
+        assert!(by.maps(bad.view(), &Inputs::new(8, 9, 1).stats()).is_err(), "{name}");
+    }
+    assert!(found > 0 && shapes > 3 * found);
 }
 
 #[test]

@@ -1,8 +1,9 @@
 //! Statistics gathered in forward passes: one reducer a file, over the events that the model emits.
 
-mod absolute;
 pub(crate) mod gradients;
 mod gram;
+mod magnitudes;
+pub(crate) mod mapped;
 mod moments;
 mod similarity;
 mod squares;
@@ -37,7 +38,7 @@ fn reducer(ask: Ask) -> Option<Box<dyn Reducer>> {
     Some(match ask {
         Ask::InputGram => Box::new(gram::InputGram::default()),
         Ask::InputSquares => Box::new(squares::InputSquares::default()),
-        Ask::InputAbsolute => Box::new(absolute::InputAbsolute::default()),
+        Ask::InputMagnitudes => Box::new(magnitudes::InputMagnitudes::default()),
         Ask::InputMoments => Box::new(moments::InputMoments::default()),
         Ask::Similarity(unit) => Box::new(similarity::Similarity::new(unit)),
         Ask::GradientAbsolute
@@ -55,7 +56,7 @@ fn bytes(ask: Ask, inputs: u64) -> u64 {
     match ask {
         // And as much again for what methods make of it and share.
         Ask::InputGram => 16 * inputs * inputs,
-        Ask::InputSquares | Ask::InputAbsolute => 8 * inputs,
+        Ask::InputSquares | Ask::InputMagnitudes => 8 * inputs,
         Ask::InputMoments => 24 * inputs,
         _ => 0,
     }
@@ -72,7 +73,7 @@ struct Running {
 }
 
 /// The matrix in whose name the input of `place` is gathered: q for k and v, gate for up.
-fn reader(spec: &Spec, place: &Place) -> Place {
+pub(crate) fn reader(spec: &Spec, place: &Place) -> Place {
     let gated = place.layer.and_then(|l| spec.layers.get(l as usize)?.ffn.as_ref()).is_some_and(|f| f.gated);
     let role = match place.role {
         Role::K | Role::V => Role::Q,

@@ -64,6 +64,18 @@ impl Turn {
         Ok(Turn { kind, bytes: map.bytes() })
     }
 
+    /// Whether `other` is known to map rows the same way. (Nobody asks two dense maps: they count as different.)
+    pub(super) fn same(&self, other: &Turn) -> bool {
+        match (&self.kind, &other.kind) {
+            (Kind::Permutation(a), Kind::Permutation(b)) => a == b,
+            (Kind::Diagonal(a), Kind::Diagonal(b)) => a == b,
+            (Kind::Hadamard { h, m, signs, .. }, Kind::Hadamard { h: other_h, m: other_m, signs: other_signs, .. }) => {
+                (h, m, signs) == (other_h, other_m, other_signs)
+            }
+            _ => false,
+        }
+    }
+
     /// Bytes that one row reads.
     pub(super) fn bytes(&self) -> u64 {
         self.bytes

@@ -174,8 +174,23 @@ impl Linear {
             assert_eq!(x.cols(), l.cols, "x has {} columns, the matrix {}", x.cols(), l.cols);
             assert_eq!((out.rows(), out.cols()), (x.rows(), l.rows), "the result has another shape");
         }
+        let first = all[0];
+        let alike = |l: &&Linear| {
+            let same = l.input.len() == first.input.len() && l.input.iter().zip(&first.input).all(|(a, b)| a.same(b));
+            same && l.packing.isa == first.packing.isa
+        };
+        if N > 1 && x.rows() > 0 && !first.input.is_empty() && all.iter().all(alike) {
+            // Rows are mapped once for all of them.
+            mapped(first.packing.isa, &first.input, x, |x| Linear::all_behind(all, x, out, true));
+        } else {
+            Linear::all_behind(all, x, out, false);
+        }
+    }
+
+    /// The same; with `done`, `x` has been through the maps of the inputs.
+    fn all_behind<const N: usize>(all: [&Linear; N], x: MatRef<'_>, out: &mut [MatMut<'_>; N], done: bool) {
         let single = |l: &Linear| match &l.terms[..] {
-            [PackedTerm::Piece(form)] if l.rows > 0 && l.input.is_empty() && l.output.is_empty() => {
+            [PackedTerm::Piece(form)] if l.rows > 0 && (done || l.input.is_empty()) && l.output.is_empty() => {
                 form.body.plan(&l.packing, x.rows())
             }
             _ => None,
@@ -184,7 +199,7 @@ impl Linear {
         let same = |l: &&Linear| l.packing == all[0].packing && single(l) == plan;
         let (Some(plan), true) = (plan, N > 1 && x.rows() > 0 && all.iter().all(same)) else {
             for (l, out) in all.iter().zip(out) {
-                l.run(x, out.reborrow(), false);
+                l.run_behind(x, out.reborrow(), false, done);
             }
             return;
         };
@@ -198,16 +213,23 @@ impl Linear {
 
     #[track_caller]
     fn run(&self, x: MatRef<'_>, out: MatMut<'_>, add: bool) {
+        self.run_behind(x, out, add, false);
+    }
+
+    /// With `done`, `x` has been through the maps of the input.
+    #[track_caller]
+    fn run_behind(&self, x: MatRef<'_>, out: MatMut<'_>, add: bool, done: bool) {
         assert_eq!(x.cols(), self.cols, "x has {} columns, the matrix {}", x.cols(), self.cols);
         assert_eq!((out.rows(), out.cols()), (x.rows(), self.rows), "the result has another shape");
         if x.rows() == 0 || self.rows == 0 {
             return;
         }
-        if !self.input.is_empty() || !self.output.is_empty() {
+        let input = if done { &[] } else { &self.input[..] };
+        if !input.is_empty() || !self.output.is_empty() {
             // Only factors of products are added to what is there, and these have no maps.
             debug_assert!(!add);
             let isa = self.packing.isa;
-            return mapped(isa, &self.input, x, |x| mapping(isa, &self.output, out, |out| self.sum(x, out, false)));
+            return mapped(isa, input, x, |x| mapping(isa, &self.output, out, |out| self.sum(x, out, false)));
         }
         self.sum(x, out, add);
     }

@@ -667,6 +667,43 @@ fn tiles_decode_to_the_bits_of_the_format() {
 }
 
 #[test]
+fn matrices_behind_equal_maps_give_the_bits_that_each_gives_alone() {
+    let mut rng = Rng::new(11);
+    let n = 96;
+    let signs: Vec<bool> = (0..n).map(|i| i % 3 == 0).collect();
+    let index: Vec<u32> = (0..n as u32).rev().collect();
+    let d: Vec<f32> = (0..n).map(|_| rng.normal()).collect();
+    let maps = [
+        vec![Map::hadamard(96, Some(&signs))],
+        vec![Map::permutation(&index), Map::diagonal(&d, Float::F16).unwrap()],
+        vec![Map::hadamard(96, None)],
+        vec![Map::dense(2, &[1.0, 2.0, 3.0, 4.0], Float::F32).unwrap()],
+        vec![],
+    ];
+    for (i, j) in (0..maps.len()).flat_map(|i| (0..maps.len()).map(move |j| (i, j))) {
+        let (a, b) = (ints(40, n, 4, 32, false, Float::F16, &mut rng), ints(24, n, 4, 32, false, Float::F16, &mut rng));
+        let (a, b) = (a.with_maps(maps[i].clone(), vec![]), b.with_maps(maps[j].clone(), vec![Map::hadamard(8, None)]));
+        let c = sparse(9, n).with_maps(maps[j].clone(), vec![]);
+        for activations in [Activations::Exact, Activations::Int8] {
+            let all = [&a, &b, &c, &a].map(|s| pack_for(s, Isa::best(), activations).unwrap());
+            for rows in [0, 1, 5] {
+                let x = random(rows, n, 3);
+                let mut outs = [40, 24, 9, 40].map(|out| random(rows, out, 4));
+                let [p, q, r, s] = &mut outs;
+                let mut views = [p.view_mut(), q.view_mut(), r.view_mut(), s.view_mut()];
+                Linear::forward_all([&all[0], &all[1], &all[2], &all[3]], x.view(), &mut views);
+                let mut two = [&all[0], &all[3]].map(|l| random(rows, l.rows(), 5));
+                let [p, q] = &mut two;
+                Linear::forward_all([&all[0], &all[3]], x.view(), &mut [p.view_mut(), q.view_mut()]);
+                for (l, got) in all.iter().zip(&outs).chain([(&all[0], &two[0]), (&all[3], &two[1])]) {
+                    assert_eq!(bits(got.view()), bits(forward(l, x.view()).view()), "{i} {j} {activations:?} {rows}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
 fn threads_change_nothing() {
     let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();
     let mut rng = Rng::new(1);

@@ -45,7 +45,7 @@ pub(crate) fn method() -> Method {
             summary: "Two thin matrices, nearest where the inputs are large.",
             system: None,
             verb: "factor",
-            needs: &[Ask::InputAbsolute],
+            needs: &[Ask::InputMagnitudes],
             abilities: &[Ability::Error],
         },
         keys: make::keys::<Asvd>,
@@ -62,7 +62,7 @@ pub(crate) fn method() -> Method {
 impl Factor for Asvd {
     fn factor(&self, w: MatRef<'_>, stats: &Stats<'_>, rank: usize) -> Result<(Mat, Mat), MethodError> {
         check(w, rank)?;
-        let (sizes, tokens) = (stats.sizes()?, stats.tokens.max(1) as f64);
+        let (sizes, tokens) = (stats.magnitudes()?, stats.tokens.max(1) as f64);
         if sizes.len() != w.cols() {
             return Err(MethodError::new(format!(
                 "sizes of {} inputs for a matrix of {} x {}",
@@ -85,7 +85,7 @@ mod tests {
 
     fn factored(w: &Mat, x: &Mat, alpha: f64, rank: usize) -> (Mat, Mat) {
         let size = |c: usize| (0..x.rows()).map(|t| f64::from(x[(t, c)]).abs()).sum();
-        let found = [(Ask::InputAbsolute, Gathered::Vector((0..x.cols()).map(size).collect()))];
+        let found = [(Ask::InputMagnitudes, Gathered::Vector((0..x.cols()).map(size).collect()))];
         let stats = Stats { tokens: x.rows() as u64, found: &found, gradients: &[], sequences: 0, worked: None };
         Asvd { alpha }.factor(w.view(), &stats, rank).expect("factors")
     }
@@ -122,7 +122,7 @@ mod tests {
     #[test]
     fn what_is_wrong_is_refused() {
         let w = random(3, 4, 1);
-        let found = [(Ask::InputAbsolute, Gathered::Vector(vec![1.0; 3]))];
+        let found = [(Ask::InputMagnitudes, Gathered::Vector(vec![1.0; 3]))];
         let stats = Stats { tokens: 1, found: &found, gradients: &[], sequences: 0, worked: None };
         assert!(Asvd::default().factor(w.view(), &stats, 2).expect_err("refused").what.contains("3 inputs"));
         assert!(Asvd::default().factor(w.view(), &Stats::default(), 2).is_err());

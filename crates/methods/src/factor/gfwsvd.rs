@@ -221,7 +221,7 @@ mod tests {
         let stats = Stats { tokens: 9, found: &[], gradients: &found, sequences: 200, worked: None };
         // What went in looked like: |x| of the inputs' side of the gradients.
         let x = square(&found, Ask::GradientColumnGram);
-        let sizes = [(Ask::InputAbsolute, Gathered::Vector((0..10).map(|i| f64::from(x[(i, i)]).sqrt()).collect()))];
+        let sizes = [(Ask::InputMagnitudes, Gathered::Vector((0..10).map(|i| f64::from(x[(i, i)]).sqrt()).collect()))];
         let seen = Stats { tokens: 1, found: &sizes, gradients: &[], sequences: 0, worked: None };
         let by = |m: Method, stats: &Stats<'_>| {
             let Ok(Made::Factor(f)) = (m.make)(serde_json::Value::Null) else { panic!("factors") };

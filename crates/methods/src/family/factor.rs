@@ -102,8 +102,9 @@ impl Thin {
         let of = match self.of {
             Of::Matrix => w.matrix.main.to_mat(),
             Of::Error => {
-                let mut error = w.source.to_mat();
-                let now = w.matrix.to_mat();
+                let source = w.matrix.turned(w.source.to_mat());
+                let mut error = source.map_err(|e| MethodError::new(e.what))?;
+                let now = w.matrix.sum();
                 error.data_mut().iter_mut().zip(now.data()).for_each(|(e, n)| *e -= n);
                 error
             }
@@ -125,7 +126,7 @@ impl Local for Thin {
     fn check(&self, _: (usize, usize), earlier: &[Left]) -> Result<Left, MethodError> {
         if self.of == Of::Error {
             return match earlier {
-                [] => Err(MethodError::new(
+                _ if earlier.iter().all(|l| matches!(l, Left::Mapped { .. })) => Err(MethodError::new(
                     "of = \"error\" and nothing before has made one; put it after the other steps",
                 )),
                 _ => Ok(Left::Corrected),
@@ -283,7 +284,7 @@ impl Walker for Cut {
         let mine = candidates(work.spec(), layer).into_iter().filter(|p| self.ranks.contains_key(p)).collect();
         factor::side_by_side(&weights(work, mine)?, |(p, w)| {
             let (a, b) = halves(w, self.ranks[p]).map_err(|e| MethodError::new(format!("{p}: {}", e.what)))?;
-            Ok(Edit::Matrix(*p, Unpacked { main: product(a.to_f32(), b.to_f32())?, aside: Vec::new() }))
+            Ok(Edit::Matrix(*p, Unpacked { main: product(a.to_f32(), b.to_f32())?, aside: Vec::new(), input: Vec::new() }))
         })
     }
 

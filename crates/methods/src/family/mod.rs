@@ -14,6 +14,7 @@ pub(crate) mod select;
 pub(crate) mod slice;
 pub(crate) mod structure;
 mod tables;
+pub(crate) mod transform;
 pub(crate) mod vocabulary;
 
 use lacuna_base::{Mat, Rng};
@@ -44,7 +45,7 @@ fn wants_floats(what: &str, earlier: &[Left]) -> Result<(), MethodError> {
             Left::Corrected => {
                 return Err(MethodError::new(format!("{what} after a correction would undo it; put it before")));
             }
-            Left::Masked | Left::Aside => {}
+            Left::Masked | Left::Aside | Left::Mapped { .. } => {}
         }
     }
     Ok(())

@@ -38,7 +38,7 @@ fn packed(stored: Stored) -> Result<Unpacked, MethodError> {
     })?;
     let w = stored.to_mat();
     let main = UnpackedPiece { code: Code::Packed(Box::new(piece)), ..UnpackedPiece::dense(w) };
-    Ok(Unpacked { main: UnpackedTerm::Piece(main), aside: Vec::new() })
+    Ok(Unpacked { main: UnpackedTerm::Piece(main), aside: Vec::new(), input: Vec::new() })
 }
 
 impl Recode {

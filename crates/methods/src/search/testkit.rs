@@ -78,7 +78,8 @@ pub(crate) struct Known<F> {
 
 impl<F: FnMut(&[usize]) -> f64> Known<F> {
     pub fn new(slots: usize, sparsity: &[f64], loss: F) -> Known<F> {
-        let level = |&value: &f64| Level { value, bytes: (1000.0 * (1.0 - value)).round() as u64, error: value, lost: value };
+        let level =
+            |&value: &f64| Level { value, bytes: (1000.0 * (1.0 - value)).round() as u64, error: value, lost: value };
         let slot = |s| Slot { name: format!("slot {s}"), parameters: 1000, group: 0 };
         Known {
             slots: (0..slots).map(slot).collect(),
