@@ -130,9 +130,14 @@ impl RecipeStep {
 
     /// Whether it asks for gradients anywhere.
     fn reads_gradients(&self) -> bool {
+        self.asks(Ask::is_gradient)
+    }
+
+    /// Whether it asks, at any of its matrices, for a statistic that is `such`.
+    fn asks(&self, such: impl Fn(Ask) -> bool) -> bool {
         let asks = |s: &Step| {
             let Step::Local(local) = s else { return false };
-            local.needs(&Place::layer(0, Role::Up)).into_iter().any(Ask::is_gradient)
+            local.needs(&Place::layer(0, Role::Up)).into_iter().any(&such)
         };
         asks(&self.step) || self.except.iter().any(|(_, s)| s.as_ref().is_some_and(asks))
     }
@@ -193,7 +198,8 @@ impl RecipeStep {
         match &self.step {
             Step::Search(_) => true,
             Step::Model(model) => (0..spec.layers.len()).any(|l| !model.needs(spec, l).is_empty()),
-            Step::Local(_) => !self.card.needs.is_empty(),
+            // Keys may ask for statistics that the method alone does not.
+            Step::Local(_) => self.asks(|_| true) || self.variants.iter().any(|v| v.asks(|_| true)),
         }
     }
 

@@ -115,12 +115,12 @@ fn improved(form: &Form, mut grid: BlockGrid, size: f32, v: &[f32], w: &[f32]) -
     let runs = v.len() / n;
     (0..runs).for_each(|r| errors[r] = error(&grid, r));
     for _ in 0..3 {
-        for r in 0..runs {
+        for (r, least) in errors.iter_mut().enumerate().take(runs) {
             let mut best = grid;
             for moved in grid.neighbours(r) {
                 let e = error(&moved, r);
-                if e < errors[r] {
-                    (best, errors[r]) = (moved, e);
+                if e < *least {
+                    (best, *least) = (moved, e);
                 }
             }
             grid = best;
