@@ -288,8 +288,8 @@ pub struct Spectrum {
 
 /// Ranks: how thin may each matrix of a model become?
 pub trait Ranks: Send + Sync {
-    /// The rank of each, 1 or more, or `None` where the matrix stays whole. With `rank · (rows + cols)` parameters for a
-    /// thin one all together hold no more than `keep` of what they held.
+    /// The rank of each, 1 or more, or `None` where the matrix stays whole. With `rank · (rows + cols)` parameters for
+    /// a thin one all together hold no more than `keep` of what they held.
     fn ranks(&self, spectra: &[Spectrum], keep: f64) -> Result<Vec<Option<usize>>, MethodError>;
 }
 

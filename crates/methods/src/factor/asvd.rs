@@ -1,10 +1,10 @@
 //! ASVD: singular values of a matrix whose inputs are scaled by how large they are on calibration text.
 //!
-//! **Paper.** Zhihang Yuan, Yuzhang Shang, Yue Song, Dawei Yang, Qiang Wu, Yan Yan, Guangyu Sun, "ASVD: Activation-aware
-//! Singular Value Decomposition for Compressing Large Language Models", 2023, arXiv 2312.05821.
+//! **Paper.** Zhihang Yuan, Yuzhang Shang, Yue Song, Dawei Yang, Qiang Wu, Yan Yan, Guangyu Sun, "ASVD:
+//! Activation-aware Singular Value Decomposition for Compressing Large Language Models", 2023, arXiv 2312.05821.
 //!
-//! **Idea.** `W x = (W S)(S⁻¹ x)` with the diagonal `S_ii = (mean |x_i|)^α`: truncating `W S = U Σ Vᵀ` at rank `r` keeps
-//! what meets large inputs, and `W' = (U_r Σ_r^½)(Σ_r^½ V_rᵀ S⁻¹)`.
+//! **Idea.** `W x = (W S)(S⁻¹ x)` with the diagonal `S_ii = (mean |x_i|)^α`: truncating `W S = U Σ Vᵀ` at rank `r`
+//! keeps what meets large inputs, and `W' = (U_r Σ_r^½)(Σ_r^½ V_rᵀ S⁻¹)`.
 //!
 //! **Shapes and units.** `w` `[out, in]`; `Σ |x|` of each input over all tokens, `[in]`; `a` `[out, r]`, `b` `[r, in]`.
 //!

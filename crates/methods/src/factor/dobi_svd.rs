@@ -4,11 +4,11 @@
 //! Differentiable SVD for LLM Compression and Some New Perspectives", ICLR 2025, arXiv 2502.02723.
 //!
 //! **Idea.** Truncate activations, not weights: of the outputs `Y = X Wᵀ` the best rank `k` is `Y V Vᵀ` with the first
-//! `k` right singular vectors `V` of `Y`. (Eckart-Young-Mirsky.) So the weights to store are `W' = V Vᵀ W`: thin `V` and
-//! `Vᵀ W`, and no inverse of anything is needed.
+//! `k` right singular vectors `V` of `Y`. (Eckart-Young-Mirsky.) So the weights to store are `W' = V Vᵀ W`: thin `V`
+//! and `Vᵀ W`, and no inverse of anything is needed.
 //!
-//! **Shapes and units.** `w` `[out, in]`; `XᵀX` `[in, in]`, used as `C = XᵀX / tokens`; `V` are the first eigenvectors of
-//! `W C Wᵀ` `[out, out]`; `a` `[out, k]`, `b` `[k, in]`.
+//! **Shapes and units.** `w` `[out, in]`; `XᵀX` `[in, in]`, used as `C = XᵀX / tokens`; `V` are the first eigenvectors
+//! of `W C Wᵀ` `[out, out]`; `a` `[out, k]`, `b` `[k, in]`.
 //!
 //! **Cost.** `out · in² + out² · in` for the outputs' second moment and about `9 out³` for its eigenvectors, in f64;
 //! about `32 out² + 8 in²` bytes and a few copies of the matrix in f64.
@@ -17,7 +17,8 @@
 //! learnt through a differentiable SVD for each (a search step may vary it). (2) `V` is of all calibration outputs at
 //! once, from their second moment; the paper joins the `V` of single batches by an incremental principal component
 //! analysis, which approximates that. (3) Ranks beyond what the outputs span go to the nearest product for what is left
-//! of `W`. (4) The paper's remapping, which stores the `k` and the rest in mixed precision, is a quantize step's matter.
+//! of `W`. (4) The paper's remapping, which stores the `k` and the rest in mixed precision, is a quantize step's
+//! matter.
 
 use lacuna_base::dense::{matmul_nn_f64, matmul_nt_f64};
 use lacuna_base::{Mat, Mat64, MatRef, factor};

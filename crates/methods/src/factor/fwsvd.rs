@@ -1,14 +1,15 @@
 //! FWSVD: singular values of a matrix whose inputs are weighted by how much the loss leans on their weights.
 //!
-//! **Paper.** Yen-Chang Hsu, Ting Hua, Sungen Chang, Qian Lou, Yilin Shen, Hongxia Jin, "Language Model Compression with
-//! Weighted Low-Rank Factorization", ICLR 2022, arXiv 2207.00112.
+//! **Paper.** Yen-Chang Hsu, Ting Hua, Sungen Chang, Qian Lou, Yilin Shen, Hongxia Jin, "Language Model Compression
+//! with Weighted Low-Rank Factorization", ICLR 2022, arXiv 2207.00112.
 //!
 //! **Idea.** With `I_ij` the mean of squared gradients of `W_ij` (the diagonal of the empirical Fisher matrix), all
 //! weights of a row share `Î_i = Σ_j I_ij`; then `min ‖Î^½ W - Î^½ A B‖` has the closed form `Î^½ W = U Σ Vᵀ`, `A =
 //! Î^-½ U_r Σ_r`, `B = V_rᵀ`. The paper's `W` is `[in, out]` (`y = x W`): its rows are the inputs.
 //!
-//! **Shapes and units.** `w` `[out, in]`, the transpose of the paper's; means over sequences of squared gradients `[out,
-//! in]`, in nats² a squared unit of weight, of which the columns are summed: `[in]`; `a` `[out, r]`, `b` `[r, in]`.
+//! **Shapes and units.** `w` `[out, in]`, the transpose of the paper's; means over sequences of squared gradients
+//! `[out, in]`, in nats² a squared unit of weight, of which the columns are summed: `[in]`; `a` `[out, r]`, `b` `[r,
+//! in]`.
 //!
 //! **Cost.** One backward pass a sequence for the statistic; about `20 · out · in · min(out, in)` operations in f64; a
 //! few copies of the matrix in f64.

@@ -4,24 +4,25 @@
 //! "Generalized Fisher-Weighted SVD: Scalable Kronecker-Factored Fisher Approximation for Compressing Large Language
 //! Models", 2025, arXiv 2505.17974.
 //!
-//! **Idea.** The loss rises by `vec(ΔW)ᵀ F vec(ΔW)`, `F = E[vec(G) vec(G)ᵀ]` the empirical Fisher matrix of the gradients
-//! `G`. With `F` near a Kronecker product of `Y` (outputs) and `X` (inputs) that is `‖L_Yᵀ ΔW L_X‖²`, `Y = L_Y L_Yᵀ`, `X
-//! = L_X L_Xᵀ` (Cholesky): truncating `L_Yᵀ W L_X = U Σ Vᵀ` at rank `r` is the optimum, and `W' = (L_Y⁻ᵀ U_r
-//! Σ_r^½)(Σ_r^½ V_rᵀ L_X⁻¹)`. The nearest product solves `Y ∝ E[G X Gᵀ]`, `X ∝ E[Gᵀ Y G]`. FWSVD is the case `Y = 1`,
-//! `X` diagonal.
+//! **Idea.** The loss rises by `vec(ΔW)ᵀ F vec(ΔW)`, `F = E[vec(G) vec(G)ᵀ]` the empirical Fisher matrix of the
+//! gradients `G`. With `F` near a Kronecker product of `Y` (outputs) and `X` (inputs) that is `‖L_Yᵀ ΔW L_X‖²`, `Y =
+//! L_Y L_Yᵀ`, `X = L_X L_Xᵀ` (Cholesky): truncating `L_Yᵀ W L_X = U Σ Vᵀ` at rank `r` is the optimum, and `W' = (L_Y⁻ᵀ
+//! U_r Σ_r^½)(Σ_r^½ V_rᵀ L_X⁻¹)`. The nearest product solves `Y ∝ E[G X Gᵀ]`, `X ∝ E[Gᵀ Y G]`. FWSVD is the case `Y =
+//! 1`, `X` diagonal.
 //!
 //! **Shapes and units.** `w` `[out, in]`; the means over sequences of `G Gᵀ` `[out, out]` and of `Gᵀ G` `[in, in]`, in
 //! nats² a squared unit of weight, of which the scale does not matter; `a` `[out, r]`, `b` `[r, in]`.
 //!
-//! **Cost.** One backward pass a sequence, and `out · in · (out + in)` operations in f64 for what is gathered of it; then
-//! `(out³ + in³) / 3` for the Cholesky factors, `out · in · (out + in)` to whiten and as much to come back, about `20 ·
-//! out · in · min(out, in)` for the singular values. About `24 (out² + in²)` bytes and a few copies of the matrix in f64.
+//! **Cost.** One backward pass a sequence, and `out · in · (out + in)` operations in f64 for what is gathered of it;
+//! then `(out³ + in³) / 3` for the Cholesky factors, `out · in · (out + in)` to whiten and as much to come back, about
+//! `20 · out · in · min(out, in)` for the singular values. About `24 (out² + in²)` bytes and a few copies of the matrix
+//! in f64.
 //!
 //! **Departs.** (1) One step from the identity on both sides, `Y = E[G Gᵀ]`, `X = E[Gᵀ G]`, instead of steps until they
-//! converge: that takes one backward pass and no gradients kept. Where `F` is such a product both are exact. (2) A sample
-//! is a sequence and its mean loss on the source. (3) `damping` is added always; the authors' code mixes the identity in
-//! only where a factor is not positive definite, and then 20% and more of it. (4) The sizes are shared evenly between the
-//! factors.
+//! converge: that takes one backward pass and no gradients kept. Where `F` is such a product both are exact. (2) A
+//! sample is a sequence and its mean loss on the source. (3) `damping` is added always; the authors' code mixes the
+//! identity in only where a factor is not positive definite, and then 20% and more of it. (4) The sizes are shared
+//! evenly between the factors.
 
 use lacuna_base::dense::{matmul_nn_f64, matmul_tn_f64};
 use lacuna_base::{Mat, Mat64, MatRef, factor};

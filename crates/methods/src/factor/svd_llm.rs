@@ -17,10 +17,10 @@
 //! matrix in f64.
 //!
 //! **Departs.** (1) `whiten` is fixed instead of searched for when the factorization fails. (2) `update` solves for `a`
-//! once `b` is known, `a = W H bᵀ (b H bᵀ)⁻¹` with H as measured, without `whiten`. The paper truncates on the inputs of
-//! the whole model and then updates on those that the compressed earlier layers put out; here both are the latter,
-//! always, and for them the truncated `a` solves that equation already: `b H bᵀ = Σ_r` and `W H bᵀ = U_r Σ_r^³⁄₂`. So the
-//! update is an identity but for what `whiten` adds, and off by default. Where `b H bᵀ` is singular the truncation
+//! once `b` is known, `a = W H bᵀ (b H bᵀ)⁻¹` with H as measured, without `whiten`. The paper truncates on the inputs
+//! of the whole model and then updates on those that the compressed earlier layers put out; here both are the latter,
+//! always, and for them the truncated `a` solves that equation already: `b H bᵀ = Σ_r` and `W H bᵀ = U_r Σ_r^³⁄₂`. So
+//! the update is an identity but for what `whiten` adds, and off by default. Where `b H bᵀ` is singular the truncation
 //! stands. (3) V2's root is taken of `H` as above, by eigenvectors, which for a symmetric matrix are its singular
 //! vectors.
 

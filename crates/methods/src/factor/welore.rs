@@ -1,7 +1,7 @@
 //! WeLore: one threshold on the tails of all singular values says which matrices are of low rank, and of which.
 //!
-//! **Paper.** Ajay Jaiswal, Lu Yin, Zhenyu Zhang, Shiwei Liu, Jiawei Zhao, Yuandong Tian, Zhangyang Wang, "From GaLore to
-//! WeLore: How Low-Rank Weights Non-uniformly Emerge from Low-Rank Gradients", 2024, arXiv 2407.11239.
+//! **Paper.** Ajay Jaiswal, Lu Yin, Zhenyu Zhang, Shiwei Liu, Jiawei Zhao, Yuandong Tian, Zhangyang Wang, "From GaLore
+//! to WeLore: How Low-Rank Weights Non-uniformly Emerge from Low-Rank Gradients", 2024, arXiv 2407.11239.
 //!
 //! **Idea.** The singular values of every matrix, brought to 0 to 1, `(σ - σ_min) / (σ_max - σ_min)`, are cut at one
 //! threshold `k` for the whole model. Where the tail is heavy little is left: such a matrix is a low-rank component
@@ -15,10 +15,11 @@
 //! side by side; about `20 · out · in · min(out, in)` for each that is decomposed. Sorting otherwise.
 //!
 //! **Departs.** (1) The threshold is the least at which the parameters, as they are stored, are within `keep`; the
-//! paper's meets a mean reduction of ranks, which says little of size: a square matrix at 60% of its rank is larger than
-//! whole. (2) A matrix is an LRC where its thin ones are smaller than itself; the paper takes those that lose more than
-//! about half of their rank, which for square matrices is the same. (3) A matrix whose singular values are all alike has
-//! no tail and is cut last. (4) Tuning the LRCs alone afterwards, the paper's second half, is no part of this.
+//! paper's meets a mean reduction of ranks, which says little of size: a square matrix at 60% of its rank is larger
+//! than whole. (2) A matrix is an LRC where its thin ones are smaller than itself; the paper takes those that lose more
+//! than about half of their rank, which for square matrices is the same. (3) A matrix whose singular values are all
+//! alike has no tail and is cut last. (4) Tuning the LRCs alone afterwards, the paper's second half, is no part of
+//! this.
 
 use lacuna_contract::{Card, Made, Method, MethodError, Ranks, Spectrum};
 use serde::Deserialize;

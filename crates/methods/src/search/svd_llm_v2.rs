@@ -1,24 +1,24 @@
 //! SVD-LLM V2: each matrix is cut by as much as the loss that its cut leads to in theory allows.
 //!
-//! **Paper.** Xin Wang, Samiul Alam, Zhongwei Wan, Hui Shen, Mi Zhang, "SVD-LLM V2: Optimizing Singular Value Truncation
-//! for Large Language Model Compression", NAACL 2025, arXiv 2503.12340.
+//! **Paper.** Xin Wang, Samiul Alam, Zhongwei Wan, Hui Shen, Mi Zhang, "SVD-LLM V2: Optimizing Singular Value
+//! Truncation for Large Language Model Compression", NAACL 2025, arXiv 2503.12340.
 //!
-//! **Idea.** Matrices of one kind (all q, all k, ...) share a ratio `R` of what goes. With `L_i` the least loss
-//! `‖W_i X - W_i' X‖` that cutting matrix `i` at `R` can have, its own ratio is `R_i = R · n · q_i / Σ q`, `q_i = 1 / ln
-//! L_i`, over the `n` matrices of its kind: what loses more is cut less. The second half of the paper, truncation by two
+//! **Idea.** Matrices of one kind (all q, all k, ...) share a ratio `R` of what goes. With `L_i` the least loss `‖W_i X
+//! - W_i' X‖` that cutting matrix `i` at `R` can have, its own ratio is `R_i = R · n · q_i / Σ q`, `q_i = 1 / ln L_i`,
+//! over the `n` matrices of its kind: what loses more is cut less. The second half of the paper, truncation by two
 //! singular value decompositions instead of a Cholesky factor, is `svd-llm` with `root = "svd"`, which the step that
 //! varies then names.
 //!
-//! **Shapes and units.** Slots with their levels; `L_i²` is a level's `lost`, over all calibration tokens, and a ratio the
-//! share that goes of a slot's bytes in f16; a level's index for each slot.
+//! **Shapes and units.** Slots with their levels; `L_i²` is a level's `lost`, over all calibration tokens, and a ratio
+//! the share that goes of a slot's bytes in f16; a level's index for each slot.
 //!
 //! **Cost.** No trial: sorting. But every matrix is compressed at every level before.
 //!
 //! **Departs.** (1) Levels are what the recipe lists, so a ratio becomes the level below it; what is then left of the
 //! budget raises slots by one, those that lack most first. Where a ratio lies beyond the levels, the least one is taken
-//! and slots that have most too much pay for it. (2) `L_i` is what the level that uses the budget up loses as stored, on
-//! the source's inputs, estimated from some of its rows; the logarithm of the square is twice it and so changes no ratio.
-//! (3) The paper's formula has no meaning where `L_i` is 1 or less: below `e` it counts as `e`.
+//! and slots that have most too much pay for it. (2) `L_i` is what the level that uses the budget up loses as stored,
+//! on the source's inputs, estimated from some of its rows; the logarithm of the square is twice it and so changes no
+//! ratio. (3) The paper's formula has no meaning where `L_i` is 1 or less: below `e` it counts as `e`.
 
 use std::collections::BTreeMap;
 
