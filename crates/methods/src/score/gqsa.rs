@@ -1,7 +1,7 @@
 //! GQSA, first stage: groups of a row go whole, those that the outputs seen in calibration need least.
 //!
-//! **Paper.** Chao Zeng, Songwei Liu, Shu Yang, Fangmin Chen, Xing Mei, Lean Fu, "GQSA: Group Quantization and Sparsity
-//! for Accelerating Large Language Model Inference", 2024, arXiv 2412.17560.
+//! **Paper.** Chao Zeng, Songwei Liu, Shu Yang, Fangmin Chen, Xing Mei, Lean Fu, "GQSA: Group Quantization and
+//! Sparsity for Accelerating Large Language Model Inference", 2024, arXiv 2412.17560.
 //!
 //! **Idea.** A weight's saliency is `w_ij² / [H⁻¹]_jj²` with `H = X Xᵀ`, a group's the sum of its weights'. Groups of 16
 //! neighbours in a row (pattern `block:1x16`) compete over the whole matrix, so that rows keep different numbers of

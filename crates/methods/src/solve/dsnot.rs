@@ -18,7 +18,8 @@
 //! **Departs.** (1) The start's rows lose shares that add up to exactly the asked number. (2) Only weights that lower
 //! the error come back; the authors' code, once none is left, goes on with those that raise it and stops there by the
 //! sign. (3) Where the run of a weight that would come back has no kept weight of the start left, the next one is
-//! tried. The weight that goes is the cheapest by Wanda's score, wherever the mask started. (4) With a mask of an earlier step and nothing asked to be pruned, that mask stays as it is.
+//! tried. The weight that goes is the cheapest by Wanda's score, wherever the mask started. (4) With a mask of an
+//! earlier step and nothing asked to be pruned, that mask stays as it is.
 
 use lacuna_base::{Mat, MatRef};
 use lacuna_contract::{
