@@ -39,8 +39,8 @@ pub enum Ask {
     GradientColumnGram,
     /// `Σ dyᵀ dy` of a matrix's output gradients, `[out, out]`.
     OutputGradientGram,
-    /// Each sequence's `G`, one below the other, `[sequences * out, in]`; sequences that did not reach the matrix, whose
-    /// `G` is 0, are left out.
+    /// Each sequence's `G`, one below the other, `[sequences * out, in]`; those that did not reach the matrix, whose `G`
+    /// is 0, are left out.
     SequenceGradients,
 }
 

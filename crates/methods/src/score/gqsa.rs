@@ -1,11 +1,11 @@
 //! GQSA, first stage: groups of a row go whole, those that the outputs seen in calibration need least.
 //!
-//! **Paper.** Chao Zeng, Songwei Liu, Shu Yang, Fangmin Chen, Xing Mei, Lean Fu, "GQSA: Group Quantization and Sparsity
-//! for Accelerating Large Language Model Inference", 2024, arXiv 2412.17560.
+//! **Paper.** Chao Zeng, Songwei Liu, Shu Yang, Fangmin Chen, Xing Mei, Lean Fu, "GQSA: Group Quantization and
+//! Sparsity for Accelerating Large Language Model Inference", 2024, arXiv 2412.17560.
 //!
-//! **Idea.** A weight's saliency is `w_ij² / [H⁻¹]_jj²` with `H = X Xᵀ`, a group's the sum of its weights'. Groups of 16
-//! neighbours in a row (pattern `block:1x16`) compete over the whole matrix, so that rows keep different numbers of
-//! them; what stays is then rounded in the same groups of 16, to 4 bits.
+//! **Idea.** A weight's saliency is `w_ij² / [H⁻¹]_jj²` with `H = X Xᵀ`, a group's the sum of its weights'. Groups of
+//! 16 neighbours in a row (pattern `block:1x16`) compete over the whole matrix, so that rows keep different numbers
+//! of them; what stays is then rounded in the same groups of 16, to 4 bits.
 //!
 //! **Shapes and units.** `w` `[out, in]`; `XᵀX` of its inputs `[in, in]`, used as `H = XᵀX / tokens`; scores
 //! `[out, in]`.

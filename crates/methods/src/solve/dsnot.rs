@@ -18,7 +18,8 @@
 //! **Departs.** (1) The start's rows lose shares that add up to exactly the asked number. (2) Only weights that lower
 //! the error come back; the authors' code, once none is left, goes on with those that raise it and stops there by the
 //! sign. (3) Where the run of a weight that would come back has no kept weight of the start left, the next one is
-//! tried. The weight that goes is the cheapest by Wanda's score, wherever the mask started. (4) With a mask of an earlier step and nothing asked to be pruned, that mask stays as it is.
+//! tried. The weight that goes is the cheapest by Wanda's score, wherever the mask started. (4) With a mask of an
+//! earlier step and nothing asked to be pruned, that mask stays as it is.
 
 use lacuna_base::{Mat, MatRef};
 use lacuna_contract::{
@@ -96,7 +97,7 @@ fn moments<'a>(stats: &Stats<'a>, cols: usize) -> Result<(&'a [f64], &'a [f64]),
     if mean.len() != cols || variance.len() != cols {
         return Err(MethodError::new(format!("moments of {} inputs for a matrix of {cols}", mean.len())));
     }
-    match (0..cols).find(|&j| !mean[j].is_finite() || !(variance[j].is_finite() && variance[j] >= 0.0)) {
+    match (0..cols).find(|&j| !(mean[j].is_finite() && variance[j].is_finite() && variance[j] >= 0.0)) {
         None => Ok((mean, variance)),
         Some(j) => Err(MethodError::new(format!("input {j} has mean {} and variance {}", mean[j], variance[j]))),
     }
@@ -262,19 +263,19 @@ mod tests {
                 (0..w.cols()).filter(|&k| may(k) && !mask.get(r, k)).map(|k| weight(k) * mean(k)).sum::<f64>() * 2048.0
             };
             let sign = missing(start).signum();
-            let mut tried = vec![false; w.cols()];
+            let mut tried = std::collections::HashSet::new();
             let mut cycle = 0;
             while cycle < p.cycles && missing(&mask).abs() > p.threshold {
                 let mut best: Option<(f64, usize)> = None;
                 for k in 0..w.cols() {
                     let value = sign * weight(k) * mean(k);
                     let value = if value > 0.0 { value / variance(k) } else { continue };
-                    if may(k) && !start.get(r, k) && !tried[k] && best.is_none_or(|b| value > b.0) {
+                    if may(k) && !start.get(r, k) && !tried.contains(&k) && best.is_none_or(|b| value > b.0) {
                         best = Some((value, k));
                     }
                 }
                 let Some((_, grown)) = best else { break };
-                tried[grown] = true;
+                tried.insert(grown);
                 let mut least: Option<(f64, usize)> = None;
                 for k in 0..w.cols() {
                     let fits = match m {

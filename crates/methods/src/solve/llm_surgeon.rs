@@ -77,7 +77,7 @@ pub(crate) fn method() -> Method {
                     return Err(MethodError::new(format!("{key} is {value}; it must be above 0")));
                 }
             }
-            if p.shots == 0 || !(p.tolerance >= 0.0) {
+            if p.shots == 0 || p.tolerance.is_nan() || p.tolerance < 0.0 {
                 return Err(MethodError::new(format!(
                     "shots is {} and tolerance {}; write 1 or more, and 0 or more",
                     p.shots, p.tolerance
@@ -170,12 +170,12 @@ impl Curvature {
         let mut along = z.clone();
         let mut size = dot(&residual, &z);
         for _ in 0..p.iterations {
-            if dot(&residual, &residual) <= goal || !(size > 0.0) {
+            if dot(&residual, &residual) <= goal || size.is_nan() || size <= 0.0 {
                 break;
             }
             let moved = kept(self.times(&along, false));
             let bend = dot(&along, &moved);
-            if !(bend > 0.0) {
+            if bend.is_nan() || bend <= 0.0 {
                 break;
             }
             let step = size / bend;
