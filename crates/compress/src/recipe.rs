@@ -363,7 +363,7 @@ impl Recipe {
                 let needs = local.needs(&place);
                 let none = !has_inputs(spec, &place) || needs.iter().any(|a| a.is_gradient());
                 if place.layer.is_none() && !needs.is_empty() && none {
-                    let why = "and there are none of what nothing is multiplied with; use rtn";
+                    let why = "and nothing is multiplied with this matrix; use rtn";
                     return Err(fail(format!("{} needs statistics of its inputs, {why}", step.card.name)));
                 }
                 if let Some(mixes) = Left::mixes(&earlier) {

@@ -74,8 +74,10 @@ fn every_carried_recipe_saves_a_model_that_opens() {
             };
             let packed = open(&done.path).unwrap();
             let steps = recipe(&text);
-            // What whole parts dropped save is not told, nor which experts no token reaches.
-            if !steps.steps.iter().any(|s| s.is_model_wide()) && model != "qwen3_moe" {
+            // What whole parts dropped save is not told, nor which experts no token reaches; what a recoding comes to
+            // depends on what there is to recode, here nothing.
+            let told_at_all = name != "double-quantization";
+            if told_at_all && !steps.steps.iter().any(|s| s.is_model_wide()) && model != "qwen3_moe" {
                 let told = forms(&source, &steps).unwrap();
                 let told: f64 = told.iter().map(|f| f.sample.bytes() as f64 * f.scale * f.matrices as f64).sum();
                 let matrix = |p: &&Place| p.part == Part::Weight && (p.role.is_linear() || p.role == Role::Embed);
@@ -424,7 +426,7 @@ fn steps_that_do_not_fit_a_model_or_each_other_are_refused_before_work_begins() 
     let two = |a: &str, b: &str| format!("{}[[step]]\nname = \"second\"\n{b}\n", step(a));
     let rtn = "method = \"rtn\"\nbits = 4\ngroup = 16";
     for (text, word) in [
-        (step("method = \"wanda\"\ntargets = [\"embed\"]"), "gathered in blocks only"),
+        (step("method = \"wanda\"\ntargets = [\"embed\"]"), "nothing is multiplied with this matrix"),
         (step("method = \"wanda\"\npattern = \"3:7\""), "do not divide into runs of 7"),
         (step("method = \"sparsegpt\"\npattern = \"block:7x1\""), "does not divide"),
         (two(rtn, "method = \"wanda\""), "after rounding"),

@@ -54,7 +54,7 @@ pub(crate) fn method() -> Method {
              Scalable Kronecker-Factored Fisher Approximation for Compressing Large Language Models, 2025",
             arxiv: "2505.17974",
             summary: "Two thin matrices, nearest by a Fisher matrix in which rows and columns go together.",
-            system: Some(200),
+            system: None,
             verb: "factor",
             needs: &[Ask::GradientRowGram, Ask::GradientColumnGram],
             abilities: &[],

@@ -32,7 +32,7 @@ use crate::make;
 #[serde(deny_unknown_fields, default)]
 pub(crate) struct WeightedRtn {
     /// Weigh by the squares of the inputs; otherwise all weights count alike.
-    importance: bool,
+    weighted: bool,
     /// Ranges tried of each kind, 1 to 1000.
     candidates: usize,
     /// The narrowest, as a fraction of the whole range, above 0 to 1.
@@ -43,7 +43,7 @@ pub(crate) struct WeightedRtn {
 
 impl Default for WeightedRtn {
     fn default() -> WeightedRtn {
-        WeightedRtn { importance: true, candidates: 12, narrowest: 0.3, turns: 12 }
+        WeightedRtn { weighted: true, candidates: 12, narrowest: 0.3, turns: 12 }
     }
 }
 
@@ -146,7 +146,7 @@ impl Grid for WeightedRtn {
             return Err(MethodError::new(format!("the mean square of an input is {h}")));
         }
         // Inputs that are all zero say nothing: then all weights count alike.
-        let weigh = self.importance && values.iter().zip(importance).any(|(v, h)| *v != 0.0 && *h > 0.0);
+        let weigh = self.weighted && values.iter().zip(importance).any(|(v, h)| *v != 0.0 && *h > 0.0);
         let middle = 1u8 << (ask.bits - 1);
         let top = (1u32 << ask.bits) as f32 - 1.0;
         let zeros = if ask.symmetric { middle..=middle } else { 0..=top as u8 };
@@ -198,7 +198,7 @@ impl Grid for WeightedRtn {
     }
 
     fn importance(&self) -> Option<Ask> {
-        self.importance.then_some(Ask::InputSquares)
+        self.weighted.then_some(Ask::InputSquares)
     }
 }
 
@@ -304,6 +304,6 @@ mod tests {
         for bad in [serde_json::json!({ "candidates": 0 }), serde_json::json!({ "narrowest": 0 })] {
             assert!((method().make)(bad.clone()).is_err(), "{bad}");
         }
-        assert_eq!(WeightedRtn { importance: false, ..WeightedRtn::default() }.importance(), None);
+        assert_eq!(WeightedRtn { weighted: false, ..WeightedRtn::default() }.importance(), None);
     }
 }

@@ -72,7 +72,7 @@ pub(crate) fn method() -> Method {
              Fine-tuning for Sparse LLMs, 2023",
             arxiv: "2310.08915",
             summary: "A mask is improved by exchanges that lower each row's expected error; no weight changes.",
-            system: Some(0),
+            system: None,
             verb: "prune",
             needs: &[Ask::InputMoments],
             abilities: &[Ability::Unstructured, Ability::Nm, Ability::FixedMask],
