@@ -61,6 +61,8 @@ pub fn registry() -> Registry {
             structure::llm_drop::method(),
             structure::flap::method(),
             structure::wanda_sp::method(),
+            structure::llm_pruner::method(),
+            structure::random::method(),
             shortlist::lexical_shortlist::method(),
             search::uniform::method(),
             search::evopress::method(),

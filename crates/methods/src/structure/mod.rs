@@ -2,6 +2,8 @@
 
 pub(crate) mod flap;
 pub(crate) mod llm_drop;
+pub(crate) mod llm_pruner;
+pub(crate) mod random;
 pub(crate) mod wanda_sp;
 
 use lacuna_base::MatRef;
