@@ -62,6 +62,7 @@ pub fn registry() -> Registry {
             structure::flap::method(),
             structure::wanda_sp::method(),
             structure::llm_pruner::method(),
+            structure::cfsp::method(),
             structure::random::method(),
             shortlist::lexical_shortlist::method(),
             search::uniform::method(),

@@ -1,5 +1,6 @@
 //! Structures: which heads, channels or whole parts go?
 
+pub(crate) mod cfsp;
 pub(crate) mod flap;
 pub(crate) mod llm_drop;
 pub(crate) mod llm_pruner;
