@@ -337,13 +337,15 @@ pub struct StructureAsk<'a> {
     pub writers: &'a [MatRef<'a>],
     /// Statistics of the reader's inputs; for a whole part those of the layer.
     pub stats: Stats<'a>,
+    /// What backward passes gave of the writers, in their order.
+    pub writer_stats: &'a [Stats<'a>],
 }
 
 /// Whose units compete.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
 pub enum Compete {
-    /// Those of one kind in one layer: every layer loses the asked fraction.
+    /// Those of one kind in one layer: every layer loses the asked fraction, or the share that the method gives it.
     Layer,
     /// Those of the whole model, by their scores as they are.
     Model,
@@ -361,6 +363,18 @@ pub trait Structure: Send + Sync {
 
     /// Whether what the units that go wrote on average (the mean of the reader's inputs) is put into the reader's bias.
     fn keeps_means(&self) -> bool;
+
+    /// Looks at a layer as a whole, whose statistics these are: a number that is kept for [`Structure::shares`].
+    fn look(&self, layer: &Stats<'_>) -> Result<f64, MethodError> {
+        let _ = layer;
+        Ok(0.0)
+    }
+
+    /// Where units compete in their layer: the fraction, 0 to 1, that goes of each, by what was seen of it, so that
+    /// layers of one size lose `sparsity` on average.
+    fn shares(&self, looked: &[f64], sparsity: f64) -> Result<Vec<f64>, MethodError> {
+        Ok(vec![sparsity; looked.len()])
+    }
 }
 
 /// Basis: which change of axes first?

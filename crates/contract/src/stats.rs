@@ -26,6 +26,8 @@ pub enum Ask {
     InputMoments,
     /// Mean over tokens of the cosine of what goes into a part of a decoder block and what comes out.
     Similarity(Unit),
+    /// Mean over tokens of the angle between the two, 0 to 1 in half turns.
+    Angle(Unit),
     /// The mean of `|G|` over sequences, `G` the gradient of one sequence's mean loss on the source, `[out, in]`.
     GradientAbsolute,
     /// The mean of `G²` over sequences, `[out, in]`: the diagonal of the empirical Fisher matrix, a sample being a
@@ -45,6 +47,11 @@ pub enum Ask {
 }
 
 impl Ask {
+    /// Whether it is of a decoder block or a part of it, and not of a matrix.
+    pub fn is_of_layer(self) -> bool {
+        matches!(self, Ask::Similarity(_) | Ask::Angle(_))
+    }
+
     /// Whether it takes a backward pass.
     pub fn is_gradient(self) -> bool {
         use Ask::*;
@@ -79,6 +86,7 @@ impl Ask {
             Ask::InputMagnitudes => "the sizes of its inputs",
             Ask::InputMoments => "mean and variance of its inputs",
             Ask::Similarity(_) => "how like its input a part's output is",
+            Ask::Angle(_) => "the angle between a part's input and output",
             Ask::GradientAbsolute => "the sizes of its gradients",
             Ask::GradientSquares => "the squares of its gradients",
             Ask::GradientMean => "its mean gradient",
@@ -214,6 +222,11 @@ impl<'a> Stats<'a> {
     /// The mean cosine of a part's input and output.
     pub fn similarity(&self, unit: Unit) -> Result<f64, MethodError> {
         self.need(Ask::Similarity(unit), |g| if let Gathered::Number(x) = g { Some(*x) } else { None })
+    }
+
+    /// The mean angle between a part's input and output, in half turns.
+    pub fn angle(&self, unit: Unit) -> Result<f64, MethodError> {
+        self.need(Ask::Angle(unit), |g| if let Gathered::Number(x) = g { Some(*x) } else { None })
     }
 
     /// A statistic of gradients: a number for each weight, or for each pair of rows or columns.

@@ -40,7 +40,8 @@ fn reducer(ask: Ask) -> Option<Box<dyn Reducer>> {
         Ask::InputSquares => Box::new(squares::InputSquares::default()),
         Ask::InputMagnitudes => Box::new(magnitudes::InputMagnitudes::default()),
         Ask::InputMoments => Box::new(moments::InputMoments::default()),
-        Ask::Similarity(unit) => Box::new(similarity::Similarity::new(unit)),
+        Ask::Similarity(unit) => Box::new(similarity::Similarity::new(unit, |cos| cos)),
+        Ask::Angle(unit) => Box::new(similarity::Similarity::new(unit, similarity::angle)),
         Ask::GradientAbsolute
         | Ask::GradientSquares
         | Ask::GradientMean

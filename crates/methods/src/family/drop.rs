@@ -7,7 +7,7 @@ use lacuna_contract::{
 use lacuna_spec::Spec;
 use serde::Deserialize;
 
-use super::keys::Whole;
+use super::keys::{Fraction, Whole};
 use super::wrong;
 use crate::make;
 use std::sync::Arc;
@@ -18,13 +18,15 @@ use std::sync::Arc;
 struct Keys {
     /// Which parts: "block", "attention" or "ffn".
     part: Unit,
-    /// How many go.
-    count: Whole<0, 4096>,
+    /// How many go, 0 to 4096; unless given, as many as `fraction` says, or 1.
+    count: Option<Whole<0, 4096>>,
+    /// Which fraction of those there are goes, 0 to 1, rounded to the nearest number of them.
+    fraction: Option<Fraction>,
 }
 
 impl Default for Keys {
     fn default() -> Keys {
-        Keys { part: Unit::Block, count: Whole(1) }
+        Keys { part: Unit::Block, count: None, fraction: None }
     }
 }
 
@@ -32,9 +34,26 @@ pub(crate) fn family() -> Family {
     Family { verb: "drop", keys: make::keys::<Keys>, make: drop_parts }
 }
 
+/// How many go.
+#[derive(Clone, Copy)]
+enum HowMany {
+    Count(usize),
+    Fraction(f64),
+}
+
+impl HowMany {
+    /// Of so many.
+    fn of(self, there: usize) -> usize {
+        match self {
+            HowMany::Count(n) => n,
+            HowMany::Fraction(x) => (x * there as f64).round() as usize,
+        }
+    }
+}
+
 struct DropParts {
     part: Unit,
-    count: usize,
+    many: HowMany,
     by: Arc<dyn Structure>,
     card: Card,
 }
@@ -45,8 +64,26 @@ fn drop_parts(making: &Making<'_>) -> Result<Step, MethodError> {
     if matches!(keys.part, Unit::Head | Unit::Channel) {
         return Err(MethodError::new("part: write \"block\", \"attention\" or \"ffn\""));
     }
+    let many = match (keys.count, keys.fraction) {
+        (Some(n), Some(x)) => {
+            return Err(MethodError::new(format!("count = {} and fraction = {}: give one of them", n.0, x.0)));
+        }
+        (Some(n), None) => HowMany::Count(n.0),
+        (None, Some(x)) => HowMany::Fraction(x.0),
+        (None, None) => HowMany::Count(1),
+    };
     let card = making.method.card.clone();
-    Ok(Step::Model(Box::new(DropParts { part: keys.part, count: keys.count.0, by: by.into(), card })))
+    Ok(Step::Model(Box::new(DropParts { part: keys.part, many, by: by.into(), card })))
+}
+
+/// How many layers have the part.
+fn there(spec: &Spec, part: Unit) -> usize {
+    (0..spec.layers.len()).filter(|&l| has(spec, l, part)).count()
+}
+
+/// Keys and values that the cache holds of a position.
+fn cached(spec: &Spec) -> usize {
+    spec.layers.iter().filter_map(|l| l.attn.as_ref()).map(|a| 2 * a.kv_heads * a.head_dim).sum()
 }
 
 /// Whether a layer has the part.
@@ -63,6 +100,7 @@ impl ModelWide for DropParts {
     fn needs(&self, spec: &Spec, layer: usize) -> Vec<(Site, Ask)> {
         let mine = |ask: &Ask| match ask {
             Ask::Similarity(_) => Ask::Similarity(self.part),
+            Ask::Angle(_) => Ask::Angle(self.part),
             other => *other,
         };
         let all = self.card.needs.iter().map(|ask| (Site::Layer(layer), mine(ask)));
@@ -70,12 +108,13 @@ impl ModelWide for DropParts {
     }
 
     fn check(&self, spec: &Spec) -> Result<(), MethodError> {
-        let there = (0..spec.layers.len()).filter(|&l| has(spec, l, self.part)).count();
-        if self.count > there {
-            let what = format!("{} to drop; only {there} layers have the part {:?}", self.count, self.part);
+        let there = there(spec, self.part);
+        let count = self.many.of(there);
+        if count > there {
+            let what = format!("{count} to drop; only {there} layers have the part {:?}", self.part);
             return Err(MethodError::new(what));
         }
-        let compares = self.card.needs.iter().any(|ask| matches!(ask, Ask::Similarity(_)));
+        let compares = self.card.needs.iter().any(|ask| ask.is_of_layer());
         match spec.first_shortcut() {
             Some(place) if compares => Err(MethodError::new(format!(
                 "{place} turns the residual stream: what goes into a part cannot be compared with what comes out"
@@ -84,8 +123,9 @@ impl ModelWide for DropParts {
         }
     }
 
-    fn begin(&self, _: &Spec) -> Result<Box<dyn Walker>, MethodError> {
-        Ok(Box::new(Walk { part: self.part, count: self.count, by: self.by.clone(), scores: Vec::new() }))
+    fn begin(&self, spec: &Spec) -> Result<Box<dyn Walker>, MethodError> {
+        let count = self.many.of(there(spec, self.part));
+        Ok(Box::new(Walk { part: self.part, count, by: self.by.clone(), scores: Vec::new() }))
     }
 }
 
@@ -103,7 +143,8 @@ impl Walker for Walk {
             return Ok(Vec::new());
         }
         let stats = work.stats(Site::Layer(layer));
-        let ask = StructureAsk { unit: self.part, layer, count: 1, width: 0, reader: None, writers: &[], stats };
+        let (unit, count, width, reader) = (self.part, 1, 0, None);
+        let ask = StructureAsk { unit, layer, count, width, reader, writers: &[], stats, writer_stats: &[] };
         match self.by.score(&ask)?.as_slice() {
             [score] if score.is_finite() => self.scores.push((layer, *score)),
             [score] => {
@@ -135,10 +176,43 @@ impl Walker for Walk {
             Unit::Ffn => "the FFN",
             _ => "attention and FFN",
         };
-        Ok(Finished {
-            edits: vec![Edit::Spec(Box::new(spec))],
-            note: format!("dropped {part} of layers {gone:?}"),
-            again: None,
-        })
+        let mut note = format!("dropped {part} of layers {gone:?}");
+        let (before, after) = (cached(work.spec()), cached(&spec));
+        if after < before {
+            // The cache of a run may be of 32, 16 or 8 bits: numbers are what the step decides.
+            let saved = before - after;
+            note += &format!(
+                "; a position's keys and values are {after} numbers, not {before}: {} bytes less at 16 bits, {} at 32",
+                2 * saved,
+                4 * saved
+            );
+        }
+        Ok(Finished { edits: vec![Edit::Spec(Box::new(spec))], note, again: None })
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn a_fraction_goes_to_the_nearest_number_of_parts() {
+        let of = |x: f64, n: usize| HowMany::Fraction(x).of(n);
+        assert_eq!((of(0.1, 30), of(0.25, 30), of(0.5, 30), of(0.0, 30), of(1.0, 30)), (3, 8, 15, 0, 30));
+        assert_eq!((HowMany::Count(7).of(3), of(0.3, 1), of(0.7, 1), of(0.4, 0)), (7, 0, 1, 0));
+    }
+
+    #[test]
+    fn one_way_of_saying_how_many() {
+        let made = |keys: serde_json::Value| {
+            let registry = crate::registry();
+            let method = registry.methods.iter().find(|m| m.card.verb == "drop").expect("a method");
+            let keys = keys.as_object().expect("keys");
+            drop_parts(&Making { method, keys, registry: &registry })
+        };
+        let said = made(serde_json::json!({ "count": 2, "fraction": 0.5 })).expect_err("refused").what;
+        assert!(said.contains("count = 2") && said.contains("fraction = 0.5"), "{said}");
+        assert!(made(serde_json::json!({ "fraction": 1.5 })).is_err());
+        assert!(made(serde_json::json!({ "part": "attention", "fraction": 0.25 })).is_ok());
     }
 }

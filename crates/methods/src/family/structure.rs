@@ -4,7 +4,9 @@
 //! every layer. Of what competes, the units of lowest score go, so many that the parameters that go with them are
 //! nearest to the asked fraction of those of all targeted heads and channels (a tie: the fewer). Where units compete
 //! within a layer, its heads are met from below and its channels make up for the difference, so that equal layers stay
-//! equal.
+//! equal; each loses the same fraction, or the share that the method gives it.
+//!
+//! Layers that `keep_first` and `keep_last` name stay whole. The fraction is of all layers: the others lose more.
 //!
 //! The experts of a layer keep one width: each loses channels of its own, the lowest of all experts together, the
 //! second lowest together, and so on; together they score the mean over the experts that calibration reached.
@@ -36,11 +38,22 @@ struct Keys {
     align: Whole<1, 65536>,
     /// Whose units compete: "layer", "model" or "standardized"; unless given, as the method says.
     scope: Option<Compete>,
+    /// Layers at the start that stay whole, 0 to 4096.
+    keep_first: Whole<0, 4096>,
+    /// Layers at the end that stay whole, 0 to 4096.
+    keep_last: Whole<0, 4096>,
 }
 
 impl Default for Keys {
     fn default() -> Keys {
-        Keys { sparsity: Fraction(0.2), parts: vec![Kind::Heads, Kind::Channels], align: Whole(32), scope: None }
+        Keys {
+            sparsity: Fraction(0.2),
+            parts: vec![Kind::Heads, Kind::Channels],
+            align: Whole(32),
+            scope: None,
+            keep_first: Whole(0),
+            keep_last: Whole(0),
+        }
     }
 }
 
@@ -77,7 +90,7 @@ fn structured(making: &Making<'_>) -> Result<Step, MethodError> {
 struct Structured {
     keys: Keys,
     by: Arc<dyn Structure>,
-    /// Of the inputs of each reader.
+    /// Of the inputs of each reader and of the layer; what backward passes give, of the writers, too.
     asks: Vec<Ask>,
 }
 
@@ -172,22 +185,67 @@ impl Group {
 }
 
 impl Structured {
+    /// Of a layer; none where it stays whole.
+    fn of_layer(&self, spec: &Spec, layer: usize) -> Vec<Group> {
+        let (first, last) = (self.keys.keep_first.0, self.keys.keep_last.0);
+        let cut = layer >= first && layer + last < spec.layers.len();
+        if cut { Group::of_layer(spec, layer, &self.keys.parts) } else { Vec::new() }
+    }
+
     fn groups(&self, spec: &Spec) -> Vec<Group> {
-        (0..spec.layers.len()).flat_map(|l| Group::of_layer(spec, l, &self.keys.parts)).collect()
+        (0..spec.layers.len()).flat_map(|l| self.of_layer(spec, l)).collect()
+    }
+
+    /// Parameters of the parts in all layers, those that stay whole among them.
+    fn total(&self, spec: &Spec) -> u64 {
+        (0..spec.layers.len()).flat_map(|l| Group::of_layer(spec, l, &self.keys.parts)).map(|g| g.total()).sum()
+    }
+
+    /// Statistics of the readers' inputs, or of their weights.
+    fn of_readers(&self) -> impl Iterator<Item = Ask> {
+        self.asks.iter().copied().filter(|ask| !ask.is_of_layer())
     }
 }
 
 impl ModelWide for Structured {
     fn needs(&self, spec: &Spec, layer: usize) -> Vec<(Site, Ask)> {
-        let readers = Group::of_layer(spec, layer, &self.keys.parts).into_iter().flat_map(|g| g.readers());
-        readers.flat_map(|p| self.asks.iter().map(move |ask| (Site::Matrix(p), *ask))).collect()
+        let (groups, mut out) = (self.of_layer(spec, layer), Vec::new());
+        if !groups.is_empty() {
+            out.extend(self.asks.iter().filter(|ask| ask.is_of_layer()).map(|ask| (Site::Layer(layer), *ask)));
+        }
+        for group in groups {
+            for (expert, reader) in group.readers().into_iter().enumerate() {
+                out.extend(self.of_readers().map(|ask| (Site::Matrix(reader), ask)));
+                for (writer, _) in group.writers(expert) {
+                    let back = self.asks.iter().filter(|ask| ask.is_gradient());
+                    out.extend(back.map(|ask| (Site::Matrix(writer), *ask)));
+                }
+            }
+        }
+        out
     }
 
     fn check(&self, spec: &Spec) -> Result<(), MethodError> {
         let (sparsity, align, groups) = (self.keys.sparsity.0, self.keys.align.0, self.groups(spec));
-        let total: u64 = groups.iter().map(Group::total).sum();
+        let total = self.total(spec);
         if total == 0 {
             return Err(MethodError::new(format!("no layer has {}", words(&self.keys.parts))));
+        }
+        if groups.is_empty() {
+            return Err(MethodError::new(format!(
+                "keep_first = {} and keep_last = {} of {} layers leave none with {} to cut",
+                self.keys.keep_first.0,
+                self.keys.keep_last.0,
+                spec.layers.len(),
+                words(&self.keys.parts)
+            )));
+        }
+        if self.asks.iter().any(|ask| ask.is_of_layer())
+            && let Some(place) = spec.first_shortcut()
+        {
+            return Err(MethodError::new(format!(
+                "{place} turns the residual stream: what goes into a block cannot be compared with what comes out"
+            )));
         }
         let free: u64 = groups.iter().map(|g| g.parameters * g.bundles(align).iter().sum::<usize>() as u64).sum();
         if sparsity * total as f64 > free as f64 {
@@ -195,8 +253,7 @@ impl ModelWide for Structured {
             let most = (free as f64 / total as f64 * 1e3).floor() / 1e3;
             return Err(MethodError::new(format!(
                 "sparsity = {sparsity}: at most {most} of the parameters of {} can go, since a head and {align} \
-                 channels stay in each \
-                 layer; align = {align} can be less",
+                 channels stay in each layer that is cut; align = {align} can be less",
                 words(&self.keys.parts)
             )));
         }
@@ -207,8 +264,11 @@ impl ModelWide for Structured {
         true
     }
 
-    fn begin(&self, _: &Spec) -> Result<Box<dyn Walker>, MethodError> {
-        Ok(Box::new(Walk { step: self.clone(), seen: Vec::new() }))
+    fn begin(&self, spec: &Spec) -> Result<Box<dyn Walker>, MethodError> {
+        let cut: u64 = self.groups(spec).iter().map(Group::total).sum();
+        // `check` has seen that it is less than 1.
+        let rate = self.keys.sparsity.0 * (self.total(spec) as f64 / cut.max(1) as f64);
+        Ok(Box::new(Walk { step: self.clone(), total: self.total(spec), rate, seen: Vec::new(), looked: Vec::new() }))
     }
 }
 
@@ -222,7 +282,13 @@ fn words(kinds: &[Kind]) -> &'static str {
 
 struct Walk {
     step: Structured,
+    /// Parameters of the parts in all layers.
+    total: u64,
+    /// The fraction that goes of the layers that are cut.
+    rate: f64,
     seen: Vec<Seen>,
+    /// What the method saw of each layer that is cut.
+    looked: Vec<f64>,
 }
 
 /// A group whose units are scored.
@@ -245,7 +311,7 @@ struct Sorted {
 impl Walk {
     fn sorted(&self, group: &Group, expert: usize, place: &Place, work: &dyn LayerWork) -> Result<Sorted, MethodError> {
         let stats = work.stats(Site::Matrix(*place));
-        if group.experts.is_some() && stats.tokens == 0 && !self.step.asks.is_empty() {
+        if group.experts.is_some() && stats.tokens == 0 && self.step.of_readers().next().is_some() {
             let means = vec![0.0; group.count];
             return Ok(Sorted { order: (0..group.count).collect(), scores: None, means });
         }
@@ -268,12 +334,17 @@ impl Walk {
         stats: Stats<'_>,
     ) -> Result<Vec<f64>, MethodError> {
         let reader = work.weight(place)?;
-        let writers = group.writers(expert).iter().map(|(p, _)| work.weight(p)).collect::<Result<Vec<Mat>, _>>()?;
+        let places: Vec<Place> = group.writers(expert).into_iter().map(|(p, _)| p).collect();
+        let writers = places.iter().map(|p| work.weight(p)).collect::<Result<Vec<Mat>, _>>()?;
         let writers: Vec<_> = writers.iter().map(Mat::view).collect();
+        // Their inputs are others than the reader's: what was gathered of those is nobody's business here.
+        let writer_stats: Vec<Stats<'_>> =
+            places.iter().map(|p| Stats { found: &[], worked: None, ..work.stats(Site::Matrix(*p)) }).collect();
         let unit = if group.kind == Kind::Heads { Unit::Head } else { Unit::Channel };
         let (layer, count, width, reader) = (group.layer, group.count, group.width, Some(reader.view()));
-        let scores =
-            self.step.by.score(&StructureAsk { unit, layer, count, width, reader, writers: &writers, stats })?;
+        let (writers, writer_stats) = (writers.as_slice(), writer_stats.as_slice());
+        let ask = StructureAsk { unit, layer, count, width, reader, writers, stats, writer_stats };
+        let scores = self.step.by.score(&ask)?;
         if scores.len() != count {
             return Err(MethodError::new(format!("{place}: {} scores for {count} units", scores.len())));
         }
@@ -287,34 +358,46 @@ impl Walk {
         self.step.keys.scope.unwrap_or_else(|| self.step.by.compete())
     }
 
+    /// The fraction that goes of each layer that is cut, where units compete in their layer.
+    fn shares(&self) -> Result<Vec<f64>, MethodError> {
+        let shares = self.step.by.shares(&self.looked, self.rate)?;
+        if shares.len() != self.looked.len() {
+            return Err(MethodError::new(format!("{} shares for {} layers", shares.len(), self.looked.len())));
+        }
+        match shares.iter().position(|s| !(0.0..=1.0).contains(s)) {
+            Some(i) => Err(MethodError::new(format!("the share of layer {i} is {}, not from 0 to 1", shares[i]))),
+            None => Ok(shares),
+        }
+    }
+
     /// How many units of each group go.
-    fn choose(&self) -> Vec<usize> {
-        let (sparsity, align) = (self.step.keys.sparsity.0, self.step.keys.align.0);
-        let asked = |groups: &[Seen]| sparsity * groups.iter().map(|s| s.group.total() as f64).sum::<f64>();
+    fn choose(&self) -> Result<Vec<usize>, MethodError> {
+        let align = self.step.keys.align.0;
+        let total = |groups: &[Seen]| groups.iter().map(|s| s.group.total() as f64).sum::<f64>();
         let mut gone = vec![0; self.seen.len()];
         if self.compete() != Compete::Layer {
             let mut all: Vec<Bundle> = self.seen.iter().enumerate().flat_map(|(i, s)| s.bundles(i, align)).collect();
             // Stable: the bundles of a group stay in their order.
             all.sort_by(|a, b| a.score.total_cmp(&b.score));
-            let n = nearest(&all, asked(&self.seen));
+            let n = nearest(&all, self.step.keys.sparsity.0 * self.total as f64);
             all[..n].iter().for_each(|b| gone[b.group] += b.units);
-            return gone;
+            return Ok(gone);
         }
         let mut first = 0;
-        for layer in self.seen.chunk_by(|a, b| a.group.layer == b.group.layer) {
-            let mut left = asked(layer);
+        for (layer, share) in self.seen.chunk_by(|a, b| a.group.layer == b.group.layer).zip(self.shares()?) {
+            let mut left = share * total(layer);
             for (i, one) in layer.iter().enumerate() {
                 let bundles = one.bundles(first + i, align);
                 let n = match i + 1 == layer.len() {
                     true => nearest(&bundles, left),
-                    false => within(&bundles, asked(std::slice::from_ref(one))),
+                    false => within(&bundles, share * one.group.total() as f64),
                 };
                 gone[first + i] = bundles[..n].iter().map(|b| b.units).sum();
                 left -= bundles[..n].iter().map(|b| b.parameters as f64).sum::<f64>();
             }
             first += layer.len();
         }
-        gone
+        Ok(gone)
     }
 }
 
@@ -384,7 +467,11 @@ fn spread(units: &[usize], n: usize) -> Vec<usize> {
 
 impl Walker for Walk {
     fn visit(&mut self, layer: usize, work: &dyn LayerWork) -> Result<Vec<Edit>, MethodError> {
-        for group in Group::of_layer(work.spec(), layer, &self.step.keys.parts) {
+        let groups = self.step.of_layer(work.spec(), layer);
+        if !groups.is_empty() && self.compete() == Compete::Layer {
+            self.looked.push(self.step.by.look(&work.stats(Site::Layer(layer)))?);
+        }
+        for group in groups {
             let readers = group.readers();
             let sorted = readers.iter().enumerate().map(|(e, place)| self.sorted(&group, e, place, work));
             let sorted = sorted.collect::<Result<_, _>>()?;
@@ -394,7 +481,7 @@ impl Walker for Walk {
     }
 
     fn finish(self: Box<Self>, work: &dyn LayerWork) -> Result<Finished, MethodError> {
-        let gone = self.choose();
+        let gone = self.choose()?;
         let (mut edits, mut spec) = (Vec::new(), work.spec().clone());
         for (seen, &n) in self.seen.iter().zip(&gone).filter(|(_, n)| **n > 0) {
             self.cut(seen, n, work, &mut edits)?;
@@ -447,7 +534,7 @@ impl Walk {
     }
 
     fn note(&self, gone: &[usize]) -> String {
-        let (mut parameters, mut total) = (0, 0);
+        let mut parameters = 0;
         let mut told = Vec::new();
         for kind in &self.step.keys.parts {
             let (mut n, mut of, mut left) = (0, 0, Vec::new());
@@ -456,7 +543,6 @@ impl Walk {
                 of += seen.group.count;
                 left.push(seen.group.count - gone);
                 parameters += *gone as u64 * seen.group.parameters;
-                total += seen.group.total();
             }
             told.push(format!(
                 "{n} of {of} {} are gone, left in each layer {left:?}",
@@ -467,7 +553,7 @@ impl Walk {
         if unreached > 0 {
             told.push(format!("{unreached} experts saw no calibration token and lost their first channels"));
         }
-        let met = parameters as f64 / (total as f64).max(1.0);
+        let (total, met) = (self.total, parameters as f64 / (self.total as f64).max(1.0));
         format!("{}; {met:.4} of {total} parameters, asked were {}", told.join("; "), self.step.keys.sparsity.0)
     }
 }
@@ -708,6 +794,56 @@ mod tests {
             assert_eq!(cut, if name == "llama" { 6 } else { 12 }, "{name}");
             assert_eq!(done.note.contains("1 experts saw no calibration token"), name == "mixtral", "{}", done.note);
         }
+    }
+
+    /// Layer `l` loses `l` parts of six, and what backward passes give is asked of the writers, too.
+    struct Rising;
+
+    impl Structure for Rising {
+        fn score(&self, ask: &StructureAsk<'_>) -> Result<Vec<f64>, MethodError> {
+            assert_eq!(ask.writer_stats.len(), ask.writers.len());
+            Ok(vec![0.0; ask.count])
+        }
+        fn compete(&self) -> Compete {
+            Compete::Layer
+        }
+        fn keeps_means(&self) -> bool {
+            false
+        }
+        fn shares(&self, looked: &[f64], _: f64) -> Result<Vec<f64>, MethodError> {
+            Ok((0..looked.len()).map(|l| l as f64 / 6.0).collect())
+        }
+    }
+
+    #[test]
+    fn each_layer_loses_its_share_and_kept_layers_nothing() {
+        let network = Network::new("llama");
+        let channels = Keys { parts: vec![Kind::Channels], ..keys(0.2, 1) };
+        let run = |keys: Keys, by: Arc<dyn Structure>| {
+            let step = Structured { keys, by, asks: vec![Ask::GradientMean, Ask::Angle(Unit::Block)] };
+            step.check(&network.spec).expect("fits");
+            let mut walk = step.begin(&network.spec).expect("begins");
+            (0..3).for_each(|l| assert!(walk.visit(l, &network).expect("visits").is_empty()));
+            let done = walk.finish(&network).expect("decides");
+            let spec = spec_of(&done).clone();
+            (spec.layers.iter().map(|l| l.ffn.as_ref().expect("stays").width).collect::<Vec<_>>(), step, done)
+        };
+        let (widths, step, _) = run(channels.clone(), Arc::new(Rising));
+        assert_eq!(widths, [22, 18, 15], "0, 3.7 and 7.3 of 22 channels go");
+        let asked = step.needs(&network.spec, 1);
+        let of = |role| asked.contains(&(Site::Matrix(Place::layer(1, role)), Ask::GradientMean));
+        assert!(of(Role::Down) && of(Role::Gate) && of(Role::Up) && !of(Role::Q));
+        assert!(asked.contains(&(Site::Layer(1), Ask::Angle(Unit::Block))) && asked.len() == 4, "{asked:?}");
+        // A fifth of 66 channels is 13.2, all of the last layer but 9 where the others stay whole.
+        for scope in [Compete::Layer, Compete::Model] {
+            let kept = Keys { keep_first: Whole(1), keep_last: Whole(1), scope: Some(scope), ..channels.clone() };
+            let (widths, step, done) = run(kept, Arc::new(Squares(scope, false)));
+            assert_eq!(widths, [22, 9, 22]);
+            assert!(step.needs(&network.spec, 0).is_empty() && done.note.contains("0.1970 of"), "{}", done.note);
+        }
+        let none = Keys { keep_first: Whole(2), keep_last: Whole(1), ..channels };
+        let step = Structured { keys: none, by: Arc::new(Rising), asks: Vec::new() };
+        assert!(step.check(&network.spec).expect_err("refused").what.contains("keep_first = 2"));
     }
 
     #[test]

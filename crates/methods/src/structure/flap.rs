@@ -122,7 +122,16 @@ mod tests {
             let (mean, variance) = (0..n).map(moments).unzip();
             let found = [(Ask::InputMoments, Gathered::Moments { mean, variance })];
             let stats = Stats { tokens: tokens as u64, found: &found, gradients: &[], sequences: 0, worked: None };
-            let ask = StructureAsk { unit, layer: 0, count, width, reader: Some(w.view()), writers: &[], stats };
+            let ask = StructureAsk {
+                unit,
+                layer: 0,
+                count,
+                width,
+                reader: Some(w.view()),
+                writers: &[],
+                stats,
+                writer_stats: &[],
+            };
             let have = Flap {}.score(&ask).expect("scores");
             let power = if unit == Unit::Head { 2 } else { 1 };
             let s: Vec<f64> = (0..n).map(|j| change(&w, &x, j).powi(power)).collect();

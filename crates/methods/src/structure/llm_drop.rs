@@ -71,7 +71,8 @@ mod tests {
         for alike in [-1.0, 0.0, 0.25, 1.0, f64::NAN] {
             let found = [(Ask::Similarity(Unit::Ffn), Gathered::Number(alike))];
             let stats = Stats { tokens: 3, found: &found, gradients: &[], sequences: 0, worked: None };
-            let ask = StructureAsk { unit: Unit::Ffn, layer: 2, count: 1, width: 0, reader: None, writers: &[], stats };
+            let (unit, layer, count, width, reader) = (Unit::Ffn, 2, 1, 0, None);
+            let ask = StructureAsk { unit, layer, count, width, reader, writers: &[], stats, writer_stats: &[] };
             match (LlmDrop {}).score(&ask) {
                 Ok(scores) => assert_eq!(scores, [1.0 - alike]),
                 Err(e) => assert!(alike.is_nan() && e.what.contains("layer 2"), "{e}"),

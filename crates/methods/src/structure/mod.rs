@@ -1,7 +1,10 @@
 //! Structures: which heads, channels or whole parts go?
 
+pub(crate) mod cfsp;
 pub(crate) mod flap;
 pub(crate) mod llm_drop;
+pub(crate) mod llm_pruner;
+pub(crate) mod random;
 pub(crate) mod wanda_sp;
 
 use lacuna_base::MatRef;

@@ -88,7 +88,16 @@ mod tests {
             let squares = (0..n).map(|j| (0..tokens).map(|t| f64::from(x[(t, j)]).powi(2)).sum()).collect();
             let found = [(Ask::InputSquares, Gathered::Vector(squares))];
             let stats = Stats { tokens: tokens as u64, found: &found, gradients: &[], sequences: 0, worked: None };
-            let ask = StructureAsk { unit, layer: 0, count, width, reader: Some(w.view()), writers: &[], stats };
+            let ask = StructureAsk {
+                unit,
+                layer: 0,
+                count,
+                width,
+                reader: Some(w.view()),
+                writers: &[],
+                stats,
+                writer_stats: &[],
+            };
             let have = WandaSp {}.score(&ask).expect("scores");
             assert_eq!(have.len(), count);
             for (u, have) in have.iter().enumerate() {
