@@ -284,7 +284,10 @@ impl Walker for Cut {
         let mine = candidates(work.spec(), layer).into_iter().filter(|p| self.ranks.contains_key(p)).collect();
         factor::side_by_side(&weights(work, mine)?, |(p, w)| {
             let (a, b) = halves(w, self.ranks[p]).map_err(|e| MethodError::new(format!("{p}: {}", e.what)))?;
-            Ok(Edit::Matrix(*p, Unpacked { main: product(a.to_f32(), b.to_f32())?, aside: Vec::new(), input: Vec::new() }))
+            Ok(Edit::Matrix(
+                *p,
+                Unpacked { main: product(a.to_f32(), b.to_f32())?, aside: Vec::new(), input: Vec::new() },
+            ))
         })
     }
 
