@@ -91,6 +91,7 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
         if let Some(x) = &judged.against {
             out.extend([
                 ("kl_mean".to_owned(), json!(x.kl_mean)),
+                ("kl_p99".to_owned(), json!(x.kl_p99)),
                 ("top1_agree".to_owned(), json!(x.top1_agree)),
                 ("ppl_dense".to_owned(), json!(x.ppl_dense)),
             ]);

@@ -140,15 +140,18 @@ impl Walk<'_> {
         let watched = (0..layers).any(|l| !model.needs(&overlay.spec, l).is_empty());
         let mut x = if watched { Some(self.embedded(overlay)?) } else { None };
         let mut note = String::new();
+        let mut first = true;
         loop {
             self.progress.phase(&format!("{}: looking at the whole model", step.name), layers as u64);
             for l in 0..layers {
                 let wanted = if x.is_some() { model.needs(&overlay.spec, l) } else { Vec::new() };
                 let mut gather = Gather::new(&overlay.spec, wanted);
-                if let Some(x) = &mut x {
+                if first {
                     for place in overlay.spec.layer_places(l) {
                         finite(&place, &*need(overlay, &place)?, SOURCE)?;
                     }
+                }
+                if let Some(x) = &mut x {
                     let block = Block::load(overlay, l)?;
                     self.through(&overlay.spec, &block, x, &mut gather, true)?;
                 }
@@ -163,7 +166,7 @@ impl Walk<'_> {
             let finished = finish(step, walker, vocabulary, pending, overlay, dir)?;
             note += &finished.note;
             // Statistics are those of the first walk.
-            x = None;
+            (x, first) = (None, false);
             match finished.again {
                 Some(again) => walker = again,
                 None => return Ok(note),
