@@ -343,7 +343,7 @@ impl Walk<'_> {
         layer: usize,
         x: &mut Activations,
         scratch: &mut Scratch,
-    ) -> Result<(Vec<Vec<AtLevel>>, HashMap<Place, f64>), CompressError> {
+    ) -> Result<(AllLevels, HashMap<Place, f64>), CompressError> {
         let recipe = self.recipe;
         let places = overlay.spec.layer_places(layer);
         let mut wanted = asks(recipe, &self.chosen, &overlay.spec, layer);
@@ -447,6 +447,9 @@ impl Walk<'_> {
         }
     }
 }
+
+/// By level, the matrices of a layer.
+type AllLevels = Vec<Vec<AtLevel>>;
 
 /// A matrix at one level.
 struct AtLevel {

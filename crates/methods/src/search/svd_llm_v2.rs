@@ -3,8 +3,8 @@
 //! **Paper.** Xin Wang, Samiul Alam, Zhongwei Wan, Hui Shen, Mi Zhang, "SVD-LLM V2: Optimizing Singular Value
 //! Truncation for Large Language Model Compression", NAACL 2025, arXiv 2503.12340.
 //!
-//! **Idea.** Matrices of one kind (all q, all k, ...) share a ratio `R` of what goes. With `L_i` the least loss `‖W_i X
-//! - W_i' X‖` that cutting matrix `i` at `R` can have, its own ratio is `R_i = R · n · q_i / Σ q`, `q_i = 1 / ln L_i`,
+//! **Idea.** Matrices of one kind (all q, all k, ...) share a ratio `R` of what goes. With `L_i` the least loss
+//! `‖W_i X - W_i' X‖` that cutting matrix `i` at `R` can have, its own ratio is `R_i = R · n · q_i / Σ q`, `q_i = 1 / ln L_i`,
 //! over the `n` matrices of its kind: what loses more is cut less. The second half of the paper, truncation by two
 //! singular value decompositions instead of a Cholesky factor, is `svd-llm` with `root = "svd"`, which the step that
 //! varies then names.

@@ -14,7 +14,7 @@ pub struct Each {
 impl Each {
     /// All of them, `[sequences * outputs, inputs]`, those that did not reach the matrix left out.
     pub fn into_mat(self) -> Mat {
-        let rows = if self.inputs == 0 { 0 } else { self.rows.len() / self.inputs };
+        let rows = self.rows.len().checked_div(self.inputs).unwrap_or(0);
         Mat::from_vec(rows, self.inputs, self.rows)
     }
 }

@@ -144,7 +144,8 @@ mod tests {
     #[test]
     fn folds_agree_with_their_definitions() {
         let place = Place::layer(0, Role::Q);
-        let mut sink: WeightGradients<(((Mean, Square), (Norms, Sides)), Each)> = WeightGradients::new([place]);
+        type All = (((Mean, Square), (Norms, Sides)), Each);
+        let mut sink: WeightGradients<All> = WeightGradients::new([place]);
         let mut grams = OutputGrams::new([place]);
         assert!(sink.wants(&place) && !sink.wants(&Place::layer(0, Role::K)) && !grams.wants(&place.bias()));
         let mut exact = Vec::new();
