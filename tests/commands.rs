@@ -324,6 +324,36 @@ fn quickstart_tells_the_whole_story() {
 }
 
 #[test]
+fn fit_keeps_to_a_budget_and_its_recipe_makes_the_model_again() {
+    let (out, again) = (fresh("fitted"), fresh("fitted-again"));
+    let fit = |more: &[&str]| {
+        let model = tiny();
+        let args = ["fit", &model, "-o", out.to_str().unwrap(), "--effort", "quick", "--gate", "off", "--samples", "4"];
+        [&args[..], more].concat().iter().map(|a| (*a).to_owned()).collect::<Vec<String>>()
+    };
+    let done = |args: &[String]| object(0, &args.iter().map(String::as_str).collect::<Vec<_>>());
+    let dry = done(&fit(&["--dry-run"]));
+    assert!(!out.exists(), "a dry run writes nothing");
+    let sizes: Vec<u64> = dry["front"].as_array().unwrap().iter().map(|p| p["bytes"].as_u64().unwrap()).collect();
+    assert!(sizes.len() > 2 && sizes.windows(2).all(|w| w[0] >= w[1]), "{sizes:?}");
+    let budget = (sizes[0] + 2 * sizes[sizes.len() - 1]) / 3;
+    let made = done(&fit(&["--max-bytes", &budget.to_string()]));
+    assert!(made["bytes_after"].as_u64().unwrap() <= budget, "{made}");
+    assert!(out.join("README.md").is_file());
+    let recipe = out.with_file_name("fitted.recipe.toml");
+    let args = ["compress", &tiny(), "--recipe", recipe.to_str().unwrap(), "-o", again.to_str().unwrap()];
+    object(0, &[&args[..], &["--gate", "off"]].concat());
+    let weights = |dir: &Path| std::fs::read(dir.join("model.safetensors")).unwrap();
+    assert!(weights(&out) == weights(&again), "the recipe makes another model");
+    let fails = |args: &[String]| refusal(1, &args.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(fails(&fit(&["--overwrite", "--max-bytes", "1kB"])).contains("the smallest"));
+    let usage = |args: &[String]| refusal(2, &args.iter().map(String::as_str).collect::<Vec<_>>());
+    assert!(usage(&fit(&["--overwrite", "--keep", "attn.v=nothing"])).contains("no level is called 'nothing'"));
+    assert!(usage(&fit(&["--overwrite", "--max-bytes", "1MB", "--max-loss", "0.1"])).contains("exclude each other"));
+    assert!(usage(&fit(&["--overwrite", "--for", "gguf"])).contains("ends in .gguf"));
+}
+
+#[test]
 fn serve_says_where_it_is_answers_and_ends_when_told() {
     use std::io::{BufRead, BufReader, Read, Write};
     use std::process::Stdio;

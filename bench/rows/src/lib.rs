@@ -89,6 +89,7 @@ fn integers(rows: usize, cols: usize, bits: u8) -> Integers {
         codes: (0..rows * cols).map(|_| rng.below(1 << bits) as u8).collect(),
         scales: Mat::from_fn(rows, cols.div_ceil(32), |r, g| 0.01 + ((r + g) % 7) as f32 * 1e-3),
         zeros: None,
+        offsets: None,
         group: Group::Run(32),
     }
 }
