@@ -206,7 +206,7 @@ pub struct Compress {
 /// How long a search may take.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Effort {
-    /// Minutes: 12 trials, no solver for the embedding.
+    /// Minutes: 12 trials.
     Quick,
     /// An hour or so: 120 trials.
     Normal,
@@ -254,7 +254,7 @@ pub struct Fit {
     #[arg(long, value_name = "SIZE")]
     pub max_ram: Option<String>,
     /// Positions whose keys and values --max-ram counts, in 16 bits; by default 4096, where the model sees as many.
-    #[arg(long, value_name = "N")]
+    #[arg(long, value_name = "N", requires = "max_ram")]
     pub context: Option<usize>,
     /// Who is to read the result: only what that program runs is tried, and its file is written.
     #[arg(long = "for", value_enum, default_value_t = Reader::Lacuna)]

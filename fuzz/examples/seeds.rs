@@ -5,8 +5,8 @@ use std::path::Path;
 
 use lacuna_checkpoint::{PackedWriter, open};
 use lacuna_format::{
-    Codebook, Float, Group, Integers, Map, Mask, Owner, PatternKind, ScaleCodec, Stored, Weights, pack_codebook,
-    pack_float, pack_integers, pack_integers_off,
+    Codebook, Float, Group, Integers, Map, Mask, Owner, Pattern, PatternKind, Piece, ScaleCodec, Stored, Values,
+    Weights, Zeros, pack_codebook, pack_float, pack_integers, pack_integers_off, pack_multiples,
 };
 use serde_json::{Value, json};
 
@@ -101,7 +101,7 @@ fn pack(dir: &Path, out: &Path) -> Result<()> {
         let (rows, cols) = (stored.rows, stored.cols);
         let mask = Mask::from_fn(rows, cols, |r, c| (c + r / 8) % 2 == 0);
         let float = |kind| Ok::<_, Box<dyn std::error::Error>>(pack_float(w.view(), Some(&mask), kind, Float::F16)?);
-        let piece = match i % 7 {
+        let piece = match i % 8 {
             _ if rows == 1 => None,
             0 => Some(float(PatternKind::Mask { height: 1 })?),
             1 => Some(float(PatternKind::Nm { n: 2, m: 4 })?),
@@ -135,6 +135,19 @@ fn pack(dir: &Path, out: &Path) -> Result<()> {
                 };
                 let codec = ScaleCodec::Int { bits: 3, per: 16 };
                 Some(pack_integers_off(&integers, &numbers(1.5), None, PatternKind::Dense, codec, codec)?)
+            }
+            6 => {
+                let groups = cols.div_ceil(32);
+                let numbers = lacuna_base::Mat::from_fn(rows, groups, |r, g| 0.5 + ((r + g) % 5) as f32);
+                let codes: Vec<u8> = (0..rows * cols).map(|i| (i % 16) as u8).collect();
+                let values = Values::Int {
+                    bits: 4,
+                    codes: lacuna_format::bits::pack(&codes, 4).into(),
+                    scales: pack_multiples(&numbers, 8, 8)?,
+                    zeros: Some(Zeros::Minima(pack_multiples(&numbers, 6, 8)?)),
+                    group: Group::Run(32),
+                };
+                Some(Piece { rows, cols, pattern: Pattern::Dense, values })
             }
             4 => {
                 let owner = if i % 2 == 0 { Owner::Row } else { Owner::Group(8) };

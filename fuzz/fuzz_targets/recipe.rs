@@ -4,10 +4,10 @@
 use std::sync::OnceLock;
 
 use lacuna_compress::Recipe;
-use lacuna_contract::Method;
+use lacuna_contract::Registry;
 use libfuzzer_sys::fuzz_target;
 
-static REGISTRY: OnceLock<Vec<Method>> = OnceLock::new();
+static REGISTRY: OnceLock<Registry> = OnceLock::new();
 
 // The first line, where it begins with `#!`, is an override as `--set` gives it; the rest is the recipe.
 fuzz_target!(|data: &str| {

@@ -230,6 +230,20 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
     if a.out.exists() && !(a.overwrite || a.resume) && !a.dry_run {
         anyhow::bail!("{} exists; --overwrite replaces it", a.out.display());
     }
+    let written = [beside(&a.out, "recipe.toml"), beside(&a.out, "packed"), beside(&a.out, "README.md")];
+    let known = a.overwrite || a.resume || a.dry_run;
+    if let Some(there) =
+        written.iter().take(if a.reader == Reader::Lacuna { 1 } else { 3 }).find(|p| p.exists() && !known)
+    {
+        anyhow::bail!("{} exists; --overwrite replaces it", there.display());
+    }
+    // What the end reads is looked at before the search: an hour is long for a misspelt name.
+    if let Some(file) = &a.eval {
+        common::read_text(file)?;
+    }
+    if let (Some(ctx), true) = (a.ctx, a.gate != cli::Gate::Off) {
+        common::window(Some(ctx), ctx, spec.context, ctx)?;
+    }
     let max_ram = common::size(a.max_ram.as_deref())?;
     let bits = 8.0 * compress::tensor_bytes(&source.checkpoint)? as f64 / spec.parameters().max(1) as f64;
     let coarse = bits < COARSE;
@@ -250,13 +264,16 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
         None => text.get(samples * len..).unwrap_or_default().to_vec(),
     };
     let each = len - usize::from(bos.is_some());
-    if searched.len() < each || text.len() < samples * len {
+    if text.len() < samples * len || (a.search.is_none() && searched.len() < each) {
         anyhow::bail!(
             "the calibration text has {} tokens: statistics and search need {} at the least; give a longer one with \
              --calibration, or one for the search with --search",
             text.len(),
             2 * len
         );
+    }
+    if searched.len() < each {
+        anyhow::bail!("the text of --search has {} tokens: give at least {each}", searched.len());
     }
     let mut calibration = toml::Table::new();
     calibration.insert("samples".into(), toml::Value::Integer(samples as i64));
@@ -295,8 +312,8 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
     let plan = effort(a.effort, a.seed);
     let identity = json!({
         "source": lacuna_compress::fingerprint(&source.checkpoint), "program": lacuna_compress::revision(),
-        "recipes": recipes.iter().map(|r| r.resolved.to_string()).collect::<Vec<_>>(), "text": text.len(),
-        "searched": searched.len(), "len": len,
+        "recipes": recipes.iter().map(|r| r.resolved.to_string()).collect::<Vec<_>>(), "text": lacuna_compress::tokens_fingerprint(&text),
+        "searched": lacuna_compress::tokens_fingerprint(&searched), "len": len,
     });
     let mut trials = Trials {
         levels: &made,

@@ -168,7 +168,7 @@ pub fn levels<'a>(
     let mut x = walk.embedded(&overlay)?;
     walk.progress.phase("every matrix at every level", spec.layers.len() as u64);
     for place in spec.places().into_iter().filter(|p| p.layer.is_none()) {
-        made.one_place(&mut walk, &overlay, &[place], &head)?;
+        made.places(&mut walk, &overlay, &[place], &head)?;
     }
     for l in 0..spec.layers.len() {
         let places = spec.layer_places(l);
@@ -184,7 +184,7 @@ pub fn levels<'a>(
             let block = Block::load(&overlay, l)?;
             walk.through(&spec, &block, &mut x, &mut NoTap, true)?;
         }
-        made.one_place(&mut walk, &overlay, &places, &gather.finish())?;
+        made.places(&mut walk, &overlay, &places, &gather.finish())?;
         release_layer(&overlay, l);
         walk.progress.step(l as u64 + 1, &format!("layer {l}"));
     }
@@ -210,8 +210,8 @@ struct Making<'r> {
 }
 
 impl<'r> Making<'r> {
-    /// The levels of places whose statistics are known.
-    fn one_place(
+    /// Makes the levels of places whose statistics are known.
+    fn places(
         &mut self,
         walk: &mut Walk<'r>,
         overlay: &Overlay<'_>,

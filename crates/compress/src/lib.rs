@@ -32,3 +32,4 @@ pub use identity::{fingerprint, revision};
 pub use levels::{AtLevel, Choice, Levels, Stitch, levels};
 pub use predict::{Planned, Shaped, forms};
 pub use recipe::{Calibration, Recipe, RecipeError, RecipeStep, Rest};
+pub use sequences::tokens_fingerprint;

@@ -154,6 +154,14 @@ fn floor(spec: &Spec, recipe: &Recipe, lens: &[usize]) -> u64 {
     }
     let embed = (spec.vocab as u64) * (spec.hidden as u64);
     let changes = |p: &lacuna_spec::Place| p.layer.is_none() && recipe.local().any(|(_, s)| s.local(p).is_some());
-    let embed = if spec.places().iter().any(changes) { embed * 10 } else { embed };
+    let mut embed = if spec.places().iter().any(changes) { embed * 10 } else { embed };
+    if recipe.local().count() > 0 {
+        let ends = spec.places().into_iter().filter(|p| p.layer.is_none() && p.part == Part::Weight);
+        let scratch = |p: Place| {
+            let shape = spec.shape(&p)?;
+            recipe.local().filter_map(|(_, s)| s.local(&p)).map(|l| l.scratch_bytes(shape)).max()
+        };
+        embed += ends.filter_map(scratch).max().unwrap_or(0) + Gather::bytes(spec, recipe.at_head(spec));
+    }
     SLACK + most.max(embed)
 }

@@ -48,6 +48,10 @@ pub fn forms(source: &dyn Weights, recipe: &Recipe) -> Result<Vec<Planned>, Comp
         let steps: Vec<&RecipeStep> = recipe.local().map(|(_, s)| s).filter(|s| s.local(&place).is_some()).collect();
         let kept = steps.is_empty() && recipe.rest == Rest::Source;
         let stored = if kept { source.get(&place)? } else { None };
+        let (stored, remade) = match recoded(source, &place, &steps)? {
+            Some(made) => (Some(made), true),
+            None => (stored, false),
+        };
         let form = stored.as_ref().map_or_else(|| steps.iter().map(|s| asked(s, &place)).collect(), |s| s.codec_name());
         let key = format!("{rows} {cols} {kept} {form}");
         let at = match known.get(&key) {
@@ -57,7 +61,7 @@ pub fn forms(source: &dyn Weights, recipe: &Recipe) -> Result<Vec<Planned>, Comp
                     Some(stored) => (stored, 1.0),
                     None => sample(&place, &steps, rows, cols)?,
                 };
-                let touched = !kept;
+                let touched = !kept || remade;
                 out.push(Planned { sample, scale, matrices: 0, used: 0.0, touched, weights: (rows * cols) as u64 });
                 known.insert(key, out.len() - 1);
                 out.len() - 1
@@ -68,6 +72,15 @@ pub fn forms(source: &dyn Weights, recipe: &Recipe) -> Result<Vec<Planned>, Comp
         source.release(&place);
     }
     Ok(out)
+}
+
+/// What comes of a matrix whose only step says it by how the matrix is stored.
+fn recoded(source: &dyn Weights, place: &Place, steps: &[&RecipeStep]) -> Result<Option<Arc<Stored>>, CompressError> {
+    let [step] = steps else { return Ok(None) };
+    let (Some(local), Some(stored)) = (step.local(place), source.get(place)?) else { return Ok(None) };
+    let Some(made) = local.foretell_of(&stored) else { return Ok(None) };
+    let made = made.map_err(|e| at_step(step, place, e))?;
+    made.pack(Float::F32).map(|s| Some(Arc::new(s))).map_err(|e| packing(place, e))
 }
 
 /// How often a token is multiplied with a place's matrix; none for what is no matrix.

@@ -13,6 +13,11 @@ pub(crate) fn fingerprint(sequences: &[Vec<u32>]) -> String {
     crate::identity::hex(h)
 }
 
+/// The sha256 of a text's ids.
+pub fn tokens_fingerprint(tokens: &[u32]) -> String {
+    fingerprint(&[tokens.to_vec()])
+}
+
 /// The calibration sequences: from the start of the text, or from random places for a seed other than 0.
 pub(crate) fn cut(
     tokens: &[u32],

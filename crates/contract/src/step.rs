@@ -112,6 +112,13 @@ pub trait Local: Send + Sync {
     /// statistics.
     fn foretell(&self, sample: Unpacked, seed: u64) -> Result<Unpacked, MethodError>;
 
+    /// Where the form hangs on how the matrix is stored and not on its shape alone: what comes of `source`. `None`:
+    /// [`Local::foretell`] says it.
+    fn foretell_of(&self, source: &Stored) -> Option<Result<Unpacked, MethodError>> {
+        let _ = source;
+        None
+    }
+
     /// Bytes that one matrix of `shape` takes while the step works on it, beside itself and its statistics.
     fn scratch_bytes(&self, shape: (usize, usize)) -> u64;
 

@@ -80,6 +80,10 @@ impl Local for Recode {
         self.of(&sample(matrix.shape())?)
     }
 
+    fn foretell_of(&self, source: &Stored) -> Option<Result<Unpacked, MethodError>> {
+        Some(self.of(source))
+    }
+
     fn scratch_bytes(&self, shape: (usize, usize)) -> u64 {
         8 * shape.0 as u64 * shape.1 as u64
     }
