@@ -4,6 +4,8 @@ use std::path::PathBuf;
 
 use clap::{Args, Parser, Subcommand, ValueEnum};
 
+use crate::texts::Weighed;
+
 /// Makes large language models smaller and faster by leaving out what they do not need, and measures what each omission
 /// costs.
 ///
@@ -159,9 +161,14 @@ pub struct Compress {
     /// Override one value of the recipe: STEP.KEY=VALUE. May be given several times.
     #[arg(long = "set", value_name = "STEP.KEY=VALUE")]
     pub sets: Vec<String>,
-    /// Text to calibrate on; by default a small one that Lacuna carries.
+    /// Text to calibrate on; by default a small one that Lacuna carries. Conversations (.jsonl, a line a list of
+    /// "messages") go through the model's chat template. Given several times, the texts are mixed by weight.
+    #[arg(long, value_name = "FILE[=WEIGHT]")]
+    pub calibration: Vec<Weighed>,
+    /// An importance matrix of llama.cpp's (GGUF or .dat): squares of inputs in the place of those of the calibration
+    /// text, for methods that read them.
     #[arg(long, value_name = "FILE")]
-    pub calibration: Option<PathBuf>,
+    pub imatrix: Option<PathBuf>,
     /// Calibration sequences.
     #[arg(long, value_name = "N")]
     pub samples: Option<usize>,
@@ -183,6 +190,9 @@ pub struct Compress {
     /// How far the judging goes.
     #[arg(long, value_enum, default_value_t = Gate::Full)]
     pub gate: Gate,
+    /// Another model to judge beside the result: somebody else's file of the same source. May be given several times.
+    #[arg(long, value_name = "MODEL")]
+    pub beside: Vec<String>,
     /// Where scratch files go: activations, gradients, levels of a search; beside the output by default.
     #[arg(long, value_name = "DIR")]
     pub scratch: Option<PathBuf>,
@@ -212,6 +222,19 @@ pub enum Effort {
     Normal,
     /// Over night: 1200 trials.
     Long,
+}
+
+/// What a search tries.
+#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+pub enum Strategy {
+    /// The knapsack's front, then races of its answer's offspring.
+    Races,
+    /// The knapsack's front alone.
+    Knapsack,
+    /// As many trials, drawn by lot within the budget.
+    Random,
+    /// The same level everywhere.
+    Uniform,
 }
 
 /// Who is to read the result.
@@ -250,6 +273,9 @@ pub struct Fit {
     /// Most KL from the source on the text of the search, nats a token, e.g. 0.02.
     #[arg(long, value_name = "NATS")]
     pub max_loss: Option<f64>,
+    /// Fewest tokens a second of decoding here, by this machine's cost table.
+    #[arg(long, value_name = "N")]
+    pub min_decode_tok_s: Option<f64>,
     /// Memory that weights and the cache of --context positions may take; also the ceiling of the whole command.
     #[arg(long, value_name = "SIZE")]
     pub max_ram: Option<String>,
@@ -262,12 +288,21 @@ pub struct Fit {
     /// How long the search may take.
     #[arg(long, value_enum, default_value_t = Effort::Normal)]
     pub effort: Effort,
+    /// What is tried; all but races are what races have to beat.
+    #[arg(long, value_enum, default_value_t = Strategy::Races)]
+    pub strategy: Strategy,
     /// Keep matrices at a level: TARGET=LEVEL, for example attn.v=source. May be given several times.
     #[arg(long, value_name = "TARGET=LEVEL")]
     pub keep: Vec<String>,
     /// Text whose first 70% give statistics, and the rest is searched on; by default a small one that Lacuna carries.
+    /// Conversations (.jsonl, a line a list of "messages") go through the model's chat template. Given several times,
+    /// the texts are mixed by weight.
+    #[arg(long, value_name = "FILE[=WEIGHT]")]
+    pub calibration: Vec<Weighed>,
+    /// An importance matrix of llama.cpp's (GGUF or .dat): squares of inputs in the place of those of the calibration
+    /// text. Levels are then rounded by weight, without feedback of errors.
     #[arg(long, value_name = "FILE")]
-    pub calibration: Option<PathBuf>,
+    pub imatrix: Option<PathBuf>,
     /// Calibration sequences of 512 tokens at the most; by default 128.
     #[arg(long, value_name = "N")]
     pub samples: Option<usize>,
@@ -286,6 +321,9 @@ pub struct Fit {
     /// How far the judging goes.
     #[arg(long, value_enum, default_value_t = Gate::Full)]
     pub gate: Gate,
+    /// Another model to judge beside the result: somebody else's file of the same source. May be given several times.
+    #[arg(long, value_name = "MODEL")]
+    pub beside: Vec<String>,
     /// Where randomness comes from.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,

@@ -7,20 +7,21 @@ use std::time::Instant;
 use anyhow::Context;
 use lacuna_base::unfinished;
 use lacuna_base::units::show_bytes;
-use lacuna_checkpoint::{SaveError, Tokenizer};
-use lacuna_compress::{CompressError, Options, Outcomes, Planned, Recipe, compress, memory};
+use lacuna_checkpoint::{Imatrix, SaveError, Tokenizer};
+use lacuna_compress::{CompressError, Options, Outcomes, Planned, Progress, Recipe, compress, memory};
 use lacuna_contract::Registry;
 use lacuna_eval::{Across, CALIBRATION, Eval, HELD_OUT, Judged, Means, Table};
 use lacuna_format::Weights;
 use lacuna_judge::{
-    Bench, CostTable, Footprint, Forecast, Hold, Measured, OwnBits, Products, Verdict, baselines, judge, time_decode,
+    Baseline, Bench, CostTable, Footprint, Forecast, Hold, Measured, OwnBits, Products, Verdict, baselines, judge,
+    measure, time_decode,
 };
 use lacuna_spec::Spec;
 use serde_json::{Value, json};
 
 use crate::cli::{self, Gate, Global};
 use crate::common::{self, CompressBar, Model, Usage};
-use crate::{across, recipes, report};
+use crate::{across, recipes, report, texts};
 
 /// Alternating runs of each model that is timed.
 const ROUNDS: usize = 5;
@@ -29,7 +30,7 @@ const TIMED_TOKENS: usize = 48;
 /// Tokens of a judging window and how many windows, where nobody says.
 const JUDGED: (usize, usize) = (512, 16);
 /// Bytes of a source that is loaded once to learn what its tokens take beside products.
-const LOADED: u64 = 1 << 30;
+pub const LOADED: u64 = 1 << 30;
 
 /// What a compression came to.
 pub struct Done {
@@ -122,7 +123,10 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
     let tokenizer = source.tokenizer()?;
     // A model made with BOS in front of every text is calibrated and judged so, too.
     let bos = wants_bos(&tokenizer)?;
-    let calibration = tokens_of(&tokenizer, a.calibration.as_deref(), CALIBRATION)?;
+    let beside = besides(g, &a.beside, source)?;
+    let imatrix = imatrix(a.imatrix.as_deref(), source)?;
+    let calibration =
+        texts::tokens(source, &tokenizer, &a.calibration, CALIBRATION, recipe.calibration.seq_len.min(context))?;
     let held_out = tokens_of(&tokenizer, a.eval.as_deref(), HELD_OUT)?;
     let had = held_out.len() + usize::from(bos.is_some());
     let ctx = if a.gate == Gate::Off && a.ctx.is_none() { 0 } else { common::window(a.ctx, JUDGED.0, context, had)? };
@@ -133,6 +137,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         scratch: a.scratch.as_deref(),
         max_ram,
         bos,
+        imatrix: imatrix.as_ref(),
         source: json!({ "model": source.name, "bytes": source.checkpoint.source_bytes() }),
     };
     let forecast = plan(g, source, &recipe, max_ram.is_none()).unwrap_or_else(|e| {
@@ -202,6 +207,11 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
             common::say(format!("note: {why}"));
             done.outcomes.notes.push(why);
         }
+        for (name, model) in &beside {
+            bar.phase(&format!("judging {name}"), 1);
+            let measured = measure(name, &model.checkpoint, &held_out, bench.eval)?;
+            others.all.push(Baseline { measured, path: Some(model.checkpoint.path().to_owned()) });
+        }
         let mut measured = Measured {
             name: "result".into(),
             bytes: done.outcomes.bytes,
@@ -224,6 +234,30 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
     done.seconds = start.elapsed().as_secs_f64();
     save_report(&done.outcomes.path, &json_of(&a.model, &a.recipe, &done))?;
     Ok(done)
+}
+
+/// Opens what `--imatrix` names.
+pub fn imatrix(path: Option<&Path>, source: &Model) -> anyhow::Result<Option<Imatrix>> {
+    let Some(path) = path else { return Ok(None) };
+    let read = Imatrix::open(path, source.checkpoint.spec())?;
+    let (known, left) = read.counted();
+    let foreign = if left > 0 { format!("; {left} of its tensors are none of this model's") } else { String::new() };
+    common::say(format!("{}: squares of the inputs of {known} matrices{foreign}", path.display()));
+    Ok(Some(read))
+}
+
+/// Opens the models that are to be judged beside the result. They read the source's tokens.
+fn besides(g: &Global, names: &[String], source: &Model) -> anyhow::Result<Vec<(String, Model)>> {
+    let of = |name: &String| {
+        let model = common::open(g, name)?;
+        let (theirs, mine) = (model.checkpoint.spec().vocab, source.checkpoint.spec().vocab);
+        if theirs != mine {
+            return Err(Usage(format!("--beside {name}: it has {theirs} tokens, {} has {mine}", source.name)).into());
+        }
+        let last = Path::new(name).file_name().unwrap_or_default().to_string_lossy().into_owned();
+        Ok((last, model))
+    };
+    names.iter().map(of).collect()
 }
 
 /// Bytes of all tensors of a model as they are stored, those included that the result lacks.
@@ -289,10 +323,10 @@ fn kept_if_stopped<T>(out: &Path, compress: impl FnOnce() -> Result<T, CompressE
 fn time(
     measured: &mut Measured,
     result: &dyn Weights,
-    others: &mut [lacuna_judge::Baseline],
+    others: &mut [Baseline],
     max_ram: Option<u64>,
 ) -> anyhow::Result<()> {
-    let competes = |b: &lacuna_judge::Baseline| lacuna_judge::competes(measured, &b.measured);
+    let competes = |b: &Baseline| lacuna_judge::competes(measured, &b.measured);
     let rivals: Vec<(usize, PathBuf)> = others
         .iter()
         .enumerate()
@@ -392,7 +426,7 @@ fn plan(g: &Global, source: &Model, recipe: &Recipe, timed: bool) -> anyhow::Res
 }
 
 /// The products of a token with matrices of these forms.
-fn products(forms: &[Planned]) -> Products<'_> {
+pub fn products(forms: &[Planned]) -> Products<'_> {
     let used = || forms.iter().filter(|f| f.used > 0.0);
     let bytes: f64 = used().map(|f| f.sample.bytes() as f64 * f.scale * f.matrices as f64).sum();
     let forms = used().map(|f| (f.sample.as_ref(), f.scale * f.used)).collect();

@@ -25,6 +25,7 @@ mod report;
 mod serve;
 mod shapes;
 mod signals;
+mod texts;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -7,7 +7,7 @@ use anyhow::Context;
 use lacuna_run::{Generation, Sampling};
 use serde_json::json;
 
-use crate::cli::{Activations, Cache, Compress, Effort, Fit, Gate, Global, Quickstart, Reader, Running};
+use crate::cli::{Activations, Cache, Compress, Effort, Fit, Gate, Global, Quickstart, Reader, Running, Strategy};
 use crate::common::{self, Model};
 use crate::{compress, fit, generate, out, report};
 
@@ -87,18 +87,22 @@ fn by_search(g: &Global, a: &Quickstart, source: &Model) -> anyhow::Result<Made>
         out: a.out.clone(),
         max_bytes: None,
         max_loss: None,
+        min_decode_tok_s: None,
         max_ram: None,
         context: None,
         reader: Reader::Lacuna,
         effort: Effort::Quick,
+        strategy: Strategy::Races,
         keep: Vec::new(),
-        calibration: None,
+        calibration: Vec::new(),
+        imatrix: None,
         samples: Some(8),
         search: None,
         eval: None,
         ctx: None,
         windows: Some(WINDOWS),
         gate: Gate::Full,
+        beside: Vec::new(),
         seed: 0,
         dry_run: false,
         scratch: None,
@@ -124,7 +128,8 @@ fn by_recipe(g: &Global, a: &Quickstart, recipe: &str, source: &Model) -> anyhow
         recipe: recipe.to_owned(),
         out: a.out.clone(),
         sets: Vec::new(),
-        calibration: None,
+        calibration: Vec::new(),
+        imatrix: None,
         // A quarter of what recipes ask for.
         samples: Some(8),
         seq_len: None,
@@ -133,6 +138,7 @@ fn by_recipe(g: &Global, a: &Quickstart, recipe: &str, source: &Model) -> anyhow
         ctx: None,
         windows: Some(WINDOWS),
         gate: Gate::Full,
+        beside: Vec::new(),
         max_ram: None,
         resume: false,
         overwrite: true,

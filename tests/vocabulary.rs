@@ -32,6 +32,7 @@ fn run(source: &Checkpoint, tokens: &[u32], text: &str, out: &Path) -> Result<Ou
         scratch: None,
         max_ram: None,
         bos: None,
+        imatrix: None,
         source: json!("made"),
     };
     compress(source, tokens, &recipe, &options, &mut Quiet)

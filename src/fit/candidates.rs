@@ -113,7 +113,22 @@ fn recoded() -> Candidate {
 }
 
 /// The levels to choose from. A `coarse` source is itself rounded to few bits: its blocks' codes stay as they are.
-pub fn candidates(reader: Reader, coarse: bool, effort: Effort) -> Vec<Candidate> {
+pub fn candidates(reader: Reader, coarse: bool, effort: Effort, imatrix: bool) -> Vec<Candidate> {
+    let mut all = usual(reader, coarse, effort);
+    if imatrix {
+        // Squares of inputs weigh errors; feeding errors back takes more than that.
+        for c in all.iter_mut().filter(|c| c.solver.get("method").is_some_and(|m| m.as_str() == Some("gptq"))) {
+            let blocks = c.solver.contains_key("type");
+            c.solver.insert("method".into(), if blocks { "rtn" } else { "weighted-rtn" }.into());
+            if blocks {
+                c.solver.insert("importance".into(), true.into());
+            }
+        }
+    }
+    all
+}
+
+fn usual(reader: Reader, coarse: bool, effort: Effort) -> Vec<Candidate> {
     let solver = effort != Effort::Quick;
     let (body, ends) = (Some(false), Some(true));
     let block = |kinds: &[&str], ends| kinds.iter().map(|k| blocks(k, true, ends)).collect::<Vec<_>>();
@@ -172,9 +187,9 @@ mod tests {
         use lacuna_format::Weights;
         for reader in [Reader::Lacuna, Reader::Gguf, Reader::CompressedTensors] {
             for (coarse, effort) in [(true, Effort::Quick), (false, Effort::Normal)] {
-                let all = candidates(reader, coarse, effort);
+                let all = candidates(reader, coarse, effort, false);
                 assert_eq!(all.is_empty(), coarse && reader == Reader::CompressedTensors);
-                for c in all {
+                for c in all.into_iter().chain(candidates(reader, coarse, effort, true)) {
                     let text = c.recipe(model.spec(), &Table::new());
                     Recipe::parse(&text, &registry, &[]).unwrap_or_else(|e| panic!("{}: {e}\n{text}", c.name));
                 }

@@ -2,6 +2,7 @@
 
 mod candidates;
 mod journal;
+mod speed;
 
 use std::collections::{BTreeMap, HashMap};
 use std::path::PathBuf;
@@ -13,13 +14,13 @@ use lacuna_base::units::show_bytes;
 use lacuna_compress::{Levels, Recipe, levels};
 use lacuna_eval::{CALIBRATION, Eval, EvalError, Means, Reference, Table as Columns};
 use lacuna_format::Weights;
-use lacuna_judge::fit::{self, Budget, Found, Measure, Point, is_end};
+use lacuna_judge::fit::{self, Budget, Found, Measure, Meter, Point, is_end};
 use lacuna_spec::{Place, Spec};
 use serde_json::{Value, json};
 
 use crate::cli::{self, Effort, Global, Reader};
 use crate::common::{self, CompressBar, Model, Usage};
-use crate::{compress, convert, report};
+use crate::{compress, convert, report, texts};
 use candidates::{Candidate, candidates};
 use journal::Journal;
 
@@ -64,11 +65,17 @@ pub fn marks(f: &Fitted) -> Vec<(String, u64, f64)> {
     f.front.iter().map(|(name, p)| (name.clone(), p.bytes, p.mean())).collect()
 }
 
-fn effort(e: Effort, seed: u64) -> fit::Effort {
+fn effort(e: Effort, strategy: cli::Strategy, seed: u64) -> fit::Effort {
+    let strategy = match strategy {
+        cli::Strategy::Races => fit::Strategy::Races,
+        cli::Strategy::Knapsack => fit::Strategy::Knapsack,
+        cli::Strategy::Random => fit::Strategy::Random,
+        cli::Strategy::Uniform => fit::Strategy::Uniform,
+    };
     match e {
-        Effort::Quick => fit::Effort { trials: 12, windows: [2, 4, 6], bands: 0, front: 7, seed },
-        Effort::Normal => fit::Effort { trials: 120, windows: [4, 16, 64], bands: 3, front: 12, seed },
-        Effort::Long => fit::Effort { trials: 1200, windows: [4, 16, 64], bands: 6, front: 16, seed },
+        Effort::Quick => fit::Effort { strategy, trials: 12, windows: [2, 4, 6], bands: 0, front: 7, seed },
+        Effort::Normal => fit::Effort { strategy, trials: 120, windows: [4, 16, 64], bands: 3, front: 12, seed },
+        Effort::Long => fit::Effort { strategy, trials: 1200, windows: [4, 16, 64], bands: 6, front: 16, seed },
     }
 }
 
@@ -83,8 +90,16 @@ fn cache_bytes(spec: &Spec, context: usize) -> u64 {
     spec.layers.iter().map(one).sum()
 }
 
-/// The budget, and in words.
-fn budget(a: &cli::Fit, spec: &Spec) -> anyhow::Result<(Budget, String)> {
+/// What is asked for.
+enum Asked {
+    Bytes(u64),
+    Loss(f64),
+    Speed(f64),
+    Nothing,
+}
+
+/// What is asked for, and in words.
+fn budget(a: &cli::Fit, spec: &Spec) -> anyhow::Result<(Asked, String)> {
     let bytes = common::size(a.max_bytes.as_deref())?;
     let memory = match common::size(a.max_ram.as_deref())? {
         None => None,
@@ -105,18 +120,29 @@ fn budget(a: &cli::Fit, spec: &Spec) -> anyhow::Result<(Budget, String)> {
         }
     };
     let most = [bytes, memory].into_iter().flatten().min();
-    match (most, a.max_loss) {
-        (Some(_), Some(_)) => {
-            Err(Usage("--max-loss and a number of bytes exclude each other: one is what the other is found for".into())
-                .into())
+    let positive = |flag: &str, x: f64, of: &str| {
+        let bad = || Usage(format!("{flag} {x}: give a number of {of} above 0"));
+        if x.is_finite() && x > 0.0 { Ok(x) } else { Err(bad()) }
+    };
+    Ok(match (most, a.max_loss, a.min_decode_tok_s) {
+        (Some(bytes), None, None) => (Asked::Bytes(bytes), format!("at most {}", show_bytes(bytes))),
+        (None, Some(loss), None) => {
+            let loss = positive("--max-loss", loss, "nats")?;
+            (Asked::Loss(loss), format!("KL of at most {loss} nats a token"))
         }
-        (Some(bytes), None) => Ok((Budget::Bytes(bytes), format!("at most {}", show_bytes(bytes)))),
-        (None, Some(loss)) if loss.is_finite() && loss > 0.0 => {
-            Ok((Budget::Loss(loss), format!("KL of at most {loss} nats a token")))
+        (None, None, Some(speed)) => {
+            let speed = positive("--min-decode-tok-s", speed, "tokens a second")?;
+            (Asked::Speed(speed), format!("at least {speed} tok/s"))
         }
-        (None, Some(loss)) => Err(Usage(format!("--max-loss {loss}: give a number of nats above 0")).into()),
-        (None, None) => Ok((Budget::Knee, "where the front bends".into())),
-    }
+        (None, None, None) => (Asked::Nothing, "where the front bends".into()),
+        _ => {
+            return Err(Usage(
+                "a number of bytes, --max-loss and --min-decode-tok-s exclude each other: one bounds, the others come of it"
+                    .into(),
+            )
+            .into());
+        }
+    })
 }
 
 /// Measures stitched models on the windows of the search's text.
@@ -223,7 +249,7 @@ fn recipe_of(
 /// Searches, makes, judges.
 pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> {
     let spec = source.checkpoint.spec().clone();
-    let (budget, wanted) = budget(a, &spec)?;
+    let (asked, wanted) = budget(a, &spec)?;
     if a.reader == Reader::Gguf && a.out.extension().is_none_or(|e| e != "gguf") {
         return Err(Usage(format!("{}: the name of a GGUF file ends in .gguf", a.out.display())).into());
     }
@@ -253,10 +279,11 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
              the bf16 model for more"
         ));
     }
+    let imatrix = compress::imatrix(a.imatrix.as_deref(), source)?;
     // The texts: what gives statistics, what is searched on. What judges is opened in the end.
     let tokenizer = source.tokenizer()?;
     let bos = compress::wants_bos(&tokenizer)?;
-    let text = compress::tokens_of(&tokenizer, a.calibration.as_deref(), CALIBRATION)?;
+    let text = texts::tokens(source, &tokenizer, &a.calibration, CALIBRATION, WINDOW.min(spec.context))?;
     let len = WINDOW.min(spec.context);
     let samples = ((text.len() as f64 * STATISTICS) as usize / len).min(a.samples.unwrap_or(128)).max(1);
     let searched: Vec<u32> = match &a.search {
@@ -280,7 +307,7 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
     calibration.insert("seq_len".into(), toml::Value::Integer(len as i64));
 
     let registry = lacuna_methods::registry();
-    let all = candidates(a.reader, coarse, a.effort);
+    let all = candidates(a.reader, coarse, a.effort, imatrix.is_some());
     let recipes = all
         .iter()
         .map(|c| Recipe::parse(&c.recipe(&spec, &calibration), &registry, &[]).context(c.name.clone()))
@@ -289,7 +316,7 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
         a.out.parent().filter(|p| !p.as_os_str().is_empty()).map_or_else(|| PathBuf::from("."), PathBuf::from)
     });
     let mut bar = CompressBar::default();
-    let mut made = levels(&source.checkpoint, &text, &recipes, &scratch, max_ram, bos, &mut bar)?;
+    let mut made = levels(&source.checkpoint, &text, &recipes, &scratch, max_ram, bos, imatrix.as_ref(), &mut bar)?;
     drop(bar);
     pin(&mut made, &a.keep, &all)?;
     for n in &made.notes {
@@ -309,11 +336,12 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
         show_bytes(made.scratch_bytes())
     ));
 
-    let plan = effort(a.effort, a.seed);
+    let plan = effort(a.effort, a.strategy, a.seed);
     let identity = json!({
         "source": lacuna_compress::fingerprint(&source.checkpoint), "program": lacuna_compress::revision(),
         "recipes": recipes.iter().map(|r| r.resolved.to_string()).collect::<Vec<_>>(), "text": lacuna_compress::tokens_fingerprint(&text),
         "searched": lacuna_compress::tokens_fingerprint(&searched), "len": len,
+        "imatrix": a.imatrix.as_ref().map(std::fs::read).transpose()?.map(|b| lacuna_compress::bytes_fingerprint(&b)),
     });
     let mut trials = Trials {
         levels: &made,
@@ -325,20 +353,33 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
         journal: Journal::open(&a.out, a.resume, &identity)?,
         bar: common::bar(plan.trials as u64, "trials"),
     };
-    let found = fit::search(&made, &mut trials, budget, plan)?;
+    let (meter, budget) = match asked {
+        Asked::Speed(tok_s) => {
+            let (meter, most) = speed::meter(g, source, &made, tok_s)?;
+            (meter, Budget::Within(most))
+        }
+        Asked::Bytes(most) => (Meter::bytes(&made), Budget::Within(most)),
+        Asked::Loss(most) => (Meter::bytes(&made), Budget::Loss(most)),
+        Asked::Nothing => (Meter::bytes(&made), Budget::Knee),
+    };
+    let found = fit::search(&made, &mut trials, &meter, budget, plan)?;
     trials.bar.finish_and_clear();
     for n in &found.notes {
         common::say(format!("note: {n}"));
     }
-    if let Budget::Bytes(most) = budget
-        && found.chosen.bytes > most
-    {
-        anyhow::bail!(
-            "nothing as small as {} was found: the smallest for {} takes {}",
-            show_bytes(most),
-            a.reader.name(),
-            show_bytes(found.chosen.bytes)
-        );
+    let smallest = || format!("the smallest for {} takes {}", a.reader.name(), show_bytes(found.chosen.bytes));
+    match (asked, budget) {
+        (Asked::Bytes(most), _) if found.chosen.bytes > most => {
+            anyhow::bail!("nothing as small as {} was found: {}", show_bytes(most), smallest());
+        }
+        (Asked::Speed(tok_s), Budget::Within(most)) if found.chosen.takes > most => {
+            let comes = tok_s * most as f64 / found.chosen.takes as f64;
+            anyhow::bail!(
+                "nothing as fast as {tok_s} tok/s was found: {}, and should decode {comes:.1} tok/s here",
+                smallest()
+            );
+        }
+        _ => {}
     }
     let front = found.front.iter().map(|p| (name_of(&made, &all, &p.assignment), p.clone())).collect();
     let recipe = beside(&a.out, "recipe.toml");
@@ -362,6 +403,7 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
         out: packed.clone(),
         sets: Vec::new(),
         calibration: a.calibration.clone(),
+        imatrix: a.imatrix.clone(),
         samples: None,
         seq_len: None,
         seed: None,
@@ -369,6 +411,7 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
         ctx: a.ctx,
         windows: a.windows,
         gate: a.gate,
+        beside: a.beside.clone(),
         max_ram: a.max_ram.clone(),
         resume: a.resume,
         overwrite: a.overwrite || a.resume || a.reader != Reader::Lacuna,

@@ -9,6 +9,7 @@ mod examine;
 mod files;
 mod foreign;
 pub mod gguf;
+mod imatrix;
 pub mod json;
 mod map;
 mod open;
@@ -26,6 +27,7 @@ pub use examine::{Found, Problem};
 #[cfg(feature = "faults")]
 pub use files::faults;
 pub use foreign::{Adapter, Quantized};
+pub use imatrix::Imatrix;
 pub use open::{Checkpoint, Kind, OpenError, examine, open};
 pub use repair::{Fault, diagnose, mendable, repair};
 pub use template::{ChatTemplate, Message, Setting, TemplateError};

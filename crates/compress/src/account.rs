@@ -2,7 +2,7 @@
 
 use std::path::{Path, PathBuf};
 
-use lacuna_checkpoint::SaveError;
+use lacuna_checkpoint::{Imatrix, SaveError};
 use lacuna_format::WeightsError;
 use lacuna_model::ModelError;
 use lacuna_spec::{Place, Spec};
@@ -42,6 +42,12 @@ pub enum CompressError {
         /// The tensor.
         place: String,
         /// The weight, and whose it is.
+        what: String,
+    },
+    /// An imatrix that the recipe cannot be used with.
+    #[error("--imatrix: {what}")]
+    Imatrix {
+        /// Why.
         what: String,
     },
     /// The scratch file failed.
@@ -86,6 +92,8 @@ pub struct Options<'a> {
     pub max_ram: Option<u64>,
     /// Put before each calibration sequence (its last token then goes), for models that need it.
     pub bos: Option<u32>,
+    /// Squares of inputs from a file, in the place of those that the calibration text gives.
+    pub imatrix: Option<&'a Imatrix>,
     /// What the model was made from, for the saved config and to recognise an interrupted run.
     pub source: Value,
 }

@@ -5,12 +5,13 @@ use std::path::{Path, PathBuf};
 use std::sync::Arc;
 
 use lacuna_base::Mat;
-use lacuna_checkpoint::{Checkpoint, PackedWriter};
-use lacuna_contract::{MethodError, Site};
+use lacuna_checkpoint::{Checkpoint, Imatrix, PackedWriter};
+use lacuna_contract::{Ask, MethodError, Site};
 use lacuna_format::{Float, FormatError, PatternKind, Stored, Weights, pack_float};
 use lacuna_model::{Block, Embedding, NoTap, Tap};
 use lacuna_spec::{Place, Role, Spec};
 use serde_json::{Value, json};
+use sha2::Digest;
 
 use crate::account::{CompressError, Options, Outcomes, Progress, TensorReport};
 use crate::activations::Activations;
@@ -48,6 +49,9 @@ pub fn compress(
         // Which tokens stay depends on all of the text.
         identity["tokens"] = fingerprint(&[tokens.to_vec()]).into();
     }
+    if let Some(m) = options.imatrix {
+        identity["imatrix"] = imatrix_fits(m, recipe, source.spec())?.into();
+    }
     let mut writer =
         PackedWriter::open(options.out, options.overwrite, options.resume, &identity, source.spec().places().len())?;
     let mut walk = Walk::new(recipe, options, progress, source, tokens, sequences, plan, &identity);
@@ -79,6 +83,25 @@ pub fn compress(
     recipe.steps.iter().filter(|s| s.is_model_wide()).for_each(|s| trials::forget(options.out, &s.name));
     let bytes = tensors.iter().map(|t| t.bytes_after).sum();
     Ok(Outcomes { path, bytes, spec: overlay.spec, tensors, calibration, kept: walk.kept, notes })
+}
+
+/// The sha256 of an imatrix's numbers; an error where a recipe makes matrices that it does not know, or reads none of it.
+pub(crate) fn imatrix_fits(imatrix: &Imatrix, recipe: &Recipe, spec: &Spec) -> Result<String, CompressError> {
+    let refuse = |what: String| Err(CompressError::Imatrix { what });
+    if let Some(s) = recipe.steps.iter().find(|s| s.is_model_wide()) {
+        return refuse(format!("step '{}' changes the network that the imatrix is of", s.name));
+    }
+    let reads = |l| asks(recipe, &Chosen::default(), spec, l);
+    let mut all = (0..spec.layers.len()).flat_map(reads).chain(recipe.at_head(spec));
+    if !all.any(|(_, ask)| ask == Ask::InputSquares) {
+        return refuse("no step of the recipe reads the squares of inputs; weighted-rtn, wanda and `importance = true` do".into());
+    }
+    let mut h = sha2::Sha256::new();
+    for (place, (tokens, squares)) in imatrix.all() {
+        h.update(format!("{place} {tokens}"));
+        squares.iter().for_each(|s| h.update(s.to_le_bytes()));
+    }
+    Ok(identity::hex(h))
 }
 
 /// Whose weights are looked at before anything is done to them.
@@ -153,6 +176,11 @@ impl Walk<'_> {
     pub(crate) fn scratch_error(&self) -> impl Fn(std::io::Error) -> CompressError + use<> {
         let dir = self.scratch_dir().display().to_string();
         move |source| CompressError::Scratch { dir: dir.clone(), source }
+    }
+
+    /// A gathering that knows what the user's imatrix tells.
+    pub(crate) fn gather(&self, spec: &Spec, asks: impl IntoIterator<Item = (Site, Ask)>) -> Gather {
+        Gather::knowing(self.options.imatrix, spec, asks)
     }
 
     /// The embedded sequences.
@@ -291,7 +319,7 @@ impl Walk<'_> {
         let layers = overlay.spec.layers.len();
         let mut x = self.embedded(overlay)?;
         let calibrates =
-            |spec: &Spec, l: usize| Gather::new(spec, asks(self.recipe, &self.chosen, spec, l)).is_needed();
+            |spec: &Spec, l: usize| self.gather(spec, asks(self.recipe, &self.chosen, spec, l)).is_needed();
         let last = (0..layers).rev().find(|&l| calibrates(&overlay.spec, l));
         self.progress.phase("compressing", layers as u64);
         for l in 0..layers {
@@ -301,7 +329,7 @@ impl Walk<'_> {
             for p in &places {
                 sources.insert(*p, need(overlay, p)?);
             }
-            let mut gather = Gather::new(&overlay.spec, asks(self.recipe, &self.chosen, &overlay.spec, l));
+            let mut gather = self.gather(&overlay.spec, asks(self.recipe, &self.chosen, &overlay.spec, l));
             if !done && gather.is_needed() {
                 for (p, source) in &sources {
                     finite(p, source, SOURCE)?;

@@ -5,7 +5,7 @@ use std::collections::{BTreeSet, HashMap};
 use std::path::Path;
 use std::sync::{Arc, Mutex, PoisonError};
 
-use lacuna_checkpoint::Checkpoint;
+use lacuna_checkpoint::{Checkpoint, Imatrix};
 use lacuna_contract::{Ask, Site};
 use lacuna_format::{Stored, Weights, WeightsError};
 use lacuna_model::{Block, NoTap};
@@ -13,7 +13,7 @@ use lacuna_spec::{Part, Place, Role, Spec};
 use serde_json::{Value, json};
 
 use crate::account::{CompressError, Options, Progress};
-use crate::calibrate::{Gather, Statistics};
+use crate::calibrate::Statistics;
 use crate::drive::{SOURCE, Walk};
 use crate::error::relative_error;
 use crate::local::{Chosen, asks, fits};
@@ -102,6 +102,18 @@ impl Levels<'_> {
         self.rest_bytes + self.choices.iter().zip(assignment).map(|(c, &l)| c.levels[l].bytes).sum::<u64>()
     }
 
+    /// Choice `i` at level `l`.
+    pub fn stored(&self, i: usize, l: usize) -> Result<Arc<Stored>, WeightsError> {
+        let c = &self.choices[i];
+        let chosen = c.levels[l].recipe.map(|_| (c.place, c.levels[l].kept)).into_iter().collect();
+        let stored = Stitch { levels: self, chosen }.get(&c.place)?;
+        stored.ok_or_else(|| WeightsError::Bad {
+            file: "scratch".into(),
+            tensor: c.place.to_string(),
+            what: "it is not there".into(),
+        })
+    }
+
     /// Bytes on disk.
     pub fn scratch_bytes(&self) -> u64 {
         self.scratch.lock().unwrap_or_else(PoisonError::into_inner).bytes()
@@ -118,6 +130,7 @@ pub fn levels<'a>(
     scratch: &Path,
     max_ram: Option<u64>,
     bos: Option<u32>,
+    imatrix: Option<&Imatrix>,
     progress: &mut dyn Progress,
 ) -> Result<Levels<'a>, CompressError> {
     let overlay = Overlay::new(source);
@@ -154,6 +167,7 @@ pub fn levels<'a>(
         scratch: Some(scratch),
         max_ram,
         bos,
+        imatrix,
         source: json!(null),
     };
     let mut walk = Walk::new(&recipes[0], &options, progress, source, tokens, sequences, plan, &identity);
@@ -172,14 +186,14 @@ pub fn levels<'a>(
     }
     for l in 0..spec.layers.len() {
         let places = spec.layer_places(l);
-        let mut gather = Gather::new(&spec, wants(l));
+        let mut gather = walk.gather(&spec, wants(l));
         if gather.is_needed() {
             for p in &places {
                 finite(p, &*need(&overlay, p)?, SOURCE)?;
             }
             let block = Block::load(&overlay, l)?;
             walk.through(&spec, &block, &mut x, &mut gather, true)?;
-        } else if !walk.sequences.is_empty() && (l..spec.layers.len()).any(|l| Gather::new(&spec, wants(l)).is_needed())
+        } else if !walk.sequences.is_empty() && (l..spec.layers.len()).any(|l| walk.gather(&spec, wants(l)).is_needed())
         {
             let block = Block::load(&overlay, l)?;
             walk.through(&spec, &block, &mut x, &mut NoTap, true)?;
@@ -266,7 +280,7 @@ impl Walk<'_> {
         overlay: &Overlay<'_>,
         asked: &[(Site, Ask)],
     ) -> Result<Statistics, CompressError> {
-        let mut gather = Gather::new(&overlay.spec, asked.iter().copied());
+        let mut gather = self.gather(&overlay.spec, asked.iter().copied());
         if !gather.is_needed() || self.sequences.is_empty() {
             return Ok(gather.finish());
         }

@@ -30,6 +30,6 @@ pub use account::{CompressError, Options, Outcomes, Progress, Quiet, TensorRepor
 pub use drive::compress;
 pub use identity::{fingerprint, revision};
 pub use levels::{AtLevel, Choice, Levels, Stitch, levels};
-pub use predict::{Planned, Shaped, forms};
+pub use predict::{Planned, Shaped, forms, uses};
 pub use recipe::{Calibration, Recipe, RecipeError, RecipeStep, Rest};
-pub use sequences::tokens_fingerprint;
+pub use sequences::{bytes_fingerprint, tokens_fingerprint};

@@ -84,7 +84,7 @@ fn recoded(source: &dyn Weights, place: &Place, steps: &[&RecipeStep]) -> Result
 }
 
 /// How often a token is multiplied with a place's matrix; none for what is no matrix.
-fn uses(spec: &Spec, place: &Place) -> Option<f64> {
+pub fn uses(spec: &Spec, place: &Place) -> Option<f64> {
     match place.role {
         Role::Embed => Some(if spec.tied { 1.0 } else { 0.0 }),
         role if !role.is_linear() => None,

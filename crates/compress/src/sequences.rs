@@ -18,6 +18,12 @@ pub fn tokens_fingerprint(tokens: &[u32]) -> String {
     fingerprint(&[tokens.to_vec()])
 }
 
+/// The sha256 of a file's bytes.
+pub fn bytes_fingerprint(bytes: &[u8]) -> String {
+    use sha2::Digest;
+    crate::identity::hex(sha2::Sha256::new_with_prefix(bytes))
+}
+
 /// The calibration sequences: from the start of the text, or from random places for a seed other than 0.
 pub(crate) fn cut(
     tokens: &[u32],

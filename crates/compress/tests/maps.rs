@@ -25,8 +25,16 @@ fn recipe(text: &str) -> Recipe {
 }
 
 fn run(model: &Checkpoint, text: &str, out: &Path, max_ram: Option<u64>) -> Result<Outcomes, CompressError> {
-    let options =
-        Options { out, overwrite: false, resume: false, scratch: None, max_ram, bos: None, source: json!("tiny") };
+    let options = Options {
+        out,
+        overwrite: false,
+        resume: false,
+        scratch: None,
+        max_ram,
+        bos: None,
+        imatrix: None,
+        source: json!("tiny"),
+    };
     compress(model, &tokens(model.spec().vocab), &recipe(text), &options, &mut Quiet)
 }
 

@@ -35,8 +35,16 @@ fn run(source: &Checkpoint, text: &str, out: &Path) -> Result<Outcomes, Compress
     let sets = ["calibration.samples=4".to_owned(), "calibration.seq_len=32".to_owned()];
     let recipe = Recipe::parse(text, &lacuna_methods::registry(), &sets).unwrap();
     let tokens: Vec<u32> = (0..200).map(|i| i * 7 % source.spec().vocab as u32).collect();
-    let options =
-        Options { out, overwrite: true, resume: false, scratch: None, max_ram: None, bos: None, source: json!("tiny") };
+    let options = Options {
+        out,
+        overwrite: true,
+        resume: false,
+        scratch: None,
+        max_ram: None,
+        bos: None,
+        imatrix: None,
+        source: json!("tiny"),
+    };
     compress(source, &tokens, &recipe, &options, &mut Quiet)
 }
 

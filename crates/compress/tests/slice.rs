@@ -31,7 +31,16 @@ fn run(model: &Checkpoint, keys: &str, out: &Path) -> Result<Outcomes, CompressE
     let sets = ["calibration.samples=1".to_owned(), format!("calibration.seq_len={TOKENS}")];
     let recipe = Recipe::parse(&text_of, &lacuna_methods::registry(), &sets).unwrap();
     let source = json!("tiny");
-    let options = Options { out, overwrite: false, resume: false, scratch: None, max_ram: None, bos: None, source };
+    let options = Options {
+        out,
+        overwrite: false,
+        resume: false,
+        scratch: None,
+        max_ram: None,
+        bos: None,
+        imatrix: None,
+        source,
+    };
     compress(model, &text(model.spec().vocab), &recipe, &options, &mut Quiet)
 }
 

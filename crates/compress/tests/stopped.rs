@@ -35,7 +35,16 @@ fn run(source: &Checkpoint, bits: u8, out: &Path, overwrite: bool, resume: bool)
     let text =
         format!("version = 1\n[[step]]\nmethod = \"rtn\"\ntargets = [\"ffn.down\"]\nbits = {bits}\ngroup = 16\n");
     let recipe = Recipe::parse(&text, &lacuna_methods::registry(), &[]).unwrap();
-    let options = Options { out, overwrite, resume, scratch: None, max_ram: None, bos: None, source: json!("tiny") };
+    let options = Options {
+        out,
+        overwrite,
+        resume,
+        scratch: None,
+        max_ram: None,
+        bos: None,
+        imatrix: None,
+        source: json!("tiny"),
+    };
     compress(source, &[], &recipe, &options, &mut Quiet)
 }
 

@@ -27,7 +27,16 @@ fn recipe(text: &str) -> Recipe {
 }
 
 fn options(out: &Path) -> Options<'_> {
-    Options { out, overwrite: false, resume: false, scratch: None, max_ram: None, bos: None, source: json!("tiny") }
+    Options {
+        out,
+        overwrite: false,
+        resume: false,
+        scratch: None,
+        max_ram: None,
+        bos: None,
+        imatrix: None,
+        source: json!("tiny"),
+    }
 }
 
 fn run(model: &Checkpoint, text: &str, out: &Path) -> Result<Outcomes, CompressError> {

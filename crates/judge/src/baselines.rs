@@ -214,6 +214,7 @@ pub fn baselines(bench: &Bench<'_>, progress: &mut dyn Progress) -> Result<Basel
                 scratch: None,
                 max_ram: bench.max_ram,
                 bos: None,
+                imatrix: None,
                 source: json!("baseline"),
             };
             progress.phase(&format!("baseline {name}"), 1);
@@ -311,6 +312,7 @@ mod tests {
             scratch: None,
             max_ram: None,
             bos: None,
+            imatrix: None,
             source: json!(null),
         };
         compress(&model, &[], &recipe, &options, &mut lacuna_compress::Quiet).unwrap();

@@ -113,11 +113,17 @@ impl CostTable {
         let spec = model.spec();
         let (layers, hidden, vocab) = (spec.layers.len(), spec.hidden, spec.vocab);
         let key = here(format!("beside products, {layers} layers, {hidden} wide, {vocab} tokens"), footprint);
-        if let Some(&s) = self.costs.get(&key) {
+        let known = self.costs.get(&key).copied();
+        // More than the products take is what a machine busy with other work gives, too: then it is asked again, and
+        // the least that was ever seen stays.
+        if let Some(s) = known
+            && s * self.pace(footprint) <= products
+        {
             return Ok(s);
         }
         let speed = time_decode(&[model], RUNS, TOKENS, Hold::Together, |_| ())?[0];
         let s = speed.map_or(0.0, |s| (1.0 / s.median - products / s.pace).max(0.0));
+        let s = known.map_or(s, |k| if s > 0.0 { s.min(k) } else { k });
         // Nothing at all comes of a machine that was busier during the products: not worth keeping.
         if s > 0.0 {
             self.costs.insert(key, s);

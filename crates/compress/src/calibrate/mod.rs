@@ -11,6 +11,7 @@ mod squares;
 use std::collections::{BTreeMap, HashMap};
 
 use lacuna_base::MatRef;
+use lacuna_checkpoint::Imatrix;
 use lacuna_contract::{Ask, Gathered, Site, Stats, Unit, Worked};
 use lacuna_model::{BlockPart, Tap, Wants};
 use lacuna_spec::{Place, Role, Spec};
@@ -66,6 +67,8 @@ fn bytes(ask: Ask, inputs: u64) -> u64 {
 /// Gathers statistics of one block. Matrices that read the same input share one entry.
 pub(crate) struct Gather {
     sites: BTreeMap<Site, Running>,
+    /// What nothing has to run for: it is known from elsewhere.
+    known: Vec<(Site, u64, (Ask, Gathered))>,
 }
 
 struct Running {
@@ -94,15 +97,36 @@ fn shared(spec: &Spec, site: Site) -> Site {
 impl Gather {
     /// For the union of what is asked; what a forward pass does not give is left out.
     pub(crate) fn new(spec: &Spec, asks: impl IntoIterator<Item = (Site, Ask)>) -> Gather {
+        Gather::knowing(None, spec, asks)
+    }
+
+    /// The same; the squares of inputs that `imatrix` tells of are taken from there.
+    pub(crate) fn knowing(
+        imatrix: Option<&Imatrix>,
+        spec: &Spec,
+        asks: impl IntoIterator<Item = (Site, Ask)>,
+    ) -> Gather {
         let mut sites: BTreeMap<Site, Running> = BTreeMap::new();
+        let mut known: Vec<(Site, u64, (Ask, Gathered))> = Vec::new();
         for (site, ask) in asks {
             let Some(made) = reducer(ask) else { continue };
-            let entry = sites.entry(shared(spec, site)).or_insert(Running { tokens: 0, reducers: Vec::new() });
+            let at = shared(spec, site);
+            let told = match (ask, at) {
+                (Ask::InputSquares, Site::Matrix(place)) => imatrix.and_then(|m| m.get(&place)),
+                _ => None,
+            };
+            if let Some((tokens, squares)) = told {
+                if known.iter().all(|k| k.0 != at) {
+                    known.push((at, *tokens, (ask, Gathered::Vector(squares.clone()))));
+                }
+                continue;
+            }
+            let entry = sites.entry(at).or_insert(Running { tokens: 0, reducers: Vec::new() });
             if entry.reducers.iter().all(|(a, _)| *a != ask) {
                 entry.reducers.push((ask, made));
             }
         }
-        Gather { sites }
+        Gather { sites, known }
     }
 
     /// Whether anything is to be gathered.
@@ -126,7 +150,12 @@ impl Gather {
         let done = |r: Running| {
             (r.tokens, r.reducers.into_iter().map(|(a, r)| (a, r.gathered())).collect(), Worked::default())
         };
-        let found = self.sites.into_iter().map(|(site, r)| (site, done(r))).collect();
+        let mut found: HashMap<Site, Found> = self.sites.into_iter().map(|(site, r)| (site, done(r))).collect();
+        for (site, tokens, what) in self.known {
+            let at = found.entry(site).or_insert_with(|| (0, Vec::new(), Worked::default()));
+            at.0 = at.0.max(tokens);
+            at.1.push(what);
+        }
         Statistics { found, gradients: HashMap::new(), tokens: 0, sequences: 0 }
     }
 }

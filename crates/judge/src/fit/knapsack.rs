@@ -4,11 +4,11 @@
 //! found one after the other: from the cheapest level of every choice on, always the step that costs least for each byte
 //! it saves. What a budget leaves over is filled with the steps back that still fit.
 
-/// A level: bytes and what it costs (nats, as foretold).
+/// A level: what it takes of the budget, and what it costs (nats, as foretold).
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Item {
-    /// Bytes.
-    pub bytes: u64,
+    /// Bytes, or whatever the budget bounds.
+    pub takes: u64,
     /// Cost, not negative.
     pub cost: f64,
 }
@@ -18,11 +18,11 @@ fn hull(levels: &[Item]) -> Vec<usize> {
     let mut order: Vec<usize> = (0..levels.len()).filter(|&i| levels[i].cost.is_finite()).collect();
     order.sort_by(|&a, &b| {
         let by_cost = levels[a].cost.total_cmp(&levels[b].cost);
-        by_cost.then(levels[a].bytes.cmp(&levels[b].bytes)).then(a.cmp(&b))
+        by_cost.then(levels[a].takes.cmp(&levels[b].takes)).then(a.cmp(&b))
     });
     let mut out: Vec<usize> = Vec::new();
     for i in order {
-        if out.last().is_some_and(|&l| levels[i].bytes >= levels[l].bytes) {
+        if out.last().is_some_and(|&l| levels[i].takes >= levels[l].takes) {
             continue;
         }
         // A corner that lies above the line past it is none.
@@ -40,7 +40,7 @@ fn hull(levels: &[Item]) -> Vec<usize> {
 
 /// Cost for each byte saved from `a` to the smaller `b`.
 fn price(a: Item, b: Item) -> f64 {
-    (b.cost - a.cost) / (a.bytes - b.bytes) as f64
+    (b.cost - a.cost) / (a.takes - b.takes) as f64
 }
 
 /// Assignments of least cost, by falling bytes: the first has every choice at its cheapest level. `choices` have a level
@@ -66,7 +66,7 @@ pub fn chain(choices: &[Vec<Item>]) -> Vec<Vec<usize>> {
 /// Bytes and cost of an assignment.
 pub fn sum(choices: &[Vec<Item>], assignment: &[usize]) -> (u64, f64) {
     let all = choices.iter().zip(assignment).map(|(c, &l)| c[l]);
-    all.fold((0, 0.0), |(bytes, cost), i| (bytes + i.bytes, cost + i.cost))
+    all.fold((0, 0.0), |(bytes, cost), i| (bytes + i.takes, cost + i.cost))
 }
 
 /// The assignment of least cost within `budget` bytes that is found so; `None` where not even the smallest fits.
@@ -74,7 +74,7 @@ pub fn within(choices: &[Vec<Item>], budget: u64) -> Option<Vec<usize>> {
     let chain = chain(choices);
     let mut found = chain.into_iter().find(|a| sum(choices, a).0 <= budget).or_else(|| {
         // Levels off the hull may be smaller still.
-        let smallest = |c: &Vec<Item>| (0..c.len()).min_by_key(|&l| c[l].bytes).unwrap_or(0);
+        let smallest = |c: &Vec<Item>| (0..c.len()).min_by_key(|&l| c[l].takes).unwrap_or(0);
         let all: Vec<usize> = choices.iter().map(smallest).collect();
         (sum(choices, &all).0 <= budget).then_some(all)
     })?;
@@ -86,7 +86,7 @@ pub fn within(choices: &[Vec<Item>], budget: u64) -> Option<Vec<usize>> {
             let here = levels[found[i]];
             for (l, item) in levels.iter().enumerate() {
                 let gain = here.cost - item.cost;
-                if gain > 0.0 && item.bytes <= here.bytes + left && best.is_none_or(|b| gain > b.0) {
+                if gain > 0.0 && item.takes <= here.takes + left && best.is_none_or(|b| gain > b.0) {
                     best = Some((gain, i, l));
                 }
             }
@@ -105,7 +105,7 @@ mod tests {
 
     fn random(choices: usize, levels: usize, seed: u64) -> Vec<Vec<Item>> {
         let mut rng = Rng::new(seed);
-        let one = |rng: &mut Rng| Item { bytes: 10 + rng.below(90) as u64, cost: f64::from(rng.f32()) };
+        let one = |rng: &mut Rng| Item { takes: 10 + rng.below(90) as u64, cost: f64::from(rng.f32()) };
         (0..choices).map(|_| (0..levels).map(|_| one(&mut rng)).collect()).collect()
     }
 
@@ -141,7 +141,7 @@ mod tests {
 
     #[test]
     fn ties_single_levels_and_levels_that_are_no_numbers() {
-        let one = |bytes, cost| Item { bytes, cost };
+        let one = |takes, cost| Item { takes, cost };
         let choices = vec![vec![one(5, 0.0)], vec![one(9, 0.0), one(4, f64::NAN), one(7, 0.0), one(7, 0.0)]];
         assert_eq!(chain(&choices), [vec![0, 2]]);
         assert_eq!(within(&choices, 12), Some(vec![0, 2]));

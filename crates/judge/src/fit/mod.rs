@@ -8,9 +8,9 @@
 pub mod knapsack;
 mod race;
 
-use std::collections::BTreeMap;
+use std::collections::{BTreeMap, BTreeSet};
 
-use lacuna_compress::{Choice, Levels};
+use lacuna_compress::{AtLevel, Choice, Levels};
 use lacuna_spec::Role;
 
 use knapsack::Item;
@@ -18,9 +18,24 @@ use knapsack::Item;
 /// A level for each choice.
 pub type Assignment = Vec<usize>;
 
+/// What is tried. All but races are what races have to beat.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Strategy {
+    /// The knapsack's front, then offspring of its answer.
+    Races,
+    /// The knapsack's front alone.
+    Knapsack,
+    /// As many trials as races have, drawn by lot within the budget.
+    Random,
+    /// The same level everywhere.
+    Uniform,
+}
+
 /// How the search goes.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Effort {
+    /// What is tried.
+    pub strategy: Strategy,
     /// Most trials, each of them one assignment measured on one run of windows.
     pub trials: usize,
     /// Windows of a first look, of a second, and of the last.
@@ -33,11 +48,33 @@ pub struct Effort {
     pub seed: u64,
 }
 
+/// What every level takes of that which the budget bounds: bytes, or time.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Meter {
+    /// What all takes that does not change.
+    pub rest: u64,
+    /// What a choice's levels take.
+    pub levels: Vec<Vec<u64>>,
+}
+
+impl Meter {
+    /// Bytes.
+    pub fn bytes(levels: &Levels<'_>) -> Meter {
+        let of = |c: &Choice| c.levels.iter().map(|l| l.bytes).collect();
+        Meter { rest: levels.rest_bytes, levels: levels.choices.iter().map(of).collect() }
+    }
+
+    /// What a whole assignment takes.
+    pub fn of(&self, assignment: &[usize]) -> u64 {
+        self.rest + self.levels.iter().zip(assignment).map(|(c, &l)| c[l]).sum::<u64>()
+    }
+}
+
 /// What is wanted.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub enum Budget {
-    /// Most bytes of the whole model.
-    Bytes(u64),
+    /// The most that the whole model may take, as the meter reads it.
+    Within(u64),
     /// Most KL, nats a token.
     Loss(f64),
     /// Where the front bends.
@@ -51,6 +88,8 @@ pub struct Point {
     pub assignment: Assignment,
     /// Bytes of the whole model.
     pub bytes: u64,
+    /// What it takes as the meter reads it.
+    pub takes: u64,
     /// KL(source || it) on the text of the search, nats a token, window by window.
     pub kl: Vec<f64>,
     /// Who found it.
@@ -60,13 +99,17 @@ pub struct Point {
 impl Point {
     /// The mean over windows.
     pub fn mean(&self) -> f64 {
-        self.kl.iter().sum::<f64>() / self.kl.len().max(1) as f64
+        mean(&self.kl)
     }
 }
 
-/// The standard error of the mean difference of two points on the windows that both have seen, nats.
-pub fn paired_error(a: &Point, b: &Point) -> f64 {
-    let d: Vec<f64> = a.kl.iter().zip(&b.kl).map(|(x, y)| x - y).collect();
+fn mean(x: &[f64]) -> f64 {
+    x.iter().sum::<f64>() / x.len().max(1) as f64
+}
+
+/// The standard error of the mean difference of two losses, window by window, nats.
+pub fn paired_error(a: &[f64], b: &[f64]) -> f64 {
+    let d: Vec<f64> = a.iter().zip(b).map(|(x, y)| x - y).collect();
     let n = d.len() as f64;
     if n < 2.0 {
         return f64::INFINITY;
@@ -123,6 +166,7 @@ pub fn is_end(choice: &Choice) -> bool {
 pub(crate) struct Run<'a, M> {
     pub(crate) levels: &'a Levels<'a>,
     pub(crate) measure: &'a mut M,
+    pub(crate) meter: &'a Meter,
     pub(crate) effort: Effort,
     pub(crate) spent: usize,
 }
@@ -131,7 +175,7 @@ impl<M: Measure> Run<'_, M> {
     pub(crate) fn point(&mut self, a: &[usize], windows: usize, by: &'static str) -> Result<Point, M::Error> {
         let kl = self.measure.kl(a, 0, windows)?;
         self.spent += 1;
-        let point = Point { assignment: a.to_vec(), bytes: self.levels.bytes(a), kl, by };
+        let point = Point { assignment: a.to_vec(), bytes: self.levels.bytes(a), takes: self.meter.of(a), kl, by };
         self.measure.tell(self.spent, point.bytes, point.mean());
         Ok(point)
     }
@@ -164,11 +208,12 @@ fn middle(choice: &Choice) -> usize {
 pub fn search<M: Measure>(
     levels: &Levels<'_>,
     measure: &mut M,
+    meter: &Meter,
     budget: Budget,
     effort: Effort,
 ) -> Result<Found, M::Error> {
-    let mut run = Run { levels, measure, effort, spent: 0 };
-    let (first, _, last) = (effort.windows[0], effort.windows[1], effort.windows[2]);
+    let mut run = Run { levels, measure, meter, effort, spent: 0 };
+    let [first, second, last] = effort.windows;
     let layers = levels.choices.iter().filter_map(|c| c.place.layer).max().map_or(0, |l| l as usize + 1);
     let mut groups: BTreeMap<String, Vec<usize>> = BTreeMap::new();
     for (i, c) in levels.choices.iter().enumerate() {
@@ -185,81 +230,97 @@ pub fn search<M: Measure>(
         let slope = if error > 0.0 { (run.point(&a, first, "slope")?.mean() / error).max(1e-9) } else { 1e-9 };
         slopes.push((name.clone(), slope));
         for &i in members {
-            let of = |l: &lacuna_compress::AtLevel| Item { bytes: l.bytes, cost: slope * l.error };
-            items[i] = levels.choices[i].levels.iter().map(of).collect();
+            let of = |(l, &takes): (&AtLevel, &u64)| Item { takes, cost: slope * l.error };
+            items[i] = levels.choices[i].levels.iter().zip(&meter.levels[i]).map(of).collect();
         }
     }
-    let chain = knapsack::chain(&items);
+    let chain = match effort.strategy {
+        Strategy::Uniform => uniform(levels, meter),
+        _ => knapsack::chain(&items),
+    };
     let mut front = Vec::new();
     let points = effort.front.min(run.left().saturating_sub(1)).clamp(1, chain.len());
-    for at in evenly(&chain.iter().map(|a| levels.bytes(a)).collect::<Vec<u64>>(), points) {
+    for at in evenly(&chain.iter().map(|a| meter.of(a)).collect::<Vec<u64>>(), points) {
         let untouched = |(c, &l): (&Choice, &usize)| c.levels[l].recipe.is_none();
         let all_as_it_came = levels.choices.iter().zip(&chain[at]).all(untouched);
         let point = if all_as_it_came {
+            let (bytes, takes) = (levels.bytes(&chain[at]), meter.of(&chain[at]));
             let kl = vec![0.0; first.min(run.measure.windows())];
-            Point { assignment: chain[at].clone(), bytes: levels.bytes(&chain[at]), kl, by: "source" }
+            Point { assignment: chain[at].clone(), bytes, takes, kl, by: "source" }
         } else {
             run.point(&chain[at], first, "knapsack")?
         };
         front.push(point);
     }
     let mut notes = Vec::new();
+    // The best of the strategy that no trial is needed for.
+    let within = |most: u64| match effort.strategy {
+        Strategy::Uniform => chain.iter().find(|a| meter.of(a) <= most).cloned(),
+        _ => knapsack::within(&items, most.checked_sub(meter.rest)?),
+    };
     let target = match budget {
-        Budget::Bytes(bytes) => bytes,
+        Budget::Within(most) => most,
         Budget::Loss(most) => {
             // The smallest of the front that is good enough, and then between it and the next smaller one.
             let good = front.iter().rposition(|p| p.mean() <= most).unwrap_or(0);
-            let mut bytes = front[good].bytes;
+            let mut takes = front[good].takes;
             if let Some(next) = front.get(good + 1) {
-                let (mut high, mut low) = (bytes, next.bytes);
+                let (mut high, mut low) = (takes, next.takes);
                 while run.left() > 1 && high > low && high - low > high / 200 {
                     let mid = low + (high - low) / 2;
-                    let Some(a) = whole(levels, &items, mid) else { break };
+                    let Some(a) = within(mid) else { break };
                     let point = run.point(&a, first, "knapsack")?;
-                    if point.bytes >= high || point.bytes <= low {
+                    if point.takes >= high || point.takes <= low {
                         break;
                     }
                     if point.mean() <= most {
-                        high = point.bytes
+                        high = point.takes
                     } else {
-                        low = point.bytes
+                        low = point.takes
                     }
                     front.push(point);
                 }
-                bytes = high;
+                takes = high;
             }
-            bytes
+            takes
         }
         Budget::Knee => {
             let at = knee(&front);
             notes.push(format!("no budget was given: the front bends at {} bytes", front[at].bytes));
-            front[at].bytes
+            front[at].takes
         }
     };
-    let by_knapsack = whole(levels, &items, target).unwrap_or_else(|| smallest(levels));
-    let mut knapsack = match front.iter().find(|p| p.assignment == by_knapsack) {
+    let least = within(target).unwrap_or_else(|| smallest(meter));
+    let mut knapsack = match front.iter().find(|p| p.assignment == least) {
         Some(p) => p.clone(),
         None => {
-            let p = run.point(&by_knapsack, first, "knapsack")?;
+            let p = run.point(&least, first, "knapsack")?;
             front.push(p.clone());
             p
         }
     };
     let mut chosen = knapsack.clone();
-    if run.left() >= 8 {
-        let best = race::race(&mut run, &items, knapsack.clone(), target)?;
+    if run.left() >= 8 && matches!(effort.strategy, Strategy::Races | Strategy::Random) {
+        let mut best = race::race(&mut run, &items, knapsack.clone(), target)?;
         run.more(&mut knapsack, last)?;
-        let (mine, theirs) = (best.mean(), knapsack.mean());
-        // On the windows that both have seen, and by more than chance.
-        let error = paired_error(&best, &knapsack);
-        if mine <= 0.95 * theirs && theirs - mine > 2.0 * error {
-            notes.push(format!("a race found KL {mine:.4} where the knapsack has {theirs:.4} (±{error:.4})"));
-            front.push(best.clone());
-            chosen = best;
-        } else {
-            notes.push(format!(
-                "the knapsack's answer stands: the best of the races has KL {mine:.4}, it {theirs:.4} (±{error:.4})"
-            ));
+        best.retain(|p| p.assignment != knapsack.assignment);
+        // Compared on windows that no choice so far has looked at, where the text has as many.
+        let fresh = if knapsack.kl.len() > second { second } else { 0 };
+        if let Some(leader) = race::leader(&best, fresh) {
+            let (mine, theirs) = (mean(&leader.kl[fresh..]), mean(&knapsack.kl[fresh..]));
+            let error = paired_error(&leader.kl[fresh..], &knapsack.kl[fresh..]);
+            let stands = effort.strategy == Strategy::Races && !(mine <= 0.95 * theirs && theirs - mine > 2.0 * error);
+            if stands {
+                notes.push(format!(
+                    "the knapsack's answer stands: the best of the races has KL {mine:.4}, it {theirs:.4} (±{error:.4})"
+                ));
+            } else {
+                notes.push(format!("a race found KL {mine:.4} where the knapsack has {theirs:.4} (±{error:.4})"));
+                front.push(leader.clone());
+                chosen = leader.clone();
+            }
+        }
+        if chosen.assignment == knapsack.assignment {
             chosen = knapsack.clone();
         }
     }
@@ -277,15 +338,22 @@ fn evenly(bytes: &[u64], n: usize) -> Vec<usize> {
     out
 }
 
-/// The knapsack's answer for the bytes of a whole model.
-pub(crate) fn whole(levels: &Levels<'_>, items: &[Vec<Item>], bytes: u64) -> Option<Assignment> {
-    knapsack::within(items, bytes.checked_sub(levels.rest_bytes)?)
+/// The smallest level everywhere.
+pub fn smallest(meter: &Meter) -> Assignment {
+    let least = |c: &Vec<u64>| (0..c.len()).min_by_key(|&l| c[l]).unwrap_or(0);
+    meter.levels.iter().map(least).collect()
 }
 
-/// The smallest level everywhere.
-pub fn smallest(levels: &Levels<'_>) -> Assignment {
-    let least = |c: &Choice| (0..c.levels.len()).min_by_key(|&l| c.levels[l].bytes).unwrap_or(0);
-    levels.choices.iter().map(least).collect()
+/// One recipe's level wherever there is one, recipe by recipe, by falling takes.
+fn uniform(levels: &Levels<'_>, meter: &Meter) -> Vec<Assignment> {
+    let recipes: BTreeSet<Option<usize>> =
+        levels.choices.iter().flat_map(|c| c.levels.iter().map(|l| l.recipe)).collect();
+    let of = |r: &Option<usize>| {
+        levels.choices.iter().map(|c| c.levels.iter().position(|l| l.recipe == *r).unwrap_or(0)).collect()
+    };
+    let mut all: Vec<Assignment> = recipes.iter().map(of).collect();
+    all.sort_by_key(|a| std::cmp::Reverse(meter.of(a)));
+    all
 }
 
 /// Where the front bends: the point farthest below the line between its ends, bytes and KL each as a fraction of their
@@ -302,7 +370,7 @@ mod tests {
     use super::*;
 
     fn point(bytes: u64, kl: &[f64]) -> Point {
-        Point { assignment: vec![], bytes, kl: kl.to_vec(), by: "test" }
+        Point { assignment: vec![], bytes, takes: bytes, kl: kl.to_vec(), by: "test" }
     }
 
     #[test]
@@ -325,13 +393,13 @@ mod tests {
 
     #[test]
     fn paired_errors_leave_out_what_windows_share() {
-        let (a, b) = (point(1, &[1.0, 5.0, 3.0, 9.0]), point(1, &[1.5, 5.5, 3.5, 9.5]));
-        assert!(paired_error(&a, &b) < 1e-12);
-        let c = point(1, &[2.0, 5.0, 3.0, 9.0]);
+        let a = [1.0, 5.0, 3.0, 9.0];
+        assert!(paired_error(&a, &[1.5, 5.5, 3.5, 9.5]) < 1e-12);
+        let c = [2.0, 5.0, 3.0, 9.0];
         let d = [1.0f64, 0.0, 0.0, 0.0];
         let mean = 0.25;
         let want = (d.iter().map(|x| (x - mean).powi(2)).sum::<f64>() / 3.0 / 4.0).sqrt();
         assert!((paired_error(&c, &a) - want).abs() < 1e-12);
-        assert!(paired_error(&point(1, &[1.0]), &point(1, &[1.0])).is_infinite());
+        assert!(paired_error(&[1.0], &[1.0]).is_infinite());
     }
 }

@@ -3,7 +3,7 @@
 use lacuna_base::Rng;
 
 use super::knapsack::{Item, sum};
-use super::{Assignment, Measure, Point, Run};
+use super::{Assignment, Measure, Point, Run, Strategy, mean, paired_error};
 
 /// Offspring of a generation, and how many of them get a second look.
 const OFFSPRING: usize = 8;
@@ -26,7 +26,7 @@ fn offspring(items: &[Vec<Item>], parent: &[usize], budget: u64, rng: &mut Rng) 
             }
             let i = rng.below(a.len());
             let smaller: Vec<usize> =
-                (0..items[i].len()).filter(|&l| items[i][l].bytes < items[i][a[i]].bytes).collect();
+                (0..items[i].len()).filter(|&l| items[i][l].takes < items[i][a[i]].takes).collect();
             if !smaller.is_empty() {
                 a[i] = smaller[rng.below(smaller.len())];
             }
@@ -36,9 +36,9 @@ fn offspring(items: &[Vec<Item>], parent: &[usize], budget: u64, rng: &mut Rng) 
             let (bytes, _) = sum(items, &a);
             let i = rng.below(a.len());
             let up = (0..items[i].len())
-                .filter(|&l| items[i][l].bytes > items[i][a[i]].bytes)
-                .filter(|&l| bytes - items[i][a[i]].bytes + items[i][l].bytes <= budget)
-                .max_by_key(|&l| items[i][l].bytes);
+                .filter(|&l| items[i][l].takes > items[i][a[i]].takes)
+                .filter(|&l| bytes - items[i][a[i]].takes + items[i][l].takes <= budget)
+                .max_by_key(|&l| items[i][l].takes);
             if let Some(l) = up {
                 a[i] = l;
             }
@@ -50,23 +50,30 @@ fn offspring(items: &[Vec<Item>], parent: &[usize], budget: u64, rng: &mut Rng) 
     None
 }
 
-/// The best that generations of offspring of `start` come to within `bytes` of a whole model, measured on all windows of
-/// the last look.
+/// How many of the best are measured again on fresh windows.
+const AGAIN: usize = 5;
+
+/// The best that generations of offspring of `start` come to within `most` of a whole model, `start` among them,
+/// measured on all windows of the last look. Drawn by lot, every one is an offspring of none.
 pub(super) fn race<M: Measure>(
     run: &mut Run<'_, M>,
     items: &[Vec<Item>],
     start: Point,
-    bytes: u64,
-) -> Result<Point, M::Error> {
+    most: u64,
+) -> Result<Vec<Point>, M::Error> {
     let mut rng = Rng::new(run.effort.seed);
-    let budget = bytes.saturating_sub(run.levels.rest_bytes);
+    let budget = most.saturating_sub(run.meter.rest);
     let [first, second, last] = run.effort.windows;
+    let by_lot = run.effort.strategy == Strategy::Random;
     let mut parent = start;
     run.more(&mut parent, second)?;
-    while run.left() > OFFSPRING + SECOND {
-        let mut young = Vec::new();
+    let mut best = vec![parent.clone()];
+    while run.left() > OFFSPRING + SECOND + AGAIN {
+        let mut young: Vec<Point> = Vec::new();
         for _ in 0..OFFSPRING {
-            if let Some(a) = offspring(items, &parent.assignment, budget, &mut rng) {
+            let from = if by_lot { lot(items, budget, &mut rng) } else { Some(parent.assignment.clone()) };
+            let child = from.and_then(|p| offspring(items, &p, budget, &mut rng));
+            if let Some(a) = child.filter(|a| young.iter().chain(&best).all(|p| p.assignment != *a)) {
                 young.push(run.point(&a, first, "race")?);
             }
         }
@@ -78,15 +85,39 @@ pub(super) fn race<M: Measure>(
         for p in &mut young {
             run.more(p, second)?;
         }
-        let best = young.into_iter().min_by(|a, b| a.mean().total_cmp(&b.mean()));
-        if let Some(best) = best
-            && best.mean() < parent.mean()
-        {
-            parent = best;
+        best.extend(young);
+        best.sort_by(|a, b| a.mean().total_cmp(&b.mean()));
+        best.truncate(AGAIN);
+        parent = best[0].clone();
+    }
+    for p in &mut best {
+        run.more(p, last)?;
+    }
+    Ok(best)
+}
+
+/// Any level of every choice, within the budget.
+fn lot(items: &[Vec<Item>], budget: u64, rng: &mut Rng) -> Option<Assignment> {
+    let mut a: Assignment = items.iter().map(|levels| rng.below(levels.len().max(1))).collect();
+    for _ in 0..64 * a.len() {
+        if sum(items, &a).0 <= budget {
+            return Some(a);
+        }
+        let i = rng.below(a.len());
+        let smaller: Vec<usize> = (0..items[i].len()).filter(|&l| items[i][l].takes < items[i][a[i]].takes).collect();
+        if !smaller.is_empty() {
+            a[i] = smaller[rng.below(smaller.len())];
         }
     }
-    run.more(&mut parent, last)?;
-    Ok(parent)
+    None
+}
+
+/// Who leads on the windows from `fresh` on: of those within two standard errors of the best, the smallest.
+pub(super) fn leader(best: &[Point], fresh: usize) -> Option<&Point> {
+    let of = |p: &Point| mean(&p.kl[fresh..]);
+    let first = best.iter().min_by(|a, b| of(a).total_cmp(&of(b)))?;
+    let tied = |p: &&Point| of(p) - of(first) <= 2.0 * paired_error(&p.kl[fresh..], &first.kl[fresh..]);
+    best.iter().filter(|p| p.assignment == first.assignment || tied(p)).min_by_key(|p| p.takes)
 }
 
 #[cfg(test)]
@@ -96,7 +127,7 @@ mod tests {
     #[test]
     fn offspring_stay_within_the_budget_and_the_seed_tells_them() {
         let items: Vec<Vec<Item>> = (0..9)
-            .map(|i| (0..4).map(|l| Item { bytes: 10 * (l + 1) + i, cost: 1.0 / (l + 1) as f64 }).collect())
+            .map(|i| (0..4).map(|l| Item { takes: 10 * (l + 1) + i, cost: 1.0 / (l + 1) as f64 }).collect())
             .collect();
         let parent = vec![1; 9];
         let budget = sum(&items, &parent).0;
@@ -108,7 +139,7 @@ mod tests {
         assert!(all.iter().all(|a| *a != parent && sum(&items, a).0 <= budget));
         assert_eq!(all, draw(3));
         assert_ne!(all, draw(4));
-        let fixed = vec![vec![Item { bytes: 1, cost: 0.0 }]; 3];
+        let fixed = vec![vec![Item { takes: 1, cost: 0.0 }]; 3];
         assert_eq!(offspring(&fixed, &[0; 3], 3, &mut Rng::new(1)), None);
     }
 }
