@@ -32,6 +32,11 @@ pub trait Score: Send + Sync {
 
     /// The group the paper compares in.
     fn scope(&self) -> Scope;
+
+    /// Statistics that its parameters make it read, beside those on its card.
+    fn also_needs(&self) -> &'static [Ask] {
+        &[]
+    }
 }
 
 /// What a grid is asked for.

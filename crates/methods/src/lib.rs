@@ -31,6 +31,7 @@ pub fn registry() -> Registry {
             score::fisher::method(),
             score::gblm::method(),
             score::gqsa::method(),
+            score::constant_blocks::method(),
             solve::sparsegpt::method(),
             solve::sparsellm::method(),
             solve::dsnot::method(),

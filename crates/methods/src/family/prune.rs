@@ -194,7 +194,7 @@ impl Local for Prune {
 
     fn needs(&self, place: &Place) -> Vec<Ask> {
         let also: &[Ask] = match &self.by {
-            By::Score(_) => &[],
+            By::Score(score) => score.also_needs(),
             By::Solve(solver) => solver.also_needs(),
         };
         let mut asks = [self.card.needs, also].concat();
@@ -210,8 +210,8 @@ impl Local for Prune {
             return Err(MethodError::new(format!("{} cannot keep the zeros of an earlier step", self.card.name)));
         }
         if self.of_ffn().is_some() && earlier.iter().any(|l| matches!(l, Left::Aside | Left::Mapped { .. })) {
-            let what = "works on what the matrices of an FFN put out, and cannot follow a step that maps inputs or sets \
-                        weights aside";
+            let what =
+                "prunes an FFN for what it puts out, and cannot follow a step that maps inputs or sets weights aside";
             return Err(MethodError::new(format!("{} {what}", self.card.name)));
         }
         match self.ask.pattern {

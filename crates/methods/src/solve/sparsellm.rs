@@ -18,11 +18,11 @@
 //! sums of `p`, and SparseGPT of each matrix. Memory: `rows` rows of `X`, `s` and `z`.
 //!
 //! **Departs.** (1) The least squares are damped towards the source's weights, as much as SparseGPT's Hessian is, where
-//! the paper takes pseudo-inverses: targets that the source meets give the source. (2) `s` through SiLU or GELU is found
-//! by a few damped Gauss-Newton steps from `W_gate X` and from where it was (the paper proposes a table, its code takes
-//! two steps of gradient descent). (3) The answer is the iteration whose pruned FFN comes nearest to `Y` on the rows;
-//! the first is SparseGPT alone. The paper's code takes the last, and on three layers the first. (4) All matrices of a
-//! block are calibrated on its dense attention, as everywhere here. (5) No rounding.
+//! the paper takes pseudo-inverses: targets that the source meets give the source. (2) `s` through SiLU or GELU is
+//! found by a few damped Gauss-Newton steps from `W_gate X` and from where it was (the paper proposes a table, its code
+//! takes two steps of gradient descent). (3) The answer is the iteration whose pruned FFN comes nearest to `Y` on the
+//! rows; the first is SparseGPT alone. The paper's code takes the last, and on three layers the first. (4) All matrices
+//! of a block are calibrated on its dense attention, as everywhere here. (5) No rounding.
 
 use lacuna_base::{Gram, Mat, Mat64, MatRef, dense, factor};
 use lacuna_contract::{
@@ -307,8 +307,8 @@ impl<'a> Ffn<'a> {
         Ok(Mat::from_fn(w.rows(), w.cols(), |r, c| (self.by.beta * solved[(r, c)]) as f32))
     }
 
-    /// The error of pruned weights, and, before the last iteration, the next auxiliary activations: `s` and `z` are kept
-    /// in `auxiliary`, `p` follows from them.
+    /// The error of pruned weights, and, before the last iteration, the next auxiliary activations: `s` and `z` are
+    /// kept in `auxiliary`, `p` follows from them.
     fn pass(&self, pruned: &[Solved], auxiliary: &mut Vec<Vec<Mat>>, last: bool) -> Result<Seen, MethodError> {
         let down = &pruned[self.writers.len()].w;
         let pull = if last { Mat::zeros(0, 0) } else { self.pull(down)? };
