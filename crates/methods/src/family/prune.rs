@@ -346,7 +346,8 @@ mod tests {
         let (plain, joint) = (json!({ "sparsity": 0.5 }), json!({ "sparsity": 0.5, "iterations": 3 }));
         let (alone, whole) = (local("sparsegpt", plain), local("sparsellm", joint));
         assert!(!alone.together() && whole.together());
-        let aims: [(&str, fn(&Place) -> bool, bool); 4] = [
+        type Aim = (&'static str, fn(&Place) -> bool, bool);
+        let aims: [Aim; 4] = [
             ("llama", |p| p.role != Role::Router, true),
             ("llama", |p| p.role != Role::Gate, false),
             ("mixtral", |p| p.role != Role::Router, true),

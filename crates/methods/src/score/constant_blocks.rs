@@ -120,8 +120,8 @@ mod tests {
         select(&[one], Sparsity::Block { height, width: 1 }, by.scope()).expect("masks").remove(0)
     }
 
-    /// The definition: every block's sum from the weights, or the change of the outputs when it goes, and a full sort of
-    /// those that compete.
+    /// The definition: every block's sum from the weights, or the change of the outputs when it goes, and a full sort
+    /// of those that compete.
     #[test]
     fn blocks_agree_with_brute_force() {
         for (rows, cols, height, seed) in [(16, 12, 4, 1), (4, 9, 4, 2), (8, 1, 8, 3), (1, 10, 1, 4), (32, 20, 16, 5)] {

@@ -124,11 +124,13 @@ impl SolveFfn for SparseLlm {
         for i in 1..=self.iterations {
             let last = i == self.iterations;
             let seen = ffn.pass(&solved, &mut auxiliary, last)?;
-            let fitted = if last { None } else { Some(self.refit(&ffn, seen.sums, &inverse)?) };
+            let fitted = if last { None } else { Some(self.refit(&ffn, &seen.sums, &inverse)?) };
             if best.as_ref().is_none_or(|(error, _)| seen.error < *error) {
                 best = Some((seen.error, solved));
             }
-            let Some((weights, found)) = fitted else { break };
+            let Some(weights) = fitted else { break };
+            // What down reads from now on.
+            let found = [(Ask::InputGram, Gathered::Gram(seen.sums.gram))];
             let stats = Stats { tokens: ffn.x.rows() as u64, found: &found, ..Stats::default() };
             solved = Vec::with_capacity(weights.len());
             for (j, (w, m)) in weights.iter().zip(ffn.all()).enumerate() {
@@ -151,13 +153,8 @@ impl SparseLlm {
         factor::spd_inverse(&h).map_err(fault)
     }
 
-    /// The weights that fit the auxiliary activations best, and the statistics of what down then reads.
-    fn refit(
-        &self,
-        ffn: &Ffn<'_>,
-        sums: Sums,
-        inverse: &Mat64,
-    ) -> Result<(Vec<Mat>, [(Ask, Gathered); 1]), MethodError> {
+    /// The weights that fit the auxiliary activations best.
+    fn refit(&self, ffn: &Ffn<'_>, sums: &Sums, inverse: &Mat64) -> Result<Vec<Mat>, MethodError> {
         let of_down = self.inverse(&sums.gram)?;
         let last = sums.crossed.len() - 1;
         let fit = |(i, (m, cross)): (usize, (&FfnMatrix<'_>, &Mat64))| {
@@ -165,8 +162,7 @@ impl SparseLlm {
             let share = 1.0 / ffn.x.rows() as f64;
             Mat::from_fn(step.rows(), step.cols(), |r, c| (f64::from(m.ask.w.at(r, c)) + share * step[(r, c)]) as f32)
         };
-        let weights = ffn.all().zip(&sums.crossed).enumerate().map(fit).collect();
-        Ok((weights, [(Ask::InputGram, Gathered::Gram(sums.gram))]))
+        Ok(ffn.all().zip(&sums.crossed).enumerate().map(fit).collect())
     }
 
     /// The `s` of least `α(s - m)² + γ(p - φ(s) z)²`: near `m` or near `from`, the better of both.
