@@ -153,7 +153,8 @@ impl Walk<'_> {
                     .map(|g| {
                         let take = |p: &Place| {
                             let matrix = work.remove(p)?;
-                            Some(Work { place: *p, matrix, source: &sources[p], stats: stats(p) })
+                            let bias = sources.get(&Place { part: Part::Bias, ..*p }).map(Arc::as_ref);
+                            Some(Work { place: *p, matrix, source: &sources[p], stats: stats(p), bias, spec })
                         };
                         let taken = g.places.iter().filter_map(take).collect();
                         (g, taken)

@@ -15,9 +15,9 @@ mod step;
 pub use card::{Ability, Card, Family, Made, Making, Method, MethodError, Registry};
 pub use lab::{Assignment, Lab, Level, Outcome, Slot};
 pub use questions::{
-    Basis, Compete, Factor, Grid, GridAsk, PruneAsk, Ranks, Recode, RoundAsk, RoundedForm, Scaled, ScaledAsk,
-    ScaledTable, Scope, Score, Search, SearchAsk, Shortlist, ShortlistAsk, Solve, SolveAsk, Solved, Sparsity, Spectrum,
-    Structure, StructureAsk, Table, Transform, Unit, Vocabulary,
+    Basis, Compete, Factor, FfnAsk, FfnMatrix, Grid, GridAsk, PruneAsk, Ranks, Recode, RoundAsk, RoundedForm, Scaled,
+    ScaledAsk, ScaledTable, Scope, Score, Search, SearchAsk, Shortlist, ShortlistAsk, Solve, SolveAsk, SolveFfn,
+    Solved, Sparsity, Spectrum, Structure, StructureAsk, Table, Transform, Unit, Vocabulary,
 };
 pub use stats::{Ask, Gathered, Site, Stats, Worked};
 pub use step::{

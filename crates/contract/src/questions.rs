@@ -5,7 +5,7 @@ use std::str::FromStr;
 
 use lacuna_base::{Mat, Mat64, MatRef};
 use lacuna_format::{Affine, Float, GgufType, Integers, Map, Mask, Piece, ScaleCodec, Stored, UnpackedPiece};
-use lacuna_spec::Place;
+use lacuna_spec::{Activation, Place};
 use serde::{Deserialize, Serialize};
 
 use crate::card::MethodError;
@@ -32,6 +32,11 @@ pub trait Score: Send + Sync {
 
     /// The group the paper compares in.
     fn scope(&self) -> Scope;
+
+    /// Statistics that its parameters make it read, beside those on its card.
+    fn also_needs(&self) -> &'static [Ask] {
+        &[]
+    }
 }
 
 /// What a grid is asked for.
@@ -262,6 +267,42 @@ pub trait Solve: Send + Sync {
     fn also_needs(&self) -> &'static [Ask] {
         &[]
     }
+
+    /// Where it prunes the matrices of an FFN together: by whom.
+    fn of_ffn(&self) -> Option<&dyn SolveFfn> {
+        None
+    }
+}
+
+/// A matrix of an FFN.
+#[derive(Clone, Copy)]
+pub struct FfnMatrix<'a> {
+    /// What is asked of it.
+    pub ask: SolveAsk<'a>,
+    /// What is added to its outputs, `[out]`; nothing where empty.
+    pub bias: &'a [f32],
+}
+
+/// An FFN, whose output is `down · (act(gate · x) * (up · x))`, or `down · act(up · x)`.
+#[derive(Clone, Copy)]
+pub struct FfnAsk<'a> {
+    /// The matrix that goes through the non-linearity where the FFN is gated.
+    pub gate: Option<FfnMatrix<'a>>,
+    /// The other that reads the inputs.
+    pub up: FfnMatrix<'a>,
+    /// The matrix that reads what these write.
+    pub down: FfnMatrix<'a>,
+    /// The non-linearity.
+    pub act: Activation,
+}
+
+/// SolveFfn: choose what stays of all matrices of an FFN, and compensate with the rest.
+pub trait SolveFfn: Send + Sync {
+    /// Rows of the FFN's inputs that it reads, at the most ([`Ask::InputRows`], among the statistics of gate and up).
+    fn rows(&self) -> usize;
+
+    /// Answers for gate (where there is one), up and down, in this order.
+    fn solve(&self, ask: &FfnAsk<'_>) -> Result<Vec<Solved>, MethodError>;
 }
 
 /// Factor: thin matrices instead of one.

@@ -24,6 +24,8 @@ pub enum Ask {
     InputMagnitudes,
     /// Mean and variance of every input channel of a matrix, `[in]` each.
     InputMoments,
+    /// Rows that multiplied a matrix, `[rows, in]`: so many of them at the most, drawn evenly from all.
+    InputRows(usize),
     /// Mean over tokens of the cosine of what goes into a part of a decoder block and what comes out.
     Similarity(Unit),
     /// Mean over tokens of the angle between the two, 0 to 1 in half turns.
@@ -85,6 +87,7 @@ impl Ask {
             Ask::InputSquares => "the squares of its inputs",
             Ask::InputMagnitudes => "the sizes of its inputs",
             Ask::InputMoments => "mean and variance of its inputs",
+            Ask::InputRows(_) => "rows of its inputs",
             Ask::Similarity(_) => "how like its input a part's output is",
             Ask::Angle(_) => "the angle between a part's input and output",
             Ask::GradientAbsolute => "the sizes of its gradients",
@@ -130,7 +133,7 @@ pub enum Gathered {
         /// Variances (of the tokens seen, not of a sample).
         variance: Vec<f64>,
     },
-    /// A number for each weight.
+    /// A number for each weight, or rows of inputs.
     Matrix(Mat),
     /// One number.
     Number(f64),
@@ -229,7 +232,7 @@ impl<'a> Stats<'a> {
         self.need(Ask::Angle(unit), |g| if let Gathered::Number(x) = g { Some(*x) } else { None })
     }
 
-    /// A statistic of gradients: a number for each weight, or for each pair of rows or columns.
+    /// A statistic of gradients: a number for each weight, or for each pair of rows or columns; or rows of inputs.
     pub fn matrix(&self, ask: Ask) -> Result<&'a Mat, MethodError> {
         self.need(ask, |g| if let Gathered::Matrix(m) = g { Some(m) } else { None })
     }

@@ -93,6 +93,10 @@ pub struct Work<'a> {
     pub source: &'a Stored,
     /// Statistics of its inputs, as the matrix's maps leave them.
     pub stats: Stats<'a>,
+    /// What is added to its outputs, as it came.
+    pub bias: Option<&'a Stored>,
+    /// The network that it is part of.
+    pub spec: &'a Spec,
 }
 
 /// A step that works on the matrices of one decoder block at a time.

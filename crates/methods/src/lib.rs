@@ -4,6 +4,7 @@
 //! [`lacuna_contract`]; a family turns answers into edits. A new method is one file and one line of [`registry`], and
 //! so is a family.
 
+mod activation;
 mod basis;
 mod blocks;
 mod factor;
@@ -30,7 +31,9 @@ pub fn registry() -> Registry {
             score::fisher::method(),
             score::gblm::method(),
             score::gqsa::method(),
+            score::constant_blocks::method(),
             solve::sparsegpt::method(),
+            solve::sparsellm::method(),
             solve::dsnot::method(),
             solve::llm_surgeon::method(),
             solve::obert::method(),

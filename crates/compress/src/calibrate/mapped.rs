@@ -120,7 +120,7 @@ impl Turning {
                 Gathered::Moments { mean, variance: self.squares(variance) }
             }
             // The gradient of W' = W M⁻¹ is G Mᵀ.
-            (Ask::GradientMean | Ask::SequenceGradients, Gathered::Matrix(m)) => rows(m, &|_| {}),
+            (Ask::GradientMean | Ask::SequenceGradients | Ask::InputRows(_), Gathered::Matrix(m)) => rows(m, &|_| {}),
             (Ask::GradientAbsolute, Gathered::Matrix(m)) => rows(m, &|row| row.iter_mut().for_each(|v| *v = v.abs())),
             (Ask::GradientSquares, Gathered::Matrix(m)) => {
                 rows(m, &|row| row.iter_mut().zip(&self.by).for_each(|(v, by)| *v *= *by as f32))
@@ -163,6 +163,7 @@ mod tests {
                 (Ask::InputSquares, Gathered::Vector(of(&|c| column(c).map(|v| v * v).sum()))),
                 (Ask::InputMagnitudes, Gathered::Vector(of(&|c| column(c).map(f64::abs).sum()))),
                 (Ask::InputMoments, Gathered::Moments { mean, variance }),
+                (Ask::InputRows(40), Gathered::Matrix(x.clone())),
             ],
             vec![
                 (Ask::GradientMean, weights(&|v| v)),

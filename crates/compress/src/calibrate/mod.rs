@@ -5,6 +5,7 @@ mod gram;
 mod magnitudes;
 pub(crate) mod mapped;
 mod moments;
+mod rows;
 mod similarity;
 mod squares;
 
@@ -41,6 +42,7 @@ fn reducer(ask: Ask) -> Option<Box<dyn Reducer>> {
         Ask::InputSquares => Box::new(squares::InputSquares::default()),
         Ask::InputMagnitudes => Box::new(magnitudes::InputMagnitudes::default()),
         Ask::InputMoments => Box::new(moments::InputMoments::default()),
+        Ask::InputRows(most) => Box::new(rows::InputRows::new(most)),
         Ask::Similarity(unit) => Box::new(similarity::Similarity::new(unit, |cos| cos)),
         Ask::Angle(unit) => Box::new(similarity::Similarity::new(unit, similarity::angle)),
         Ask::GradientAbsolute
@@ -60,6 +62,7 @@ fn bytes(ask: Ask, inputs: u64) -> u64 {
         Ask::InputGram => 16 * inputs * inputs,
         Ask::InputSquares | Ask::InputMagnitudes => 8 * inputs,
         Ask::InputMoments => 24 * inputs,
+        Ask::InputRows(most) => 4 * most as u64 * inputs,
         _ => 0,
     }
 }

@@ -148,7 +148,12 @@ mod tests {
         let stats = Stats { tokens: 600, found: &found, gradients: &[], sequences: 0, worked: None };
         let matrix = Unpacked::dense(w.clone());
         let source = matrix.pack(Float::F32).expect("packs");
-        let work = Work { place: Place::layer(0, Role::Q), matrix, source: &source, stats };
+        let config = serde_json::json!({
+            "model_type": "llama", "vocab_size": 20, "hidden_size": 8, "intermediate_size": 22, "num_hidden_layers": 1,
+            "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16,
+        });
+        let spec = &lacuna_spec::arch::from_config(&config).expect("a network");
+        let work = Work { place: Place::layer(0, Role::Q), matrix, source: &source, stats, bias: None, spec };
         let mut edits = local.edit(vec![work]).expect("edits");
         let Some(Edit::Matrix(_, made)) = edits.pop() else { panic!("a matrix") };
         let stored = made.pack(Float::F32).expect("packs");

@@ -7,4 +7,5 @@ pub(crate) mod hqq;
 pub(crate) mod llm_surgeon;
 pub(crate) mod obert;
 pub(crate) mod sparsegpt;
+pub(crate) mod sparsellm;
 pub(crate) mod spqr;

@@ -37,11 +37,11 @@ use crate::obs::{self, Hessian};
 /// The paper's parameters.
 #[derive(Debug, Deserialize)]
 #[serde(deny_unknown_fields, default)]
-struct SparseGpt {
+pub(super) struct SparseGpt {
     /// Added to the diagonal of H, as a fraction of its mean; above 0.
-    damping: f64,
+    pub damping: f64,
     /// Columns whose mask is chosen together, and after which all later ones are updated; 1 or more.
-    mask_block: usize,
+    pub mask_block: usize,
 }
 
 impl Default for SparseGpt {
