@@ -94,7 +94,9 @@ pub(crate) fn imatrix_fits(imatrix: &Imatrix, recipe: &Recipe, spec: &Spec) -> R
     let reads = |l| asks(recipe, &Chosen::default(), spec, l);
     let mut all = (0..spec.layers.len()).flat_map(reads).chain(recipe.at_head(spec));
     if !all.any(|(_, ask)| ask == Ask::InputSquares) {
-        return refuse("no step of the recipe reads the squares of inputs; weighted-rtn, wanda and `importance = true` do".into());
+        return refuse(
+            "no step of the recipe reads the squares of inputs; weighted-rtn, wanda and `importance = true` do".into(),
+        );
     }
     let mut h = sha2::Sha256::new();
     for (place, (tokens, squares)) in imatrix.all() {

@@ -49,7 +49,8 @@ impl Blocks {
 
     /// Refuses what blocks cannot hold.
     pub fn check(&self, cols: usize, earlier: &[Left], factors: bool) -> Result<(), MethodError> {
-        if earlier.contains(&Left::Masked) {
+        // What was set aside leaves zeros, too.
+        if earlier.iter().any(|l| matches!(l, Left::Masked | Left::Aside)) {
             let name = format!("{:?}", self.kind).to_lowercase();
             return Err(MethodError::new(format!(
                 "blocks of {name} hold every weight and cannot keep the zeros of an earlier step; use bits instead of type"
@@ -216,6 +217,7 @@ mod tests {
         let local = local("gptq", json!({ "type": "Q4_K" }));
         let said = local.check((4, 576), &[]).expect_err("refused").what;
         assert!(said.contains("576") && said.contains("q4_0"), "{said}");
+        assert!(local.check((4, 512), &[Left::Aside]).is_err());
         let said = local.check((4, 512), &[Left::Masked]).expect_err("refused").what;
         assert!(said.contains("zeros"), "{said}");
         assert!(local.check((4, 512), &[Left::Rounded]).is_err());
