@@ -513,6 +513,68 @@ fn searches_stay_within_their_budget_and_resume() {
     }
 }
 
+/// Bytes at 16 bits that a token is multiplied with.
+fn read_bytes(spec: &Spec) -> f64 {
+    let head = if spec.tied { Role::Embed } else { Role::Head };
+    let mine = |p: &&Place| p.layer.is_some() || p.role == head;
+    spec.places().iter().filter(mine).filter_map(|p| spec.shape(p)).map(|(r, c)| 2.0 * (r * c) as f64).sum()
+}
+
+#[test]
+fn sizes_meet_the_time_asked_and_a_search_beats_the_same_everywhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = |method: &str, speedup: f64, extra: &str| {
+        step(&format!("method = \"{method}\"\nspeedup = {speedup}\nalign = 2\ntokens = 64\n{extra}"))
+    };
+    for name in architectures() {
+        let source = tiny(&name);
+        if source.spec().layers.iter().any(|l| l.ffn.as_ref().is_some_and(|f| f.experts.is_some())) {
+            let said = run(&source, &text("ziplm", 1.1, ""), &dir.path().join("x")).err().expect("refused").to_string();
+            assert!(said.contains("mixture"), "{said}");
+            continue;
+        }
+        for method in ["ziplm", "uniform", "evopress"] {
+            let out = dir.path().join(format!("{name}-{method}"));
+            let extra = if method == "ziplm" { "trials = 12" } else { "" };
+            let done = run(&source, &text(method, 1.1, extra), &out).unwrap_or_else(|e| panic!("{method} {name}: {e}"));
+            let faster = read_bytes(source.spec()) / read_bytes(&done.spec);
+            assert!(faster >= 1.1, "{method} on {name}: {faster}");
+            assert!(method == "uniform" || faster < 1.1 * 1.05, "{method} on {name}: {faster}");
+            assert!(logits(&open(&done.path).unwrap()).iter().all(|x| x.is_finite()), "{method} on {name}");
+            let said = format!("a token {faster:.3} times as fast by the bytes it reads, asked were 1.1");
+            assert!(done.notes.iter().any(|n| n.contains(&said)), "{said}: {:?}", done.notes);
+        }
+    }
+    // Times of the user's own, and the same bytes for any number of threads; a later step sees what is left.
+    let source = tiny("llama");
+    let times = "trials = 8\ntimes = { heads = [[0, 0], [8, 80.0]], channels = [[0, 0], [20, 30.0], [48, 30.0]], rest = 5 }";
+    let after = "[[step]]\nmethod = \"rtn\"\nbits = 4\ngroup = 2\n";
+    let text = format!("{}{after}", text("ziplm", 1.3, times));
+    let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let a = one.install(|| run(&source, &text, &dir.path().join("a"))).unwrap();
+    let b = run(&source, &text, &dir.path().join("b")).unwrap();
+    assert_eq!(files(&a.path), files(&b.path));
+    assert!(a.notes.iter().any(|n| n.contains("by the times given")), "{:?}", a.notes);
+    // More than everything cannot go, unknown sizes have no time, and gradients of the source would not fit.
+    for (text, word) in [
+        (step("method = \"ziplm\"\nspeedup = 900"), "at most"),
+        (step("method = \"ziplm\"\nspeedup = 1.1\ntimes = { heads = [[0, 0]] }"), "says nothing"),
+    ] {
+        let said = run(&source, &text, &dir.path().join("c")).err().expect("refused").to_string();
+        assert!(said.contains(word), "{said}");
+    }
+    let registry = lacuna_methods::registry();
+    for (text, word) in [
+        (step("method = \"ziplm\"\nspeedup = 0.5"), "speedup = 0.5"),
+        (step("method = \"ziplm\"\nspeedup = 2\ntarget = 0.5"), "target exclude"),
+        (step("method = \"uniform\"\nspeedup = 2\nshrink = \"wanda\""), "wanda"),
+        (format!("{}[[step]]\nmethod = \"llm-pruner\"\n", step("method = \"ziplm\"\nspeedup = 2")), "gradients"),
+    ] {
+        let said = Recipe::parse(&text, &registry, &[]).err().expect("refused").what;
+        assert!(said.contains(word), "{said}");
+    }
+}
+
 /// Stops the walk in its first block.
 struct StopInBlocks(bool);
 

@@ -15,11 +15,11 @@ mod step;
 pub use card::{Ability, Card, Family, Made, Making, Method, MethodError, Registry};
 pub use lab::{Assignment, Lab, Level, Outcome, Slot};
 pub use questions::{
-    Basis, Compete, Factor, Grid, GridAsk, PruneAsk, Ranks, Recode, RoundAsk, RoundedForm, Scaled, ScaledAsk,
-    ScaledTable, Scope, Score, Search, SearchAsk, Shortlist, ShortlistAsk, Solve, SolveAsk, Solved, Sparsity, Spectrum,
+    Basis, Compete, Cut, Factor, Grid, GridAsk, PruneAsk, Ranks, Recode, RoundAsk, RoundedForm, Scaled, ScaledAsk,
+    ScaledTable, Scope, Score, Search, SearchAsk, Shortlist, Shrink, ShortlistAsk, Solve, SolveAsk, Solved, Sparsity, Spectrum,
     Structure, StructureAsk, Table, Transform, Unit, Vocabulary,
 };
 pub use stats::{Ask, Gathered, Site, Stats, Worked};
 pub use step::{
-    Edit, Finished, LayerWork, Left, Local, ModelWide, Reader, Searching, Step, Turn, Varied, Walker, Work,
+    AtSize, Edit, Finished, LayerWork, Left, Local, ModelWide, Reader, Searching, Step, Turn, Varied, Walker, Work,
 };

@@ -377,6 +377,36 @@ pub trait Structure: Send + Sync {
     }
 }
 
+/// The heads or channels of a part cut to a size.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cut {
+    /// The units that stay, rising.
+    pub kept: Vec<usize>,
+    /// What now reads them, `[hidden, kept * width]`.
+    pub reader: Mat,
+    /// `‖(W - W') X‖² / ‖W X‖²` on the calibration text; 1 where all are gone.
+    pub error: f64,
+    /// The same as it is, not relative, over all tokens.
+    pub lost: f64,
+}
+
+/// Shrink: what is left of heads or channels at each of several sizes?
+pub trait Shrink: Send + Sync {
+    /// The sizes, as shares of the units that there are, falling from 1 (all) to 0 (the part is gone).
+    fn shares(&self) -> Vec<f64>;
+
+    /// Statistics of the reader's inputs that it reads.
+    fn needs(&self) -> &'static [Ask];
+
+    /// Hands `each` the cut at each of `sizes`, numbers of units that fall and stay below all of them.
+    fn shrink(
+        &self,
+        ask: &StructureAsk<'_>,
+        sizes: &[usize],
+        each: &mut dyn FnMut(Cut) -> Result<(), MethodError>,
+    ) -> Result<(), MethodError>;
+}
+
 /// Basis: which change of axes first?
 pub trait Basis: Send + Sync {
     /// Orthonormal columns, `[n, width]`, for rows whose mean outer product is `gram`, `[n, n]`: a row `x` becomes
@@ -415,7 +445,7 @@ pub trait Shortlist: Send + Sync {
 /// What a search is asked.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SearchAsk {
-    /// Most bytes of all slots together.
+    /// Most bytes of all slots together (of what their levels count as such).
     pub budget_bytes: u64,
     /// Most trials.
     pub trials: usize,
@@ -434,5 +464,10 @@ pub trait Search: Send + Sync {
     fn look(&self, places: &[Place], work: &dyn LayerWork) -> Result<f64, MethodError> {
         let _ = (places, work);
         Ok(0.0)
+    }
+
+    /// How its paper cuts heads and channels to the sizes that are chosen from, where it says so.
+    fn shrinker(&self) -> Option<&dyn Shrink> {
+        None
     }
 }

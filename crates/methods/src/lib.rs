@@ -71,6 +71,7 @@ pub fn registry() -> Registry {
             search::owl::method(),
             search::sv_nup::method(),
             search::essential_sparsity::method(),
+            search::ziplm::method(),
         ],
         families: vec![
             family::prune::family(),

@@ -60,7 +60,7 @@ impl Default for Keys {
 /// Kinds of units.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Kind {
+pub(super) enum Kind {
     /// Key and value heads with their query heads.
     Heads,
     /// Channels of FFNs.
@@ -96,25 +96,25 @@ struct Structured {
 
 /// The heads or the channels of one layer.
 #[derive(Clone, Copy, Debug)]
-struct Group {
-    layer: usize,
-    kind: Kind,
+pub(super) struct Group {
+    pub(super) layer: usize,
+    pub(super) kind: Kind,
     /// How many units there are.
-    count: usize,
+    pub(super) count: usize,
     /// Columns of the reader that a unit writes.
-    width: usize,
+    pub(super) width: usize,
     /// Rows of k and v that belong to a unit.
-    narrow: usize,
+    pub(super) narrow: usize,
     /// FFNs side by side, in a mixture.
-    experts: Option<usize>,
-    gated: bool,
+    pub(super) experts: Option<usize>,
+    pub(super) gated: bool,
     /// Parameters that go with a unit, of all experts together.
-    parameters: u64,
+    pub(super) parameters: u64,
 }
 
 impl Group {
     /// Those of a layer, heads first.
-    fn of_layer(spec: &Spec, layer: usize, kinds: &[Kind]) -> Vec<Group> {
+    pub(super) fn of_layer(spec: &Spec, layer: usize, kinds: &[Kind]) -> Vec<Group> {
         let (described, h) = (&spec.layers[layer], spec.hidden as u64);
         let one = |kind: &Kind| match kind {
             Kind::Heads => described.attn.as_ref().map(|a| {
@@ -167,13 +167,13 @@ impl Group {
         }
     }
 
-    fn readers(&self) -> Vec<Place> {
+    pub(super) fn readers(&self) -> Vec<Place> {
         let role = if self.kind == Kind::Heads { Role::O } else { Role::Down };
         (0..self.experts.unwrap_or(1)).map(|e| self.place(role, e)).collect()
     }
 
     /// The matrices that write what one reader reads, with the rows of a unit.
-    fn writers(&self, expert: usize) -> Vec<(Place, usize)> {
+    pub(super) fn writers(&self, expert: usize) -> Vec<(Place, usize)> {
         match (self.kind, self.gated) {
             (Kind::Heads, _) => [(Role::Q, self.width), (Role::K, self.narrow), (Role::V, self.narrow)]
                 .map(|(role, rows)| (self.place(role, expert), rows))
@@ -461,7 +461,7 @@ fn standardize(scores: &mut [f64]) {
 }
 
 /// `n` indices for each unit.
-fn spread(units: &[usize], n: usize) -> Vec<usize> {
+pub(super) fn spread(units: &[usize], n: usize) -> Vec<usize> {
     units.iter().flat_map(|u| u * n..(u + 1) * n).collect()
 }
 

@@ -14,7 +14,7 @@ use crate::make;
 
 /// The matrix that reads what heads or channels write, with as many columns as they have; or why `whose` question
 /// cannot be answered.
-fn reader<'a>(whose: &str, ask: &StructureAsk<'a>) -> Result<MatRef<'a>, MethodError> {
+pub(crate) fn reader<'a>(whose: &str, ask: &StructureAsk<'a>) -> Result<MatRef<'a>, MethodError> {
     let Some(w) = ask.reader.filter(|_| ask.width > 0) else {
         return Err(MethodError::new(format!("{whose} scores heads and channels, not whole parts")));
     };
