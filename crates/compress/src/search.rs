@@ -76,8 +76,8 @@ impl Database<'_> {
         self.entries.iter().zip(a).filter(|(e, _)| e.layer == layer).map(|(_, l)| *l).collect()
     }
 
-    /// A layer as an assignment has it.
-    fn layer(&self, a: &[usize], layer: usize) -> Result<Block, MethodError> {
+    /// A layer as an assignment has it, and the network that it is of.
+    fn layer(&self, a: &[usize], layer: usize) -> Result<(Spec, Block), MethodError> {
         let mut spec = self.overlay.spec.clone();
         let mut new = HashMap::new();
         let mut wanted: Vec<(Place, usize)> =
@@ -107,7 +107,7 @@ impl Database<'_> {
         drop(scratch);
         let block = Block::load(&Stitched { base: self.overlay, spec: &spec, new }, layer).map_err(told)?;
         release_layer(self.overlay, layer);
-        Ok(block)
+        Ok((spec, block))
     }
 
     /// Runs trials that agree on every layer before `layer`, whose activations are `x`: what they share is computed
@@ -134,9 +134,9 @@ impl Database<'_> {
         let many = parts.len();
         for (i, part) in parts.into_values().enumerate() {
             let mut next = if i + 1 < many { x.clone() } else { std::mem::take(&mut x) };
-            let block = self.layer(part[0], layer)?;
+            let (spec, block) = self.layer(part[0], layer)?;
             for m in &mut next {
-                forward(&self.overlay.spec, &block, m, &mut NoTap).map_err(told)?;
+                forward(&spec, &block, m, &mut NoTap).map_err(told)?;
             }
             drop(block);
             self.descend(&part, layer + 1, next, dense, out)?;

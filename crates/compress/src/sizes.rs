@@ -60,9 +60,7 @@ impl Walk<'_> {
         let statistics = gather.finish();
         let work = Layer { weights: overlay, statistics: &statistics, vocabulary: None };
         let mut out = Vec::new();
-        for (part, name, role, group) in
-            [(Unit::Attention, "attn", Role::O, 0), (Unit::Ffn, "ffn", Role::Down, 1)]
-        {
+        for (part, name, role, group) in [(Unit::Attention, "attn", Role::O, 0), (Unit::Ffn, "ffn", Role::Down, 1)] {
             let (mut levels, mut sizes, mut kept): (Vec<Level>, Vec<Sized>, Vec<Vec<(Place, usize)>>) =
                 (Vec::new(), Vec::new(), Vec::new());
             let mut each = |at: AtSize| -> Result<(), MethodError> {
@@ -92,7 +90,8 @@ impl Walk<'_> {
             if levels.is_empty() {
                 continue;
             }
-            let mine = places.iter().filter(|p| p.part == Part::Weight && attention(p.role) == (part == Unit::Attention));
+            let mine =
+                places.iter().filter(|p| p.part == Part::Weight && attention(p.role) == (part == Unit::Attention));
             let parameters = mine.filter_map(|p| overlay.spec.shape(p)).map(|(r, c)| (r * c) as u64).sum();
             let slot = Slot { name: format!("layers.{layer}.{name}"), parameters, group };
             out.push((slot, levels, Entry { layer, meaning: Meaning::Sizes(sizes), kept }));

@@ -15,9 +15,9 @@ mod step;
 pub use card::{Ability, Card, Family, Made, Making, Method, MethodError, Registry};
 pub use lab::{Assignment, Lab, Level, Outcome, Slot};
 pub use questions::{
-    Basis, Compete, Cut, Factor, Grid, GridAsk, PruneAsk, Ranks, Recode, RoundAsk, RoundedForm, Scaled, ScaledAsk,
-    ScaledTable, Scope, Score, Search, SearchAsk, Shortlist, Shrink, ShortlistAsk, Solve, SolveAsk, Solved, Sparsity, Spectrum,
-    Structure, StructureAsk, Table, Transform, Unit, Vocabulary,
+    Basis, Compete, Cut, Factor, Grid, GridAsk, Learner, PruneAsk, Ranks, Recode, RoundAsk, RoundedForm, Scaled,
+    ScaledAsk, ScaledTable, Scope, Score, Search, SearchAsk, Shortlist, ShortlistAsk, Shrink, Shrinking, Solve,
+    SolveAsk, Solved, Sparsity, Spectrum, Structure, StructureAsk, Table, Transform, Unit, Vocabulary,
 };
 pub use stats::{Ask, Gathered, Site, Stats, Worked};
 pub use step::{

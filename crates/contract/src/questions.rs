@@ -375,6 +375,23 @@ pub trait Structure: Send + Sync {
     fn shares(&self, looked: &[f64], sparsity: f64) -> Result<Vec<f64>, MethodError> {
         Ok(vec![sparsity; looked.len()])
     }
+
+    /// Where it learns from the weights of all layers before it scores them: who does. It reads no statistics.
+    fn learner(&self) -> Option<Box<dyn Learner>> {
+        None
+    }
+}
+
+/// What learns from a model's units, walk after walk over its layers, before it scores them.
+pub trait Learner {
+    /// Looks at the units of one reader, of which the fraction `sparsity` will go.
+    fn look(&mut self, ask: &StructureAsk<'_>, sparsity: f64) -> Result<(), MethodError>;
+
+    /// A walk is over: whether it wants another before it scores.
+    fn again(&mut self) -> bool;
+
+    /// Importance of each unit, `[count]`: larger = keep.
+    fn score(&self, ask: &StructureAsk<'_>) -> Result<Vec<f64>, MethodError>;
 }
 
 /// The heads or channels of a part cut to a size.
@@ -398,13 +415,14 @@ pub trait Shrink: Send + Sync {
     /// Statistics of the reader's inputs that it reads.
     fn needs(&self) -> &'static [Ask];
 
-    /// Hands `each` the cut at each of `sizes`, numbers of units that fall and stay below all of them.
-    fn shrink(
-        &self,
-        ask: &StructureAsk<'_>,
-        sizes: &[usize],
-        each: &mut dyn FnMut(Cut) -> Result<(), MethodError>,
-    ) -> Result<(), MethodError>;
+    /// Begins with all units.
+    fn begin(&self, ask: &StructureAsk<'_>) -> Result<Box<dyn Shrinking>, MethodError>;
+}
+
+/// Heads or channels that become fewer and fewer.
+pub trait Shrinking {
+    /// Cuts what is left to `size` units, no more than there are.
+    fn cut(&mut self, size: usize) -> Result<Cut, MethodError>;
 }
 
 /// Basis: which change of axes first?

@@ -63,6 +63,7 @@ pub fn registry() -> Registry {
             structure::wanda_sp::method(),
             structure::llm_pruner::method(),
             structure::cfsp::method(),
+            structure::prunenet::method(),
             structure::random::method(),
             shortlist::lexical_shortlist::method(),
             search::uniform::method(),

@@ -102,7 +102,12 @@ fn search(making: &Making<'_>) -> Result<Step, MethodError> {
         let cuts = match named {
             _ if by.shrinker().is_some() => None,
             Some(Made::Search(other)) if other.shrinker().is_some() => Some(other),
-            _ => return Err(MethodError::new(format!("shrink = \"{}\": no method that cuts is called so", keys.shrink))),
+            _ => {
+                return Err(MethodError::new(format!(
+                    "shrink = \"{}\": no method that cuts is called so",
+                    keys.shrink
+                )));
+            }
         };
         sizes = Some(Sizes { cuts, align: keys.align.0, times: keys.times.clone() });
     } else if keys.parts.is_none() {

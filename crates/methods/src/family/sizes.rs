@@ -6,10 +6,10 @@
 
 use lacuna_base::Mat;
 use lacuna_contract::{
-    Ask, AtSize, Cut, Edit, Lab, LayerWork, MethodError, Search, Shrink, Site, Stats, StructureAsk, Unit,
+    Ask, AtSize, Cut, Edit, Lab, LayerWork, MethodError, Search, Shrink, Shrinking, Site, Stats, StructureAsk, Unit,
 };
 use lacuna_format::Unpacked;
-use lacuna_spec::{LayerSpec, Part, Place, Spec};
+use lacuna_spec::{LayerSpec, Place, Spec};
 use serde::Deserialize;
 
 use super::structure::{Group, Kind, spread};
@@ -37,7 +37,9 @@ pub(super) struct Sizes {
 fn between(points: &[(f64, f64)], x: f64, of: &str) -> Result<f64, MethodError> {
     let bad = |(a, b): (&(f64, f64), &(f64, f64))| a.0 >= b.0;
     if points.iter().any(|p| !(p.0 >= 0.0 && p.1 >= 0.0 && p.1 < 1e12)) || points.iter().zip(&points[1..]).any(bad) {
-        return Err(MethodError::new(format!("times.{of}: write pairs of rising numbers and microseconds, none negative")));
+        return Err(MethodError::new(format!(
+            "times.{of}: write pairs of rising numbers and microseconds, none negative"
+        )));
     }
     let pair = points.windows(2).find(|p| p[0].0 <= x && x <= p[1].0);
     match (pair, points.iter().find(|p| p.0 == x)) {
@@ -72,16 +74,16 @@ impl Sizes {
     pub(super) fn needs(&self, by: &dyn Search, spec: &Spec, layer: usize) -> Vec<(Site, Ask)> {
         let Ok(shrink) = self.shrink(by) else { return Vec::new() };
         let groups = Group::of_layer(spec, layer, &[Kind::Heads, Kind::Channels]);
-        let readers = groups.iter().filter(|g| g.experts.is_none()).flat_map(Group::readers);
+        let readers = groups.iter().flat_map(Group::readers);
         readers.flat_map(|p| shrink.needs().iter().map(move |ask| (Site::Matrix(p), *ask))).collect()
     }
 
-    /// Five matrices of all pairs of a reader's inputs, its weights a few times, and its writers.
+    /// Five matrices of all pairs of a reader's inputs, its weights a few times, and its writers; of all experts at once.
     pub(super) fn scratch_bytes(spec: &Spec) -> u64 {
         let groups = (0..spec.layers.len()).flat_map(|l| Group::of_layer(spec, l, &[Kind::Heads, Kind::Channels]));
         let one = |g: Group| {
             let n = (g.count * g.width) as u64;
-            8 * n * (6 * n + 5 * spec.hidden as u64)
+            8 * n * (6 * n + 5 * spec.hidden as u64) * g.experts.unwrap_or(1) as u64
         };
         groups.map(one).max().unwrap_or(0)
     }
@@ -100,8 +102,12 @@ impl Sizes {
                     Kind::Heads => LayerSpec { ffn: None, ffn_shortcut: false, attn_shortcut: false, ..described },
                     Kind::Channels => LayerSpec { attn: None, ffn_shortcut: false, attn_shortcut: false, ..described },
                 };
-                let shapes = spec.layer_places(layer).into_iter().filter_map(|p| spec.shape(&p));
-                Ok(shapes.map(|(r, c)| 2 * (r * c) as u64).sum())
+                let experts = spec.layers[layer].ffn.as_ref().and_then(|f| f.experts);
+                let share = experts.map_or(1.0, |e| e.used as f64 / e.count as f64);
+                let used = |p: &Place| if p.expert.is_some() { share } else { 1.0 };
+                let one = |p: Place| Some((used(&p), spec.shape(&p)?));
+                let all = spec.layer_places(layer).into_iter().filter_map(one);
+                Ok(all.map(|(used, (r, c))| 2.0 * used * (r * c) as f64).sum::<f64>().round() as u64)
             }
         }
     }
@@ -117,11 +123,6 @@ impl Sizes {
     ) -> Result<(), MethodError> {
         let (shrink, spec, kind) = (self.shrink(by)?, work.spec(), kind(part));
         let Some(group) = Group::of_layer(spec, layer, &[kind]).pop() else { return Ok(()) };
-        if let Some(n) = group.experts {
-            return Err(MethodError::new(format!(
-                "layer {layer} is a mixture of {n} experts; sizes are searched for single FFNs only"
-            )));
-        }
         let step = if kind == Kind::Heads { 1 } else { self.align };
         let units = |share: f64| match share {
             s if s <= 0.0 => 0,
@@ -135,40 +136,33 @@ impl Sizes {
                 None => sizes.push((units(share), vec![share])),
             }
         }
-        let place = group.readers()[0];
-        let reader = work.weight(&place)?;
-        let writers = group.writers(0).iter().map(|(p, _)| work.weight(p)).collect::<Result<Vec<Mat>, _>>()?;
-        let writers: Vec<_> = writers.iter().map(Mat::view).collect();
-        let ask = StructureAsk {
-            unit: if kind == Kind::Heads { Unit::Head } else { Unit::Channel },
-            layer,
-            count: group.count,
-            width: group.width,
-            reader: Some(reader.view()),
-            writers: &writers,
-            stats: work.stats(Site::Matrix(place)),
-            writer_stats: &vec![Stats::default(); writers.len()],
-        };
-        let mut sizes = sizes.into_iter();
-        let mut one = |(units, shares): (usize, Vec<f64>), cut: Option<Cut>| {
-            let (error, lost) = cut.as_ref().map_or((0.0, 0.0), |c| (c.error, c.lost));
-            let edits = cut.filter(|_| units > 0).map_or_else(Vec::new, |cut| edits(&group, place, cut, spec));
+        if sizes.first().is_none_or(|whole| whole.0 != group.count) {
+            return Err(MethodError::new("the sizes do not begin with the whole"));
+        }
+        let readers = group.readers();
+        let begun = readers.iter().enumerate().map(|(e, place)| begin(shrink, &group, e, place, work));
+        let mut parts = begun.collect::<Result<Vec<_>, MethodError>>()?;
+        let tokens: f64 = parts.iter().map(|p| p.1).sum();
+        for (units, shares) in sizes {
+            let (mut error, mut lost, mut edits) = (0.0, 0.0, Vec::new());
+            for (e, ((part, weight), place)) in parts.iter_mut().zip(&readers).enumerate() {
+                if units == group.count {
+                    continue;
+                }
+                let cut = part.cut(units)?;
+                if cut.kept.len() != units {
+                    return Err(MethodError::new(format!("{place}: {} units stay, not {units}", cut.kept.len())));
+                }
+                error += cut.error * *weight / tokens.max(1.0);
+                lost += cut.lost;
+                if units > 0 {
+                    edit(&group, e, *place, cut, spec, &mut edits);
+                }
+            }
             let bytes = self.cost(layer, kind, units, spec)?;
-            each(AtSize { shares, bytes, error, lost, edits, layer: sized(&spec.layers[layer], kind, units) })
-        };
-        match sizes.next() {
-            Some(whole) if whole.0 == group.count => one(whole, None)?,
-            _ => return Err(MethodError::new("the sizes do not begin with the whole")),
+            each(AtSize { shares, bytes, error, lost, edits, layer: sized(&spec.layers[layer], kind, units) })?;
         }
-        let wanted: Vec<usize> = sizes.as_slice().iter().map(|s| s.0).collect();
-        shrink.shrink(&ask, &wanted, &mut |cut| match sizes.next() {
-            Some(size) if size.0 == cut.kept.len() => one(size, Some(cut)),
-            _ => Err(MethodError::new(format!("{} units stay; another size was asked for", cut.kept.len()))),
-        })?;
-        match sizes.next() {
-            None => Ok(()),
-            Some(size) => Err(MethodError::new(format!("nothing was cut to {} units", size.0))),
-        }
+        Ok(())
     }
 
     /// Everything that a token takes: of all slots as they were, and beside them.
@@ -205,16 +199,47 @@ impl Sizes {
     }
 }
 
+/// The units that one reader reads, all of them yet, with the tokens that it saw.
+fn begin(
+    shrink: &dyn Shrink,
+    group: &Group,
+    expert: usize,
+    place: &Place,
+    work: &dyn LayerWork,
+) -> Result<(Box<dyn Shrinking>, f64), MethodError> {
+    let (reader, stats) = (work.weight(place)?, work.stats(Site::Matrix(*place)));
+    if group.experts.is_some() && stats.tokens == 0 {
+        return Ok((Box::new(Unreached(reader)), 0.0));
+    }
+    let writers = group.writers(expert).iter().map(|(p, _)| work.weight(p)).collect::<Result<Vec<Mat>, _>>()?;
+    let writers: Vec<_> = writers.iter().map(Mat::view).collect();
+    let none = vec![Stats::default(); writers.len()];
+    let unit = if group.kind == Kind::Heads { Unit::Head } else { Unit::Channel };
+    let (layer, count, width, reader) = (group.layer, group.count, group.width, Some(reader.view()));
+    let (writers, writer_stats) = (writers.as_slice(), none.as_slice());
+    let ask = StructureAsk { unit, layer, count, width, reader, writers, stats, writer_stats };
+    Ok((shrink.begin(&ask)?, stats.tokens as f64))
+}
+
+/// An expert that no calibration token reached: its first channels go, and nobody saw what that costs.
+struct Unreached(Mat);
+
+impl Shrinking for Unreached {
+    fn cut(&mut self, size: usize) -> Result<Cut, MethodError> {
+        let kept: Vec<usize> = (self.0.cols() - size..self.0.cols()).collect();
+        let reader = Mat::from_fn(self.0.rows(), size, |r, c| self.0[(r, kept[c])]);
+        Ok(Cut { kept, reader, error: 0.0, lost: 0.0 })
+    }
+}
+
 /// Rows of the writers and the new reader.
-fn edits(group: &Group, reader: Place, cut: Cut, spec: &Spec) -> Vec<Edit> {
-    let mut out = Vec::new();
-    for (place, rows) in group.writers(0) {
+fn edit(group: &Group, expert: usize, reader: Place, cut: Cut, spec: &Spec, out: &mut Vec<Edit>) {
+    for (place, rows) in group.writers(expert) {
         let stay = spread(&cut.kept, rows);
-        if spec.shape(&Place { part: Part::Bias, ..place }).is_some() {
+        if spec.shape(&place.bias()).is_some() {
             out.push(Edit::Keep { place: place.bias(), rows: None, cols: Some(stay.clone()) });
         }
         out.push(Edit::Keep { place, rows: Some(stay), cols: None });
     }
     out.push(Edit::Matrix(reader, Unpacked::dense(cut.reader)));
-    out
 }

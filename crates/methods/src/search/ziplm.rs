@@ -30,7 +30,7 @@ use std::ops::Range;
 
 use lacuna_base::{Mat64, Rng, dense, factor};
 use lacuna_contract::{
-    Ask, Assignment, Card, Cut, Lab, Made, Method, MethodError, Search, SearchAsk, Shrink, StructureAsk,
+    Ask, Assignment, Card, Cut, Lab, Made, Method, MethodError, Search, SearchAsk, Shrink, Shrinking, StructureAsk,
 };
 use serde::Deserialize;
 
@@ -104,8 +104,10 @@ struct Left {
     /// The units that are left, rising.
     units: Vec<usize>,
     width: usize,
-    /// The loss so far.
+    /// The loss so far, and with nothing left, for the mean token of so many.
     lost: f64,
+    whole: f64,
+    tokens: u64,
 }
 
 /// `at`, each of `width` columns, as columns.
@@ -122,7 +124,7 @@ fn square(m: &[f64]) -> f64 {
 }
 
 impl Left {
-    fn new(ask: &StructureAsk<'_>, damping: f64) -> Result<(Left, f64), MethodError> {
+    fn new(ask: &StructureAsk<'_>, damping: f64) -> Result<Left, MethodError> {
         let w = reader("ziplm", ask)?;
         let (n, mut w) = (w.cols(), Mat64::from_f32(w));
         let gram = make::gram(&ask.stats, n)?;
@@ -143,7 +145,8 @@ impl Left {
         let moved = dense::matmul_nn_f64(&w, &h);
         let whole: f64 = moved.data().iter().zip(w.data()).map(|(a, b)| a * b).sum();
         let squares = if ask.width == 1 { dense::matmul_tn_f64(&w, &w) } else { Mat64::zeros(0, 0) };
-        Ok((Left { w, inverse, squares, units: (0..ask.count).collect(), width: ask.width, lost: 0.0 }, whole))
+        let (units, width, tokens) = ((0..ask.count).collect(), ask.width, gram.tokens());
+        Ok(Left { w, inverse, squares, units, width, lost: 0.0, whole, tokens })
     }
 
     /// Removes units until `size` are left.
@@ -165,7 +168,8 @@ impl Left {
             let cols = spread(&[at], self.width);
             // With (H⁻¹)_SS = C Cᵀ the loss is the square of E = W_:S C⁻ᵀ.
             let part = factor::cholesky(&picked(&self.inverse, &cols, &cols));
-            let solved = part.and_then(|c| Ok((factor::solve_lower(&c, &picked(&self.w, &rows, &cols).transpose())?, c)));
+            let solved =
+                part.and_then(|c| Ok((factor::solve_lower(&c, &picked(&self.w, &rows, &cols).transpose())?, c)));
             let (e, c) = solved.map_err(|e| MethodError::new(format!("what is left of the Hessian: {e}")))?;
             let cost = square(e.data());
             if best.as_ref().is_none_or(|b| cost < b.0) {
@@ -272,21 +276,18 @@ impl Shrink for ZipLm {
         &[Ask::InputGram]
     }
 
-    fn shrink(
-        &self,
-        ask: &StructureAsk<'_>,
-        sizes: &[usize],
-        each: &mut dyn FnMut(Cut) -> Result<(), MethodError>,
-    ) -> Result<(), MethodError> {
-        let (mut left, whole) = Left::new(ask, self.damping)?;
-        for &size in sizes {
-            left.shrink(size)?;
-            let reader = left.w.to_f32();
-            make::finite(reader.view())?;
-            let error = if whole > 0.0 { left.lost / whole } else { 0.0 };
-            each(Cut { kept: left.units.clone(), reader, error, lost: left.lost * ask.stats.tokens as f64 })?;
-        }
-        Ok(())
+    fn begin(&self, ask: &StructureAsk<'_>) -> Result<Box<dyn Shrinking>, MethodError> {
+        Ok(Box::new(Left::new(ask, self.damping)?))
+    }
+}
+
+impl Shrinking for Left {
+    fn cut(&mut self, size: usize) -> Result<Cut, MethodError> {
+        self.shrink(size)?;
+        let reader = self.w.to_f32();
+        make::finite(reader.view())?;
+        let error = if self.whole > 0.0 { self.lost / self.whole } else { 0.0 };
+        Ok(Cut { kept: self.units.clone(), reader, error, lost: self.lost * self.tokens as f64 })
     }
 }
 
@@ -308,7 +309,8 @@ impl Program {
             (b, most) => (u128::from(b) * buckets as u128).div_ceil(u128::from(most)) as usize,
         };
         let slots = 0..lab.slots().len();
-        let errors = |s: usize| lab.levels(s).iter().map(|l| if l.error.is_nan() { f64::MAX } else { l.error }).collect();
+        let errors =
+            |s: usize| lab.levels(s).iter().map(|l| if l.error.is_nan() { f64::MAX } else { l.error }).collect();
         Program {
             costs: slots.clone().map(|s| lab.levels(s).iter().map(|l| cost(l.bytes)).collect()).collect(),
             errors: slots.map(errors).collect(),
@@ -423,8 +425,7 @@ mod tests {
         let rows = (0..w.rows()).map(|r| {
             let pull: Vec<f64> =
                 cols.iter().map(|&c| (0..n).map(|j| f64::from(w[(r, j)]) * h[j][c]).sum::<f64>()).collect();
-            let new: Vec<f64> =
-                (0..cols.len()).map(|i| (0..cols.len()).map(|j| pull[j] * inner[j][i]).sum()).collect();
+            let new: Vec<f64> = (0..cols.len()).map(|i| (0..cols.len()).map(|j| pull[j] * inner[j][i]).sum()).collect();
             let delta: Vec<f64> = (0..n)
                 .map(|j| f64::from(w[(r, j)]) - cols.iter().position(|c| *c == j).map_or(0.0, |i| new[i]))
                 .collect();
@@ -439,13 +440,8 @@ mod tests {
         let stats = Stats { tokens: gram.tokens(), found: &found, gradients: &[], sequences: 0, worked: None };
         let (count, reader) = (w.cols() / width, Some(w.view()));
         let ask = StructureAsk { unit, layer: 0, count, width, reader, writers: &[], stats, writer_stats: &[] };
-        let mut out = Vec::new();
-        by.shrink(&ask, sizes, &mut |cut| {
-            out.push(cut);
-            Ok(())
-        })
-        .expect("cuts");
-        out
+        let mut left = by.begin(&ask).expect("begins");
+        sizes.iter().map(|size| left.cut(*size).expect("cuts")).collect()
     }
 
     #[test]
@@ -507,7 +503,8 @@ mod tests {
         let h = slow::hessian(&gram, 0.01);
         let lost = |kept: &[usize]| {
             let d = |r: usize, j: usize| if kept.contains(&j) { 0.0 } else { f64::from(w[(r, j)]) };
-            let row = |r: usize| (0..150).map(|i| (0..150).map(|j| d(r, i) * h[i][j] * d(r, j)).sum::<f64>()).sum::<f64>();
+            let row =
+                |r: usize| (0..150).map(|i| (0..150).map(|j| d(r, i) * h[i][j] * d(r, j)).sum::<f64>()).sum::<f64>();
             (0..24).map(row).sum::<f64>()
         };
         let price = |j: usize| (0..24).map(|r| f64::from(w[(r, j)]).powi(2)).sum::<f64>() * h[j][j];
@@ -571,7 +568,9 @@ mod tests {
     #[test]
     fn parameters_out_of_range_are_refused() {
         for bad in [("factor", 1.0), ("least", 0.0), ("damping", 0.0), ("buckets", 3.0)] {
-            let said = (method().make)(serde_json::json!({ bad.0: if bad.0 == "buckets" { serde_json::json!(3) } else { serde_json::json!(bad.1) } }));
+            let said = (method().make)(
+                serde_json::json!({ bad.0: if bad.0 == "buckets" { serde_json::json!(3) } else { serde_json::json!(bad.1) } }),
+            );
             assert!(said.expect_err("refused").what.contains(bad.0), "{bad:?}");
         }
         let shares = Shrink::shares(&ZipLm::default());

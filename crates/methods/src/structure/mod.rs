@@ -4,6 +4,7 @@ pub(crate) mod cfsp;
 pub(crate) mod flap;
 pub(crate) mod llm_drop;
 pub(crate) mod llm_pruner;
+pub(crate) mod prunenet;
 pub(crate) mod random;
 pub(crate) mod wanda_sp;
 
