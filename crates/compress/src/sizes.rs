@@ -61,8 +61,7 @@ impl Walk<'_> {
         let work = Layer { weights: overlay, statistics: &statistics, vocabulary: None };
         let mut out = Vec::new();
         for (part, name, role, group) in [(Unit::Attention, "attn", Role::O, 0), (Unit::Ffn, "ffn", Role::Down, 1)] {
-            let (mut levels, mut sizes, mut kept): (Vec<Level>, Vec<Sized>, Vec<Vec<(Place, usize)>>) =
-                (Vec::new(), Vec::new(), Vec::new());
+            let (mut levels, mut sizes, mut kept) = (Vec::new(), Vec::<Sized>::new(), Vec::new());
             let mut each = |at: AtSize| -> Result<(), MethodError> {
                 let (mut rows, mut tensors) = (Vec::new(), Vec::new());
                 for edit in at.edits {

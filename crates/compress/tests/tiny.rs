@@ -568,7 +568,7 @@ fn sizes_meet_the_time_asked_and_a_search_beats_the_same_everywhere() {
         (step("method = \"ziplm\"\nspeedup = 0.5"), "speedup = 0.5"),
         (step("method = \"ziplm\"\nspeedup = 2\ntarget = 0.5"), "target exclude"),
         (step("method = \"uniform\"\nspeedup = 2\nshrink = \"wanda\""), "wanda"),
-        (format!("{}[[step]]\nmethod = \"llm-pruner\"\n", step("method = \"ziplm\"\nspeedup = 2")), "gradients"),
+        (format!("{}[[step]]\nmethod = \"fisher\"\n", step("method = \"ziplm\"\nspeedup = 2")), "gradients"),
     ] {
         let said = Recipe::parse(&text, &registry, &[]).err().expect("refused").what;
         assert!(said.contains(word), "{said}");

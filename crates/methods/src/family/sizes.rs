@@ -78,7 +78,7 @@ impl Sizes {
         readers.flat_map(|p| shrink.needs().iter().map(move |ask| (Site::Matrix(p), *ask))).collect()
     }
 
-    /// Five matrices of all pairs of a reader's inputs, its weights a few times, and its writers; of all experts at once.
+    /// Five matrices of all pairs of a reader's inputs, its weights a few times, its writers; all experts at once.
     pub(super) fn scratch_bytes(spec: &Spec) -> u64 {
         let groups = (0..spec.layers.len()).flat_map(|l| Group::of_layer(spec, l, &[Kind::Heads, Kind::Channels]));
         let one = |g: Group| {

@@ -1,29 +1,30 @@
-//! ZipLM: heads and channels go one by one at the least cost to their layer, and sizes are divided by the time they save.
+//! ZipLM: heads and channels go one by one at least cost to their layer, sizes are divided by the time they save.
 //!
-//! **Paper.** Eldar Kurtic, Elias Frantar, Dan Alistarh, "ZipLM: Inference-Aware Structured Pruning of Language Models",
-//! NeurIPS 2023, arXiv 2302.04089. Its search is that of Frantar, Alistarh, "SPDY: Accurate Pruning with Speedup
-//! Guarantees", 2022, arXiv 2201.13096.
+//! **Paper.** Eldar Kurtic, Elias Frantar, Dan Alistarh, "ZipLM: Inference-Aware Structured Pruning of Language
+//! Models", NeurIPS 2023, arXiv 2302.04089. Its search is that of Frantar, Alistarh, "SPDY: Accurate Pruning with
+//! Speedup Guarantees", 2022, arXiv 2201.13096.
 //!
-//! **Idea.** A structure `S` is a set of columns of the matrix `W` that reads it (`attn.o`, `ffn.down`). With `H = XXᵀ` of
-//! its inputs the one goes whose loss `Σ_i W_iS ((H⁻¹)_SS)⁻¹ W_iSᵀ` is least; the rest makes up for it, `W -= W_:S
-//! ((H⁻¹)_SS)⁻¹ (H⁻¹)_S:`, and `H⁻¹` loses `S` by the same step of Gauss. So on, one after another; sizes are `factor^i` of
-//! the units, and none. The prior of a size is `p = ‖W'X - WX‖² / ‖WX‖²`. Sizes for all parts: a dynamic program over
-//! times cut into buckets finds the least `Σ c p` within the time that the target leaves, and the coefficients `c` are
-//! searched for by what the model stitched so loses on the calibration text.
+//! **Idea.** A structure `S` is a set of columns of the matrix `W` that reads it (`attn.o`, `ffn.down`). With `H =
+//! XXᵀ` of its inputs the one goes whose loss `Σ_i W_iS ((H⁻¹)_SS)⁻¹ W_iSᵀ` is least; the rest makes up for it, `W -=
+//! W_:S ((H⁻¹)_SS)⁻¹ (H⁻¹)_S:`, and `H⁻¹` loses `S` by the same step of Gauss. So on, one after another; sizes are
+//! `factor^i` of the units, and none. The prior of a size is `p = ‖W'X - WX‖² / ‖WX‖²`. Sizes for all parts: a dynamic
+//! program over times cut into buckets finds the least `Σ c p` within the time that the target leaves, and the
+//! coefficients `c` are searched for by what the model stitched so loses on the calibration text.
 //!
-//! **Shapes and units.** The reader `[hidden, count * width]`, the Gram matrix of its inputs; cuts with relative errors,
-//! 0 to 1. The search takes slots with levels, whose bytes (or nanoseconds) are the time.
+//! **Shapes and units.** The reader `[hidden, count * width]`, the Gram matrix of its inputs; cuts with relative
+//! errors, 0 to 1. The search takes slots with levels, whose bytes (or nanoseconds) are the time.
 //!
-//! **Cost.** A part with `n` inputs takes about `3 n³` multiplications whatever the sizes, and five matrices `[n, n]` in
-//! f64; a plan takes slots · levels · `buckets` additions; a trial a forward pass over its tokens.
+//! **Cost.** A part with `n` inputs takes about `3 n³` multiplications whatever the sizes, and five matrices `[n, n]`
+//! in f64; a plan takes slots · levels · `buckets` additions; a trial a forward pass over its tokens.
 //!
 //! **Departs.** (1) Time is what the family says: bytes read per token, which is what decoding waits for, or the times
 //! that the recipe gives (measured elsewhere, so that a run repeats). (2) Attention heads are key and value heads with
 //! their query heads; channels stay in multiples of `align`. (3) One model a run, for one target, in one shot, without
-//! the tuning between targets: every target begins at the source. (4) The first two plans tried are `c = 1` and the same
-//! share everywhere; the latter wins against whatever is not better. Then, as in SPDY, coefficients from 0 to 1 by lot
-//! for a tenth of the trials, and the best ones with a tenth of them drawn anew, fewer and fewer. An assignment is tried
-//! once. (5) Weighted inputs: dead ones count as in SparseGPT, and `H` is damped. Errors are those under the damped `H`.
+//! the tuning between targets: every target begins at the source. (4) The first two plans tried are `c = 1` and the
+//! same share everywhere; the latter wins against whatever is not better. Then, as in SPDY, coefficients from 0 to 1
+//! by lot for a tenth of the trials, and the best ones with a tenth of them drawn anew, fewer and fewer. An assignment
+//! is tried once. (5) `H` is damped, inputs that are always zero count as in SparseGPT, and errors are those under
+//! that `H`. (6) The experts of a mixture keep equally many channels, each its own.
 
 use std::collections::HashSet;
 use std::ops::Range;
@@ -184,15 +185,15 @@ impl Left {
         Ok(())
     }
 
-    /// Removes the `count` columns that cost least, one after another. Until all are known, `H⁻¹`, `W` and `WᵀW` stay as
-    /// they are, and what the removed ones did to the column at hand is worked out from their `L` and `E`.
+    /// Removes the `count` columns that cost least, one after another. Until all are known, `H⁻¹`, `W` and `WᵀW` stay
+    /// as they are, and what the removed ones did to the column at hand is worked out from their `L` and `E`.
     fn remove_columns(&mut self, count: usize) {
         let n = self.w.cols();
         let mut prices: Vec<f64> = (0..n).map(|j| self.inverse[(j, j)]).collect();
         let mut sizes: Vec<f64> = (0..n).map(|j| self.squares[(j, j)]).collect();
         let (mut gone, mut is_gone) = (Vec::new(), vec![false; n]);
         // A row for each removed column: L of H⁻¹, E of W, Z = WᵀE with W as it stands here.
-        let (mut ls, mut es, mut zs): (Vec<Vec<f64>>, Vec<Vec<f64>>, Vec<Vec<f64>>) = Default::default();
+        let [mut ls, mut es, mut zs]: [Vec<Vec<f64>>; 3] = Default::default();
         for _ in 0..count {
             let cost = |j: usize| sizes[j].max(0.0) / prices[j].max(f64::MIN_POSITIVE);
             let free = (0..n).filter(|&j| !is_gone[j]);
@@ -567,11 +568,10 @@ mod tests {
 
     #[test]
     fn parameters_out_of_range_are_refused() {
-        for bad in [("factor", 1.0), ("least", 0.0), ("damping", 0.0), ("buckets", 3.0)] {
-            let said = (method().make)(
-                serde_json::json!({ bad.0: if bad.0 == "buckets" { serde_json::json!(3) } else { serde_json::json!(bad.1) } }),
-            );
-            assert!(said.expect_err("refused").what.contains(bad.0), "{bad:?}");
+        let all = [("factor", "1.0"), ("least", "0.0"), ("damping", "0.0"), ("buckets", "3")];
+        for (name, value) in all {
+            let given: serde_json::Value = serde_json::from_str(&format!("{{\"{name}\": {value}}}")).expect("JSON");
+            assert!((method().make)(given).expect_err("refused").what.contains(name), "{name}");
         }
         let shares = Shrink::shares(&ZipLm::default());
         assert!(shares[0] == 1.0 && shares[1] == 0.9 && shares[shares.len() - 1] == 0.0 && shares.len() == 45);

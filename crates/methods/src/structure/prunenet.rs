@@ -4,25 +4,24 @@
 //! Model Compression With Policy Learning", ICLR 2025, arXiv 2501.15296.
 //!
 //! **Idea.** One policy for all layers reads the rows of `W` (gate, or up where there is none): row `i` stays with the
-//! probability `α_i = σ(W_i v + c)`, `v = W_projᵀ w_row`, and with noise `ε ~ U(0, 1)` by `o_i = σ(ln ε - ln(1 - ε) + ln
-//! α_i - ln(1 - α_i))`. An episode draws so many rows of each layer as will stay, without replacement, as `o` weighs
-//! them; the reward is `1 / KS`, `KS` the Kolmogorov-Smirnov distance of the singular values of what stays and of all.
-//! REINFORCE: the policy climbs `γ^l · reward · Σ_kept ln o_i`. The policy after the best episode decides.
+//! probability `α_i = σ(W_i v + c)`, `v = W_projᵀ w_row`, and with noise `ε ~ U(0, 1)` by `o_i = σ(ln ε - ln(1 - ε) +
+//! ln α_i - ln(1 - α_i))`. An episode draws so many rows of each layer as will stay, without replacement, as `o`
+//! weighs them; the reward is `1 / KS`, `KS` the Kolmogorov-Smirnov distance of the singular values of what stays and
+//! of all. REINFORCE: the policy climbs `γ^l · reward · Σ_kept ln o_i`. The policy after the best episode decides.
 //!
-//! **Shapes and units.** The first writer `[count * rows, hidden]`; the answer is the log-odds that a unit stays, the mean
-//! over its rows.
+//! **Shapes and units.** The first writer `[count * rows, hidden]`; the answer is the log-odds that a unit stays, the
+//! mean over its rows.
 //!
-//! **Cost.** `episodes` walks over the model, each with the singular values of one matrix a layer; no text. The policy has
-//! `hidden + 1` numbers.
+//! **Cost.** `episodes` walks over the model, each with the singular values of one matrix a layer; no text. The policy
+//! has `hidden + 1` numbers.
 //!
-//! **Departs.** (1) The paper's two layers have nothing between them, so that they are the one `v`; it begins as theirs
-//! would, and a step of Adam moves it as it would move theirs, `rate · rows / 2` a number (no weight decay). (2) Steps
-//! follow each layer at once and not the episode's end. (3) A reward counts less the mean of the same matrix's earlier
-//! ones, and the gradient less that of all rows; without that, rewards, which are all positive, raise the odds of
-//! whatever was drawn. (4) In the end the most
-//! likely rows stay; `draw = true` draws them as the paper does. (5) The paper cuts FFNs only, and so does the recipe;
-//! heads can go, a policy of their own reading the rows of q. (6) Where spectra are alike to the last value the reward is
-//! that of half a value.
+//! **Departs.** (1) The paper's two layers have nothing between them, so that they are the one `v`; it begins as
+//! theirs would, and a step of Adam moves it as it would move theirs, `rate · rows / 2` a number (no weight decay).
+//! (2) Steps follow each layer at once and not the episode's end. (3) A reward counts less the mean of the same
+//! matrix's earlier ones, and the gradient less that of all rows; without that, rewards, which are all positive, raise
+//! the odds of whatever was drawn. (4) In the end the most likely rows stay; `draw = true` draws them as the paper
+//! does. (5) The paper cuts FFNs only, and so does the recipe; heads can go, a policy of their own reading the rows of
+//! q. (6) Where spectra are alike to the last value the reward is that of half a value.
 
 use lacuna_base::{Mat64, Rng, factor};
 use lacuna_contract::{Card, Compete, Learner, Made, Method, MethodError, Structure, StructureAsk, Unit};
@@ -57,8 +56,8 @@ pub(crate) fn method() -> Method {
     Method {
         card: Card {
             name: "prunenet",
-            paper: "Sengupta, Chaudhary, Chakraborty: You Only Prune Once: Designing Calibration-Free Model Compression \
-             With Policy Learning, 2025",
+            paper: "Sengupta, Chaudhary, Chakraborty: You Only Prune Once: Designing Calibration-Free Model \
+             Compression With Policy Learning, 2025",
             arxiv: "2501.15296",
             summary: "The FFN rows go that a policy, learned from the weights alone, finds the spectrum can spare.",
             system: None,
