@@ -23,6 +23,7 @@ mod rows;
 mod scratch;
 mod search;
 mod sequences;
+mod sizes;
 mod trials;
 mod vocabulary;
 

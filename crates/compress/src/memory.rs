@@ -119,6 +119,7 @@ fn floor(spec: &Spec, recipe: &Recipe, lens: &[usize]) -> u64 {
                 let looks = |p| search.needs().iter().map(move |ask| (Site::Matrix(p), *ask));
                 let all = asks(recipe, &Chosen::default(), spec, l).into_iter().chain(matrices.flat_map(looks));
                 Gather::bytes(spec, all)
+                    .max(Gather::bytes(spec, search.sizes_need(spec, l)) + search.scratch_bytes(spec))
             }
             Step::Local(_) => 0,
         };

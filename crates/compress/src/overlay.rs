@@ -150,7 +150,7 @@ impl Weights for Stitched<'_> {
 
 /// Some rows and columns of a tensor: as it is stored where whole rows of one plain piece stay, else as its own floats
 /// where it is one piece of them, else as f16 (a vector as f32).
-fn sliced(stored: &Stored, rows: Option<&[usize]>, cols: Option<&[usize]>) -> Result<Stored, FormatError> {
+pub(crate) fn sliced(stored: &Stored, rows: Option<&[usize]>, cols: Option<&[usize]>) -> Result<Stored, FormatError> {
     if let (Some(rows), None) = (rows, cols)
         && let Some(cut) = whole_rows(stored, rows)
     {

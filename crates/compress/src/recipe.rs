@@ -454,9 +454,12 @@ fn check_order(steps: &[RecipeStep]) -> Result<(), RecipeError> {
             (false, _) => local = Some(&s.name),
             _ => {}
         }
-        if let Step::Model(m) = &s.step
-            && m.reshapes()
-        {
+        let reshapes = match &s.step {
+            Step::Model(m) => m.reshapes(),
+            Step::Search(search) => matches!(search.varies(), Varied::Sizes),
+            Step::Local(_) => false,
+        };
+        if reshapes {
             reshaped.get_or_insert(&s.name);
         }
         if let (Some(before), true) = (reshaped, s.reads_gradients()) {

@@ -17,24 +17,27 @@ use crate::drive::{SOURCE, Walk, at_step};
 use crate::error::change;
 use crate::local::{asks, gathered_for, local_of, locals_of};
 use crate::model_wide::Layer;
-use crate::overlay::{Overlay, Stitched, finite, forward, need, release_layer};
+use crate::overlay::{Overlay, Stitched, finite, forward, need, release_layer, sliced};
 use crate::recipe::RecipeStep;
 use crate::scratch::Scratch;
+use crate::sizes::Sized;
 use crate::trials::Trials;
 
 /// What a slot stands for.
-enum Meaning {
+pub(crate) enum Meaning {
     /// Places of one layer, compressed at each level.
     Places(Vec<Place>),
     /// The attention or the FFN of a layer, absent at level 0.
     Part(Role),
+    /// The attention or the FFN of a layer, at each level of a size.
+    Sizes(Vec<Sized>),
 }
 
-struct Entry {
-    layer: usize,
-    meaning: Meaning,
+pub(crate) struct Entry {
+    pub(crate) layer: usize,
+    pub(crate) meaning: Meaning,
     /// By level, the tensors in the scratch file.
-    kept: Vec<Vec<(Place, usize)>>,
+    pub(crate) kept: Vec<Vec<(Place, usize)>>,
 }
 
 /// The laboratory of one search.
@@ -57,9 +60,10 @@ struct Database<'a> {
     /// By level, the value that varies.
     names: Vec<String>,
     notes: String,
+    rest_bytes: u64,
 }
 
-fn told(e: impl std::fmt::Display) -> MethodError {
+pub(crate) fn told(e: impl std::fmt::Display) -> MethodError {
     MethodError::new(e.to_string())
 }
 
@@ -72,9 +76,10 @@ impl Database<'_> {
         self.entries.iter().zip(a).filter(|(e, _)| e.layer == layer).map(|(_, l)| *l).collect()
     }
 
-    /// A layer as an assignment has it.
-    fn layer(&self, a: &[usize], layer: usize) -> Result<Block, MethodError> {
+    /// A layer as an assignment has it, and the network that it is of.
+    fn layer(&self, a: &[usize], layer: usize) -> Result<(Spec, Block), MethodError> {
         let mut spec = self.overlay.spec.clone();
+        let mut new = HashMap::new();
         let mut wanted: Vec<(Place, usize)> =
             self.common.iter().filter(|(p, _)| p.layer == Some(layer as u32)).copied().collect();
         for (entry, &level) in self.entries.iter().zip(a).filter(|(e, _)| e.layer == layer) {
@@ -83,9 +88,18 @@ impl Database<'_> {
                 Meaning::Part(_) if level > 0 => {}
                 Meaning::Part(Role::O) => spec.layers[layer].attn = None,
                 Meaning::Part(_) => spec.layers[layer].ffn = None,
+                Meaning::Sizes(sizes) => {
+                    let at = &sizes[level];
+                    at.describe(&mut spec.layers[layer]);
+                    wanted.extend(&entry.kept[level]);
+                    for (place, rows, cols) in at.rows.iter() {
+                        let whole = need(self.overlay, place).map_err(told)?;
+                        let cut = sliced(&whole, rows.as_deref(), cols.as_deref()).map_err(told)?;
+                        new.insert(*place, Arc::new(cut));
+                    }
+                }
             }
         }
-        let mut new = HashMap::new();
         let mut scratch = self.scratch.lock().unwrap_or_else(PoisonError::into_inner);
         for (place, number) in wanted {
             new.insert(place, Arc::new(scratch.get(number).map_err(told)?));
@@ -93,7 +107,7 @@ impl Database<'_> {
         drop(scratch);
         let block = Block::load(&Stitched { base: self.overlay, spec: &spec, new }, layer).map_err(told)?;
         release_layer(self.overlay, layer);
-        Ok(block)
+        Ok((spec, block))
     }
 
     /// Runs trials that agree on every layer before `layer`, whose activations are `x`: what they share is computed
@@ -120,9 +134,9 @@ impl Database<'_> {
         let many = parts.len();
         for (i, part) in parts.into_values().enumerate() {
             let mut next = if i + 1 < many { x.clone() } else { std::mem::take(&mut x) };
-            let block = self.layer(part[0], layer)?;
+            let (spec, block) = self.layer(part[0], layer)?;
             for m in &mut next {
-                forward(&self.overlay.spec, &block, m, &mut NoTap).map_err(told)?;
+                forward(&spec, &block, m, &mut NoTap).map_err(told)?;
             }
             drop(block);
             self.descend(&part, layer + 1, next, dense, out)?;
@@ -218,6 +232,10 @@ impl Lab for Database<'_> {
         self.names.get(level).cloned().unwrap_or_else(|| self.levels[slot][level].value.to_string())
     }
 
+    fn rest_bytes(&self) -> u64 {
+        self.rest_bytes
+    }
+
     fn note(&mut self, text: String) {
         self.notes += "; ";
         self.notes += &text;
@@ -240,13 +258,13 @@ impl Walk<'_> {
         let (mut common, mut looks) = (Vec::new(), Vec::new());
         let mut scratch = scratch;
         let names: Vec<String> = match &varies {
-            Varied::Parts => Vec::new(),
+            Varied::Parts | Varied::Sizes => Vec::new(),
             Varied::Key { values, .. } => {
                 values.iter().map(|v| v.as_str().map_or_else(|| v.to_string(), str::to_owned)).collect()
             }
         };
         let varied = match &varies {
-            Varied::Parts => None,
+            Varied::Parts | Varied::Sizes => None,
             Varied::Key { step: name, by_layer, .. } => {
                 let at = self.recipe.steps.iter().position(|s| s.name == *name && matches!(s.step(), Step::Local(_)));
                 at.map(|i| (i, *by_layer))
@@ -258,7 +276,16 @@ impl Walk<'_> {
             let spec = overlay.spec.clone();
             match varied {
                 None => {
-                    parts_of(overlay, l, &mut slots, &mut levels, &mut entries)?;
+                    match varies {
+                        Varied::Sizes => {
+                            for (slot, of, entry) in self.sizes_of((step, search), overlay, l, &mut x, &mut scratch)? {
+                                slots.push(slot);
+                                levels.push(of);
+                                entries.push(entry);
+                            }
+                        }
+                        _ => parts_of(overlay, l, &mut slots, &mut levels, &mut entries)?,
+                    }
                     looks.resize(slots.len(), 0.0);
                 }
                 Some((i, by_layer)) => {
@@ -267,7 +294,7 @@ impl Walk<'_> {
                     self.slots_of(i, &spec, l, by_layer, places, &mut slots, &mut levels, &mut entries, &mut common);
                     let of = |e: &Entry| match &e.meaning {
                         Meaning::Places(places) => seen.get(&places[0]).copied().unwrap_or(0.0),
-                        Meaning::Part(_) => 0.0,
+                        Meaning::Part(_) | Meaning::Sizes(_) => 0.0,
                     };
                     looks.extend(entries[looks.len()..].iter().map(of));
                 }
@@ -298,11 +325,13 @@ impl Walk<'_> {
             looks,
             names,
             notes: String::new(),
+            rest_bytes: beside(&overlay.spec),
         };
         let chosen = search.search(&mut lab).map_err(fail)?;
         let spent = lab.trials.spent();
         let told: Vec<String> = chosen.iter().enumerate().map(|(s, &level)| lab.name(s, level)).collect();
-        let (entries, notes) = (lab.entries, lab.notes);
+        let (entries, notes, scratch) = (lab.entries, lab.notes, lab.scratch);
+        let mut scratch = scratch.into_inner().unwrap_or_else(PoisonError::into_inner);
         let mut histogram: BTreeMap<String, usize> = BTreeMap::new();
         let mut spec = overlay.spec.clone();
         for (s, (entry, &level)) in entries.iter().zip(&chosen).enumerate() {
@@ -316,12 +345,17 @@ impl Walk<'_> {
                 }
                 (Meaning::Part(Role::O), _) if level == 0 => spec.layers[entry.layer].attn = None,
                 (Meaning::Part(_), _) if level == 0 => spec.layers[entry.layer].ffn = None,
+                (Meaning::Sizes(sizes), _) => {
+                    sizes[level].describe(&mut spec.layers[entry.layer]);
+                    self.take_size(overlay, &sizes[level], &entry.kept[level], &mut scratch)?;
+                }
                 _ => {}
             }
         }
         overlay.spec = spec;
         let what = match &varies {
             Varied::Parts => "parts (1 there, 0 gone)".to_owned(),
+            Varied::Sizes => "sizes (1 whole, 0 gone)".to_owned(),
             Varied::Key { step, key, .. } => format!("{step}.{key}"),
         };
         let shown: Vec<String> = histogram.iter().map(|(v, n)| format!("{v} at {n}")).collect();
@@ -460,6 +494,19 @@ struct AtLevel {
     lost: f64,
 }
 
+/// Bytes at 16 bits that a token is multiplied with outside the layers.
+fn beside(spec: &Spec) -> u64 {
+    let head = if spec.tied { Role::Embed } else { Role::Head };
+    let ends = spec.places().into_iter().filter(|p| p.layer.is_none() && p.role == head && p.part == Part::Weight);
+    ends.filter_map(|p| spec.shape(&p)).map(|(r, c)| 2 * (r * c) as u64).sum()
+}
+
+/// Whether a tensor is the attention's.
+pub(crate) fn attention(role: Role) -> bool {
+    use Role::*;
+    matches!(role, AttnNorm | Q | K | V | O | QNorm | KNorm | AttnPostNorm)
+}
+
 /// The attention and the FFN of a layer as slots.
 fn parts_of(
     overlay: &Overlay<'_>,
@@ -468,12 +515,6 @@ fn parts_of(
     levels: &mut Vec<Vec<Level>>,
     entries: &mut Vec<Entry>,
 ) -> Result<(), CompressError> {
-    let attention = |r: Role| {
-        matches!(
-            r,
-            Role::AttnNorm | Role::Q | Role::K | Role::V | Role::O | Role::QNorm | Role::KNorm | Role::AttnPostNorm
-        )
-    };
     let here = &overlay.spec.layers[layer];
     for (name, role, there, group) in
         [("attn", Role::O, here.attn.is_some(), 0), ("ffn", Role::Down, here.ffn.is_some(), 1)]

@@ -522,6 +522,68 @@ fn searches_stay_within_their_budget_and_resume() {
     }
 }
 
+/// Bytes at 16 bits that a token is multiplied with.
+fn read_bytes(spec: &Spec) -> f64 {
+    let head = if spec.tied { Role::Embed } else { Role::Head };
+    let mine = |p: &&Place| p.layer.is_some() || p.role == head;
+    let bytes = |p: &Place| {
+        let e = p.layer.and_then(|l| spec.layers[l as usize].ffn.as_ref()).and_then(|f| f.experts);
+        let used = e.filter(|_| p.expert.is_some()).map_or(1.0, |e| e.used as f64 / e.count as f64);
+        spec.shape(p).map_or(0.0, |(r, c)| 2.0 * used * (r * c) as f64)
+    };
+    spec.places().iter().filter(mine).map(bytes).sum()
+}
+
+#[test]
+fn sizes_meet_the_time_asked_and_a_search_beats_the_same_everywhere() {
+    let dir = tempfile::tempdir().unwrap();
+    let text = |method: &str, speedup: f64, extra: &str| {
+        step(&format!("method = \"{method}\"\nspeedup = {speedup}\nalign = 2\ntokens = 64\n{extra}"))
+    };
+    for name in architectures() {
+        let source = tiny(&name);
+        for method in ["ziplm", "uniform", "evopress"] {
+            let out = dir.path().join(format!("{name}-{method}"));
+            let extra = if method == "ziplm" { "trials = 12" } else { "" };
+            let done = run(&source, &text(method, 1.1, extra), &out).unwrap_or_else(|e| panic!("{method} {name}: {e}"));
+            let faster = read_bytes(source.spec()) / read_bytes(&done.spec);
+            assert!(faster >= 1.1, "{method} on {name}: {faster}");
+            assert!(logits(&open(&done.path).unwrap()).iter().all(|x| x.is_finite()), "{method} on {name}");
+            let said = format!("a token {faster:.3} times as fast by the bytes it reads, asked were 1.1");
+            assert!(done.notes.iter().any(|n| n.contains(&said)), "{said}: {:?}", done.notes);
+        }
+    }
+    // Times of the user's own, and the same bytes for any number of threads; a later step sees what is left.
+    let source = tiny("llama");
+    let times =
+        "trials = 8\ntimes = { heads = [[0, 0], [8, 80.0]], channels = [[0, 0], [20, 30.0], [48, 30.0]], rest = 5 }";
+    let after = "[[step]]\nmethod = \"rtn\"\nbits = 4\ngroup = 2\n";
+    let text = format!("{}{after}", text("ziplm", 1.3, times));
+    let one = rayon::ThreadPoolBuilder::new().num_threads(1).build().unwrap();
+    let a = one.install(|| run(&source, &text, &dir.path().join("a"))).unwrap();
+    let b = run(&source, &text, &dir.path().join("b")).unwrap();
+    assert_eq!(files(&a.path), files(&b.path));
+    assert!(a.notes.iter().any(|n| n.contains("by the times given")), "{:?}", a.notes);
+    // More than everything cannot go, unknown sizes have no time, and gradients of the source would not fit.
+    for (text, word) in [
+        (step("method = \"ziplm\"\nspeedup = 900"), "at most"),
+        (step("method = \"ziplm\"\nspeedup = 1.1\ntimes = { heads = [[0, 0]] }"), "says nothing"),
+    ] {
+        let said = run(&source, &text, &dir.path().join("c")).err().expect("refused").to_string();
+        assert!(said.contains(word), "{said}");
+    }
+    let registry = lacuna_methods::registry();
+    for (text, word) in [
+        (step("method = \"ziplm\"\nspeedup = 0.5"), "speedup = 0.5"),
+        (step("method = \"ziplm\"\nspeedup = 2\ntarget = 0.5"), "target exclude"),
+        (step("method = \"uniform\"\nspeedup = 2\nshrink = \"wanda\""), "wanda"),
+        (format!("{}[[step]]\nmethod = \"fisher\"\n", step("method = \"ziplm\"\nspeedup = 2")), "gradients"),
+    ] {
+        let said = Recipe::parse(&text, &registry, &[]).err().expect("refused").what;
+        assert!(said.contains(word), "{said}");
+    }
+}
+
 /// Stops the walk in its first block.
 struct StopInBlocks(bool);
 

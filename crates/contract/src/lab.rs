@@ -16,9 +16,9 @@ pub struct Slot {
 /// One choice for a slot.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct Level {
-    /// The value of the key that varies (bits, sparsity, ...); 0 for absent and 1 for present.
+    /// The value of the key that varies (bits, sparsity, ...); for parts the share that is there, 0 to 1.
     pub value: f64,
-    /// What the budget counts: bytes.
+    /// What the budget counts: bytes (nanoseconds, where a step on sizes was given times).
     pub bytes: u64,
     /// Relative error on the source's calibration text, weighted by the weights of each matrix.
     pub error: f64,
@@ -56,6 +56,11 @@ pub trait Lab {
     fn looked(&self, slot: usize) -> f64 {
         let _ = slot;
         0.0
+    }
+
+    /// Bytes at 16 bits a weight that a token reads beside the slots.
+    fn rest_bytes(&self) -> u64 {
+        0
     }
 
     /// A level as the recipe writes its value.

@@ -15,11 +15,12 @@ mod step;
 pub use card::{Ability, Card, Family, Made, Making, Method, MethodError, Registry};
 pub use lab::{Assignment, Lab, Level, Outcome, Slot};
 pub use questions::{
-    Basis, Compete, Factor, FfnAsk, FfnMatrix, Grid, GridAsk, PruneAsk, Ranks, Recode, RoundAsk, RoundedForm, Scaled,
-    ScaledAsk, ScaledTable, Scope, Score, Search, SearchAsk, Shortlist, ShortlistAsk, Solve, SolveAsk, SolveFfn,
-    Solved, Sparsity, Spectrum, Structure, StructureAsk, Table, Transform, Unit, Vocabulary,
+    Basis, Compete, Cut, Factor, FfnAsk, FfnMatrix, Grid, GridAsk, Learner, PruneAsk, Ranks, Recode, RoundAsk,
+    RoundedForm, Scaled, ScaledAsk, ScaledTable, Scope, Score, Search, SearchAsk, Shortlist, ShortlistAsk, Shrink,
+    Shrinking, Solve, SolveAsk, SolveFfn, Solved, Sparsity, Spectrum, Structure, StructureAsk, Table, Transform, Unit,
+    Vocabulary,
 };
 pub use stats::{Ask, Gathered, Site, Stats, Worked};
 pub use step::{
-    Edit, Finished, LayerWork, Left, Local, ModelWide, Reader, Searching, Step, Turn, Varied, Walker, Work,
+    AtSize, Edit, Finished, LayerWork, Left, Local, ModelWide, Reader, Searching, Step, Turn, Varied, Walker, Work,
 };

@@ -416,6 +416,54 @@ pub trait Structure: Send + Sync {
     fn shares(&self, looked: &[f64], sparsity: f64) -> Result<Vec<f64>, MethodError> {
         Ok(vec![sparsity; looked.len()])
     }
+
+    /// Where it learns from the weights of all layers before it scores them: who does. It reads no statistics.
+    fn learner(&self) -> Option<Box<dyn Learner>> {
+        None
+    }
+}
+
+/// What learns from a model's units, walk after walk over its layers, before it scores them.
+pub trait Learner {
+    /// Looks at the units of one reader, of which the fraction `sparsity` will go.
+    fn look(&mut self, ask: &StructureAsk<'_>, sparsity: f64) -> Result<(), MethodError>;
+
+    /// A walk is over: whether it wants another before it scores.
+    fn again(&mut self) -> bool;
+
+    /// Importance of each unit, `[count]`: larger = keep.
+    fn score(&self, ask: &StructureAsk<'_>) -> Result<Vec<f64>, MethodError>;
+}
+
+/// The heads or channels of a part cut to a size.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Cut {
+    /// The units that stay, rising.
+    pub kept: Vec<usize>,
+    /// What now reads them, `[hidden, kept * width]`.
+    pub reader: Mat,
+    /// `‖(W - W') X‖² / ‖W X‖²` on the calibration text; 1 where all are gone.
+    pub error: f64,
+    /// The same as it is, not relative, over all tokens.
+    pub lost: f64,
+}
+
+/// Shrink: what is left of heads or channels at each of several sizes?
+pub trait Shrink: Send + Sync {
+    /// The sizes, as shares of the units that there are, falling from 1 (all) to 0 (the part is gone).
+    fn shares(&self) -> Vec<f64>;
+
+    /// Statistics of the reader's inputs that it reads.
+    fn needs(&self) -> &'static [Ask];
+
+    /// Begins with all units.
+    fn begin(&self, ask: &StructureAsk<'_>) -> Result<Box<dyn Shrinking>, MethodError>;
+}
+
+/// Heads or channels that become fewer and fewer.
+pub trait Shrinking {
+    /// Cuts what is left to `size` units, no more than there are.
+    fn cut(&mut self, size: usize) -> Result<Cut, MethodError>;
 }
 
 /// Basis: which change of axes first?
@@ -456,7 +504,7 @@ pub trait Shortlist: Send + Sync {
 /// What a search is asked.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub struct SearchAsk {
-    /// Most bytes of all slots together.
+    /// Most bytes of all slots together (of what their levels count as such).
     pub budget_bytes: u64,
     /// Most trials.
     pub trials: usize,
@@ -475,5 +523,10 @@ pub trait Search: Send + Sync {
     fn look(&self, places: &[Place], work: &dyn LayerWork) -> Result<f64, MethodError> {
         let _ = (places, work);
         Ok(0.0)
+    }
+
+    /// How its paper cuts heads and channels to the sizes that are chosen from, where it says so.
+    fn shrinker(&self) -> Option<&dyn Shrink> {
+        None
     }
 }

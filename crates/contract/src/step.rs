@@ -2,12 +2,12 @@
 
 use lacuna_base::Mat;
 use lacuna_format::{Stored, Unpacked};
-use lacuna_spec::{Place, Spec};
+use lacuna_spec::{LayerSpec, Place, Spec};
 use serde_json::Value;
 
 use crate::card::MethodError;
 use crate::lab::{Assignment, Lab};
-use crate::questions::Vocabulary;
+use crate::questions::{Unit, Vocabulary};
 use crate::stats::{Ask, Site, Stats};
 
 /// A step of a recipe, by how it walks.
@@ -244,6 +244,25 @@ pub enum Varied {
     },
     /// Whether attentions and FFNs are there at all.
     Parts,
+    /// How many heads attentions and how many channels FFNs have; each is a slot, and all have as many levels.
+    Sizes,
+}
+
+/// An attention or an FFN at one size.
+#[derive(Debug)]
+pub struct AtSize {
+    /// The consecutive levels that it stands for, as shares of what there was.
+    pub shares: Vec<f64>,
+    /// What the budget counts.
+    pub bytes: u64,
+    /// Relative error of what the part puts out on the calibration text.
+    pub error: f64,
+    /// The same, not relative.
+    pub lost: f64,
+    /// Edits of the layer's tensors; none where the part stays whole or goes.
+    pub edits: Vec<Edit>,
+    /// The layer with its part at this size.
+    pub layer: LayerSpec,
 }
 
 /// A step that chooses levels.
@@ -259,6 +278,31 @@ pub trait Searching: Send + Sync {
 
     /// Looks at the matrices of a slot as they are in the source: a number that the lab keeps for it.
     fn look(&self, places: &[Place], work: &dyn LayerWork) -> Result<f64, MethodError>;
+
+    /// Where sizes vary: the statistics of a layer that cutting its parts reads.
+    fn sizes_need(&self, spec: &Spec, layer: usize) -> Vec<(Site, Ask)> {
+        let _ = (spec, layer);
+        Vec::new()
+    }
+
+    /// Where sizes vary: hands `each` a part of a layer at all its sizes, the whole one first; none where it is not
+    /// there.
+    fn sizes(
+        &self,
+        layer: usize,
+        part: Unit,
+        work: &dyn LayerWork,
+        each: &mut dyn FnMut(AtSize) -> Result<(), MethodError>,
+    ) -> Result<(), MethodError> {
+        let _ = (layer, part, work, each);
+        Ok(())
+    }
+
+    /// Bytes that cutting the parts of a layer takes at once, beside its weights and statistics.
+    fn scratch_bytes(&self, spec: &Spec) -> u64 {
+        let _ = spec;
+        0
+    }
 
     /// Chooses.
     fn search(&self, lab: &mut dyn Lab) -> Result<Assignment, MethodError>;

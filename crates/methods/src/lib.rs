@@ -66,6 +66,7 @@ pub fn registry() -> Registry {
             structure::wanda_sp::method(),
             structure::llm_pruner::method(),
             structure::cfsp::method(),
+            structure::prunenet::method(),
             structure::random::method(),
             shortlist::lexical_shortlist::method(),
             search::uniform::method(),
@@ -74,6 +75,7 @@ pub fn registry() -> Registry {
             search::owl::method(),
             search::sv_nup::method(),
             search::essential_sparsity::method(),
+            search::ziplm::method(),
         ],
         families: vec![
             family::prune::family(),

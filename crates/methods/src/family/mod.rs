@@ -11,6 +11,7 @@ pub(crate) mod quantize;
 pub(crate) mod recode;
 pub(crate) mod search;
 pub(crate) mod select;
+mod sizes;
 pub(crate) mod slice;
 pub(crate) mod structure;
 mod tables;

@@ -1,13 +1,16 @@
-//! `search`: a key of another step, or whether parts are there at all, chosen place by place within a budget of bytes.
+//! `search`: a key of another step, whether parts are there at all, or how many heads and channels they have, chosen
+//! place by place within a budget of bytes or of time.
 
 use lacuna_contract::{
-    Ask, Assignment, Family, Lab, LayerWork, Made, Making, MethodError, Search, SearchAsk, Searching, Step, Varied,
+    Ask, Assignment, AtSize, Family, Lab, LayerWork, Made, Making, MethodError, Search, SearchAsk, Searching, Site,
+    Step, Unit, Varied,
 };
-use lacuna_spec::Place;
+use lacuna_spec::{Place, Spec};
 use serde::Deserialize;
 use serde_json::Value;
 
 use super::keys::{Fraction, Whole};
+use super::sizes::{Sizes, Times};
 use super::wrong;
 use crate::make;
 
@@ -27,6 +30,14 @@ struct Keys {
     slot: Each,
     /// Instead of a key: whole attentions and FFNs are there or not, and this fraction of their bytes is the budget.
     parts: Option<Fraction>,
+    /// Instead of a key: heads and channels go until a token takes this part of its time, 1 to 1000 times as fast.
+    speedup: Option<f64>,
+    /// With `speedup`: the method that cuts them, unless the one that searches does.
+    shrink: String,
+    /// With `speedup`: the channels that stay are a multiple of this, 1 to 65536.
+    align: Whole<1, 65536>,
+    /// With `speedup`: measured times; without them bytes read stand for time.
+    times: Option<Times>,
     /// Most trials.
     trials: Whole<0, 1_000_000>,
     /// Calibration tokens of a trial at the most.
@@ -52,6 +63,10 @@ impl Default for Keys {
             target: None,
             slot: Each::Matrix,
             parts: None,
+            speedup: None,
+            shrink: "ziplm".into(),
+            align: Whole(32),
+            times: None,
             trials: Whole(200),
             tokens: Whole(8192),
             seed: 0,
@@ -68,14 +83,34 @@ struct Choose {
     /// Index of the target among the values.
     target: usize,
     by: Box<dyn Search>,
+    sizes: Option<Sizes>,
     needs: &'static [Ask],
 }
 
 fn search(making: &Making<'_>) -> Result<Step, MethodError> {
     let (mut keys, made) = make::split::<Keys>(making)?;
     let Made::Search(by) = made else { return Err(wrong(making, &made)) };
-    let mut target = 0;
-    if keys.parts.is_none() {
+    let (mut target, mut sizes) = (0, None);
+    if let Some(speedup) = keys.speedup {
+        if let Some(key) = ["key", "values", "target", "parts"].iter().find(|k| making.keys.contains_key(**k)) {
+            return Err(MethodError::new(format!("speedup and {key} exclude each other")));
+        }
+        if !(1.0..=1000.0).contains(&speedup) {
+            return Err(MethodError::new(format!("speedup = {speedup}; write a number from 1 to 1000")));
+        }
+        let named = making.registry.method(&keys.shrink).map(|m| (m.make)(Value::Null)).transpose()?;
+        let cuts = match named {
+            _ if by.shrinker().is_some() => None,
+            Some(Made::Search(other)) if other.shrinker().is_some() => Some(other),
+            _ => {
+                return Err(MethodError::new(format!(
+                    "shrink = \"{}\": no method that cuts is called so",
+                    keys.shrink
+                )));
+            }
+        };
+        sizes = Some(Sizes { cuts, align: keys.align.0, times: keys.times.clone() });
+    } else if keys.parts.is_none() {
         let Some(wanted) = keys.target.clone() else {
             return Err(MethodError::new(
                 "target is missing: the value that, the same everywhere, makes the budget of bytes (for example target \
@@ -92,14 +127,15 @@ fn search(making: &Making<'_>) -> Result<Step, MethodError> {
     } else if making.keys.contains_key("key") || making.keys.contains_key("values") {
         return Err(MethodError::new("parts and key exclude each other"));
     }
-    Ok(Step::Search(Box::new(Choose { keys, target, by, needs: making.method.card.needs })))
+    Ok(Step::Search(Box::new(Choose { keys, target, by, sizes, needs: making.method.card.needs })))
 }
 
 impl Searching for Choose {
     fn varies(&self) -> Varied {
-        match self.keys.parts {
-            Some(_) => Varied::Parts,
-            None => Varied::Key {
+        match (self.keys.parts, &self.sizes) {
+            (_, Some(_)) => Varied::Sizes,
+            (Some(_), _) => Varied::Parts,
+            _ => Varied::Key {
                 step: self.keys.step.clone(),
                 key: self.keys.key.clone(),
                 values: self.keys.values.clone(),
@@ -120,14 +156,33 @@ impl Searching for Choose {
         self.by.look(places, work)
     }
 
+    fn sizes_need(&self, spec: &Spec, layer: usize) -> Vec<(Site, Ask)> {
+        self.sizes.as_ref().map_or_else(Vec::new, |s| s.needs(self.by.as_ref(), spec, layer))
+    }
+
+    fn sizes(
+        &self,
+        layer: usize,
+        part: Unit,
+        work: &dyn LayerWork,
+        each: &mut dyn FnMut(AtSize) -> Result<(), MethodError>,
+    ) -> Result<(), MethodError> {
+        self.sizes.as_ref().map_or(Ok(()), |s| s.cut(self.by.as_ref(), layer, part, work, each))
+    }
+
+    fn scratch_bytes(&self, spec: &Spec) -> u64 {
+        self.sizes.as_ref().map_or(0, |_| Sizes::scratch_bytes(spec))
+    }
+
     fn search(&self, lab: &mut dyn Lab) -> Result<Assignment, MethodError> {
         let slots = 0..lab.slots().len();
-        let budget_bytes = match self.keys.parts {
-            Some(Fraction(keep)) => {
+        let budget_bytes = match (self.keys.parts, &self.sizes) {
+            (_, Some(sizes)) => sizes.budget(lab, self.keys.speedup.unwrap_or(1.0))?,
+            (Some(Fraction(keep)), _) => {
                 let all: u64 = slots.clone().filter_map(|s| lab.levels(s).iter().map(|l| l.bytes).max()).sum();
                 (keep * all as f64).round() as u64
             }
-            None => slots.clone().filter_map(|s| lab.levels(s).get(self.target)).map(|l| l.bytes).sum(),
+            _ => slots.clone().filter_map(|s| lab.levels(s).get(self.target)).map(|l| l.bytes).sum(),
         };
         let (trials, tokens, seed) = (self.keys.trials.0, self.keys.tokens.0, self.keys.seed);
         let chosen = self.by.search(lab, &SearchAsk { budget_bytes, trials, tokens, seed })?;
@@ -142,6 +197,10 @@ impl Searching for Choose {
         }
         if bytes > budget_bytes {
             return Err(MethodError::new(format!("{bytes} bytes were chosen, above the budget of {budget_bytes}")));
+        }
+        if let Some(sizes) = &self.sizes {
+            let (faster, asked) = (sizes.speedup(lab, bytes), self.keys.speedup.unwrap_or(1.0));
+            lab.note(format!("a token {faster:.3} times as fast by {}, asked were {asked}", sizes.by_what()));
         }
         Ok(chosen)
     }

@@ -15,7 +15,7 @@ use std::sync::Arc;
 
 use lacuna_base::Mat;
 use lacuna_contract::{
-    Ask, Compete, Edit, Family, Finished, LayerWork, Made, Making, MethodError, ModelWide, Site, Stats, Step,
+    Ask, Compete, Edit, Family, Finished, LayerWork, Learner, Made, Making, MethodError, ModelWide, Site, Stats, Step,
     Structure, StructureAsk, Unit, Walker,
 };
 use lacuna_spec::{Place, Role, Spec};
@@ -60,7 +60,7 @@ impl Default for Keys {
 /// Kinds of units.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, PartialOrd, Ord, Deserialize)]
 #[serde(rename_all = "snake_case")]
-enum Kind {
+pub(super) enum Kind {
     /// Key and value heads with their query heads.
     Heads,
     /// Channels of FFNs.
@@ -96,25 +96,25 @@ struct Structured {
 
 /// The heads or the channels of one layer.
 #[derive(Clone, Copy, Debug)]
-struct Group {
-    layer: usize,
-    kind: Kind,
+pub(super) struct Group {
+    pub(super) layer: usize,
+    pub(super) kind: Kind,
     /// How many units there are.
-    count: usize,
+    pub(super) count: usize,
     /// Columns of the reader that a unit writes.
-    width: usize,
+    pub(super) width: usize,
     /// Rows of k and v that belong to a unit.
-    narrow: usize,
+    pub(super) narrow: usize,
     /// FFNs side by side, in a mixture.
-    experts: Option<usize>,
-    gated: bool,
+    pub(super) experts: Option<usize>,
+    pub(super) gated: bool,
     /// Parameters that go with a unit, of all experts together.
-    parameters: u64,
+    pub(super) parameters: u64,
 }
 
 impl Group {
     /// Those of a layer, heads first.
-    fn of_layer(spec: &Spec, layer: usize, kinds: &[Kind]) -> Vec<Group> {
+    pub(super) fn of_layer(spec: &Spec, layer: usize, kinds: &[Kind]) -> Vec<Group> {
         let (described, h) = (&spec.layers[layer], spec.hidden as u64);
         let one = |kind: &Kind| match kind {
             Kind::Heads => described.attn.as_ref().map(|a| {
@@ -167,13 +167,13 @@ impl Group {
         }
     }
 
-    fn readers(&self) -> Vec<Place> {
+    pub(super) fn readers(&self) -> Vec<Place> {
         let role = if self.kind == Kind::Heads { Role::O } else { Role::Down };
         (0..self.experts.unwrap_or(1)).map(|e| self.place(role, e)).collect()
     }
 
     /// The matrices that write what one reader reads, with the rows of a unit.
-    fn writers(&self, expert: usize) -> Vec<(Place, usize)> {
+    pub(super) fn writers(&self, expert: usize) -> Vec<(Place, usize)> {
         match (self.kind, self.gated) {
             (Kind::Heads, _) => [(Role::Q, self.width), (Role::K, self.narrow), (Role::V, self.narrow)]
                 .map(|(role, rows)| (self.place(role, expert), rows))
@@ -268,7 +268,10 @@ impl ModelWide for Structured {
         let cut: u64 = self.groups(spec).iter().map(Group::total).sum();
         // `check` has seen that it is less than 1.
         let rate = self.keys.sparsity.0 * (self.total(spec) as f64 / cut.max(1) as f64);
-        Ok(Box::new(Walk { step: self.clone(), total: self.total(spec), rate, seen: Vec::new(), looked: Vec::new() }))
+        let learner = self.by.learner();
+        let learning = learner.is_some();
+        let (step, total) = (self.clone(), self.total(spec));
+        Ok(Box::new(Walk { step, total, rate, seen: Vec::new(), looked: Vec::new(), learner, learning }))
     }
 }
 
@@ -289,6 +292,10 @@ struct Walk {
     seen: Vec<Seen>,
     /// What the method saw of each layer that is cut.
     looked: Vec<f64>,
+    /// Of a method that learns.
+    learner: Option<Box<dyn Learner>>,
+    /// Whether this walk is one to learn from, and no unit is scored yet.
+    learning: bool,
 }
 
 /// A group whose units are scored.
@@ -315,7 +322,17 @@ impl Walk {
             let means = vec![0.0; group.count];
             return Ok(Sorted { order: (0..group.count).collect(), scores: None, means });
         }
-        let mut scores = self.scores(group, expert, place, work, stats)?;
+        let mut scores = self.asked(group, expert, place, work, |ask| match &self.learner {
+            Some(learner) => learner.score(ask),
+            None => self.step.by.score(ask),
+        })?;
+        let count = group.count;
+        if scores.len() != count {
+            return Err(MethodError::new(format!("{place}: {} scores for {count} units", scores.len())));
+        }
+        if let Some(i) = scores.iter().position(|s| !s.is_finite()) {
+            return Err(MethodError::new(format!("{place}: the score of unit {i} is {}", scores[i])));
+        }
         if self.compete() == Compete::Standardized {
             standardize(&mut scores);
         }
@@ -325,14 +342,16 @@ impl Walk {
         Ok(Sorted { order, scores: Some(scores), means })
     }
 
-    fn scores(
+    /// What `of` makes of the units that one reader reads.
+    fn asked<T>(
         &self,
         group: &Group,
         expert: usize,
         place: &Place,
         work: &dyn LayerWork,
-        stats: Stats<'_>,
-    ) -> Result<Vec<f64>, MethodError> {
+        of: impl FnOnce(&StructureAsk<'_>) -> Result<T, MethodError>,
+    ) -> Result<T, MethodError> {
+        let stats = work.stats(Site::Matrix(*place));
         let reader = work.weight(place)?;
         let places: Vec<Place> = group.writers(expert).into_iter().map(|(p, _)| p).collect();
         let writers = places.iter().map(|p| work.weight(p)).collect::<Result<Vec<Mat>, _>>()?;
@@ -343,15 +362,19 @@ impl Walk {
         let unit = if group.kind == Kind::Heads { Unit::Head } else { Unit::Channel };
         let (layer, count, width, reader) = (group.layer, group.count, group.width, Some(reader.view()));
         let (writers, writer_stats) = (writers.as_slice(), writer_stats.as_slice());
-        let ask = StructureAsk { unit, layer, count, width, reader, writers, stats, writer_stats };
-        let scores = self.step.by.score(&ask)?;
-        if scores.len() != count {
-            return Err(MethodError::new(format!("{place}: {} scores for {count} units", scores.len())));
+        of(&StructureAsk { unit, layer, count, width, reader, writers, stats, writer_stats })
+    }
+
+    /// Lets the learner look at a layer.
+    fn learn(&mut self, groups: &[Group], work: &dyn LayerWork) -> Result<(), MethodError> {
+        let Some(mut learner) = self.learner.take() else { return Ok(()) };
+        for group in groups {
+            for (expert, place) in group.readers().iter().enumerate() {
+                self.asked(group, expert, place, work, |ask| learner.look(ask, self.rate))?;
+            }
         }
-        match scores.iter().position(|s| !s.is_finite()) {
-            Some(i) => Err(MethodError::new(format!("{place}: the score of unit {i} is {}", scores[i]))),
-            None => Ok(scores),
-        }
+        self.learner = Some(learner);
+        Ok(())
     }
 
     fn compete(&self) -> Compete {
@@ -461,13 +484,16 @@ fn standardize(scores: &mut [f64]) {
 }
 
 /// `n` indices for each unit.
-fn spread(units: &[usize], n: usize) -> Vec<usize> {
+pub(super) fn spread(units: &[usize], n: usize) -> Vec<usize> {
     units.iter().flat_map(|u| u * n..(u + 1) * n).collect()
 }
 
 impl Walker for Walk {
     fn visit(&mut self, layer: usize, work: &dyn LayerWork) -> Result<Vec<Edit>, MethodError> {
         let groups = self.step.of_layer(work.spec(), layer);
+        if self.learning {
+            return self.learn(&groups, work).map(|()| Vec::new());
+        }
         if !groups.is_empty() && self.compete() == Compete::Layer {
             self.looked.push(self.step.by.look(&work.stats(Site::Layer(layer)))?);
         }
@@ -480,7 +506,11 @@ impl Walker for Walk {
         Ok(Vec::new())
     }
 
-    fn finish(self: Box<Self>, work: &dyn LayerWork) -> Result<Finished, MethodError> {
+    fn finish(mut self: Box<Self>, work: &dyn LayerWork) -> Result<Finished, MethodError> {
+        if let (true, Some(learner)) = (self.learning, &mut self.learner) {
+            self.learning = learner.again();
+            return Ok(Finished { again: Some(self), ..Finished::default() });
+        }
         let gone = self.choose()?;
         let (mut edits, mut spec) = (Vec::new(), work.spec().clone());
         for (seen, &n) in self.seen.iter().zip(&gone).filter(|(_, n)| **n > 0) {

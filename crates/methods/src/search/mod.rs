@@ -9,3 +9,4 @@ pub(crate) mod svd_llm_v2;
 #[cfg(test)]
 mod testkit;
 pub(crate) mod uniform;
+pub(crate) mod ziplm;

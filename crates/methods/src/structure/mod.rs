@@ -4,6 +4,7 @@ pub(crate) mod cfsp;
 pub(crate) mod flap;
 pub(crate) mod llm_drop;
 pub(crate) mod llm_pruner;
+pub(crate) mod prunenet;
 pub(crate) mod random;
 pub(crate) mod wanda_sp;
 
@@ -14,7 +15,7 @@ use crate::make;
 
 /// The matrix that reads what heads or channels write, with as many columns as they have; or why `whose` question
 /// cannot be answered.
-fn reader<'a>(whose: &str, ask: &StructureAsk<'a>) -> Result<MatRef<'a>, MethodError> {
+pub(crate) fn reader<'a>(whose: &str, ask: &StructureAsk<'a>) -> Result<MatRef<'a>, MethodError> {
     let Some(w) = ask.reader.filter(|_| ask.width > 0) else {
         return Err(MethodError::new(format!("{whose} scores heads and channels, not whole parts")));
     };
