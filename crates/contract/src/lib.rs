@@ -17,7 +17,7 @@ pub use lab::{Assignment, Lab, Level, Outcome, Slot};
 pub use questions::{
     Basis, Compete, Factor, Grid, GridAsk, PruneAsk, Ranks, Recode, RoundAsk, RoundedForm, Scaled, ScaledAsk,
     ScaledTable, Scope, Score, Search, SearchAsk, Shortlist, ShortlistAsk, Solve, SolveAsk, Solved, Sparsity, Spectrum,
-    Structure, StructureAsk, Table, Transform, Unit, Vocabulary,
+    Stack, Structure, StructureAsk, Table, Transform, Unit, Vocabulary,
 };
 pub use stats::{Ask, Gathered, Site, Stats, Worked};
 pub use step::{

@@ -16,6 +16,7 @@ mod score;
 mod search;
 mod shortlist;
 mod solve;
+mod stack;
 mod structure;
 mod transform;
 
@@ -43,6 +44,7 @@ pub fn registry() -> Registry {
             grid::squeezellm::method(),
             grid::any_precision::method(),
             recode::double_quantization::method(),
+            stack::bitstack::method(),
             solve::gptq::method(),
             solve::spqr::method(),
             factor::svd::method(),
@@ -76,6 +78,7 @@ pub fn registry() -> Registry {
             family::prune::family(),
             family::quantize::family(),
             family::recode::family(),
+            family::stack::family(),
             family::factor::family(),
             family::outliers::family(),
             family::transform::family(),

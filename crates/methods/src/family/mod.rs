@@ -12,6 +12,7 @@ pub(crate) mod recode;
 pub(crate) mod search;
 pub(crate) mod select;
 pub(crate) mod slice;
+pub(crate) mod stack;
 pub(crate) mod structure;
 mod tables;
 pub(crate) mod transform;
