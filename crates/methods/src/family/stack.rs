@@ -98,3 +98,69 @@ impl Local for Apart {
         })
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use lacuna_base::testkit::{max_abs_diff, random};
+    use lacuna_contract::{Gathered, Stats};
+    use lacuna_format::{Float, Stored};
+    use lacuna_spec::{Part, Role};
+    use serde_json::{Value, json};
+
+    fn step(keys: Value) -> Result<Box<dyn Local>, MethodError> {
+        let registry = crate::registry();
+        let Value::Object(keys) = keys else { panic!("a table") };
+        let making = Making { method: registry.method("bitstack").expect("listed"), keys: &keys, registry: &registry };
+        match stack(&making)? {
+            Step::Local(local) => Ok(local),
+            other => panic!("{other:?}"),
+        }
+    }
+
+    #[test]
+    fn a_matrix_becomes_a_stack_of_as_many_bytes_as_foretold() {
+        let (rows, cols) = (24, 40);
+        let w = random(rows, cols, 1);
+        let place = Place { layer: Some(0), role: Role::Up, part: Part::Weight, expert: None };
+        let squares = (0..cols).map(|c| 0.1 + c as f64).collect();
+        let found = [(Ask::InputSquares, Gathered::Vector(squares))];
+        let stats = Stats { tokens: 9, found: &found, gradients: &[], sequences: 0, worked: None };
+        let mut last = f32::INFINITY;
+        for blocks in [1, 3, 6] {
+            let local = step(json!({ "blocks": blocks })).expect("made");
+            assert_eq!(
+                (local.check((rows, cols), &[]), local.needs(&place)),
+                (Ok(Left::Rounded), vec![Ask::InputSquares])
+            );
+            let source = Unpacked::dense(w.clone()).pack(Float::F32).expect("packs");
+            let work = Work { place, matrix: Unpacked::dense(w.clone()), source: &source, stats };
+            let Ok([Edit::Matrix(_, made)]) = local.edit(vec![work]).map(|e| <[Edit; 1]>::try_from(e).expect("one"))
+            else {
+                panic!("a matrix")
+            };
+            let made: Stored = made.pack(Float::F32).expect("packs");
+            let told = local.foretell(Unpacked::dense(random(rows, cols, 2)), 3).expect("told");
+            assert_eq!(made.bytes(), told.pack(Float::F32).expect("packs").bytes());
+            assert_eq!((made.terms.len(), made.stack().map(|s| s.len()), made.input.len()), (blocks, Some(blocks), 1));
+            let off = max_abs_diff(made.to_mat().view(), w.view());
+            assert!(off < last, "{blocks} blocks are off by {off}");
+            last = off;
+            // Any number of terms from the first on is what fewer blocks would have been.
+            let first = made.first_terms(1);
+            assert!(first.check().is_ok() && first.bytes() < made.bytes() || blocks == 1);
+        }
+    }
+
+    #[test]
+    fn what_cannot_come_before_or_be_asked_is_refused() {
+        let local = step(json!({})).expect("made");
+        for left in [Left::Masked, Left::Rounded, Left::Factored, Left::Aside] {
+            assert!(local.check((4, 8), &[left]).expect_err("refused").what.contains("put it before"));
+        }
+        assert!(local.check((4, 8), &[Left::Mapped { mixes: false }; MOST_MAPS]).is_err());
+        for keys in [json!({ "blocks": 0 }), json!({ "blocks": 17 }), json!({ "block": 2 })] {
+            assert!(step(keys).is_err());
+        }
+    }
+}
