@@ -3,7 +3,7 @@
 use std::collections::HashMap;
 
 use lacuna_base::units::show_bytes;
-use lacuna_format::{Weights, terms_within};
+use lacuna_format::terms_within;
 
 use super::{Checkpoint, OpenError};
 
