@@ -95,11 +95,9 @@ impl Signed {
         if l.rows.checked_mul(width) != Some(self.signs.len()) {
             return fail(format!("signs: {} bytes for {} rows of {width}", self.signs.len(), l.rows));
         }
-        let beyond = |r: &usize| self.row_signs(*r).last().is_some_and(|b| b >> (self.right.cols % 8) != 0);
-        match (0..l.rows).find(beyond).filter(|_| !r.cols.is_multiple_of(8)) {
-            Some(at) => fail(format!("signs of row {at} go beyond column {}", r.cols)),
-            None => Ok(()),
-        }
+        let beyond = |at: &usize| self.row_signs(*at).last().is_some_and(|b| b >> (r.cols % 8) != 0);
+        let rows = if r.cols.is_multiple_of(8) { 0 } else { l.rows };
+        (0..rows).find(beyond).map_or(Ok(()), |at| fail(format!("signs of row {at} go beyond column {}", r.cols)))
     }
 }
 
