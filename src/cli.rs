@@ -43,6 +43,9 @@ pub struct Global {
     /// Merge the adapter into the matrices it changes instead of keeping it beside them.
     #[arg(long, global = true)]
     pub merge: bool,
+    /// Of a stacked model (recipes/bitstack.toml) load only as many blocks as keep its weights within SIZE, e.g. 60MB.
+    #[arg(long, global = true, value_name = "SIZE")]
+    pub load_bytes: Option<String>,
     /// More words on standard error; twice for even more.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,

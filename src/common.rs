@@ -133,6 +133,9 @@ pub fn open(g: &Global, model: &str) -> Result<Model> {
     if let Some(dir) = &adapter {
         checkpoint = checkpoint.with_adapter(Adapter::open(dir)?, g.merge)?;
     }
+    if let Some(bytes) = size(g.load_bytes.as_deref())? {
+        checkpoint = checkpoint.within(bytes)?;
+    }
     let m = opened(model, path, checkpoint);
     let doubt = m.checkpoint.metadata().and_then(Tokenizer::doubt);
     m.checkpoint.remarks().iter().chain(&doubt).for_each(|r| say(format!("{model}: {r}")));

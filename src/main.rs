@@ -77,6 +77,9 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     if takes_none && (g.adapter.is_some() || g.merge) {
         return Err(common::Usage("--adapter and --merge: there is no model here to put an adapter on".into()).into());
     }
+    if takes_none && g.load_bytes.is_some() {
+        return Err(common::Usage("--load-bytes: there is no model here to load".into()).into());
+    }
     match &cli.verb {
         Verb::Quickstart(a) => quickstart::run(g, a),
         Verb::Pull(a) => pull::run(g, a),

@@ -5,8 +5,8 @@ use std::path::Path;
 
 use lacuna_checkpoint::{PackedWriter, open};
 use lacuna_format::{
-    Codebook, Float, Group, Integers, Map, Mask, Owner, Pattern, PatternKind, Piece, ScaleCodec, Stored, Values,
-    Weights, Zeros, pack_codebook, pack_float, pack_integers, pack_integers_off, pack_multiples,
+    Codebook, Float, Group, Integers, Map, Mask, Owner, Pattern, PatternKind, Piece, ScaleCodec, Signed, Stored, Term,
+    Values, Weights, Zeros, pack_codebook, pack_float, pack_integers, pack_integers_off, pack_multiples,
 };
 use serde_json::{Value, json};
 
@@ -101,6 +101,15 @@ fn pack(dir: &Path, out: &Path) -> Result<()> {
         let (rows, cols) = (stored.rows, stored.cols);
         let mask = Mask::from_fn(rows, cols, |r, c| (c + r / 8) % 2 == 0);
         let float = |kind| Ok::<_, Box<dyn std::error::Error>>(pack_float(w.view(), Some(&mask), kind, Float::F16)?);
+        if i % 8 == 7 && rows > 1 && cols > 1 {
+            let thin = |r, c| {
+                let w = lacuna_base::Mat::from_fn(r, c, |r, c| (r * 3 + c) as f32 / 8.0);
+                pack_float(w.view(), None, PatternKind::Dense, Float::F16)
+            };
+            let term = Term::Signed(Signed::new(&mask, thin(rows, 2)?, thin(2, cols)?));
+            writer.put(&place, &Stored::new(rows, cols, vec![term; 2]))?;
+            continue;
+        }
         let piece = match i % 8 {
             _ if rows == 1 => None,
             0 => Some(float(PatternKind::Mask { height: 1 })?),

@@ -11,8 +11,9 @@ use crate::tree::Tree;
 const HEADER: [&str; 5] = ["Paper", "Idea", "Shapes", "Cost", "Departs"];
 
 /// The questions whose answer makes a file a method.
-const QUESTIONS: [&str; 18] = [
+const QUESTIONS: [&str; 19] = [
     "Recode",
+    "Stack",
     "Score",
     "Grid",
     "Solve",

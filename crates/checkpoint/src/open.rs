@@ -3,6 +3,7 @@
 mod head;
 mod index;
 mod locate;
+mod within;
 
 use std::collections::{BTreeMap, HashMap, HashSet};
 use std::ops::Range;
@@ -89,6 +90,8 @@ pub struct Checkpoint {
     packed: Option<PackedConfig>,
     quantized: Option<Quantized>,
     fitted: Option<Fitted>,
+    /// Of a matrix how many terms are loaded, where not all are.
+    loaded: HashMap<Place, usize>,
     /// What was gone around; `None` where the first thing wrong ends the opening.
     problems: Option<Vec<Problem>>,
     /// What is odd and keeps nobody from running it, where problems are not gathered.
@@ -330,6 +333,7 @@ impl Checkpoint {
             packed: None,
             quantized: None,
             fitted: None,
+            loaded: HashMap::new(),
             problems: None,
             notes: Vec::new(),
         }
@@ -526,8 +530,12 @@ impl Checkpoint {
                 Ok(Some(Arc::new(self.plain(*tensor, bytes, *rows, *cols, *transposed))))
             }
             Some(Located::Packed { desc, buffers, whole }) => {
+                let some = |all: &Arc<Stored>| match self.loaded.get(place) {
+                    Some(n) if *n < all.terms.len() => Arc::new(all.first_terms(*n)),
+                    _ => all.clone(),
+                };
                 if let Some(done) = whole.get() {
-                    return Ok(Some(done.clone()));
+                    return Ok(Some(some(done)));
                 }
                 let stored = Stored::from_parts(desc, |suffix| {
                     let (file, t) = &self.tensors[*buffers.get(suffix)?];
@@ -535,7 +543,7 @@ impl Checkpoint {
                 });
                 let file = self.path.display().to_string();
                 let stored = stored.map_err(|e| WeightsError::bad(file, place.to_string(), e))?;
-                Ok(Some(whole.get_or_init(|| Arc::new(stored)).clone()))
+                Ok(Some(some(whole.get_or_init(|| Arc::new(stored)))))
             }
             Some(Located::Foreign(lazy)) => {
                 let stored = lazy.get(&|i| self.data(i));

@@ -9,7 +9,7 @@ use std::sync::Arc;
 use lacuna_checkpoint::save::{GgufKind, save_gguf, save_hf};
 use lacuna_checkpoint::{Checkpoint, Kind, PackedWriter, SaveError, open};
 use lacuna_format::{
-    Codebook, Float, Group, Integers, Map, Mask, Owner, PatternKind, Piece, ScaleCodec, Stored, Term, Weights,
+    Codebook, Float, Group, Integers, Map, Mask, Owner, PatternKind, Piece, ScaleCodec, Signed, Stored, Term, Weights,
     pack_codebook, pack_float, pack_integers,
 };
 use lacuna_spec::{Part, Place, Role};
@@ -90,6 +90,59 @@ fn exports_do_not_forget_maps() {
             assert_eq!(back.get(place).unwrap().unwrap().to_mat(), stored.to_mat(), "{place} in {}", file.display());
         }
     }
+}
+
+/// A model of stacks is loaded within any budget, and more bytes never hold less of a matrix.
+#[test]
+fn stacks_load_within_any_budget() {
+    let c = tiny("llama");
+    let dir = tempfile::tempdir().unwrap();
+    let mut w = PackedWriter::create(&dir.path().join("packed"), false).unwrap();
+    let thin = |r: usize, c: usize, by: f32| {
+        let w = lacuna_base::Mat::from_fn(r, c, |r, c| by * (1.0 + ((r * 5 + c * 3) % 7) as f32));
+        pack_float(w.view(), None, PatternKind::Dense, Float::F16).unwrap()
+    };
+    let is_stack = |p: &Place| p.part == Part::Weight && [Role::Q, Role::Up, Role::Down].contains(&p.role);
+    for place in c.spec().places() {
+        let mut stored = c.get(&place).unwrap().unwrap().as_ref().clone();
+        if is_stack(&place) {
+            let (rows, cols) = (stored.rows, stored.cols);
+            let one = |i: usize| {
+                let turned = Mask::from_fn(rows, cols, |r, c| (r * 3 + c * i) % 5 < 2);
+                let by = 0.5f32.powi(i as i32 + place.layer.unwrap_or(0) as i32 % 2);
+                Term::Signed(Signed::new(&turned, thin(rows, 2, 1.0), thin(2, cols, by)))
+            };
+            stored = Stored::new(rows, cols, (0..4).map(one).collect());
+            stored = stored.with_maps(vec![Map::diagonal(&vec![0.5; cols], Float::F16).unwrap()], vec![]);
+        }
+        w.put(&place, &stored).unwrap();
+    }
+    let path = finish(w, &c);
+    let whole = open(&path).unwrap();
+    assert_eq!(whole.packed().unwrap().version, 5);
+    let bytes = |c: &Checkpoint| c.spec().places().iter().map(|p| c.get(p).unwrap().unwrap().bytes()).sum::<u64>();
+    let counts = |c: &Checkpoint| -> Vec<usize> {
+        let stacks = c.spec().places().into_iter().filter(is_stack);
+        stacks.map(|p| c.get(&p).unwrap().unwrap().terms.len()).collect()
+    };
+    let all = bytes(&whole);
+    let least = open(&path).unwrap().within(0).unwrap_err().to_string();
+    assert!(least.contains("the least is"), "{least}");
+    let mut last = counts(&whole).iter().map(|_| 1).collect::<Vec<_>>();
+    for percent in [60, 70, 75, 80, 85, 90, 95, 99, 100] {
+        let Ok(some) = open(&path).unwrap().within(all * percent / 100) else { continue };
+        let now = counts(&some);
+        assert!(bytes(&some) <= all * percent / 100 && last.iter().zip(&now).all(|(a, b)| a <= b), "{last:?} {now:?}");
+        assert_eq!(some.remarks().is_empty(), percent == 100, "{:?}", some.remarks());
+        for place in some.spec().places() {
+            let (part, whole) = (some.get(&place).unwrap().unwrap(), whole.get(&place).unwrap().unwrap());
+            assert_eq!(*part, whole.first_terms(part.terms.len()), "{place}");
+        }
+        last = now;
+    }
+    assert!(last.iter().all(|n| *n == 4), "everything fits in the end: {last:?}");
+    let e = tiny("llama").within(1 << 40).unwrap_err().to_string();
+    assert!(e.contains("no matrix is a stack"), "{e}");
 }
 
 const SHARD: u64 = 12_000;
@@ -349,7 +402,7 @@ fn damaged_packed_models_are_refused() {
         let e = all(&out).unwrap_err();
         assert!(words.iter().all(|w| e.contains(w)), "{words:?} not in: {e}");
     };
-    refuse(&|c| c["version"] = json!(5), &["config.json", "version 5"]);
+    refuse(&|c| c["version"] = json!(6), &["config.json", "version 6"]);
     refuse(&|c| c["spec"]["layers"][0]["attn_shortcut"] = json!(true), &["lack layers.0.attn.shortcut"]);
     refuse(&|c| c["spec"]["layers"][0]["attn_shortcut"] = json!(32), &["config.json"]);
     refuse(&|c| c["weights"]["layers.0.attn.shortcut"] = c["weights"]["layers.0.attn.q"].clone(), &["attn.shortcut"]);

@@ -99,6 +99,7 @@ fn is_wide(stored: &Stored) -> bool {
     stored.terms.iter().any(|t| match t {
         Term::Piece(p) => one(p),
         Term::Product(a, b) => one(a) || one(b),
+        Term::Signed(s) => one(&s.left) || one(&s.right),
     })
 }
 
@@ -187,7 +188,10 @@ impl Walk<'_> {
                 }
                 let stored = m.pack(wide_of(&sources[p])).map_err(|e| packing(p, e))?;
                 // A sum or a product of finite numbers need not be finite.
-                if stored.terms.len() > 1 || matches!(stored.terms[..], [Term::Product(..)]) || stored.has_maps() {
+                if stored.terms.len() > 1
+                    || matches!(stored.terms[..], [Term::Product(..) | Term::Signed(..)])
+                    || stored.has_maps()
+                {
                     finite(p, &stored, &format!("the weight as {}", stored.codec_name()))?;
                 }
                 Ok((*p, Arc::new(stored)))

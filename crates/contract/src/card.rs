@@ -6,7 +6,7 @@ use serde::Serialize;
 use serde_json::{Map, Value};
 
 use crate::questions::{
-    Basis, Factor, Grid, Ranks, Recode, Score, Search, Shortlist, Solve, Structure, Table, Transform,
+    Basis, Factor, Grid, Ranks, Recode, Score, Search, Shortlist, Solve, Stack, Structure, Table, Transform,
 };
 use crate::stats::Ask;
 use crate::step::Step;
@@ -86,6 +86,8 @@ pub enum Made {
     Table(Box<dyn Table>),
     /// See [`Recode`].
     Recode(Box<dyn Recode>),
+    /// See [`Stack`].
+    Stack(Box<dyn Stack>),
     /// See [`Solve`].
     Solve(Box<dyn Solve>),
     /// See [`Factor`].
@@ -111,6 +113,7 @@ impl fmt::Debug for Made {
             Made::Grid(_) => "Grid",
             Made::Table(_) => "Table",
             Made::Recode(_) => "Recode",
+            Made::Stack(_) => "Stack",
             Made::Solve(_) => "Solve",
             Made::Factor(_) => "Factor",
             Made::Ranks(_) => "Ranks",

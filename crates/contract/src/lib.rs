@@ -17,8 +17,8 @@ pub use lab::{Assignment, Lab, Level, Outcome, Slot};
 pub use questions::{
     Basis, Compete, Cut, Factor, FfnAsk, FfnMatrix, Grid, GridAsk, Learner, PruneAsk, Ranks, Recode, RoundAsk,
     RoundedForm, Scaled, ScaledAsk, ScaledTable, Scope, Score, Search, SearchAsk, Shortlist, ShortlistAsk, Shrink,
-    Shrinking, Solve, SolveAsk, SolveFfn, Solved, Sparsity, Spectrum, Structure, StructureAsk, Table, Transform, Unit,
-    Vocabulary,
+    Shrinking, Solve, SolveAsk, SolveFfn, Solved, Sparsity, Spectrum, Stack, Structure, StructureAsk, Table, Transform,
+    Unit, Vocabulary,
 };
 pub use stats::{Ask, Gathered, Site, Stats, Worked};
 pub use step::{

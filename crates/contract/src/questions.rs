@@ -4,7 +4,9 @@ use std::fmt;
 use std::str::FromStr;
 
 use lacuna_base::{Mat, Mat64, MatRef};
-use lacuna_format::{Affine, Float, GgufType, Integers, Map, Mask, Piece, ScaleCodec, Stored, UnpackedPiece};
+use lacuna_format::{
+    Affine, Float, GgufType, Integers, Map, Mask, Piece, ScaleCodec, Stored, UnpackedPiece, UnpackedSigned,
+};
 use lacuna_spec::{Activation, Place};
 use serde::{Deserialize, Serialize};
 
@@ -126,6 +128,19 @@ pub trait Scaled: Send + Sync {
 pub trait Recode: Send + Sync {
     /// The matrix with the same codes and other numbers beside them; `None` where it has none that can be written so.
     fn recode(&self, stored: &Stored) -> Result<Option<Stored>, MethodError>;
+}
+
+/// Stack: which one-bit blocks add up to a matrix, so that any number of them from the first on comes near it?
+pub trait Stack: Send + Sync {
+    /// The maps of a matrix's inputs behind which it is taken apart; without statistics, maps of the same form with any
+    /// numbers.
+    fn maps(&self, inputs: usize, stats: Option<&Stats<'_>>) -> Result<Vec<Map>, MethodError>;
+
+    /// `count` blocks of `w`, `[out, in]`, whose inputs are mapped: each is of what those before it leave.
+    fn blocks(&self, w: MatRef<'_>, count: usize) -> Result<Vec<UnpackedSigned>, MethodError>;
+
+    /// Blocks of the same form for a matrix of `(rows, cols)`, with any numbers.
+    fn form(&self, shape: (usize, usize), count: usize, seed: u64) -> Result<Vec<UnpackedSigned>, MethodError>;
 }
 
 /// Which zeros are wanted.

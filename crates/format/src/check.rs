@@ -340,6 +340,10 @@ impl Stored {
                     }
                     (l.rows, r.cols)
                 }
+                Term::Signed(s) => {
+                    s.check().map_err(inside)?;
+                    (s.left.rows, s.right.cols)
+                }
             };
             if shape != (rows, cols) {
                 return fail(format!("term {i} is {} x {}, the matrix {rows} x {cols}", shape.0, shape.1));

@@ -8,7 +8,7 @@ use lacuna_base::float::{bf16_to_f32, f8_e4m3, f8_e5m2, f16_to_f32, f32_from_le}
 use lacuna_base::{Mat, MatMut};
 
 use crate::bits::{unpack_map, unpack_trits};
-use crate::{Float, Group, Owner, Pattern, Piece, Scales, Stored, Term, Values, Zeros};
+use crate::{Float, Group, Owner, Pattern, Piece, Scales, Signed, Stored, Term, Values, Zeros};
 
 /// Room for one row at work, kept between rows.
 #[derive(Default)]
@@ -259,12 +259,17 @@ impl Stored {
                         write(i, out.row_mut(r - from), &mut row, |o| p.row_with(r, o, &mut s));
                     }
                 }
-                Term::Product(left, right) => {
+                Term::Product(left, right) | Term::Signed(Signed { left, right, .. }) => {
                     let right = right.to_mat();
                     let mut factors = vec![0.0; left.cols];
                     for r in from..to {
                         left.row_with(r, &mut factors, &mut s);
-                        write(i, out.row_mut(r - from), &mut row, |o| combine(&factors, &right, o));
+                        write(i, out.row_mut(r - from), &mut row, |o| {
+                            combine(&factors, &right, o);
+                            if let Term::Signed(signs) = term {
+                                signs.turn(r, o);
+                            }
+                        });
                     }
                 }
             }

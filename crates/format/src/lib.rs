@@ -4,7 +4,7 @@
 //! - [`Pattern`]: where values are (dense, N:M, bitmask or shared-row mask, CSR, blocks).
 //! - [`Values`]: how a value is written (floats, grouped integers, codebook, ternary, every GGUF block type).
 //! - [`Piece`]: a pattern and its values, `[rows, cols]`.
-//! - [`Term`]: a piece, or a product of two (low rank).
+//! - [`Term`]: a piece, a product of two (low rank), or signs times such a product ([`Signed`]).
 //! - [`Stored`]: a sum of terms, with [`Map`]s at its ends where there are any.
 //!
 //! Canonical on disk, row by row, so that any range of rows decodes alone. Kernels repack at load.
@@ -27,6 +27,7 @@ mod pattern;
 mod piece;
 mod recode;
 mod serial;
+mod signed;
 mod size;
 mod unpacked;
 mod values;
@@ -51,7 +52,8 @@ pub use recode::IntRows;
 pub use serial::{
     Buffer, Descriptor, Elem, GroupDesc, MapDesc, PieceDesc, ScalesDesc, TablesDesc, TermDesc, ValuesDesc,
 };
-pub use unpacked::{Code, Layout, Unpacked, UnpackedPiece, UnpackedTerm};
+pub use signed::{Signed, terms_within};
+pub use unpacked::{Code, Layout, Unpacked, UnpackedPiece, UnpackedSigned, UnpackedTerm};
 pub use values::{Float, Group, Owner, Scales, Tables, Values, Zeros};
 pub use weights::{Weights, WeightsError};
 

@@ -1,6 +1,6 @@
 //! Pieces, terms and stored matrices.
 
-use crate::{Map, Pattern, Values};
+use crate::{Map, Pattern, Signed, Values};
 
 /// A pattern and its values.
 #[derive(Clone, Debug, PartialEq)]
@@ -24,6 +24,8 @@ pub enum Term {
     Piece(Piece),
     /// `left · right`: `[rows, rank] · [rank, cols]`.
     Product(Piece, Piece),
+    /// Signs times such a product.
+    Signed(Signed),
 }
 
 /// A matrix as it is stored: the sum of its terms, `[rows, cols]`, between the maps of its ends ([`Map`]). A vector is

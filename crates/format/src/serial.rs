@@ -3,7 +3,7 @@
 //! Suffixes follow from the description alone. A piece's buffers are `values` (floats), `blocks` (GGUF), `codes`,
 //! `table`, `scales`, `scale_codes`, `super_scales`, `super_mins`, `zeros` (`zero_` before the names of scales where
 //! they are encoded so), `group_index`, and of its pattern `positions`, `mask`, `starts`, `columns`. A product puts
-//! `left.` and `right.` before them; the second, third... term `t1.`, `t2.`... The maps of the input put `in0.`,
+//! `left.` and `right.` before them, signs times a product `signs` before these; the second, third... term `t1.`, `t2.`... The maps of the input put `in0.`,
 //! `in1.`... before `index`, `diagonal`, `signs` or `matrix`, those of the output `out0.`...
 
 use bytes::Bytes;
@@ -11,8 +11,8 @@ use serde::{Deserialize, Serialize};
 
 use crate::pattern::index_width;
 use crate::{
-    Float, FormatError, GgufType, Group, MOST_MAPS, Map, Owner, Pattern, PatternKind, Piece, Scales, Stored, Tables,
-    Term, Values, Zeros,
+    Float, FormatError, GgufType, Group, MOST_MAPS, Map, Owner, Pattern, PatternKind, Piece, Scales, Signed, Stored,
+    Tables, Term, Values, Zeros,
 };
 
 /// Element types of buffers, those of safetensors.
@@ -96,7 +96,7 @@ pub enum MapDesc {
 
 impl Descriptor {
     /// The first version of the packed format that has all of this: 2 for a codebook's tables that are not one of f32,
-    /// for zero points that are no codes, and for maps; 4 for minima beside codes.
+    /// for zero points that are no codes, and for maps; 4 for minima beside codes; 5 for signs times a product.
     pub fn version(&self) -> u32 {
         let of = |p: &PieceDesc| match &p.values {
             ValuesDesc::Int { minima: Some(_), .. } => 4,
@@ -107,6 +107,7 @@ impl Descriptor {
         let terms = self.terms.iter().map(|t| match t {
             TermDesc::Piece(p) => of(p),
             TermDesc::Product { left, right, .. } => of(left).max(of(right)),
+            TermDesc::Signed { .. } => 5,
         });
         let maps = if self.input.is_empty() && self.output.is_empty() { 1 } else { 2 };
         terms.max().unwrap_or(1).max(maps)
@@ -121,6 +122,15 @@ pub enum TermDesc {
     Piece(PieceDesc),
     /// A product over `rank`.
     Product {
+        /// Columns of the left factor, rows of the right.
+        rank: usize,
+        /// `[rows, rank]`.
+        left: PieceDesc,
+        /// `[rank, cols]`.
+        right: PieceDesc,
+    },
+    /// Signs times such a product.
+    Signed {
         /// Columns of the left factor, rows of the right.
         rank: usize,
         /// `[rows, rank]`.
@@ -229,6 +239,15 @@ impl Stored {
                 left: write_piece(l, &format!("{}left.", prefix(i)), &mut parts),
                 right: write_piece(r, &format!("{}right.", prefix(i)), &mut parts),
             },
+            Term::Signed(s) => {
+                let (suffix, shape) = (format!("{}signs", prefix(i)), vec![s.left.rows, s.right.cols.div_ceil(8)]);
+                parts.push(Buffer { suffix, elem: Elem::U8, shape, bytes: s.signs.clone() });
+                TermDesc::Signed {
+                    rank: s.rank(),
+                    left: write_piece(&s.left, &format!("{}left.", prefix(i)), &mut parts),
+                    right: write_piece(&s.right, &format!("{}right.", prefix(i)), &mut parts),
+                }
+            }
         });
         let terms = terms.collect();
         let input = write_maps(&self.input, "in", self.cols, &mut parts);
@@ -261,6 +280,11 @@ impl Stored {
                     read_piece(left, (rows, *rank), &format!("{}left.", prefix(i)), &mut take)?,
                     read_piece(right, (*rank, cols), &format!("{}right.", prefix(i)), &mut take)?,
                 ),
+                TermDesc::Signed { rank, left, right } => Term::Signed(Signed {
+                    signs: take(format!("{}signs", prefix(i)), Elem::U8)?,
+                    left: read_piece(left, (rows, *rank), &format!("{}left.", prefix(i)), &mut take)?,
+                    right: read_piece(right, (*rank, cols), &format!("{}right.", prefix(i)), &mut take)?,
+                }),
             });
         }
         let input = read_maps(&desc.input, "in", &mut take)?;

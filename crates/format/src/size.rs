@@ -172,18 +172,21 @@ impl Term {
         match self {
             Term::Piece(p) => p.bytes(),
             Term::Product(l, r) => l.bytes() + r.bytes(),
+            Term::Signed(s) => s.bytes(),
         }
     }
 
-    /// A short name: that of the piece, or `lowrank 96 (int8 row)`.
+    /// A short name: that of the piece, `lowrank 96 (int8 row)`, or `signs of lowrank 8 (int8 row)`.
     pub fn codec_name(&self) -> String {
+        let product = |l: &Piece, r: &Piece| {
+            let (a, b) = (l.codec_name(), r.codec_name());
+            let both = if a == b { a } else { format!("{a}, {b}") };
+            format!("lowrank {} ({both})", r.rows)
+        };
         match self {
             Term::Piece(p) => p.codec_name(),
-            Term::Product(l, r) => {
-                let (a, b) = (l.codec_name(), r.codec_name());
-                let both = if a == b { a } else { format!("{a}, {b}") };
-                format!("lowrank {} ({both})", r.rows)
-            }
+            Term::Product(l, r) => product(l, r),
+            Term::Signed(s) => format!("signs of {}", product(&s.left, &s.right)),
         }
     }
 }
@@ -239,6 +242,10 @@ impl Stored {
     pub fn codec_name(&self) -> String {
         let mut name = match &self.terms[..] {
             [] => "zero".into(),
+            // Terms of a stack are alike.
+            [Term::Signed(first), more @ ..] if !more.is_empty() && more.iter().all(|t| first.is_like(t)) => {
+                format!("{} x {}", self.terms.len(), self.terms[0].codec_name())
+            }
             terms => terms.iter().map(Term::codec_name).collect::<Vec<_>>().join(" + "),
         };
         for (end, maps) in [("in", &self.input), ("out", &self.output)] {

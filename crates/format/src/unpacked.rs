@@ -3,7 +3,7 @@
 use lacuna_base::{Mat, MatRef, dense};
 
 use crate::{
-    Axes, Codebook, Float, FormatError, Integers, Map, Mask, PatternKind, Piece, ScaleCodec, Stored, Term,
+    Axes, Codebook, Float, FormatError, Integers, Map, Mask, PatternKind, Piece, ScaleCodec, Signed, Stored, Term,
     cheapest_pattern, pack_codebook, pack_float, pack_integers,
 };
 
@@ -51,6 +51,34 @@ pub enum UnpackedTerm {
     Piece(UnpackedPiece),
     /// `left · right`: `[rows, rank] · [rank, cols]`.
     Product(Box<(UnpackedPiece, UnpackedPiece)>),
+    /// Signs times such a product.
+    Signed(Box<UnpackedSigned>),
+}
+
+/// Signs times a product that is not packed yet.
+#[derive(Clone, Debug)]
+pub struct UnpackedSigned {
+    /// Where the sign is not the product's, `[rows, cols]`.
+    pub turned: Mask,
+    /// `[rows, rank]`.
+    pub left: UnpackedPiece,
+    /// `[rank, cols]`.
+    pub right: UnpackedPiece,
+}
+
+impl UnpackedSigned {
+    /// The values, `[rows, cols]`.
+    pub fn to_mat(&self) -> Mat {
+        let mut w = dense::matmul_nn(self.left.w.view(), self.right.w.view());
+        for r in 0..w.rows() {
+            let turned = self.turned.row(r);
+            let turn = |(c, v): (usize, &mut f32)| {
+                *v = f32::from_bits(v.to_bits() ^ (((turned[c / 64] >> (c % 64) & 1) as u32) << 31));
+            };
+            w.row_mut(r).iter_mut().enumerate().for_each(turn);
+        }
+        w
+    }
 }
 
 /// A matrix that is not packed yet: the sum of the term that steps work on and of those set aside, times the maps of
@@ -115,6 +143,7 @@ impl UnpackedTerm {
         match self {
             UnpackedTerm::Piece(p) => p.w.clone(),
             UnpackedTerm::Product(p) => dense::matmul_nn(p.0.w.view(), p.1.w.view()),
+            UnpackedTerm::Signed(s) => s.to_mat(),
         }
     }
 
@@ -122,6 +151,7 @@ impl UnpackedTerm {
         Ok(match self {
             UnpackedTerm::Piece(p) => Term::Piece(p.pack(wide)?),
             UnpackedTerm::Product(p) => Term::Product(p.0.pack(wide)?, p.1.pack(wide)?),
+            UnpackedTerm::Signed(s) => Term::Signed(Signed::new(&s.turned, s.left.pack(wide)?, s.right.pack(wide)?)),
         })
     }
 }
@@ -137,6 +167,7 @@ impl Unpacked {
         match &self.main {
             UnpackedTerm::Piece(p) => (p.w.rows(), p.w.cols()),
             UnpackedTerm::Product(p) => (p.0.w.rows(), p.1.w.cols()),
+            UnpackedTerm::Signed(s) => (s.left.w.rows(), s.right.w.cols()),
         }
     }
 
@@ -150,6 +181,7 @@ impl Unpacked {
         self.terms().flat_map(|t| match t {
             UnpackedTerm::Piece(p) => vec![p],
             UnpackedTerm::Product(p) => vec![&p.0, &p.1],
+            UnpackedTerm::Signed(s) => vec![&s.left, &s.right],
         })
     }
 
@@ -188,7 +220,7 @@ impl Unpacked {
         for term in &self.aside {
             match term {
                 UnpackedTerm::Piece(p) => add(&mut sum, p.w.view()),
-                UnpackedTerm::Product(_) => add(&mut sum, term.to_mat().view()),
+                UnpackedTerm::Product(_) | UnpackedTerm::Signed(_) => add(&mut sum, term.to_mat().view()),
             }
         }
         sum

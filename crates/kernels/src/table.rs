@@ -38,6 +38,7 @@ pub fn rows() -> Vec<Row> {
         product("product", "mask, n:m", &["f16", "f32"]);
         product("product", "1:2, 2:4", &["int4"]);
         product("product of bytes", "1:2, 2:4", &["int4"]);
+        product("product", "signs of a product", &["int8", "any other, as f32"]);
         for pattern in ["dense", "n:m", "mask", "csr", "blocks", "product"] {
             product("product", pattern, &["any other, decoded first"]);
         }

@@ -17,6 +17,7 @@ mod score;
 mod search;
 mod shortlist;
 mod solve;
+mod stack;
 mod structure;
 mod transform;
 
@@ -46,6 +47,7 @@ pub fn registry() -> Registry {
             grid::squeezellm::method(),
             grid::any_precision::method(),
             recode::double_quantization::method(),
+            stack::bitstack::method(),
             solve::gptq::method(),
             solve::spqr::method(),
             factor::svd::method(),
@@ -81,6 +83,7 @@ pub fn registry() -> Registry {
             family::prune::family(),
             family::quantize::family(),
             family::recode::family(),
+            family::stack::family(),
             family::factor::family(),
             family::outliers::family(),
             family::transform::family(),

@@ -159,6 +159,16 @@ pub fn decode_sum(s: &Stored) -> (Vec<f64>, Vec<f64>) {
                     }
                 }
             }
+            Term::Signed(s) => {
+                let (a, b, k, cols) = (piece(&s.left), piece(&s.right), s.left.cols, s.right.cols);
+                for at in 0..s.left.rows * cols {
+                    let (row, c) = (at / cols, at % cols);
+                    let turned = s.signs[row * cols.div_ceil(8) + c / 8] >> (c % 8) & 1 == 1;
+                    let each = (0..k).map(|i| a[row * k + i] * b[i * cols + c]);
+                    out[at] += each.clone().sum::<f64>() * if turned { -1.0 } else { 1.0 };
+                    size[at] += each.map(f64::abs).sum::<f64>();
+                }
+            }
         }
     }
     (out, size)
@@ -299,7 +309,18 @@ pub fn random_piece(rng: &mut Rng, rows: usize, cols: usize) -> Piece {
 pub fn random_stored(rng: &mut Rng) -> Stored {
     let rows = pick(rng, &[0, 1, 2, 7, 8, 12, 33]);
     let cols = pick(rng, &[1, 5, 8, 13, 32, 64, 70, 96, 160]);
-    let terms = (0..rng.below(4)).map(|_| match rng.below(3) {
+    let terms = (0..rng.below(4)).map(|_| match rng.below(4) {
+        1 if rows > 0 => {
+            let rank = 1 + rng.below(6.min(rows.min(cols)));
+            let mut dense = |r, c| loop {
+                let p = random_piece(rng, r, c);
+                if p.pattern == Pattern::Dense {
+                    break p;
+                }
+            };
+            let (left, right) = (dense(rows, rank), dense(rank, cols));
+            Term::Signed(Signed::new(&Mask::from_fn(rows, cols, |_, _| rng.below(2) == 0), left, right))
+        }
         0 => {
             let rank = rng.below(6);
             Term::Product(random_piece(rng, rows, rank), random_piece(rng, rank, cols))

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use lacuna_base::MatRef;
-use lacuna_format::{Float, Owner, Pattern, Piece, Stored, Values};
+use lacuna_format::{Float, Owner, Pattern, Piece, Signed, Stored, Values};
 
 use super::form::{Body, Given, Plan};
 use super::prepare::AsBytes;
@@ -22,7 +22,7 @@ use crate::panel::halved::Halved;
 use crate::panel::ints::{Bytes, GroupLayout, Halves, Ints, Kind};
 use crate::panel::rowtables::{self, RowTables};
 use crate::panel::slices::{self, Lists};
-use crate::panel::{Codec, Opening, Panels, ROWS, float, gathered, halved, ints, source};
+use crate::panel::{Codec, Opening, Panels, ROWS, float, gathered, halved, ints, signs, source};
 use crate::simd::dispatch;
 
 /// Makes a form of a piece, where it takes such a piece. `beside` and `read` as in
@@ -52,7 +52,10 @@ struct Floats<C>(Panels, C);
 
 impl<C: Codec> Body for Floats<C> {
     fn bytes(&self) -> u64 {
-        self.0.bytes()
+        self.0.bytes() + self.1.beside()
+    }
+    fn work(&self) -> u64 {
+        self.1.work()
     }
     fn multiply(&self, packing: &Packing, x: MatRef<'_>, out: Out) {
         exact(packing, self.0.view(), &self.1, x, out);
@@ -236,6 +239,17 @@ pub(super) fn dense_floats(piece: &Piece, _: bool, read: &dyn Fn()) -> Option<Ar
         Float::F16 => body(Floats(panels(), Dense(F16))),
         Float::Bf16 => body(Floats(panels(), Dense(Bf16))),
         Float::F8E4m3 | Float::F8E5m2 => None,
+    }
+}
+
+/// Signs times a product.
+pub(super) fn signed(signed: &Signed, read: &dyn Fn()) -> Arc<dyn Body> {
+    if signs::fits(signed) {
+        let (panels, codec) = signs::pack::<true>(signed, read);
+        Arc::new(Floats(panels, codec))
+    } else {
+        let (panels, codec) = signs::pack::<false>(signed, read);
+        Arc::new(Floats(panels, codec))
     }
 }
 

@@ -3,7 +3,7 @@
 use std::sync::Arc;
 
 use lacuna_base::MatRef;
-use lacuna_format::{Float, GgufType, Piece, Values};
+use lacuna_format::{Float, GgufType, Piece, Signed, Values};
 
 use super::bodies::{self, Maker};
 use super::prepare::{AsBytes, Work, padded, quantized};
@@ -28,6 +28,10 @@ pub(super) trait Body: Send + Sync {
     }
     /// Bytes that one row of x reads.
     fn bytes(&self) -> u64;
+    /// Multiply-adds that a weight takes for one row of x.
+    fn work(&self) -> u64 {
+        1
+    }
     /// `out (+)= x · Wᵀ`. Shapes fit.
     fn multiply(&self, packing: &Packing, x: MatRef<'_>, out: Out);
     /// How it could share `rows` rows with others, if at all.
@@ -136,6 +140,11 @@ impl Packed {
         let made = FORMS.iter().find_map(|row| Some((row, (row.make)(piece, beside, read)?)));
         let (row, body) = made.expect("the last form takes every piece");
         Packed { name: row.name.unwrap_or_else(|| name(&piece.values)), body }
+    }
+
+    /// The form of signs times a product, checked.
+    pub(super) fn signed(signed: &Signed, read: &dyn Fn()) -> Packed {
+        Packed { name: "signs", body: bodies::signed(signed, read) }
     }
 
     /// The name of its codec, and how it multiplies where that is not from its own panels in f32.

@@ -95,6 +95,7 @@ impl Linear {
         for (i, term) in stored.terms.iter().enumerate() {
             terms.push(match term {
                 Term::Piece(p) => PackedTerm::Piece(Packed::of(p, i > 0, release)),
+                Term::Signed(s) => PackedTerm::Piece(Packed::signed(s, release)),
                 Term::Product(l, r) => PackedTerm::Product {
                     left: Box::new(Linear::pack_releasing(&one(l), packing, release)?),
                     right: Box::new(Linear::pack_releasing(&one(r), packing, release)?),
@@ -135,7 +136,7 @@ impl Linear {
             match t {
                 PackedTerm::Piece(form) => {
                     let int8 = self.packing.activations == Activations::Int8 && form.body.integer();
-                    all[usize::from(int8)] += (self.rows * self.cols) as u64;
+                    all[usize::from(int8)] += (self.rows * self.cols) as u64 * form.body.work();
                 }
                 PackedTerm::Product { left, right } => {
                     for (all, (l, r)) in all.iter_mut().zip(left.work().iter().zip(right.work())) {

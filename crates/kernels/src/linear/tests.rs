@@ -6,7 +6,7 @@ use lacuna_base::{Mat, MatRef, Rng};
 use lacuna_format::bits::{pack, pack_trits};
 use lacuna_format::{
     Bytes, Float, FormatError, GgufType, Group, Integers, Map, Mask, Owner, Pattern, PatternKind, Piece, ScaleCodec,
-    Scales, Stored, Tables, Term, Values, Zeros, hadamard_parts, pack_float, pack_integers, pack_integers_off,
+    Scales, Signed, Stored, Tables, Term, Values, Zeros, hadamard_parts, pack_float, pack_integers, pack_integers_off,
     pack_multiples, pack_scales,
 };
 
@@ -209,6 +209,33 @@ fn sums(rng: &mut Rng) -> Vec<(String, Stored)> {
     out
 }
 
+/// Stacks of signs times products, their factors in bytes or in anything.
+fn stacks(rng: &mut Rng) -> Vec<(String, Stored)> {
+    let mut out = Vec::new();
+    for (rows, cols, rank) in [(1, 1, 1), (18, 97, 3), (70, 544, 16), (300, 40, 1), (33, 601, 20)] {
+        let one = |s: Stored| -> Piece { s.single().unwrap().clone() };
+        let bytes = |r: usize, c: usize, rng: &mut Rng| one(ints(r, c, 8, c, false, Float::F16, rng));
+        let turned = Mask::from_fn(rows, cols, |_, _| rng.below(2) == 0);
+        let [codes, more] = [0; 2].map(|_| {
+            let (left, right) = (bytes(rows, rank, rng), bytes(rank, cols, rng));
+            Term::Signed(Signed::new(&turned, left, right))
+        });
+        let thin = |r: usize, c: usize, rng: &mut Rng| {
+            pack_float(random(r, c, rng.u64()).view(), None, PatternKind::Dense, Float::F16).unwrap()
+        };
+        let floats = Term::Signed(Signed::new(&turned, thin(rows, rank, rng), thin(rank, cols, rng)));
+        let mixed = Signed::new(&turned, thin(rows, rank, rng), bytes(rank, cols, rng));
+        let stored = |terms| Stored::new(rows, cols, terms);
+        out.push((format!("signs of rank {rank}"), stored(vec![codes.clone()])));
+        out.push((format!("signs of floats, rank {rank}"), stored(vec![floats.clone()])));
+        out.push((format!("signs of both, rank {rank}"), stored(vec![Term::Signed(mixed)])));
+        let d: Vec<f32> = (0..cols).map(|c| 0.5 + c as f32 / cols as f32).collect();
+        let scaled = stored(vec![codes, more, floats]).with_maps(vec![Map::diagonal(&d, Float::F16).unwrap()], vec![]);
+        out.push((format!("a stack of rank {rank}"), scaled));
+    }
+    out
+}
+
 /// Matrices with every map at either end.
 fn between_maps(rng: &mut Rng) -> Vec<(String, Stored)> {
     let mut out = Vec::new();
@@ -346,6 +373,7 @@ fn cases() -> Vec<(String, Stored)> {
     let large = patterns(40, 2408, &mut rng).into_iter();
     out.extend(large.filter(|(name, _)| name.starts_with("Mask") && !name.contains("int")));
     out.extend(sums(&mut rng));
+    out.extend(stacks(&mut rng));
     out.extend(between_maps(&mut rng));
     out.push(("nothing".into(), Stored::new(4, 8, vec![])));
     out.push(("no rows".into(), Stored::new(0, 8, vec![])));
@@ -648,7 +676,9 @@ fn what_should_multiply_as_bytes_does() {
 
 #[test]
 fn tiles_decode_to_the_bits_of_the_format() {
-    for (name, stored) in cases().into_iter().filter(|(_, s)| s.terms.len() == 1 && !s.has_maps()) {
+    // A weight of signs times a product is a sum itself, and rounds as its sum is taken.
+    let sums = |s: &Stored| s.terms.len() != 1 || s.has_maps() || matches!(s.terms[..], [Term::Signed(_)]);
+    for (name, stored) in cases().into_iter().filter(|(_, s)| !sums(s)) {
         let (w, one) = (stored.to_mat(), Mat::identity(stored.cols));
         for isa in Isa::here() {
             let l = pack_for(&stored, isa, Activations::Exact).unwrap();

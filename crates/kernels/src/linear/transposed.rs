@@ -50,6 +50,8 @@ impl Transposed {
         let terms = stored.terms.iter().map(|term| match term {
             Term::Piece(p) => Summand::Piece(Arc::new(Stored::from_piece(p.clone()))),
             Term::Product(l, r) => Summand::Product(Box::new(one(l)), Box::new(one(r))),
+            // Decoded: signs and a product are no product of their own from any side.
+            Term::Signed(_) => Summand::Piece(Arc::new(Stored::new(stored.rows, stored.cols, vec![term.clone()]))),
         });
         Ok(Transposed { rows: stored.rows, cols: stored.cols, terms: terms.collect() })
     }

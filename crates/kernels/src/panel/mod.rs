@@ -10,6 +10,7 @@ pub(crate) mod gathered;
 pub(crate) mod halved;
 pub(crate) mod ints;
 pub(crate) mod rowtables;
+pub(crate) mod signs;
 pub(crate) mod slices;
 pub(crate) mod source;
 
@@ -282,6 +283,14 @@ pub(crate) trait Codec: Send + Sync {
     const OCTET: usize = 0;
     /// How far ahead its gathered panels are prefetched.
     const GATHERED: Prefetch = Prefetch::GATHERED;
+    /// Bytes that every panel reads beside its own.
+    fn beside(&self) -> u64 {
+        0
+    }
+    /// Multiply-adds that a weight takes.
+    fn work(&self) -> u64 {
+        1
+    }
     /// What a block of 32 columns needs to be read.
     type Block<S: Simd>: Copy;
     /// Reads what block `b` shares, for half `h` of the lanes.

@@ -150,6 +150,17 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    fn flip(self, a: __m256, mask: u32) -> __m256 {
+        // SAFETY: see above.
+        unsafe {
+            // Bit `i` goes to the top of lane `i`.
+            let up =
+                _mm256_sllv_epi32(_mm256_set1_epi32(mask as i32), _mm256_setr_epi32(31, 30, 29, 28, 27, 26, 25, 24));
+            let sign = _mm256_and_si256(up, _mm256_set1_epi32(i32::MIN));
+            _mm256_xor_ps(a, _mm256_castsi256_ps(sign))
+        }
+    }
+    #[inline(always)]
     unsafe fn expand_f16(self, p: *const u8, mask: u32) -> __m256 {
         // SAFETY: see above; the table has a row for every byte.
         unsafe {

@@ -163,6 +163,11 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         unsafe { _mm512_maskz_compress_ps(mask as u16, a) }
     }
     #[inline(always)]
+    fn flip(self, a: __m512, mask: u32) -> __m512 {
+        // SAFETY: see above.
+        unsafe { _mm512_mask_xor_ps(a, mask as u16, a, _mm512_set1_ps(-0.0)) }
+    }
+    #[inline(always)]
     unsafe fn expand_f16(self, p: *const u8, mask: u32) -> __m512 {
         // SAFETY: see above.
         unsafe { _mm512_maskz_expand_ps(mask as u16, _mm512_cvtph_ps(_mm256_loadu_si256(p.cast()))) }

@@ -76,6 +76,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn top(self, a: Self::V) -> f32;
     /// The lanes whose bit is set, moved together from lane 0 on; the others hold anything.
     fn compress(self, a: Self::V, mask: u32) -> Self::V;
+    /// `-a` in the lanes whose bit is set, `a` in the others; bits beyond the lanes are ignored.
+    fn flip(self, a: Self::V, mask: u32) -> Self::V;
     /// `a[0], b[0], a[1], b[1]` and so on.
     fn interleave(self, a: Self::V, b: Self::V) -> [Self::V; 2];
     /// Of the 32 bytes at `x` those whose bit is set in `mask`, moved together, zeros after them: 32 bytes to `out`.
@@ -297,6 +299,9 @@ mod tests {
             unsafe {
                 s.store(got.as_mut_ptr(), s.compress(s.load(plain.as_ptr()), mask));
                 assert!(set.iter().zip(&got).all(|(&i, &g)| g == plain[i]));
+                s.store(got.as_mut_ptr(), s.flip(s.load(plain.as_ptr()), mask | !0 << S::LANES));
+                let sign = |i: usize| if mask >> i & 1 == 1 { -plain[i] } else { plain[i] };
+                assert!((0..S::LANES).all(|i| got[i] == sign(i)));
                 s.store(got.as_mut_ptr(), s.expand_f16(halves.as_ptr(), mask));
                 assert_eq!(got[..S::LANES], want);
                 s.store(got.as_mut_ptr(), s.expand_f32(plain.as_ptr().cast(), mask));

@@ -155,6 +155,10 @@ impl Simd for Portable {
         o
     }
     #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
+    fn flip(self, a: V, mask: u32) -> V {
+        fill(|i| f32::from_bits(a[i].to_bits() ^ (mask >> i << 31)))
+    }
+    #[cfg_attr(not(target_arch = "x86_64"), inline(always))]
     unsafe fn expand_f16(self, p: *const u8, mask: u32) -> V {
         // SAFETY: the caller promises 2 * LANES bytes.
         let b = unsafe { bytes::<16>(p) };

@@ -13,6 +13,7 @@ pub(crate) mod search;
 pub(crate) mod select;
 mod sizes;
 pub(crate) mod slice;
+pub(crate) mod stack;
 pub(crate) mod structure;
 mod tables;
 pub(crate) mod transform;

@@ -170,7 +170,7 @@ impl Quantize {
         let all = std::iter::once(&mut m.main).chain(&mut m.aside);
         let products = all.filter_map(|t| match t {
             UnpackedTerm::Product(p) => Some(p.as_mut()),
-            UnpackedTerm::Piece(_) => None,
+            UnpackedTerm::Piece(_) | UnpackedTerm::Signed(_) => None,
         });
         products.last()
     }
