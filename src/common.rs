@@ -50,6 +50,17 @@ pub fn print(g: &Global, json: &Value, words: impl FnOnce() -> String) -> Result
     if g.json { out::write(&format!("{json}\n")) } else { out::write(&words()) }
 }
 
+/// Says once what several parts of a command come upon.
+pub fn say_once(text: impl AsRef<str>) {
+    static SAID: std::sync::Mutex<Vec<String>> = std::sync::Mutex::new(Vec::new());
+    let text = text.as_ref();
+    let mut said = SAID.lock().unwrap_or_else(std::sync::PoisonError::into_inner);
+    if !said.iter().any(|s| s == text) {
+        said.push(text.to_owned());
+        say(text);
+    }
+}
+
 /// Says something on standard error.
 pub fn say(text: impl AsRef<str>) {
     out::say(&format!("{}\n", text.as_ref()));
@@ -195,7 +206,10 @@ pub fn read_text(path: &Path) -> Result<String> {
     if path.is_dir() {
         anyhow::bail!("{}: a directory, where a text file is expected", path.display());
     }
-    let bytes = std::fs::read(path).with_context(|| path.display().to_string())?;
+    if std::fs::metadata(path).is_ok_and(|m| !m.is_file()) {
+        anyhow::bail!("{}: no file, where a text file is expected", path.display());
+    }
+    let bytes = std::fs::read(path).with_context(|| format!("the text file '{}'", path.display()))?;
     let text = String::from_utf8(bytes).with_context(|| format!("{}: this is no UTF-8 text", path.display()))?;
     // Line ends as everywhere else in this field: perplexities of a file must not depend on the system that wrote it.
     Ok(lacuna_eval::normal_lines(&text))

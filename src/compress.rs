@@ -16,7 +16,7 @@ use lacuna_judge::{
     Baseline, Bench, CostTable, Footprint, Forecast, Hold, Measured, OwnBits, Products, Verdict, baselines, judge,
     measure, time_decode,
 };
-use lacuna_spec::Spec;
+use lacuna_spec::{Part, Spec};
 use serde_json::{Value, json};
 
 use crate::cli::{self, Gate, Global};
@@ -88,7 +88,7 @@ pub fn run(g: &Global, a: &cli::Compress) -> anyhow::Result<ExitCode> {
 
 /// Keeps what was measured beside the model, for whoever opens it later; without the list of tensors, which its own
 /// description has.
-fn save_report(model: &Path, report: &Value) -> anyhow::Result<()> {
+pub fn save_report(model: &Path, report: &Value) -> anyhow::Result<()> {
     let mut report = report.clone();
     if let Some(fields) = report.as_object_mut() {
         fields.retain(|key, _| key != "tensors" && key != "out");
@@ -96,15 +96,6 @@ fn save_report(model: &Path, report: &Value) -> anyhow::Result<()> {
     let path = model.join(crate::serve::REPORT);
     unfinished::write(&path, format!("{report:#}\n").as_bytes())
         .with_context(|| format!("the report at {}", path.display()))
-}
-
-/// A text's tokens, from a file or the one carried along.
-pub fn tokens_of(tokenizer: &Tokenizer, path: Option<&Path>, carried: &str) -> anyhow::Result<Vec<u32>> {
-    let text = match path {
-        Some(p) => common::read_text(p)?,
-        None => carried.to_owned(),
-    };
-    Ok(tokenizer.encode(&text, false)?)
 }
 
 /// Everything but the printing.
@@ -123,11 +114,15 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
     let tokenizer = source.tokenizer()?;
     // A model made with BOS in front of every text is calibrated and judged so, too.
     let bos = wants_bos(&tokenizer)?;
-    let beside = besides(g, &a.beside, source)?;
+    let beside = besides(g, &a.beside, a.gate, source)?;
+    writable(a.report.as_deref())?;
     let imatrix = imatrix(a.imatrix.as_deref(), source)?;
     let calibration =
         texts::tokens(source, &tokenizer, &a.calibration, CALIBRATION, recipe.calibration.seq_len.min(context))?;
-    let held_out = tokens_of(&tokenizer, a.eval.as_deref(), HELD_OUT)?;
+    let held_out = match &a.eval {
+        Some(file) => texts::read(source, &tokenizer, file)?,
+        None => tokenizer.encode(HELD_OUT, false)?,
+    };
     let had = held_out.len() + usize::from(bos.is_some());
     let ctx = if a.gate == Gate::Off && a.ctx.is_none() { 0 } else { common::window(a.ctx, JUDGED.0, context, had)? };
     let options = Options {
@@ -177,13 +172,13 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         let windows = Some(a.windows.unwrap_or_else(few));
         let eval = Eval { ctx, windows, bos, room, progress: Some(&progress) };
         let result = lacuna_checkpoint::open(&done.outcomes.path)?;
-        let (mut judged, mut told) = (None, None);
+        let (mut judged, mut told, mut reference) = (None, None, None);
         let compared = if done.outcomes.kept.is_some() {
             let own = Tokenizer::open(&result)?;
             across::hold(&eval, &held_out, (&result, &own), (&source.checkpoint, &tokenizer)).map(|x| told = Some(x))
         } else {
-            let mut reference = eval.reference(&held_out, &source.checkpoint)?;
-            eval.against(&result, &mut reference).map(|j| judged = Some(j))
+            let made = reference.insert(eval.reference(&held_out, &source.checkpoint)?);
+            eval.against(&result, made).map(|j| judged = Some(j))
         };
         match compared {
             // What ruins a model does not pay, whatever the baselines are.
@@ -209,7 +204,11 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         }
         for (name, model) in &beside {
             bar.phase(&format!("judging {name}"), 1);
-            let measured = measure(name, &model.checkpoint, &held_out, bench.eval)?;
+            let mut measured = measure(name, &model.checkpoint, &held_out, bench.eval)
+                .with_context(|| format!("judging --beside {name}"))?;
+            if let Some(reference) = &mut reference {
+                measured.kl = bench.eval.against(&model.checkpoint, reference)?.against.map(|x| x.kl_mean);
+            }
             others.all.push(Baseline { measured, path: Some(model.checkpoint.path().to_owned()) });
         }
         let mut measured = Measured {
@@ -218,6 +217,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
             loss: judged.as_ref().map_or(f64::INFINITY, |j| j.nll),
             nats_a_byte: None,
             ppl: judged.as_ref().map_or(f64::INFINITY, |j| j.ppl),
+            kl: judged.as_ref().and_then(|j| j.against.as_ref()).map(|x| x.kl_mean),
             speed: None,
         };
         if let Some(x) = &told {
@@ -242,17 +242,41 @@ pub fn imatrix(path: Option<&Path>, source: &Model) -> anyhow::Result<Option<Ima
     let read = Imatrix::open(path, source.checkpoint.spec())?;
     let (known, left) = read.counted();
     let foreign = if left > 0 { format!("; {left} of its tensors are none of this model's") } else { String::new() };
-    common::say(format!("{}: squares of the inputs of {known} matrices{foreign}", path.display()));
+    let all = source.checkpoint.spec().places();
+    let all = all.iter().filter(|p| p.part == Part::Weight && p.role.is_linear()).count();
+    common::say_once(format!(
+        "{}: squares of the inputs of {known} matrices{foreign}; of {all} in all, the others' come from the calibration \
+         text",
+        path.display()
+    ));
     Ok(Some(read))
 }
 
+/// Refuses a report that could not be written in the end.
+pub fn writable(report: Option<&Path>) -> anyhow::Result<()> {
+    let Some(path) = report else { return Ok(()) };
+    if path.is_dir() {
+        return Err(Usage(format!("--report {}: a directory; name a file", path.display())).into());
+    }
+    match path.parent().filter(|p| !p.as_os_str().is_empty() && !p.is_dir()) {
+        Some(dir) => Err(Usage(format!("--report {}: there is no folder {}", path.display(), dir.display())).into()),
+        None => Ok(()),
+    }
+}
+
 /// Opens the models that are to be judged beside the result. They read the source's tokens.
-fn besides(g: &Global, names: &[String], source: &Model) -> anyhow::Result<Vec<(String, Model)>> {
+pub fn besides(g: &Global, names: &[String], gate: Gate, source: &Model) -> anyhow::Result<Vec<(String, Model)>> {
+    if let (Some(name), Gate::Off) = (names.first(), gate) {
+        return Err(Usage(format!("--beside {name}: nothing is judged with --gate off")).into());
+    }
     let of = |name: &String| {
         let model = common::open(g, name)?;
         let (theirs, mine) = (model.checkpoint.spec().vocab, source.checkpoint.spec().vocab);
         if theirs != mine {
             return Err(Usage(format!("--beside {name}: it has {theirs} tokens, {} has {mine}", source.name)).into());
+        }
+        if model.checkpoint.spec().context < source.checkpoint.spec().context {
+            common::say_once(format!("note: {name} sees {} positions only", model.checkpoint.spec().context));
         }
         let last = Path::new(name).file_name().unwrap_or_default().to_string_lossy().into_owned();
         Ok((last, model))
@@ -463,13 +487,14 @@ pub fn json_of(model: &str, recipe: &str, d: &Done) -> Value {
 
 /// The comparison as a table.
 pub fn table(d: &Done) -> Table {
-    let mut t = Table::new(["", "size", "bits/weight", "perplexity", "decode tok/s", "verdict"]);
+    let mut t = Table::new(["", "size", "bits/weight", "perplexity", "KL", "decode tok/s", "verdict"]);
     let mut row = |m: &Measured, why: &str| {
         t.row([
             m.name.clone(),
             show_bytes(m.bytes),
             format!("{:.2}", d.bits(m.bytes)),
             if m.ppl < 1e5 { format!("{:.2}", m.ppl) } else { format!("{:.2e}", m.ppl) },
+            m.kl.map_or_else(String::new, |kl| format!("{kl:.4}")),
             m.speed.map_or_else(String::new, |s| format!("{:.1} ±{:.0}%", s.median, 50.0 * s.spread)),
             why.to_owned(),
         ]);

@@ -51,15 +51,15 @@ pub fn tokens(
         0 => tokenizer.encode(carried, false)?,
         1 => all.remove(0).0,
         _ => {
-            let (mixed, ended) = mix(&all, len);
-            if mixed.is_empty() {
+            if let Some(short) = all.iter().position(|t| t.0.len() < len) {
                 anyhow::bail!(
                     "{}: {} tokens; a text that is mixed with others needs at least {len}",
-                    texts[ended].path.display(),
-                    all[ended].0.len()
+                    texts[short].path.display(),
+                    all[short].0.len()
                 );
             }
-            common::say(format!(
+            let (mixed, ended) = mix(&all, len);
+            common::say_once(format!(
                 "{} texts mixed by weight: {} tokens, up to where {} ends",
                 texts.len(),
                 mixed.len(),
@@ -85,16 +85,25 @@ fn mix(texts: &[(Vec<u32>, f64)], len: usize) -> (Vec<u32>, usize) {
     }
 }
 
-fn read(model: &Model, tokenizer: &Tokenizer, path: &Path) -> anyhow::Result<Vec<u32>> {
+/// The tokens of a file; conversations where its name ends in `.jsonl`.
+pub fn read(model: &Model, tokenizer: &Tokenizer, path: &Path) -> anyhow::Result<Vec<u32>> {
     let text = common::read_text(path)?;
+    let text = text.strip_prefix('\u{feff}').unwrap_or(&text);
     if path.extension().is_none_or(|e| e != "jsonl") {
-        return Ok(tokenizer.encode(&text, false)?);
+        return Ok(tokenizer.encode(text, false)?);
     }
     let template = match ChatTemplate::open(&model.checkpoint) {
         Ok(template) => Some(template),
         Err(TemplateError::Missing(_)) => None,
         Err(e) => return Err(e).with_context(|| format!("the chat template of {}", model.name)),
     };
+    if template.is_none() {
+        common::say_once(format!(
+            "note: {} has no chat template: of the conversations in {} only what is said is read",
+            model.name,
+            path.display()
+        ));
+    }
     let mut tokens = Vec::new();
     for (at, line) in text.lines().enumerate().filter(|(_, l)| !l.trim().is_empty()) {
         let one = conversation(line, template.as_ref(), tokenizer);

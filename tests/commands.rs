@@ -351,6 +351,69 @@ fn fit_keeps_to_a_budget_and_its_recipe_makes_the_model_again() {
     assert!(usage(&fit(&["--overwrite", "--keep", "attn.v=nothing"])).contains("no level is called 'nothing'"));
     assert!(usage(&fit(&["--overwrite", "--max-bytes", "1MB", "--max-loss", "0.1"])).contains("exclude each other"));
     assert!(usage(&fit(&["--overwrite", "--for", "gguf"])).contains("ends in .gguf"));
+    assert!(usage(&fit(&["--overwrite", "--min-decode-tok-s", "0"])).contains("--min-decode-tok-s 0"));
+    assert!(usage(&fit(&["--overwrite", "--beside", &tiny()])).contains("nothing is judged"));
+    assert!(recipe.is_file(), "what failed left the recipe of the model that is there");
+}
+
+/// What a search's end needs is looked at before it begins, and folders are never taken for files.
+#[test]
+fn fit_refuses_at_once_what_could_only_fail_in_the_end() {
+    let kept = fresh("kept");
+    std::fs::create_dir(&kept).unwrap();
+    std::fs::write(kept.join("mine.txt"), "precious").unwrap();
+    let (kept, out) = (kept.display().to_string(), fresh("never").display().to_string());
+    let model = tiny();
+    let fit = |more: &[&str]| refusal(2, &[&["fit", &model, "--effort", "quick"][..], more].concat());
+    assert!(fit(&["-o", &out, "--report", &kept]).contains("name a file"));
+    assert!(fit(&["-o", &format!("{out}/deep/er")]).contains("there is no folder"));
+    let one = refusal(1, &["fit", &model, "-o", &kept, "--overwrite"]);
+    assert!(one.contains("no packed model"), "{one}");
+    assert!(refusal(1, &["fit", &model, "-o", &out, "--beside", "no-such-model"]).contains("no-such-model"));
+    let same = ["compress", &model, "--recipe", "rtn", "-o", &out, "--report", &kept];
+    assert!(refusal(2, &same).contains("name a file"));
+    assert_eq!(std::fs::read_to_string(Path::new(&kept).join("mine.txt")).unwrap(), "precious");
+    assert!(!Path::new(&out).exists());
+}
+
+/// Texts by weight, conversations, and squares of inputs from a file.
+#[test]
+fn calibration_comes_from_several_texts_and_from_an_imatrix() {
+    let at = |name: &str| fresh(name).display().to_string();
+    let (plain, chats, empty, imatrix) = (at("plain.txt"), at("chats.jsonl"), at("empty.txt"), at("squares.dat"));
+    std::fs::write(&plain, "A plain text of words, and words again. ".repeat(200)).unwrap();
+    let said =
+        json!({ "messages": [{ "role": "user", "content": "Hello?" }, { "role": "assistant", "content": "Yes." }] });
+    std::fs::write(&chats, format!("{said}\n").repeat(300)).unwrap();
+    std::fs::write(&empty, "").unwrap();
+    let mut file = 2i32.to_le_bytes().to_vec();
+    for name in ["blk.0.attn_q.weight", "blk.1.attn_q.weight"] {
+        file.extend((name.len() as i32).to_le_bytes());
+        file.extend(name.as_bytes());
+        file.extend(4i32.to_le_bytes());
+        file.extend((HIDDEN as i32).to_le_bytes());
+        (0..HIDDEN).for_each(|i| file.extend((i as f32 + 1.0).to_le_bytes()));
+    }
+    std::fs::write(&imatrix, file).unwrap();
+    let weights = |name: &str, more: &[&str]| {
+        let (model, out) = (tiny(), fresh(name));
+        let args = ["compress", &model, "--recipe", "weighted-rtn", "-o", out.to_str().unwrap(), "--gate", "off"];
+        object(0, &[&args[..], &["--samples", "4", "--seq-len", "32", "--set", "quantize.group=16"], more].concat());
+        std::fs::read(out.join("model.safetensors")).unwrap()
+    };
+    let of = |text: &str| ["--calibration".to_owned(), text.to_owned()];
+    let [a, b] = of(&plain);
+    let one = weights("of-plain", &[&a, &b]);
+    let [c, d] = of(&format!("{chats}=3"));
+    assert!(one != weights("of-both", &[&a, &b, &c, &d]), "the conversations change nothing");
+    assert!(one != weights("of-squares", &[&a, &b, "--imatrix", &imatrix]), "the imatrix changes nothing");
+    let out = at("of-nothing");
+    let args = ["compress", &tiny(), "--recipe", "weighted-rtn", "-o", &out, "--gate", "off"];
+    let [e, f] = of(&empty);
+    assert!(refusal(1, &[&args[..], &[&a, &b, &e, &f]].concat()).contains("empty.txt: 0 tokens"));
+    assert!(refusal(1, &[&args[..], &["--imatrix", &plain]].concat()).contains("importance matrix"));
+    let rtn = ["compress", &tiny(), "--recipe", "rtn", "-o", &out, "--gate", "off", "--imatrix", &imatrix];
+    assert!(refusal(1, &rtn).contains("no step of the recipe reads"));
 }
 
 #[test]

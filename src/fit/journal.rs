@@ -20,7 +20,8 @@ struct Line {
 /// Outcomes by assignment, first window and number of windows.
 pub struct Journal {
     known: HashMap<(Vec<usize>, usize, usize), Vec<f64>>,
-    file: File,
+    /// None of a dry run, which writes nothing.
+    file: Option<File>,
     path: PathBuf,
 }
 
@@ -36,20 +37,31 @@ pub fn forget(out: &Path) {
 }
 
 impl Journal {
-    /// For a search of `identity`. With `resume`, what one of the same identity measured is known.
+    /// For a search that leaves no trace.
+    pub fn none() -> Journal {
+        Journal { known: HashMap::new(), file: None, path: PathBuf::new() }
+    }
+
+    /// For a search of `identity`. With `resume`, what one of the same identity measured is known; that of another one
+    /// is an error.
     pub fn open(out: &Path, resume: bool, identity: &Value) -> anyhow::Result<Journal> {
         let path = path_of(out);
         let head = json!({ "identity": identity }).to_string();
         let mut known = HashMap::new();
         if let (true, Ok(file)) = (resume, File::open(&path)) {
             let mut lines = BufReader::new(file).lines();
-            // A torn or foreign line ends what is known.
-            if lines.next().and_then(Result::ok).is_some_and(|first| first == head) {
-                for line in lines.map_while(Result::ok) {
-                    let Ok(l) = serde_json::from_str::<Line>(&line) else { break };
-                    let kl: Vec<f64> = l.kl.into_iter().map(|x| x.unwrap_or(f64::INFINITY)).collect();
-                    known.insert((l.levels, l.from, kl.len()), kl);
-                }
+            if lines.next().and_then(Result::ok).is_none_or(|first| first != head) {
+                anyhow::bail!(
+                    "{}: the trials of another search (model, texts, levels or program differ); without --resume they \
+                     are thrown away",
+                    path.display()
+                );
+            }
+            // A torn line ends what is known.
+            for line in lines.map_while(Result::ok) {
+                let Ok(l) = serde_json::from_str::<Line>(&line) else { break };
+                let kl: Vec<f64> = l.kl.into_iter().map(|x| x.unwrap_or(f64::INFINITY)).collect();
+                known.insert((l.levels, l.from, kl.len()), kl);
             }
         }
         let at = || format!("{}: cannot be written", path.display());
@@ -57,7 +69,12 @@ impl Journal {
         known.iter().for_each(|((a, from, _), kl)| whole += &line(a, *from, kl));
         lacuna_base::unfinished::write(&path, whole.as_bytes()).with_context(at)?;
         let file = OpenOptions::new().append(true).open(&path).with_context(at)?;
-        Ok(Journal { known, file, path })
+        Ok(Journal { known, file: Some(file), path })
+    }
+
+    /// Measurements that it knows.
+    pub fn len(&self) -> usize {
+        self.known.len()
     }
 
     /// What was measured.
@@ -67,9 +84,10 @@ impl Journal {
 
     /// Keeps what was measured.
     pub fn learn(&mut self, a: &[usize], from: usize, n: usize, kl: &[f64]) -> anyhow::Result<()> {
-        self.file
-            .write_all(line(a, from, kl).as_bytes())
-            .with_context(|| format!("{}: cannot be written", self.path.display()))?;
+        if let Some(file) = &mut self.file {
+            file.write_all(line(a, from, kl).as_bytes())
+                .with_context(|| format!("{}: cannot be written", self.path.display()))?;
+        }
         self.known.insert((a.to_vec(), from, n), kl.to_vec());
         Ok(())
     }
@@ -95,7 +113,9 @@ mod tests {
         let j = Journal::open(&out, true, &json!(1)).unwrap();
         assert_eq!(j.known(&[1, 2], 0, 2), Some(vec![0.1 + 0.2, f64::INFINITY]));
         assert_eq!((j.known(&[1, 2], 1, 2), j.known(&[1, 2], 0, 1)), (None, None));
-        assert!(Journal::open(&out, true, &json!(2)).unwrap().known(&[1, 2], 0, 2).is_none());
+        let said = Journal::open(&out, true, &json!(2)).err().unwrap().to_string();
+        assert!(said.contains("another search"), "{said}");
+        assert_eq!(Journal::open(&out, false, &json!(2)).unwrap().len(), 0);
         forget(&out);
         assert_eq!(fs::read_dir(dir.path()).unwrap().count(), 0);
     }

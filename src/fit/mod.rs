@@ -45,6 +45,8 @@ pub struct Fitted {
     pub recipe: PathBuf,
     /// What the reader wants, where it is another program.
     pub written: Option<PathBuf>,
+    /// The sha256 of the calibration text's tokens.
+    pub text: String,
 }
 
 /// Runs the verb.
@@ -60,9 +62,16 @@ pub fn run(g: &Global, a: &cli::Fit) -> anyhow::Result<ExitCode> {
     Ok(if pays || a.accept { ExitCode::SUCCESS } else { ExitCode::from(3) })
 }
 
+/// A point's KL on those windows that every point of the front was measured on.
+fn alike(f: &Fitted, p: &Point) -> f64 {
+    let n = f.front.iter().map(|(_, p)| p.kl.len()).min().unwrap_or(0).max(1);
+    let seen = &p.kl[..n.min(p.kl.len())];
+    seen.iter().sum::<f64>() / seen.len().max(1) as f64
+}
+
 /// Points of the front for a plot of bytes against loss: name, bytes, KL on the text of the search.
 pub fn marks(f: &Fitted) -> Vec<(String, u64, f64)> {
-    f.front.iter().map(|(name, p)| (name.clone(), p.bytes, p.mean())).collect()
+    f.front.iter().map(|(name, p)| (name.clone(), p.bytes, alike(f, p))).collect()
 }
 
 fn effort(e: Effort, strategy: cli::Strategy, seed: u64) -> fit::Effort {
@@ -101,6 +110,9 @@ enum Asked {
 /// What is asked for, and in words.
 fn budget(a: &cli::Fit, spec: &Spec) -> anyhow::Result<(Asked, String)> {
     let bytes = common::size(a.max_bytes.as_deref())?;
+    if let Some(n) = a.context.filter(|n| *n > spec.context) {
+        common::say(format!("note: --context {n}: the model sees {} positions, which are counted", spec.context));
+    }
     let memory = match common::size(a.max_ram.as_deref())? {
         None => None,
         Some(ram) => {
@@ -263,7 +275,10 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
     {
         anyhow::bail!("{} exists; --overwrite replaces it", there.display());
     }
-    // What the end reads is looked at before the search: an hour is long for a misspelt name.
+    // What the end reads and writes is looked at before the search: an hour is long for a misspelt name.
+    compress::writable(a.report.as_deref())?;
+    drop(compress::besides(g, &a.beside, a.gate, source)?);
+    overwritable(a)?;
     if let Some(file) = &a.eval {
         common::read_text(file)?;
     }
@@ -287,7 +302,7 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
     let len = WINDOW.min(spec.context);
     let samples = ((text.len() as f64 * STATISTICS) as usize / len).min(a.samples.unwrap_or(128)).max(1);
     let searched: Vec<u32> = match &a.search {
-        Some(file) => tokenizer.encode(&common::read_text(file)?, false)?,
+        Some(file) => texts::read(source, &tokenizer, file)?,
         None => text.get(samples * len..).unwrap_or_default().to_vec(),
     };
     let each = len - usize::from(bos.is_some());
@@ -350,9 +365,12 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
         each,
         eval: Eval { ctx: len, windows: None, bos, room: Means { max_ram, ..Means::default() }, progress: None },
         references: HashMap::new(),
-        journal: Journal::open(&a.out, a.resume, &identity)?,
+        journal: if a.dry_run { Journal::none() } else { Journal::open(&a.out, a.resume, &identity)? },
         bar: common::bar(plan.trials as u64, "trials"),
     };
+    if a.resume && !a.dry_run {
+        common::say(format!("{} trials are known", trials.journal.len()));
+    }
     let (meter, budget) = match asked {
         Asked::Speed(tok_s) => {
             let (meter, most) = speed::meter(g, source, &made, tok_s)?;
@@ -383,23 +401,30 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
     }
     let front = found.front.iter().map(|p| (name_of(&made, &all, &p.assignment), p.clone())).collect();
     let recipe = beside(&a.out, "recipe.toml");
-    let mut fitted = Fitted { wanted, found, front, done: None, recipe, written: None };
+    let text = lacuna_compress::tokens_fingerprint(&text);
+    let mut fitted = Fitted { wanted, found, front, done: None, recipe, written: None, text };
     if a.dry_run {
         return Ok(fitted);
     }
     let text = recipe_of(&made, &all, &fitted.found.chosen.assignment, &spec, &calibration);
     let about = format!(
-        "# Written by lacuna fit for {}: {}.\n# Makes it again: lacuna compress {} --recipe THIS --out DIR\n",
-        a.model, fitted.wanted, a.model
+        "# Written by lacuna fit for {}: {}.\n# Makes it again: lacuna compress {} --recipe THIS{} --out DIR\n",
+        a.model,
+        fitted.wanted,
+        a.model,
+        read_by(a)
     );
-    unfinished::write(&fitted.recipe, (about + &text).as_bytes())
-        .with_context(|| format!("{}: cannot be written", fitted.recipe.display()))?;
+    // Under another name until the model is there: a recipe and a model of two searches must not lie side by side.
+    let new = beside(&a.out, "recipe.partial.toml");
+    let _gone = unfinished::Temporary::new(new.clone());
+    unfinished::write(&new, (about + &text).as_bytes())
+        .with_context(|| format!("{}: cannot be written", new.display()))?;
     drop(made);
     let packed = if a.reader == Reader::Lacuna { a.out.clone() } else { beside(&a.out, "packed") };
     let args = cli::Compress {
         scratch: a.scratch.clone(),
         model: a.model.clone(),
-        recipe: fitted.recipe.display().to_string(),
+        recipe: new.display().to_string(),
         out: packed.clone(),
         sets: Vec::new(),
         calibration: a.calibration.clone(),
@@ -419,6 +444,10 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
         report: None,
     };
     let done = compress::work(g, &args, source)?;
+    unfinished::replace(&new, &fitted.recipe)
+        .with_context(|| format!("{}: cannot be written", fitted.recipe.display()))?;
+    let account = compress::json_of(&a.model, &fitted.recipe.display().to_string(), &done);
+    compress::save_report(&done.outcomes.path, &account)?;
     if a.reader != Reader::Lacuna {
         convert::write(g, &packed, a.reader, &a.out, a.overwrite)?;
         fitted.written = Some(a.out.clone());
@@ -429,6 +458,43 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
     unfinished::write(&at, card.as_bytes()).with_context(|| format!("{}: cannot be written", at.display()))?;
     fitted.done = Some(done);
     Ok(fitted)
+}
+
+/// The flags that a recipe's numbers came of, beside the recipe.
+fn read_by(a: &cli::Fit) -> String {
+    let mut flags = String::new();
+    for text in &a.calibration {
+        flags += &format!(" --calibration {}", text.path.display());
+        if a.calibration.len() > 1 {
+            flags += &format!("={}", text.weight);
+        }
+    }
+    if let Some(file) = &a.imatrix {
+        flags += &format!(" --imatrix {}", file.display());
+    }
+    flags
+}
+
+/// Refuses to begin what could not be put in its place in the end.
+fn overwritable(a: &cli::Fit) -> anyhow::Result<()> {
+    if a.dry_run {
+        return Ok(());
+    }
+    let out = a.out.display();
+    if a.out.file_name().is_none() {
+        return Err(Usage(format!("-o {out}: give the result a name of its own")).into());
+    }
+    if let Some(dir) = a.out.parent().filter(|p| !p.as_os_str().is_empty() && !p.is_dir()) {
+        return Err(Usage(format!("-o {out}: there is no folder {}", dir.display())).into());
+    }
+    match (a.reader, a.out.is_dir(), a.out.exists()) {
+        (Reader::Gguf, true, _) => Err(Usage(format!("-o {out}: a directory; name a file")).into()),
+        (Reader::Lacuna | Reader::CompressedTensors, false, true) => {
+            Err(Usage(format!("-o {out}: a file; name a directory")).into())
+        }
+        (Reader::Lacuna, true, _) => Ok(lacuna_checkpoint::refuse_existing(&a.out, a.overwrite || a.resume)?),
+        _ => Ok(()),
+    }
 }
 
 /// `OUT.name`, beside it.
@@ -481,7 +547,7 @@ pub fn to_json(a: &cli::Fit, f: &Fitted) -> Value {
         .map(|(name, p)| {
             let tok_s = f.done.as_ref().filter(|_| *p == f.found.chosen);
             let tok_s = tok_s.and_then(|d| d.measured.as_ref()?.speed).map(|s| s.median);
-            json!({ "name": name, "bytes": p.bytes, "kl_mean": p.mean(), "decode_tok_s": tok_s, "by": p.by })
+            json!({ "name": name, "bytes": p.bytes, "kl_mean": alike(f, p), "decode_tok_s": tok_s, "by": p.by })
         })
         .collect();
     let mut json = match &f.done {
@@ -507,7 +573,7 @@ fn front(f: &Fitted) -> Columns {
     let mut t = Columns::new(["front", "size", "KL of the search", ""]);
     for (name, p) in &f.front {
         let mark = if p.assignment == f.found.chosen.assignment { "chosen" } else { "" };
-        t.row([name.clone(), show_bytes(p.bytes), format!("{:.4}", p.mean()), mark.to_owned()]);
+        t.row([name.clone(), show_bytes(p.bytes), format!("{:.4}", alike(f, p)), mark.to_owned()]);
     }
     t
 }
@@ -523,7 +589,10 @@ pub fn words(a: &cli::Fit, f: &Fitted) -> String {
             text += &compress::words(d);
             text += &format!("recipe: {}\n", f.recipe.display());
             if let Some(path) = &f.written {
-                text += &format!("for {}: {}\n", a.reader.name(), path.display());
+                let whole = std::fs::metadata(path).ok().filter(|m| m.is_file());
+                let whole = whole
+                    .map_or_else(String::new, |m| format!(", {} with tokenizer and metadata", show_bytes(m.len())));
+                text += &format!("for {}: {}{whole}\n", a.reader.name(), path.display());
             }
         }
     }
@@ -555,12 +624,23 @@ fn card(a: &cli::Fit, f: &Fitted, d: &compress::Done) -> String {
     }
     let _ = writeln!(
         c,
-        "\nCalibrated on {} sequences of {} tokens; the recipe, with the text's sha256, stands in `config.json`.",
-        d.outcomes.calibration.0, d.outcomes.calibration.1
+        "\nCalibrated on {} sequences of {} tokens of {} (sha256 of the tokens {}). Made again by `lacuna compress {} \
+         --recipe {}{} --out DIR`, Lacuna {}.",
+        d.outcomes.calibration.0,
+        d.outcomes.calibration.1,
+        match &a.calibration[..] {
+            [] => "the text that Lacuna carries".to_owned(),
+            texts => texts.iter().map(|t| t.path.display().to_string()).collect::<Vec<_>>().join(", "),
+        },
+        f.text,
+        a.model,
+        f.recipe.file_name().unwrap_or_default().to_string_lossy(),
+        read_by(a),
+        env!("CARGO_PKG_VERSION")
     );
     let _ = writeln!(c, "\n## The front\n\n| | size | KL of the search |\n|---|---|---|");
     for (name, p) in &f.front {
-        let _ = writeln!(c, "| {name} | {} | {:.4} |", show_bytes(p.bytes), p.mean());
+        let _ = writeln!(c, "| {name} | {} | {:.4} |", show_bytes(p.bytes), alike(f, p));
     }
     c
 }

@@ -105,8 +105,11 @@ fn remove(path: &Path) -> bool {
 }
 
 /// Renames a file or folder to `to`, in the place of what stands there: a folder that cannot be put there leaves the
-/// one that was.
+/// one that was. A file never takes a folder's place: whoever named a folder by mistake keeps what is in it.
 pub fn replace(from: &Path, to: &Path) -> io::Result<()> {
+    if to.is_dir() && !from.is_dir() {
+        return Err(io::Error::new(io::ErrorKind::IsADirectory, "a directory stands there, where a file is to go"));
+    }
     let old = beside(to, "old");
     {
         let _lock = acts();
@@ -154,6 +157,14 @@ mod tests {
             names.sort();
             names
         };
+        // A file does not take a folder's place.
+        fs::create_dir(dir.join("kept")).unwrap();
+        fs::write(dir.join("kept/a"), "precious").unwrap();
+        let refused = write(&dir.join("kept"), b"x").unwrap_err();
+        assert_eq!(refused.kind(), io::ErrorKind::IsADirectory);
+        assert_eq!(fs::read_to_string(dir.join("kept/a")).unwrap(), "precious");
+        assert_eq!(names(), ["kept"]);
+        fs::remove_dir_all(dir.join("kept")).unwrap();
         // Given up, put, and put over another.
         let out = dir.join("out");
         let folder = |text: &str| {

@@ -84,6 +84,7 @@ impl Imatrix {
 fn sound(name: &str, sums: &[f64]) -> Result<(), String> {
     match sums.iter().position(|s| !s.is_finite() || *s < 0.0) {
         Some(at) => Err(format!("{name}: the sum of squares of channel {at} is {}", sums[at])),
+        None if sums.iter().all(|s| *s == 0.0) => Err(format!("{name}: all sums of squares are 0: it saw no text")),
         None => Ok(()),
     }
 }
@@ -105,8 +106,8 @@ fn of_gguf(file: &[u8]) -> Result<Vec<Entry>, String> {
         sound(name, &sums)?;
         // Counts are whole numbers written as floats; what is none becomes 0, and the matrix unknown.
         let counts: Vec<u64> = counts.iter().map(|c| *c as u64).collect();
-        if counts.is_empty() {
-            return Err(format!("{name}.counts is empty"));
+        if counts.iter().all(|c| *c == 0) {
+            return Err(format!("{name}.counts says of how many tokens the sums are, and has no number above 0"));
         }
         out.push(Entry { name: name.to_owned(), sums, counts });
     }
@@ -120,7 +121,8 @@ fn of_gguf(file: &[u8]) -> Result<Vec<Entry>, String> {
 fn of_dat(file: &[u8]) -> Result<Vec<Entry>, String> {
     let mut rest = file;
     let mut take = |n: usize, what: &str| -> Result<&[u8], String> {
-        let (head, tail) = rest.split_at_checked(n).ok_or(format!("the file ends within {what}"))?;
+        let (head, tail) =
+            rest.split_at_checked(n).ok_or(format!("no importance matrix, or a broken one: it ends within {what}"))?;
         rest = tail;
         Ok(head)
     };
@@ -222,6 +224,7 @@ mod tests {
         says(&one("blk.0.attn_q.weight", &[1.0, 2.0]), "2 channels");
         says(&one("blk.0.attn_q.weight", &[1.0, -2.0, 0.0, 0.0]), "channel 1 is -2");
         says(&one("blk.0.attn_q.weight", &[1.0, f32::NAN, 0.0, 0.0]), "channel 1 is NaN");
+        says(&one("blk.0.attn_q.weight", &[0.0; 4]), "saw no text");
         says(&one("elsewhere", &[1.0]), "none of its tensors");
         says(&[], "ends within");
         says(&i32::MAX.to_le_bytes(), "ends within");

@@ -33,4 +33,4 @@ pub use repair::{Fault, diagnose, mendable, repair};
 pub use template::{ChatTemplate, Message, Setting, TemplateError};
 pub use tensor::{TensorInfo, TensorType};
 pub use tokenizer::{Compared, Decoder, Export, HfFiles, Lexicon, TokenKind, Tokenizer, TokenizerError, Vocabulary};
-pub use writer::{PackedWriter, SaveError, left_behind};
+pub use writer::{PackedWriter, SaveError, left_behind, refuse_existing};

@@ -570,7 +570,8 @@ pub(crate) fn into_place(out: &Path) -> Result<(), SaveError> {
     files::sync_dir(parent)
 }
 
-fn refuse_existing(out: &Path, overwrite: bool) -> Result<(), SaveError> {
+/// Refuses to put a packed model where something stands that is none, or, unless asked to `overwrite`, where one does.
+pub fn refuse_existing(out: &Path, overwrite: bool) -> Result<(), SaveError> {
     if !out.exists() {
         return Ok(());
     }

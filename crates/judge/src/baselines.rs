@@ -163,7 +163,7 @@ pub fn measure(
         Err(e) if e.not_finite => (f64::INFINITY, f64::INFINITY),
         Err(e) => return Err(e.into()),
     };
-    Ok(Measured { name: name.into(), bytes: bytes(weights)?, loss, nats_a_byte: None, ppl, speed: None })
+    Ok(Measured { name: name.into(), bytes: bytes(weights)?, loss, nats_a_byte: None, ppl, kl: None, speed: None })
 }
 
 /// Bytes of every tensor as stored.
@@ -189,7 +189,7 @@ pub fn frequencies(calibration: &[u32], held_out: &[u32], vocab: usize) -> Measu
     let nats = |t: &u32| -((counts.get(t).copied().unwrap_or(0) + 1) as f64 / all).ln();
     let loss = held_out.iter().map(nats).sum::<f64>() / held_out.len().max(1) as f64;
     let (name, bytes) = ("token frequencies".into(), 2 * vocab as u64);
-    Measured { name, bytes, loss, nats_a_byte: None, ppl: loss.exp(), speed: None }
+    Measured { name, bytes, loss, nats_a_byte: None, ppl: loss.exp(), kl: None, speed: None }
 }
 
 /// Makes (or finds) and measures every baseline.

@@ -16,6 +16,9 @@ pub struct Measured {
     pub nats_a_byte: Option<f64>,
     /// `exp(loss)`.
     pub ppl: f64,
+    /// KL(source || it), nats a token, where it was asked.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kl: Option<f64>,
     /// Decode speed, where it was timed.
     pub speed: Option<Speed>,
 }
@@ -149,7 +152,7 @@ mod tests {
 
     fn m(name: &str, bytes: u64, loss: f64, speed: Option<f64>) -> Measured {
         let speed = speed.map(|median| Speed { median, spread: 0.01, pace: 3e10 });
-        Measured { name: name.into(), bytes, loss, nats_a_byte: None, ppl: loss.exp(), speed }
+        Measured { name: name.into(), bytes, loss, nats_a_byte: None, ppl: loss.exp(), kl: None, speed }
     }
 
     #[test]

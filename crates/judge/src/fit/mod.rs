@@ -300,6 +300,9 @@ pub fn search<M: Measure>(
         }
     };
     let mut chosen = knapsack.clone();
+    if effort.strategy == Strategy::Random && run.left() < 8 {
+        notes.push("too few trials are left to draw by lot: the knapsack's answer stands; give more effort".into());
+    }
     if run.left() >= 8 && matches!(effort.strategy, Strategy::Races | Strategy::Random) {
         let mut best = race::race(&mut run, &items, knapsack.clone(), target)?;
         run.more(&mut knapsack, last)?;
@@ -315,7 +318,8 @@ pub fn search<M: Measure>(
                     "the knapsack's answer stands: the best of the races has KL {mine:.4}, it {theirs:.4} (±{error:.4})"
                 ));
             } else {
-                notes.push(format!("a race found KL {mine:.4} where the knapsack has {theirs:.4} (±{error:.4})"));
+                let who = if effort.strategy == Strategy::Random { "the best by lot has" } else { "a race found" };
+                notes.push(format!("{who} KL {mine:.4} where the knapsack has {theirs:.4} (±{error:.4})"));
                 front.push(leader.clone());
                 chosen = leader.clone();
             }

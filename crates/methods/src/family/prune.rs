@@ -258,7 +258,11 @@ impl Local for Prune {
                     None => (Vec::new(), work),
                 };
                 if let Some(by) = solver.of_ffn() {
-                    whole.iter_mut().try_for_each(|of| solve_ffn(by, of, self.ask))?;
+                    for of in &mut whole {
+                        let at = of.first().map_or_else(String::new, |w| w.place.to_string());
+                        let named = |e: MethodError| MethodError::new(format!("the FFN of {at}: {}", e.what));
+                        solve_ffn(by, of, self.ask).map_err(named)?;
+                    }
                 }
                 let mut edits = one_by_one(rest, |w| solve(solver.as_ref(), &mut w.matrix, &w.stats, self.ask))?;
                 edits.extend(one_by_one(whole.into_iter().flatten().collect(), |_| Ok(()))?);

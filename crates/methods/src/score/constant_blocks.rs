@@ -61,7 +61,7 @@ pub(crate) fn method() -> Method {
             arxiv: "2306.16601",
             summary: "Blocks of a few outputs by one input go whole, those with the least sum of sizes, or of sizes \
                       times the norm of the input.",
-            system: Some(97),
+            system: None,
             verb: "prune",
             needs: &[],
             abilities: &[Ability::Blocks, Ability::FixedMask],
