@@ -1,5 +1,6 @@
 //! `fit`: the best model within a budget.
 
+mod account;
 mod candidates;
 mod journal;
 mod speed;
@@ -11,18 +12,21 @@ use std::process::ExitCode;
 use anyhow::Context;
 use lacuna_base::unfinished;
 use lacuna_base::units::show_bytes;
-use lacuna_compress::{Levels, Recipe, levels};
-use lacuna_eval::{CALIBRATION, Eval, EvalError, Means, Reference, Table as Columns};
+use lacuna_compress::{Levels, Recipe, Room, levels};
+use lacuna_eval::{CALIBRATION, Eval, EvalError, Means, Reference};
 use lacuna_format::Weights;
 use lacuna_judge::fit::{self, Budget, Found, Measure, Meter, Point, is_end};
 use lacuna_spec::{Place, Spec};
-use serde_json::{Value, json};
+use serde_json::json;
 
 use crate::cli::{self, Effort, Global, Reader};
 use crate::common::{self, CompressBar, Model, Usage};
 use crate::{compress, convert, report, texts};
+use account::{card, read_by};
 use candidates::{Candidate, candidates};
 use journal::Journal;
+
+pub use account::{marks, to_json, words};
 
 /// Share of the calibration text that gives statistics; the rest is searched on.
 const STATISTICS: f64 = 0.7;
@@ -60,18 +64,6 @@ pub fn run(g: &Global, a: &cli::Fit) -> anyhow::Result<ExitCode> {
     }
     let pays = fitted.done.as_ref().and_then(|d| d.verdict.as_ref()).is_none_or(|v| v.pays);
     Ok(if pays || a.accept { ExitCode::SUCCESS } else { ExitCode::from(3) })
-}
-
-/// A point's KL on those windows that every point of the front was measured on.
-fn alike(f: &Fitted, p: &Point) -> f64 {
-    let n = f.front.iter().map(|(_, p)| p.kl.len()).min().unwrap_or(0).max(1);
-    let seen = &p.kl[..n.min(p.kl.len())];
-    seen.iter().sum::<f64>() / seen.len().max(1) as f64
-}
-
-/// Points of the front for a plot of bytes against loss: name, bytes, KL on the text of the search.
-pub fn marks(f: &Fitted) -> Vec<(String, u64, f64)> {
-    f.front.iter().map(|(name, p)| (name.clone(), p.bytes, alike(f, p))).collect()
 }
 
 fn effort(e: Effort, strategy: cli::Strategy, seed: u64) -> fit::Effort {
@@ -330,8 +322,9 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
     let scratch = a.scratch.clone().unwrap_or_else(|| {
         a.out.parent().filter(|p| !p.as_os_str().is_empty()).map_or_else(|| PathBuf::from("."), PathBuf::from)
     });
+    let room = Room { scratch: &scratch, max_ram, bos, imatrix: imatrix.as_ref() };
     let mut bar = CompressBar::default();
-    let mut made = levels(&source.checkpoint, &text, &recipes, &scratch, max_ram, bos, imatrix.as_ref(), &mut bar)?;
+    let mut made = levels(&source.checkpoint, &text, &recipes, &room, &mut bar)?;
     drop(bar);
     pin(&mut made, &a.keep, &all)?;
     for n in &made.notes {
@@ -460,21 +453,6 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
     Ok(fitted)
 }
 
-/// The flags that a recipe's numbers came of, beside the recipe.
-fn read_by(a: &cli::Fit) -> String {
-    let mut flags = String::new();
-    for text in &a.calibration {
-        flags += &format!(" --calibration {}", text.path.display());
-        if a.calibration.len() > 1 {
-            flags += &format!("={}", text.weight);
-        }
-    }
-    if let Some(file) = &a.imatrix {
-        flags += &format!(" --imatrix {}", file.display());
-    }
-    flags
-}
-
 /// Refuses to begin what could not be put in its place in the end.
 fn overwritable(a: &cli::Fit) -> anyhow::Result<()> {
     if a.dry_run {
@@ -537,110 +515,4 @@ fn pin(levels: &mut Levels<'_>, pins: &[String], all: &[Candidate]) -> anyhow::R
         }
     }
     Ok(())
-}
-
-/// What came, for programs.
-pub fn to_json(a: &cli::Fit, f: &Fitted) -> Value {
-    let front: Vec<Value> = f
-        .front
-        .iter()
-        .map(|(name, p)| {
-            let tok_s = f.done.as_ref().filter(|_| *p == f.found.chosen);
-            let tok_s = tok_s.and_then(|d| d.measured.as_ref()?.speed).map(|s| s.median);
-            json!({ "name": name, "bytes": p.bytes, "kl_mean": alike(f, p), "decode_tok_s": tok_s, "by": p.by })
-        })
-        .collect();
-    let mut json = match &f.done {
-        Some(d) => compress::json_of(&a.model, &f.recipe.display().to_string(), d),
-        None => json!({ "model": a.model }),
-    };
-    if let Some(fields) = json.as_object_mut() {
-        fields.insert("front".into(), front.into());
-        fields.insert("trials".into(), f.found.trials.into());
-        fields.insert("slopes".into(), json!(f.found.slopes));
-        fields.insert("kl_search".into(), json!(f.found.chosen.mean()));
-        fields.insert("kl_knapsack".into(), json!(f.found.knapsack.mean()));
-        fields.insert("run".into(), Value::Null);
-        if let Some(path) = &f.written {
-            fields.insert("out".into(), json!(path));
-        }
-    }
-    json
-}
-
-/// The front as a table.
-fn front(f: &Fitted) -> Columns {
-    let mut t = Columns::new(["front", "size", "KL of the search", ""]);
-    for (name, p) in &f.front {
-        let mark = if p.assignment == f.found.chosen.assignment { "chosen" } else { "" };
-        t.row([name.clone(), show_bytes(p.bytes), format!("{:.4}", alike(f, p)), mark.to_owned()]);
-    }
-    t
-}
-
-/// What came, in words.
-pub fn words(a: &cli::Fit, f: &Fitted) -> String {
-    let mut text = format!("Searched for {} in {} trials.\n\n", f.wanted, f.found.trials);
-    text += &front(f).text();
-    match &f.done {
-        None => text += "\nA dry run: nothing was written.\n",
-        Some(d) => {
-            text += "\n";
-            text += &compress::words(d);
-            text += &format!("recipe: {}\n", f.recipe.display());
-            if let Some(path) = &f.written {
-                let whole = std::fs::metadata(path).ok().filter(|m| m.is_file());
-                let whole = whole
-                    .map_or_else(String::new, |m| format!(", {} with tokenizer and metadata", show_bytes(m.len())));
-                text += &format!("for {}: {}{whole}\n", a.reader.name(), path.display());
-            }
-        }
-    }
-    text
-}
-
-/// The model card.
-fn card(a: &cli::Fit, f: &Fitted, d: &compress::Done) -> String {
-    use std::fmt::Write;
-    let mut c = String::new();
-    let _ = writeln!(c, "# {}\n", a.out.file_name().unwrap_or_default().to_string_lossy());
-    let _ = writeln!(c, "Made by `lacuna fit` from {} for {}: {}.\n", a.model, a.reader.name(), f.wanted);
-    let chosen = f.front.iter().find(|(_, p)| p.assignment == f.found.chosen.assignment);
-    if let Some((name, _)) = chosen {
-        let _ = writeln!(c, "What became of the matrices: {name}.\n");
-    }
-    let _ = writeln!(c, "| | |\n|---|---|");
-    let _ = writeln!(c, "| size | {} (source {}) |", show_bytes(d.outcomes.bytes), show_bytes(d.source_bytes));
-    let _ = writeln!(c, "| bits a weight | {:.2} |", d.bits(d.outcomes.bytes));
-    if let Some(x) = d.judged.as_ref().and_then(|j| j.against.as_ref()) {
-        let j = d.judged.as_ref().map_or((0, 0, f64::NAN), |j| (j.windows, j.ctx, j.ppl));
-        let _ =
-            writeln!(c, "| held-out perplexity | {:.3} (source {:.3}), {} windows of {} |", j.2, x.ppl_dense, j.0, j.1);
-        let _ = writeln!(c, "| KL from the source | {:.4} nats a token (99 of 100 below {:.3}) |", x.kl_mean, x.kl_p99);
-        let _ = writeln!(c, "| another first choice | {:.2}% |", 100.0 * (1.0 - x.top1_agree));
-    }
-    if let Some(v) = &d.verdict {
-        let _ = writeln!(c, "| verdict | {} |", if v.pays { "pays" } else { "does not pay" });
-    }
-    let _ = writeln!(
-        c,
-        "\nCalibrated on {} sequences of {} tokens of {} (sha256 of the tokens {}). Made again by `lacuna compress {} \
-         --recipe {}{} --out DIR`, Lacuna {}.",
-        d.outcomes.calibration.0,
-        d.outcomes.calibration.1,
-        match &a.calibration[..] {
-            [] => "the text that Lacuna carries".to_owned(),
-            texts => texts.iter().map(|t| t.path.display().to_string()).collect::<Vec<_>>().join(", "),
-        },
-        f.text,
-        a.model,
-        f.recipe.file_name().unwrap_or_default().to_string_lossy(),
-        read_by(a),
-        env!("CARGO_PKG_VERSION")
-    );
-    let _ = writeln!(c, "\n## The front\n\n| | size | KL of the search |\n|---|---|---|");
-    for (name, p) in &f.front {
-        let _ = writeln!(c, "| {name} | {} | {:.4} |", show_bytes(p.bytes), alike(f, p));
-    }
-    c
 }

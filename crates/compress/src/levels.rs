@@ -120,6 +120,19 @@ impl Levels<'_> {
     }
 }
 
+/// Where levels are made, and of what beside the text.
+#[derive(Clone, Copy, Debug)]
+pub struct Room<'a> {
+    /// The folder of the scratch file.
+    pub scratch: &'a Path,
+    /// Ceiling of the whole process in bytes.
+    pub max_ram: Option<u64>,
+    /// Put before each calibration sequence.
+    pub bos: Option<u32>,
+    /// Squares of inputs, in the place of the text's.
+    pub imatrix: Option<&'a Imatrix>,
+}
+
 /// Makes every matrix that a recipe aims at as that recipe's steps leave it, each from the source and calibrated on it
 /// (`tokens`). Recipes hold steps on single matrices only, and share one calibration: that of the first. A place that a
 /// recipe's steps cannot work on (its shape does not divide) has no such level.
@@ -127,12 +140,10 @@ pub fn levels<'a>(
     source: &'a Checkpoint,
     tokens: &[u32],
     recipes: &[Recipe],
-    scratch: &Path,
-    max_ram: Option<u64>,
-    bos: Option<u32>,
-    imatrix: Option<&Imatrix>,
+    room: &Room<'_>,
     progress: &mut dyn Progress,
 ) -> Result<Levels<'a>, CompressError> {
+    let Room { scratch, max_ram, bos, imatrix } = *room;
     let overlay = Overlay::new(source);
     let spec = overlay.spec.clone();
     let mut notes = Vec::new();

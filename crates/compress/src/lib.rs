@@ -30,7 +30,7 @@ mod vocabulary;
 pub use account::{CompressError, Options, Outcomes, Progress, Quiet, TensorReport};
 pub use drive::compress;
 pub use identity::{fingerprint, revision};
-pub use levels::{AtLevel, Choice, Levels, Stitch, levels};
+pub use levels::{AtLevel, Choice, Levels, Room, Stitch, levels};
 pub use predict::{Planned, Shaped, forms, uses};
 pub use recipe::{Calibration, Recipe, RecipeError, RecipeStep, Rest};
 pub use sequences::{bytes_fingerprint, tokens_fingerprint};

@@ -135,7 +135,7 @@ fn pair(source: &Checkpoint, steps: &[&str], home: &Path, said: &str) -> Came {
 
 #[test]
 fn every_family_after_every_other() {
-    let source = open(&Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny/llama")).unwrap();
+    let source = open(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny/llama")).unwrap();
     let (mut refused, mut made, mut written) = (Vec::new(), 0, 0);
     for (first, a) in FAMILIES {
         for (second, b) in FAMILIES {
