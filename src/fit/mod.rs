@@ -378,16 +378,21 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
     for n in &found.notes {
         common::say(format!("note: {n}"));
     }
-    let smallest = || format!("the smallest for {} takes {}", a.reader.name(), show_bytes(found.chosen.bytes));
     match (asked, budget) {
         (Asked::Bytes(most), _) if found.chosen.bytes > most => {
-            anyhow::bail!("nothing as small as {} was found: {}", show_bytes(most), smallest());
+            anyhow::bail!(
+                "nothing as small as {} was found: the smallest for {} takes {}",
+                show_bytes(most),
+                a.reader.name(),
+                show_bytes(found.chosen.bytes)
+            );
         }
         (Asked::Speed(tok_s), Budget::Within(most)) if found.chosen.takes > most => {
             let comes = tok_s * most as f64 / found.chosen.takes as f64;
             anyhow::bail!(
-                "nothing as fast as {tok_s} tok/s was found: {}, and should decode {comes:.1} tok/s here",
-                smallest()
+                "nothing as fast as {tok_s} tok/s was found: the fastest for {}, {}, should decode {comes:.1} tok/s here",
+                a.reader.name(),
+                show_bytes(found.chosen.bytes)
             );
         }
         _ => {}
