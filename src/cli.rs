@@ -227,6 +227,17 @@ pub enum Effort {
     Long,
 }
 
+impl Effort {
+    /// Its name on the command line.
+    pub fn name(self) -> &'static str {
+        match self {
+            Effort::Quick => "quick",
+            Effort::Normal => "normal",
+            Effort::Long => "long",
+        }
+    }
+}
+
 /// What a search tries.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
 pub enum Strategy {

@@ -414,6 +414,17 @@ fn calibration_comes_from_several_texts_and_from_an_imatrix() {
     assert!(refusal(1, &[&args[..], &["--imatrix", &plain]].concat()).contains("importance matrix"));
     let rtn = ["compress", &tiny(), "--recipe", "rtn", "-o", &out, "--gate", "off", "--imatrix", &imatrix];
     assert!(refusal(1, &rtn).contains("no step of the recipe reads"));
+    // A search by it, and the recipe's own words make the model again.
+    let (fitted, again) = (at("by-squares"), at("by-squares-again"));
+    let model = tiny();
+    let quick = ["fit", &model, "-o", &fitted, "--effort", "quick", "--gate", "off", "--samples", "4"];
+    object(0, &[&quick[..], &["--imatrix", &imatrix]].concat());
+    let recipe = format!("{fitted}.recipe.toml");
+    assert!(std::fs::read_to_string(&recipe).unwrap().contains(&format!("THIS --imatrix {imatrix}")));
+    let same = ["compress", &model, "--recipe", &recipe, "-o", &again, "--gate", "off", "--imatrix", &imatrix];
+    object(0, &same);
+    let read = |dir: &str| std::fs::read(Path::new(dir).join("model.safetensors")).unwrap();
+    assert!(read(&fitted) == read(&again), "the recipe makes another model");
 }
 
 #[test]

@@ -20,8 +20,8 @@ pub fn marks(f: &Fitted) -> Vec<(String, u64, f64)> {
     f.front.iter().map(|(name, p)| (name.clone(), p.bytes, alike(f, p))).collect()
 }
 
-/// The flags that a recipe's numbers came of, beside the recipe.
-pub fn read_by(a: &cli::Fit) -> String {
+/// The flags that a recipe's numbers came of, beside the recipe; `imatrix`: whether it reads one.
+pub fn flags(a: &cli::Fit, imatrix: bool) -> String {
     let mut flags = String::new();
     for text in &a.calibration {
         flags += &format!(" --calibration {}", text.path.display());
@@ -29,7 +29,7 @@ pub fn read_by(a: &cli::Fit) -> String {
             flags += &format!("={}", text.weight);
         }
     }
-    if let Some(file) = &a.imatrix {
+    if let Some(file) = a.imatrix.as_ref().filter(|_| imatrix) {
         flags += &format!(" --imatrix {}", file.display());
     }
     flags
@@ -131,7 +131,7 @@ pub fn card(a: &cli::Fit, f: &Fitted, d: &compress::Done) -> String {
         f.text,
         a.model,
         f.recipe.file_name().unwrap_or_default().to_string_lossy(),
-        read_by(a),
+        f.flags,
         env!("CARGO_PKG_VERSION")
     );
     let _ = writeln!(c, "\n## The front\n\n| | size | KL of the search |\n|---|---|---|");

@@ -22,7 +22,7 @@ use serde_json::json;
 use crate::cli::{self, Effort, Global, Reader};
 use crate::common::{self, CompressBar, Model, Usage};
 use crate::{compress, convert, report, texts};
-use account::{card, read_by};
+use account::{card, flags};
 use candidates::{Candidate, candidates};
 use journal::Journal;
 
@@ -51,6 +51,8 @@ pub struct Fitted {
     pub written: Option<PathBuf>,
     /// The sha256 of the calibration text's tokens.
     pub text: String,
+    /// What `compress` needs beside the recipe to make the result again.
+    pub flags: String,
 }
 
 /// Runs the verb.
@@ -319,6 +321,14 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
         .iter()
         .map(|c| Recipe::parse(&c.recipe(&spec, &calibration), &registry, &[]).context(c.name.clone()))
         .collect::<anyhow::Result<Vec<_>>>()?;
+    if imatrix.is_some() && !recipes.iter().any(|r| lacuna_compress::reads_imatrix(r, &spec)) {
+        return Err(Usage(format!(
+            "--imatrix: nothing that is tried on this source for {} with --effort {} reads it; leave it out",
+            a.reader.name(),
+            a.effort.name()
+        ))
+        .into());
+    }
     let scratch = a.scratch.clone().unwrap_or_else(|| {
         a.out.parent().filter(|p| !p.as_os_str().is_empty()).map_or_else(|| PathBuf::from("."), PathBuf::from)
     });
@@ -400,17 +410,17 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
     let front = found.front.iter().map(|p| (name_of(&made, &all, &p.assignment), p.clone())).collect();
     let recipe = beside(&a.out, "recipe.toml");
     let text = lacuna_compress::tokens_fingerprint(&text);
-    let mut fitted = Fitted { wanted, found, front, done: None, recipe, written: None, text };
+    let mut fitted = Fitted { wanted, found, front, done: None, recipe, written: None, text, flags: String::new() };
     if a.dry_run {
         return Ok(fitted);
     }
     let text = recipe_of(&made, &all, &fitted.found.chosen.assignment, &spec, &calibration);
+    // What was chosen may read nothing of it, and `compress` then refuses it.
+    let read = Recipe::parse(&text, &registry, &[]).is_ok_and(|r| lacuna_compress::reads_imatrix(&r, &spec));
+    fitted.flags = flags(a, read);
     let about = format!(
         "# Written by lacuna fit for {}: {}.\n# Makes it again: lacuna compress {} --recipe THIS{} --out DIR\n",
-        a.model,
-        fitted.wanted,
-        a.model,
-        read_by(a)
+        a.model, fitted.wanted, a.model, fitted.flags
     );
     // Under another name until the model is there: a recipe and a model of two searches must not lie side by side.
     let new = beside(&a.out, "recipe.partial.toml");
@@ -426,7 +436,7 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
         out: packed.clone(),
         sets: Vec::new(),
         calibration: a.calibration.clone(),
-        imatrix: a.imatrix.clone(),
+        imatrix: a.imatrix.clone().filter(|_| read),
         samples: None,
         seq_len: None,
         seed: None,

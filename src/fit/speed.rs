@@ -26,15 +26,15 @@ pub fn meter(g: &Global, source: &Model, levels: &Levels<'_>, tok_s: f64) -> any
     // The result lies somewhere between.
     let footprint = Footprint::of((most + least) / 2);
     // One matrix of each form, by its level and shape.
-    let mut samples: HashMap<(usize, Option<usize>), Arc<Stored>> = HashMap::new();
-    let mut names: HashMap<String, (usize, Option<usize>)> = HashMap::new();
+    let mut samples: HashMap<(usize, usize), Arc<Stored>> = HashMap::new();
+    let mut names: HashMap<String, (usize, usize)> = HashMap::new();
     let mut form = Vec::new();
     for (i, c) in levels.choices.iter().enumerate() {
         let mut mine = Vec::new();
         for (l, level) in c.levels.iter().enumerate() {
             let name = format!("{:?} {:?} {}", spec.shape(&c.place), level.recipe, level.bytes);
-            let at = *names.entry(name).or_insert((i, Some(l)));
-            if at == (i, Some(l)) {
+            let at = *names.entry(name).or_insert((i, l));
+            if at == (i, l) {
                 samples.insert(at, levels.stored(i, l)?);
             }
             mine.push(at);
@@ -66,6 +66,14 @@ pub fn meter(g: &Global, source: &Model, levels: &Levels<'_>, tok_s: f64) -> any
     let changing: f64 = takes.iter().map(|c| c[0] as f64).sum();
     let rest = (read - changing).max(0.0) + beside * pace;
     let time = pace / tok_s;
+    if rest >= time {
+        anyhow::bail!(
+            "--min-decode-tok-s {tok_s}: what no level changes takes {:.2} ms of a token here, which allow {:.0} tok/s at \
+             the most",
+            1e3 * rest / pace,
+            pace / rest
+        );
+    }
     common::say(format!(
         "a token may take {:.2} ms, {:.2} of them outside the matrices that can change, while plain 4-bit products read \
          {:.0} GB/s as now",

@@ -85,15 +85,20 @@ pub fn compress(
     Ok(Outcomes { path, bytes, spec: overlay.spec, tensors, calibration, kept: walk.kept, notes })
 }
 
+/// Whether any step reads what an imatrix tells.
+pub fn reads_imatrix(recipe: &Recipe, spec: &Spec) -> bool {
+    let reads = |l| asks(recipe, &Chosen::default(), spec, l);
+    let mut all = (0..spec.layers.len()).flat_map(reads).chain(recipe.at_head(spec));
+    all.any(|(_, ask)| ask == Ask::InputSquares)
+}
+
 /// The sha256 of an imatrix's numbers; an error where a recipe makes matrices that it does not know, or reads none of it.
 pub(crate) fn imatrix_fits(imatrix: &Imatrix, recipe: &Recipe, spec: &Spec) -> Result<String, CompressError> {
     let refuse = |what: String| Err(CompressError::Imatrix { what });
     if let Some(s) = recipe.steps.iter().find(|s| s.is_model_wide()) {
         return refuse(format!("step '{}' changes the network that the imatrix is of", s.name));
     }
-    let reads = |l| asks(recipe, &Chosen::default(), spec, l);
-    let mut all = (0..spec.layers.len()).flat_map(reads).chain(recipe.at_head(spec));
-    if !all.any(|(_, ask)| ask == Ask::InputSquares) {
+    if !reads_imatrix(recipe, spec) {
         return refuse(
             "no step of the recipe reads the squares of inputs; weighted-rtn, wanda and `importance = true` do".into(),
         );

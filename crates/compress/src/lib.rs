@@ -28,7 +28,7 @@ mod trials;
 mod vocabulary;
 
 pub use account::{CompressError, Options, Outcomes, Progress, Quiet, TensorReport};
-pub use drive::compress;
+pub use drive::{compress, reads_imatrix};
 pub use identity::{fingerprint, revision};
 pub use levels::{AtLevel, Choice, Levels, Room, Stitch, levels};
 pub use predict::{Planned, Shaped, forms, uses};

@@ -1,14 +1,16 @@
 //! Maps at the inputs of matrices: what follows them, what cannot, and that what is saved runs as it decodes.
 
+mod support;
+
 use std::path::Path;
 
 use lacuna_base::Rng;
 use lacuna_checkpoint::{Checkpoint, open};
 use lacuna_compress::{CompressError, Options, Outcomes, Quiet, Recipe, compress};
-use lacuna_format::{Float, PatternKind, Stored, Weights, WeightsError, pack_float};
-use lacuna_model::{Batch, ContiguousKv, Decoder, LoadOptions, NoTap};
-use lacuna_spec::{Place, Role, Spec};
+use lacuna_format::Weights;
+use lacuna_spec::{Place, Role};
 use serde_json::json;
+use support::{Decoded, apart, logits};
 
 fn tiny(name: &str) -> Checkpoint {
     open(Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny").join(name)).unwrap()
@@ -42,37 +44,6 @@ fn run(model: &Checkpoint, text: &str, out: &Path, max_ram: Option<u64>) -> Resu
 fn steps(bodies: &[&str]) -> String {
     let one = |(i, body): (usize, &&str)| format!("[[step]]\nname = \"s{i}\"\n{body}\n");
     format!("version = 1\n{}", bodies.iter().enumerate().map(one).collect::<String>())
-}
-
-/// A model's matrices decoded, dense.
-struct Decoded(Checkpoint);
-
-impl Weights for Decoded {
-    fn spec(&self) -> &Spec {
-        self.0.spec()
-    }
-
-    fn get(&self, place: &Place) -> Result<Option<std::sync::Arc<Stored>>, WeightsError> {
-        let dense = |s: std::sync::Arc<Stored>| {
-            let piece = pack_float(s.to_mat().view(), None, PatternKind::Dense, Float::F32).unwrap();
-            std::sync::Arc::new(Stored::from_piece(piece))
-        };
-        Ok(self.0.get(place)?.map(dense))
-    }
-}
-
-fn logits(model: &dyn Weights) -> Vec<f32> {
-    let decoder = Decoder::load(model, &LoadOptions::default()).unwrap();
-    let ids: Vec<u32> = (0..24).map(|i| i * 7 % model.spec().vocab as u32).collect();
-    let mut kv = ContiguousKv::new(model.spec(), 1);
-    let hidden = decoder.forward(&ids, &Batch::one(0, 0..ids.len()), &mut kv, &mut NoTap).unwrap();
-    decoder.logits(hidden.view()).data().to_vec()
-}
-
-/// The largest difference over the largest value.
-fn apart(a: &[f32], b: &[f32]) -> f32 {
-    let most = b.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-    a.iter().zip(b).fold(0.0f32, |m, (x, y)| m.max((x - y).abs())) / most
 }
 
 const HADAMARD: &str = "method = \"hadamard\"";

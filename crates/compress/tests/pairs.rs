@@ -1,16 +1,17 @@
 //! Every family after every other: a recipe of two is refused before work begins, or what it makes is saved, read, run,
 //! and written for other programs with the same logits.
 
+mod support;
+
 use std::path::Path;
 
 use lacuna_base::Rng;
 use lacuna_checkpoint::save::{GgufKind, save_gguf, save_hf};
 use lacuna_checkpoint::{Checkpoint, SaveError, open};
 use lacuna_compress::{CompressError, Options, Quiet, Recipe, compress};
-use lacuna_format::{Float, PatternKind, Stored, Weights, WeightsError, pack_float};
-use lacuna_model::{Batch, ContiguousKv, Decoder, LoadOptions, NoTap};
-use lacuna_spec::{Place, Spec};
+use lacuna_format::{Float, Weights};
 use serde_json::json;
+use support::{Decoded, apart, logits};
 
 /// One method of each family, as steps; a search needs the step that it searches.
 const FAMILIES: [(&str, &[&str]); 13] = [
@@ -41,37 +42,6 @@ const FAMILIES: [(&str, &[&str]); 13] = [
         ],
     ),
 ];
-
-/// A model's matrices decoded, dense.
-struct Decoded(Checkpoint);
-
-impl Weights for Decoded {
-    fn spec(&self) -> &Spec {
-        self.0.spec()
-    }
-
-    fn get(&self, place: &Place) -> Result<Option<std::sync::Arc<Stored>>, WeightsError> {
-        let dense = |s: std::sync::Arc<Stored>| {
-            let piece = pack_float(s.to_mat().view(), None, PatternKind::Dense, Float::F32).unwrap();
-            std::sync::Arc::new(Stored::from_piece(piece))
-        };
-        Ok(self.0.get(place)?.map(dense))
-    }
-}
-
-fn logits(model: &dyn Weights) -> Vec<f32> {
-    let decoder = Decoder::load(model, &LoadOptions::default()).unwrap();
-    let ids: Vec<u32> = (0..24).map(|i| i * 7 % model.spec().vocab as u32).collect();
-    let mut kv = ContiguousKv::new(model.spec(), 1);
-    let hidden = decoder.forward(&ids, &Batch::one(0, 0..ids.len()), &mut kv, &mut NoTap).unwrap();
-    decoder.logits(hidden.view()).data().to_vec()
-}
-
-/// The largest difference over the largest value.
-fn apart(a: &[f32], b: &[f32]) -> f32 {
-    let most = b.iter().fold(0.0f32, |m, v| m.max(v.abs()));
-    a.iter().zip(b).fold(0.0f32, |m, (x, y)| m.max((x - y).abs())) / most
-}
 
 /// What came of a pair.
 #[derive(Debug, PartialEq)]
@@ -156,5 +126,14 @@ fn every_family_after_every_other() {
     let all = FAMILIES.len() * (FAMILIES.len() - 1);
     println!("{made} of {all} pairs made, {written} files written; refused:\n{}", refused.join("\n"));
     assert!(refused.iter().all(|r| r.len() > 40), "a refusal says why: {refused:#?}");
-    assert!(made * 3 > all && written > made, "{made} of {all} made, {written} files:\n{}", refused.join("\n"));
+    // As many as there were: a pair that is refused from now on is a loss to be looked at.
+    assert!(
+        made >= 59 && written >= 94,
+        "{made} of {all} made, {written} files:
+{}",
+        refused.join(
+            "
+"
+        )
+    );
 }
