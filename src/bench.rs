@@ -1,6 +1,7 @@
 //! `bench`: speeds, beside what this machine's memory and arithmetic allow.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 
 use anyhow::Context;
 use lacuna_base::units::show_bytes;
@@ -17,6 +18,7 @@ use crate::{recipes, shapes};
 /// Runs the verb.
 pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
     let (name, engine) = engine(g, a)?;
+    let engine = Arc::new(engine);
     let (context, why) = (engine.context(), common::NO_FURTHER);
     // A step needs a token before it.
     let room = context.saturating_sub(a.depth.max(1));
@@ -32,7 +34,7 @@ pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
         profile: a.profile,
     };
     let bar = common::bar(a.reps as u64 + 1, "timing");
-    let b = engine.bench(&options, &mut |done, all| {
+    let b = lacuna_run::bench(Arc::clone(&engine), &options, &mut |done, all| {
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     })?;

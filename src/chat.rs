@@ -3,7 +3,7 @@
 use std::io::BufRead;
 use std::process::ExitCode;
 
-use lacuna_run::{Chat, Generation};
+use lacuna_run::{Chat, Generation, Session};
 use serde_json::json;
 
 use crate::cli::{self, Global};
@@ -14,7 +14,7 @@ use crate::{common, out};
 pub fn run(g: &Global, a: &cli::Chat) -> anyhow::Result<ExitCode> {
     let m = common::open(g, &a.model)?;
     let (tokenizer, template, engine) = (m.tokenizer()?, m.template()?, m.engine(&a.running)?);
-    let mut chat = Chat::new(&engine, &tokenizer, &template);
+    let mut chat = Chat::new(Session::new(engine, tokenizer), &template);
     if let Some(s) = &a.system {
         chat.system(s);
     }

@@ -8,7 +8,7 @@ use anyhow::Context;
 use lacuna_base::units::show_bytes;
 use lacuna_checkpoint::{Message, Tokenizer};
 use lacuna_compress::memory;
-use lacuna_run::{Engine, Generated, Generation};
+use lacuna_run::{Generated, Generation, Session};
 use serde_json::json;
 
 use crate::cli::{Generate, Global};
@@ -28,6 +28,7 @@ pub fn run(g: &Global, a: &Generate) -> anyhow::Result<ExitCode> {
     }
     let engine = m.engine(&a.running)?;
     let tokens = prompt_tokens(&m, &tokenizer, &prompt, a.chat)?;
+    let mut session = Session::new(engine, tokenizer);
     let generation = Generation {
         prompt: tokens,
         max_tokens: a.n,
@@ -35,15 +36,15 @@ pub fn run(g: &Global, a: &Generate) -> anyhow::Result<ExitCode> {
         sampling: common::sampling(&a.sampling),
         ignore_end: false,
     };
-    engine.check(&generation)?;
+    session.check(&generation)?;
     if !g.json && !a.chat {
         out::write(&prompt)?;
     }
-    let done = stream(&engine, &tokenizer, &generation, !g.json)?;
+    let done = stream(&mut session, &generation, !g.json)?;
     let json = json!({
         "text": done.text, "tokens": done.stats.tokens, "token_ids": done.tokens, "prompt_tokens": done.stats.prompt_tokens,
         "prefill_tok_s": done.stats.prefill_tok_s, "decode_tok_s": done.stats.decode_tok_s, "stop": done.stats.stop,
-        "peak_rss_bytes": memory::peak(), "weights_bytes": engine.model().weights_bytes(), "kv_bytes": done.stats.kv_bytes,
+        "peak_rss_bytes": memory::peak(), "weights_bytes": session.engine().model().weights_bytes(), "kv_bytes": done.stats.kv_bytes,
         "tokenizer_bytes": tokenizer_bytes,
     });
     common::print(g, &json, || "\n".into())?;
@@ -53,7 +54,7 @@ pub fn run(g: &Global, a: &Generate) -> anyhow::Result<ExitCode> {
             common::say(format!(
                 "[{} of memory at the most: weights {}, keys and values {}, tokenizer {}]",
                 show_bytes(peak),
-                show_bytes(engine.model().weights_bytes()),
+                show_bytes(session.engine().model().weights_bytes()),
                 show_bytes(done.stats.kv_bytes),
                 show_bytes(tokenizer_bytes)
             ));
@@ -74,10 +75,9 @@ pub fn prompt_tokens(m: &Model, tokenizer: &Tokenizer, prompt: &str, chat: bool)
 }
 
 /// Generates, printing as it comes.
-pub fn stream(engine: &Engine, tokenizer: &Tokenizer, g: &Generation, show: bool) -> anyhow::Result<Generated> {
+pub fn stream(session: &mut Session, g: &Generation, show: bool) -> anyhow::Result<Generated> {
     let mut shown = Ok(());
-    let mut seq = engine.sequence();
-    let done = engine.generate(&mut seq, tokenizer, g, &mut |t| self::show(t, show, &mut shown));
+    let done = session.generate(g, &mut |t| self::show(t, show, &mut shown));
     shown?;
     Ok(done?)
 }

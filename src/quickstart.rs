@@ -4,7 +4,7 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Context;
-use lacuna_run::{Generation, Sampling};
+use lacuna_run::{Generation, Sampling, Session};
 use serde_json::json;
 
 use crate::cli::{Activations, Cache, Compress, Effort, Fit, Gate, Global, Quickstart, Reader, Running, Strategy};
@@ -46,7 +46,7 @@ pub fn run(g: &Global, a: &Quickstart) -> anyhow::Result<ExitCode> {
             sampling: Sampling::default(),
             ignore_end: false,
         };
-        let said = generate::stream(&engine, &tokenizer, &generation, false)?;
+        let said = generate::stream(&mut Session::new(engine, tokenizer), &generation, false)?;
         if !g.json {
             out::write(&format!("\n{who}: {}\n", said.text.trim()))?;
         }

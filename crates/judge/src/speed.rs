@@ -2,13 +2,14 @@
 
 use std::cell::RefCell;
 use std::hint::black_box;
+use std::sync::Arc;
 use std::time::Instant;
 
 use lacuna_base::Mat;
 use lacuna_format::{Group, Integers, PatternKind, ScaleCodec, Stored, Weights, pack_integers};
 use lacuna_kernels::{Activations, KvFormat, Linear, Packing};
 use lacuna_model::{Decoder, LoadOptions};
-use lacuna_run::{BenchOptions, Engine, RunError};
+use lacuna_run::{BenchOptions, Engine, RunError, bench};
 
 use crate::footprint::Footprint;
 use crate::gate::Speed;
@@ -126,7 +127,7 @@ pub fn time_decode(
     let load = |at: usize| {
         // As `generate` runs them.
         let options = LoadOptions { activations: Activations::Int8, ..LoadOptions::default() };
-        Ok(Engine::new(Decoder::load(models[at], &options)?).with_kv(KvFormat::F16))
+        Ok(Arc::new(Engine::new(Decoder::load(models[at], &options)?).with_kv(KvFormat::F16)))
     };
     let stretches = tokens.div_ceil(STRETCH).max(1);
     let options = BenchOptions {
@@ -137,7 +138,7 @@ pub fn time_decode(
         ..BenchOptions::default()
     };
     let paces: RefCell<Vec<(Footprint, Pace)>> = RefCell::default();
-    let run = |engine: &Engine| -> Result<_, RunError> {
+    let run = |engine: &Arc<Engine>| -> Result<_, RunError> {
         let footprint = Footprint::of(engine.model().footprint_bytes());
         let mut paces = paces.borrow_mut();
         let known = paces.iter().position(|p| p.0 == footprint);
@@ -149,7 +150,7 @@ pub fn time_decode(
         let mut read = Vec::new();
         let gen_tokens = options.gen_tokens.min(engine.context().saturating_sub(1));
         let options = BenchOptions { gen_tokens, ..options.clone() };
-        let b = engine.bench(&options, &mut |_, _| read.push(pace.take()))?;
+        let b = bench(Arc::clone(engine), &options, &mut |_, _| read.push(pace.take()))?;
         Ok((harmonic(&b.decode_all_tok_s), harmonic(&read)))
     };
     let runs = alternate(models.len(), rounds, hold, load, run, progress)?;

@@ -1,18 +1,20 @@
 //! How fast the engine reads and writes, timed as llama-bench times it.
 
+use std::sync::Arc;
 use std::time::Instant;
 
 use lacuna_base::Rng;
 use lacuna_kernels::KvLayout;
-use lacuna_model::STEP_TOKENS;
 use serde::Serialize;
 
-use crate::{Engine, RunError, Sequence};
+use crate::request::{Event, Job, Request};
+use crate::session::{DEFAULT_CHUNK, one_text};
+use crate::{BLOCK_TOKENS, Engine, RunError, Scheduler};
 
 /// What to time.
 #[derive(Clone, Debug)]
 pub struct BenchOptions {
-    /// Random tokens read in one go at depth 0, in the engine's chunks. 0: not timed.
+    /// Random tokens read in one go at depth 0, in chunks of [`DEFAULT_CHUNK`]. 0: not timed.
     pub prompt_tokens: usize,
     /// Single-token steps. 0: not timed.
     pub gen_tokens: usize,
@@ -81,96 +83,146 @@ fn profiled(f: impl FnOnce() -> Result<(), RunError>) -> Result<Vec<Spent>, RunE
     done.map(|()| all)
 }
 
-impl Engine {
-    /// Times reading and writing; logits are computed for the last token of a call only. Steps across LongRoPE's
-    /// original context read the text again, as in any generation, and that is timed, too. `progress` is told the
-    /// repetitions done and their number.
-    pub fn bench(&self, o: &BenchOptions, progress: &mut dyn FnMut(usize, usize)) -> Result<Bench, RunError> {
-        let depth = o.depth.max(1);
-        let longest = o.prompt_tokens.max(if o.gen_tokens > 0 { depth.saturating_add(o.gen_tokens) } else { 0 });
-        if longest == 0 {
-            return Err(RunError::Request("nothing to time: both the prompt and the steps are 0".into()));
-        }
-        if longest > self.context() {
-            let hint = ": time fewer tokens or a smaller depth";
-            return Err(RunError::Context { tokens: longest, context: self.context(), hint });
-        }
-        let mut rng = Rng::new(o.seed);
-        let vocab = self.model().spec.vocab;
-        let text: Vec<u32> = (0..longest).map(|_| rng.below(vocab) as u32).collect();
-        let reps = o.reps.max(1);
-        let (mut prefill, mut decode) = (Vec::new(), Vec::new());
+/// Times reading and writing, of random tokens in the scheduler's own steps; logits are computed for a prompt's last
+/// token only, and for every token that is written. Steps across LongRoPE's original context read the text again, as in
+/// any generation, and that is timed, too. `progress` is told the repetitions done and their number.
+pub fn bench(
+    engine: impl Into<Arc<Engine>>,
+    o: &BenchOptions,
+    progress: &mut dyn FnMut(usize, usize),
+) -> Result<Bench, RunError> {
+    let engine = engine.into();
+    let depth = o.depth.max(1);
+    let longest = o.prompt_tokens.max(if o.gen_tokens > 0 { depth.saturating_add(o.gen_tokens) } else { 0 });
+    if longest == 0 {
+        return Err(RunError::Request("nothing to time: both the prompt and the steps are 0".into()));
+    }
+    if longest > engine.context() {
+        let hint = ": time fewer tokens or a smaller depth";
+        return Err(RunError::Context { tokens: longest, context: engine.context(), hint });
+    }
+    let mut rng = Rng::new(o.seed);
+    let vocab = engine.model().spec.vocab;
+    let text: Vec<u32> = (0..longest).map(|_| rng.below(vocab) as u32).collect();
+    let reps = o.reps.max(1);
+    let (mut prefill, mut decode) = (Vec::new(), Vec::new());
+    let (mut prefill_profile, mut decode_profile) = (Vec::new(), Vec::new());
 
-        let mut seq = self.sequence();
-        let (mut prefill_profile, mut decode_profile) = (Vec::new(), Vec::new());
-        if o.prompt_tokens > 0 {
-            for rep in 0..=reps {
-                self.reuse(&mut seq, &[], longest);
-                let start = Instant::now();
-                self.extend(&mut seq, &text[..o.prompt_tokens])?;
-                let speed = o.prompt_tokens as f64 / start.elapsed().as_secs_f64().max(1e-9);
-                // The first one warms caches and memory up.
-                if rep > 0 {
-                    prefill.push(speed);
-                }
-                progress(rep, 2 * reps);
+    let mut timed = Timed::new(&engine, longest);
+    if o.prompt_tokens > 0 {
+        let prompt = &text[..o.prompt_tokens];
+        for rep in 0..=reps {
+            timed.forget();
+            timed.submit(prompt, &[])?;
+            let start = Instant::now();
+            timed.read()?;
+            let speed = o.prompt_tokens as f64 / start.elapsed().as_secs_f64().max(1e-9);
+            // The first one warms caches and memory up.
+            if rep > 0 {
+                prefill.push(speed);
             }
-            if o.profile {
-                self.reuse(&mut seq, &[], longest);
-                prefill_profile = profiled(|| self.extend(&mut seq, &text[..o.prompt_tokens]).map(drop))?;
-            }
+            progress(rep, 2 * reps);
         }
-        let mut kv_bytes = 0;
-        if o.gen_tokens > 0 {
-            self.reuse(&mut seq, &[], longest);
-            self.extend(&mut seq, &text[..depth])?;
-            // Back to `depth` tokens, the last of which is read anew: weights that a cache holds are there again before
-            // the clock starts, and, where the steps crossed LongRoPE's original context, the short keys.
-            let back = |seq: &mut Sequence| {
-                seq.truncate(depth - 1);
-                self.extend(seq, &text[depth - 1..depth]).map(drop)
-            };
-            for rep in 0..=reps {
-                back(&mut seq)?;
-                let steps = if rep == 0 { o.gen_tokens.min(8) } else { o.gen_tokens };
-                let start = Instant::now();
-                for token in &text[depth..depth + steps] {
-                    self.extend(&mut seq, std::slice::from_ref(token))?;
-                }
-                if rep > 0 {
-                    decode.push(steps as f64 / start.elapsed().as_secs_f64().max(1e-9));
-                }
-                progress(reps + rep, 2 * reps);
-            }
-            if o.profile {
-                back(&mut seq)?;
-                let steps = &text[depth..depth + o.gen_tokens];
-                decode_profile = profiled(|| {
-                    steps.iter().try_for_each(|t| self.extend(&mut seq, std::slice::from_ref(t)).map(drop))
-                })?;
-            }
-            kv_bytes = (depth..depth + o.gen_tokens).map(|at| self.kv_bytes_at(at)).sum::<u64>() / o.gen_tokens as u64;
+        if o.profile {
+            timed.forget();
+            timed.submit(prompt, &[])?;
+            prefill_profile = profiled(|| timed.read())?;
         }
-        let weights_bytes = self.model().weights_bytes();
-        Ok(Bench {
-            prefill_tok_s: median(&prefill),
-            decode_tok_s: median(&decode),
-            prefill_all_tok_s: prefill,
-            decode_all_tok_s: decode,
-            weights_bytes,
-            kv_bytes,
-            token_bytes: weights_bytes + kv_bytes,
-            prefill_profile,
-            decode_profile,
-        })
+    }
+    let mut kv_bytes = 0;
+    if o.gen_tokens > 0 {
+        timed.forget();
+        for rep in 0..=reps {
+            let steps = if rep == 0 { o.gen_tokens.min(8) } else { o.gen_tokens };
+            // Up to `depth` tokens, of which from the second time on the last alone is read: weights that a cache holds
+            // are there again before the clock starts, and, where the steps crossed LongRoPE's original context, the
+            // short keys.
+            timed.submit(&text[..depth], &text[depth..depth + steps])?;
+            timed.read()?;
+            let start = Instant::now();
+            timed.write()?;
+            if rep > 0 {
+                decode.push(steps as f64 / start.elapsed().as_secs_f64().max(1e-9));
+            }
+            progress(reps + rep, 2 * reps);
+        }
+        if o.profile {
+            timed.submit(&text[..depth], &text[depth..depth + o.gen_tokens])?;
+            timed.read()?;
+            decode_profile = profiled(|| timed.write())?;
+        }
+        kv_bytes = (depth..depth + o.gen_tokens).map(|at| engine.kv_bytes_at(at)).sum::<u64>() / o.gen_tokens as u64;
+    }
+    let weights_bytes = engine.model().weights_bytes();
+    Ok(Bench {
+        prefill_tok_s: median(&prefill),
+        decode_tok_s: median(&decode),
+        prefill_all_tok_s: prefill,
+        decode_all_tok_s: decode,
+        weights_bytes,
+        kv_bytes,
+        token_bytes: weights_bytes + kv_bytes,
+        prefill_profile,
+        decode_profile,
+    })
+}
+
+/// A scheduler that reads and writes given tokens.
+struct Timed {
+    scheduler: Scheduler,
+    next: u64,
+}
+
+impl Timed {
+    fn new(engine: &Arc<Engine>, longest: usize) -> Timed {
+        let mut scheduler = Scheduler::without_text(Arc::clone(engine), one_text(DEFAULT_CHUNK));
+        scheduler.set_room(longest);
+        Timed { scheduler, next: 0 }
     }
 
+    /// From here on every text is read from its first token.
+    fn forget(&mut self) {
+        self.scheduler.forget();
+    }
+
+    fn submit(&mut self, prompt: &[u32], rest: &[u32]) -> Result<(), RunError> {
+        self.next += 1;
+        self.scheduler.submit(self.next, Request { prompt: prompt.to_vec(), job: Job::Forced(rest.to_vec()) })
+    }
+
+    /// Reads the prompt, up to the logits after it.
+    fn read(&mut self) -> Result<(), RunError> {
+        while !self.scheduler.is_idle() && self.step()? == 0 {}
+        Ok(())
+    }
+
+    /// Writes the rest, to the end.
+    fn write(&mut self) -> Result<(), RunError> {
+        while !self.scheduler.is_idle() {
+            self.step()?;
+        }
+        Ok(())
+    }
+
+    /// One step; rows whose logits it computed.
+    fn step(&mut self) -> Result<usize, RunError> {
+        let mut failed = None;
+        let step = self.scheduler.step(&mut |_, event| {
+            if let Event::Failed(e) = event {
+                failed = Some(e);
+            }
+        });
+        failed.map_or(Ok(step.logits_rows), Err)
+    }
+}
+
+impl Engine {
     /// Bytes of keys and values that the token at position `at` reads.
     fn kv_bytes_at(&self, at: usize) -> u64 {
         let attns = self.model().spec.layers.iter().filter_map(|l| l.attn.as_ref());
         attns
             .map(|a| {
-                let layout = KvLayout { kv_heads: a.kv_heads, head_dim: a.head_dim, page_tokens: STEP_TOKENS };
+                let layout = KvLayout { kv_heads: a.kv_heads, head_dim: a.head_dim, page_tokens: BLOCK_TOKENS };
                 (layout.token_bytes(self.kv_format()) * (at + 1).min(a.window.unwrap_or(usize::MAX))) as u64
             })
             .sum()

@@ -2,11 +2,14 @@
 //!
 //! A block holds the keys and values of [`BLOCK_TOKENS`] positions in every layer. A text's full blocks are published
 //! under their tokens and the block before them, so that a later text with the same beginning takes them over instead
-//! of computing them. A published block never changes. One that nobody uses stays until its room is needed; the least
-//! recently used goes first, a longer beginning before a shorter one.
+//! of computing them. When a text is closed, its last block, which is not full, is published as a *tail*. A text that
+//! agrees with a tail or with a block for some positions only copies those. What is published never changes. A block
+//! that nobody uses stays until its room is needed; the least recently used goes first, a longer beginning before a
+//! shorter one.
 
 use std::cmp::Reverse;
-use std::collections::{BTreeSet, HashMap};
+use std::collections::{BTreeMap, BTreeSet, HashMap};
+use std::ops::Bound;
 use std::sync::Arc;
 
 use lacuna_base::MatRef;
@@ -21,7 +24,7 @@ pub const BLOCK_TOKENS: usize = KEY_BLOCK;
 /// factors).
 const FIRST: u64 = 1 << 32;
 
-/// What a published block is known by: the block before it, and its tokens.
+/// What a published block is known by: the block before it, and its tokens (fewer than [`BLOCK_TOKENS`]: a tail).
 type Key = (u64, Box<[u32]>);
 
 /// A block that texts may share.
@@ -49,6 +52,8 @@ struct Text {
     blocks: usize,
     /// The published ones among them, from the first on.
     shared: Vec<u64>,
+    /// The tokens of the positions behind those.
+    tail: Vec<u32>,
     /// Where its chain of blocks begins.
     beginning: u64,
 }
@@ -82,7 +87,8 @@ pub struct BlockStore {
     spare: Vec<Vec<Arc<KvPage>>>,
     texts: Vec<Option<Text>>,
     published: HashMap<u64, Published>,
-    index: HashMap<Key, u64>,
+    /// Ordered, so that what has the most tokens in common with some lies beside them.
+    index: BTreeMap<Key, u64>,
     /// Published blocks without users: when last used, the deepest first.
     idle: BTreeSet<(u64, Reverse<usize>, u64)>,
     /// Published blocks with several users.
@@ -116,7 +122,7 @@ impl BlockStore {
             spare: Vec::new(),
             texts: Vec::new(),
             published: HashMap::new(),
-            index: HashMap::new(),
+            index: BTreeMap::new(),
             idle: BTreeSet::new(),
             shared: 0,
             clock: 0,
@@ -133,6 +139,17 @@ impl BlockStore {
     /// Blocks that the budget allows.
     pub fn total(&self) -> usize {
         self.total
+    }
+
+    /// Allows `blocks` from now on, or as many as texts at work hold, if those are more. Room beyond that is given back
+    /// to the system, cached blocks thrown away if need be.
+    pub fn set_total(&mut self, blocks: usize) {
+        while self.made > blocks {
+            let Some(pages) = self.spare.pop().or_else(|| self.evict()) else { break };
+            self.made -= 1;
+            drop(pages);
+        }
+        self.total = blocks.max(self.made).min(u32::MAX as usize);
     }
 
     /// Blocks that could be had now, cached ones thrown away if need be.
@@ -168,6 +185,7 @@ impl BlockStore {
             tokens: 0,
             blocks: 0,
             shared: Vec::new(),
+            tail: Vec::with_capacity(BLOCK_TOKENS),
             beginning: u64::from(class),
         };
         match self.texts.iter().position(Option::is_none) {
@@ -195,7 +213,7 @@ impl BlockStore {
         let t = self.text(slot);
         let at = t.shared.len() * BLOCK_TOKENS;
         let block = tokens.get(at..at + BLOCK_TOKENS)?;
-        Some((t.shared.last().copied().unwrap_or(t.beginning), block.into()))
+        Some((t.last(), block.into()))
     }
 
     /// How many of the first `tokens` are published, in whole blocks.
@@ -233,6 +251,38 @@ impl BlockStore {
             t.written.fill(t.tokens);
             self.spare.extend(surplus);
         }
+    }
+
+    /// As [`BlockStore::take_over`], for positions short of a whole block, for which there must be room already: copies
+    /// those that a published block or tail has in common with `tokens`.
+    #[track_caller]
+    pub fn take_part(&mut self, slot: usize, tokens: &[u32]) -> usize {
+        let t = self.text(slot);
+        let at = t.shared.len();
+        let rest = tokens.get(at * BLOCK_TOKENS..).unwrap_or_default();
+        let rest = &rest[..rest.len().min(BLOCK_TOKENS)];
+        let ready = t.tokens == at * BLOCK_TOKENS && t.blocks > at;
+        let Some((n, serial)) = self.nearest(t.last(), rest).filter(|_| ready) else { return self.text(slot).tokens };
+        let clock = self.tick();
+        self.touch(serial, clock);
+        let theirs = self.published.get(&serial).map(|p| p.pages.clone()).unwrap_or_default();
+        let mine = theirs.iter().map(|page| Arc::new(KvPage::clone(page))).collect();
+        let t = self.text_mut(slot);
+        t.replace(at, mine);
+        t.tail.extend_from_slice(&rest[..n]);
+        t.tokens += n;
+        t.written.fill(t.tokens);
+        t.tokens
+    }
+
+    /// The published block or tail behind block `parent` that begins with the most of `tokens`, and how many those are.
+    fn nearest(&self, parent: u64, tokens: &[u32]) -> Option<(usize, u64)> {
+        let key: Key = (parent, tokens.into());
+        let before = self.index.range((Bound::Unbounded, Bound::Included(&key))).next_back();
+        let after = self.index.range((Bound::Excluded(&key), Bound::Unbounded)).next();
+        let both = before.into_iter().chain(after).filter(|(k, _)| k.0 == parent);
+        let common = |theirs: &[u32]| theirs.iter().zip(tokens).take_while(|(a, b)| a == b).count();
+        both.map(|(k, &serial)| (common(&k.1), serial)).max().filter(|(n, _)| *n > 0)
     }
 
     /// Makes room for `tokens` positions; false, and nothing changed but that cached blocks may be gone, where there is
@@ -276,6 +326,9 @@ impl BlockStore {
             };
             self.text_mut(slot).shared.push(serial);
         }
+        let t = self.text_mut(slot);
+        t.tail.clear();
+        t.tail.extend_from_slice(&tokens[t.shared.len() * BLOCK_TOKENS..]);
     }
 
     /// Forgets what was written behind the first `tokens` positions, which must not lie in a published block.
@@ -284,16 +337,22 @@ impl BlockStore {
         let t = self.text_mut(slot);
         assert!(tokens >= t.shared.len() * BLOCK_TOKENS, "position {tokens} lies in a published block");
         t.tokens = t.tokens.min(tokens);
+        t.tail.truncate(t.tokens - t.shared.len() * BLOCK_TOKENS);
         t.written.iter_mut().for_each(|w| *w = (*w).min(tokens));
     }
 
-    /// Closes a text: its published blocks stay for others, the rest is free.
+    /// Closes a text: its published blocks stay for others, and so does its tail; the rest is free.
     #[track_caller]
     pub fn close(&mut self, slot: usize) {
         let clock = self.tick();
         let mut t = self.texts[slot].take().expect("an open text");
-        while t.blocks > t.shared.len() {
+        let whole = t.shared.len();
+        while t.blocks > whole + usize::from(!t.tail.is_empty()) {
             self.spare.push(t.pop());
+        }
+        if !t.tail.is_empty() {
+            let pages = t.pop();
+            self.keep_tail((t.last(), t.tail.as_slice().into()), pages, clock, whole);
         }
         drop(t.layers);
         for serial in t.shared {
@@ -305,6 +364,25 @@ impl BlockStore {
                 self.idle.insert((clock, Reverse(p.depth), serial));
             }
         }
+    }
+
+    /// Publishes a block that is not full, unless another one holds what it holds; one that holds less makes way.
+    fn keep_tail(&mut self, key: Key, pages: Vec<Arc<KvPage>>, clock: u64, depth: usize) {
+        let near = self.nearest(key.0, &key.1);
+        if let Some((_, serial)) = near.filter(|(n, _)| *n == key.1.len()) {
+            self.touch(serial, clock);
+            self.spare.push(pages);
+            return;
+        }
+        if let Some((_, serial)) = near.filter(|(n, serial)| self.published[serial].key.1.len() == *n) {
+            let pages = self.remove(serial);
+            self.spare.extend(pages);
+        }
+        let serial = self.next;
+        self.next += 1;
+        self.index.insert(key.clone(), serial);
+        self.published.insert(serial, Published { key, pages, users: 0, used: clock, depth });
+        self.idle.insert((clock, Reverse(depth), serial));
     }
 
     /// Throws away every cached block that nobody uses.
@@ -332,6 +410,14 @@ impl BlockStore {
         p.pages.clone()
     }
 
+    /// Marks a published block as used at `clock`, if nobody uses it now.
+    fn touch(&mut self, serial: u64, clock: u64) {
+        let Some(p) = self.published.get_mut(&serial).filter(|p| p.users == 0) else { return };
+        self.idle.remove(&(p.used, Reverse(p.depth), serial));
+        p.used = clock;
+        self.idle.insert((clock, Reverse(p.depth), serial));
+    }
+
     /// A block of one's own. The caller has seen that one is available.
     fn fresh(&mut self) -> Vec<Arc<KvPage>> {
         if let Some(pages) = self.spare.pop() {
@@ -346,10 +432,16 @@ impl BlockStore {
 
     /// Throws away the published block that was not used for longest.
     fn evict(&mut self) -> Option<Vec<Arc<KvPage>>> {
-        let (_, _, serial) = self.idle.pop_first()?;
-        let p = self.published.remove(&serial)?;
-        self.index.remove(&p.key);
+        let &(_, _, serial) = self.idle.first()?;
         self.evicted += 1;
+        self.remove(serial)
+    }
+
+    /// Takes out a published block that nobody uses.
+    fn remove(&mut self, serial: u64) -> Option<Vec<Arc<KvPage>>> {
+        let p = self.published.remove(&serial)?;
+        self.idle.remove(&(p.used, Reverse(p.depth), serial));
+        self.index.remove(&p.key);
         Some(p.pages)
     }
 
@@ -374,6 +466,11 @@ impl BlockStore {
 }
 
 impl Text {
+    /// The last published block, or where the chain of blocks begins.
+    fn last(&self) -> u64 {
+        self.shared.last().copied().unwrap_or(self.beginning)
+    }
+
     /// Adds a block: a page for each layer with attention.
     fn push(&mut self, pages: Vec<Arc<KvPage>>) {
         self.blocks += 1;

@@ -2,23 +2,21 @@
 
 use std::ops::ControlFlow;
 
-use lacuna_checkpoint::{ChatTemplate, Message, Tokenizer};
+use lacuna_checkpoint::{ChatTemplate, Message};
 
-use crate::{Engine, Generated, Generation, RunError, Sequence};
+use crate::{Generated, Generation, RunError, Session};
 
 /// A conversation with a model. Keys and values of what was said stay, so that a turn costs its own tokens only.
 pub struct Chat<'a> {
-    engine: &'a Engine,
-    tokenizer: &'a Tokenizer,
+    session: Session,
     template: &'a ChatTemplate,
     messages: Vec<Message>,
-    sequence: Sequence,
 }
 
 impl<'a> Chat<'a> {
     /// An empty conversation.
-    pub fn new(engine: &'a Engine, tokenizer: &'a Tokenizer, template: &'a ChatTemplate) -> Chat<'a> {
-        Chat { engine, tokenizer, template, messages: Vec::new(), sequence: engine.sequence() }
+    pub fn new(session: Session, template: &'a ChatTemplate) -> Chat<'a> {
+        Chat { session, template, messages: Vec::new() }
     }
 
     /// What was said so far.
@@ -64,18 +62,19 @@ impl<'a> Chat<'a> {
         g: &Generation,
         on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
     ) -> Result<Generated, RunError> {
-        let name = |id: Option<u32>| id.and_then(|id| self.tokenizer.token_text(id)).unwrap_or("");
-        let (bos, eos) = (name(self.tokenizer.bos()), name(self.tokenizer.eos()));
+        let tokenizer = self.session.tokenizer();
+        let name = |id: Option<u32>| id.and_then(|id| tokenizer.token_text(id)).unwrap_or("");
+        let (bos, eos) = (name(tokenizer.bos()), name(tokenizer.eos()));
         let prompt = self.template.render(&self.messages, true, bos, eos, None)?;
         // The template has written out the special tokens that the model wants.
-        let prompt = self.tokenizer.encode(&prompt, false)?;
-        let context = self.engine.context();
+        let prompt = tokenizer.encode(&prompt, false)?;
+        let context = self.session.engine().context();
         if prompt.len() >= context {
             let hint =
                 ": the conversation is too long. Start over, or ask for a longer context if memory and model allow";
             return Err(RunError::Context { tokens: prompt.len(), context, hint });
         }
         let g = Generation { prompt, ..g.clone() };
-        self.engine.generate(&mut self.sequence, self.tokenizer, &g, on_text)
+        self.session.generate(&g, on_text)
     }
 }

@@ -1,12 +1,8 @@
-//! Continuing a prompt: tokens out one by one, text out as soon as it is certain.
+//! Continuing a prompt: what is asked, why it ends, and which text is certain.
 
-use std::ops::ControlFlow;
-use std::time::Instant;
-
-use lacuna_checkpoint::Tokenizer;
 use serde::Serialize;
 
-use crate::{Engine, RunError, Sampler, Sampling, Sequence};
+use crate::Sampling;
 
 /// What to generate.
 #[derive(Clone, Debug, Default)]
@@ -39,127 +35,6 @@ pub enum Stop {
     Grammar,
     /// The caller had enough.
     Caller,
-}
-
-/// Counts and speeds of one generation.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Stats {
-    /// Tokens of the prompt.
-    pub prompt_tokens: usize,
-    /// Of these, tokens that the sequence had read before.
-    pub reused_tokens: usize,
-    /// Tokens generated, an end token not counted.
-    pub tokens: usize,
-    /// Prompt tokens read a second, without the reused ones.
-    pub prefill_tok_s: f64,
-    /// Steps of one token a second; none where the first token was the last.
-    pub decode_tok_s: Option<f64>,
-    /// Why it ended.
-    pub stop: Stop,
-    /// Bytes of keys and values held at the end.
-    pub kv_bytes: u64,
-}
-
-/// A finished generation.
-#[derive(Clone, Debug, PartialEq, Serialize)]
-pub struct Generated {
-    /// The text, without special tokens and without the stop text.
-    pub text: String,
-    /// The tokens, without the end token. After a stop text they may hold a little more than `text`.
-    pub tokens: Vec<u32>,
-    /// Counts and speeds.
-    pub stats: Stats,
-}
-
-impl Engine {
-    /// Refuses what cannot be generated, before anything of it is shown; the sampler for what can.
-    pub fn check(&self, g: &Generation) -> Result<Sampler, RunError> {
-        let context = self.context();
-        if g.prompt.is_empty() {
-            return Err(RunError::Empty);
-        }
-        if g.prompt.len() >= context {
-            let hint = ", and the answer needs room, too: shorten the prompt";
-            return Err(RunError::Context { tokens: g.prompt.len(), context, hint });
-        }
-        Sampler::new(&g.sampling)
-    }
-
-    /// Continues `g.prompt` in `seq`, whose tokens are reused as far as they agree with the prompt. `on_text` gets the
-    /// text as it becomes certain: whole characters, and nothing that may yet turn out to be a stop text; it may end
-    /// the generation.
-    pub fn generate(
-        &self,
-        seq: &mut Sequence,
-        tokenizer: &Tokenizer,
-        g: &Generation,
-        on_text: &mut dyn FnMut(&str) -> ControlFlow<()>,
-    ) -> Result<Generated, RunError> {
-        let context = self.context();
-        let mut sampler = self.check(g)?;
-        let reused = self.reuse(seq, &g.prompt, g.prompt.len().saturating_add(g.max_tokens));
-
-        let mut all = g.prompt.clone();
-        let mut decoder = tokenizer.decoder().continuing();
-        let mut filter = StopFilter::new(&g.stop);
-        let mut text = String::new();
-        let mut steps = 0usize;
-
-        let start = Instant::now();
-        let mut logits: &[f32] = if g.max_tokens == 0 { &[] } else { self.extend(seq, &g.prompt[reused..])? };
-        let prefill_s = start.elapsed().as_secs_f64();
-        let start = Instant::now();
-        let stop = loop {
-            let made = all.len() - g.prompt.len();
-            if made == g.max_tokens {
-                break Stop::MaxTokens;
-            }
-            if all.len() == context {
-                break Stop::Context;
-            }
-            if made > 0 {
-                logits = self.extend(seq, &all[all.len() - 1..])?;
-                steps += 1;
-            }
-            let token = sampler.pick(logits, &all, g.prompt.len(), None)?;
-            if !g.ignore_end && tokenizer.eos_set().contains(&token) {
-                break Stop::EndToken(token);
-            }
-            all.push(token);
-            let Some(piece) = decoder.push(token) else { continue };
-            let (certain, stopped) = filter.push(&piece);
-            text.push_str(&certain);
-            let go_on = if certain.is_empty() { ControlFlow::Continue(()) } else { on_text(&certain) };
-            if let Some(stop) = stopped {
-                break Stop::StopText(stop);
-            }
-            if go_on.is_break() {
-                break Stop::Caller;
-            }
-        };
-        let decode_s = start.elapsed().as_secs_f64();
-        if !matches!(stop, Stop::StopText(_) | Stop::Caller) {
-            let mut rest = filter.finish();
-            rest.extend(decoder.finish());
-            if !rest.is_empty() {
-                text.push_str(&rest);
-                // The generation is over anyway.
-                let _ = on_text(&rest);
-            }
-        }
-        let tokens = all.split_off(g.prompt.len());
-        let read = if g.max_tokens == 0 { 0 } else { g.prompt.len() - reused };
-        let stats = Stats {
-            prompt_tokens: g.prompt.len(),
-            reused_tokens: reused,
-            tokens: tokens.len(),
-            prefill_tok_s: read as f64 / prefill_s.max(1e-9),
-            decode_tok_s: (steps > 0).then(|| steps as f64 / decode_s.max(1e-9)),
-            stop,
-            kv_bytes: seq.kv_bytes() as u64,
-        };
-        Ok(Generated { text, tokens, stats })
-    }
 }
 
 /// Holds back text that may be the beginning of a stop text.

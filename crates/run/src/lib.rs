@@ -1,8 +1,8 @@
-//! The engine: sequences of tokens continued by a model, and what people want from that: text, a conversation, a speed.
+//! The engine: texts continued by a model, and what people want from that: an answer, a conversation, a speed.
 //!
-//! [`Engine`] holds the model and nothing that changes; a [`Sequence`] holds one text's tokens and keys and values.
-//! Whoever owns sequences decides when which is continued. A [`Scheduler`] does so for many texts at once, in steps
-//! that read the weights once for all of them, with keys and values in a [`BlockStore`].
+//! [`Engine`] holds the model and nothing that changes. There is one way to run it: a [`Scheduler`] continues texts, one
+//! or many, in steps that read the weights once for all of them, with keys and values in a [`BlockStore`]. [`Session`]
+//! is a scheduler with room for one text, [`Chat`] a session that knows what was said, [`bench`] one that is timed.
 
 mod bench;
 mod blocks;
@@ -12,12 +12,14 @@ mod generate;
 mod request;
 mod sampler;
 mod scheduler;
+mod session;
 
-pub use bench::{Bench, BenchOptions, Spent};
+pub use bench::{Bench, BenchOptions, Spent, bench};
 pub use blocks::{BLOCK_TOKENS, BlockCounts, BlockStore};
 pub use chat::Chat;
-pub use engine::{DEFAULT_CHUNK, Engine, RunError, Sequence};
-pub use generate::{Generated, Generation, Stats, Stop};
+pub use engine::{Engine, RunError};
+pub use generate::{Generation, Stop};
 pub use request::{Event, Finished, Grammar, Job, Picked, Pooling, Request};
 pub use sampler::{Probability, Sampler, Sampling};
 pub use scheduler::{Gauges, Limits, Scheduler, Step};
+pub use session::{DEFAULT_CHUNK, Generated, Session, Stats};

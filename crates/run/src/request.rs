@@ -41,6 +41,9 @@ pub enum Job {
         /// Whether special tokens are written out: some models mark calls of tools with them.
         special: bool,
     },
+    /// Continue it by these tokens, as if each had been chosen by the logits that are computed before it, and compute
+    /// those after the last one, too: measurements do so. Nothing is told but the end, [`Stop::MaxTokens`].
+    Forced(Vec<u32>),
     /// Turn it into a vector of length 1: the rows that would be multiplied by the head, pooled.
     Embed(Pooling),
 }
@@ -73,6 +76,8 @@ pub struct Finished {
     pub reused_tokens: usize,
     /// Tokens generated, an end token not counted.
     pub tokens: usize,
+    /// These. After a stop text they may hold a little more than the answer.
+    pub ids: Vec<u32>,
 }
 
 /// What becomes of a request. [`Event::Finished`], [`Event::Embedding`] and [`Event::Failed`] come last, one of them

@@ -78,6 +78,13 @@ impl Sampler {
         Ok(Sampler { settings: s.clone(), rng: Rng::new(s.seed), logits: Vec::new(), left: Vec::new() })
     }
 
+    /// Whether the largest logit wins as it is: nothing is drawn and no setting moves a logit.
+    pub fn is_greedy(&self) -> bool {
+        let s = &self.settings;
+        let moves = s.repetition_penalty != 1.0 || s.presence_penalty != 0.0 || s.frequency_penalty != 0.0;
+        s.temperature == 0.0 && !moves && s.logit_bias.is_empty()
+    }
+
     /// The next token. `text`: the tokens so far, the first `prompt_tokens` of which were not generated. `allowed`: a
     /// bit for each token that may come, where not all may. A logit that is NaN or +infinity is an error, -infinity is
     /// a token that cannot come.
@@ -89,10 +96,15 @@ impl Sampler {
         allowed: Option<&[u32]>,
     ) -> Result<u32, RunError> {
         let broken = |token: usize| RunError::Logits { token, value: logits[token], tokens: text.len() };
-        // One comparison for both, and no branch: the scan of a large vocabulary is most of the work of a greedy step.
-        if !logits.iter().fold(true, |all, l| all & (*l < f32::INFINITY)) {
-            let token = logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY).unwrap_or_default();
-            return Err(broken(token));
+        if self.is_greedy() && allowed.is_none() {
+            return match largest(logits) {
+                Some((best, max)) if max > f32::NEG_INFINITY && max < f32::INFINITY => Ok(best as u32),
+                Some((token, _)) => Err(broken(token)),
+                None => Err(RunError::Request(NO_VOCABULARY.into())),
+            };
+        }
+        if !all_below_infinity(logits) {
+            return Err(broken(first_broken(logits)));
         }
         self.logits.clear();
         self.logits.extend_from_slice(logits);
@@ -123,10 +135,10 @@ impl Sampler {
             let bit = |id: usize| allowed.get(id / 32).is_some_and(|word| word >> (id % 32) & 1 == 1);
             self.logits.iter_mut().enumerate().filter(|(id, _)| !bit(*id)).for_each(|(_, l)| *l = f32::NEG_INFINITY);
         }
-        let max = self.logits.iter().fold(f32::NEG_INFINITY, |max, &l| if l > max { l } else { max });
+        let max = max_of(&self.logits);
         // The first of equals: the lowest id.
         let Some(best) = self.logits.iter().position(|&l| l == max) else {
-            return Err(RunError::Request("the model has no vocabulary".into()));
+            return Err(RunError::Request(NO_VOCABULARY.into()));
         };
         if max == f32::NEG_INFINITY {
             let why = "no token may come next: the grammar allows none that the model's vocabulary and the bias leave";
@@ -182,6 +194,51 @@ impl Sampler {
         // Rounding may leave a crumb: it belongs to the most probable token.
         Ok(best as u32)
     }
+}
+
+const NO_VOCABULARY: &str = "the model has no vocabulary";
+
+/// Logits looked at together by [`largest`]: they stay in the innermost cache.
+const STRETCH: usize = 4096;
+
+/// Whether no logit is NaN or +infinity. One comparison for both, and no branch: the scan of a large vocabulary is most
+/// of the work of a choice.
+fn all_below_infinity(logits: &[f32]) -> bool {
+    logits.iter().fold(true, |all, l| all & (*l < f32::INFINITY))
+}
+
+/// The first logit that is NaN or +infinity, where there is one.
+fn first_broken(logits: &[f32]) -> usize {
+    logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY).unwrap_or_default()
+}
+
+/// The largest of some logits that are not NaN; -infinity of none.
+fn max_of(logits: &[f32]) -> f32 {
+    let larger = |a: f32, b: f32| if a > b { a } else { b };
+    // Side by side: one after the other would wait for each comparison.
+    let mut lanes = [f32::NEG_INFINITY; 32];
+    let (whole, rest) = logits.as_chunks::<32>();
+    for some in whole {
+        lanes.iter_mut().zip(some).for_each(|(m, &l)| *m = larger(l, *m));
+    }
+    lanes.iter().chain(rest).fold(f32::NEG_INFINITY, |m, &l| larger(l, m))
+}
+
+/// The largest logit, the first of equals, and its value; where one is NaN or +infinity, the first such. Read once, and
+/// nothing is copied.
+fn largest(logits: &[f32]) -> Option<(usize, f32)> {
+    let (mut best, mut max) = (0, *logits.first()?);
+    for (i, some) in logits.chunks(STRETCH).enumerate() {
+        if !all_below_infinity(some) {
+            let at = i * STRETCH + first_broken(some);
+            return Some((at, logits[at]));
+        }
+        let m = max_of(some);
+        if m > max {
+            (best, max) = (i * STRETCH + some.iter().position(|&l| l == m).unwrap_or_default(), m);
+        }
+    }
+    Some((best, max))
 }
 
 /// How probable a model found a token, and its rivals.

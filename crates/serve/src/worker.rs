@@ -222,7 +222,7 @@ impl Engine {
             Command::Stop => return false,
             Command::Cancel(id) => {
                 self.talks.remove(&id);
-                if self.scheduler.cancel(id) {
+                if self.scheduler.cancel(id).is_some() {
                     self.metrics.cancelled.fetch_add(1, Ordering::Relaxed);
                     self.metrics.step(lacuna_run::Step::default(), self.scheduler.gauges());
                 }
@@ -264,7 +264,7 @@ impl Engine {
         };
         for id in gone {
             talks.remove(&id);
-            if scheduler.cancel(id) {
+            if scheduler.cancel(id).is_some() {
                 metrics.cancelled.fetch_add(1, Ordering::Relaxed);
             }
         }

@@ -1,0 +1,246 @@
+//! One text in a scheduler: where it stands, what is made of it, and the choice of its next token.
+
+use std::collections::VecDeque;
+
+use lacuna_base::MatRef;
+use lacuna_checkpoint::{Decoder as TextDecoder, Tokenizer};
+
+use crate::generate::StopFilter;
+use crate::request::{Event, Finished, Grammar, Picked, Pooling};
+use crate::{Generation, Probability, RunError, Sampler, Stop};
+
+/// A text and where it stands.
+pub(super) struct Active {
+    pub id: u64,
+    /// The prompt and what was generated.
+    pub tokens: Vec<u32>,
+    pub prompt_tokens: usize,
+    /// Where its keys and values are; none while it waits.
+    pub slot: Option<usize>,
+    /// Tokens whose keys and values are written.
+    pub read: usize,
+    /// Tokens that it may become.
+    pub extent: usize,
+    /// The class of its keys.
+    pub class: u32,
+    /// Tokens taken over at its first admission.
+    pub reused: Option<usize>,
+    pub work: Work,
+    /// What was chosen of this step's logits, until it is told.
+    pub chosen: Option<Result<Choice, RunError>>,
+}
+
+/// What is made of a text. State that lives from token to token is kept here.
+pub(super) enum Work {
+    Generate(Box<Writing>),
+    /// The tokens to come, in order.
+    Forced(std::vec::IntoIter<u32>),
+    Embed {
+        pooling: Pooling,
+        sum: Vec<f64>,
+    },
+}
+
+/// An answer in the making.
+pub(super) struct Writing {
+    generation: Generation,
+    logprobs: Option<usize>,
+    grammar: Option<Box<dyn Grammar>>,
+    sampler: Sampler,
+    tokenizer: Tokenizer,
+    decoder: TextDecoder,
+    filter: StopFilter,
+    /// Bytes of text decoded, and of those that are certain.
+    decoded: usize,
+    certain: usize,
+    /// Tokens that were not told yet, with the byte at which their text begins.
+    held: VecDeque<(usize, Picked)>,
+}
+
+/// How a text goes on.
+pub(super) enum Choice {
+    /// By this token.
+    Token(Picked),
+    /// The model ends it with this token.
+    End(u32),
+    /// Nothing is left to go on with.
+    Nothing,
+}
+
+impl Active {
+    /// Where a text at work keeps its keys and values.
+    #[track_caller]
+    pub fn slot(&self) -> usize {
+        self.slot.expect("a text at work has a slot")
+    }
+
+    /// Tokens that are not read yet.
+    pub fn unread(&self) -> usize {
+        self.tokens.len() - self.read
+    }
+
+    /// Whether every row of it is needed, so that nothing can be taken over.
+    pub fn needs_all_rows(&self) -> bool {
+        matches!(self.work, Work::Embed { pooling: Pooling::Mean, .. })
+    }
+
+    /// The tokens that may be taken over: all but the last, whose row is needed.
+    pub fn known(&self) -> &[u32] {
+        &self.tokens[..self.tokens.len() - 1]
+    }
+
+    /// How much work choosing its next token is, in logits looked at once.
+    pub fn choice_cost(&self, vocab: usize) -> usize {
+        match &self.work {
+            // Exponentials, and an order of some of them.
+            Work::Generate(w) if !w.sampler.is_greedy() || w.logprobs.is_some() => 16 * vocab,
+            Work::Generate(_) => vocab,
+            Work::Forced(_) | Work::Embed { .. } => 0,
+        }
+    }
+
+    /// Chooses the next token by the logits of the rows that wanted some, `[rows, vocab]`; the last one's say what
+    /// follows. Texts choose independently, on any thread; what comes of it is told by [`Active::advance`].
+    pub fn choose(&mut self, logits: MatRef<'_>) {
+        let row = logits.row(logits.rows() - 1);
+        self.chosen = Some(match &mut self.work {
+            Work::Generate(w) => w.choose(row, &self.tokens, self.prompt_tokens),
+            Work::Forced(rest) => {
+                let next = rest.next().map(|id| Choice::Token(Picked { id, probability: None }));
+                Ok(next.unwrap_or(Choice::Nothing))
+            }
+            Work::Embed { .. } => Ok(Choice::Nothing),
+        });
+    }
+
+    /// Goes on by what was chosen and tells the text that became certain; true where the text is over, which has been
+    /// told. `most`: tokens that a text may have.
+    pub fn advance(&mut self, most: usize, on: &mut dyn FnMut(u64, Event)) -> bool {
+        let stop = match self.chosen.take() {
+            None => return false,
+            Some(Err(e)) => Err(e),
+            Some(Ok(choice)) => self.go_on(choice, most, on),
+        };
+        match stop {
+            Ok(None) => false,
+            Ok(Some(stop)) => {
+                on(self.id, Event::Finished(self.finished(stop)));
+                true
+            }
+            Err(e) => {
+                on(self.id, Event::Failed(e));
+                true
+            }
+        }
+    }
+
+    fn go_on(
+        &mut self,
+        choice: Choice,
+        most: usize,
+        on: &mut dyn FnMut(u64, Event),
+    ) -> Result<Option<Stop>, RunError> {
+        let Work::Generate(w) = &mut self.work else {
+            if let Choice::Token(picked) = choice {
+                self.tokens.push(picked.id);
+                return Ok(None);
+            }
+            return Ok(Some(Stop::MaxTokens));
+        };
+        let mut stop = None;
+        match choice {
+            Choice::Nothing => stop = Some(Stop::MaxTokens),
+            Choice::End(id) => stop = Some(Stop::EndToken(id)),
+            Choice::Token(picked) => {
+                let id = picked.id;
+                self.tokens.push(id);
+                w.held.push_back((w.decoded, picked));
+                let piece = w.decoder.push(id).unwrap_or_default();
+                w.decoded += piece.len();
+                let (certain, stopped) = w.filter.push(&piece);
+                w.tell(self.id, certain, false, on);
+                let complete = match &mut w.grammar {
+                    Some(g) => g.accept(id)?,
+                    None => false,
+                };
+                if let Some(text) = stopped {
+                    return Ok(Some(Stop::StopText(text)));
+                } else if complete {
+                    stop = Some(Stop::Grammar);
+                } else if self.tokens.len() - self.prompt_tokens == w.generation.max_tokens {
+                    stop = Some(Stop::MaxTokens);
+                } else if self.tokens.len() == most {
+                    stop = Some(Stop::Context);
+                }
+            }
+        }
+        if stop.is_some() {
+            let mut rest = w.filter.finish();
+            rest.extend(w.decoder.finish());
+            w.tell(self.id, rest, true, on);
+        }
+        Ok(stop)
+    }
+
+    /// How it ended.
+    pub fn finished(&self, stop: Stop) -> Finished {
+        Finished {
+            stop,
+            prompt_tokens: self.prompt_tokens,
+            reused_tokens: self.reused.unwrap_or(0),
+            tokens: self.tokens.len() - self.prompt_tokens,
+            ids: self.tokens[self.prompt_tokens..].to_vec(),
+        }
+    }
+}
+
+impl Writing {
+    pub fn new(
+        generation: Generation,
+        logprobs: Option<usize>,
+        grammar: Option<Box<dyn Grammar>>,
+        special: bool,
+        tokenizer: &Tokenizer,
+    ) -> Result<Writing, RunError> {
+        let decoder = tokenizer.decoder().continuing();
+        Ok(Writing {
+            sampler: Sampler::new(&generation.sampling)?,
+            decoder: if special { decoder.with_special() } else { decoder },
+            filter: StopFilter::new(&generation.stop),
+            tokenizer: tokenizer.clone(),
+            logprobs,
+            grammar,
+            generation,
+            decoded: 0,
+            certain: 0,
+            held: VecDeque::new(),
+        })
+    }
+
+    /// Most tokens of the answer.
+    pub fn max_tokens(&self) -> usize {
+        self.generation.max_tokens
+    }
+
+    fn choose(&mut self, logits: &[f32], text: &[u32], prompt_tokens: usize) -> Result<Choice, RunError> {
+        let allowed = self.grammar.as_mut().map(|g| g.allowed()).transpose()?;
+        let id = self.sampler.pick(logits, text, prompt_tokens, allowed)?;
+        if !self.generation.ignore_end && self.tokenizer.eos_set().contains(&id) {
+            return Ok(Choice::End(id));
+        }
+        let probability = self.logprobs.map(|top| Probability::of(logits, id, top));
+        Ok(Choice::Token(Picked { id, probability }))
+    }
+
+    /// Tells text that is certain, with the tokens that begin in it; at the end, with all that are left.
+    fn tell(&mut self, id: u64, text: String, end: bool, on: &mut dyn FnMut(u64, Event)) {
+        self.certain += text.len();
+        let mut tokens = Vec::new();
+        while self.held.front().is_some_and(|(start, _)| end || *start < self.certain) {
+            tokens.extend(self.held.pop_front().map(|(_, picked)| picked));
+        }
+        if !text.is_empty() || !tokens.is_empty() {
+            on(id, Event::Text { text, tokens });
+        }
+    }
+}
