@@ -3,21 +3,37 @@
 mod common;
 
 use std::ops::ControlFlow;
+use std::sync::Arc;
 
-use common::{engine, tokenizer};
+use common::{after, scheduler, tokenizer};
 use lacuna_checkpoint::{ChatTemplate, Tokenizer, Vocabulary};
-use lacuna_run::{BenchOptions, Chat, Engine, Generated, Generation, RunError, Sampler, Sampling, Stop};
+use lacuna_kernels::KvFormat;
+use lacuna_run::{
+    BLOCK_TOKENS, BenchOptions, Chat, Engine, Generated, Generation, Job, Request, RunError, Sampling, Session, Stop,
+    bench,
+};
 
-fn run(e: &Engine, g: &Generation) -> Generated {
+fn engine(name: &str) -> Arc<Engine> {
+    Arc::new(common::engine(name))
+}
+
+fn session(e: &Arc<Engine>) -> Session {
+    Session::new(Arc::clone(e), tokenizer())
+}
+
+fn go(s: &mut Session, g: &Generation) -> Generated {
     let mut seen = String::new();
-    let out = e
-        .generate(&mut e.sequence(), &tokenizer(), g, &mut |t| {
-            seen += t;
-            ControlFlow::Continue(())
-        })
-        .unwrap();
+    let out = s.generate(g, &mut |t| {
+        seen += t;
+        ControlFlow::Continue(())
+    });
+    let out = out.unwrap();
     assert_eq!(seen, out.text, "what was streamed is the answer");
     out
+}
+
+fn run(e: &Arc<Engine>, g: &Generation) -> Generated {
+    go(&mut session(e), g)
 }
 
 fn request(tokens: usize) -> Generation {
@@ -37,20 +53,15 @@ fn drawn(seed: u64) -> Generation {
     Generation { sampling, ..request(24) }
 }
 
-/// Room for keys and values comes in steps of 128 positions; between them nothing is asked of the system.
+/// Room for keys and values comes in blocks; between them nothing is asked of the system.
 #[test]
 fn a_step_allocates_nothing() {
     for name in ["llama", "gemma3", "gpt2", "phi3", "qwen2", "opt"] {
-        let e = engine(name);
-        let mut seq = e.sequence();
-        e.reuse(&mut seq, &[], 60);
-        let mut sampler = Sampler::new(&drawn(1).sampling).unwrap();
-        let mut step = |token: u32| {
-            let logits = e.extend(&mut seq, &[token]).unwrap();
-            sampler.pick(logits, &[], 0, None).unwrap();
-        };
-        (5..9).for_each(&mut step);
-        let seen = allocation_counter::measure(|| (9..30).for_each(step));
+        let mut s = scheduler(engine(name), 1, 512, 9, true);
+        s.submit(1, Request { prompt: vec![5], job: Job::Forced((6..40).collect()) }).unwrap();
+        let mut step = || assert_eq!(s.step(&mut |_, event| panic!("{event:?}")).logits_rows, 1);
+        (0..4).for_each(|_| step());
+        let seen = allocation_counter::measure(|| (4..25).for_each(|_| step()));
         assert_eq!(seen.count_total, 0, "{name}: {} bytes", seen.bytes_total);
     }
 }
@@ -73,25 +84,102 @@ fn chunks_and_reuse_change_nothing() {
     for name in ["llama", "gemma3", "gpt2", "llama_rope_longrope", "qwen3_moe"] {
         let whole = engine(name);
         let expected = run(&whole, &drawn(3)).tokens;
-        let logits = whole.extend(&mut whole.sequence(), &request(0).prompt).unwrap().to_vec();
+        let prompt = request(0).prompt;
+        let (bits, _) = after(&mut scheduler(Arc::clone(&whole), 1, 512, 9, false), &prompt).unwrap();
         for chunk in [1, 7, 39, 40] {
-            let e = engine(name).with_chunk(chunk);
-            assert_eq!(run(&e, &drawn(3)).tokens, expected, "{name} in chunks of {chunk}");
-            assert_eq!(e.extend(&mut e.sequence(), &request(0).prompt).unwrap(), logits, "{name}: the same bits");
+            let mut s = Session::with_chunk(Arc::clone(&whole), tokenizer(), chunk);
+            assert_eq!(go(&mut s, &drawn(3)).tokens, expected, "{name} in chunks of {chunk}");
+            let (chunked, _) = after(&mut scheduler(Arc::clone(&whole), 1, chunk, 9, false), &prompt).unwrap();
+            assert_eq!(chunked, bits, "{name}: the same bits");
         }
-        // A sequence that went another way comes back to the common beginning.
-        let mut seq = whole.sequence();
+        // A session that went another way comes back to the common beginning.
+        let mut s = session(&whole);
         let mut other = drawn(3);
         other.prompt.truncate(30);
         other.prompt.extend([9, 9, 9, 9, 9]);
-        let t = tokenizer();
-        whole.generate(&mut seq, &t, &other, &mut |_| ControlFlow::Continue(())).unwrap();
-        let again = whole.generate(&mut seq, &t, &drawn(3), &mut |_| ControlFlow::Continue(())).unwrap();
+        go(&mut s, &other);
+        let again = go(&mut s, &drawn(3));
         assert_eq!(again.tokens, expected, "{name} after another text");
         assert_eq!(again.stats.reused_tokens, 30, "{name}");
         // The whole prompt known: its last token is read again for its logits.
-        let again = whole.generate(&mut seq, &t, &drawn(3), &mut |_| ControlFlow::Continue(())).unwrap();
+        let again = go(&mut s, &drawn(3));
         assert_eq!((again.tokens, again.stats.reused_tokens), (expected, 39), "{name}");
+    }
+}
+
+/// Beginnings of every length, in both kinds of block: those of blocks that are full and of tails.
+#[test]
+fn a_text_takes_over_what_it_has_in_common_to_the_token() {
+    for (name, format) in ["llama", "gemma3"].into_iter().flat_map(|n| [(n, KvFormat::F32), (n, KvFormat::Q8)]) {
+        let e = Arc::new(common::engine(name).with_context(256).with_kv(format));
+        let text: Vec<u32> = (0..90).map(|i| 3 + i * 7 % 90).collect();
+        let mut fresh = scheduler(Arc::clone(&e), 1, 512, 16, false);
+        for n in [1, 2, 31, 32, 33, 50, 63, 64, 65, 80, 89] {
+            let mut s = scheduler(Arc::clone(&e), 1, 512, 16, true);
+            after(&mut s, &text).unwrap();
+            // As far as the first text, then elsewhere.
+            let other = [&text[..n], &[4, 4, 4]].concat();
+            let expected = (after(&mut fresh, &other).unwrap().0, n);
+            assert_eq!(after(&mut s, &other).unwrap(), expected, "{name} {format:?}: {n} of 90");
+            // What was published for the first one is as it was.
+            let all = (after(&mut fresh, &text).unwrap().0, text.len() - 1);
+            assert_eq!(after(&mut s, &text).unwrap(), all, "{name} {format:?}: after {n}");
+            let blocks = s.gauges().blocks;
+            assert_eq!((blocks.used, blocks.free + blocks.cached), (0, 16));
+        }
+    }
+}
+
+/// A session has room for what its text may become, and holds what it became.
+#[test]
+fn room_grows_with_the_text() {
+    let e = Arc::new(common::engine("llama").with_context(1 << 20));
+    let block = lacuna_run::BlockStore::new(&e.model().spec, KvFormat::F32, usize::MAX).block_bytes();
+    let mut s = session(&e);
+    assert_eq!(s.kv_bytes(), 0);
+    let small = Generation { max_tokens: 1 << 19, ..request(0) };
+    let stop = |n: usize| {
+        let mut seen = 0;
+        move |t: &str| {
+            seen += t.len();
+            if seen < n { ControlFlow::Continue(()) } else { ControlFlow::Break(()) }
+        }
+    };
+    s.generate(&small, &mut stop(8)).unwrap();
+    assert_eq!(s.kv_bytes(), 2 * block, "40 tokens and some");
+    s.generate(&small, &mut stop(40)).unwrap();
+    assert!(s.kv_bytes() <= 4 * block, "{} bytes", s.kv_bytes());
+    // A shorter text gives back what it cannot need: two blocks of its own, and one beside.
+    go(&mut s, &Generation { prompt: vec![7; 20], ..request(20) });
+    assert!(s.kv_bytes() <= 3 * block, "{} bytes", s.kv_bytes());
+}
+
+#[test]
+fn one_text_says_alone_what_it_says_among_eight() {
+    for name in ["llama", "gemma3", "gpt2", "llama_rope_longrope", "qwen3_moe"] {
+        let e = engine(name);
+        let all: Vec<Generation> = (0..8)
+            .map(|i| {
+                let g = if i % 2 == 0 { request(20) } else { drawn(i) };
+                let prompt = g.prompt[..40 - i as usize].iter().map(|t| t + i as u32 % 3).collect();
+                Generation { prompt, ..g }
+            })
+            .collect();
+        let mut s = scheduler(Arc::clone(&e), 8, 64, 99, true);
+        all.iter().zip(0..).for_each(|(g, id)| s.submit(id, Request::generate(g.clone())).unwrap());
+        let mut ends = vec![None; 8];
+        while !s.is_idle() {
+            s.step(&mut |id, event| match event {
+                lacuna_run::Event::Finished(f) => ends[id as usize] = Some(f),
+                lacuna_run::Event::Failed(e) => panic!("{name}: {e}"),
+                _ => {}
+            });
+        }
+        let mut one = session(&e);
+        for (g, end) in all.iter().zip(ends) {
+            let (alone, end) = (go(&mut one, g), end.unwrap());
+            assert_eq!((alone.tokens, alone.stats.stop), (end.ids, end.stop), "{name}");
+        }
     }
 }
 
@@ -112,37 +200,41 @@ fn generation_ends_where_it_should() {
     v.more_eos = vec![end];
     let t = Tokenizer::from_vocabulary(v).unwrap();
     let g = Generation { ignore_end: false, ..request(20) };
-    let out = e.generate(&mut e.sequence(), &t, &g, &mut |_| ControlFlow::Continue(())).unwrap();
+    let out = go(&mut Session::new(Arc::clone(&e), t), &g);
     assert_eq!((out.tokens.as_slice(), out.stats.stop), (&all.tokens[..at], Stop::EndToken(end)));
     // The caller, and the context.
-    let out = e.generate(&mut e.sequence(), &tokenizer(), &request(20), &mut |_| ControlFlow::Break(())).unwrap();
-    assert_eq!(out.stats.stop, Stop::Caller);
-    let small = engine("llama").with_context(50);
+    let mut left = session(&e);
+    let out = left.generate(&request(20), &mut |_| ControlFlow::Break(())).unwrap();
+    assert_eq!((out.stats.stop, out.stats.tokens), (Stop::Caller, 1));
+    assert_eq!(go(&mut left, &request(20)).tokens, all.tokens, "and it can go on");
+    let small = Arc::new(common::engine("llama").with_context(50));
     let out = run(&small, &request(20));
     assert_eq!((out.tokens.as_slice(), out.stats.stop), (&all.tokens[..10], Stop::Context));
-    let full = engine("llama").with_context(40);
-    let error = full.generate(&mut full.sequence(), &tokenizer(), &request(1), &mut |_| ControlFlow::Continue(()));
+    let mut full = session(&Arc::new(common::engine("llama").with_context(40)));
+    let error = full.generate(&request(1), &mut |_| ControlFlow::Continue(()));
     assert!(matches!(error, Err(RunError::Context { tokens: 40, context: 40, .. })));
     let none = Generation { prompt: Vec::new(), ..request(1) };
-    let error = e.generate(&mut e.sequence(), &tokenizer(), &none, &mut |_| ControlFlow::Continue(()));
+    let error = left.generate(&none, &mut |_| ControlFlow::Continue(()));
     assert!(matches!(error, Err(RunError::Empty)));
-    // A token the model lacks: an error, and the sequence stays usable.
-    let mut seq = e.sequence();
-    assert!(e.extend(&mut seq, &[5, 6, 7]).is_ok() && e.extend(&mut seq, &[8, 4000]).is_err());
-    assert_eq!(seq.tokens(), [5, 6, 7]);
-    let logits = e.extend(&mut e.sequence(), &[5, 6, 7, 8]).unwrap().to_vec();
-    assert_eq!(e.extend(&mut seq, &[8]).unwrap(), logits);
+    let hot = Generation { sampling: Sampling { temperature: -1.0, ..Sampling::default() }, ..request(1) };
+    assert!(matches!(left.check(&hot), Err(RunError::Setting { .. })) && left.check(&request(1)).is_ok());
+    // A token the model lacks: an error, and the session stays usable.
+    let foreign = Generation { prompt: vec![5, 4000], ..request(1) };
+    let error = left.generate(&foreign, &mut |_| ControlFlow::Continue(())).unwrap_err();
+    assert!(error.to_string().contains("4000"), "{error}");
+    assert_eq!(go(&mut left, &request(20)).tokens, all.tokens);
+    assert_eq!(go(&mut left, &request(0)).stats.stop, Stop::MaxTokens);
 }
 
 #[test]
 fn a_conversation_reuses_what_was_said_and_refuses_what_does_not_fit() {
-    let (e, t) = (engine("llama").with_context(64), tokenizer());
+    let e = Arc::new(common::engine("llama").with_context(64));
     let template = ChatTemplate::new(
         "{% for m in messages %}<|im_start|>{{ m.content }}<|im_end|>{% endfor %}{% if add_generation_prompt \
          %}<|im_start|>{% endif %}",
     )
     .unwrap();
-    let mut chat = Chat::new(&e, &t, &template);
+    let mut chat = Chat::new(session(&e), &template);
     chat.system("be");
     let g = Generation { max_tokens: 8, ..Generation::default() };
     let say = |chat: &mut Chat<'_>, text: &str| chat.say(text, &g, &mut |_| ControlFlow::Continue(()));
@@ -150,7 +242,8 @@ fn a_conversation_reuses_what_was_said_and_refuses_what_does_not_fit() {
     assert_eq!(first.stats.prompt_tokens, 4 + 7 + 1);
     assert_eq!(chat.messages().len(), 3);
     let second = say(&mut chat, "why").unwrap();
-    assert!(second.stats.reused_tokens >= 12, "{:?}", second.stats);
+    // The first prompt, and what was said of the answer if it comes back as the same tokens: no whole block is needed.
+    assert!(second.stats.prompt_tokens < BLOCK_TOKENS && second.stats.reused_tokens >= 12, "{:?}", second.stats);
     let before = chat.messages().to_vec();
     let error = say(&mut chat, &"x".repeat(60)).unwrap_err();
     assert!(matches!(error, RunError::Context { .. }), "{error}");
@@ -163,13 +256,42 @@ fn a_conversation_reuses_what_was_said_and_refuses_what_does_not_fit() {
 #[test]
 fn a_bench_counts_its_bytes() {
     let e = engine("gemma3");
-    let o = BenchOptions { prompt_tokens: 32, gen_tokens: 8, depth: 16, reps: 3, seed: 0, profile: false };
+    let o = BenchOptions { prompt_tokens: 32, gen_tokens: 8, depth: 16, reps: 3, seed: 0, profile: true };
     let mut last = (0, 0);
-    let b = e.bench(&o, &mut |done, of| last = (done, of)).unwrap();
+    let b = bench(Arc::clone(&e), &o, &mut |done, of| last = (done, of)).unwrap();
     assert_eq!((b.prefill_all_tok_s.len(), b.decode_all_tok_s.len(), last), (3, 3, (6, 6)));
     assert!(b.prefill_tok_s.unwrap() > 0.0 && b.decode_tok_s.unwrap() > 0.0);
     assert_eq!(b.token_bytes, b.weights_bytes + b.kv_bytes);
     assert!(b.weights_bytes > 0 && b.kv_bytes > 0);
-    assert!(e.bench(&BenchOptions { depth: 1000, ..o.clone() }, &mut |_, _| ()).is_err());
-    assert!(e.bench(&BenchOptions { prompt_tokens: 0, gen_tokens: 0, ..o }, &mut |_, _| ()).is_err());
+    // The head once for a prompt, and once for every token that is written.
+    let heads = |spent: &[lacuna_run::Spent]| spent.iter().find(|s| s.name == "head").map(|s| s.calls);
+    assert_eq!((heads(&b.prefill_profile), heads(&b.decode_profile)), (Some(1), Some(8)));
+    assert!(bench(Arc::clone(&e), &BenchOptions { depth: 1000, ..o.clone() }, &mut |_, _| ()).is_err());
+    assert!(bench(e, &BenchOptions { prompt_tokens: 0, gen_tokens: 0, ..o }, &mut |_, _| ()).is_err());
+}
+
+/// Given tokens cost what chosen ones do: a row with logits each, and those of the prompt's last token.
+#[test]
+fn forced_tokens_are_read_one_by_one() {
+    let e = engine("llama");
+    let mut s = lacuna_run::Scheduler::without_text(
+        Arc::clone(&e),
+        lacuna_run::Limits { batch: 1, prefill_rows: 16, kv_bytes: 1 << 20, reuse: true },
+    );
+    assert!(s.submit(0, Request::generate(request(1))).is_err(), "there is no tokenizer");
+    assert!(s.submit(0, Request { prompt: vec![3], job: Job::Forced(vec![4000]) }).is_err());
+    for round in 0..3 {
+        // The same depth, and other tokens behind it.
+        let prompt: Vec<u32> = (5..40).collect();
+        s.submit(round, Request { prompt, job: Job::Forced(vec![50 + round as u32; 6]) }).unwrap();
+        let (mut steps, mut end) = (Vec::new(), None);
+        while !s.is_idle() {
+            let step = s.step(&mut |_, event| end = Some(event));
+            steps.push((step.prefill_rows, step.decode_rows, step.logits_rows));
+        }
+        let prompt: &[_] = if round == 0 { &[(16, 0, 0), (16, 0, 0), (3, 0, 1)] } else { &[(0, 1, 1)] };
+        assert_eq!(steps, [prompt, &[(0, 1, 1); 6]].concat(), "round {round}");
+        let Some(lacuna_run::Event::Finished(f)) = end else { panic!("{end:?}") };
+        assert_eq!((f.ids, f.stop), (vec![50 + round as u32; 6], Stop::MaxTokens));
+    }
 }

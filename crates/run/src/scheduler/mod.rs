@@ -26,6 +26,9 @@ use crate::{Engine, RunError, Stop};
 /// Rows whose logits are computed in one call, at most: a row of a large vocabulary is a megabyte.
 const HEAD_ROWS: usize = 32;
 
+/// Tokens of an answer that a text has memory for from the start.
+const TOKENS: usize = 1024;
+
 /// Logits to look at that are worth waking other threads for.
 const CHOICE_COST: usize = 1 << 20;
 
@@ -172,7 +175,7 @@ impl Scheduler {
 
     /// Takes a request, known by `id` from here on, or says what is wrong with it.
     pub fn submit(&mut self, id: u64, request: Request) -> Result<(), RunError> {
-        let Request { prompt, job } = request;
+        let Request { mut prompt, job } = request;
         let (n, most) = (prompt.len(), self.most_tokens());
         if n == 0 {
             return Err(RunError::Empty);
@@ -208,6 +211,8 @@ impl Scheduler {
                 (Work::Generate(Box::new(Writing::new(generation, logprobs, grammar, special, tokenizer)?)), extent)
             }
         };
+        // No step should have to move the tokens; an answer that may become very long grows as others do.
+        prompt.reserve((extent - n).min(TOKENS));
         self.waiting.push_back(Active {
             id,
             prompt_tokens: n,

@@ -134,12 +134,7 @@ impl Active {
         }
     }
 
-    fn go_on(
-        &mut self,
-        choice: Choice,
-        most: usize,
-        on: &mut dyn FnMut(u64, Event),
-    ) -> Result<Option<Stop>, RunError> {
+    fn go_on(&mut self, choice: Choice, most: usize, on: &mut dyn FnMut(u64, Event)) -> Result<Option<Stop>, RunError> {
         let Work::Generate(w) = &mut self.work else {
             if let Choice::Token(picked) = choice {
                 self.tokens.push(picked.id);
