@@ -55,7 +55,7 @@ pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
         "int8_multiply_adds_per_second": bytes, "arithmetic_fraction": of_arithmetic, "threads": threads, "prompt": options.prompt_tokens,
         "gen": options.gen_tokens, "depth": options.depth, "activations": a.running.activations.name(),
         "kv": format!("{:?}", a.running.kv).to_lowercase(), "peak_rss_bytes": lacuna_compress::memory::peak(),
-        "prefill_profile": b.prefill_profile, "decode_profile": b.decode_profile,
+        "run": engine.plan().to_json(), "prefill_profile": b.prefill_profile, "decode_profile": b.decode_profile,
     });
     common::print(g, &out, || {
         let mut page = String::new();

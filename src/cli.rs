@@ -398,6 +398,13 @@ pub struct Running {
     /// How keys and values are kept.
     #[arg(long, value_enum, default_value_t = Cache::F16)]
     pub kv: Cache,
+    /// A run plan: what is drafted and what is left out while the model runs (TOML; docs/running.md).
+    #[arg(long = "run", value_name = "FILE")]
+    pub plan: Option<PathBuf>,
+    /// Draft tokens and verify several in one step, where that pays; no answer changes. NAME, NAME:KEY=VALUE,... or
+    /// none; `lacuna methods` lists them.
+    #[arg(long, value_name = "METHOD")]
+    pub draft: Option<String>,
 }
 
 /// How keys and values are kept.

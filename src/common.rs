@@ -133,7 +133,27 @@ pub fn engine(weights: &dyn Weights, running: &crate::cli::Running) -> Result<En
             say("running with 8-bit activations where weights are integers; --activations exact keeps 32 bits");
         });
     }
-    Ok(Engine::new(decoder).with_kv(running.kv.into()))
+    let plan = run_plan(running)?;
+    plan.words().iter().for_each(|line| say_once(format!("running with {line}")));
+    Ok(Engine::new(decoder).with_kv(running.kv.into()).with_plan(plan))
+}
+
+/// The run plan that a file and flags say.
+pub fn run_plan(running: &crate::cli::Running) -> Result<RunPlan> {
+    let registry = lacuna_methods::registry();
+    let mut plan = match &running.plan {
+        None => RunPlan::none(),
+        Some(path) => {
+            let text = read_text(path)?;
+            RunPlan::parse(&text, &registry).map_err(|e| Usage(format!("--run {}: {e}", path.display())))?
+        }
+    };
+    for (question, said) in [("draft", &running.draft)] {
+        if let Some(said) = said {
+            plan.flag(question, said, &registry).map_err(|e| Usage(format!("--{question} {said}: {e}")))?;
+        }
+    }
+    Ok(plan)
 }
 
 /// Pulls if need be, and opens, with the adapter that was asked for. What makes the model differ from its source is

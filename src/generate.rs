@@ -45,7 +45,8 @@ pub fn run(g: &Global, a: &Generate) -> anyhow::Result<ExitCode> {
         "text": done.text, "tokens": done.stats.tokens, "token_ids": done.tokens, "prompt_tokens": done.stats.prompt_tokens,
         "prefill_tok_s": done.stats.prefill_tok_s, "decode_tok_s": done.stats.decode_tok_s, "stop": done.stats.stop,
         "peak_rss_bytes": memory::peak(), "weights_bytes": session.engine().model().weights_bytes(), "kv_bytes": done.stats.kv_bytes,
-        "tokenizer_bytes": tokenizer_bytes,
+        "tokenizer_bytes": tokenizer_bytes, "run": session.engine().plan().to_json(),
+        "drafted_tokens": done.stats.drafted_tokens, "accepted_tokens": done.stats.accepted_tokens,
     });
     common::print(g, &json, || "\n".into())?;
     if !g.json {
@@ -94,8 +95,12 @@ pub fn show(text: &str, wanted: bool, shown: &mut Result<(), Closed>) -> Control
 pub fn tell(done: &Generated) {
     let s = &done.stats;
     let decode = s.decode_tok_s.map_or_else(String::new, |x| format!(", {x:.1} tok/s written"));
+    let drafts = match s.drafted_tokens {
+        0 => String::new(),
+        n => format!("; {} of {n} drafted tokens came", s.accepted_tokens),
+    };
     common::say(format!(
-        "[{} tokens read at {:.0} tok/s, {} tokens{decode}]",
+        "[{} tokens read at {:.0} tok/s, {} tokens{decode}{drafts}]",
         s.prompt_tokens, s.prefill_tok_s, s.tokens
     ));
 }

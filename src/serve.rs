@@ -51,8 +51,9 @@ pub fn run(g: &Global, a: &cli::Serve) -> anyhow::Result<ExitCode> {
     if name.is_empty() || name.len() > 256 {
         return Err(Usage("--served-name: give 1 to 256 bytes".into()).into());
     }
-    let card = card(&m, a, &name, context, template.is_some());
     let engine = m.engine(&a.running)?.with_context(context);
+    let mut card = card(&m, a, &name, context, template.is_some());
+    card["run"] = engine.plan().to_json();
     let fingerprint = format!("lacuna-{}-{}", env!("CARGO_PKG_VERSION"), a.running.activations.name());
     let served = Served { name: name.clone(), fingerprint, engine, tokenizer, template, card };
     let seconds = |s: f64| Duration::try_from_secs_f64(s).map_err(|e| Usage(format!("a time of {s} s: {e}")));

@@ -5,6 +5,8 @@ use lacuna_kernels::KvFormat;
 use lacuna_model::{Decoder, ModelError};
 use lacuna_spec::RopeScaling;
 
+use crate::RunPlan;
+
 /// What can go wrong while running a model.
 #[derive(Debug, thiserror::Error)]
 pub enum RunError {
@@ -64,6 +66,7 @@ pub struct Engine {
     kv: KvFormat,
     /// LongRoPE's original contexts.
     originals: Vec<usize>,
+    plan: RunPlan,
 }
 
 impl Engine {
@@ -79,7 +82,7 @@ impl Engine {
             .collect();
         originals.sort_unstable();
         originals.dedup();
-        Engine { model, context, kv: KvFormat::F32, originals }
+        Engine { model, context, kv: KvFormat::F32, originals, plan: RunPlan::none() }
     }
 
     /// Another form of the cached keys and values; by default they are exactly what was computed.
@@ -94,6 +97,18 @@ impl Engine {
     pub fn with_context(mut self, tokens: usize) -> Engine {
         self.context = tokens;
         self
+    }
+
+    /// What is drafted and what is left out; by default nothing.
+    #[must_use]
+    pub fn with_plan(mut self, plan: RunPlan) -> Engine {
+        self.plan = plan;
+        self
+    }
+
+    /// What is drafted and what is left out.
+    pub fn plan(&self) -> &RunPlan {
+        &self.plan
     }
 
     /// How keys and values are kept.

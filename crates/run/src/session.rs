@@ -5,6 +5,7 @@ use std::sync::Arc;
 use std::time::Instant;
 
 use lacuna_checkpoint::Tokenizer;
+use lacuna_contract::StepSeconds;
 use serde::Serialize;
 
 use crate::request::{Event, Finished, Request};
@@ -25,8 +26,12 @@ pub struct Stats {
     pub tokens: usize,
     /// Prompt tokens read a second, without the reused ones.
     pub prefill_tok_s: f64,
-    /// Steps of one token a second; none where the first token was the last.
+    /// Tokens a second behind the first; none where that was the last.
     pub decode_tok_s: Option<f64>,
+    /// Tokens that were drafted and verified.
+    pub drafted_tokens: u64,
+    /// Of these, tokens that came.
+    pub accepted_tokens: u64,
     /// Why it ended.
     pub stop: Stop,
     /// Bytes of keys and values held at the end.
@@ -76,6 +81,11 @@ impl Session {
         &self.tokenizer
     }
 
+    /// See [`Scheduler::set_prices`].
+    pub fn set_prices(&mut self, seconds: StepSeconds) {
+        self.scheduler.set_prices(seconds);
+    }
+
     /// Bytes of keys and values that are held.
     pub fn kv_bytes(&self) -> usize {
         self.scheduler.gauges().kv_bytes
@@ -107,7 +117,8 @@ impl Session {
         self.scheduler.submit(id, Request::generate(g.clone()))?;
 
         let (mut text, mut end, mut enough) = (String::new(), None, false);
-        let (mut prefill_s, mut steps) = (None, 0usize);
+        let (mut prefill_s, mut behind) = (None, 0usize);
+        let before = self.scheduler.gauges();
         let mut start = Instant::now();
         let finished = loop {
             let step = self.scheduler.step(&mut |_, event| match event {
@@ -126,7 +137,7 @@ impl Session {
                         prefill_s = Some(start.elapsed().as_secs_f64());
                         start = Instant::now();
                     }
-                    Some(_) => steps += 1,
+                    Some(_) => behind += step.chosen,
                 }
             }
             if let Some(end) = end.take() {
@@ -142,13 +153,16 @@ impl Session {
             }
         };
         let decode_s = start.elapsed().as_secs_f64();
+        let after = self.scheduler.gauges();
         let Finished { stop, prompt_tokens, reused_tokens, tokens, ids } = finished;
         let stats = Stats {
             prompt_tokens,
             reused_tokens,
             tokens,
             prefill_tok_s: prefill_s.map_or(0.0, |s| (prompt_tokens - reused_tokens) as f64 / s.max(1e-9)),
-            decode_tok_s: (steps > 0).then(|| steps as f64 / decode_s.max(1e-9)),
+            decode_tok_s: (behind > 0).then(|| behind as f64 / decode_s.max(1e-9)),
+            drafted_tokens: after.drafted - before.drafted,
+            accepted_tokens: after.accepted - before.accepted,
             stop,
             kv_bytes: self.kv_bytes() as u64,
         };

@@ -88,6 +88,8 @@ pub struct App {
     pub schema: Schema,
     /// What the model is.
     pub card: Value,
+    /// The run plan; null where nothing is drafted and nothing left out.
+    pub run: Value,
     /// What is counted.
     pub metrics: Arc<Metrics>,
     /// The engine's thread.

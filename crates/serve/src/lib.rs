@@ -165,10 +165,11 @@ pub fn serve(served: Served, options: Options, listener: TcpListener, stop: &Sto
         reuse: true,
     };
     let (vocab, width) = (engine.model().spec.vocab, engine.model().spec.hidden);
+    let (run, methods) = (engine.plan().to_json(), engine.plan().names());
     let scheduler = Scheduler::new(engine, tokenizer.clone(), limits);
     let context = scheduler.most_tokens();
     anyhow::ensure!(context > 1, "the room for keys and values holds no text: give more of it");
-    let metrics = Arc::new(metrics::Metrics::default());
+    let metrics = Arc::new(metrics::Metrics { plan: methods, ..metrics::Metrics::default() });
     let (worker, thread) = worker::Worker::start(scheduler, limits.batch, options.queue, Arc::clone(&metrics))
         .context("the engine's thread")?;
     let app = Arc::new(app::App {
@@ -191,6 +192,7 @@ pub fn serve(served: Served, options: Options, listener: TcpListener, stop: &Sto
         keys: options.keys,
         hosts: options.hosts,
         card,
+        run,
         metrics,
         worker,
         draining: AtomicBool::new(false),

@@ -76,6 +76,8 @@ pub struct Metrics {
     pub cancelled: AtomicU64,
     /// Times that the engine panicked and began anew.
     pub panics: AtomicU64,
+    /// Question and method of each part of the run plan.
+    pub plan: Vec<(&'static str, &'static str)>,
     /// Open connections.
     pub connections: AtomicUsize,
     /// Connections for which there was no room.
@@ -98,6 +100,7 @@ impl Default for Metrics {
             generated_tokens: AtomicU64::new(0),
             cancelled: AtomicU64::new(0),
             panics: AtomicU64::new(0),
+            plan: Vec::new(),
             connections: AtomicUsize::new(0),
             turned_away: AtomicU64::new(0),
         }
@@ -127,7 +130,7 @@ impl Metrics {
 
     /// A step was done.
     pub fn step(&self, step: Step, gauges: Gauges) {
-        let rows = step.decode_rows + step.prefill_rows;
+        let rows = step.decode_rows + step.drafted_rows + step.prefill_rows;
         if rows > 0 {
             lock(&self.batch).add(rows as f64);
             let now = Instant::now();
@@ -151,7 +154,7 @@ impl Metrics {
         let (mut written, mut read) = (0, 0);
         for (at, step) in lock(&self.recent).iter() {
             if now - *at <= WINDOW {
-                written += step.decode_rows;
+                written += step.chosen;
                 read += step.prefill_rows;
             }
         }
@@ -216,6 +219,14 @@ impl Metrics {
         {
             let _ = writeln!(out, "lacuna_kv_blocks{{state=\"{state}\"}} {n}");
         }
+        head(&mut out, "lacuna_run_plan_info", "gauge", "What is drafted and what is left out while the model runs.");
+        for (question, method) in &self.plan {
+            let _ = writeln!(out, "lacuna_run_plan_info{{question=\"{question}\",method=\"{method}\"}} 1");
+        }
+        head(&mut out, "lacuna_draft_tokens_total", "counter", "Drafted tokens that were verified, and those that came.");
+        for (kind, n) in [("verified", g.drafted), ("accepted", g.accepted)] {
+            let _ = writeln!(out, "lacuna_draft_tokens_total{{kind=\"{kind}\"}} {n}");
+        }
         head(
             &mut out,
             "lacuna_tokens_total",
@@ -258,7 +269,9 @@ mod tests {
         assert!(text.contains("lacuna_time_to_first_token_seconds_bucket{le=\"1\"} 4\n"));
         assert!(text.contains("lacuna_time_to_first_token_seconds_bucket{le=\"+Inf\"} 5\n"));
         assert!(text.contains("lacuna_requests_total{endpoint=\"/v1/models\",status=\"200\"} 2\n"));
-        m.step(Step { decode_rows: 4, prefill_rows: 6 }, Gauges { running: 3, ..Gauges::default() });
+        let (step, drafted) = (Step { decode_rows: 4, chosen: 5, ..Step::default() }, 7);
+        m.step(step, Gauges { running: 3, drafted, ..Gauges::default() });
+        assert!(m.text().contains("lacuna_draft_tokens_total{kind=\"verified\"} 7\n"));
         assert!(m.live()["tokens_per_second"].as_f64().unwrap() > 0.0 && m.live()["running"] == 3);
     }
 }

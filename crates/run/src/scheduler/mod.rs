@@ -5,7 +5,11 @@
 //! long one does not hold up short ones. Where blocks run out, the text that was admitted last gives its own up and
 //! waits, to be read again later: a row's result does not depend on its company, so that its answer is the same. A text
 //! that outgrows its class ([`Engine::class`]) is read again in the same way.
+//!
+//! Where the run plan drafts, a text that is being continued brings rows for the tokens that may come next, as many as
+//! pay; those that are what it chooses anyway are kept, and the rest is forgotten before anything of it is published.
 
+mod draft;
 mod plan;
 mod text;
 
@@ -18,6 +22,7 @@ use lacuna_checkpoint::Tokenizer;
 use lacuna_model::{Batch, NoTap};
 use rayon::prelude::*;
 
+use self::draft::{Drafter, Prices};
 use self::text::{Active, Work, Writing};
 use crate::blocks::{BLOCK_TOKENS, BlockCounts, BlockStore};
 use crate::request::{Event, Finished, Job, Pooling, Request};
@@ -52,8 +57,12 @@ pub struct Step {
     pub decode_rows: usize,
     /// Rows of prompts.
     pub prefill_rows: usize,
-    /// Of all these, rows whose logits were computed: those of a text's last token.
+    /// Rows of drafted tokens.
+    pub drafted_rows: usize,
+    /// Of all these, rows whose logits were computed: those of a text's last token, and of what was drafted behind it.
     pub logits_rows: usize,
+    /// Tokens that were chosen, ends of texts among them.
+    pub chosen: usize,
 }
 
 /// The state of a scheduler, in numbers.
@@ -69,6 +78,10 @@ pub struct Gauges {
     pub blocks: BlockCounts,
     /// Bytes of keys and values that are held.
     pub kv_bytes: usize,
+    /// Tokens drafted and verified, since the start.
+    pub drafted: u64,
+    /// Of these, tokens that came.
+    pub accepted: u64,
 }
 
 /// Continues texts over one engine, one or many.
@@ -82,6 +95,10 @@ pub struct Scheduler {
     /// Whose turn it is among prompts: the number of steps so far.
     turn: usize,
     preempted: u64,
+    /// What drafts are weighed by, once something was drafted.
+    prices: Option<Prices>,
+    drafted: u64,
+    accepted: u64,
     scratch: Scratch,
 }
 
@@ -92,7 +109,9 @@ struct Part {
     /// Its tokens `from..to`.
     from: usize,
     to: usize,
-    /// How many of them, the last ones, want logits.
+    /// Drafted tokens behind them.
+    drafted: usize,
+    /// How many of all these rows, the last ones, want logits.
     wants: usize,
 }
 
@@ -130,6 +149,9 @@ impl Scheduler {
             running: Vec::new(),
             turn: 0,
             preempted: 0,
+            prices: None,
+            drafted: 0,
+            accepted: 0,
             scratch: Scratch::default(),
         }
     }
@@ -170,6 +192,8 @@ impl Scheduler {
             preempted: self.preempted,
             blocks: self.store.counts(),
             kv_bytes: self.store.bytes(),
+            drafted: self.drafted,
+            accepted: self.accepted,
         }
     }
 
@@ -211,6 +235,10 @@ impl Scheduler {
                 (Work::Generate(Box::new(Writing::new(generation, logprobs, grammar, special, tokenizer)?)), extent)
             }
         };
+        let drafter = match (&work, self.engine.plan().draft()) {
+            (Work::Generate(_), Some(draft)) => Some(Box::new(Drafter::new(draft, vocab))),
+            _ => None,
+        };
         // No step should have to move the tokens; an answer that may become very long grows as others do.
         prompt.reserve((extent - n).min(TOKENS));
         self.waiting.push_back(Active {
@@ -222,8 +250,10 @@ impl Scheduler {
             extent,
             class: self.engine.class(n),
             reused: None,
+            drafter,
             work,
-            chosen: None,
+            chosen: Vec::new(),
+            failed: None,
         });
         Ok(())
     }
@@ -252,16 +282,16 @@ impl Scheduler {
         self.outgrown();
         self.admit(on);
         let mut scratch = std::mem::take(&mut self.scratch);
-        let step = self.plan(&mut scratch.parts);
+        let mut step = self.plan(&mut scratch.parts);
         if !scratch.parts.is_empty() {
-            self.compute(&mut scratch, on);
+            step.chosen = self.compute(&mut scratch, on);
         }
         self.scratch = scratch;
         step
     }
 
-    /// Computes the planned rows and lets their texts go on.
-    fn compute(&mut self, scratch: &mut Scratch, on: &mut dyn FnMut(u64, Event)) {
+    /// Computes the planned rows and lets their texts go on; how many tokens were chosen.
+    fn compute(&mut self, scratch: &mut Scratch, on: &mut dyn FnMut(u64, Event)) -> usize {
         let Scratch { parts, batch, tokens, wanted, over, .. } = scratch;
         batch.clear();
         tokens.clear();
@@ -269,8 +299,9 @@ impl Scheduler {
         over.clear();
         for p in parts.iter() {
             let a = &self.running[p.index];
-            batch.push_part(a.slot(), p.from..p.to, a.tokens.len());
+            batch.push_part(a.slot(), p.from..p.to + p.drafted, a.tokens.len() + p.drafted);
             tokens.extend_from_slice(&a.tokens[p.from..p.to]);
+            tokens.extend(a.drafter.iter().filter(|_| p.drafted > 0).flat_map(|d| d.tokens()));
         }
         let hidden = match self.engine.model().forward(tokens, batch, &mut self.store, &mut NoTap) {
             Ok(hidden) => hidden,
@@ -282,13 +313,14 @@ impl Scheduler {
                     self.store.truncate(a.slot(), a.read);
                     on(a.id, Event::Failed(RunError::Request(e.to_string())));
                 }
-                return self.end(over);
+                self.end(over);
+                return 0;
             }
         };
         let mut row = 0;
         for p in parts.iter() {
             let a = &mut self.running[p.index];
-            let rows = row..row + (p.to - p.from);
+            let rows = row..row + (p.to - p.from) + p.drafted;
             row = rows.end;
             a.read = p.to;
             self.store.publish(a.slot(), &a.tokens[..p.to]);
@@ -308,16 +340,20 @@ impl Scheduler {
                 }
             }
         }
-        self.answer(scratch, hidden.view(), on);
+        let chosen = self.answer(scratch, hidden.view(), on);
+        self.settle(&scratch.parts);
         self.end(&mut scratch.over);
+        chosen
     }
 
-    /// Lets every text of `wanted` choose by the logits of its rows of `hidden` and go on. Those that end join `over`.
-    fn answer(&mut self, scratch: &mut Scratch, hidden: MatRef<'_>, on: &mut dyn FnMut(u64, Event)) {
+    /// Lets every text of `wanted` choose by the logits of its rows of `hidden` and go on; how many tokens were chosen.
+    /// Those that end join `over`.
+    fn answer(&mut self, scratch: &mut Scratch, hidden: MatRef<'_>, on: &mut dyn FnMut(u64, Event)) -> usize {
         let Scratch { wanted, rows, logits, over, .. } = scratch;
         let (width, vocab, most) = (hidden.cols(), self.engine.model().spec.vocab, self.most_tokens());
         wanted.sort_unstable_by_key(|w| w.0);
         let mut rest = wanted.as_slice();
+        let mut chosen = 0;
         while let Some(first) = rest.first() {
             // A text's rows stay together.
             let (mut texts, mut n) = (1, first.1.len());
@@ -334,8 +370,10 @@ impl Scheduler {
             self.engine.model().head.logits_into(MatRef::new(n, width, rows), &mut values);
             self.choose(some, values.view());
             *logits = values.into_vec();
+            chosen += some.iter().map(|w| self.running[w.0].chosen.len()).sum::<usize>();
             over.extend(some.iter().map(|w| w.0).filter(|&index| self.running[index].advance(most, on)));
         }
+        chosen
     }
 
     /// Lets texts, rising in their index, choose their next tokens; each by as many rows of `logits` as it has.

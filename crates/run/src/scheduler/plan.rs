@@ -2,6 +2,8 @@
 
 use std::collections::HashSet;
 
+use lacuna_contract::Company;
+
 use super::text::{Active, Work};
 use super::{Part, Scheduler, Step};
 use crate::request::Event;
@@ -54,12 +56,23 @@ impl Scheduler {
     pub(super) fn plan(&mut self, parts: &mut Vec<Part>) -> Step {
         parts.clear();
         let mut step = Step::default();
+        // Whom a text drafts beside: the rows of all others.
+        let (mut rows, mut others) = (0, 0);
+        for a in &self.running {
+            (rows, others) = if a.unread() == 1 { (rows + 1, others + 1) } else { (rows + a.unread(), others) };
+        }
+        let mut company = Company { rows: rows.min(self.limits.prefill_rows + others), tokens: others as f64 };
         let mut index = 0;
         while index < self.running.len() {
             if self.running[index].unread() == 1 && self.make_room(index) {
                 let to = self.running[index].tokens.len();
-                parts.push(self.part(index, to - 1, to));
+                let mut beside = Company { rows: company.rows.saturating_sub(1), tokens: company.tokens - 1.0 };
+                let drafted = self.draft(index, &mut beside);
+                company = Company { rows: beside.rows + 1, tokens: beside.tokens + 1.0 };
+                let part = self.part(index, to - 1, to);
+                parts.push(Part { drafted, wants: part.wants + drafted, ..part });
                 step.decode_rows += 1;
+                step.drafted_rows += drafted;
             }
             index += 1;
         }
@@ -84,7 +97,7 @@ impl Scheduler {
     fn part(&self, index: usize, from: usize, to: usize) -> Part {
         let a = &self.running[index];
         let wants = usize::from(to == a.tokens.len() && !matches!(a.work, Work::Embed { .. }));
-        Part { index, from, to, wants }
+        Part { index, from, to, drafted: 0, wants }
     }
 
     /// Adds rows of prompts, each in its turn.

@@ -5,6 +5,7 @@ use std::collections::VecDeque;
 use lacuna_base::MatRef;
 use lacuna_checkpoint::{Decoder as TextDecoder, Tokenizer};
 
+use super::draft::Drafter;
 use crate::generate::StopFilter;
 use crate::request::{Event, Finished, Grammar, Picked, Pooling};
 use crate::{Generation, Probability, RunError, Sampler, Stop};
@@ -26,8 +27,12 @@ pub(super) struct Active {
     /// Tokens taken over at its first admission.
     pub reused: Option<usize>,
     pub work: Work,
-    /// What was chosen of this step's logits, until it is told.
-    pub chosen: Option<Result<Choice, RunError>>,
+    /// What drafts for it.
+    pub drafter: Option<Box<Drafter>>,
+    /// What was chosen of this step's logits, until it is told: a token behind each row that led to the next.
+    pub chosen: Vec<Choice>,
+    /// Why nothing more could be chosen.
+    pub failed: Option<RunError>,
 }
 
 /// What is made of a text. State that lives from token to token is kept here.
@@ -60,7 +65,11 @@ pub(super) struct Writing {
 /// How a text goes on.
 pub(super) enum Choice {
     /// By this token.
-    Token(Picked),
+    Token {
+        picked: Picked,
+        /// Whether the grammar allows nothing behind it.
+        complete: bool,
+    },
     /// The model ends it with this token.
     End(u32),
     /// Nothing is left to go on with.
@@ -99,54 +108,86 @@ impl Active {
         }
     }
 
-    /// Chooses the next token by the logits of the rows that wanted some, `[rows, vocab]`; the last one's say what
+    /// Chooses the next token by the logits of the rows that wanted some, `[1 + nodes, vocab]`: those behind the text,
+    /// and behind each node of its draft. As long as a drafted token is the one that is chosen, its row says what
     /// follows. Texts choose independently, on any thread; what comes of it is told by [`Active::advance`].
     pub fn choose(&mut self, logits: MatRef<'_>) {
-        let row = logits.row(logits.rows() - 1);
-        self.chosen = Some(match &mut self.work {
-            Work::Generate(w) => w.choose(row, &self.tokens, self.prompt_tokens),
-            Work::Forced(rest) => {
-                let next = rest.next().map(|id| Choice::Token(Picked { id, probability: None }));
-                Ok(next.unwrap_or(Choice::Nothing))
+        let Active { work, tokens, drafter, chosen, failed, prompt_tokens, .. } = self;
+        match work {
+            Work::Generate(w) => {
+                let whole = tokens.len();
+                let mut row = 0;
+                loop {
+                    match w.choose(logits.row(row), tokens, *prompt_tokens) {
+                        Err(e) => *failed = Some(e),
+                        Ok(choice) => {
+                            let next = match (&choice, &mut *drafter) {
+                                (Choice::Token { picked, complete: false }, Some(d)) => d.take(row, picked.id),
+                                _ => None,
+                            };
+                            if let (Choice::Token { picked, .. }, Some(next)) = (&choice, next) {
+                                // The text as it is for what is chosen next; it is told later.
+                                tokens.push(picked.id);
+                                row = next;
+                                chosen.push(choice);
+                                continue;
+                            }
+                            chosen.push(choice);
+                        }
+                    }
+                    break;
+                }
+                tokens.truncate(whole);
             }
-            Work::Embed { .. } => Ok(Choice::Nothing),
-        });
+            Work::Forced(rest) => {
+                let next = rest.next().map(|id| Picked { id, probability: None });
+                chosen.push(next.map_or(Choice::Nothing, |picked| Choice::Token { picked, complete: false }));
+            }
+            Work::Embed { .. } => chosen.push(Choice::Nothing),
+        }
+        if let Some(d) = drafter {
+            d.look(logits);
+        }
     }
 
     /// Goes on by what was chosen and tells the text that became certain; true where the text is over, which has been
     /// told. `most`: tokens that a text may have.
     pub fn advance(&mut self, most: usize, on: &mut dyn FnMut(u64, Event)) -> bool {
-        let stop = match self.chosen.take() {
-            None => return false,
-            Some(Err(e)) => Err(e),
-            Some(Ok(choice)) => self.go_on(choice, most, on),
-        };
-        match stop {
-            Ok(None) => false,
-            Ok(Some(stop)) => {
+        let mut chosen = std::mem::take(&mut self.chosen);
+        let mut stop = None;
+        for choice in chosen.drain(..) {
+            stop = self.go_on(choice, most, on);
+            if stop.is_some() {
+                break;
+            }
+        }
+        self.chosen = chosen;
+        match (stop, self.failed.take()) {
+            (Some(stop), _) => {
                 on(self.id, Event::Finished(self.finished(stop)));
                 true
             }
-            Err(e) => {
+            (None, Some(e)) => {
                 on(self.id, Event::Failed(e));
                 true
             }
+            (None, None) => false,
         }
     }
 
-    fn go_on(&mut self, choice: Choice, most: usize, on: &mut dyn FnMut(u64, Event)) -> Result<Option<Stop>, RunError> {
+    fn go_on(&mut self, choice: Choice, most: usize, on: &mut dyn FnMut(u64, Event)) -> Option<Stop> {
         let Work::Generate(w) = &mut self.work else {
-            if let Choice::Token(picked) = choice {
+            if let Choice::Token { picked, .. } = choice {
                 self.tokens.push(picked.id);
-                return Ok(None);
+                return None;
             }
-            return Ok(Some(Stop::MaxTokens));
+            return Some(Stop::MaxTokens);
         };
         let mut stop = None;
         match choice {
             Choice::Nothing => stop = Some(Stop::MaxTokens),
             Choice::End(id) => stop = Some(Stop::EndToken(id)),
-            Choice::Token(picked) => {
+            Choice::Token { picked, complete } => {
                 let id = picked.id;
                 self.tokens.push(id);
                 w.held.push_back((w.decoded, picked));
@@ -154,12 +195,8 @@ impl Active {
                 w.decoded += piece.len();
                 let (certain, stopped) = w.filter.push(&piece);
                 w.tell(self.id, certain, false, on);
-                let complete = match &mut w.grammar {
-                    Some(g) => g.accept(id)?,
-                    None => false,
-                };
                 if let Some(text) = stopped {
-                    return Ok(Some(Stop::StopText(text)));
+                    return Some(Stop::StopText(text));
                 } else if complete {
                     stop = Some(Stop::Grammar);
                 } else if self.tokens.len() - self.prompt_tokens == w.generation.max_tokens {
@@ -174,7 +211,7 @@ impl Active {
             rest.extend(w.decoder.finish());
             w.tell(self.id, rest, true, on);
         }
-        Ok(stop)
+        stop
     }
 
     /// How it ended.
@@ -224,7 +261,11 @@ impl Writing {
             return Ok(Choice::End(id));
         }
         let probability = self.logprobs.map(|top| Probability::of(logits, id, top));
-        Ok(Choice::Token(Picked { id, probability }))
+        let complete = match &mut self.grammar {
+            Some(g) => g.accept(id)?,
+            None => false,
+        };
+        Ok(Choice::Token { picked: Picked { id, probability }, complete })
     }
 
     /// Tells text that is certain, with the tokens that begin in it; at the end, with all that are left.

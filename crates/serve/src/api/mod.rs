@@ -364,7 +364,11 @@ impl App {
     }
 
     fn model_object(&self) -> Value {
-        json!({ "id": self.name, "object": "model", "created": self.created, "owned_by": "lacuna" })
+        let mut model = json!({ "id": self.name, "object": "model", "created": self.created, "owned_by": "lacuna" });
+        if !self.run.is_null() {
+            model["run"] = self.run.clone();
+        }
+        model
     }
 
     /// The tokens of a request's texts; special tokens as the model wants them around a text.

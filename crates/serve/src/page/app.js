@@ -196,6 +196,7 @@ async function card() {
     ["Context", c.context + " tokens"],
     ["Activations", c.activations],
     ["Cache", c.kv],
+    ...(c.run?.methods ?? []).map((m) => [m.question[0].toUpperCase() + m.question.slice(1), m.method + (m.lossless ? "" : " (an approximation)")]),
   ];
   list(at("card"), rows);
   const out = at("left-out");
