@@ -258,7 +258,7 @@ mod tests {
         assert!(text.contains("lacuna_time_to_first_token_seconds_bucket{le=\"1\"} 4\n"));
         assert!(text.contains("lacuna_time_to_first_token_seconds_bucket{le=\"+Inf\"} 5\n"));
         assert!(text.contains("lacuna_requests_total{endpoint=\"/v1/models\",status=\"200\"} 2\n"));
-        m.step(Step { decode_rows: 4, prefill_rows: 6 }, Gauges { running: 3, ..Gauges::default() });
+        m.step(Step { decode_rows: 4, prefill_rows: 6, logits_rows: 4 }, Gauges { running: 3, ..Gauges::default() });
         assert!(m.live()["tokens_per_second"].as_f64().unwrap() > 0.0 && m.live()["running"] == 3);
     }
 }

@@ -7,6 +7,8 @@
 //! that outgrows its class ([`Engine::class`]) is read again in the same way.
 
 mod plan;
+#[cfg(test)]
+mod tests;
 mod text;
 
 use std::collections::VecDeque;
@@ -82,6 +84,8 @@ pub struct Scheduler {
     /// Whose turn it is among prompts: the number of steps so far.
     turn: usize,
     preempted: u64,
+    /// As [`CHOICE_COST`].
+    choice_cost: usize,
     scratch: Scratch,
 }
 
@@ -130,6 +134,7 @@ impl Scheduler {
             running: Vec::new(),
             turn: 0,
             preempted: 0,
+            choice_cost: CHOICE_COST,
             scratch: Scratch::default(),
         }
     }
@@ -347,7 +352,7 @@ impl Scheduler {
             logits.rows_range(row - n, row)
         };
         let cost = texts.iter().map(|t| self.running[t.0].choice_cost(vocab)).sum::<usize>();
-        if texts.len() == 1 || cost < CHOICE_COST {
+        if texts.len() == 1 || cost < self.choice_cost {
             texts.iter().for_each(|t| self.running[t.0].choose(rows(t.1.len())));
             return;
         }
