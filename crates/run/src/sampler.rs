@@ -298,6 +298,26 @@ mod tests {
         assert_eq!(pick(&one, &[0.0, 3.0, 3.0, -1.0], &[]), 1);
     }
 
+    /// The short way of a greedy choice against the long one, which a bias of nothing takes.
+    #[test]
+    fn a_choice_without_a_copy_is_the_same_choice() {
+        let mut rng = Rng::new(5);
+        let long = Sampling { logit_bias: vec![(0, 0.0)], ..Sampling::default() };
+        for round in 0..300 {
+            let n = 1 + rng.below(3 * STRETCH);
+            let mut logits: Vec<f32> = (0..n).map(|_| rng.below(1 << (1 + round % 20)) as f32 - 7.0).collect();
+            for bad in [f32::NEG_INFINITY, f32::NAN, f32::INFINITY].into_iter().take(round % 4) {
+                logits[rng.below(n)] = bad;
+            }
+            let pick = |s: &Sampling| Sampler::new(s).unwrap().pick(&logits, &[], 0, None).map_err(|e| e.to_string());
+            assert_eq!(pick(&Sampling::default()), pick(&long), "round {round}, {n} logits");
+        }
+        for all in [[f32::NEG_INFINITY; 9], [-0.0; 9]] {
+            let pick = |s: &Sampling| Sampler::new(s).unwrap().pick(&all, &[], 0, None).map_err(|e| e.to_string());
+            assert_eq!(pick(&Sampling::default()), pick(&long));
+        }
+    }
+
     #[test]
     fn repetition_moves_both_signs_down() {
         let s = Sampling { repetition_penalty: 2.0, ..Sampling::default() };

@@ -3,7 +3,7 @@
 mod common;
 
 use common::{PLAIN, Server, TOOLS, chat, engine, request, tokenizer};
-use lacuna_run::Generation;
+use lacuna_run::{Generation, Session};
 use lacuna_serve::Options;
 use serde_json::{Value, json};
 
@@ -12,10 +12,10 @@ const TEXT: &str = "/v1/completions";
 
 /// What the engine itself says to a chat request of one message.
 fn expected(text: &str, tokens: usize) -> String {
-    let e = engine("llama");
+    let mut s = Session::new(engine("llama"), tokenizer());
     let prompt = tokenizer().encode(&format!("<|im_start|>{text}<|im_end|><|im_start|>"), false).unwrap();
     let g = Generation { prompt, max_tokens: tokens, ..Generation::default() };
-    e.generate(&mut e.sequence(), &tokenizer(), &g, &mut |_| std::ops::ControlFlow::Continue(())).unwrap().text
+    s.generate(&g, &mut |_| std::ops::ControlFlow::Continue(())).unwrap().text
 }
 
 #[test]

@@ -11,6 +11,8 @@
 
 mod draft;
 mod plan;
+#[cfg(test)]
+mod tests;
 mod text;
 
 use std::collections::VecDeque;
@@ -99,6 +101,8 @@ pub struct Scheduler {
     prices: Option<Prices>,
     drafted: u64,
     accepted: u64,
+    /// As [`CHOICE_COST`].
+    choice_cost: usize,
     scratch: Scratch,
 }
 
@@ -152,6 +156,7 @@ impl Scheduler {
             prices: None,
             drafted: 0,
             accepted: 0,
+            choice_cost: CHOICE_COST,
             scratch: Scratch::default(),
         }
     }
@@ -385,7 +390,7 @@ impl Scheduler {
             logits.rows_range(row - n, row)
         };
         let cost = texts.iter().map(|t| self.running[t.0].choice_cost(vocab)).sum::<usize>();
-        if texts.len() == 1 || cost < CHOICE_COST {
+        if texts.len() == 1 || cost < self.choice_cost {
             texts.iter().for_each(|t| self.running[t.0].choose(rows(t.1.len())));
             return;
         }
