@@ -41,7 +41,7 @@ const NO_NEEDS: &str = "no statistics of its own";
 /// Runs the verb.
 pub fn run(g: &Global) -> anyhow::Result<ExitCode> {
     let all = lacuna_methods::registry();
-    let cards: Vec<_> = all.methods.iter().map(|m| &m.card).collect();
+    let cards: Vec<_> = all.methods.iter().map(|m| &m.card).chain(all.running.iter().map(|m| &m.card)).collect();
     let runs: Vec<Measured> = serde_json::from_str(MEASURED)?;
     let names: Vec<&str> = cards.iter().map(|c| c.name).collect();
     let of = |name: &str| -> Vec<&Measured> {

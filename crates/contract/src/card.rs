@@ -8,6 +8,7 @@ use serde_json::{Map, Value};
 use crate::questions::{
     Basis, Factor, Grid, Ranks, Recode, Score, Search, Shortlist, Solve, Stack, Structure, Table, Transform,
 };
+use crate::running::{Draft, Gate, Keep, Select};
 use crate::stats::Ask;
 use crate::step::Step;
 
@@ -138,6 +139,47 @@ pub struct Method {
     pub make: fn(Value) -> Result<Made, MethodError>,
 }
 
+/// A method of run time, ready to answer: its question and itself.
+pub enum MadeRunning {
+    /// See [`Draft`].
+    Draft(Box<dyn Draft>),
+    /// See [`Keep`].
+    Keep(Box<dyn Keep>),
+    /// See [`Select`].
+    Select(Box<dyn Select>),
+    /// See [`Gate`].
+    Gate(Box<dyn Gate>),
+}
+
+impl MadeRunning {
+    /// Its question, as run plans, flags and cards write it.
+    pub fn question(&self) -> &'static str {
+        match self {
+            MadeRunning::Draft(_) => "draft",
+            MadeRunning::Keep(_) => "keep",
+            MadeRunning::Select(_) => "select",
+            MadeRunning::Gate(_) => "gate",
+        }
+    }
+}
+
+impl fmt::Debug for MadeRunning {
+    fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
+        f.write_str(self.question())
+    }
+}
+
+/// The row of a method of run time: it leaves something out, or drafts, while the model runs.
+#[derive(Clone)]
+pub struct RunMethod {
+    /// Who it is; its verb is its question.
+    pub card: Card,
+    /// Names of its parameters.
+    pub keys: fn() -> &'static [&'static str],
+    /// Makes it from its parameters (a JSON object) and a seed. Unknown keys are refused.
+    pub make: fn(Value, u64) -> Result<MadeRunning, MethodError>,
+}
+
 /// A family's row of the registry: a verb of recipes.
 #[derive(Clone)]
 pub struct Family {
@@ -159,13 +201,15 @@ pub struct Making<'a> {
     pub registry: &'a Registry,
 }
 
-/// Every method and every family, handed to the driver by the binary.
+/// Every method and every family, handed to the driver and to the engine by the binary.
 #[derive(Clone, Default)]
 pub struct Registry {
     /// Methods, in the order in which they are listed.
     pub methods: Vec<Method>,
     /// Families.
     pub families: Vec<Family>,
+    /// Methods of run time, in the order in which they are listed.
+    pub running: Vec<RunMethod>,
 }
 
 impl Registry {
@@ -178,4 +222,53 @@ impl Registry {
     pub fn family(&self, verb: &str) -> Option<&Family> {
         self.families.iter().find(|f| f.verb == verb)
     }
+
+    /// The draft of that name, made from its parameters.
+    pub fn draft(&self, name: &str, keys: Value, seed: u64) -> Result<Box<dyn Draft>, MethodError> {
+        match self.make_running("draft", name, keys, seed)? {
+            MadeRunning::Draft(made) => Ok(made),
+            other => Err(mismade(name, "draft", &other)),
+        }
+    }
+
+    /// The keeper of that name, made from its parameters.
+    pub fn keep(&self, name: &str, keys: Value, seed: u64) -> Result<Box<dyn Keep>, MethodError> {
+        match self.make_running("keep", name, keys, seed)? {
+            MadeRunning::Keep(made) => Ok(made),
+            other => Err(mismade(name, "keep", &other)),
+        }
+    }
+
+    /// The selector of that name, made from its parameters.
+    pub fn select(&self, name: &str, keys: Value, seed: u64) -> Result<Box<dyn Select>, MethodError> {
+        match self.make_running("select", name, keys, seed)? {
+            MadeRunning::Select(made) => Ok(made),
+            other => Err(mismade(name, "select", &other)),
+        }
+    }
+
+    /// The gate of that name, made from its parameters.
+    pub fn gate(&self, name: &str, keys: Value, seed: u64) -> Result<Box<dyn Gate>, MethodError> {
+        match self.make_running("gate", name, keys, seed)? {
+            MadeRunning::Gate(made) => Ok(made),
+            other => Err(mismade(name, "gate", &other)),
+        }
+    }
+
+    fn make_running(&self, question: &str, name: &str, keys: Value, seed: u64) -> Result<MadeRunning, MethodError> {
+        let of = |m: &&RunMethod| m.card.verb == question;
+        if let Some(method) = self.running.iter().filter(of).find(|m| m.card.name == name) {
+            return (method.make)(keys, seed);
+        }
+        if let Some(other) = self.running.iter().find(|m| m.card.name == name) {
+            return Err(MethodError::new(format!("'{name}' answers '{}', not '{question}'", other.card.verb)));
+        }
+        let names: Vec<&str> = self.running.iter().filter(of).map(|m| m.card.name).collect();
+        Err(MethodError::new(format!("'{name}' is no method of '{question}'; there are {}", names.join(", "))))
+    }
+}
+
+/// A method whose card says another question than it answers: our own mistake, told and not panicked over.
+fn mismade(name: &str, question: &str, made: &MadeRunning) -> MethodError {
+    MethodError::new(format!("'{name}' is listed under '{question}' and answers '{made:?}'"))
 }

@@ -7,14 +7,18 @@
 mod activation;
 mod basis;
 mod blocks;
+mod draft;
 mod factor;
 mod family;
+mod gate;
 mod grid;
+mod keep;
 mod make;
 mod obs;
 mod recode;
 mod score;
 mod search;
+mod select;
 mod shortlist;
 mod solve;
 mod stack;
@@ -23,7 +27,7 @@ mod transform;
 
 use lacuna_contract::Registry;
 
-/// Every method, in the order in which `lacuna methods` shows them, and every family.
+/// Every method, in the order in which `lacuna methods` shows them, every family, and every method of run time.
 pub fn registry() -> Registry {
     Registry {
         methods: vec![
@@ -92,6 +96,14 @@ pub fn registry() -> Registry {
             family::structure::family(),
             family::vocabulary::family(),
             family::search::family(),
+        ],
+        running: vec![
+            draft::token_recycling::method(),
+            draft::copyspec::method(),
+            keep::streaming_llm::method(),
+            keep::h2o::method(),
+            select::pooled_blocks::method(),
+            gate::wina::method(),
         ],
     }
 }

@@ -7,7 +7,7 @@ use serde::{Deserialize, Deserializer};
 
 /// A fraction from 0 to 1.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Fraction(pub f64);
+pub(crate) struct Fraction(pub f64);
 
 impl<'de> Deserialize<'de> for Fraction {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Fraction, D::Error> {
@@ -20,7 +20,7 @@ impl<'de> Deserialize<'de> for Fraction {
 
 /// A whole number from `LOW` to `HIGH`.
 #[derive(Clone, Copy, Debug, PartialEq)]
-pub(super) struct Whole<const LOW: usize, const HIGH: usize>(pub usize);
+pub(crate) struct Whole<const LOW: usize, const HIGH: usize>(pub usize);
 
 impl<'de, const LOW: usize, const HIGH: usize> Deserialize<'de> for Whole<LOW, HIGH> {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Self, D::Error> {

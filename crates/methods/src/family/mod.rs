@@ -4,7 +4,7 @@
 mod blocks;
 pub(crate) mod drop;
 pub(crate) mod factor;
-mod keys;
+pub(crate) mod keys;
 pub(crate) mod outliers;
 pub(crate) mod prune;
 pub(crate) mod quantize;

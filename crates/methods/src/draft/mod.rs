@@ -1,0 +1,4 @@
+//! Drafts: what may come next?
+
+pub(crate) mod copyspec;
+pub(crate) mod token_recycling;

@@ -1,0 +1,3 @@
+//! Gates: which channels does this token need?
+
+pub(crate) mod wina;

@@ -1,0 +1,3 @@
+//! Selectors: which keys does this query read?
+
+pub(crate) mod pooled_blocks;
