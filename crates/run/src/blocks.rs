@@ -2,16 +2,15 @@
 //!
 //! A block holds the keys and values of [`BLOCK_TOKENS`] positions in every layer. A text's full blocks are published
 //! under their tokens and the block before them, so that a later text with the same beginning takes them over instead
-//! of computing them. A published block never changes. One that nobody uses stays until its room is needed; the least
+//! of computing them. Here are tables and books alone: what lies in a block is in the backend's pages of each layer,
+//! under the block's number. A published block never changes. One that nobody uses stays until its room is needed; the least
 //! recently used goes first, a longer beginning before a shorter one.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};
-use std::sync::Arc;
 
-use lacuna_base::MatRef;
-use lacuna_kernels::{KEY_BLOCK, KvFormat, KvLayout, KvPage, KvView};
-use lacuna_model::{Batch, KvStore, ModelError};
+use lacuna_kernels::{KEY_BLOCK, KvFormat, KvLayout};
+use lacuna_model::{Backend, Batch, Cpu, KvStore, ModelError, Pages, Table};
 use lacuna_spec::Spec;
 
 /// Positions of a block.
@@ -27,8 +26,8 @@ type Key = (u64, Box<[u32]>);
 /// A block that texts may share.
 struct Published {
     key: Key,
-    /// A page for each layer with attention.
-    pages: Vec<Arc<KvPage>>,
+    /// Its number.
+    block: u32,
     /// Texts that use it.
     users: usize,
     /// When it was last taken or given back.
@@ -39,14 +38,12 @@ struct Published {
 
 /// One text's keys and values.
 struct Text {
-    /// Pages of each layer with attention, in order.
-    layers: Vec<Vec<Arc<KvPage>>>,
+    /// Its blocks, in order: the same in every layer with attention.
+    blocks: Vec<u32>,
     /// Positions written, of each layer with attention.
     written: Vec<usize>,
     /// Positions written in every layer, as the owner told.
     tokens: usize,
-    /// Blocks there is room for.
-    blocks: usize,
     /// The published ones among them, from the first on.
     shared: Vec<u64>,
     /// Where its chain of blocks begins.
@@ -71,15 +68,14 @@ pub struct BlockCounts {
 }
 
 /// A store of keys and values for many texts, within a budget.
-pub struct BlockStore {
-    format: KvFormat,
-    /// The page's shape in each layer that has attention, and the number of each layer among those.
-    layouts: Vec<KvLayout>,
+pub struct BlockStore<B: Backend = Cpu> {
+    /// The pages of each layer that has attention, and the number of each layer among those.
+    pools: Vec<B::Pages>,
     places: Vec<Option<usize>>,
     total: usize,
-    /// Blocks that exist.
+    /// Blocks that exist: those of the numbers below.
     made: usize,
-    spare: Vec<Vec<Arc<KvPage>>>,
+    spare: Vec<u32>,
     texts: Vec<Option<Text>>,
     published: HashMap<u64, Published>,
     index: HashMap<Key, u64>,
@@ -95,21 +91,26 @@ pub struct BlockStore {
 impl BlockStore {
     /// An empty store for a model, of as many blocks as `bytes` hold.
     pub fn new(spec: &Spec, format: KvFormat, bytes: usize) -> BlockStore {
-        let (mut layouts, mut places) = (Vec::new(), Vec::with_capacity(spec.layers.len()));
+        BlockStore::on(&Cpu, spec, format, bytes)
+    }
+}
+
+impl<B: Backend> BlockStore<B> {
+    /// The same in pages of a backend.
+    pub fn on(backend: &B, spec: &Spec, format: KvFormat, bytes: usize) -> BlockStore<B> {
+        let (mut pools, mut places) = (Vec::new(), Vec::with_capacity(spec.layers.len()));
         for layer in &spec.layers {
-            places.push(layer.attn.as_ref().map(|_| layouts.len()));
-            layouts.extend(layer.attn.as_ref().map(|a| KvLayout {
-                kv_heads: a.kv_heads,
-                head_dim: a.head_dim,
-                page_tokens: BLOCK_TOKENS,
+            places.push(layer.attn.as_ref().map(|_| pools.len()));
+            pools.extend(layer.attn.as_ref().map(|a| {
+                let layout = KvLayout { kv_heads: a.kv_heads, head_dim: a.head_dim, page_tokens: BLOCK_TOKENS };
+                backend.pages(layout, format)
             }));
         }
-        let block: usize = layouts.iter().map(|l| l.page_bytes(format)).sum();
+        let block: usize = pools.iter().map(B::Pages::block_bytes).sum();
         // A model whose every attention was dropped keeps nothing; its blocks still count tokens.
         let total = bytes / block.max(1);
         BlockStore {
-            format,
-            layouts,
+            pools,
             places,
             total: total.min(u32::MAX as usize),
             made: 0,
@@ -127,7 +128,7 @@ impl BlockStore {
 
     /// Bytes of one block.
     pub fn block_bytes(&self) -> usize {
-        self.layouts.iter().map(|l| l.page_bytes(self.format)).sum()
+        self.pools.iter().map(B::Pages::block_bytes).sum()
     }
 
     /// Blocks that the budget allows.
@@ -161,12 +162,10 @@ impl BlockStore {
 
     /// Opens a text and returns its number. Texts of another `class` never share blocks with it.
     pub fn open(&mut self, class: u32) -> usize {
-        let n = self.layouts.len();
         let text = Text {
-            layers: vec![Vec::new(); n],
-            written: vec![0; n],
+            blocks: Vec::new(),
+            written: vec![0; self.pools.len()],
             tokens: 0,
-            blocks: 0,
             shared: Vec::new(),
             beginning: u64::from(class),
         };
@@ -218,15 +217,15 @@ impl BlockStore {
             let aligned = t.tokens == t.shared.len() * BLOCK_TOKENS;
             let serial = self.next_key(slot, tokens).filter(|_| aligned).and_then(|key| self.index.get(&key).copied());
             let Some(serial) = serial else { return self.text(slot).tokens };
-            let pages = self.use_published(serial);
+            let block = self.use_published(serial);
             let t = self.text_mut(slot);
-            let at = t.shared.len();
             // Room that was made for this block already is not needed.
-            let surplus = if t.blocks > at {
-                Some(t.replace(at, pages))
-            } else {
-                t.push(pages);
-                None
+            let surplus = match t.blocks.get_mut(t.shared.len()) {
+                Some(mine) => Some(std::mem::replace(mine, block)),
+                None => {
+                    t.blocks.push(block);
+                    None
+                }
             };
             t.shared.push(serial);
             t.tokens += BLOCK_TOKENS;
@@ -239,13 +238,13 @@ impl BlockStore {
     /// none.
     #[track_caller]
     pub fn reserve(&mut self, slot: usize, tokens: usize) -> bool {
-        let need = tokens.div_ceil(BLOCK_TOKENS).saturating_sub(self.text(slot).blocks);
+        let need = tokens.div_ceil(BLOCK_TOKENS).saturating_sub(self.text(slot).blocks.len());
         if need > self.available() {
             return false;
         }
         for _ in 0..need {
-            let pages = self.fresh();
-            self.text_mut(slot).push(pages);
+            let block = self.fresh();
+            self.text_mut(slot).blocks.push(block);
         }
         true
     }
@@ -261,16 +260,16 @@ impl BlockStore {
                 // enough.
                 Some(&serial) => {
                     let theirs = self.use_published(serial);
-                    let mine = self.text_mut(slot).replace(i, theirs);
+                    let mine = std::mem::replace(&mut self.text_mut(slot).blocks[i], theirs);
                     self.spare.push(mine);
                     serial
                 }
                 None => {
                     let serial = self.next;
                     self.next += 1;
-                    let pages = self.text(slot).block(i);
+                    let block = self.text(slot).blocks[i];
                     self.index.insert(key.clone(), serial);
-                    self.published.insert(serial, Published { key, pages, users: 1, used: clock, depth: i });
+                    self.published.insert(serial, Published { key, block, users: 1, used: clock, depth: i });
                     serial
                 }
             };
@@ -291,11 +290,8 @@ impl BlockStore {
     #[track_caller]
     pub fn close(&mut self, slot: usize) {
         let clock = self.tick();
-        let mut t = self.texts[slot].take().expect("an open text");
-        while t.blocks > t.shared.len() {
-            self.spare.push(t.pop());
-        }
-        drop(t.layers);
+        let t = self.texts[slot].take().expect("an open text");
+        self.spare.extend(t.blocks[t.shared.len()..].iter().rev());
         for serial in t.shared {
             let p = self.published.get_mut(&serial).expect("a block in use is published");
             self.shared -= usize::from(p.users == 2);
@@ -309,8 +305,8 @@ impl BlockStore {
 
     /// Throws away every cached block that nobody uses.
     pub fn forget(&mut self) {
-        while let Some(pages) = self.evict() {
-            self.spare.push(pages);
+        while let Some(block) = self.evict() {
+            self.spare.push(block);
         }
     }
 
@@ -319,8 +315,8 @@ impl BlockStore {
         self.clock
     }
 
-    /// The pages of a published block, with one user more.
-    fn use_published(&mut self, serial: u64) -> Vec<Arc<KvPage>> {
+    /// The number of a published block, with one user more.
+    fn use_published(&mut self, serial: u64) -> u32 {
         let clock = self.tick();
         let p = self.published.get_mut(&serial).expect("an indexed block is published");
         if p.users == 0 {
@@ -329,28 +325,30 @@ impl BlockStore {
         p.users += 1;
         self.shared += usize::from(p.users == 2);
         p.used = clock;
-        p.pages.clone()
+        p.block
     }
 
     /// A block of one's own. The caller has seen that one is available.
-    fn fresh(&mut self) -> Vec<Arc<KvPage>> {
-        if let Some(pages) = self.spare.pop() {
-            return pages;
+    fn fresh(&mut self) -> u32 {
+        if let Some(block) = self.spare.pop() {
+            return block;
         }
         if self.made < self.total {
+            let block = self.made as u32;
             self.made += 1;
-            return self.layouts.iter().map(|&l| Arc::new(KvPage::new(l, self.format))).collect();
+            self.pools.iter_mut().for_each(|p| p.reserve(block));
+            return block;
         }
         self.evict().expect("a block is available")
     }
 
     /// Throws away the published block that was not used for longest.
-    fn evict(&mut self) -> Option<Vec<Arc<KvPage>>> {
+    fn evict(&mut self) -> Option<u32> {
         let (_, _, serial) = self.idle.pop_first()?;
         let p = self.published.remove(&serial)?;
         self.index.remove(&p.key);
         self.evicted += 1;
-        Some(p.pages)
+        Some(p.block)
     }
 
     #[track_caller]
@@ -373,51 +371,39 @@ impl BlockStore {
     }
 }
 
-impl Text {
-    /// Adds a block: a page for each layer with attention.
-    fn push(&mut self, pages: Vec<Arc<KvPage>>) {
-        self.blocks += 1;
-        self.layers.iter_mut().zip(pages).for_each(|(layer, page)| layer.push(page));
-    }
-
-    fn pop(&mut self) -> Vec<Arc<KvPage>> {
-        self.blocks -= 1;
-        self.layers.iter_mut().filter_map(Vec::pop).collect()
-    }
-
-    fn block(&self, i: usize) -> Vec<Arc<KvPage>> {
-        self.layers.iter().filter_map(|l| l.get(i).cloned()).collect()
-    }
-
-    fn replace(&mut self, i: usize, pages: Vec<Arc<KvPage>>) -> Vec<Arc<KvPage>> {
-        let slots = self.layers.iter_mut().filter_map(|l| l.get_mut(i));
-        slots.zip(pages).map(|(slot, page)| std::mem::replace(slot, page)).collect()
-    }
-}
-
-impl KvStore for BlockStore {
-    fn write(&mut self, layer: usize, batch: &Batch, keys: MatRef<'_>, values: MatRef<'_>) -> Result<(), ModelError> {
-        for r in 0..batch.rows() {
-            let (slot, position) = (batch.sequence(r), batch.positions()[r]);
-            let store = |what: String| ModelError::Store { what };
+impl<B: Backend> KvStore<B> for BlockStore<B> {
+    fn prepare(&mut self, layer: usize, batch: &Batch) -> Result<(), ModelError> {
+        let store = |what: String| ModelError::Store { what };
+        for (slot, rows) in batch.runs() {
             let (_, place) = self.place(layer, slot)?;
             let t = self.text_mut(slot);
-            let have = t.written[place];
-            if position > have {
-                return Err(store(format!("position {position} of text {slot} in block {layer} after only {have}")));
+            for &position in &batch.positions()[rows] {
+                let have = t.written[place];
+                if position > have {
+                    return Err(store(format!(
+                        "position {position} of text {slot} in block {layer} after only {have}"
+                    )));
+                }
+                if position / BLOCK_TOKENS >= t.blocks.len() {
+                    return Err(store(format!("no room was made for position {position} of text {slot}")));
+                }
+                if position / BLOCK_TOKENS < t.shared.len() {
+                    return Err(store(format!("position {position} of text {slot} lies in a published block")));
+                }
+                t.written[place] = have.max(position + 1);
             }
-            let page = t.layers[place].get_mut(position / BLOCK_TOKENS);
-            let page = page.ok_or_else(|| store(format!("no room was made for position {position} of text {slot}")))?;
-            let page = Arc::get_mut(page)
-                .ok_or_else(|| store(format!("position {position} of text {slot} lies in a published block")))?;
-            page.write(position % BLOCK_TOKENS, keys.row(r), values.row(r));
-            t.written[place] = have.max(position + 1);
         }
         Ok(())
     }
 
-    fn view(&self, layer: usize, slot: usize) -> Result<KvView<'_>, ModelError> {
+    fn table(&self, layer: usize, slot: usize) -> Result<Table<'_>, ModelError> {
         let (t, place) = self.place(layer, slot)?;
-        Ok(KvView { pages: &t.layers[place], tokens: t.written[place] })
+        Ok(Table { blocks: &t.blocks, tokens: t.written[place] })
+    }
+
+    fn pages(&mut self, layer: usize) -> Result<&mut B::Pages, ModelError> {
+        let place = self.places.get(layer).copied().flatten();
+        let place = place.ok_or_else(|| ModelError::Store { what: format!("block {layer} has no attention") })?;
+        Ok(&mut self.pools[place])
     }
 }
