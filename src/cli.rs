@@ -390,7 +390,7 @@ impl From<Activations> for lacuna_kernels::Activations {
 }
 
 /// How a model is run.
-#[derive(Clone, Copy, Debug, Args)]
+#[derive(Clone, Debug, Args)]
 pub struct Running {
     /// How activations meet matrices of integer codes.
     #[arg(long, value_enum, default_value_t = Activations::Int8)]

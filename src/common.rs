@@ -10,7 +10,7 @@ use lacuna_checkpoint::{Adapter, ChatTemplate, Checkpoint, Tokenizer};
 use lacuna_format::Weights;
 use lacuna_model::{Decoder, LoadOptions};
 use lacuna_pull::ModelRef;
-use lacuna_run::Engine;
+use lacuna_run::{Engine, RunPlan};
 use serde_json::Value;
 
 use crate::cli::Global;

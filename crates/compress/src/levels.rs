@@ -311,7 +311,7 @@ impl Walk<'_> {
         let place = Place::global(if overlay.spec.tied { Role::Embed } else { Role::Head });
         for i in 0..x.len() {
             let m = x.take(i).map_err(self.scratch_error())?;
-            lacuna_model::Tap::input(&mut gather, &place, head.input(m.view()).view());
+            gather.see(&place, head.input(m.view()).view());
         }
         Ok(gather.finish())
     }

@@ -8,7 +8,7 @@ use lacuna_contract::{
     Ask, Finished, LayerWork, MethodError, ModelWide, Reader, Site, Stats, Step, Vocabulary, Walker,
 };
 use lacuna_format::Weights;
-use lacuna_model::{Block, NoTap, Tap};
+use lacuna_model::{Block, NoTap};
 use lacuna_spec::{LayerSpec, Place, Role, Spec};
 
 use crate::account::CompressError;
@@ -222,7 +222,7 @@ impl Walk<'_> {
         let x = &mut turning.x;
         for i in 0..x.len() {
             let m = x.take(i).map_err(self.scratch_error())?;
-            places.iter().for_each(|p| gather.input(p, m.view()));
+            places.iter().for_each(|p| gather.see(p, m.view()));
             x.put(i, m).map_err(self.scratch_error())?;
         }
         let work = Layer { weights: overlay, statistics: &gather.finish(), vocabulary: None };

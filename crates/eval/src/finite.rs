@@ -3,7 +3,7 @@
 use lacuna_base::MatRef;
 use lacuna_checkpoint::Found;
 use lacuna_format::Weights;
-use lacuna_model::{BlockPart, Head, Tap, Wants};
+use lacuna_model::{Backend, BlockPart, Head, ModelError, Shown, Tap, Wants};
 use lacuna_spec::{Place, Role};
 
 use crate::EvalError;
@@ -20,10 +20,11 @@ pub(crate) struct Watch {
 }
 
 impl Watch {
-    fn see(&mut self, x: MatRef<'_>, place: impl FnOnce() -> String) {
-        if self.place.is_none() && first(x).is_some() {
+    fn see<B: Backend>(&mut self, x: &Shown<'_, B>, place: impl FnOnce() -> String) -> Result<(), ModelError> {
+        if self.place.is_none() && first(x.download()?.view()).is_some() {
             self.place = Some(place());
         }
+        Ok(())
     }
 
     /// The error of the model: what was seen first in block `layer`, for the token at `position` of sequence
@@ -36,26 +37,26 @@ impl Watch {
     }
 }
 
-impl Tap for Watch {
+impl<B: Backend> Tap<B> for Watch {
     fn wants(&self) -> Wants {
         Wants { inputs: true, residuals: true, ..Wants::default() }
     }
 
-    fn input(&mut self, place: &Place, x: MatRef<'_>) {
+    fn input(&mut self, place: &Place, x: Shown<'_, B>) -> Result<(), ModelError> {
         let part = match place.role {
             Role::Q | Role::K | Role::V | Role::O => "attention",
             role if role.is_shortcut() => "shortcut",
             _ => "feed-forward part",
         };
-        self.see(x, || format!("{part}, what goes into {place}"));
+        self.see(&x, || format!("{part}, what goes into {place}"))
     }
 
-    fn residual(&mut self, _: usize, part: BlockPart, _: MatRef<'_>, after: MatRef<'_>) {
-        self.see(after, || match part {
+    fn residual(&mut self, _: usize, part: BlockPart, _: Shown<'_, B>, after: Shown<'_, B>) -> Result<(), ModelError> {
+        self.see(&after, || match part {
             BlockPart::Attention => "attention, what comes out of it".to_owned(),
             BlockPart::Ffn => "feed-forward part, what comes out of it".to_owned(),
             BlockPart::Block => "what comes out of it".to_owned(),
-        });
+        })
     }
 }
 

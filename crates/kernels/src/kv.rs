@@ -3,7 +3,6 @@
 use std::fmt;
 use std::marker::PhantomData;
 use std::ops::{Deref, DerefMut};
-use std::sync::Arc;
 
 use half::f16;
 use half::slice::HalfFloatSliceExt;
@@ -69,7 +68,7 @@ impl KvFormat {
     }
 }
 
-/// A page of keys and values of one layer and one sequence.
+/// A page of keys and values of one layer.
 ///
 /// Keys lie `[kv_heads][page_tokens / 32][head_dim][32]`, so that lanes run along keys; values
 /// `[kv_heads][page_tokens][head_dim padded]`.
@@ -155,19 +154,34 @@ impl KvPage {
         KvPage { layout, data }
     }
 
-    /// An empty page of this one's layout and format.
-    pub(crate) fn empty(&self) -> KvPage {
-        let format = match self.data {
-            Data::F32(..) => KvFormat::F32,
-            Data::F16(..) => KvFormat::F16,
-            Data::Q8 { .. } => KvFormat::Q8,
-        };
-        KvPage::new(self.layout, format)
-    }
-
     /// Its shape.
     pub fn layout(&self) -> KvLayout {
         self.layout
+    }
+
+    /// Takes over all of a page of the same shape and format, bit for bit. Panics where they differ.
+    #[track_caller]
+    pub fn copy_from(&mut self, other: &KvPage) {
+        match (&mut self.data, &other.data) {
+            (Data::F32(k, v), Data::F32(k2, v2)) => {
+                k.copy_from_slice(k2);
+                v.copy_from_slice(v2);
+            }
+            (Data::F16(k, v), Data::F16(k2, v2)) => {
+                k.copy_from_slice(k2);
+                v.copy_from_slice(v2);
+            }
+            (
+                Data::Q8 { k, v, k_scales, v_scales },
+                Data::Q8 { k: k2, v: v2, k_scales: k_scales2, v_scales: v_scales2 },
+            ) => {
+                k.copy_from_slice(k2);
+                v.copy_from_slice(v2);
+                k_scales.copy_from_slice(k_scales2);
+                v_scales.copy_from_slice(v_scales2);
+            }
+            _ => panic!("pages of two formats"),
+        }
     }
 
     /// Writes the key and value of the page's position `slot`, `[kv_heads * head_dim]` each.
@@ -207,31 +221,6 @@ impl KvPage {
         }
     }
 
-    /// Takes over position `at` of another page of this layout and format as position `slot`, bit for bit. Panics where
-    /// they differ.
-    #[track_caller]
-    pub(crate) fn copy(&mut self, slot: usize, from: &KvPage, at: usize) {
-        let l = self.layout;
-        assert!(l == from.layout && slot < l.page_tokens && at < l.page_tokens, "position {at} to {slot} of {l:?}");
-        for h in 0..l.kv_heads {
-            let (k, v) =
-                ((key_at(l, h, slot, 0), key_at(l, h, at, 0)), (value_at(l, h, slot, 0), value_at(l, h, at, 0)));
-            match (&mut self.data, &from.data) {
-                (Data::F32(ks, vs), Data::F32(ks2, vs2)) => head(l, (ks, ks2), (vs, vs2), k, v),
-                (Data::F16(ks, vs), Data::F16(ks2, vs2)) => head(l, (ks, ks2), (vs, vs2), k, v),
-                (
-                    Data::Q8 { k: ks, v: vs, k_scales, v_scales },
-                    Data::Q8 { k: ks2, v: vs2, k_scales: k_scales2, v_scales: v_scales2 },
-                ) => {
-                    head(l, (ks, ks2), (vs, vs2), k, v);
-                    let (to, from) = (h * l.page_tokens + slot, h * l.page_tokens + at);
-                    (k_scales[to], v_scales[to]) = (k_scales2[from], v_scales2[from]);
-                }
-                _ => panic!("pages of two formats"),
-            }
-        }
-    }
-
     /// Reads back the key and value of position `slot`, `[kv_heads * head_dim]` each.
     #[track_caller]
     pub fn read(&self, slot: usize, key: &mut [f32], value: &mut [f32]) {
@@ -261,14 +250,6 @@ fn value_at(l: KvLayout, head: usize, slot: usize, d: usize) -> usize {
     (head * l.page_tokens + slot) * l.padded() + d
 }
 
-/// Copies one head of one position.
-fn head<T: Copy>(l: KvLayout, ks: (&mut [T], &[T]), vs: (&mut [T], &[T]), k: (usize, usize), v: (usize, usize)) {
-    for d in 0..l.head_dim {
-        ks.0[k.0 + d * KEY_BLOCK] = ks.1[k.1 + d * KEY_BLOCK];
-    }
-    vs.0[v.0..v.0 + l.head_dim].copy_from_slice(&vs.1[v.1..v.1 + l.head_dim]);
-}
-
 /// One value to each key block's row.
 fn scatter<T: Copy>(to: &mut [T], from: &[T]) {
     to.iter_mut().step_by(KEY_BLOCK).zip(from).for_each(|(to, from)| *to = *from);
@@ -287,12 +268,84 @@ fn byte(x: f32) -> i8 {
     x.round_ties_even() as i8
 }
 
-/// What attention reads of one sequence in one layer: its pages in order, all of one layout, and how many positions are
-/// written.
+/// The pages of one layer, known by their block numbers.
+#[derive(Clone, Debug)]
+pub struct KvPool {
+    layout: KvLayout,
+    format: KvFormat,
+    pages: Vec<Option<KvPage>>,
+}
+
+impl KvPool {
+    /// No pages yet.
+    pub fn new(layout: KvLayout, format: KvFormat) -> KvPool {
+        KvPool { layout, format, pages: Vec::new() }
+    }
+
+    /// The shape of its pages.
+    pub fn layout(&self) -> KvLayout {
+        self.layout
+    }
+
+    /// How they are written.
+    pub fn format(&self) -> KvFormat {
+        self.format
+    }
+
+    /// Makes page `block`, where it is not there yet.
+    pub fn reserve(&mut self, block: u32) {
+        let at = block as usize;
+        if self.pages.len() <= at {
+            self.pages.resize_with(at + 1, || None);
+        }
+        self.pages[at].get_or_insert_with(|| KvPage::new(self.layout, self.format));
+    }
+
+    /// Gives the memory of page `block` back.
+    pub fn release(&mut self, block: u32) {
+        if let Some(page) = self.pages.get_mut(block as usize) {
+            *page = None;
+        }
+    }
+
+    /// Copies all of page `from` to page `to`; both must be there.
+    #[track_caller]
+    pub fn copy(&mut self, from: u32, to: u32) {
+        if from != to {
+            let both = self.pages.get_disjoint_mut([from as usize, to as usize]);
+            let Ok([Some(from), Some(to)]) = both else { panic!("blocks {from} and {to} were reserved") };
+            to.copy_from(from);
+        }
+    }
+
+    /// Page `block`. Panics where it is not there.
+    #[track_caller]
+    pub fn page(&self, block: u32) -> &KvPage {
+        self.pages.get(block as usize).and_then(Option::as_ref).expect("a block that was reserved")
+    }
+
+    /// The same, to write to.
+    #[track_caller]
+    pub fn page_mut(&mut self, block: u32) -> &mut KvPage {
+        self.pages.get_mut(block as usize).and_then(Option::as_mut).expect("a block that was reserved")
+    }
+}
+
+/// What attention reads of one sequence in one layer: its block table, and how many positions are written.
 #[derive(Clone, Copy, Debug)]
 pub struct KvView<'a> {
-    /// Pages, the one of position 0 first.
-    pub pages: &'a [Arc<KvPage>],
+    /// The layer's pages.
+    pub pool: &'a KvPool,
+    /// Which of them are the sequence's, the one of position 0 first.
+    pub blocks: &'a [u32],
     /// Positions written.
     pub tokens: usize,
+}
+
+impl<'a> KvView<'a> {
+    /// The page of `position`.
+    #[track_caller]
+    pub(crate) fn page_of(&self, position: usize) -> &'a KvPage {
+        self.pool.page(self.blocks[position / self.pool.layout.page_tokens])
+    }
 }

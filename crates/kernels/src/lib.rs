@@ -2,7 +2,7 @@
 //!
 //! - [`Linear`]: a stored matrix ready to multiply, whatever its patterns and codecs; [`Transposed`]: the same from its
 //!   other side.
-//! - [`Attention`] over [`KvPage`]s, [`RopeTable`], [`norm`], [`gated_activation`], [`softmax`] and the small
+//! - [`Attention`] over the pages of a [`KvPool`], [`RopeTable`], [`norm`], [`gated_activation`], [`softmax`] and the small
 //!   operations between.
 //! - [`ceiling`]: what this machine's memory and arithmetic allow.
 //! - [`table`]: which kernels are compiled in and which this machine uses; [`Isa`]: the instruction sets.
@@ -28,8 +28,8 @@ mod sync;
 pub mod table;
 
 pub use cpu::Isa;
-pub use kv::{KEY_BLOCK, KvFormat, KvLayout, KvPage, KvView};
-pub use linear::{Activations, Linear, Packing, Transposed};
+pub use kv::{KEY_BLOCK, KvFormat, KvLayout, KvPage, KvPool, KvView};
+pub use linear::{Activations, Group, Linear, Packing, Transposed};
 pub use op::adjoint::{activation_slope, softmax_lanes};
 pub use op::attention::Attention;
 pub use op::elementwise::{activation, add, add_scaled, gated_activation, softcap, softmax};

@@ -11,7 +11,7 @@ use std::time::Instant;
 use lacuna_base::{Mat, MatRef, Rng, dense};
 use lacuna_format::{Float, PatternKind, Stored, Weights, WeightsError, pack_float};
 use lacuna_model::derive::{GradientSink, RecordedBlock};
-use lacuna_model::{Batch, ContiguousKv, NoTap};
+use lacuna_model::{Batch, Block, ContiguousKv, NoTap};
 use lacuna_spec::{
     Activation, AttnSpec, FfnSpec, LayerSpec, Norm, NormKind, Place, Positions, Rope, RopeScaling, RopeStyle, Spec,
 };
@@ -101,7 +101,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
             .insert(place, Arc::new(Stored::from_piece(pack_float(w.view(), None, PatternKind::Dense, Float::F32)?)));
     }
     let weights = Random { spec, tensors };
-    let block = RecordedBlock::load(&weights, 0)?;
+    let (plain, block) = (Block::load(&weights, 0)?, RecordedBlock::load(&weights, 0)?);
     let x = Mat::from_fn(tokens, 576, |_, _| rng.normal());
     let dy = Mat::from_fn(tokens, 576, |_, _| rng.normal() * 0.01);
     let milliseconds = |start: Instant| start.elapsed().as_secs_f64() * 1e3;
@@ -109,7 +109,7 @@ fn main() -> Result<(), Box<dyn std::error::Error>> {
     timed("forward", runs, || {
         let (mut y, mut kv) = (x.clone(), ContiguousKv::new(&weights.spec, 1));
         let start = Instant::now();
-        let done = block.block().forward(&mut y, &Batch::one(0, 0..tokens), &mut kv, &mut NoTap);
+        let done = plain.forward(&mut y, &Batch::one(0, 0..tokens), &mut kv, &mut NoTap);
         done.map_or(f64::NAN, |()| milliseconds(start))
     });
     timed("recorded forward", runs, || {

@@ -1,61 +1,129 @@
 //! One decoder block.
 
-use lacuna_base::{Mat, MatRef};
-use lacuna_format::Weights;
-use lacuna_kernels as kernels;
-use lacuna_kernels::{Activations, Attention, RopeTable};
-use lacuna_spec::{Activation, Experts, Place, Role, Rope};
+use std::mem;
 
-use crate::lent::Lent;
-use crate::parts::{NormWeights, Projection};
+use lacuna_base::Mat;
+use lacuna_format::Weights;
+use lacuna_kernels::{Activations, Attention};
+use lacuna_spec::{Activation, AttnSpec, Experts, FfnSpec, Place, Role, Rope};
+
+use crate::backend::{Backend, Cpu, Measure};
+use crate::kv::prepared;
+use crate::parts::{Grouped, Projection, norm};
 use crate::profile::span;
-use crate::{Batch, BlockPart, KvStore, ModelError, Tap, Wants};
+use crate::tap::Look;
+use crate::{Batch, BlockPart, KvStore, Lent, ModelError, Tap};
 
 /// A decoder block, ready to compute: `x + attention(x)`, then `x + ffn(x)`; with a matrix in a shortcut `x Sᵀ` instead
 /// of that `x`.
-pub struct Block {
+pub struct Block<B: Backend = Cpu> {
+    backend: B,
     layer: usize,
-    pub(crate) attention: Option<AttentionPart>,
-    pub(crate) ffn: Option<FfnPart>,
-    pub(crate) attention_shortcut: Option<Projection>,
-    pub(crate) ffn_shortcut: Option<Projection>,
+    attention: Option<AttentionPart<B>>,
+    ffn: Option<FfnPart<B>>,
+    attention_shortcut: Option<Projection<B>>,
+    ffn_shortcut: Option<Projection<B>>,
 }
 
-pub(crate) struct AttentionPart {
-    pub(crate) norm: NormWeights,
-    pub(crate) q: Projection,
-    pub(crate) k: Projection,
-    pub(crate) v: Projection,
-    pub(crate) o: Projection,
-    pub(crate) qk_norm: Option<(NormWeights, NormWeights)>,
-    pub(crate) rope: Option<RopeTable>,
-    pub(crate) head_dim: usize,
-    pub(crate) scores: Attention,
-    pub(crate) post_norm: Option<NormWeights>,
+struct AttentionPart<B: Backend> {
+    norm: B::Norm,
+    q: Projection<B>,
+    k: Projection<B>,
+    v: Projection<B>,
+    o: Projection<B>,
+    qk_norm: Option<(B::Norm, B::Norm)>,
+    rope: Option<B::Rope>,
+    head_dim: usize,
+    scores: Attention,
+    post_norm: Option<B::Norm>,
 }
 
-pub(crate) struct FfnPart {
-    pub(crate) norm: NormWeights,
-    pub(crate) act: Activation,
-    pub(crate) body: Body,
-    pub(crate) post_norm: Option<NormWeights>,
+struct FfnPart<B: Backend> {
+    norm: B::Norm,
+    act: Activation,
+    body: Body<B>,
+    post_norm: Option<B::Norm>,
 }
 
 // One a block: its size does not matter.
 #[allow(clippy::large_enum_variant)]
-pub(crate) enum Body {
-    Dense(Box<Ffn>),
-    Mixture { router: Projection, choice: Experts, experts: Vec<Ffn> },
+enum Body<B: Backend> {
+    Dense { gate: Option<Projection<B>>, up: Projection<B>, down: Projection<B> },
+    Mixture(Mixture<B>),
 }
 
-pub(crate) struct Ffn {
-    pub(crate) gate: Option<Projection>,
-    pub(crate) up: Projection,
-    pub(crate) down: Projection,
+struct Mixture<B: Backend> {
+    router: Projection<B>,
+    choice: Experts,
+    gate: Option<Grouped<B>>,
+    up: Grouped<B>,
+    down: Grouped<B>,
+}
+
+/// How a block is loaded.
+struct Loader<'a, B> {
+    backend: &'a B,
+    weights: &'a dyn Weights,
+    layer: usize,
+    activations: Activations,
+}
+
+impl<B: Backend> Loader<'_, B> {
+    fn norm(&self, role: Role) -> Result<B::Norm, ModelError> {
+        norm(self.backend, self.weights, Place::layer(self.layer, role))
+    }
+
+    fn matrix(&self, role: Role) -> Result<Projection<B>, ModelError> {
+        Projection::load(self.backend, self.weights, Place::layer(self.layer, role), self.activations)
+    }
+
+    /// One whose activations are always met as they are.
+    fn exact(&self, role: Role) -> Result<Projection<B>, ModelError> {
+        Projection::load(self.backend, self.weights, Place::layer(self.layer, role), Activations::Exact)
+    }
+
+    fn grouped(&self, role: Role, experts: usize) -> Result<Grouped<B>, ModelError> {
+        let places = (0..experts).map(|e| Place::expert(self.layer, role, e)).collect();
+        Grouped::load(self.backend, self.weights, places, self.activations)
+    }
+
+    fn attention(&self, a: &AttnSpec) -> Result<AttentionPart<B>, ModelError> {
+        Ok(AttentionPart {
+            norm: self.norm(Role::AttnNorm)?,
+            q: self.matrix(Role::Q)?,
+            k: self.matrix(Role::K)?,
+            v: self.matrix(Role::V)?,
+            o: self.matrix(Role::O)?,
+            qk_norm: if a.qk_norm { Some((self.norm(Role::QNorm)?, self.norm(Role::KNorm)?)) } else { None },
+            rope: a.rope.as_ref().map(|r| self.backend.rope_of(r)),
+            head_dim: a.head_dim,
+            scores: Attention { heads: a.heads, scale: a.scale, window: a.window, softcap: a.softcap },
+            post_norm: if a.post_norm { Some(self.norm(Role::AttnPostNorm)?) } else { None },
+        })
+    }
+
+    fn ffn(&self, f: &FfnSpec) -> Result<FfnPart<B>, ModelError> {
+        let body = match f.experts {
+            None => Body::Dense {
+                gate: f.gated.then(|| self.matrix(Role::Gate)).transpose()?,
+                up: self.matrix(Role::Up)?,
+                down: self.matrix(Role::Down)?,
+            },
+            Some(choice) => Body::Mixture(Mixture {
+                router: self.exact(Role::Router)?,
+                choice,
+                gate: f.gated.then(|| self.grouped(Role::Gate, choice.count)).transpose()?,
+                up: self.grouped(Role::Up, choice.count)?,
+                down: self.grouped(Role::Down, choice.count)?,
+            }),
+        };
+        let post_norm = if f.post_norm { Some(self.norm(Role::FfnPostNorm)?) } else { None };
+        Ok(FfnPart { norm: self.norm(Role::FfnNorm)?, act: f.act, body, post_norm })
+    }
 }
 
 impl Block {
-    /// Loads block `layer` of a model, for exact activations. Nothing else of it is touched.
+    /// Loads block `layer` of a model for the processor, for exact activations. Nothing else of it is touched.
     pub fn load(weights: &dyn Weights, layer: usize) -> Result<Block, ModelError> {
         Block::load_with(weights, layer, Activations::Exact)
     }
@@ -63,131 +131,7 @@ impl Block {
     /// As [`Block::load`], told how activations meet integer codes. A router's and a shortcut's always meet them as
     /// they are.
     pub fn load_with(weights: &dyn Weights, layer: usize, activations: Activations) -> Result<Block, ModelError> {
-        let spec = weights.spec();
-        let missing = || ModelError::Missing { place: format!("layers.{layer}") };
-        let described = spec.layers.get(layer).ok_or_else(missing)?;
-        let norm = |role| NormWeights::load(weights, Place::layer(layer, role));
-        let matrix = |role| Projection::load(weights, Place::layer(layer, role), activations);
-        let attention = match &described.attn {
-            None => None,
-            Some(a) => Some(AttentionPart {
-                norm: norm(Role::AttnNorm)?,
-                q: matrix(Role::Q)?,
-                k: matrix(Role::K)?,
-                v: matrix(Role::V)?,
-                o: matrix(Role::O)?,
-                qk_norm: if a.qk_norm { Some((norm(Role::QNorm)?, norm(Role::KNorm)?)) } else { None },
-                rope: a.rope.as_ref().map(RopeTable::new),
-                head_dim: a.head_dim,
-                scores: Attention { heads: a.heads, scale: a.scale, window: a.window, softcap: a.softcap },
-                post_norm: if a.post_norm { Some(norm(Role::AttnPostNorm)?) } else { None },
-            }),
-        };
-        let ffn = match &described.ffn {
-            None => None,
-            Some(f) => {
-                let one = |at: &dyn Fn(Role) -> Place| -> Result<Ffn, ModelError> {
-                    Ok(Ffn {
-                        gate: if f.gated {
-                            Some(Projection::load(weights, at(Role::Gate), activations)?)
-                        } else {
-                            None
-                        },
-                        up: Projection::load(weights, at(Role::Up), activations)?,
-                        down: Projection::load(weights, at(Role::Down), activations)?,
-                    })
-                };
-                let body = match f.experts {
-                    None => Body::Dense(Box::new(one(&|role| Place::layer(layer, role))?)),
-                    Some(choice) => Body::Mixture {
-                        router: Projection::load(weights, Place::layer(layer, Role::Router), Activations::Exact)?,
-                        choice,
-                        experts: (0..choice.count)
-                            .map(|e| one(&|role| Place::expert(layer, role, e)))
-                            .collect::<Result<_, _>>()?,
-                    },
-                };
-                Some(FfnPart {
-                    norm: norm(Role::FfnNorm)?,
-                    act: f.act,
-                    body,
-                    post_norm: if f.post_norm { Some(norm(Role::FfnPostNorm)?) } else { None },
-                })
-            }
-        };
-        let shortcut = |on: bool, role| {
-            on.then(|| Projection::load(weights, Place::layer(layer, role), Activations::Exact)).transpose()
-        };
-        let attention_shortcut = shortcut(described.attn_shortcut, Role::AttnShortcut)?;
-        let ffn_shortcut = shortcut(described.ffn_shortcut, Role::FfnShortcut)?;
-        Ok(Block { layer, attention, ffn, attention_shortcut, ffn_shortcut })
-    }
-
-    /// Its number in the model.
-    pub fn layer(&self) -> usize {
-        self.layer
-    }
-
-    /// Takes over a table of the same rope, or leaves its own to the blocks after it: angles are then worked out once
-    /// for all of them.
-    pub(crate) fn share_rope(&mut self, described: Option<&Rope>, tables: &mut Vec<(Rope, RopeTable)>) {
-        let (Some(described), Some(mine)) = (described, self.attention.as_mut().and_then(|a| a.rope.as_mut())) else {
-            return;
-        };
-        match tables.iter().find(|(rope, _)| rope == described) {
-            Some((_, table)) => *mine = table.clone(),
-            None => tables.push((described.clone(), mine.clone())),
-        }
-    }
-
-    /// Bytes of weights read for one token (of experts: those that a token uses).
-    pub fn weights_bytes(&self) -> u64 {
-        self.bytes(|all, choice| all * choice.used as u64 / choice.count as u64)
-    }
-
-    /// Bytes of all weights, which one token after the other reads.
-    pub fn footprint_bytes(&self) -> u64 {
-        self.bytes(|all, _| all)
-    }
-
-    /// Bytes of weights; of all experts' those that `share` says.
-    fn bytes(&self, share: impl Fn(u64, &Experts) -> u64) -> u64 {
-        let attention =
-            self.attention.as_ref().map_or(0, |a| [&a.q, &a.k, &a.v, &a.o].map(Projection::bytes).iter().sum());
-        let ffn = self.ffn.as_ref().map_or(0, |f| match &f.body {
-            Body::Dense(f) => f.bytes(),
-            Body::Mixture { router, choice, experts } => {
-                router.bytes() + share(experts.iter().map(Ffn::bytes).sum(), choice)
-            }
-        });
-        attention + ffn + self.shortcuts().map(Projection::bytes).sum::<u64>()
-    }
-
-    /// The matrices in its shortcuts.
-    pub(crate) fn shortcuts(&self) -> impl Iterator<Item = &Projection> {
-        self.attention_shortcut.iter().chain(&self.ffn_shortcut)
-    }
-
-    /// Multiply-adds of one token's products, were every matrix dense: on f32, and on 8-bit activations. Of experts,
-    /// those that a token uses.
-    pub fn work(&self) -> [u64; 2] {
-        let mut all = [0; 2];
-        let mut add = |p: &Projection, num: u64, den: u64| {
-            all.iter_mut().zip(p.work()).for_each(|(all, w)| *all += w * num / den);
-        };
-        if let Some(a) = &self.attention {
-            [&a.q, &a.k, &a.v, &a.o].into_iter().for_each(|p| add(p, 1, 1));
-        }
-        match self.ffn.as_ref().map(|f| &f.body) {
-            Some(Body::Dense(f)) => f.all().for_each(|p| add(p, 1, 1)),
-            Some(Body::Mixture { router, choice, experts }) => {
-                add(router, 1, 1);
-                experts.iter().flat_map(Ffn::all).for_each(|p| add(p, choice.used as u64, choice.count as u64));
-            }
-            None => {}
-        }
-        self.shortcuts().for_each(|p| add(p, 1, 1));
-        all
+        Block::load_on(&Cpu, weights, layer, activations)
     }
 
     /// Runs the block: `x`, `[rows, hidden]`, is the residual stream of the batch's rows and becomes that after the
@@ -199,210 +143,305 @@ impl Block {
         kv: &mut dyn KvStore,
         tap: &mut dyn Tap,
     ) -> Result<(), ModelError> {
-        assert_eq!(x.rows(), batch.rows(), "a row of x for each row of the batch");
-        let wants = tap.wants();
-        let start = wants.residuals.then(|| x.clone());
+        let mut rows = Lent::from(mem::take(x));
+        let done = self.run(&mut rows, batch, kv, tap);
+        let mut data = rows.into_mat();
+        if data.data().is_empty() {
+            *x = data;
+            return done;
+        }
+        let (n, cols) = (data.rows(), data.cols());
+        // Lent memory may be larger than what is kept for long.
+        let mut data = mem::take(&mut data).into_vec();
+        data.shrink_to_fit();
+        *x = Mat::from_vec(n, cols, data);
+        done
+    }
+}
+
+impl<B: Backend> Block<B> {
+    /// Loads block `layer` of a model on a backend.
+    pub fn load_on(
+        backend: &B,
+        weights: &dyn Weights,
+        layer: usize,
+        activations: Activations,
+    ) -> Result<Block<B>, ModelError> {
+        let missing = || ModelError::Missing { place: format!("layers.{layer}") };
+        let described = weights.spec().layers.get(layer).ok_or_else(missing)?;
+        let loader = Loader { backend, weights, layer, activations };
+        let attention = described.attn.as_ref().map(|a| loader.attention(a)).transpose()?;
+        let ffn = described.ffn.as_ref().map(|f| loader.ffn(f)).transpose()?;
+        let shortcut = |on: bool, role| on.then(|| loader.exact(role)).transpose();
+        let attention_shortcut = shortcut(described.attn_shortcut, Role::AttnShortcut)?;
+        let ffn_shortcut = shortcut(described.ffn_shortcut, Role::FfnShortcut)?;
+        Ok(Block { backend: backend.clone(), layer, attention, ffn, attention_shortcut, ffn_shortcut })
+    }
+
+    /// Its number in the model.
+    pub fn layer(&self) -> usize {
+        self.layer
+    }
+
+    /// Whether it has keys and values.
+    pub(crate) fn has_attention(&self) -> bool {
+        self.attention.is_some()
+    }
+
+    /// Takes over a table of the same rope, or leaves its own to the blocks after it: angles are then worked out once
+    /// for all of them.
+    pub(crate) fn share_rope(&mut self, described: Option<&Rope>, tables: &mut Vec<(Rope, B::Rope)>) {
+        let (Some(described), Some(mine)) = (described, self.attention.as_mut().and_then(|a| a.rope.as_mut())) else {
+            return;
+        };
+        match tables.iter().find(|(rope, _)| rope == described) {
+            Some((_, table)) => *mine = table.clone(),
+            None => tables.push((described.clone(), mine.clone())),
+        }
+    }
+
+    /// Bytes of weights read for one token (of experts: those that a token uses).
+    pub fn weights_bytes(&self) -> u64 {
+        let mixture = self.mixture().map_or(0, |m| {
+            let all = m.matrices().flat_map(|g| &g.measures).map(|m| m.bytes).sum::<u64>();
+            all * m.choice.used as u64 / m.choice.count as u64
+        });
+        mixture + self.alone().map(|p| p.measure.bytes).sum::<u64>()
+    }
+
+    /// Bytes of all weights, which one token after the other reads.
+    pub fn footprint_bytes(&self) -> u64 {
+        let experts = self.mixture().into_iter().flat_map(Mixture::matrices).flat_map(|g| &g.measures);
+        experts.chain(self.alone().map(|p| &p.measure)).map(|m| m.bytes).sum()
+    }
+
+    /// Multiply-adds of one token's products, were every matrix dense: on f32, and on 8-bit activations. Of experts,
+    /// those that a token uses.
+    pub fn work(&self) -> [u64; 2] {
+        let mut all = [0; 2];
+        let mut add = |m: &Measure, num: u64, den: u64| {
+            all.iter_mut().zip(m.work).for_each(|(all, w)| *all += w * num / den);
+        };
+        self.alone().for_each(|p| add(&p.measure, 1, 1));
+        if let Some(m) = self.mixture() {
+            let (used, count) = (m.choice.used as u64, m.choice.count as u64);
+            m.matrices().flat_map(|g| &g.measures).for_each(|m| add(m, used, count));
+        }
+        all
+    }
+
+    fn mixture(&self) -> Option<&Mixture<B>> {
+        match &self.ffn.as_ref()?.body {
+            Body::Dense { .. } => None,
+            Body::Mixture(m) => Some(m),
+        }
+    }
+
+    /// Every matrix but those of experts.
+    fn alone(&self) -> impl Iterator<Item = &Projection<B>> {
+        let attention = self.attention.iter().flat_map(|a| [&a.q, &a.k, &a.v, &a.o]);
+        let ffn = self.ffn.iter().flat_map(|f| match &f.body {
+            Body::Dense { gate, up, down } => [gate.as_ref(), Some(up), Some(down)],
+            Body::Mixture(m) => [Some(&m.router), None, None],
+        });
+        attention.chain(ffn.flatten()).chain(&self.attention_shortcut).chain(&self.ffn_shortcut)
+    }
+
+    /// Runs the block on its backend: `x`, `[rows, hidden]`, is the residual stream of the batch's rows and becomes that
+    /// after the block. Keys and values are written to `kv`, which must hold all earlier positions. What goes wrong on
+    /// the backend surfaces where something is downloaded, or in [`Backend::finish`].
+    pub fn run(
+        &self,
+        x: &mut B::Rows,
+        batch: &Batch,
+        kv: &mut dyn KvStore<B>,
+        tap: &mut dyn Tap<B>,
+    ) -> Result<(), ModelError> {
+        let tables = prepared(self.has_attention().then_some(self.layer), batch, kv)?;
+        self.step(x, &self.backend.begin(batch, tables), kv, tap)
+    }
+
+    /// The same within a step that has begun.
+    pub(crate) fn step(
+        &self,
+        x: &mut B::Rows,
+        step: &B::Step,
+        kv: &mut dyn KvStore<B>,
+        tap: &mut dyn Tap<B>,
+    ) -> Result<(), ModelError> {
+        let mut look = Look::new(&self.backend, tap);
+        let keep = |x: &B::Rows| look.wants.residuals.then(|| self.backend.copy(x));
+        let (start, middle);
+        start = keep(x);
         let y = match &self.attention {
-            Some(a) => Some(a.forward(self.layer, x.view(), batch, kv, tap, wants)?),
+            Some(a) => Some(a.forward(self.layer, x, step, kv, &mut look)?),
             None => None,
         };
-        join(x, self.attention_shortcut.as_ref(), y, tap, wants);
-        let middle = wants.residuals.then(|| x.clone());
-        if let (Some(a), Some(b), true) = (&start, &middle, self.attention.is_some()) {
-            tap.residual(self.layer, BlockPart::Attention, a.view(), b.view());
+        join(x, self.attention_shortcut.as_ref(), y, &mut look)?;
+        if self.attention.is_some() {
+            look.residual(self.layer, BlockPart::Attention, &start, x)?;
         }
-        let y = self.ffn.as_ref().map(|f| f.forward(x.view(), tap, wants));
-        join(x, self.ffn_shortcut.as_ref(), y, tap, wants);
-        if let (Some(b), true) = (&middle, self.ffn.is_some()) {
-            tap.residual(self.layer, BlockPart::Ffn, b.view(), x.view());
+        middle = look.wants.residuals.then(|| self.backend.copy(x));
+        let y = match &self.ffn {
+            Some(f) => Some(f.forward(x, &mut look)?),
+            None => None,
+        };
+        join(x, self.ffn_shortcut.as_ref(), y, &mut look)?;
+        if self.ffn.is_some() {
+            look.residual(self.layer, BlockPart::Ffn, &middle, x)?;
         }
-        if let Some(a) = &start {
-            tap.residual(self.layer, BlockPart::Block, a.view(), x.view());
-        }
-        Ok(())
+        look.residual(self.layer, BlockPart::Block, &start, x)
     }
 }
 
 /// The residual stream behind a part that put out `y`: `x`, or what the shortcut's matrix makes of it, and `y`.
-fn join(x: &mut Mat, shortcut: Option<&Projection>, y: Option<Lent>, tap: &mut dyn Tap, wants: Wants) {
+fn join<B: Backend>(
+    x: &mut B::Rows,
+    shortcut: Option<&Projection<B>>,
+    y: Option<B::Rows>,
+    look: &mut Look<'_, B>,
+) -> Result<(), ModelError> {
     if let Some(s) = shortcut {
-        if wants.inputs {
-            tap.input(&s.place, x.view());
-        }
-        let turned = s.apply(x.view());
-        if wants.outputs {
-            tap.output(&s.place, turned.view());
-        }
-        x.data_mut().copy_from_slice(turned.data());
+        look.input([&s.place], x)?;
+        let turned = s.apply(look.backend, x);
+        look.output(&s.place, &turned)?;
+        *x = turned;
     }
     if let Some(y) = y {
-        span("add", || kernels::add(x.view_mut(), y.view()));
+        span("add", || look.backend.add(x, &y));
     }
+    Ok(())
 }
 
-impl AttentionPart {
+fn normed<B: Backend>(backend: &B, norm: &B::Norm, x: &B::Rows) -> B::Rows {
+    span("norm", || backend.norm(norm, x))
+}
+
+impl<B: Backend> AttentionPart<B> {
     fn forward(
         &self,
         layer: usize,
-        x: MatRef<'_>,
-        batch: &Batch,
-        kv: &mut dyn KvStore,
-        tap: &mut dyn Tap,
-        wants: Wants,
-    ) -> Result<Lent, ModelError> {
-        let h = self.norm.apply(x);
-        if wants.inputs {
-            for p in [&self.q, &self.k, &self.v] {
-                tap.input(&p.place, h.view());
-            }
-        }
-        let [mut q, mut k, v] = Projection::together([&self.q, &self.k, &self.v], h.view());
-        if wants.outputs {
-            for (p, y) in [(&self.q, &q), (&self.k, &k), (&self.v, &v)] {
-                tap.output(&p.place, y.view());
-            }
+        x: &B::Rows,
+        step: &B::Step,
+        kv: &mut dyn KvStore<B>,
+        look: &mut Look<'_, B>,
+    ) -> Result<B::Rows, ModelError> {
+        let backend = look.backend;
+        let read = [&self.q, &self.k, &self.v];
+        let h = normed(backend, &self.norm, x);
+        look.input(read.map(|p| &p.place), &h)?;
+        let [mut q, mut k, v] = Projection::together(backend, read, &h);
+        for (p, y) in read.into_iter().zip([&q, &k, &v]) {
+            look.output(&p.place, y)?;
         }
         if let Some((qn, kn)) = &self.qk_norm {
-            qn.heads_in_place(&mut q);
-            kn.heads_in_place(&mut k);
+            q = normed(backend, qn, &q);
+            k = normed(backend, kn, &k);
         }
         if let Some(rope) = &self.rope {
-            span("rope", || {
-                rope.with(batch.places(), |angles| {
-                    angles.apply(self.head_dim, q.view_mut());
-                    angles.apply(self.head_dim, k.view_mut());
-                });
-            });
+            span("rope", || backend.rope(rope, self.head_dim, step, [&mut q, &mut k]));
         }
-        span("keys and values written", || kv.write(layer, batch, k.view(), v.view()))?;
-        let mut mixed = Lent::new(q.rows(), q.cols());
-        let width = q.cols();
-        for (sequence, rows) in batch.runs() {
-            let out = &mut mixed.data_mut()[rows.start * width..rows.end * width];
-            let view = kv.view(layer, sequence)?;
-            span("attention", || {
-                self.scores.run(
-                    q.view().rows_range(rows.start, rows.end),
-                    &batch.positions()[rows.clone()],
-                    &view,
-                    lacuna_base::MatMut::new(rows.len(), width, out),
-                );
-            });
-        }
-        if wants.inputs {
-            tap.input(&self.o.place, mixed.view());
-        }
-        let mut y = self.o.apply(mixed.view());
-        if wants.outputs {
-            tap.output(&self.o.place, y.view());
-        }
-        if let Some(n) = &self.post_norm {
-            n.in_place(&mut y);
-        }
-        Ok(y)
+        let pages = kv.pages(layer)?;
+        span("keys and values written", || backend.write(pages, layer, step, &k, &v));
+        let mixed = span("attention", || backend.attend(&self.scores, pages, layer, step, &q));
+        look.input([&self.o.place], &mixed)?;
+        let y = self.o.apply(backend, &mixed);
+        look.output(&self.o.place, &y)?;
+        Ok(match &self.post_norm {
+            Some(n) => normed(backend, n, &y),
+            None => y,
+        })
     }
 }
 
-impl FfnPart {
-    fn forward(&self, x: MatRef<'_>, tap: &mut dyn Tap, wants: Wants) -> Lent {
-        let h = self.norm.apply(x);
-        let mut y = match &self.body {
-            Body::Dense(f) => f.forward(self.act, h.view(), tap, wants),
-            Body::Mixture { router, choice, experts } => {
-                if wants.inputs {
-                    tap.input(&router.place, h.view());
-                }
-                let mut y = Lent::new(x.rows(), x.cols());
-                y.data_mut().fill(0.0);
-                let mut logits = router.apply(h.view());
-                if wants.outputs {
-                    tap.output(&router.place, logits.view());
-                }
-                let routes = route(&mut logits, *choice);
-                // Experts in their order, so that a row's sum does not depend on what else is routed where.
-                for (expert, rows) in experts.iter().zip(routes) {
-                    if rows.is_empty() {
-                        continue;
-                    }
-                    let mine = Mat::from_vec(
-                        rows.len(),
-                        h.cols(),
-                        rows.iter().flat_map(|&(r, _)| h.row(r).iter().copied()).collect(),
-                    );
-                    let out = expert.forward(self.act, mine.view(), tap, wants);
-                    for (i, &(r, weight)) in rows.iter().enumerate() {
-                        kernels::add_scaled(y.row_mut(r), weight, out.row(i));
-                    }
-                }
+impl<B: Backend> FfnPart<B> {
+    fn forward(&self, x: &B::Rows, look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
+        let backend = look.backend;
+        let h = normed(backend, &self.norm, x);
+        let y = match &self.body {
+            Body::Dense { gate, up, down } => {
+                let inner = self.inner(gate.as_ref(), up, &h, look)?;
+                look.input([&down.place], &inner)?;
+                let y = down.apply(backend, &inner);
+                look.output(&down.place, &y)?;
                 y
             }
+            Body::Mixture(m) => m.forward(self.act, &h, look)?,
         };
-        if let Some(n) = &self.post_norm {
-            n.in_place(&mut y);
-        }
-        y
+        Ok(match &self.post_norm {
+            Some(n) => normed(backend, n, &y),
+            None => y,
+        })
     }
-}
 
-/// The rows of each expert with their weights: softmax over all experts, the largest `used` of a row (ties to the lower
-/// number). `logits` become the softmax.
-pub(crate) fn route(logits: &mut Mat, choice: Experts) -> Vec<Vec<(usize, f32)>> {
-    let mut routes = vec![Vec::new(); choice.count];
-    for r in 0..logits.rows() {
-        let p = logits.row_mut(r);
-        kernels::softmax(p);
-        let mut order: Vec<usize> = (0..p.len()).collect();
-        order.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
-        order.truncate(choice.used);
-        let total: f32 = if choice.normalize { order.iter().map(|&e| p[e]).sum() } else { 1.0 };
-        for e in order {
-            routes[e].push((r, p[e] / total));
-        }
-    }
-    routes
-}
-
-impl Ffn {
-    fn forward(&self, act: Activation, x: MatRef<'_>, tap: &mut dyn Tap, wants: Wants) -> Lent {
-        if wants.inputs {
-            for p in self.gate.iter().chain([&self.up]) {
-                tap.input(&p.place, x);
-            }
-        }
-        let inner = match &self.gate {
+    /// What `down` multiplies.
+    fn inner(
+        &self,
+        gate: Option<&Projection<B>>,
+        up: &Projection<B>,
+        h: &B::Rows,
+        look: &mut Look<'_, B>,
+    ) -> Result<B::Rows, ModelError> {
+        look.input(gate.into_iter().chain([up]).map(|p| &p.place), h)?;
+        let (mut inner, beside) = match gate {
             Some(gate) => {
-                let [mut g, up] = Projection::together([gate, &self.up], x);
-                if wants.outputs {
-                    tap.output(&gate.place, g.view());
-                    tap.output(&self.up.place, up.view());
-                }
-                span("activation", || kernels::gated_activation(act, g.view_mut(), up.view()));
-                g
+                let [g, y] = Projection::together(look.backend, [gate, up], h);
+                look.output(&gate.place, &g)?;
+                look.output(&up.place, &y)?;
+                (g, Some(y))
             }
             None => {
-                let mut up = self.up.apply(x);
-                if wants.outputs {
-                    tap.output(&self.up.place, up.view());
-                }
-                span("activation", || kernels::activation(act, up.view_mut()));
-                up
+                let y = up.apply(look.backend, h);
+                look.output(&up.place, &y)?;
+                (y, None)
             }
         };
-        if wants.inputs {
-            tap.input(&self.down.place, inner.view());
-        }
-        let y = self.down.apply(inner.view());
-        if wants.outputs {
-            tap.output(&self.down.place, y.view());
-        }
-        y
+        span("activation", || look.backend.activate(self.act, &mut inner, beside.as_ref()));
+        Ok(inner)
     }
+}
 
-    pub(crate) fn all(&self) -> impl Iterator<Item = &Projection> {
+impl<B: Backend> Mixture<B> {
+    fn matrices(&self) -> impl Iterator<Item = &Grouped<B>> {
         self.gate.iter().chain([&self.up, &self.down])
     }
 
-    fn bytes(&self) -> u64 {
-        self.all().map(Projection::bytes).sum()
+    fn forward(&self, act: Activation, h: &B::Rows, look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
+        let backend = look.backend;
+        look.input([&self.router.place], h)?;
+        let logits = self.router.apply(backend, h);
+        look.output(&self.router.place, &logits)?;
+        let routes = span("routing", || backend.route(&logits, self.choice));
+        let mine = span("routing", || backend.gather(h, &routes));
+        // Which rows are whose is known on the host only where somebody looks.
+        let starts =
+            if look.wants.inputs || look.wants.outputs { backend.download_starts(&routes)? } else { Vec::new() };
+        let each = |look: &mut Look<'_, B>, of: &Grouped<B>, rows: &B::Rows, inputs: bool| {
+            starts.windows(2).zip(&of.places).filter(|(w, _)| w[0] < w[1]).try_for_each(|(w, place)| {
+                let which = w[0]..w[1];
+                if inputs { look.input_of(place, rows, which) } else { look.output_of(place, rows, which) }
+            })
+        };
+        for g in self.gate.iter().chain([&self.up]) {
+            each(look, g, &mine, true)?;
+        }
+        let (mut inner, beside) = match &self.gate {
+            Some(gate) => {
+                let [g, y] = Grouped::together(backend, [gate, &self.up], &mine, &routes);
+                each(look, gate, &g, false)?;
+                each(look, &self.up, &y, false)?;
+                (g, Some(y))
+            }
+            None => {
+                let y = self.up.apply(backend, &mine, &routes);
+                each(look, &self.up, &y, false)?;
+                (y, None)
+            }
+        };
+        span("activation", || backend.activate(act, &mut inner, beside.as_ref()));
+        each(look, &self.down, &inner, true)?;
+        let out = self.down.apply(backend, &inner, &routes);
+        each(look, &self.down, &out, false)?;
+        Ok(span("routing", || backend.scatter(&out, &routes)))
     }
 }

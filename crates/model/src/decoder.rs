@@ -1,27 +1,42 @@
 //! The whole network: embedding, blocks, head.
 
-use std::sync::Arc;
-
-use lacuna_base::{Mat, MatMut, MatRef};
-use lacuna_format::{Stored, Weights};
-use lacuna_kernels as kernels;
-use lacuna_kernels::{Activations, Linear, Packing};
+use lacuna_base::{Mat, MatRef};
+use lacuna_format::Weights;
+use lacuna_kernels::Activations;
 use lacuna_spec::{Place, Positions, Role, Spec};
 
-use crate::parts::{NormWeights, tensor};
+use crate::backend::{Backend, Cpu, Measure};
+use crate::kv::prepared;
+use crate::parts::{norm, tensor};
 use crate::profile::span;
 use crate::{Batch, Block, KvStore, Lent, ModelError, Tap};
 
 /// Tokens to the residual stream. Rows are decoded when asked for, never the whole table.
-pub struct Embedding {
-    table: Arc<Stored>,
+pub struct Embedding<B: Backend = Cpu> {
+    backend: B,
+    table: B::Table,
+    vocab: usize,
     scale: f32,
-    positions: Option<(Arc<Stored>, usize)>,
+    positions: Option<Learned<B>>,
+}
+
+/// Learned positions: their table, its rows, and the row of position 0.
+struct Learned<B: Backend> {
+    table: B::Table,
+    rows: usize,
+    offset: usize,
 }
 
 impl Embedding {
-    /// Loads the embedding (and learned positions) of a model.
+    /// Loads the embedding (and learned positions) of a model for the processor.
     pub fn load(weights: &dyn Weights) -> Result<Embedding, ModelError> {
+        Embedding::load_on(&Cpu, weights)
+    }
+}
+
+impl<B: Backend> Embedding<B> {
+    /// Loads the embedding (and learned positions) of a model on a backend.
+    pub fn load_on(backend: &B, weights: &dyn Weights) -> Result<Embedding<B>, ModelError> {
         let place = Place::global(Role::Embed);
         let table = tensor(weights, place)?;
         table.check().map_err(|e| ModelError::bad(&place, e))?;
@@ -41,110 +56,137 @@ impl Embedding {
                         cols: table.cols,
                     });
                 }
-                Some((stored, offset))
+                Some(Learned { rows: stored.rows, table: backend.table(stored), offset })
             }
         };
-        Ok(Embedding { table, scale: weights.spec().embed_scale, positions })
+        let (vocab, scale) = (table.rows, weights.spec().embed_scale);
+        Ok(Embedding { backend: backend.clone(), table: backend.table(table), vocab, scale, positions })
     }
 
     /// The residual stream of `tokens` at `positions` before the first block, `[tokens, hidden]`.
-    pub fn rows(&self, tokens: &[u32], positions: &[usize]) -> Result<Lent, ModelError> {
+    pub fn rows(&self, tokens: &[u32], positions: &[usize]) -> Result<B::Rows, ModelError> {
+        self.check(tokens, positions)?;
+        Ok(self.embed(&self.backend.upload_ids(tokens), positions))
+    }
+
+    /// Whether there are rows for all tokens and positions.
+    fn check(&self, tokens: &[u32], positions: &[usize]) -> Result<(), ModelError> {
         assert_eq!(tokens.len(), positions.len(), "a position for each token");
-        let hidden = self.table.cols;
-        let mut out = Lent::new(tokens.len(), hidden);
-        let mut learned = Lent::new(1, if self.positions.is_some() { hidden } else { 0 });
-        for (r, (&token, &position)) in tokens.iter().zip(positions).enumerate() {
-            let t = token as usize;
-            if t >= self.table.rows {
-                return Err(ModelError::Token { token, vocab: self.table.rows });
-            }
-            let row = out.row_mut(r);
-            self.table.decode_rows(t, t + 1, MatMut::new(1, hidden, row));
-            if self.scale != 1.0 {
-                row.iter_mut().for_each(|x| *x *= self.scale);
-            }
-            if let Some((table, offset)) = &self.positions {
-                let p = position + offset;
-                if p >= table.rows {
-                    return Err(ModelError::Position { position, rows: table.rows.saturating_sub(*offset) });
-                }
-                table.decode_rows(p, p + 1, learned.view_mut());
-                row.iter_mut().zip(learned.data()).for_each(|(x, y)| *x += y);
-            }
+        if let Some(&token) = tokens.iter().find(|&&t| t as usize >= self.vocab) {
+            return Err(ModelError::Token { token, vocab: self.vocab });
         }
-        Ok(out)
+        self.check_positions(positions)
+    }
+
+    fn check_positions(&self, positions: &[usize]) -> Result<(), ModelError> {
+        let Some(Learned { rows, offset, .. }) = self.positions else { return Ok(()) };
+        match positions.iter().find(|&p| p + offset >= rows) {
+            Some(&position) => Err(ModelError::Position { position, rows: rows.saturating_sub(offset) }),
+            None => Ok(()),
+        }
+    }
+
+    /// As [`Embedding::rows`], of tokens that lie with the backend and positions that were checked.
+    fn embed(&self, tokens: &B::Ids, positions: &[usize]) -> B::Rows {
+        let mut x = self.backend.embed(&self.table, tokens);
+        if self.scale != 1.0 {
+            self.backend.scale(&mut x, self.scale);
+        }
+        if let Some(learned) = &self.positions {
+            let at: Vec<u32> = positions.iter().map(|p| (p + learned.offset) as u32).collect();
+            let rows = self.backend.embed(&learned.table, &self.backend.upload_ids(&at));
+            self.backend.add(&mut x, &rows);
+        }
+        x
     }
 }
 
 /// The residual stream to logits.
-pub struct Head {
-    pub(crate) place: Place,
-    pub(crate) norm: Option<NormWeights>,
-    pub(crate) linear: Linear,
-    pub(crate) scale: f32,
-    pub(crate) softcap: Option<f32>,
+pub struct Head<B: Backend = Cpu> {
+    pub(crate) vocab: usize,
+    backend: B,
+    norm: Option<B::Norm>,
+    matrix: B::Matrix,
+    measure: Measure,
+    scale: f32,
+    softcap: Option<f32>,
+}
+
+impl<B: Backend> Head<B> {
+    /// Loads the final norm and the output projection (the embedding itself where they are tied) on a backend.
+    pub fn load_on(backend: &B, weights: &dyn Weights, activations: Activations) -> Result<Head<B>, ModelError> {
+        let spec = weights.spec();
+        let place = Place::global(if spec.tied { Role::Embed } else { Role::Head });
+        let stored = tensor(weights, place)?;
+        // By far the largest matrix of a small model.
+        let matrix = backend.matrix(&place, &stored, None, activations, &|| weights.release(&place))?;
+        let last = Place::global(Role::FinalNorm);
+        Ok(Head {
+            vocab: stored.rows,
+            norm: if spec.final_norm { Some(norm(backend, weights, last)?) } else { None },
+            measure: backend.measure(&matrix),
+            matrix,
+            backend: backend.clone(),
+            scale: spec.logit_scale,
+            softcap: spec.logit_softcap,
+        })
+    }
+
+    /// What multiplies the output projection: the normalised residual stream, `[rows, hidden]`.
+    pub fn normed(&self, x: &B::Rows) -> B::Rows {
+        match &self.norm {
+            Some(norm) => span("norm", || self.backend.norm(norm, x)),
+            None => self.backend.copy(x),
+        }
+    }
+
+    /// Logits of rows that are normalised, `[rows, vocab]`.
+    pub fn project(&self, h: &B::Rows) -> B::Rows {
+        let [mut out] = span("head", || self.backend.products([&self.matrix], h));
+        if self.scale != 1.0 {
+            self.backend.scale(&mut out, self.scale);
+        }
+        if let Some(cap) = self.softcap {
+            self.backend.softcap(&mut out, cap);
+        }
+        out
+    }
+
+    /// Bytes of weights read for one token.
+    pub fn weights_bytes(&self) -> u64 {
+        self.measure.bytes
+    }
 }
 
 impl Head {
-    /// Loads the final norm and the output projection (the embedding itself where they are tied), for exact
-    /// activations.
+    /// Loads the final norm and the output projection (the embedding itself where they are tied) for the processor, for
+    /// exact activations.
     pub fn load(weights: &dyn Weights) -> Result<Head, ModelError> {
         Head::load_with(weights, Activations::Exact)
     }
 
     /// As [`Head::load`], told how activations meet integer codes.
     pub fn load_with(weights: &dyn Weights, activations: Activations) -> Result<Head, ModelError> {
-        let spec = weights.spec();
-        let place = Place::global(if spec.tied { Role::Embed } else { Role::Head });
-        let packing = Packing { activations, ..Packing::default() };
-        // By far the largest matrix of a small model.
-        let linear = Linear::pack_releasing(&*tensor(weights, place)?, &packing, &|| weights.release(&place))
-            .map_err(|e| ModelError::bad(&place, e))?;
-        let norm =
-            if spec.final_norm { Some(NormWeights::load(weights, Place::global(Role::FinalNorm))?) } else { None };
-        Ok(Head { place, norm, linear, scale: spec.logit_scale, softcap: spec.logit_softcap })
+        Head::load_on(&Cpu, weights, activations)
     }
 
     /// What multiplies the output projection: the normalised residual stream, `[rows, hidden]`.
     pub fn input(&self, x: MatRef<'_>) -> Mat {
-        self.norm.as_ref().map_or_else(|| x.to_mat(), |n| n.apply(x).into_mat())
+        self.normed(&Cpu.upload(x)).into_mat()
     }
 
     /// Logits of the residual stream's rows, `[rows, vocab]`. A long context times a large vocabulary is gigabytes:
     /// hand in some rows at a time.
     pub fn logits(&self, x: MatRef<'_>) -> Lent {
-        let mut out = Lent::new(x.rows(), self.linear.rows());
-        self.logits_into(x, &mut out);
-        out
+        self.project(&self.normed(&Cpu.upload(x)))
     }
 
     /// As [`Head::logits`], into `out`.
     #[track_caller]
     pub fn logits_into(&self, x: MatRef<'_>, out: &mut Mat) {
-        match &self.norm {
-            Some(norm) => {
-                let h = norm.apply(x);
-                self.project(h.view(), out);
-            }
-            None => self.project(x, out),
-        }
-    }
-
-    /// As [`Head::logits_into`], of rows that are normalised already.
-    #[track_caller]
-    pub(crate) fn project(&self, h: MatRef<'_>, out: &mut Mat) {
-        span("head", || self.linear.forward(h, out.view_mut()));
-        if self.scale != 1.0 {
-            out.data_mut().iter_mut().for_each(|x| *x *= self.scale);
-        }
-        if let Some(c) = self.softcap {
-            kernels::softcap(c, out.view_mut());
-        }
-    }
-
-    /// Bytes of weights read for one token.
-    pub fn weights_bytes(&self) -> u64 {
-        self.linear.weights_bytes()
+        let h = self.normed(&Cpu.upload(x));
+        span("head", || Cpu.product_into(&self.matrix, h.view(), out.view_mut()));
+        Cpu.finish_logits(out, self.scale, self.softcap);
     }
 }
 
@@ -158,21 +200,33 @@ pub struct LoadOptions<'a> {
 }
 
 /// A decoder-only language model, ready to compute.
-pub struct Decoder {
+pub struct Decoder<B: Backend = Cpu> {
     /// The network.
     pub spec: Spec,
     /// Tokens to the residual stream.
-    pub embed: Embedding,
+    pub embed: Embedding<B>,
     /// The blocks.
-    pub blocks: Vec<Block>,
+    pub blocks: Vec<Block<B>>,
     /// The residual stream to logits.
-    pub head: Head,
+    pub head: Head<B>,
 }
 
 impl Decoder {
-    /// Loads everything. Matrices are repacked for the processor: the file's mapped pages are let go as they are done
-    /// with.
+    /// Loads everything for the processor.
     pub fn load(weights: &dyn Weights, options: &LoadOptions<'_>) -> Result<Decoder, ModelError> {
+        Decoder::load_on(&Cpu, weights, options)
+    }
+
+    /// Logits of rows of [`Decoder::forward`]'s result, `[rows, vocab]`.
+    pub fn logits(&self, hidden: MatRef<'_>) -> Lent {
+        self.head.logits(hidden)
+    }
+}
+
+impl<B: Backend> Decoder<B> {
+    /// Loads everything on a backend. Matrices are packed as it likes them: the file's mapped pages are let go as they
+    /// are done with.
+    pub fn load_on(backend: &B, weights: &dyn Weights, options: &LoadOptions<'_>) -> Result<Decoder<B>, ModelError> {
         let spec = weights.spec().clone();
         spec.check()?;
         let parts = spec.layers.len() + 2;
@@ -182,17 +236,17 @@ impl Decoder {
             }
         };
         tell(0);
-        let embed = Embedding::load(weights)?;
+        let embed = Embedding::load_on(backend, weights)?;
         tell(1);
         let (mut blocks, mut ropes) = (Vec::with_capacity(spec.layers.len()), Vec::new());
         for layer in 0..spec.layers.len() {
-            let mut block = Block::load_with(weights, layer, options.activations)?;
+            let mut block = Block::load_on(backend, weights, layer, options.activations)?;
             block.share_rope(spec.layers[layer].attn.as_ref().and_then(|a| a.rope.as_ref()), &mut ropes);
             blocks.push(block);
             weights.spec().layer_places(layer).iter().for_each(|p| weights.release(p));
             tell(layer + 2);
         }
-        let head = Head::load_with(weights, options.activations)?;
+        let head = Head::load_on(backend, weights, options.activations)?;
         // A tied table is read row by row from here on.
         weights.release(&Place::global(if spec.tied { Role::Embed } else { Role::Head }));
         tell(parts);
@@ -201,23 +255,55 @@ impl Decoder {
 
     /// The residual stream after the last block of the batch's rows, `[rows, hidden]`; `tokens` has a token for each
     /// row.
+    ///
+    /// One step: what the host decides is decided and handed over at its start, and what goes wrong on the backend
+    /// surfaces where something is downloaded, or in [`Backend::finish`].
     pub fn forward(
         &self,
         tokens: &[u32],
         batch: &Batch,
-        kv: &mut dyn KvStore,
-        tap: &mut dyn Tap,
-    ) -> Result<Lent, ModelError> {
-        let mut x = span("embedding", || self.embed.rows(tokens, batch.positions()))?;
+        kv: &mut dyn KvStore<B>,
+        tap: &mut dyn Tap<B>,
+    ) -> Result<B::Rows, ModelError> {
+        self.embed.check(tokens, batch.positions())?;
+        self.step(&self.embed.backend.upload_ids(tokens), batch, kv, tap)
+    }
+
+    /// As [`Decoder::forward`], of tokens that lie with the backend, such as those of [`Decoder::greedy`]: no id comes
+    /// to the host on its way from one step to the next. They must be ids of the vocabulary.
+    pub fn forward_ids(
+        &self,
+        tokens: &B::Ids,
+        batch: &Batch,
+        kv: &mut dyn KvStore<B>,
+        tap: &mut dyn Tap<B>,
+    ) -> Result<B::Rows, ModelError> {
+        self.embed.check_positions(batch.positions())?;
+        self.step(tokens, batch, kv, tap)
+    }
+
+    fn step(
+        &self,
+        tokens: &B::Ids,
+        batch: &Batch,
+        kv: &mut dyn KvStore<B>,
+        tap: &mut dyn Tap<B>,
+    ) -> Result<B::Rows, ModelError> {
+        let layers = self.blocks.iter().filter(|b| b.has_attention()).map(Block::layer);
+        let step = self.embed.backend.begin(batch, prepared(layers, batch, kv)?);
+        let mut x = span("embedding", || self.embed.embed(tokens, batch.positions()));
         for block in &self.blocks {
-            block.forward(&mut x, batch, kv, tap)?;
+            block.step(&mut x, &step, kv, tap)?;
         }
         Ok(x)
     }
 
-    /// Logits of rows of [`Decoder::forward`]'s result, `[rows, vocab]`.
-    pub fn logits(&self, hidden: MatRef<'_>) -> Lent {
-        self.head.logits(hidden)
+    /// The likeliest token after each of some `rows` of [`Decoder::forward`]'s result, where the backend has them; see
+    /// [`Backend::argmax`].
+    pub fn greedy(&self, hidden: &B::Rows, rows: &[usize]) -> B::Ids {
+        let backend = &self.embed.backend;
+        let logits = self.head.project(&self.head.normed(&backend.pick(hidden, rows)));
+        backend.argmax(&logits)
     }
 
     /// Multiply-adds of one token's products in the blocks, were every matrix dense: on f32, and on 8-bit activations.
@@ -227,7 +313,7 @@ impl Decoder {
 
     /// Whether any product takes activations of 8 bits.
     pub fn rounds_activations(&self) -> bool {
-        self.work()[1] > 0 || self.head.linear.work()[1] > 0
+        self.work()[1] > 0 || self.head.measure.work[1] > 0
     }
 
     /// Bytes of weights read for one token.

@@ -1,20 +1,38 @@
 //! Where keys and values are kept.
 
-use std::sync::Arc;
-
-use lacuna_base::MatRef;
-use lacuna_kernels::{KvFormat, KvLayout, KvPage, KvView};
+use lacuna_kernels::{KvFormat, KvLayout};
 use lacuna_spec::Spec;
 
+use crate::backend::{Backend, Cpu, Pages, Table, Tables};
 use crate::{Batch, ModelError};
 
-/// A store of keys and values for several sequences.
-pub trait KvStore {
-    /// Writes the keys and values of a call's rows in block `layer`, `[rows, kv_heads * head_dim]` each.
-    fn write(&mut self, layer: usize, batch: &Batch, keys: MatRef<'_>, values: MatRef<'_>) -> Result<(), ModelError>;
+/// A store of keys and values for several sequences: it owns the pages of a backend and says which of them, by their
+/// block numbers, are whose. What lies in them only the backend sees.
+pub trait KvStore<B: Backend = Cpu> {
+    /// Makes room in block `layer` for the positions of a batch's rows, which count as written from here on: a step that
+    /// fails is taken back by whoever asked for it.
+    fn prepare(&mut self, layer: usize, batch: &Batch) -> Result<(), ModelError>;
 
-    /// What attention of block `layer` reads of `sequence`.
-    fn view(&self, layer: usize, sequence: usize) -> Result<KvView<'_>, ModelError>;
+    /// The block table of `sequence` in block `layer`.
+    fn table(&self, layer: usize, sequence: usize) -> Result<Table<'_>, ModelError>;
+
+    /// The pages of block `layer`.
+    fn pages(&mut self, layer: usize) -> Result<&mut B::Pages, ModelError>;
+}
+
+/// Prepares a store for a step of some layers with attention, and gives their tables.
+pub(crate) fn prepared<B: Backend>(
+    layers: impl IntoIterator<Item = usize>,
+    batch: &Batch,
+    kv: &mut dyn KvStore<B>,
+) -> Result<Tables, ModelError> {
+    let mut tables = Tables::default();
+    for layer in layers {
+        kv.prepare(layer, batch)?;
+        let of_runs: Result<Vec<Table<'_>>, ModelError> = batch.runs().map(|(s, _)| kv.table(layer, s)).collect();
+        tables.push(layer, of_runs?);
+    }
+    Ok(tables)
 }
 
 /// Positions by which a sequence's room grows.
@@ -22,17 +40,21 @@ pub const STEP_TOKENS: usize = 128;
 
 /// The plain store: every sequence keeps everything, its room growing in steps of [`STEP_TOKENS`] positions.
 #[derive(Clone, Debug)]
-pub struct ContiguousKv {
-    format: KvFormat,
+pub struct ContiguousKv<B: Backend = Cpu> {
     /// Of each block; `None` where attention was dropped.
-    layouts: Vec<Option<KvLayout>>,
-    sequences: Vec<Sequence>,
+    layers: Vec<Option<Layer<B::Pages>>>,
+    sequences: usize,
 }
 
+/// One layer's pages, and the tables of every sequence.
 #[derive(Clone, Debug)]
-struct Sequence {
-    layers: Vec<Vec<Arc<KvPage>>>,
-    /// Positions written, by layer.
+struct Layer<P> {
+    pages: P,
+    /// Blocks in use or given back, and those given back.
+    made: u32,
+    free: Vec<u32>,
+    tables: Vec<Vec<u32>>,
+    /// Positions written, by sequence.
     tokens: Vec<usize>,
 }
 
@@ -44,26 +66,37 @@ impl ContiguousKv {
 
     /// An empty store of the given format.
     pub fn with_format(spec: &Spec, sequences: usize, format: KvFormat) -> ContiguousKv {
-        let layouts: Vec<Option<KvLayout>> = spec
-            .layers
-            .iter()
-            .map(|l| {
-                l.attn.as_ref().map(|a| KvLayout {
-                    kv_heads: a.kv_heads,
-                    head_dim: a.head_dim,
-                    page_tokens: STEP_TOKENS,
-                })
-            })
-            .collect();
-        let n = layouts.len();
-        let empty = Sequence { layers: vec![Vec::new(); n], tokens: vec![0; n] };
-        ContiguousKv { format, layouts, sequences: vec![empty; sequences] }
+        ContiguousKv::on(&Cpu, spec, sequences, format)
+    }
+}
+
+impl<B: Backend> ContiguousKv<B> {
+    /// An empty store for `sequences` sequences of a model, in pages of `backend`.
+    pub fn on(backend: &B, spec: &Spec, sequences: usize, format: KvFormat) -> ContiguousKv<B> {
+        let heads = spec.layers.iter().map(|l| l.attn.as_ref().map(|a| (a.kv_heads, a.head_dim)));
+        ContiguousKv::of(backend, heads, sequences, format)
+    }
+
+    /// The same from each block's key heads and their width.
+    pub(crate) fn of(
+        backend: &B,
+        heads: impl Iterator<Item = Option<(usize, usize)>>,
+        sequences: usize,
+        format: KvFormat,
+    ) -> ContiguousKv<B> {
+        let layer = |(kv_heads, head_dim)| Layer {
+            pages: backend.pages(KvLayout { kv_heads, head_dim, page_tokens: STEP_TOKENS }, format),
+            made: 0,
+            free: Vec::new(),
+            tables: vec![Vec::new(); sequences],
+            tokens: vec![0; sequences],
+        };
+        ContiguousKv { layers: heads.map(|h| h.map(layer)).collect(), sequences }
     }
 
     /// Positions of `sequence` that every block has written.
     pub fn len(&self, sequence: usize) -> usize {
-        let s = &self.sequences[sequence];
-        self.layouts.iter().zip(&s.tokens).filter(|(l, _)| l.is_some()).map(|(_, &t)| t).min().unwrap_or(0)
+        self.layers.iter().flatten().map(|l| l.tokens[sequence]).min().unwrap_or(0)
     }
 
     /// Whether nothing of `sequence` is written.
@@ -73,63 +106,75 @@ impl ContiguousKv {
 
     /// Forgets the positions of `sequence` from `len` on. Room beyond the next step is given back.
     pub fn truncate(&mut self, sequence: usize, len: usize) {
-        let s = &mut self.sequences[sequence];
-        for (pages, tokens) in s.layers.iter_mut().zip(&mut s.tokens) {
+        for l in self.layers.iter_mut().flatten() {
+            let tokens = &mut l.tokens[sequence];
             *tokens = (*tokens).min(len);
-            pages.truncate(tokens.div_ceil(STEP_TOKENS));
+            let keep = tokens.div_ceil(STEP_TOKENS);
+            let table = &mut l.tables[sequence];
+            for block in table.drain(keep.min(table.len())..).rev() {
+                l.pages.release(block);
+                l.free.push(block);
+            }
         }
     }
 
     /// Bytes held.
     pub fn bytes(&self) -> usize {
-        let page = |l: &Option<KvLayout>| l.map_or(0, |l| l.page_bytes(self.format));
-        self.sequences
-            .iter()
-            .map(|s| s.layers.iter().zip(&self.layouts).map(|(pages, l)| pages.len() * page(l)).sum::<usize>())
-            .sum()
+        let blocks = |l: &Layer<B::Pages>| l.tables.iter().map(Vec::len).sum::<usize>();
+        self.layers.iter().flatten().map(|l| blocks(l) * l.pages.block_bytes()).sum()
     }
 
-    fn sequence(&self, layer: usize, sequence: usize) -> Result<(&Sequence, KvLayout), ModelError> {
-        let store = |what: String| ModelError::Store { what };
-        let layout = self
-            .layouts
-            .get(layer)
-            .copied()
-            .flatten()
-            .ok_or_else(|| store(format!("block {layer} has no attention")))?;
-        let s = self
-            .sequences
-            .get(sequence)
-            .ok_or_else(|| store(format!("sequence {sequence} of {}", self.sequences.len())))?;
-        Ok((s, layout))
+    fn layer(&self, layer: usize) -> Result<&Layer<B::Pages>, ModelError> {
+        self.layers.get(layer).and_then(Option::as_ref).ok_or_else(|| no_attention(layer))
+    }
+
+    fn layer_mut(&mut self, layer: usize) -> Result<&mut Layer<B::Pages>, ModelError> {
+        self.layers.get_mut(layer).and_then(Option::as_mut).ok_or_else(|| no_attention(layer))
+    }
+
+    fn known(&self, sequence: usize) -> Result<(), ModelError> {
+        if sequence < self.sequences {
+            return Ok(());
+        }
+        Err(ModelError::Store { what: format!("sequence {sequence} of {}", self.sequences) })
     }
 }
 
-impl KvStore for ContiguousKv {
-    fn write(&mut self, layer: usize, batch: &Batch, keys: MatRef<'_>, values: MatRef<'_>) -> Result<(), ModelError> {
-        for r in 0..batch.rows() {
-            let (sequence, position) = (batch.sequence(r), batch.positions()[r]);
-            let (s, layout) = self.sequence(layer, sequence)?;
-            let have = s.tokens[layer];
-            if position > have {
-                return Err(ModelError::Store {
-                    what: format!("position {position} of sequence {sequence} in block {layer} after only {have}"),
-                });
+fn no_attention(layer: usize) -> ModelError {
+    ModelError::Store { what: format!("block {layer} has no attention") }
+}
+
+impl<B: Backend> KvStore<B> for ContiguousKv<B> {
+    fn prepare(&mut self, layer: usize, batch: &Batch) -> Result<(), ModelError> {
+        batch.runs().try_for_each(|(sequence, _)| self.known(sequence))?;
+        let l = self.layer_mut(layer)?;
+        for (sequence, rows) in batch.runs() {
+            for &position in &batch.positions()[rows] {
+                let have = l.tokens[sequence];
+                if position > have {
+                    return Err(ModelError::Store {
+                        what: format!("position {position} of sequence {sequence} in block {layer} after only {have}"),
+                    });
+                }
+                if position / STEP_TOKENS == l.tables[sequence].len() {
+                    let block = l.free.pop().unwrap_or(l.made);
+                    l.made = l.made.max(block + 1);
+                    l.pages.reserve(block);
+                    l.tables[sequence].push(block);
+                }
+                l.tokens[sequence] = have.max(position + 1);
             }
-            let s = &mut self.sequences[sequence];
-            let pages = &mut s.layers[layer];
-            if position / STEP_TOKENS == pages.len() {
-                pages.push(Arc::new(KvPage::new(layout, self.format)));
-            }
-            // A page that a copy of this store shares is copied before it changes.
-            Arc::make_mut(&mut pages[position / STEP_TOKENS]).write(position % STEP_TOKENS, keys.row(r), values.row(r));
-            s.tokens[layer] = have.max(position + 1);
         }
         Ok(())
     }
 
-    fn view(&self, layer: usize, sequence: usize) -> Result<KvView<'_>, ModelError> {
-        let (s, _) = self.sequence(layer, sequence)?;
-        Ok(KvView { pages: &s.layers[layer], tokens: s.tokens[layer] })
+    fn table(&self, layer: usize, sequence: usize) -> Result<Table<'_>, ModelError> {
+        self.known(sequence)?;
+        let l = self.layer(layer)?;
+        Ok(Table { blocks: &l.tables[sequence], tokens: l.tokens[sequence] })
+    }
+
+    fn pages(&mut self, layer: usize) -> Result<&mut B::Pages, ModelError> {
+        Ok(&mut self.layer_mut(layer)?.pages)
     }
 }

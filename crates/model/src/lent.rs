@@ -38,6 +38,13 @@ impl Lent {
     }
 }
 
+/// A matrix's own memory, lent from now on.
+impl From<Mat> for Lent {
+    fn from(m: Mat) -> Lent {
+        Lent(m)
+    }
+}
+
 impl Drop for Lent {
     fn drop(&mut self) {
         let data = std::mem::take(&mut self.0).into_vec();

@@ -9,6 +9,7 @@
 //! A row's result is the same bits whatever else is in the call: the prompt whole, in chunks, in a batch, or token by
 //! token.
 
+pub mod backend;
 mod batch;
 mod block;
 mod decoder;
@@ -20,6 +21,7 @@ mod parts;
 mod profile;
 mod tap;
 
+pub use backend::{Backend, Cpu, Naive, Pages, Table, Tables};
 pub use batch::Batch;
 pub use block::Block;
 pub use decoder::{Decoder, Embedding, Head, LoadOptions};
@@ -27,4 +29,4 @@ pub use error::ModelError;
 pub use kv::{ContiguousKv, KvStore, STEP_TOKENS};
 pub use lent::Lent;
 pub use profile::{end_profile, start_profile};
-pub use tap::{BlockPart, NoTap, Tap, Wants};
+pub use tap::{BlockPart, NoTap, Shown, Tap, Wants};

@@ -2,14 +2,12 @@
 
 use std::sync::Arc;
 
-use lacuna_base::{Mat, MatRef};
 use lacuna_format::{Stored, Weights};
-use lacuna_kernels as kernels;
-use lacuna_kernels::{Activations, Linear, Packing};
-use lacuna_spec::{Norm, NormKind, Place, Role};
+use lacuna_kernels::Activations;
+use lacuna_spec::{NormKind, Place, Role};
 
 use crate::ModelError;
-use crate::lent::Lent;
+use crate::backend::{Backend, Measure};
 use crate::profile::span;
 
 /// The tensor at `place`, which the description must have, in the shape it says.
@@ -30,117 +28,109 @@ pub(crate) fn tensor(weights: &dyn Weights, place: Place) -> Result<Arc<Stored>,
 }
 
 /// A vector, decoded.
-pub(crate) fn vector(weights: &dyn Weights, place: Place) -> Result<Vec<f32>, ModelError> {
+fn vector(weights: &dyn Weights, place: Place) -> Result<Vec<f32>, ModelError> {
     let stored = tensor(weights, place)?;
     stored.check().map_err(|e| ModelError::bad(&place, e))?;
     Ok(stored.to_mat().into_vec())
 }
 
 /// A normalisation with its constants.
-pub(crate) struct NormWeights {
+pub(crate) fn norm<B: Backend>(backend: &B, weights: &dyn Weights, place: Place) -> Result<B::Norm, ModelError> {
+    let mut norm = weights.spec().norm;
+    if matches!(place.role, Role::QNorm | Role::KNorm) {
+        norm.divisor = None;
+    }
+    let bias = (norm.kind == NormKind::Layer).then(|| vector(weights, place.bias())).transpose()?;
+    Ok(backend.norm_of(&place, norm, vector(weights, place)?, bias))
+}
+
+/// A matrix with the bias after it, as it is multiplied.
+fn matrix<B: Backend>(
+    backend: &B,
+    weights: &dyn Weights,
+    place: Place,
+    activations: Activations,
+) -> Result<B::Matrix, ModelError> {
+    let stored = tensor(weights, place)?;
+    let bias = weights.spec().shape(&place.bias()).map(|_| vector(weights, place.bias())).transpose()?;
+    backend.matrix(&place, &stored, bias, activations, &|| ())
+}
+
+/// What products with a matrix are called in profiles.
+fn name(role: Role) -> &'static str {
+    match role {
+        Role::Q | Role::K | Role::V => "attn.q, k, v",
+        Role::O => "attn.o",
+        Role::Gate | Role::Up => "ffn.gate, up",
+        Role::Down => "ffn.down",
+        role if role.is_shortcut() => "shortcuts",
+        _ => "other products",
+    }
+}
+
+/// A matrix of the network.
+pub(crate) struct Projection<B: Backend> {
     pub(crate) place: Place,
-    pub(crate) norm: Norm,
-    pub(crate) scale: Vec<f32>,
-    bias: Option<Vec<f32>>,
+    pub(crate) measure: Measure,
+    matrix: B::Matrix,
 }
 
-impl NormWeights {
-    pub(crate) fn load(weights: &dyn Weights, place: Place) -> Result<NormWeights, ModelError> {
-        let mut norm = weights.spec().norm;
-        if matches!(place.role, Role::QNorm | Role::KNorm) {
-            norm.divisor = None;
-        }
-        let bias = (norm.kind == NormKind::Layer).then(|| vector(weights, place.bias())).transpose()?;
-        Ok(NormWeights { place, norm, scale: vector(weights, place)?, bias })
-    }
-
-    /// Whether a bias is added.
-    pub(crate) fn has_bias(&self) -> bool {
-        self.bias.is_some()
-    }
-
-    pub(crate) fn apply(&self, x: MatRef<'_>) -> Lent {
-        let mut out = Lent::new(x.rows(), x.cols());
-        span("norm", || kernels::norm(self.norm, &self.scale, self.bias.as_deref(), x, out.view_mut()));
-        out
-    }
-
-    pub(crate) fn in_place(&self, x: &mut Mat) {
-        kernels::norm_in_place(self.norm, &self.scale, self.bias.as_deref(), x.view_mut());
-    }
-
-    /// Normalises every head of every row on its own.
-    pub(crate) fn heads_in_place(&self, x: &mut Mat) {
-        let dim = self.scale.len();
-        let heads = x.rows() * x.cols() / dim;
-        let view = lacuna_base::MatMut::new(heads, dim, x.data_mut());
-        kernels::norm_in_place(self.norm, &self.scale, self.bias.as_deref(), view);
-    }
-}
-
-/// A matrix and the bias after it.
-pub(crate) struct Projection {
-    pub(crate) place: Place,
-    /// In profiles.
-    name: &'static str,
-    linear: Linear,
-    pub(crate) bias: Option<Mat>,
-}
-
-impl Projection {
+impl<B: Backend> Projection<B> {
     pub(crate) fn load(
+        backend: &B,
         weights: &dyn Weights,
         place: Place,
         activations: Activations,
-    ) -> Result<Projection, ModelError> {
-        let stored = tensor(weights, place)?;
-        let packing = Packing { activations, ..Packing::default() };
-        let linear = Linear::pack_with(&stored, &packing).map_err(|e| ModelError::bad(&place, e))?;
-        let bias = match weights.spec().shape(&place.bias()) {
-            Some((_, n)) => Some(Mat::from_vec(1, n, vector(weights, place.bias())?)),
-            None => None,
-        };
-        let name = match place.role {
-            Role::Q | Role::K | Role::V => "attn.q, k, v",
-            Role::O => "attn.o",
-            Role::Gate | Role::Up => "ffn.gate, up",
-            Role::Down => "ffn.down",
-            role if role.is_shortcut() => "shortcuts",
-            _ => "other products",
-        };
-        Ok(Projection { place, name, linear, bias })
+    ) -> Result<Projection<B>, ModelError> {
+        let matrix = matrix(backend, weights, place, activations)?;
+        Ok(Projection { place, measure: backend.measure(&matrix), matrix })
     }
 
-    pub(crate) fn apply(&self, x: MatRef<'_>) -> Lent {
-        let [out] = Projection::together([self], x);
+    pub(crate) fn apply(&self, backend: &B, x: &B::Rows) -> B::Rows {
+        let [out] = Projection::together(backend, [self], x);
         out
     }
 
     /// Several projections of the same rows, in one go.
-    pub(crate) fn together<const N: usize>(all: [&Projection; N], x: MatRef<'_>) -> [Lent; N] {
-        let mut out = all.map(|p| Lent::new(x.rows(), p.linear.rows()));
-        span(all[0].name, || {
-            let mut views = out.each_mut().map(|o| o.view_mut());
-            Linear::forward_all(all.map(|p| &p.linear), x, &mut views);
-        });
-        for (p, out) in all.iter().zip(&mut out) {
-            if let Some(b) = &p.bias {
-                kernels::add(out.view_mut(), b.view());
-            }
-        }
+    pub(crate) fn together<const N: usize>(backend: &B, all: [&Projection<B>; N], x: &B::Rows) -> [B::Rows; N] {
+        span(name(all[0].place.role), || backend.products(all.map(|p| &p.matrix), x))
+    }
+}
+
+/// One matrix of every expert.
+pub(crate) struct Grouped<B: Backend> {
+    pub(crate) places: Vec<Place>,
+    /// Of each of them.
+    pub(crate) measures: Vec<Measure>,
+    all: B::Experts,
+}
+
+impl<B: Backend> Grouped<B> {
+    pub(crate) fn load(
+        backend: &B,
+        weights: &dyn Weights,
+        places: Vec<Place>,
+        activations: Activations,
+    ) -> Result<Grouped<B>, ModelError> {
+        let all: Result<Vec<_>, _> = places.iter().map(|&p| matrix(backend, weights, p, activations)).collect();
+        let all = all?;
+        let measures = all.iter().map(|m| backend.measure(m)).collect();
+        Ok(Grouped { places, measures, all: backend.experts(all) })
+    }
+
+    pub(crate) fn apply(&self, backend: &B, x: &B::Rows, routes: &B::Routes) -> B::Rows {
+        let [out] = Grouped::together(backend, [self], x, routes);
         out
     }
 
-    /// Outputs.
-    pub(crate) fn rows(&self) -> usize {
-        self.linear.rows()
-    }
-
-    pub(crate) fn work(&self) -> [u64; 2] {
-        self.linear.work()
-    }
-
-    pub(crate) fn bytes(&self) -> u64 {
-        self.linear.weights_bytes() + self.bias.as_ref().map_or(0, |b| 4 * b.cols() as u64)
+    /// Several matrices of each expert and the rows gathered for it.
+    pub(crate) fn together<const N: usize>(
+        backend: &B,
+        all: [&Grouped<B>; N],
+        x: &B::Rows,
+        routes: &B::Routes,
+    ) -> [B::Rows; N] {
+        let name = all[0].places.first().map_or("other products", |p| name(p.role));
+        span(name, || backend.expert_products(all.map(|g| &g.all), x, routes))
     }
 }

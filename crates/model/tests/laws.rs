@@ -6,11 +6,11 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use common::{Memory, specs, stored};
-use lacuna_base::{Mat, MatRef};
+use lacuna_base::Mat;
 use lacuna_format::Weights;
 use lacuna_kernels::KvFormat;
 use lacuna_model::{
-    Batch, Block, BlockPart, ContiguousKv, Decoder, Embedding, Head, LoadOptions, ModelError, NoTap, Tap,
+    Batch, Block, BlockPart, ContiguousKv, Decoder, Embedding, Head, LoadOptions, ModelError, NoTap, Shown, Tap,
 };
 use lacuna_spec::{Place, Role};
 
@@ -104,18 +104,27 @@ struct Watch {
 }
 
 impl Tap for Watch {
-    fn input(&mut self, place: &Place, x: MatRef<'_>) {
+    fn input(&mut self, place: &Place, x: Shown<'_>) -> Result<(), ModelError> {
         self.inputs.push((place.to_string(), x.rows(), x.cols()));
+        Ok(())
     }
-    fn residual(&mut self, layer: usize, part: BlockPart, before: MatRef<'_>, after: MatRef<'_>) {
+    fn residual(
+        &mut self,
+        layer: usize,
+        part: BlockPart,
+        before: Shown<'_>,
+        after: Shown<'_>,
+    ) -> Result<(), ModelError> {
         assert_eq!((before.rows(), before.cols()), (after.rows(), after.cols()));
         self.parts.push((layer, part));
         if part == BlockPart::Block {
             if let Some(last) = &self.last {
-                assert_eq!(bits(last), bits(&before.to_mat()), "a block begins where the one before ended");
+                let before = before.download()?.view().to_mat();
+                assert_eq!(bits(last), bits(&before), "a block begins where the one before ended");
             }
-            self.last = Some(after.to_mat());
+            self.last = Some(after.download()?.view().to_mat());
         }
+        Ok(())
     }
 }
 

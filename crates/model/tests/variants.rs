@@ -3,7 +3,8 @@
 
 use std::path::{Path, PathBuf};
 
-use lacuna_model::{Batch, ContiguousKv, Decoder, LoadOptions, NoTap};
+use lacuna_kernels::KvFormat;
+use lacuna_model::{Backend, Batch, ContiguousKv, Cpu, Decoder, LoadOptions, Naive, NoTap};
 use lacuna_spec::RopeScaling;
 use serde_json::{Value, json};
 
@@ -33,7 +34,7 @@ struct Run {
     greedy: Option<Vec<u32>>,
 }
 
-fn run(variant: &Value, dir: &Path) -> Result<Run, String> {
+fn run<B: Backend>(backend: &B, variant: &Value, dir: &Path) -> Result<Run, String> {
     let source = golden().join("tiny").join(variant["model"].as_str().unwrap());
     let mut config = json_of(&source.join("config.json"));
     let object = config.as_object_mut().unwrap();
@@ -52,27 +53,36 @@ fn run(variant: &Value, dir: &Path) -> Result<Run, String> {
     if let Some(left) = checkpoint.unused().first() {
         return Err(format!("{left:?} is left over"));
     }
-    let decoder = Decoder::load(&checkpoint, &LoadOptions::default()).map_err(|e| e.to_string())?;
+    let decoder = Decoder::load_on(backend, &checkpoint, &LoadOptions::default()).map_err(|e| e.to_string())?;
     let mut out = Run { logits: Vec::new(), nll: Vec::new(), greedy: None };
     for ids in json_of(&source.join("golden.json"))["input_ids"].as_array().unwrap() {
         let ids: Vec<u32> = ids.as_array().unwrap().iter().map(|i| i.as_u64().unwrap() as u32).collect();
-        let rows = logits(&decoder, &ids, 0, &mut ContiguousKv::new(&decoder.spec, 1))?;
+        let mut kv = ContiguousKv::on(backend, &decoder.spec, 1, KvFormat::F32);
+        let rows = logits(backend, &decoder, &ids, 0, &mut kv)?;
         let losses = rows.iter().zip(&ids[1..]).map(|(row, &next)| loss(row, next as usize));
         out.nll.push(losses.sum::<f64>() / (ids.len() - 1) as f64);
         out.logits.extend(rows.into_iter().last());
     }
     if let Some(said) = said(variant) {
-        out.greedy = Some(greedy(&decoder, &said[0], said[1].len())?);
+        out.greedy = Some(greedy(backend, &decoder, &said[0], said[1].len())?);
     }
     Ok(out)
 }
 
 /// The logits at the positions of `ids` from `from` on; those before lie in `kv`.
-fn logits(decoder: &Decoder, ids: &[u32], from: usize, kv: &mut ContiguousKv) -> Result<Vec<Vec<f64>>, String> {
+fn logits<B: Backend>(
+    backend: &B,
+    decoder: &Decoder<B>,
+    ids: &[u32],
+    from: usize,
+    kv: &mut ContiguousKv<B>,
+) -> Result<Vec<Vec<f64>>, String> {
     let batch = Batch::one(0, from..ids.len());
     let hidden = decoder.forward(&ids[from..], &batch, kv, &mut NoTap).map_err(|e| e.to_string())?;
-    let logits = decoder.logits(hidden.view());
-    Ok((0..logits.rows()).map(|r| (0..logits.cols()).map(|c| f64::from(logits[(r, c)])).collect()).collect())
+    let logits = decoder.head.project(&decoder.head.normed(&hidden));
+    let logits = backend.download(&logits, 0..ids.len() - from).map_err(|e| e.to_string())?;
+    let logits = logits.view();
+    Ok((0..logits.rows()).map(|r| logits.row(r).iter().map(|&x| f64::from(x)).collect()).collect())
 }
 
 fn loss(row: &[f64], next: usize) -> f64 {
@@ -82,10 +92,10 @@ fn loss(row: &[f64], next: usize) -> f64 {
 
 /// The `n` likeliest tokens after `prompt`, a step each. What LongRoPE read by the list of another length is read
 /// again.
-fn greedy(decoder: &Decoder, prompt: &[u32], n: usize) -> Result<Vec<u32>, String> {
+fn greedy<B: Backend>(backend: &B, decoder: &Decoder<B>, prompt: &[u32], n: usize) -> Result<Vec<u32>, String> {
     let ropes = decoder.spec.layers.iter().filter_map(|l| l.attn.as_ref()?.rope.as_ref());
     let mut ids = prompt.to_vec();
-    let mut kv = ContiguousKv::new(&decoder.spec, 1);
+    let mut kv = ContiguousKv::on(backend, &decoder.spec, 1, KvFormat::F32);
     while ids.len() < prompt.len() + n {
         let crossed = ropes
             .clone()
@@ -93,7 +103,7 @@ fn greedy(decoder: &Decoder, prompt: &[u32], n: usize) -> Result<Vec<u32>, Strin
         if crossed {
             kv.truncate(0, 0);
         }
-        let rows = logits(decoder, &ids, kv.len(0), &mut kv)?;
+        let rows = logits(backend, decoder, &ids, kv.len(0), &mut kv)?;
         let row = rows.last().unwrap();
         ids.push((0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).unwrap() as u32);
     }
@@ -137,13 +147,22 @@ fn not_ours(variant: &Value) -> bool {
 
 #[test]
 fn configurations_mean_what_transformers_makes_of_them() {
+    all(&Cpu);
+}
+
+#[test]
+fn so_they_do_in_f64() {
+    all(&Naive);
+}
+
+fn all<B: Backend>(backend: &B) {
     let all = json_of(&golden().join("variants.json"));
     let all = all["variants"].as_array().unwrap();
     assert!(all.len() > 500, "{} variants", all.len());
     let dir = tempfile::tempdir().unwrap();
     let mut wrong = Vec::new();
     for variant in all {
-        let ours = run(variant, dir.path());
+        let ours = run(backend, variant, dir.path());
         let fine = match (&ours, variant.get("logits"), variant.get("v4_logits")) {
             (Ok(ours), Some(theirs), _) => close(ours, theirs) && says_the_same(ours, variant),
             (Err(_), Some(_), _) => not_ours(variant),

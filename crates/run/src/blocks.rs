@@ -3,18 +3,17 @@
 //! A block holds the keys and values of [`BLOCK_TOKENS`] positions in every layer. A text's full blocks are published
 //! under their tokens and the block before them, so that a later text with the same beginning takes them over instead
 //! of computing them. When a text is closed, its last block, which is not full, is published as a *tail*. A text that
-//! agrees with a tail or with a block for some positions only copies those. What is published never changes. A block
+//! agrees with a tail or with a block for some positions only copies those. Here are tables and books alone: what lies in
+//! a block is in the backend's pages of each layer, under the block's number. What is published never changes. A block
 //! that nobody uses stays until its room is needed; the least recently used goes first, a longer beginning before a
 //! shorter one.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
-use std::sync::Arc;
 
-use lacuna_base::MatRef;
-use lacuna_kernels::{KEY_BLOCK, KvFormat, KvLayout, KvPage, KvView};
-use lacuna_model::{Batch, KvStore, ModelError};
+use lacuna_kernels::{KEY_BLOCK, KvFormat, KvLayout};
+use lacuna_model::{Backend, Batch, Cpu, KvStore, ModelError, Pages, Table};
 use lacuna_spec::Spec;
 
 /// Positions of a block.
@@ -30,8 +29,8 @@ type Key = (u64, Box<[u32]>);
 /// A block that texts may share.
 struct Published {
     key: Key,
-    /// A page for each layer with attention.
-    pages: Vec<Arc<KvPage>>,
+    /// Its number.
+    block: u32,
     /// Texts that use it.
     users: usize,
     /// When it was last taken or given back.
@@ -42,14 +41,12 @@ struct Published {
 
 /// One text's keys and values.
 struct Text {
-    /// Pages of each layer with attention, in order.
-    layers: Vec<Vec<Arc<KvPage>>>,
+    /// Its blocks, in order: the same in every layer with attention.
+    blocks: Vec<u32>,
     /// Positions written, of each layer with attention.
     written: Vec<usize>,
     /// Positions written in every layer, as the owner told.
     tokens: usize,
-    /// Blocks there is room for.
-    blocks: usize,
     /// The published ones among them, from the first on.
     shared: Vec<u64>,
     /// The tokens of the positions behind those.
@@ -76,15 +73,16 @@ pub struct BlockCounts {
 }
 
 /// A store of keys and values for many texts, within a budget.
-pub struct BlockStore {
-    format: KvFormat,
-    /// The page's shape in each layer that has attention, and the number of each layer among those.
-    layouts: Vec<KvLayout>,
+pub struct BlockStore<B: Backend = Cpu> {
+    /// The pages of each layer that has attention, and the number of each layer among those.
+    pools: Vec<B::Pages>,
     places: Vec<Option<usize>>,
     total: usize,
-    /// Blocks that exist.
+    /// Blocks that exist: of the numbers below this and `gone` together all but those in `gone`.
     made: usize,
-    spare: Vec<Vec<Arc<KvPage>>>,
+    /// Numbers whose memory was given back.
+    gone: Vec<u32>,
+    spare: Vec<u32>,
     texts: Vec<Option<Text>>,
     published: HashMap<u64, Published>,
     /// Ordered, so that what has the most tokens in common with some lies beside them.
@@ -101,24 +99,30 @@ pub struct BlockStore {
 impl BlockStore {
     /// An empty store for a model, of as many blocks as `bytes` hold.
     pub fn new(spec: &Spec, format: KvFormat, bytes: usize) -> BlockStore {
-        let (mut layouts, mut places) = (Vec::new(), Vec::with_capacity(spec.layers.len()));
+        BlockStore::on(&Cpu, spec, format, bytes)
+    }
+}
+
+impl<B: Backend> BlockStore<B> {
+    /// The same in pages of a backend.
+    pub fn on(backend: &B, spec: &Spec, format: KvFormat, bytes: usize) -> BlockStore<B> {
+        let (mut pools, mut places) = (Vec::new(), Vec::with_capacity(spec.layers.len()));
         for layer in &spec.layers {
-            places.push(layer.attn.as_ref().map(|_| layouts.len()));
-            layouts.extend(layer.attn.as_ref().map(|a| KvLayout {
-                kv_heads: a.kv_heads,
-                head_dim: a.head_dim,
-                page_tokens: BLOCK_TOKENS,
+            places.push(layer.attn.as_ref().map(|_| pools.len()));
+            pools.extend(layer.attn.as_ref().map(|a| {
+                let layout = KvLayout { kv_heads: a.kv_heads, head_dim: a.head_dim, page_tokens: BLOCK_TOKENS };
+                backend.pages(layout, format)
             }));
         }
-        let block: usize = layouts.iter().map(|l| l.page_bytes(format)).sum();
+        let block: usize = pools.iter().map(B::Pages::block_bytes).sum();
         // A model whose every attention was dropped keeps nothing; its blocks still count tokens.
         let total = bytes / block.max(1);
         BlockStore {
-            format,
-            layouts,
+            pools,
             places,
             total: total.min(u32::MAX as usize),
             made: 0,
+            gone: Vec::new(),
             spare: Vec::new(),
             texts: Vec::new(),
             published: HashMap::new(),
@@ -133,7 +137,7 @@ impl BlockStore {
 
     /// Bytes of one block.
     pub fn block_bytes(&self) -> usize {
-        self.layouts.iter().map(|l| l.page_bytes(self.format)).sum()
+        self.pools.iter().map(B::Pages::block_bytes).sum()
     }
 
     /// Blocks that the budget allows.
@@ -145,9 +149,10 @@ impl BlockStore {
     /// to the system, cached blocks thrown away if need be.
     pub fn set_total(&mut self, blocks: usize) {
         while self.made > blocks {
-            let Some(pages) = self.spare.pop().or_else(|| self.evict()) else { break };
+            let Some(block) = self.spare.pop().or_else(|| self.evict()) else { break };
             self.made -= 1;
-            drop(pages);
+            self.gone.push(block);
+            self.pools.iter_mut().for_each(|p| p.release(block));
         }
         self.total = blocks.max(self.made).min(u32::MAX as usize);
     }
@@ -178,12 +183,10 @@ impl BlockStore {
 
     /// Opens a text and returns its number. Texts of another `class` never share blocks with it.
     pub fn open(&mut self, class: u32) -> usize {
-        let n = self.layouts.len();
         let text = Text {
-            layers: vec![Vec::new(); n],
-            written: vec![0; n],
+            blocks: Vec::new(),
+            written: vec![0; self.pools.len()],
             tokens: 0,
-            blocks: 0,
             shared: Vec::new(),
             tail: Vec::with_capacity(BLOCK_TOKENS),
             beginning: u64::from(class),
@@ -236,15 +239,15 @@ impl BlockStore {
             let aligned = t.tokens == t.shared.len() * BLOCK_TOKENS;
             let serial = self.next_key(slot, tokens).filter(|_| aligned).and_then(|key| self.index.get(&key).copied());
             let Some(serial) = serial else { return self.text(slot).tokens };
-            let pages = self.use_published(serial);
+            let block = self.use_published(serial);
             let t = self.text_mut(slot);
-            let at = t.shared.len();
             // Room that was made for this block already is not needed.
-            let surplus = if t.blocks > at {
-                Some(t.replace(at, pages))
-            } else {
-                t.push(pages);
-                None
+            let surplus = match t.blocks.get_mut(t.shared.len()) {
+                Some(mine) => Some(std::mem::replace(mine, block)),
+                None => {
+                    t.blocks.push(block);
+                    None
+                }
             };
             t.shared.push(serial);
             t.tokens += BLOCK_TOKENS;
@@ -261,14 +264,13 @@ impl BlockStore {
         let at = t.shared.len();
         let rest = tokens.get(at * BLOCK_TOKENS..).unwrap_or_default();
         let rest = &rest[..rest.len().min(BLOCK_TOKENS)];
-        let ready = t.tokens == at * BLOCK_TOKENS && t.blocks > at;
+        let ready = t.tokens == at * BLOCK_TOKENS && t.blocks.len() > at;
         let Some((n, serial)) = self.nearest(t.last(), rest).filter(|_| ready) else { return self.text(slot).tokens };
         let clock = self.tick();
         self.touch(serial, clock);
-        let theirs = self.published.get(&serial).map(|p| p.pages.clone()).unwrap_or_default();
-        let mine = theirs.iter().map(|page| Arc::new(KvPage::clone(page))).collect();
+        let (mine, theirs) = (self.text(slot).blocks[at], self.published.get(&serial).map(|p| p.block));
+        theirs.iter().for_each(|&theirs| self.pools.iter_mut().for_each(|p| p.copy(theirs, mine)));
         let t = self.text_mut(slot);
-        t.replace(at, mine);
         t.tail.extend_from_slice(&rest[..n]);
         t.tokens += n;
         t.written.fill(t.tokens);
@@ -289,13 +291,13 @@ impl BlockStore {
     /// none.
     #[track_caller]
     pub fn reserve(&mut self, slot: usize, tokens: usize) -> bool {
-        let need = tokens.div_ceil(BLOCK_TOKENS).saturating_sub(self.text(slot).blocks);
+        let need = tokens.div_ceil(BLOCK_TOKENS).saturating_sub(self.text(slot).blocks.len());
         if need > self.available() {
             return false;
         }
         for _ in 0..need {
-            let pages = self.fresh();
-            self.text_mut(slot).push(pages);
+            let block = self.fresh();
+            self.text_mut(slot).blocks.push(block);
         }
         true
     }
@@ -311,16 +313,16 @@ impl BlockStore {
                 // enough.
                 Some(&serial) => {
                     let theirs = self.use_published(serial);
-                    let mine = self.text_mut(slot).replace(i, theirs);
+                    let mine = std::mem::replace(&mut self.text_mut(slot).blocks[i], theirs);
                     self.spare.push(mine);
                     serial
                 }
                 None => {
                     let serial = self.next;
                     self.next += 1;
-                    let pages = self.text(slot).block(i);
+                    let block = self.text(slot).blocks[i];
                     self.index.insert(key.clone(), serial);
-                    self.published.insert(serial, Published { key, pages, users: 1, used: clock, depth: i });
+                    self.published.insert(serial, Published { key, block, users: 1, used: clock, depth: i });
                     serial
                 }
             };
@@ -347,14 +349,11 @@ impl BlockStore {
         let clock = self.tick();
         let mut t = self.texts[slot].take().expect("an open text");
         let whole = t.shared.len();
-        while t.blocks > whole + usize::from(!t.tail.is_empty()) {
-            self.spare.push(t.pop());
+        let kept = (whole + usize::from(!t.tail.is_empty())).min(t.blocks.len());
+        self.spare.extend(t.blocks.drain(kept..).rev());
+        if let Some(&block) = t.blocks.get(whole) {
+            self.keep_tail((t.last(), t.tail.as_slice().into()), block, clock, whole);
         }
-        if !t.tail.is_empty() {
-            let pages = t.pop();
-            self.keep_tail((t.last(), t.tail.as_slice().into()), pages, clock, whole);
-        }
-        drop(t.layers);
         for serial in t.shared {
             let p = self.published.get_mut(&serial).expect("a block in use is published");
             self.shared -= usize::from(p.users == 2);
@@ -367,28 +366,28 @@ impl BlockStore {
     }
 
     /// Publishes a block that is not full, unless another one holds what it holds; one that holds less makes way.
-    fn keep_tail(&mut self, key: Key, pages: Vec<Arc<KvPage>>, clock: u64, depth: usize) {
+    fn keep_tail(&mut self, key: Key, block: u32, clock: u64, depth: usize) {
         let near = self.nearest(key.0, &key.1);
         if let Some((_, serial)) = near.filter(|(n, _)| *n == key.1.len()) {
             self.touch(serial, clock);
-            self.spare.push(pages);
+            self.spare.push(block);
             return;
         }
         if let Some((_, serial)) = near.filter(|(n, serial)| self.published[serial].key.1.len() == *n) {
-            let pages = self.remove(serial);
-            self.spare.extend(pages);
+            let less = self.remove(serial);
+            self.spare.extend(less);
         }
         let serial = self.next;
         self.next += 1;
         self.index.insert(key.clone(), serial);
-        self.published.insert(serial, Published { key, pages, users: 0, used: clock, depth });
+        self.published.insert(serial, Published { key, block, users: 0, used: clock, depth });
         self.idle.insert((clock, Reverse(depth), serial));
     }
 
     /// Throws away every cached block that nobody uses.
     pub fn forget(&mut self) {
-        while let Some(pages) = self.evict() {
-            self.spare.push(pages);
+        while let Some(block) = self.evict() {
+            self.spare.push(block);
         }
     }
 
@@ -397,8 +396,8 @@ impl BlockStore {
         self.clock
     }
 
-    /// The pages of a published block, with one user more.
-    fn use_published(&mut self, serial: u64) -> Vec<Arc<KvPage>> {
+    /// The number of a published block, with one user more.
+    fn use_published(&mut self, serial: u64) -> u32 {
         let clock = self.tick();
         let p = self.published.get_mut(&serial).expect("an indexed block is published");
         if p.users == 0 {
@@ -407,7 +406,7 @@ impl BlockStore {
         p.users += 1;
         self.shared += usize::from(p.users == 2);
         p.used = clock;
-        p.pages.clone()
+        p.block
     }
 
     /// Marks a published block as used at `clock`, if nobody uses it now.
@@ -419,30 +418,32 @@ impl BlockStore {
     }
 
     /// A block of one's own. The caller has seen that one is available.
-    fn fresh(&mut self) -> Vec<Arc<KvPage>> {
-        if let Some(pages) = self.spare.pop() {
-            return pages;
+    fn fresh(&mut self) -> u32 {
+        if let Some(block) = self.spare.pop() {
+            return block;
         }
         if self.made < self.total {
+            let block = self.gone.pop().unwrap_or(self.made as u32);
             self.made += 1;
-            return self.layouts.iter().map(|&l| Arc::new(KvPage::new(l, self.format))).collect();
+            self.pools.iter_mut().for_each(|p| p.reserve(block));
+            return block;
         }
         self.evict().expect("a block is available")
     }
 
     /// Throws away the published block that was not used for longest.
-    fn evict(&mut self) -> Option<Vec<Arc<KvPage>>> {
+    fn evict(&mut self) -> Option<u32> {
         let &(_, _, serial) = self.idle.first()?;
         self.evicted += 1;
         self.remove(serial)
     }
 
     /// Takes out a published block that nobody uses.
-    fn remove(&mut self, serial: u64) -> Option<Vec<Arc<KvPage>>> {
+    fn remove(&mut self, serial: u64) -> Option<u32> {
         let p = self.published.remove(&serial)?;
         self.idle.remove(&(p.used, Reverse(p.depth), serial));
         self.index.remove(&p.key);
-        Some(p.pages)
+        Some(p.block)
     }
 
     #[track_caller]
@@ -470,51 +471,41 @@ impl Text {
     fn last(&self) -> u64 {
         self.shared.last().copied().unwrap_or(self.beginning)
     }
-
-    /// Adds a block: a page for each layer with attention.
-    fn push(&mut self, pages: Vec<Arc<KvPage>>) {
-        self.blocks += 1;
-        self.layers.iter_mut().zip(pages).for_each(|(layer, page)| layer.push(page));
-    }
-
-    fn pop(&mut self) -> Vec<Arc<KvPage>> {
-        self.blocks -= 1;
-        self.layers.iter_mut().filter_map(Vec::pop).collect()
-    }
-
-    fn block(&self, i: usize) -> Vec<Arc<KvPage>> {
-        self.layers.iter().filter_map(|l| l.get(i).cloned()).collect()
-    }
-
-    fn replace(&mut self, i: usize, pages: Vec<Arc<KvPage>>) -> Vec<Arc<KvPage>> {
-        let slots = self.layers.iter_mut().filter_map(|l| l.get_mut(i));
-        slots.zip(pages).map(|(slot, page)| std::mem::replace(slot, page)).collect()
-    }
 }
 
-impl KvStore for BlockStore {
-    fn write(&mut self, layer: usize, batch: &Batch, keys: MatRef<'_>, values: MatRef<'_>) -> Result<(), ModelError> {
-        for r in 0..batch.rows() {
-            let (slot, position) = (batch.sequence(r), batch.positions()[r]);
-            let store = |what: String| ModelError::Store { what };
+impl<B: Backend> KvStore<B> for BlockStore<B> {
+    fn prepare(&mut self, layer: usize, batch: &Batch) -> Result<(), ModelError> {
+        let store = |what: String| ModelError::Store { what };
+        for (slot, rows) in batch.runs() {
             let (_, place) = self.place(layer, slot)?;
             let t = self.text_mut(slot);
-            let have = t.written[place];
-            if position > have {
-                return Err(store(format!("position {position} of text {slot} in block {layer} after only {have}")));
+            for &position in &batch.positions()[rows] {
+                let have = t.written[place];
+                if position > have {
+                    return Err(store(format!(
+                        "position {position} of text {slot} in block {layer} after only {have}"
+                    )));
+                }
+                if position / BLOCK_TOKENS >= t.blocks.len() {
+                    return Err(store(format!("no room was made for position {position} of text {slot}")));
+                }
+                if position / BLOCK_TOKENS < t.shared.len() {
+                    return Err(store(format!("position {position} of text {slot} lies in a published block")));
+                }
+                t.written[place] = have.max(position + 1);
             }
-            let page = t.layers[place].get_mut(position / BLOCK_TOKENS);
-            let page = page.ok_or_else(|| store(format!("no room was made for position {position} of text {slot}")))?;
-            let page = Arc::get_mut(page)
-                .ok_or_else(|| store(format!("position {position} of text {slot} lies in a published block")))?;
-            page.write(position % BLOCK_TOKENS, keys.row(r), values.row(r));
-            t.written[place] = have.max(position + 1);
         }
         Ok(())
     }
 
-    fn view(&self, layer: usize, slot: usize) -> Result<KvView<'_>, ModelError> {
+    fn table(&self, layer: usize, slot: usize) -> Result<Table<'_>, ModelError> {
         let (t, place) = self.place(layer, slot)?;
-        Ok(KvView { pages: &t.layers[place], tokens: t.written[place] })
+        Ok(Table { blocks: &t.blocks, tokens: t.written[place] })
+    }
+
+    fn pages(&mut self, layer: usize) -> Result<&mut B::Pages, ModelError> {
+        let place = self.places.get(layer).copied().flatten();
+        let place = place.ok_or_else(|| ModelError::Store { what: format!("block {layer} has no attention") })?;
+        Ok(&mut self.pools[place])
     }
 }

@@ -21,7 +21,7 @@ pub struct RunPlan {
 }
 
 /// The questions of run time, in the order in which plans list them.
-pub const QUESTIONS: [&str; 4] = ["draft", "keep", "select", "gate"];
+pub const QUESTIONS: [&str; 1] = ["draft"];
 
 impl RunPlan {
     /// Nothing drafted, nothing left out.

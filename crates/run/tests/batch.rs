@@ -389,7 +389,7 @@ fn vectors_do_not_depend_on_company_or_chunks() {
 fn leftovers_of_other_texts_are_never_read() {
     // A store whose every page was once full of NaN.
     use lacuna_base::Mat;
-    use lacuna_model::{Batch, KvStore, NoTap};
+    use lacuna_model::{Backend, Batch, Cpu, KvStore, NoTap, Tables};
     let e = engine("gemma3");
     let spec = &e.model().spec;
     let tokens: Vec<u32> = (0..75).map(|i| 3 + i % 90).collect();
@@ -408,7 +408,12 @@ fn leftovers_of_other_texts_are_never_read() {
     for layer in 0..spec.layers.len() {
         let a = spec.layers[layer].attn.as_ref().unwrap();
         let bad = Mat::from_fn(128, a.kv_heads * a.head_dim, |_, _| f32::NAN);
-        store.write(layer, &Batch::one(slot, 0..128), bad.view(), bad.view()).unwrap();
+        let batch = Batch::one(slot, 0..128);
+        KvStore::<Cpu>::prepare(&mut store, layer, &batch).unwrap();
+        let mut tables = Tables::default();
+        tables.push(layer, [KvStore::<Cpu>::table(&store, layer, slot).unwrap()]);
+        let (step, bad) = (Cpu.begin(&batch, tables), Cpu.upload(bad.view()));
+        Cpu.write(store.pages(layer).unwrap(), layer, &step, &bad, &bad);
     }
     store.close(slot);
     assert_eq!(run(&mut store), clean);

@@ -169,7 +169,7 @@ pub fn serve(served: Served, options: Options, listener: TcpListener, stop: &Sto
     let scheduler = Scheduler::new(engine, tokenizer.clone(), limits);
     let context = scheduler.most_tokens();
     anyhow::ensure!(context > 1, "the room for keys and values holds no text: give more of it");
-    let metrics = Arc::new(metrics::Metrics { plan: methods, ..metrics::Metrics::default() });
+    let metrics = Arc::new(metrics::Metrics::of(methods));
     let (worker, thread) = worker::Worker::start(scheduler, limits.batch, options.queue, Arc::clone(&metrics))
         .context("the engine's thread")?;
     let app = Arc::new(app::App {

@@ -77,7 +77,7 @@ pub struct Metrics {
     /// Times that the engine panicked and began anew.
     pub panics: AtomicU64,
     /// Question and method of each part of the run plan.
-    pub plan: Vec<(&'static str, &'static str)>,
+    plan: Vec<(&'static str, &'static str)>,
     /// Open connections.
     pub connections: AtomicUsize,
     /// Connections for which there was no room.
@@ -108,6 +108,11 @@ impl Default for Metrics {
 }
 
 impl Metrics {
+    /// Of a model that runs under a plan: question and method of each part.
+    pub fn of(plan: Vec<(&'static str, &'static str)>) -> Metrics {
+        Metrics { plan, ..Metrics::default() }
+    }
+
     /// A request to `endpoint` was answered with `status`.
     pub fn request(&self, endpoint: &'static str, status: u16) {
         *lock(&self.requests).entry((endpoint, status)).or_default() += 1;

@@ -14,7 +14,7 @@ use std::collections::{BTreeMap, HashMap};
 use lacuna_base::MatRef;
 use lacuna_checkpoint::Imatrix;
 use lacuna_contract::{Ask, Gathered, Site, Stats, Unit, Worked};
-use lacuna_model::{BlockPart, Tap, Wants};
+use lacuna_model::{Backend, BlockPart, ModelError, Shown, Tap, Wants};
 use lacuna_spec::{Place, Role, Spec};
 
 /// What a reducer is shown.
@@ -206,7 +206,16 @@ impl Statistics {
     }
 }
 
-impl Tap for Gather {
+impl Gather {
+    /// Takes in rows that multiply the matrix at `place`.
+    pub(crate) fn see(&mut self, place: &Place, x: MatRef<'_>) {
+        let Some(running) = self.sites.get_mut(&Site::Matrix(*place)) else { return };
+        running.tokens += x.rows() as u64;
+        running.reducers.iter_mut().for_each(|(_, r)| r.see(&Event::Input(x)));
+    }
+}
+
+impl<B: Backend> Tap<B> for Gather {
     fn wants(&self) -> Wants {
         Wants {
             inputs: self.sites.keys().any(|s| matches!(s, Site::Matrix(_))),
@@ -215,14 +224,21 @@ impl Tap for Gather {
         }
     }
 
-    fn input(&mut self, place: &Place, x: MatRef<'_>) {
-        let Some(running) = self.sites.get_mut(&Site::Matrix(*place)) else { return };
-        running.tokens += x.rows() as u64;
-        running.reducers.iter_mut().for_each(|(_, r)| r.see(&Event::Input(x)));
+    fn input(&mut self, place: &Place, x: Shown<'_, B>) -> Result<(), ModelError> {
+        if self.sites.contains_key(&Site::Matrix(*place)) {
+            self.see(place, x.download()?.view());
+        }
+        Ok(())
     }
 
-    fn residual(&mut self, layer: usize, part: BlockPart, before: MatRef<'_>, after: MatRef<'_>) {
-        let Some(running) = self.sites.get_mut(&Site::Layer(layer)) else { return };
+    fn residual(
+        &mut self,
+        layer: usize,
+        part: BlockPart,
+        before: Shown<'_, B>,
+        after: Shown<'_, B>,
+    ) -> Result<(), ModelError> {
+        let Some(running) = self.sites.get_mut(&Site::Layer(layer)) else { return Ok(()) };
         let unit = match part {
             BlockPart::Block => Unit::Block,
             BlockPart::Attention => Unit::Attention,
@@ -231,6 +247,9 @@ impl Tap for Gather {
         if unit == Unit::Block {
             running.tokens += before.rows() as u64;
         }
-        running.reducers.iter_mut().for_each(|(_, r)| r.see(&Event::Residual(unit, before, after)));
+        let (before, after) = (before.download()?, after.download()?);
+        let event = Event::Residual(unit, before.view(), after.view());
+        running.reducers.iter_mut().for_each(|(_, r)| r.see(&event));
+        Ok(())
     }
 }

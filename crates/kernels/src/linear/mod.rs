@@ -10,11 +10,13 @@ mod products;
 mod tests;
 mod transposed;
 
+use std::sync::{Mutex, PoisonError};
+
 use lacuna_base::{MatMut, MatRef};
 use lacuna_format::{FormatError, Map, Piece, Stored, Term};
 
 use crate::op::matmul::Out;
-use crate::{Isa, scratch};
+use crate::{Isa, parallel, scratch};
 use form::Packed;
 pub(crate) use form::codecs;
 use maps::{Turn, mapped, mapping};
@@ -60,6 +62,16 @@ pub struct Linear {
     input: Vec<Turn>,
     output: Vec<Turn>,
     packing: Packing,
+}
+
+/// Matrices of the same rows.
+pub struct Group<'a, const N: usize> {
+    /// The matrices.
+    pub all: [&'a Linear; N],
+    /// What they multiply, `[n, inputs]`.
+    pub x: MatRef<'a>,
+    /// What comes out of each, `[n, outputs]`, overwritten.
+    pub out: [MatMut<'a>; N],
 }
 
 /// A packed summand.
@@ -188,7 +200,26 @@ impl Linear {
         }
     }
 
-    /// The same; with `done`, `x` has been through the maps of the inputs.
+    /// [`Linear::forward_all`] of several groups, each with rows and results of its own. Groups enough for all threads
+    /// are shared out whole; fewer come one after the other, each shared out.
+    #[track_caller]
+    pub fn forward_groups<const N: usize>(groups: Vec<Group<'_, N>>) {
+        let work = |g: &Group<'_, N>| g.x.rows() * g.all.iter().map(|l| l.rows * l.cols).sum::<usize>();
+        let (count, cost) = (groups.len(), groups.iter().map(work).sum::<usize>() / groups.len().max(1));
+        let run = |mut g: Group<'_, N>| Linear::forward_all(g.all, g.x, &mut g.out);
+        if count < parallel::threads().max(2) {
+            return groups.into_iter().for_each(run);
+        }
+        let groups: Vec<_> = groups.into_iter().map(|g| Mutex::new(Some(g))).collect();
+        parallel::ranges(count, 1, 1, cost, |from, to| {
+            for group in &groups[from..to] {
+                let group = group.lock().unwrap_or_else(PoisonError::into_inner).take();
+                group.into_iter().for_each(run);
+            }
+        });
+    }
+
+    /// As [`Linear::forward_all`]; with `done`, `x` has been through the maps of the inputs.
     fn all_behind<const N: usize>(all: [&Linear; N], x: MatRef<'_>, out: &mut [MatMut<'_>; N], done: bool) {
         let single = |l: &Linear| match &l.terms[..] {
             [PackedTerm::Piece(form)] if l.rows > 0 && (done || l.input.is_empty()) && l.output.is_empty() => {

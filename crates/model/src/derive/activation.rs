@@ -45,7 +45,8 @@ pub fn softcap(cap: f32, y: &[f32], d: &mut [f32]) {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::derive::twin::{self, check};
+    use crate::backend::naive;
+    use crate::derive::differences::check;
     use lacuna_base::Mat;
     use lacuna_base::testkit::random;
 
@@ -56,12 +57,12 @@ mod tests {
             let [mut dx, mut dgate, mut dup] = [(); 3].map(|()| Mat::zeros(20, 37));
             activation(act, x.view(), dy.view(), dx.view_mut());
             check(&format!("{act:?}"), dy.data(), &[(x.data(), dx.data())], |v| {
-                v[0].iter().map(|&x| twin::activation(act, x)).collect()
+                v[0].iter().map(|&x| naive::activation(act, x)).collect()
             });
             gated_activation(act, x.view(), up.view(), dy.view(), dgate.view_mut(), dup.view_mut());
             let pairs = [(x.data(), dgate.data()), (up.data(), dup.data())];
             check(&format!("gated {act:?}"), dy.data(), &pairs, |v| {
-                v[0].iter().zip(&v[1]).map(|(&x, up)| twin::activation(act, x) * up).collect()
+                v[0].iter().zip(&v[1]).map(|(&x, up)| naive::activation(act, x) * up).collect()
             });
         }
     }

@@ -127,10 +127,10 @@ fn one(p: &Attention, [q, k, v]: [&Mat; 3], out: &Mat, dout: &Mat) -> [Mat; 3] {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::derive::twin::{self, check};
+    use crate::backend::naive;
+    use crate::derive::differences::check;
     use lacuna_base::testkit::random;
-    use lacuna_kernels::{KvFormat, KvLayout, KvPage, KvView};
-    use std::sync::Arc;
+    use lacuna_kernels::{KvFormat, KvLayout, KvPool, KvView};
 
     #[test]
     fn agrees_with_finite_differences_of_the_definition() {
@@ -146,14 +146,16 @@ mod tests {
             let [q, dout] = [1, 2].map(|seed| random(tokens, p.heads * dim, seed));
             let [k, v] = [3, 4].map(|seed| random(tokens, kv_heads * dim, seed));
             let layout = KvLayout { kv_heads, head_dim: dim, page_tokens: 96 };
-            let mut page = KvPage::new(layout, KvFormat::F32);
-            (0..tokens).for_each(|t| page.write(t, k.row(t), v.row(t)));
+            let mut pool = KvPool::new(layout, KvFormat::F32);
+            pool.reserve(0);
+            (0..tokens).for_each(|t| pool.page_mut(0).write(t, k.row(t), v.row(t)));
             let mut out = Mat::zeros(tokens, q.cols());
             let positions: Vec<usize> = (0..tokens).collect();
-            p.run(q.view(), &positions, &KvView { pages: &[Arc::new(page)], tokens }, out.view_mut());
+            let kv = KvView { pool: &pool, blocks: &[0], tokens };
+            p.run(q.view(), &positions, &[(0..tokens, kv)], out.view_mut());
             let got = attention(&p, dim, [q.view(), k.view(), v.view()], out.view(), dout.view());
             let pairs = [(q.data(), got.q.data()), (k.data(), got.k.data()), (v.data(), got.v.data())];
-            check(name, dout.data(), &pairs, |a| twin::attention(&p, dim, kv_heads, &a[0], &a[1], &a[2]));
+            check(name, dout.data(), &pairs, |a| naive::attention(&p, dim, kv_heads, &a[0], &a[1], &a[2]));
         }
     }
 
@@ -165,7 +167,7 @@ mod tests {
         let [k, v] = [3, 4].map(|seed| random(tokens, dim, seed));
         let args: Vec<Vec<f64>> =
             [&q, &k, &v].iter().map(|m| m.data().iter().map(|&x| f64::from(x)).collect()).collect();
-        let exact = twin::attention(&p, dim, 1, &args[0], &args[1], &args[2]);
+        let exact = naive::attention(&p, dim, 1, &args[0], &args[1], &args[2]);
         let out = Mat::from_vec(tokens, 2 * dim, exact.iter().map(|&x| x as f32).collect());
         let got = attention(&p, dim, [q.view(), k.view(), v.view()], out.view(), dout.view());
         for (i, gradient) in [&got.q, &got.k, &got.v].into_iter().enumerate() {
@@ -173,7 +175,7 @@ mod tests {
             let moved = |h: f64| {
                 let mut args = args.clone();
                 args[i].iter_mut().zip(direction.data()).for_each(|(a, d)| *a += h * f64::from(*d));
-                let y = twin::attention(&p, dim, 1, &args[0], &args[1], &args[2]);
+                let y = naive::attention(&p, dim, 1, &args[0], &args[1], &args[2]);
                 y.iter().zip(dout.data()).map(|(y, d)| y * f64::from(*d)).sum::<f64>()
             };
             let want = (moved(1e-5) - moved(-1e-5)) / 2e-5;

@@ -3,29 +3,32 @@
 use lacuna_base::{Mat, MatRef};
 use lacuna_spec::Experts;
 
+use crate::backend::Routes;
+
 /// The gradient of the router's logits, `[rows, experts]`.
 ///
 /// `p` is the softmax of the logits, `[rows, experts]`; `routes` the rows of each expert with their weights and
-/// `dweights` the gradients of those weights. Gradients flow through the weights of the chosen experts, not through the
-/// choice: where a row's weights are made to sum to 1, `dp_e = (dw_e - Σ dw w) / Σ p` over the chosen, else
-/// `dp_e = dw_e`; then through the softmax over all experts.
+/// `dweights` the gradients of those weights, in the same order. Gradients flow through the weights of the chosen
+/// experts, not through the choice: where a row's weights are made to sum to 1, `dp_e = (dw_e - Σ dw w) / Σ p` over the
+/// chosen, else `dp_e = dw_e`; then through the softmax over all experts.
 #[track_caller]
-pub fn routing(p: MatRef<'_>, routes: &[Vec<(usize, f32)>], dweights: &[Vec<f32>], choice: Experts) -> Mat {
-    assert!(routes.len() == p.cols() && dweights.len() == p.cols(), "routes of {} experts", p.cols());
+pub(crate) fn routing(p: MatRef<'_>, routes: &Routes, dweights: &[f32], choice: Experts) -> Mat {
+    assert_eq!(routes.starts.len(), p.cols() + 1, "routes of {} experts", p.cols());
+    assert_eq!(routes.weights.len(), dweights.len(), "a gradient for each weight");
     // Of every row: the sum of the chosen ones' p, and of dw w.
     let (mut total, mut along) = (vec![0.0f32; p.rows()], vec![0.0f32; p.rows()]);
     let mut d = Mat::zeros(p.rows(), p.cols());
-    for (e, (rows, dw)) in routes.iter().zip(dweights).enumerate() {
-        assert_eq!(rows.len(), dw.len(), "a gradient for each weight");
-        for (&(r, w), &dw) in rows.iter().zip(dw) {
+    for (e, at) in routes.busy() {
+        for i in at {
+            let (r, w, dw) = (routes.rows[i], routes.weights[i], dweights[i]);
             d[(r, e)] = dw;
             total[r] += p.at(r, e);
             along[r] += dw * w;
         }
     }
     if choice.normalize {
-        for (e, rows) in routes.iter().enumerate() {
-            for &(r, _) in rows {
+        for (e, at) in routes.busy() {
+            for &r in &routes.rows[at] {
                 d[(r, e)] = (d[(r, e)] - along[r]) / total[r];
             }
         }
@@ -41,8 +44,9 @@ pub fn routing(p: MatRef<'_>, routes: &[Vec<(usize, f32)>], dweights: &[Vec<f32>
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::block::route;
-    use crate::derive::twin::{check, softmax};
+    use crate::backend::naive::softmax;
+    use crate::backend::route;
+    use crate::derive::differences::check;
     use lacuna_base::testkit::random;
 
     #[test]
@@ -53,20 +57,17 @@ mod tests {
             let mut p = logits.clone();
             let routes = route(&mut p, choice);
             // What comes out: the weights, expert by expert.
-            let flat: Vec<f32> = random(1, 12, 2).into_vec();
-            let mut rest = flat.iter().copied();
-            let dweights: Vec<Vec<f32>> = routes.iter().map(|r| rest.by_ref().take(r.len()).collect()).collect();
+            let dweights: Vec<f32> = random(1, 12, 2).into_vec();
             let d = routing(p.view(), &routes, &dweights, choice);
-            check(&format!("normalize {normalize}"), &flat, &[(logits.data(), d.data())], |v| {
+            check(&format!("normalize {normalize}"), &dweights, &[(logits.data(), d.data())], |v| {
                 let p: Vec<Vec<f64>> = v[0].chunks(5).map(softmax).collect();
-                let total = |r: usize| -> f64 {
-                    let chosen = routes.iter().enumerate().filter(|(_, rows)| rows.iter().any(|x| x.0 == r));
-                    if normalize { chosen.map(|(e, _)| p[r][e]).sum() } else { 1.0 }
-                };
-                let of = |(e, rows): (usize, &Vec<(usize, f32)>)| -> Vec<f64> {
-                    rows.iter().map(|&(r, _)| p[r][e] / total(r)).collect()
-                };
-                routes.iter().enumerate().flat_map(of).collect()
+                let routes = &routes;
+                let chosen = |r: usize| routes.busy().filter(move |(_, at)| routes.rows[at.clone()].contains(&r));
+                let total = |r: usize| -> f64 { if normalize { chosen(r).map(|(e, _)| p[r][e]).sum() } else { 1.0 } };
+                let (p, total) = (&p, &total);
+                let of =
+                    |(e, at): (usize, std::ops::Range<usize>)| routes.rows[at].iter().map(move |&r| p[r][e] / total(r));
+                routes.busy().flat_map(of).collect()
             });
         }
     }

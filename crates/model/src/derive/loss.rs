@@ -1,14 +1,15 @@
 //! The head and the loss: mean next-token cross-entropy of one sequence, and its gradient before the final norm.
 
+use std::rc::Rc;
+
 use lacuna_base::{Mat, MatRef};
 use lacuna_format::Weights;
-use lacuna_kernels::{Transposed, softmax_lanes};
+use lacuna_kernels::{Activations, softmax_lanes};
 
-use super::block::through_norm;
-use super::rows::{chunks, zeros};
+use super::recorder::{Gradients, Recorder};
+use super::rows::{chunks, copy, zeros};
 use super::sink::GradientSink;
-use super::{product, softcap};
-use crate::parts::tensor;
+use crate::backend::Backend;
 use crate::{Head, Lent, ModelError};
 
 /// Bytes of logits that are there at a time, about.
@@ -34,19 +35,18 @@ pub fn cross_entropy(logits: &mut Mat, targets: &[u32], factor: f32) -> f64 {
     losses.iter().sum()
 }
 
-/// The head, with what its way back needs.
+/// The head, which remembers: the decoder's own, over the recorder.
 pub struct RecordedHead {
-    head: Head,
-    matrix: Transposed,
+    recorder: Recorder,
+    head: Head<Recorder>,
 }
 
 impl RecordedHead {
     /// Loads the final norm and the output projection (the embedding itself where they are tied).
     pub fn load(weights: &dyn Weights) -> Result<RecordedHead, ModelError> {
-        let head = Head::load(weights)?;
-        let stored = tensor(weights, head.place)?;
-        let matrix = Transposed::new(&stored).map_err(|e| ModelError::bad(&head.place, e))?;
-        Ok(RecordedHead { head, matrix })
+        let recorder = Recorder::default();
+        let head = Head::load_on(&recorder, weights, Activations::Exact)?;
+        Ok(RecordedHead { recorder, head })
     }
 
     /// The mean next-token loss of one sequence, in nats, from the residual stream `x` after the last block,
@@ -59,7 +59,7 @@ impl RecordedHead {
         tokens: &[u32],
         sink: &mut dyn GradientSink,
     ) -> Result<(f64, Lent), ModelError> {
-        let step = (LOGITS_BYTES / (4 * self.matrix.rows().max(1))).clamp(16, 1024);
+        let step = (LOGITS_BYTES / (4 * self.head.vocab.max(1))).clamp(16, 1024);
         self.backward_by(step, x, tokens, sink)
     }
 
@@ -72,57 +72,44 @@ impl RecordedHead {
         sink: &mut dyn GradientSink,
     ) -> Result<(f64, Lent), ModelError> {
         assert_eq!(x.rows(), tokens.len(), "a row for each token");
-        let (n, vocab) = (tokens.len().saturating_sub(1), self.matrix.rows());
+        let (n, vocab) = (tokens.len().saturating_sub(1), self.head.vocab);
         if n == 0 {
             return Err(ModelError::Short { tokens: tokens.len() });
         }
         if let Some(&token) = tokens.iter().find(|&&t| t as usize >= vocab) {
             return Err(ModelError::Token { token, vocab });
         }
-        let h = self.head.input(x);
+        let read = self.recorder.upload(x);
+        let h = self.head.normed(&read);
+        let normed = self.recorder.take();
         let mut dh = zeros(x.rows(), x.cols());
         let mut loss = 0.0;
-        let mut logits = Lent::new(0, 0);
         for from in (0..n).step_by(step) {
             let to = (from + step).min(n);
-            let rows = h.view().rows_range(from, to);
-            if logits.rows() != to - from {
-                logits = Lent::new(to - from, vocab);
-            }
-            self.head.project(rows, &mut logits);
-            let capped = self.head.softcap.map(|cap| (cap, logits.clone()));
-            loss += cross_entropy(&mut logits, &tokens[from + 1..=to], (1.0 / n as f64) as f32);
-            if let Some((cap, y)) = capped {
-                softcap(cap, y.data(), logits.data_mut());
-            }
-            if self.head.scale != 1.0 {
-                logits.data_mut().iter_mut().for_each(|d| *d *= self.head.scale);
-            }
-            if sink.wants(&self.head.place) {
-                sink.gradient(&self.head.place, rows, logits.view());
-            }
-            let hidden = x.cols();
-            let dh = lacuna_base::MatMut::new(to - from, hidden, &mut dh.data_mut()[from * hidden..to * hidden]);
-            product(&self.matrix, logits.view(), dh);
+            let rows = self.recorder.upload(h.value.view().rows_range(from, to));
+            let logits = self.head.project(&rows);
+            let tape = self.recorder.take();
+            // Memory that nothing else holds becomes the gradient's.
+            let mut d = Rc::try_unwrap(logits.value).unwrap_or_else(|shared| copy(shared.view()));
+            loss += cross_entropy(&mut d, &tokens[from + 1..=to], (1.0 / n as f64) as f32);
+            let mut d = Gradients::of(logits.id, d);
+            tape.back(&mut d, sink);
+            let back = d.take(rows.id).expect("a product with every row");
+            dh.data_mut()[from * x.cols()..to * x.cols()].copy_from_slice(back.data());
         }
-        let dx = match &self.head.norm {
-            None => dh,
-            Some(norm) => {
-                let mut dx = zeros(x.rows(), x.cols());
-                through_norm(norm, x, dh.view(), dx.view_mut(), sink);
-                dx
-            }
-        };
+        let mut d = Gradients::of(h.id, dh);
+        normed.back(&mut d, sink);
         sink.end_of_sequence();
-        Ok((loss / n as f64, dx))
+        Ok((loss / n as f64, d.take(read.id).expect("every row was read")))
     }
 }
 
 #[cfg(test)]
 mod tests {
     use super::*;
+    use crate::backend::naive::{linear, norm, softmax};
+    use crate::derive::differences::check;
     use crate::derive::product_weight;
-    use crate::derive::twin::{check, linear, norm, softmax};
     use lacuna_base::testkit::{max_abs_diff, random};
     use lacuna_format::{Float, PatternKind, Stored, WeightsError, pack_float};
     use lacuna_spec::{Norm, NormKind, Part, Place, Positions, Role, Spec};

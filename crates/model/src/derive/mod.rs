@@ -2,7 +2,7 @@
 //!
 //! Beside every operation of the decoder stands its adjoint, a plain function of the same values: what is known of the
 //! loss's gradient after the operation becomes what is known before it. [`RecordedBlock`] runs a block's own forward
-//! with a tap that keeps what its way back needs; [`gradients`] walks a model's blocks from last to first, one loaded
+//! over a backend that records what each operation's adjoint reads; [`gradients`] walks a model's blocks from last to first, one loaded
 //! at a time, their inputs in a store that may spill.
 //!
 //! A [`GradientSink`] is shown, for every matrix, the rows that it multiplied and the gradients of what it put out: all
@@ -16,22 +16,24 @@
 mod activation;
 mod attention;
 mod block;
+#[cfg(test)]
+mod differences;
 mod experts;
 mod loss;
 mod norm;
 mod product;
+mod recorder;
 mod rope;
 mod rows;
 mod sink;
 pub mod stats;
-#[cfg(test)]
-mod twin;
+mod tape;
 mod walk;
 
 pub use activation::{activation, gated_activation, softcap};
 pub use attention::{AttentionGradients, attention};
 pub use block::{Record, RecordedBlock};
-pub use experts::routing;
+pub(crate) use experts::routing;
 pub use loss::{RecordedHead, cross_entropy};
 pub use norm::{NormGradients, norm};
 pub use product::{bias, product, product_weight};

@@ -77,7 +77,8 @@ pub fn norm(
 mod tests {
     use super::super::rows::zeros;
     use super::*;
-    use crate::derive::twin::{self, check};
+    use crate::backend::naive;
+    use crate::derive::differences::check;
     use lacuna_base::testkit::random;
 
     #[test]
@@ -93,7 +94,7 @@ mod tests {
                     &format!("{kind:?} {rows} x {cols} over {divisor:?}"),
                     dy.data(),
                     &[(x.data(), dx.data()), (scale.data(), &got.scale), (&bias, &got.bias)],
-                    |v| twin::norm(n, cols, &v[1], &v[2], &v[0]),
+                    |v| naive::norm(n, cols, &v[1], &v[2], &v[0]),
                 );
                 assert!(norm(n, scale.data(), x.view(), dy.view(), dx.view_mut(), false).is_none());
             }

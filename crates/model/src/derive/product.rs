@@ -40,7 +40,8 @@ pub fn bias(dy: MatRef<'_>) -> Vec<f32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::derive::twin::{self, check};
+    use crate::backend::naive;
+    use crate::derive::differences::check;
     use lacuna_base::testkit::random;
     use lacuna_format::{Float, PatternKind, Stored, pack_float};
 
@@ -55,7 +56,7 @@ mod tests {
             product(&Transposed::new(&stored).expect("checked"), dy.view(), dx.view_mut());
             let (dw, db) = (product_weight(x.view(), dy.view()), bias(dy.view()));
             let pairs = [(x.data(), dx.data()), (w.data(), dw.data()), (b.data(), &db[..])];
-            check(&format!("{rows} {out} {inputs}"), dy.data(), &pairs, |v| twin::linear(&v[0], &v[1], &v[2], inputs));
+            check(&format!("{rows} {out} {inputs}"), dy.data(), &pairs, |v| naive::linear(&v[0], &v[1], &v[2], inputs));
         }
     }
 }

@@ -18,7 +18,7 @@ pub fn rope<const N: usize>(
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::derive::twin::check;
+    use crate::derive::differences::check;
     use lacuna_base::testkit::random;
     use lacuna_spec::{Rope, RopeScaling, RopeStyle};
 

@@ -3,18 +3,20 @@
 //!
 //! Segments of 512 absolute positions are softened apart and then added up in order, so that one long query can be
 //! shared between threads. A query's segments, tiles, its bounds in them and every order of summation follow from its
-//! own position: its result is the same bits in any company, alone, in a chunk of any size, with any number of threads.
+//! own position: its result is the same bits in any company, alone, in a chunk of any size, with any number of threads. All
+//! sequences of a call are one region of threads.
 
 mod ops;
 
-use std::sync::Arc;
+use std::ops::Range;
 
+use half::f16;
 use lacuna_base::{MatMut, MatRef};
 
-use crate::kv::{Data, KEY_BLOCK, KvLayout, KvPage, KvView};
+use crate::kv::{KEY_BLOCK, KvFormat, KvLayout, KvView};
 use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
-use ops::{Element, Finish, Merge, Mix, Scores, Soften, Tile, Widen};
+use ops::{Element, Finish, Merge, Mix, Parts, Scores, Soften, Tile, Widen};
 
 /// What attention does with scores.
 #[derive(Clone, Copy, Debug, PartialEq)]
@@ -43,128 +45,172 @@ const SEGMENT: usize = 4 * TILE;
 const SIDE: usize = 8;
 /// From how many queries on a tile's keys and values are widened to f32 once, for all of them.
 const WIDEN: usize = 16;
+/// Values of partial results that a call may hold, at most: 64 MB. Beyond, segments are not shared between threads.
+const PARTIALS: usize = 1 << 24;
+
+/// One sequence's part of a call: which rows are its, and how the work on them is cut.
+struct Part<'a> {
+    rows: Range<usize>,
+    kv: &'a KvView<'a>,
+    /// Segments that any of the rows sees.
+    segments: Range<usize>,
+    /// Tasks for all of its segments.
+    tasks: usize,
+    /// Where its partial results begin, where each segment is a job of its own.
+    split: Option<usize>,
+    /// The number of its first job.
+    first: usize,
+}
+
+impl Part<'_> {
+    fn jobs(&self) -> usize {
+        if self.split.is_some() { self.tasks * self.segments.len() } else { self.tasks }
+    }
+}
 
 impl Attention {
-    /// The outputs of one sequence's rows: `q` and `out` are `[rows, heads * head_dim]`, `positions` the rows'
-    /// positions, whose keys (and all before) are in `kv`. Panics where shapes do not fit or a position is not written.
+    /// The outputs of the rows of some sequences: `q` and `out` are `[rows, heads * head_dim]`, `positions` the rows'
+    /// positions. `sequences` are those rows cut into sequences, in order, each with its keys and values: those of its
+    /// positions and all before. Panics where shapes do not fit or a position is not written.
     #[track_caller]
-    pub fn run(&self, q: MatRef<'_>, positions: &[usize], kv: &KvView<'_>, out: MatMut<'_>) {
-        self.run_on(Isa::best(), q, positions, kv, out);
+    pub fn run(&self, q: MatRef<'_>, positions: &[usize], sequences: &[(Range<usize>, KvView<'_>)], out: MatMut<'_>) {
+        self.run_on(Isa::best(), q, positions, sequences, out);
     }
 
     #[track_caller]
-    fn run_on(&self, isa: Isa, q: MatRef<'_>, positions: &[usize], kv: &KvView<'_>, mut out: MatMut<'_>) {
+    fn run_on(
+        &self,
+        isa: Isa,
+        q: MatRef<'_>,
+        positions: &[usize],
+        sequences: &[(Range<usize>, KvView<'_>)],
+        mut out: MatMut<'_>,
+    ) {
         assert_eq!((q.rows(), q.cols()), (out.rows(), out.cols()), "two shapes");
         assert_eq!(q.rows(), positions.len(), "a position for each row");
-        let Some(last) = positions.iter().max() else { return };
-        let layout = kv.pages.first().expect("a sequence with queries has a page").layout();
-        assert!(kv.pages.iter().all(|p| p.layout() == layout), "pages of one layout");
-        assert!(
-            *last < kv.tokens && kv.tokens <= kv.pages.len() * layout.page_tokens,
-            "position {last} of {}",
-            kv.tokens
-        );
+        let Some((_, first)) = sequences.first() else { return assert!(positions.is_empty(), "rows of no sequence") };
+        let (layout, format) = (first.pool.layout(), first.pool.format());
         assert_eq!(q.cols(), self.heads * layout.head_dim, "query heads of another width");
         assert!(self.heads.is_multiple_of(layout.kv_heads), "{} heads over {}", self.heads, layout.kv_heads);
         let group = self.heads / layout.kv_heads;
         let side = group.min(QUERIES);
         let rows = QUERIES / side;
-        let (parts, chunks) = (group.div_ceil(side), q.rows().div_ceil(rows));
-        let low = positions.iter().map(|&p| self.low(p)).min().unwrap_or(0);
-        let segments = low / SEGMENT..last / SEGMENT + 1;
-        let at = Shared(out.raw_mut().as_mut_ptr(), out.stride());
-        let tasks = layout.kv_heads * parts * chunks;
-        let task = |i: usize| {
-            let (i, chunk) = (i / chunks, i % chunks);
-            let (head, part) = (i / parts, i % parts);
-            let first = head * group + part * side;
-            let heads = (first, (first + side).min((head + 1) * group));
-            Task {
-                p: self,
-                q,
-                positions,
-                kv,
-                layout,
-                head,
-                heads,
-                rows: (chunk * rows, ((chunk + 1) * rows).min(q.rows())),
-            }
-        };
-        let mean = kv.tokens.min(self.window.unwrap_or(usize::MAX));
-        let cost = 2 * rows.min(q.rows()) * side * layout.head_dim * mean;
+        let sides = group.div_ceil(side);
+        let mut parts = self.parts(positions, sequences, layout.kv_heads * sides, rows);
+        let tasks: usize = parts.iter().map(|p| p.tasks).sum();
+        let width = layout.padded() + PARTIAL;
         // One query of a long text is little to share but its segments.
-        if segments.len() > 1 && tasks < 4 * parallel::threads() {
-            let width = layout.padded() + PARTIAL;
-            let stride = q.rows() * self.heads * width;
-            return scratch::with(segments.len() * stride, |partial| {
-                let parts = Shared(partial.as_mut_ptr(), width);
-                let n = segments.len();
-                parallel::ranges(tasks * n, 1, usize::MAX, cost / n, |from, to| {
-                    for i in from..to {
-                        let (task, segment) = (task(i / n), segments.start + i % n);
-                        let into = parts.after(i % n * stride);
-                        scratch::with(task.room(), |buffer| {
-                            Run { isa, task, segments: segment..segment + 1, into: Sink::Partial(into), buffer }.run();
-                        });
+        let mut partials = 0;
+        if tasks < 4 * parallel::threads() {
+            for part in parts.iter_mut().filter(|p| p.segments.len() > 1) {
+                let need = part.segments.len() * part.rows.len() * self.heads * width;
+                if partials + need <= PARTIALS {
+                    part.split = Some(partials);
+                    partials += need;
+                }
+            }
+        }
+        let (mut jobs, mut cost) = (0, 0);
+        for part in &mut parts {
+            part.first = jobs;
+            jobs += part.jobs();
+            let mean = part.kv.tokens.min(self.window.unwrap_or(usize::MAX));
+            cost += part.tasks * 2 * rows.min(part.rows.len()) * side * layout.head_dim * mean;
+        }
+        let at = Shared(out.raw_mut().as_mut_ptr(), out.stride());
+        scratch::with(partials, |partial| {
+            let partial = Shared(partial.as_mut_ptr(), width);
+            let job = |i: usize| {
+                let part = &parts[parts.partition_point(|p| p.first <= i) - 1];
+                let (i, n) = (i - part.first, part.segments.len());
+                let (i, segments, sink) = match part.split {
+                    None => (i, part.segments.clone(), Sink::Out(at)),
+                    Some(begin) => {
+                        let (segment, stride) = (i % n, part.rows.len() * self.heads * width);
+                        let whole = part.segments.start + segment;
+                        (i / n, whole..whole + 1, Sink::Partial(partial.after(begin + segment * stride)))
                     }
-                });
-                let low = |r: usize| self.low(positions[r]) / SEGMENT - segments.start;
-                let high = |r: usize| positions[r] / SEGMENT - segments.start;
-                for r in 0..q.rows() {
-                    for h in 0..self.heads {
-                        let partial = parts.after((r * self.heads + h) * width);
-                        let segments = (low(r), high(r));
-                        // SAFETY: the tasks above wrote all segments that the query sees.
+                };
+                let chunks = part.rows.len().div_ceil(rows);
+                let ((i, chunk), from) = ((i / chunks, i % chunks), part.rows.start);
+                let (head, part_of_head) = (i / sides, i % sides);
+                let first = head * group + part_of_head * side;
+                let task = Task {
+                    p: self,
+                    q,
+                    positions,
+                    kv: part.kv,
+                    layout,
+                    head,
+                    heads: (first, (first + side).min((head + 1) * group)),
+                    rows: (from + chunk * rows, (from + (chunk + 1) * rows).min(part.rows.end)),
+                    first_row: from,
+                };
+                match format {
+                    KvFormat::F32 => task.run::<f32>(isa, segments, sink),
+                    KvFormat::F16 => task.run::<f16>(isa, segments, sink),
+                    KvFormat::Q8 => task.run::<i8>(isa, segments, sink),
+                }
+            };
+            // Jobs of a sequence cut into segments are many and small.
+            let most = if parts.iter().all(|p| p.split.is_some()) { usize::MAX } else { 1 };
+            parallel::ranges(jobs, 1, most, cost / jobs.max(1), |from, to| (from..to).for_each(job));
+            for part in &parts {
+                let Some(begin) = part.split else { continue };
+                let stride = part.rows.len() * self.heads * width;
+                let cost = part.segments.len() * layout.padded();
+                parallel::ranges(part.rows.len() * self.heads, 1, usize::MAX, cost, |from, to| {
+                    for i in from..to {
+                        let (r, h) = (part.rows.start + i / self.heads, i % self.heads);
+                        let within = |p: usize| p / SEGMENT - part.segments.start;
+                        let segments = (within(self.low(positions[r])), within(positions[r]));
+                        let partial = partial.after(begin + i * width);
+                        // SAFETY: the jobs above wrote all segments that the query sees; every row and head is met
+                        // once.
                         unsafe { gather(isa, partial, stride, segments, at.at(r, h * layout.head_dim), layout) };
                     }
-                }
-            });
-        }
-        parallel::ranges(tasks, 1, 1, cost, |from, to| {
-            for i in from..to {
-                let (task, segments, into) = (task(i), segments.clone(), Sink::Out(at));
-                scratch::with(task.room(), |buffer| Run { isa, task, segments, into, buffer }.run());
+                });
             }
         });
     }
 
-    /// As [`Attention::run`] for nodes of a tree that continues a text of `base` tokens, such as drafts to be verified:
-    /// the key of node `i` lies at position `base + i` of `kv`, and row `r` of `q` sees the text and the nodes
-    /// `paths[r]`, the tree's root first, itself last. The same bits as if the text had gone on with that path alone.
+    /// How the work on each sequence is cut, given tasks of `rows` rows for one of `heads` parts of the heads each.
     #[track_caller]
-    pub fn run_tree(&self, q: MatRef<'_>, base: usize, paths: &[&[usize]], kv: &KvView<'_>, out: MatMut<'_>) {
-        self.run_tree_on(Isa::best(), q, base, paths, kv, out);
-    }
-
-    #[track_caller]
-    fn run_tree_on(
+    fn parts<'a>(
         &self,
-        isa: Isa,
-        q: MatRef<'_>,
-        base: usize,
-        paths: &[&[usize]],
-        kv: &KvView<'_>,
-        mut out: MatMut<'_>,
-    ) {
-        assert_eq!(q.rows(), paths.len(), "a path for each row");
-        for (r, path) in paths.iter().enumerate() {
-            assert!(path.iter().all(|node| base + node < kv.tokens), "path {path:?} after {base} of {}", kv.tokens);
-            let Some(last) = (base + path.len()).checked_sub(1) else { panic!("row {r} sees nothing") };
-            // The page that the text ends in, and what follows, as if only the path had been written.
-            let layout = kv.pages[0].layout();
-            let (whole, n) = (base / layout.page_tokens, layout.page_tokens);
-            let mut pages: Vec<Arc<KvPage>> = kv.pages[..whole].to_vec();
-            let mut tail: Vec<KvPage> = (whole..last / n + 1).map(|_| kv.pages[0].empty()).collect();
-            let text = (whole * n..base).map(|p| (p, p));
-            for (to, from) in text.chain(path.iter().enumerate().map(|(i, node)| (base + i, base + node))) {
-                tail[to / n - whole].copy(to % n, &kv.pages[from / n], from % n);
-            }
-            pages.extend(tail.into_iter().map(Arc::new));
-            let view = KvView { pages: &pages, tokens: last + 1 };
-            let width = q.cols();
-            let row = MatMut::new(1, width, out.row_mut(r));
-            self.run_on(isa, q.rows_range(r, r + 1), &[last], &view, row);
+        positions: &[usize],
+        sequences: &'a [(Range<usize>, KvView<'a>)],
+        heads: usize,
+        rows: usize,
+    ) -> Vec<Part<'a>> {
+        let first = sequences[0].1.pool;
+        let mut end = 0;
+        let mut parts = Vec::with_capacity(sequences.len());
+        for (range, kv) in sequences {
+            assert_eq!(range.start, end, "sequences that follow each other");
+            end = range.end;
+            let layout = kv.pool.layout();
+            assert!(layout == first.layout() && kv.pool.format() == first.format(), "pages of one layout");
+            let mine = &positions[range.clone()];
+            let (Some(low), Some(last)) = (mine.iter().map(|&p| self.low(p)).min(), mine.iter().max()) else {
+                continue;
+            };
+            assert!(
+                *last < kv.tokens && kv.tokens <= kv.blocks.len() * layout.page_tokens,
+                "position {last} of {}",
+                kv.tokens
+            );
+            parts.push(Part {
+                rows: range.clone(),
+                kv,
+                segments: low / SEGMENT..last / SEGMENT + 1,
+                tasks: heads * range.len().div_ceil(rows),
+                split: None,
+                first: 0,
+            });
         }
+        assert_eq!(end, positions.len(), "every row is of a sequence");
+        parts
     }
 
     /// The first position that a query at `p` sees.
@@ -194,6 +240,9 @@ impl Shared {
 }
 
 /// One key head and the queries of some rows that share it.
+///
+/// What follows says which queries meet which keys and in which order; the arithmetic is in operations of their own,
+/// each compiled apart for every instruction set: inlined into one function they would take minutes to compile.
 #[derive(Clone, Copy)]
 struct Task<'a> {
     p: &'a Attention,
@@ -207,23 +256,8 @@ struct Task<'a> {
     heads: (usize, usize),
     /// Rows from and to.
     rows: (usize, usize),
-}
-
-impl Task<'_> {
-    fn count(&self) -> usize {
-        (self.rows.1 - self.rows.0) * (self.heads.1 - self.heads.0)
-    }
-
-    fn widens(&self) -> bool {
-        self.count() >= WIDEN && !matches!(self.kv.pages[0].data, Data::F32(..))
-    }
-
-    /// Scratch for [`Run`]: every query's sums twice, weights of a tile for those side by side, a widened tile.
-    fn room(&self) -> usize {
-        let l = self.layout;
-        let wide = if self.widens() { TILE * (l.head_dim + l.padded()) } else { 0 };
-        2 * self.count() * l.padded() + SIDE * TILE + wide
-    }
+    /// The first row of the sequence, from which partial results are counted.
+    first_row: usize,
 }
 
 /// Where a task's results go.
@@ -235,25 +269,12 @@ enum Sink {
     Partial(Shared),
 }
 
-/// Some segments of a task.
-///
-/// What follows says which queries meet which keys and in which order; the arithmetic is in operations of their own,
-/// each compiled apart for every instruction set: inlined into one function they would take minutes to compile.
-struct Run<'a> {
-    isa: Isa,
-    task: Task<'a>,
-    segments: std::ops::Range<usize>,
-    into: Sink,
-    buffer: &'a mut [f32],
-}
-
 /// What a query carries from tile to tile.
-#[derive(Clone, Copy)]
-struct State {
-    q: *const f32,
+struct State<'a> {
+    q: &'a [f32],
     /// Sums of this segment, and of those before.
-    acc: *mut f32,
-    total: *mut f32,
+    acc: &'a mut [f32],
+    total: &'a mut [f32],
     /// First and last visible position.
     low: usize,
     high: usize,
@@ -265,20 +286,7 @@ struct State {
     begun: bool,
 }
 
-impl State {
-    const NONE: State = State {
-        q: std::ptr::null(),
-        acc: std::ptr::null_mut(),
-        total: std::ptr::null_mut(),
-        low: 0,
-        high: 0,
-        top: f32::NEG_INFINITY,
-        sum: 0.0,
-        total_top: f32::NEG_INFINITY,
-        total_sum: 0.0,
-        begun: false,
-    };
-
+impl State<'_> {
     /// The visible part of the tile that starts at `start`, counted within it; empty where it sees nothing.
     #[inline(always)]
     fn bounds(&self, start: usize) -> (usize, usize) {
@@ -292,122 +300,134 @@ impl State {
         let (lo, hi) = self.bounds(start);
         if lo == hi { (0, 0) } else { (lo / KEY_BLOCK, hi.div_ceil(KEY_BLOCK)) }
     }
-}
 
-impl Run<'_> {
-    fn run(self) {
-        let Run { isa, task, segments, into, buffer } = self;
-        let (dim, padded, count) = (task.layout.head_dim, task.layout.padded(), task.count());
-        let (sums, rest) = buffer.split_at_mut(2 * count * padded);
-        let (weights, wide) = rest.split_at_mut(SIDE * TILE);
-        // Those of one row are all that a decoding step has: to prepare more would take a good part of its time.
-        let (mut few, mut all);
-        let states = if count <= FEW {
-            few = [State::NONE; FEW];
-            &mut few[..count]
-        } else {
-            all = [State::NONE; QUERIES];
-            &mut all[..count]
-        };
-        let heads = task.heads.1 - task.heads.0;
-        for (i, state) in states.iter_mut().enumerate() {
-            let (r, h) = (task.rows.0 + i / heads, task.heads.0 + i % heads);
-            state.q = task.q.row(r)[h * dim..(h + 1) * dim].as_ptr();
-            state.acc = sums[2 * i * padded..].as_mut_ptr();
-            state.total = sums[(2 * i + 1) * padded..].as_mut_ptr();
-            state.high = task.positions[r];
-            state.low = task.p.low(state.high);
-        }
-        for segment in segments {
-            // SAFETY: the states point into this buffer and into q; run_on checked that the pages hold every visible
-            // position.
-            unsafe { task.segment(isa, states, segment, weights.as_mut_ptr(), wide) };
-            if let Sink::Out(_) = into {
-                for state in states.iter_mut().filter(|q| saw(q, segment)) {
-                    // SAFETY: as above.
-                    unsafe { state.settle(isa, padded) };
-                }
-            }
-        }
-        for (i, state) in states.iter().enumerate() {
-            let (r, h) = (task.rows.0 + i / heads, task.heads.0 + i % heads);
-            // SAFETY: as above; run_on made room for these rows and heads.
-            unsafe {
-                match into {
-                    Sink::Out(out) => {
-                        dispatch(
-                            isa,
-                            Finish { total: state.total, sum: state.total_sum, out: out.at(r, h * dim), dim },
-                        );
-                    }
-                    Sink::Partial(parts) => {
-                        let at = parts.0.add((r * task.p.heads + h) * parts.1);
-                        *at = state.top;
-                        *at.add(1) = state.sum;
-                        std::ptr::copy_nonoverlapping(state.acc, at.add(PARTIAL), padded);
-                    }
-                }
-            }
-        }
+    /// Whether it sees any of a segment.
+    #[inline(always)]
+    fn saw(&self, segment: usize) -> bool {
+        self.low / SEGMENT <= segment && segment <= self.high / SEGMENT
     }
-}
 
-/// Whether a query sees any of a segment.
-#[inline(always)]
-fn saw(state: &State, segment: usize) -> bool {
-    state.low / SEGMENT <= segment && segment <= state.high / SEGMENT
-}
-
-impl State {
     /// Brings this segment's largest score, sum and sums to those of the segments before.
-    /// # Safety
-    /// `acc` and `total` have `padded` values.
-    unsafe fn settle(&mut self, isa: Isa, padded: usize) {
+    fn settle(&mut self, isa: Isa) {
         if self.begun {
             let both = [(self.total_top, self.total_sum), (self.top, self.sum)];
-            let merge = Merge { both, total: self.total, seen: self.acc, padded };
+            let padded = self.total.len();
+            let merge = Merge { both, total: self.total.as_mut_ptr(), seen: self.acc.as_ptr(), padded };
             (self.total_top, self.total_sum) = dispatch(isa, merge);
         } else {
             (self.total_top, self.total_sum, self.begun) = (self.top, self.sum, true);
-            // SAFETY: as the caller promises.
-            unsafe { std::ptr::copy_nonoverlapping(self.acc, self.total, padded) };
+            self.total.copy_from_slice(self.acc);
         }
     }
 }
 
-/// Adds up a query's partial results, segment by segment, as [`Run`] does; the first one's place holds the totals.
-/// # Safety
-/// Segments lie `stride` values apart; all from the first to the last of `segments` have `layout`'s sums; `out` has
-/// room for a head.
-unsafe fn gather(isa: Isa, partial: Shared, stride: usize, segments: (usize, usize), out: *mut f32, layout: KvLayout) {
-    let at = |segment: usize| partial.after(segment * stride).0;
-    // SAFETY: as the caller promises.
-    unsafe {
-        let first = at(segments.0);
-        let (mut top, mut sum) = (*first, *first.add(1));
-        let total = first.add(PARTIAL);
-        for segment in segments.0 + 1..=segments.1 {
-            let seen = at(segment);
-            let both = [(top, sum), (*seen, *seen.add(1))];
-            (top, sum) = dispatch(isa, Merge { both, total, seen: seen.add(PARTIAL), padded: layout.padded() });
-        }
-        dispatch(isa, Finish { total, sum, out, dim: layout.head_dim });
+impl<'a> Task<'a> {
+    fn count(&self) -> usize {
+        (self.rows.1 - self.rows.0) * (self.heads.1 - self.heads.0)
     }
-}
 
-impl Task<'_> {
-    /// One segment against every query that sees some of it, from fresh sums.
-    /// # Safety
-    /// States are as [`Run`] makes them; `weights` has room for [`SIDE`] tiles, `wide` for a widened one where the task
-    /// widens.
-    #[inline(always)]
-    unsafe fn segment(&self, isa: Isa, states: &mut [State], segment: usize, weights: *mut f32, wide: &mut [f32]) {
-        let padded = self.layout.padded();
+    /// Whether tiles are widened before the queries read them.
+    fn widens<E: Element>(&self) -> bool {
+        E::NARROW && self.count() >= WIDEN
+    }
+
+    /// Scratch: every query's sums twice, weights of a tile for those side by side, a widened tile.
+    fn room<E: Element>(&self) -> usize {
+        let l = self.layout;
+        let wide = if self.widens::<E>() { TILE * (l.head_dim + l.padded()) } else { 0 };
+        2 * self.count() * l.padded() + SIDE * TILE + wide
+    }
+
+    /// The row and the head of query `i`.
+    fn query(&self, i: usize) -> (usize, usize) {
+        let heads = self.heads.1 - self.heads.0;
+        (self.rows.0 + i / heads, self.heads.0 + i % heads)
+    }
+
+    /// Query `i` before its first tile; `sums` has room for its sums twice.
+    fn state<'b>(&self, i: usize, sums: Option<&'b mut [f32]>) -> State<'b>
+    where
+        'a: 'b,
+    {
+        let (mut q, mut low, mut high): (&[f32], _, _) = (&[], 0, 0);
+        if sums.is_some() {
+            let (r, h) = self.query(i);
+            let dim = self.layout.head_dim;
+            q = &self.q.row(r)[h * dim..(h + 1) * dim];
+            high = self.positions[r];
+            low = self.p.low(high);
+        }
+        let sums = sums.unwrap_or_default();
+        let (acc, total) = sums.split_at_mut(sums.len() / 2);
+        let none = f32::NEG_INFINITY;
+        State { q, acc, total, low, high, top: none, sum: 0.0, total_top: none, total_sum: 0.0, begun: false }
+    }
+
+    fn run<E: Element>(&self, isa: Isa, segments: Range<usize>, sink: Sink) {
+        scratch::with(self.room::<E>(), |buffer| {
+            let (count, padded) = (self.count(), self.layout.padded());
+            let (sums, rest) = buffer.split_at_mut(2 * count * padded);
+            let (weights, wide) = rest.split_at_mut(SIDE * TILE);
+            let mut sums = sums.chunks_exact_mut(2 * padded);
+            // Those of one row are all that a decoding step has: to prepare more would take a good part of its time.
+            if count <= FEW {
+                let mut states: [State<'_>; FEW] = std::array::from_fn(|i| self.state(i, sums.next()));
+                self.meet::<E>(isa, segments, sink, &mut states[..count], weights, wide);
+            } else {
+                let mut states: [State<'_>; QUERIES] = std::array::from_fn(|i| self.state(i, sums.next()));
+                self.meet::<E>(isa, segments, sink, &mut states[..count], weights, wide);
+            }
+        });
+    }
+
+    fn meet<E: Element>(
+        &self,
+        isa: Isa,
+        segments: Range<usize>,
+        sink: Sink,
+        states: &mut [State<'_>],
+        weights: &mut [f32],
+        wide: &mut [f32],
+    ) {
+        let (dim, padded) = (self.layout.head_dim, self.layout.padded());
+        for segment in segments {
+            self.segment::<E>(isa, states, segment, weights, wide);
+            if let Sink::Out(_) = sink {
+                states.iter_mut().filter(|q| q.saw(segment)).for_each(|q| q.settle(isa));
+            }
+        }
+        for (i, state) in states.iter().enumerate() {
+            let (r, h) = self.query(i);
+            match sink {
+                Sink::Out(out) => {
+                    let (total, sum) = (state.total.as_ptr(), state.total_sum);
+                    dispatch(isa, Finish { total, sum, out: out.at(r, h * dim), dim });
+                }
+                Sink::Partial(parts) => {
+                    let at = parts.at((r - self.first_row) * self.p.heads + h, 0);
+                    // SAFETY: run_on made room for every row and head of this segment, and each is written by one task.
+                    let at = unsafe { std::slice::from_raw_parts_mut(at, PARTIAL + padded) };
+                    (at[0], at[1]) = (state.top, state.sum);
+                    at[PARTIAL..].copy_from_slice(state.acc);
+                }
+            }
+        }
+    }
+
+    /// One segment against every query that sees some of it, from fresh sums. `weights` has room for [`SIDE`] tiles,
+    /// `wide` for a widened one where the task widens.
+    fn segment<E: Element>(
+        &self,
+        isa: Isa,
+        states: &mut [State<'_>],
+        segment: usize,
+        weights: &mut [f32],
+        wide: &mut [f32],
+    ) {
         let (mut low, mut high) = (usize::MAX, 0);
         for state in states.iter_mut() {
             (state.top, state.sum) = (f32::NEG_INFINITY, 0.0);
-            // SAFETY: as the caller promises.
-            unsafe { std::slice::from_raw_parts_mut(state.acc, padded) }.fill(0.0);
+            state.acc.fill(0.0);
             low = low.min(state.low);
             high = high.max(state.high);
         }
@@ -416,94 +436,44 @@ impl Task<'_> {
         for t in from..to {
             let start = t * TILE;
             let subs = (low.saturating_sub(start) / KEY_BLOCK, (high + 1 - start).div_ceil(KEY_BLOCK).min(SUBS));
-            // SAFETY: as the caller promises; the visible key blocks lie inside the pages.
+            let tile = self.tile::<E>(start, subs);
+            // SAFETY: the tile has the key blocks that any of the queries sees.
             unsafe {
-                match &self.kv.pages[0].data {
-                    Data::F32(..) => {
-                        let tile = self.tile(start, subs, |d| match d {
-                            Data::F32(k, v) => (k.as_ptr(), v.as_ptr(), None),
-                            _ => unreachable!("pages of one format"),
-                        });
-                        self.queries(isa, states, start, &tile, weights);
-                    }
-                    Data::F16(..) => {
-                        let tile = self.tile(start, subs, |d| match d {
-                            Data::F16(k, v) => (k.as_ptr(), v.as_ptr(), None),
-                            _ => unreachable!("pages of one format"),
-                        });
-                        self.narrow(isa, states, start, subs, &tile, weights, wide);
-                    }
-                    Data::Q8 { .. } => {
-                        let tile = self.tile(start, subs, |d| match d {
-                            Data::Q8 { k, v, k_scales, v_scales } => {
-                                (k.as_ptr(), v.as_ptr(), Some([k_scales.as_ptr(), v_scales.as_ptr()]))
-                            }
-                            _ => unreachable!("pages of one format"),
-                        });
-                        self.narrow(isa, states, start, subs, &tile, weights, wide);
-                    }
+                if self.widens::<E>() {
+                    let tile = self.widened(isa, subs, &tile, wide);
+                    self.queries(isa, states, start, &tile, weights);
+                } else {
+                    self.queries(isa, states, start, &tile, weights);
                 }
             }
         }
     }
 
-    /// As [`Task::queries`], on a tile widened first where many queries will read it.
-    /// # Safety
-    /// As for [`Task::segment`]; `tile` has key blocks `subs`.
-    #[expect(clippy::too_many_arguments, reason = "what a tile is met by, and where it goes")]
-    unsafe fn narrow<E: Element>(
-        &self,
-        isa: Isa,
-        states: &mut [State],
-        start: usize,
-        subs: (usize, usize),
-        tile: &Tile<E>,
-        weights: *mut f32,
-        wide: &mut [f32],
-    ) {
-        // SAFETY: as the caller promises.
-        unsafe {
-            if self.widens() {
-                let tile = self.widened(isa, subs, tile, wide);
-                self.queries(isa, states, start, &tile, weights);
-            } else {
-                self.queries(isa, states, start, tile, weights);
-            }
-        }
-    }
-
-    /// Where key blocks `subs` of the tile at `start` lie, `parts` telling a page's keys, values and their factors.
-    /// # Safety
-    /// They are inside the pages.
-    unsafe fn tile<E>(
-        &self,
-        start: usize,
-        subs: (usize, usize),
-        parts: impl Fn(&Data) -> (*const E, *const E, Option<[*const f32; 2]>),
-    ) -> Tile<E> {
+    /// Where key blocks `subs` of the tile at `start` lie.
+    fn tile<E: Element>(&self, start: usize, subs: (usize, usize)) -> Tile<E> {
         let l = self.layout;
         let none = std::ptr::null();
         let mut tile =
             Tile { keys: [none; SUBS], values: [none; SUBS], scales: None, next: [[std::ptr::null(); SUBS]; 2] };
+        // The key block at a position: its page's parts, and its first row there.
+        let block = |at: usize| (E::parts(self.kv.page_of(at)), self.head * l.page_tokens + at % l.page_tokens);
+        let lies = |parts: &Parts<'_, E>, row: usize| {
+            (parts.keys[row * l.head_dim..].as_ptr(), parts.values[row * l.padded()..].as_ptr())
+        };
         for i in subs.0..subs.1 {
             let at = start + i * KEY_BLOCK;
-            let (page, slot) = (&self.kv.pages[at / l.page_tokens], at % l.page_tokens);
-            let row = self.head * l.page_tokens + slot;
-            let (k, v, scales) = parts(&page.data);
-            // SAFETY: as the caller promises.
-            unsafe {
-                (tile.keys[i], tile.values[i]) = (k.add(row * l.head_dim), v.add(row * l.padded()));
-                let mut next = (tile.keys[i], tile.values[i]);
-                let later = at + TILE;
-                if later < self.kv.tokens {
-                    let (page, slot) = (&self.kv.pages[later / l.page_tokens], later % l.page_tokens);
-                    let (row, (k, v, _)) = (self.head * l.page_tokens + slot, parts(&page.data));
-                    next = (k.add(row * l.head_dim), v.add(row * l.padded()));
-                }
-                (tile.next[0][i], tile.next[1][i]) = (next.0.cast(), next.1.cast());
-                if let Some([ks, vs]) = scales {
-                    let all = tile.scales.get_or_insert([[std::ptr::null(); SUBS]; 2]);
-                    (all[0][i], all[1][i]) = (ks.add(row), vs.add(row));
+            let (parts, row) = block(at);
+            (tile.keys[i], tile.values[i]) = lies(&parts, row);
+            let mut next = (tile.keys[i], tile.values[i]);
+            if at + TILE < self.kv.tokens {
+                let (parts, row) = block(at + TILE);
+                next = lies(&parts, row);
+            }
+            (tile.next[0][i], tile.next[1][i]) = (next.0.cast(), next.1.cast());
+            if let Some(scales) = parts.scales {
+                let all = tile.scales.get_or_insert([[std::ptr::null(); SUBS]; 2]);
+                for (all, scales) in all.iter_mut().zip(scales) {
+                    all[i] = scales[row..].as_ptr();
                 }
             }
         }
@@ -534,16 +504,16 @@ impl Task<'_> {
         out
     }
 
-    /// One tile against every query that sees some of it.
+    /// One tile against every query that sees some of it. `weights` has room for [`SIDE`] tiles.
     /// # Safety
-    /// As for [`Task::segment`]; `tile` has the key blocks that they see.
+    /// `tile` has the key blocks that they see.
     unsafe fn queries<E: Element>(
         &self,
         isa: Isa,
-        states: &mut [State],
+        states: &mut [State<'_>],
         start: usize,
         tile: &Tile<E>,
-        weights: *mut f32,
+        weights: &mut [f32],
     ) {
         let n = states.len();
         let mut i = 0;
@@ -580,25 +550,26 @@ impl Task<'_> {
     unsafe fn side<E: Element, const M: usize>(
         &self,
         isa: Isa,
-        states: &mut [State],
+        states: &mut [State<'_>],
         start: usize,
         subs: (usize, usize),
         tile: &Tile<E>,
-        weights: *mut f32,
+        weights: &mut [f32],
     ) -> usize {
         let (dim, padded) = (self.layout.head_dim, self.layout.padded());
         let mut q = [std::ptr::null(); M];
         let mut acc = [std::ptr::null_mut(); M];
-        for (m, state) in states.iter().enumerate() {
-            (q[m], acc[m]) = (state.q, state.acc);
+        for (m, state) in states.iter_mut().enumerate() {
+            (q[m], acc[m]) = (state.q.as_ptr(), state.acc.as_mut_ptr());
         }
+        let weights = weights[..M * TILE].as_mut_ptr();
         dispatch(isa, Scores { q, keys: tile.keys, next: tile.next[0], subs, dim, weights });
         // Key blocks that all of the queries see whole.
         let mut whole = subs;
         for (m, state) in states.iter_mut().enumerate() {
             let (lo, hi) = state.bounds(start);
             let w = weights.wrapping_add(m * TILE);
-            let (top, sum, acc) = (state.top, state.sum, state.acc);
+            let (top, sum, acc) = (state.top, state.sum, acc[m]);
             let soften = Soften { p: self.p, top, sum, acc, padded, bounds: (lo, hi), subs, scales: tile.scales, w };
             (state.top, state.sum) = dispatch(isa, soften);
             whole = (whole.0.max(lo.div_ceil(KEY_BLOCK)), whole.1.min(hi / KEY_BLOCK));
@@ -615,11 +586,31 @@ impl Task<'_> {
                 let (lo, hi) = state.bounds(start);
                 let within = |at: usize| at.saturating_sub(i * KEY_BLOCK).min(KEY_BLOCK);
                 let (js, weights) = ((within(lo), within(hi)), weights.wrapping_add(m * TILE));
-                dispatch(isa, Mix { acc: [state.acc], tile: *tile, subs: (i, i + 1), js, padded, weights });
+                dispatch(isa, Mix { acc: [acc[m]], tile: *tile, subs: (i, i + 1), js, padded, weights });
             }
             i += 1;
         }
         M
+    }
+}
+
+/// Adds up a query's partial results, segment by segment, as [`State::settle`] does; the first one's place holds the totals.
+/// # Safety
+/// Segments lie `stride` values apart; all from the first to the last of `segments` have `layout`'s sums; `out` has
+/// room for a head.
+unsafe fn gather(isa: Isa, partial: Shared, stride: usize, segments: (usize, usize), out: *mut f32, layout: KvLayout) {
+    let at = |segment: usize| partial.after(segment * stride).0;
+    // SAFETY: as the caller promises.
+    unsafe {
+        let first = at(segments.0);
+        let (mut top, mut sum) = (*first, *first.add(1));
+        let total = first.add(PARTIAL);
+        for segment in segments.0 + 1..=segments.1 {
+            let seen = at(segment);
+            let both = [(top, sum), (*seen, *seen.add(1))];
+            (top, sum) = dispatch(isa, Merge { both, total, seen: seen.add(PARTIAL), padded: layout.padded() });
+        }
+        dispatch(isa, Finish { total, sum, out, dim: layout.head_dim });
     }
 }
 

@@ -1,17 +1,21 @@
 //! Against f64, in any company, in every format.
 
 use super::*;
-use crate::kv::{KvFormat, KvPage};
+use crate::kv::{KvFormat, KvPool};
 use lacuna_base::Mat;
 use lacuna_base::testkit::{max_abs_diff, random};
 
-fn pages(layout: KvLayout, format: KvFormat, k: &Mat, v: &Mat) -> Vec<Arc<KvPage>> {
-    let mut pages: Vec<KvPage> =
-        (0..k.rows().div_ceil(layout.page_tokens)).map(|_| KvPage::new(layout, format)).collect();
+/// A pool with the keys and values of one sequence, in pages that lie in no order.
+fn pages(layout: KvLayout, format: KvFormat, k: &Mat, v: &Mat) -> (KvPool, Vec<u32>) {
+    let mut pool = KvPool::new(layout, format);
+    let n = k.rows().div_ceil(layout.page_tokens) as u32;
+    let blocks: Vec<u32> = (0..n).map(|i| (i * 7 + 3) % (n.next_power_of_two() * 2)).collect();
+    blocks.iter().for_each(|&b| pool.reserve(b));
     for p in 0..k.rows() {
-        pages[p / layout.page_tokens].write(p % layout.page_tokens, k.row(p), v.row(p));
+        let page = pool.page_mut(blocks[p / layout.page_tokens]);
+        page.write(p % layout.page_tokens, k.row(p), v.row(p));
     }
-    pages.into_iter().map(Arc::new).collect()
+    (pool, blocks)
 }
 
 fn reference(a: &Attention, kv_heads: usize, q: &Mat, positions: &[usize], k: &Mat, v: &Mat) -> Mat {
@@ -62,12 +66,12 @@ fn matches_f64_and_does_not_see_its_company() {
             (random(tokens, heads * dim, 1), random(tokens, kv_heads * dim, 2), random(tokens, kv_heads * dim, 3));
         let all: Vec<usize> = (0..tokens).collect();
         for format in [KvFormat::F32, KvFormat::F16, KvFormat::Q8] {
-            let pages = pages(layout, format, &k, &v);
-            let view = KvView { pages: &pages, tokens };
+            let (pool, blocks) = pages(layout, format, &k, &v);
+            let view = KvView { pool: &pool, blocks: &blocks, tokens };
             // Exact attention over what the cache holds.
             let (mut held_k, mut held_v) = (k.clone(), v.clone());
             for p in 0..tokens {
-                pages[p / 64].read(p % 64, held_k.row_mut(p), held_v.row_mut(p));
+                pool.page(blocks[p / 64]).read(p % 64, held_k.row_mut(p), held_v.row_mut(p));
             }
             let coarse = max_abs_diff(held_k.view(), k.view()).max(max_abs_diff(held_v.view(), v.view()));
             assert!(
@@ -81,7 +85,7 @@ fn matches_f64_and_does_not_see_its_company() {
             let want = reference(&a, kv_heads, &q, &all, &held_k, &held_v);
             for isa in Isa::here() {
                 let mut whole = Mat::zeros(tokens, heads * dim);
-                a.run_on(isa, q.view(), &all, &view, whole.view_mut());
+                a.run_on(isa, q.view(), &all, &[(0..tokens, view)], whole.view_mut());
                 let off = max_abs_diff(whole.view(), want.view());
                 assert!(off < 2e-5, "{isa} {format:?} {heads} {dim}: {off}");
                 for step in [1, 7, 33] {
@@ -90,7 +94,8 @@ fn matches_f64_and_does_not_see_its_company() {
                     while from < tokens {
                         let to = (from + step).min(tokens);
                         let mut part = Mat::zeros(to - from, heads * dim);
-                        a.run_on(isa, q.view().rows_range(from, to), &all[from..to], &view, part.view_mut());
+                        let mine = [(0..to - from, view)];
+                        a.run_on(isa, q.view().rows_range(from, to), &all[from..to], &mine, part.view_mut());
                         assert_eq!(
                             part.view().to_mat(),
                             whole.view().rows_range(from, to).to_mat(),
@@ -105,37 +110,43 @@ fn matches_f64_and_does_not_see_its_company() {
 }
 
 #[test]
-fn a_path_of_a_tree_is_a_text() {
-    // Node: parent. Three drafts that part after the first and second token.
-    let parents = [None, Some(0), Some(0), Some(1), Some(2), Some(1), Some(5)];
-    let paths: Vec<Vec<usize>> = (0..parents.len())
-        .map(|node| {
-            let mut path: Vec<usize> = std::iter::successors(Some(node), |&n| parents[n]).collect();
-            path.reverse();
-            path
-        })
-        .collect();
-    let paths: Vec<&[usize]> = paths.iter().map(Vec::as_slice).collect();
-    for (base, window) in [(0, None), (61, None), (64, Some(9)), (126, Some(40)), (700, None)] {
-        let a = Attention { heads: 6, scale: 0.3, window, softcap: None };
-        let layout = KvLayout { kv_heads: 2, head_dim: 20, page_tokens: 64 };
-        let tokens = base + parents.len();
-        let (q, k, v) = (random(parents.len(), 120, 1), random(tokens, 40, 2), random(tokens, 40, 3));
-        for format in [KvFormat::F32, KvFormat::F16, KvFormat::Q8] {
-            let all = pages(layout, format, &k, &v);
-            for isa in Isa::here() {
-                let mut got = Mat::zeros(q.rows(), q.cols());
-                a.run_tree_on(isa, q.view(), base, &paths, &KvView { pages: &all, tokens }, got.view_mut());
-                for (r, path) in paths.iter().enumerate() {
-                    let at = |p: usize| if p < base { p } else { base + path[p - base] };
-                    let n = base + path.len();
-                    let text = |m: &Mat| Mat::from_fn(n, 40, |p, c| m[(at(p), c)]);
-                    let alone = pages(layout, format, &text(&k), &text(&v));
-                    let mut want = Mat::zeros(1, 120);
-                    let view = KvView { pages: &alone, tokens: n };
-                    a.run_on(isa, q.view().rows_range(r, r + 1), &[n - 1], &view, want.view_mut());
-                    assert_eq!(got.row(r), want.row(0), "{isa} {format:?} node {r} after {base}");
-                }
+fn all_sequences_of_a_call_are_as_each_alone() {
+    // A prompt, texts being continued (one of several segments, alone cut into them), an empty part.
+    let (heads, kv_heads, dim) = (6, 2, 20);
+    let layout = KvLayout { kv_heads, head_dim: dim, page_tokens: 64 };
+    for (window, format) in [(None, KvFormat::F32), (Some(600), KvFormat::F16), (None, KvFormat::Q8)] {
+        let a = Attention { heads, scale: 0.3, window, softcap: None };
+        let lengths = [(0..70, 70), (1299..1300, 1300), (40..40, 40), (5..6, 6), (500..530, 530), (699..700, 700)];
+        let mut pool = KvPool::new(layout, format);
+        let mut tables: Vec<Vec<u32>> = Vec::new();
+        let mut next = 0;
+        for (s, (_, tokens)) in lengths.iter().enumerate() {
+            let (k, v) = (random(*tokens, 40, 10 + s as u64), random(*tokens, 40, 20 + s as u64));
+            let table: Vec<u32> = (0..tokens.div_ceil(64) as u32).map(|i| next + i).collect();
+            next += table.len() as u32;
+            table.iter().for_each(|&b| pool.reserve(b));
+            (0..*tokens).for_each(|p| pool.page_mut(table[p / 64]).write(p % 64, k.row(p), v.row(p)));
+            tables.push(table);
+        }
+        let positions: Vec<usize> = lengths.iter().flat_map(|(p, _)| p.clone()).collect();
+        let q = random(positions.len(), heads * dim, 1);
+        let mut sequences = Vec::new();
+        for ((p, tokens), blocks) in lengths.iter().zip(&tables) {
+            let from = sequences.last().map_or(0, |(r, _): &(Range<usize>, KvView<'_>)| r.end);
+            sequences.push((from..from + p.len(), KvView { pool: &pool, blocks, tokens: *tokens }));
+        }
+        for threads in [1, 3, 40] {
+            let workers = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+            let run = |q: MatRef<'_>, positions: &[usize], of: &[(Range<usize>, KvView<'_>)]| {
+                let mut out = Mat::zeros(q.rows(), q.cols());
+                workers.install(|| a.run(q, positions, of, out.view_mut()));
+                out
+            };
+            let together = run(q.view(), &positions, &sequences);
+            for (rows, kv) in &sequences {
+                let mine = q.view().rows_range(rows.start, rows.end);
+                let alone = run(mine, &positions[rows.clone()], &[(0..rows.len(), *kv)]);
+                assert_eq!(together.view().rows_range(rows.start, rows.end).to_mat(), alone, "{format:?} {rows:?}");
             }
         }
     }
@@ -150,10 +161,10 @@ fn later_positions_cannot_leak() {
     k2.row_mut(19).fill(f32::NAN);
     v2.row_mut(19).fill(f32::NAN);
     let run = |k: &Mat, v: &Mat| {
-        let pages = pages(layout, KvFormat::F32, k, v);
+        let (pool, blocks) = pages(layout, KvFormat::F32, k, v);
         let mut out = Mat::zeros(20, 32);
-        let view = KvView { pages: &pages, tokens: 20 };
-        a.run(q.view(), &(0..20).collect::<Vec<_>>(), &view, out.view_mut());
+        let view = KvView { pool: &pool, blocks: &blocks, tokens: 20 };
+        a.run(q.view(), &(0..20).collect::<Vec<_>>(), &[(0..20, view)], out.view_mut());
         out
     };
     let (clean, dirty) = (run(&k, &v), run(&k2, &v2));
@@ -165,10 +176,10 @@ fn later_positions_cannot_leak() {
 fn pages_read_back() {
     let layout = KvLayout { kv_heads: 3, head_dim: 5, page_tokens: 64 };
     let (k, v) = (random(64, 15, 1), random(64, 15, 2));
-    let pages = pages(layout, KvFormat::F32, &k, &v);
+    let (pool, blocks) = pages(layout, KvFormat::F32, &k, &v);
     let (mut a, mut b) = (vec![0.0; 15], vec![0.0; 15]);
     for p in 0..64 {
-        pages[0].read(p, &mut a, &mut b);
+        pool.page(blocks[0]).read(p, &mut a, &mut b);
         assert_eq!((&a[..], &b[..]), (k.row(p), v.row(p)));
     }
     assert_eq!(layout.page_bytes(KvFormat::F16), 2 * 3 * 64 * (5 + 16));

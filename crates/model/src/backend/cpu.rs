@@ -1,0 +1,330 @@
+//! The processor: every operation is one of the kernels', over lent memory, done when it returns. The kernels' threads
+//! are theirs.
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use lacuna_base::{Mat, MatMut, MatRef};
+use lacuna_format::Stored;
+use lacuna_kernels as kernels;
+use lacuna_kernels::{Activations, Attention, Group, KvFormat, KvLayout, KvPool, KvView, Linear, Packing, RopeTable};
+use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
+
+use super::{Backend, Host, Measure, NO_CHOICE, Pages, Routes, Tables};
+use crate::{Batch, Lent, ModelError};
+
+/// The processor's kernels.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Cpu;
+
+/// A packed matrix and its bias.
+#[doc(hidden)]
+pub struct Matrix {
+    linear: Linear,
+    pub(crate) bias: Option<Mat>,
+}
+
+/// A normalisation and its vectors.
+#[doc(hidden)]
+pub struct NormOf {
+    pub(crate) norm: Norm,
+    pub(crate) scale: Vec<f32>,
+    pub(crate) bias: Option<Vec<f32>>,
+}
+
+/// Rows of one step and their block tables.
+#[doc(hidden)]
+pub struct Step {
+    pub(crate) batch: Batch,
+    tables: Tables,
+}
+
+impl Pages for KvPool {
+    fn block_bytes(&self) -> usize {
+        self.layout().page_bytes(self.format())
+    }
+    fn reserve(&mut self, block: u32) {
+        KvPool::reserve(self, block);
+    }
+    fn release(&mut self, block: u32) {
+        KvPool::release(self, block);
+    }
+    fn copy(&mut self, from: u32, to: u32) {
+        KvPool::copy(self, from, to);
+    }
+}
+
+impl Cpu {
+    /// [`Backend::products`] of one matrix into memory that is there already.
+    #[track_caller]
+    pub(crate) fn product_into(self, matrix: &Matrix, x: MatRef<'_>, mut out: MatMut<'_>) {
+        matrix.linear.forward(x, out.reborrow());
+        if let Some(b) = &matrix.bias {
+            kernels::add(out, b.view());
+        }
+    }
+
+    /// [`Backend::scale`] and [`Backend::softcap`] of memory that is not lent.
+    pub(crate) fn finish_logits(self, out: &mut Mat, scale: f32, softcap: Option<f32>) {
+        if scale != 1.0 {
+            out.data_mut().iter_mut().for_each(|x| *x *= scale);
+        }
+        if let Some(c) = softcap {
+            kernels::softcap(c, out.view_mut());
+        }
+    }
+}
+
+/// Whole rows, or pieces of `width` columns of them, as rows.
+pub(crate) fn pieces(x: &Mat, width: usize) -> MatRef<'_> {
+    MatRef::new(x.data().len() / width.max(1), width, x.data())
+}
+
+/// Chooses experts; `logits` become their softmax.
+pub(crate) fn route(logits: &mut Mat, choice: Experts) -> Routes {
+    let rows = logits.rows();
+    let of_row = |r: usize| {
+        let p = logits.row_mut(r);
+        kernels::softmax(p);
+        let mut order: Vec<usize> = (0..p.len()).collect();
+        order.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
+        order.truncate(choice.used);
+        let total: f32 = if choice.normalize { order.iter().map(|&e| p[e]).sum() } else { 1.0 };
+        order.into_iter().map(|e| (e, p[e] / total)).collect()
+    };
+    let chosen: Vec<Vec<(usize, f32)>> = (0..rows).map(of_row).collect();
+    Routes::new(choice.count, &chosen)
+}
+
+/// [`Backend::expert_products`], of the experts in their order.
+pub(crate) fn grouped<'a, const N: usize>(
+    all: [impl Iterator<Item = &'a Matrix>; N],
+    x: &Lent,
+    routes: &Routes,
+) -> [Lent; N] {
+    let all = all.map(Iterator::collect::<Vec<&Matrix>>);
+    let outputs = all.each_ref().map(|experts| experts.first().map_or(0, |m| m.linear.rows()));
+    let mut out = outputs.map(|n| Lent::new(x.rows(), n));
+    let mut rest = out.each_mut().map(|o| o.data_mut());
+    let mut groups = Vec::new();
+    for (e, rows) in routes.busy() {
+        let mine = std::array::from_fn(|i| {
+            let (mine, after) = std::mem::take(&mut rest[i]).split_at_mut(rows.len() * outputs[i]);
+            rest[i] = after;
+            MatMut::new(rows.len(), outputs[i], mine)
+        });
+        let x = x.view().rows_range(rows.start, rows.end);
+        groups.push(Group { all: all.each_ref().map(|experts| &experts[e].linear), x, out: mine });
+    }
+    Linear::forward_groups(groups);
+    for (experts, out) in all.iter().zip(&mut out) {
+        for (e, rows) in routes.busy() {
+            if let Some(b) = &experts[e].bias {
+                let n = b.cols();
+                let mine = &mut out.data_mut()[rows.start * n..rows.end * n];
+                kernels::add(MatMut::new(rows.len(), n, mine), b.view());
+            }
+        }
+    }
+    out
+}
+
+impl Backend for Cpu {
+    type Matrix = Matrix;
+    type Experts = Vec<Matrix>;
+    type Norm = NormOf;
+    type Table = Arc<Stored>;
+    type Rope = RopeTable;
+    type Rows = Lent;
+    type Ids = Vec<u32>;
+    type Routes = Routes;
+    type Pages = KvPool;
+    type Step = Step;
+
+    fn matrix(
+        &self,
+        place: &Place,
+        stored: &Stored,
+        bias: Option<Vec<f32>>,
+        activations: Activations,
+        release: &dyn Fn(),
+    ) -> Result<Matrix, ModelError> {
+        let packing = Packing { activations, ..Packing::default() };
+        let linear = Linear::pack_releasing(stored, &packing, release).map_err(|e| ModelError::bad(place, e))?;
+        Ok(Matrix { linear, bias: bias.map(|b| Mat::from_vec(1, b.len(), b)) })
+    }
+
+    fn experts(&self, all: Vec<Matrix>) -> Vec<Matrix> {
+        all
+    }
+
+    fn measure(&self, matrix: &Matrix) -> Measure {
+        let bias = matrix.bias.as_ref().map_or(0, |b| 4 * b.cols() as u64);
+        Measure { work: matrix.linear.work(), bytes: matrix.linear.weights_bytes() + bias }
+    }
+
+    fn norm_of(&self, _: &Place, norm: Norm, scale: Vec<f32>, bias: Option<Vec<f32>>) -> NormOf {
+        NormOf { norm, scale, bias }
+    }
+
+    fn table(&self, stored: Arc<Stored>) -> Arc<Stored> {
+        stored
+    }
+
+    fn rope_of(&self, rope: &Rope) -> RopeTable {
+        RopeTable::new(rope)
+    }
+
+    fn pages(&self, layout: KvLayout, format: KvFormat) -> KvPool {
+        KvPool::new(layout, format)
+    }
+
+    fn begin(&self, batch: &Batch, tables: Tables) -> Step {
+        Step { batch: batch.clone(), tables }
+    }
+
+    fn finish(&self) -> Result<(), ModelError> {
+        Ok(())
+    }
+
+    fn upload(&self, x: MatRef<'_>) -> Lent {
+        let mut out = Lent::new(x.rows(), x.cols());
+        (0..x.rows()).for_each(|r| out.row_mut(r).copy_from_slice(x.row(r)));
+        out
+    }
+
+    fn upload_ids(&self, ids: &[u32]) -> Vec<u32> {
+        ids.to_vec()
+    }
+
+    fn download<'a>(&self, x: &'a Lent, rows: Range<usize>) -> Result<Host<'a>, ModelError> {
+        Ok(Host::There(x.view().rows_range(rows.start, rows.end)))
+    }
+
+    fn download_ids(&self, ids: &Vec<u32>) -> Result<Vec<u32>, ModelError> {
+        Ok(ids.clone())
+    }
+
+    fn download_starts(&self, routes: &Routes) -> Result<Vec<usize>, ModelError> {
+        Ok(routes.starts.clone())
+    }
+
+    fn shape(&self, x: &Lent) -> (usize, usize) {
+        (x.rows(), x.cols())
+    }
+
+    fn copy(&self, x: &Lent) -> Lent {
+        self.upload(x.view())
+    }
+
+    fn pick(&self, x: &Lent, rows: &[usize]) -> Lent {
+        let mut out = Lent::new(rows.len(), x.cols());
+        rows.iter().enumerate().for_each(|(i, &r)| out.row_mut(i).copy_from_slice(x.row(r)));
+        out
+    }
+
+    fn embed(&self, table: &Arc<Stored>, ids: &Vec<u32>) -> Lent {
+        let mut out = Lent::new(ids.len(), table.cols);
+        for (r, &id) in ids.iter().enumerate() {
+            let t = id as usize;
+            table.decode_rows(t, t + 1, MatMut::new(1, table.cols, out.row_mut(r)));
+        }
+        out
+    }
+
+    fn products<const N: usize>(&self, all: [&Matrix; N], x: &Lent) -> [Lent; N] {
+        let mut out = all.map(|m| Lent::new(x.rows(), m.linear.rows()));
+        let mut views = out.each_mut().map(|o| o.view_mut());
+        Linear::forward_all(all.map(|m| &m.linear), x.view(), &mut views);
+        for (m, out) in all.iter().zip(&mut out) {
+            if let Some(b) = &m.bias {
+                kernels::add(out.view_mut(), b.view());
+            }
+        }
+        out
+    }
+
+    fn norm(&self, norm: &NormOf, x: &Lent) -> Lent {
+        let mut out = Lent::new(x.rows(), x.cols());
+        let from = pieces(x, norm.scale.len());
+        let to = MatMut::new(from.rows(), from.cols(), out.data_mut());
+        kernels::norm(norm.norm, &norm.scale, norm.bias.as_deref(), from, to);
+        out
+    }
+
+    fn rope(&self, rope: &RopeTable, head_dim: usize, step: &Step, x: [&mut Lent; 2]) {
+        rope.with(step.batch.places(), |angles| x.into_iter().for_each(|x| angles.apply(head_dim, x.view_mut())));
+    }
+
+    fn activate(&self, act: Activation, x: &mut Lent, up: Option<&Lent>) {
+        match up {
+            Some(up) => kernels::gated_activation(act, x.view_mut(), up.view()),
+            None => kernels::activation(act, x.view_mut()),
+        }
+    }
+
+    fn add(&self, x: &mut Lent, y: &Lent) {
+        kernels::add(x.view_mut(), y.view());
+    }
+
+    fn scale(&self, x: &mut Lent, by: f32) {
+        x.data_mut().iter_mut().for_each(|x| *x *= by);
+    }
+
+    fn softcap(&self, x: &mut Lent, cap: f32) {
+        kernels::softcap(cap, x.view_mut());
+    }
+
+    fn write(&self, pages: &mut KvPool, layer: usize, step: &Step, keys: &Lent, values: &Lent) {
+        let page_tokens = pages.layout().page_tokens;
+        for ((_, rows), table) in step.batch.runs().zip(step.tables.of(layer)) {
+            for r in rows {
+                let position = step.batch.positions()[r];
+                let page = pages.page_mut(table.blocks[position / page_tokens]);
+                page.write(position % page_tokens, keys.row(r), values.row(r));
+            }
+        }
+    }
+
+    fn attend(&self, how: &Attention, pages: &KvPool, layer: usize, step: &Step, q: &Lent) -> Lent {
+        let runs = step.batch.runs().zip(step.tables.of(layer));
+        let sequences: Vec<(Range<usize>, KvView<'_>)> = runs
+            .map(|((_, rows), table)| (rows, KvView { pool: pages, blocks: table.blocks, tokens: table.tokens }))
+            .collect();
+        let mut out = Lent::new(q.rows(), q.cols());
+        how.run(q.view(), step.batch.positions(), &sequences, out.view_mut());
+        out
+    }
+
+    fn route(&self, logits: &Lent, choice: Experts) -> Routes {
+        route(&mut self.copy(logits), choice)
+    }
+
+    fn gather(&self, x: &Lent, routes: &Routes) -> Lent {
+        self.pick(x, &routes.rows)
+    }
+
+    fn expert_products<const N: usize>(&self, all: [&Vec<Matrix>; N], x: &Lent, routes: &Routes) -> [Lent; N] {
+        grouped(all.map(|experts| experts.iter()), x, routes)
+    }
+
+    fn scatter(&self, y: &Lent, routes: &Routes) -> Lent {
+        let mut out = Lent::new(routes.routed, y.cols());
+        out.data_mut().fill(0.0);
+        // Gathered rows come expert after expert, so that a row's sum does not depend on what else is routed where.
+        for (i, (&r, &weight)) in routes.rows.iter().zip(&routes.weights).enumerate() {
+            kernels::add_scaled(out.row_mut(r), weight, y.row(i));
+        }
+        out
+    }
+
+    fn argmax(&self, x: &Lent) -> Vec<u32> {
+        let best = |row: &[f32]| {
+            if row.iter().any(|x| x.is_nan() || *x == f32::INFINITY) {
+                return NO_CHOICE;
+            }
+            (1..row.len()).fold(0, |best, c| if row[c] > row[best] { c } else { best }) as u32
+        };
+        (0..x.rows()).map(|r| best(x.row(r))).collect()
+    }
+}

@@ -1,0 +1,257 @@
+//! The seam under the decoder: what a processor, a GPU, the slow twin and the recorder of derivatives each do.
+//!
+//! The network's walk asks a [`Backend`] for each operation and never sees where rows lie. The rules:
+//!
+//! - What a step reads from the host (token ids, positions, block tables) is handed over at its start, once
+//!   ([`Backend::begin`], [`Backend::upload_ids`]); operations may then be enqueued, so that a GPU can capture a step and
+//!   play it again. What goes wrong inside surfaces in [`Backend::finish`] or a download, which wait.
+//! - Shapes are known on the host without a download. Nothing comes back but what a tap or a caller downloads: which
+//!   rows go to which expert ([`Backend::route`]) and the likeliest token ([`Backend::argmax`]) are decided where the
+//!   rows lie.
+//! - Pages never cross: a store of keys and values owns a backend's [`Pages`] of each layer, and names them by block
+//!   numbers in [`Tables`].
+//! - A row's result depends on the row, what it is met by and the backend alone, never on its company.
+
+mod cpu;
+pub mod naive;
+mod tables;
+
+use std::ops::Range;
+use std::sync::Arc;
+
+use lacuna_base::{Mat, MatRef};
+use lacuna_format::Stored;
+use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout};
+use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
+
+pub use cpu::Cpu;
+pub(crate) use cpu::{Matrix, NormOf, grouped, route};
+pub use naive::Naive;
+pub use tables::{Table, Tables};
+
+use crate::{Batch, ModelError};
+
+/// Operations of a decoder's step, and what they work on. A clone is another handle of the same backend.
+pub trait Backend: Clone {
+    /// A stored matrix ready to multiply, `[outputs, inputs]`, with its maps, its terms and the bias after it.
+    type Matrix;
+    /// The same matrix of every expert of a mixture.
+    type Experts;
+    /// A normalisation with its vectors.
+    type Norm;
+    /// A stored matrix whose rows are looked up.
+    type Table;
+    /// The frequencies of a rope. A clone shares what was worked out.
+    type Rope: Clone;
+    /// Rows of numbers, `[rows, columns]`.
+    type Rows;
+    /// Row numbers, such as token ids.
+    type Ids;
+    /// Which rows go to which expert, and with which weights.
+    type Routes;
+    /// The pages of keys and values of one layer.
+    type Pages: Pages;
+    /// What a step reads from the host.
+    type Step;
+
+    /// Packs a matrix, whose `bias` has a value for each output. `release` may be called whenever some of what is
+    /// stored has been taken over, so that its pages can leave memory.
+    fn matrix(
+        &self,
+        place: &Place,
+        stored: &Stored,
+        bias: Option<Vec<f32>>,
+        activations: Activations,
+        release: &dyn Fn(),
+    ) -> Result<Self::Matrix, ModelError>;
+
+    /// Puts the matrices of all experts together, in their order.
+    fn experts(&self, all: Vec<Self::Matrix>) -> Self::Experts;
+
+    /// What one row's product with a matrix takes.
+    fn measure(&self, matrix: &Self::Matrix) -> Measure;
+
+    /// A normalisation; `scale` and `bias` have a value for each column.
+    fn norm_of(&self, place: &Place, norm: Norm, scale: Vec<f32>, bias: Option<Vec<f32>>) -> Self::Norm;
+
+    /// A table of rows, checked by the caller.
+    fn table(&self, stored: Arc<Stored>) -> Self::Table;
+
+    /// A rope's frequencies.
+    fn rope_of(&self, rope: &Rope) -> Self::Rope;
+
+    /// No pages yet, for one layer.
+    fn pages(&self, layout: KvLayout, format: KvFormat) -> Self::Pages;
+
+    /// Begins a step: its rows' places, and the block tables of every layer that it runs.
+    fn begin(&self, batch: &Batch, tables: Tables) -> Self::Step;
+
+    /// Waits for everything that was asked for, and tells what went wrong with it.
+    fn finish(&self) -> Result<(), ModelError>;
+
+    /// Rows from the host.
+    fn upload(&self, x: MatRef<'_>) -> Self::Rows;
+
+    /// Row numbers from the host.
+    fn upload_ids(&self, ids: &[u32]) -> Self::Ids;
+
+    /// Some of the rows on the host: waits for them.
+    fn download<'a>(&self, x: &'a Self::Rows, rows: Range<usize>) -> Result<Host<'a>, ModelError>;
+
+    /// Row numbers on the host: waits for them.
+    fn download_ids(&self, ids: &Self::Ids) -> Result<Vec<u32>, ModelError>;
+
+    /// Where each expert's rows begin among those gathered, and the end, on the host: waits for them.
+    fn download_starts(&self, routes: &Self::Routes) -> Result<Vec<usize>, ModelError>;
+
+    /// Rows and columns.
+    fn shape(&self, x: &Self::Rows) -> (usize, usize);
+
+    /// A copy.
+    fn copy(&self, x: &Self::Rows) -> Self::Rows;
+
+    /// Some rows, in the order asked for.
+    fn pick(&self, x: &Self::Rows, rows: &[usize]) -> Self::Rows;
+
+    /// Rows of a table. The caller has seen that they are there.
+    fn embed(&self, table: &Self::Table, ids: &Self::Ids) -> Self::Rows;
+
+    /// `x · Wᵀ + b` of several matrices and the same rows.
+    fn products<const N: usize>(&self, all: [&Self::Matrix; N], x: &Self::Rows) -> [Self::Rows; N];
+
+    /// Each piece of as many columns as the norm has, normalised on its own: whole rows, or every head of a row.
+    fn norm(&self, norm: &Self::Norm, x: &Self::Rows) -> Self::Rows;
+
+    /// Turns heads of `head_dim` columns by their rows' positions.
+    fn rope(&self, rope: &Self::Rope, head_dim: usize, step: &Self::Step, x: [&mut Self::Rows; 2]);
+
+    /// `x = act(x)`, or `act(x) · up`.
+    fn activate(&self, act: Activation, x: &mut Self::Rows, up: Option<&Self::Rows>);
+
+    /// `x += y`.
+    fn add(&self, x: &mut Self::Rows, y: &Self::Rows);
+
+    /// `x *= by`.
+    fn scale(&self, x: &mut Self::Rows, by: f32);
+
+    /// `x = cap · tanh(x / cap)`.
+    fn softcap(&self, x: &mut Self::Rows, cap: f32);
+
+    /// Writes the keys and values of the step's rows, `[rows, kv_heads * head_dim]` each, to block `layer`'s pages.
+    fn write(&self, pages: &mut Self::Pages, layer: usize, step: &Self::Step, keys: &Self::Rows, values: &Self::Rows);
+
+    /// Attention of the step's rows over what is written, theirs included: `q` is `[rows, heads * head_dim]`, and so is
+    /// what comes out.
+    fn attend(
+        &self,
+        how: &Attention,
+        pages: &Self::Pages,
+        layer: usize,
+        step: &Self::Step,
+        q: &Self::Rows,
+    ) -> Self::Rows;
+
+    /// Chooses experts by the router's logits, `[rows, experts]`: softmax over all experts, the largest `used` of a row,
+    /// ties to the lower number.
+    fn route(&self, logits: &Self::Rows, choice: Experts) -> Self::Routes;
+
+    /// The rows of every expert, one expert after the other: `[rows * used, columns]`.
+    fn gather(&self, x: &Self::Rows, routes: &Self::Routes) -> Self::Rows;
+
+    /// [`Backend::products`] of gathered rows, each with its own expert's matrices.
+    fn expert_products<const N: usize>(
+        &self,
+        all: [&Self::Experts; N],
+        x: &Self::Rows,
+        routes: &Self::Routes,
+    ) -> [Self::Rows; N];
+
+    /// The opposite of [`Backend::gather`]: the weighted sum of what the experts made of each row, `[rows, columns]`,
+    /// summed in the experts' order.
+    fn scatter(&self, y: &Self::Rows, routes: &Self::Routes) -> Self::Rows;
+
+    /// The column of each row's largest value, the first of several; [`NO_CHOICE`] where one is NaN or infinite upward.
+    fn argmax(&self, x: &Self::Rows) -> Self::Ids;
+}
+
+/// The pages of one layer, each of `page_tokens` positions of its layout, known by block numbers.
+pub trait Pages {
+    /// Bytes of one.
+    fn block_bytes(&self) -> usize;
+
+    /// Makes a page, where it is not there yet; its content is unspecified. Where memory is short, the end of the step
+    /// tells.
+    fn reserve(&mut self, block: u32);
+
+    /// Gives a page's memory back.
+    fn release(&mut self, block: u32);
+
+    /// Copies all of page `from` to page `to`; both are there.
+    fn copy(&mut self, from: u32, to: u32);
+}
+
+/// In place of a row number: there was nothing to choose by.
+pub const NO_CHOICE: u32 = u32::MAX;
+
+/// What one row's product takes.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+pub struct Measure {
+    /// Multiply-adds, were the matrix dense: on f32, and on 8-bit activations.
+    pub work: [u64; 2],
+    /// Bytes of weights read.
+    pub bytes: u64,
+}
+
+/// Rows on the host: where they lay already, or brought there.
+pub enum Host<'a> {
+    /// Where they lie.
+    There(MatRef<'a>),
+    /// Brought.
+    Brought(Mat),
+}
+
+impl Host<'_> {
+    /// The rows.
+    pub fn view(&self) -> MatRef<'_> {
+        match self {
+            Host::There(m) => *m,
+            Host::Brought(m) => m.view(),
+        }
+    }
+}
+
+/// Rows by expert: those of expert `e` are `starts[e]..starts[e + 1]` of `rows`, each with its weight.
+#[derive(Clone, Debug, PartialEq)]
+pub struct Routes<W = f32> {
+    /// Where each expert's rows begin, and the end.
+    pub(crate) starts: Vec<usize>,
+    /// Numbers of rows, rising within an expert.
+    pub(crate) rows: Vec<usize>,
+    /// A weight for each of them.
+    pub(crate) weights: Vec<W>,
+    /// Rows that were routed.
+    pub(crate) routed: usize,
+}
+
+impl<W: Copy> Routes<W> {
+    /// From each row's experts with their weights.
+    pub(crate) fn new(experts: usize, chosen: &[Vec<(usize, W)>]) -> Routes<W> {
+        let mut by_expert = vec![Vec::new(); experts];
+        for (r, of_row) in chosen.iter().enumerate() {
+            of_row.iter().for_each(|&(e, weight)| by_expert[e].push((r, weight)));
+        }
+        let mut starts = vec![0];
+        starts.extend(by_expert.iter().scan(0, |end, rows| {
+            *end += rows.len();
+            Some(*end)
+        }));
+        let (rows, weights) = by_expert.into_iter().flatten().unzip();
+        Routes { starts, rows, weights, routed: chosen.len() }
+    }
+
+    /// Each expert that has rows, with where they lie among those gathered.
+    pub(crate) fn busy(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        let all = self.starts.windows(2).map(|w| w[0]..w[1]).enumerate();
+        all.filter(|(_, rows)| !rows.is_empty())
+    }
+}

@@ -1,0 +1,442 @@
+//! The slow twin: the decoder's operations in f64, straight loops from their definitions. For tests: it shares no
+//! arithmetic with the kernels. Keys and values are kept as they are, whatever the format, and activations are exact.
+
+use std::collections::HashMap;
+use std::ops::Range;
+use std::sync::Arc;
+
+use lacuna_base::{Mat64, MatRef};
+use lacuna_format::Stored;
+use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout};
+use lacuna_spec::{Activation, Experts, Norm, NormKind, Place, Rope, RopeScaling, RopeStyle};
+
+use super::{Backend, Host, Measure, NO_CHOICE, Pages, Routes, Tables};
+use crate::{Batch, ModelError};
+
+/// f64 and loops.
+#[derive(Clone, Copy, Debug, Default)]
+pub struct Naive;
+
+/// A dense matrix, `[outputs, inputs]`, and its bias.
+pub struct Matrix {
+    w: Mat64,
+    bias: Vec<f64>,
+    measure: Measure,
+}
+
+/// A normalisation and its vectors.
+pub struct NormOf {
+    norm: Norm,
+    scale: Vec<f64>,
+    bias: Vec<f64>,
+}
+
+/// Rows of one step and their block tables.
+pub struct Step {
+    batch: Batch,
+    tables: Tables,
+}
+
+/// Keys and values of each block, `[page_tokens][kv_heads * head_dim]` each.
+#[derive(Clone, Debug)]
+pub struct NaivePages {
+    layout: KvLayout,
+    blocks: HashMap<u32, [Vec<f64>; 2]>,
+}
+
+impl NaivePages {
+    fn width(&self) -> usize {
+        self.layout.kv_heads * self.layout.head_dim
+    }
+}
+
+impl Pages for NaivePages {
+    fn block_bytes(&self) -> usize {
+        2 * 8 * self.layout.page_tokens * self.width()
+    }
+    fn reserve(&mut self, block: u32) {
+        let empty = || vec![0.0; self.layout.page_tokens * self.layout.kv_heads * self.layout.head_dim];
+        self.blocks.entry(block).or_insert_with(|| [empty(), empty()]);
+    }
+    fn release(&mut self, block: u32) {
+        self.blocks.remove(&block);
+    }
+    fn copy(&mut self, from: u32, to: u32) {
+        if let Some(page) = self.blocks.get(&from).cloned() {
+            self.blocks.insert(to, page);
+        }
+    }
+}
+
+fn wide(x: &[f32]) -> Vec<f64> {
+    x.iter().map(|&x| f64::from(x)).collect()
+}
+
+/// `x · Wᵀ + b` of rows of `inputs` values; `w` is `[outputs, inputs]`, `b` empty or `[outputs]`.
+pub(crate) fn linear(x: &[f64], w: &[f64], b: &[f64], inputs: usize) -> Vec<f64> {
+    let row = |x: &[f64]| -> Vec<f64> {
+        let one = |(o, w): (usize, &[f64])| {
+            x.iter().zip(w).map(|(x, w)| x * w).sum::<f64>() + b.get(o).copied().unwrap_or(0.0)
+        };
+        w.chunks(inputs).enumerate().map(one).collect()
+    };
+    x.chunks(inputs).flat_map(row).collect()
+}
+
+/// Rows of `cols`, normalised; `bias` is empty or has as many values as `scale`.
+pub(crate) fn norm(n: Norm, cols: usize, scale: &[f64], bias: &[f64], x: &[f64]) -> Vec<f64> {
+    let row = |x: &[f64]| -> Vec<f64> {
+        let mean = if n.kind == NormKind::Layer { x.iter().sum::<f64>() / cols as f64 } else { 0.0 };
+        let var = x.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / n.divisor.unwrap_or(cols) as f64;
+        let by = (var + f64::from(n.eps)).sqrt();
+        let one = |(i, v): (usize, &f64)| {
+            (v - mean) / by * (scale[i] + f64::from(n.offset)) + bias.get(i).copied().unwrap_or(0.0)
+        };
+        x.iter().enumerate().map(one).collect()
+    };
+    x.chunks(cols).flat_map(row).collect()
+}
+
+/// The error function, by its Maclaurin series.
+fn erf(x: f64) -> f64 {
+    if x.abs() > 5.0 {
+        return x.signum();
+    }
+    let (mut term, mut sum) = (x, x);
+    for n in 1..200 {
+        term *= -x * x / f64::from(n);
+        sum += term / f64::from(2 * n + 1);
+    }
+    sum * std::f64::consts::FRAC_2_SQRT_PI
+}
+
+/// One value's activation.
+pub(crate) fn activation(act: Activation, x: f64) -> f64 {
+    match act {
+        Activation::Silu => x / (1.0 + (-x).exp()),
+        Activation::Gelu => 0.5 * x * (1.0 + erf(x * std::f64::consts::FRAC_1_SQRT_2)),
+        Activation::GeluTanh => {
+            0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
+        }
+        Activation::Relu => x.max(0.0),
+    }
+}
+
+/// The softmax of a row.
+pub(crate) fn softmax(row: &[f64]) -> Vec<f64> {
+    let top = row.iter().copied().fold(f64::NEG_INFINITY, f64::max);
+    let total: f64 = row.iter().map(|x| (x - top).exp()).sum();
+    row.iter().map(|x| (x - top).exp() / total).collect()
+}
+
+/// Causal attention of one query row, `[heads * dim]`, at `position`: `key(t)` and `value(t)` are `[kv_heads * dim]`.
+fn attend<'a>(
+    p: &Attention,
+    dim: usize,
+    kv_heads: usize,
+    (q, position): (&[f64], usize),
+    key: impl Fn(usize) -> &'a [f64],
+    value: impl Fn(usize) -> &'a [f64],
+) -> Vec<f64> {
+    let mut out = vec![0.0; p.heads * dim];
+    for (h, out) in out.chunks_mut(dim).enumerate() {
+        let at = h / (p.heads / kv_heads) * dim;
+        let low = p.window.map_or(0, |w| (position + 1).saturating_sub(w));
+        let score = |t: usize| {
+            let s: f64 = q[h * dim..][..dim].iter().zip(&key(t)[at..]).map(|(q, k)| q * k).sum();
+            let s = s * f64::from(p.scale);
+            p.softcap.map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh())
+        };
+        let weights = softmax(&(low..=position).map(score).collect::<Vec<_>>());
+        for (t, w) in (low..=position).zip(weights) {
+            out.iter_mut().zip(&value(t)[at..]).for_each(|(o, v)| *o += w * v);
+        }
+    }
+    out
+}
+
+/// Causal attention of one sequence from its start: `q` is `[tokens, heads * dim]`, `k` and `v`
+/// `[tokens, kv_heads * dim]`.
+#[cfg(test)]
+pub(crate) fn attention(p: &Attention, dim: usize, kv_heads: usize, q: &[f64], k: &[f64], v: &[f64]) -> Vec<f64> {
+    let narrow = kv_heads * dim;
+    let row = |(t, q): (usize, &[f64])| {
+        attend(p, dim, kv_heads, (q, t), |t| &k[t * narrow..][..narrow], |t| &v[t * narrow..][..narrow])
+    };
+    q.chunks(p.heads * dim).enumerate().flat_map(row).collect()
+}
+
+/// The angle by which each pair of channels turns at a position, for a sequence of `length` tokens, and the factor on
+/// cos and sin.
+fn frequencies(rope: &Rope, length: usize) -> (Vec<f64>, f64) {
+    let (pairs, theta) = (rope.dims / 2, f64::from(rope.theta));
+    let power = |i: usize| theta.powf(2.0 * i as f64 / rope.dims as f64);
+    let divided = |by: &[f32]| (0..pairs).map(|i| 1.0 / (f64::from(by[i]) * power(i))).collect();
+    let of = |f: &dyn Fn(usize, f64) -> f64| (0..pairs).map(|i| f(i, 1.0 / power(i))).collect();
+    match &rope.scaling {
+        RopeScaling::Default => (of(&|_, f| f), 1.0),
+        RopeScaling::Linear { factor } => (of(&|_, f| f / f64::from(*factor)), 1.0),
+        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
+            let (factor, low, high) = (f64::from(*factor), f64::from(*low_freq_factor), f64::from(*high_freq_factor));
+            let turned = |_, f: f64| {
+                // Turns over the original context.
+                let turns = *original as f64 * f / std::f64::consts::TAU;
+                let smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0);
+                (1.0 - smooth) * f / factor + smooth * f
+            };
+            (of(&turned), 1.0)
+        }
+        RopeScaling::Yarn { factor, beta_fast, beta_slow, attention_factor, original, truncate } => {
+            let channel = |turns: f32| {
+                let over = *original as f64 / (f64::from(turns) * std::f64::consts::TAU);
+                rope.dims as f64 * over.ln() / (2.0 * theta.ln())
+            };
+            let (mut low, mut high) = (channel(*beta_fast), channel(*beta_slow));
+            if *truncate {
+                (low, high) = (low.floor(), high.ceil());
+            }
+            let (low, mut high) = (low.max(0.0), high.min(rope.dims as f64 - 1.0));
+            if low == high {
+                high += 0.001;
+            }
+            let ramp = |i: usize| ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
+            let turned = |i: usize, f: f64| f / f64::from(*factor) * ramp(i) + f * (1.0 - ramp(i));
+            (of(&turned), f64::from(*attention_factor))
+        }
+        RopeScaling::Longrope { short, long, attention_factor, original } => {
+            (divided(if length > *original { long } else { short }), f64::from(*attention_factor))
+        }
+        RopeScaling::Factors { factors } => (divided(factors), 1.0),
+    }
+}
+
+impl Backend for Naive {
+    type Matrix = Matrix;
+    type Experts = Vec<Matrix>;
+    type Norm = NormOf;
+    type Table = Arc<Stored>;
+    type Rope = Rope;
+    type Rows = Mat64;
+    type Ids = Vec<u32>;
+    type Routes = Routes<f64>;
+    type Pages = NaivePages;
+    type Step = Step;
+
+    fn matrix(
+        &self,
+        place: &Place,
+        stored: &Stored,
+        bias: Option<Vec<f32>>,
+        _: Activations,
+        release: &dyn Fn(),
+    ) -> Result<Matrix, ModelError> {
+        stored.check().map_err(|e| ModelError::bad(place, e))?;
+        let w = Mat64::from_f32(stored.to_mat().view());
+        release();
+        let measure = Measure { work: [(w.rows() * w.cols()) as u64, 0], bytes: 8 * (w.rows() * w.cols()) as u64 };
+        Ok(Matrix { w, bias: wide(&bias.unwrap_or_default()), measure })
+    }
+
+    fn experts(&self, all: Vec<Matrix>) -> Vec<Matrix> {
+        all
+    }
+
+    fn measure(&self, matrix: &Matrix) -> Measure {
+        matrix.measure
+    }
+
+    fn norm_of(&self, _: &Place, norm: Norm, scale: Vec<f32>, bias: Option<Vec<f32>>) -> NormOf {
+        NormOf { norm, scale: wide(&scale), bias: wide(&bias.unwrap_or_default()) }
+    }
+
+    fn table(&self, stored: Arc<Stored>) -> Arc<Stored> {
+        stored
+    }
+
+    fn rope_of(&self, rope: &Rope) -> Rope {
+        rope.clone()
+    }
+
+    fn pages(&self, layout: KvLayout, _: KvFormat) -> NaivePages {
+        NaivePages { layout, blocks: HashMap::new() }
+    }
+
+    fn begin(&self, batch: &Batch, tables: Tables) -> Step {
+        Step { batch: batch.clone(), tables }
+    }
+
+    fn finish(&self) -> Result<(), ModelError> {
+        Ok(())
+    }
+
+    fn upload(&self, x: MatRef<'_>) -> Mat64 {
+        Mat64::from_f32(x)
+    }
+
+    fn upload_ids(&self, ids: &[u32]) -> Vec<u32> {
+        ids.to_vec()
+    }
+
+    fn download<'a>(&self, x: &'a Mat64, rows: Range<usize>) -> Result<Host<'a>, ModelError> {
+        let all: Vec<usize> = rows.collect();
+        Ok(Host::Brought(self.pick(x, &all).to_f32()))
+    }
+
+    fn download_ids(&self, ids: &Vec<u32>) -> Result<Vec<u32>, ModelError> {
+        Ok(ids.clone())
+    }
+
+    fn download_starts(&self, routes: &Routes<f64>) -> Result<Vec<usize>, ModelError> {
+        Ok(routes.starts.clone())
+    }
+
+    fn shape(&self, x: &Mat64) -> (usize, usize) {
+        (x.rows(), x.cols())
+    }
+
+    fn copy(&self, x: &Mat64) -> Mat64 {
+        x.clone()
+    }
+
+    fn pick(&self, x: &Mat64, rows: &[usize]) -> Mat64 {
+        Mat64::from_fn(rows.len(), x.cols(), |r, c| x.row(rows[r])[c])
+    }
+
+    fn embed(&self, table: &Arc<Stored>, ids: &Vec<u32>) -> Mat64 {
+        let all = table.to_mat();
+        Mat64::from_fn(ids.len(), table.cols, |r, c| f64::from(all[(ids[r] as usize, c)]))
+    }
+
+    fn products<const N: usize>(&self, all: [&Matrix; N], x: &Mat64) -> [Mat64; N] {
+        all.map(|m| {
+            let out = linear(x.data(), m.w.data(), &m.bias, x.cols());
+            Mat64::from_vec(x.rows(), m.w.rows(), out)
+        })
+    }
+
+    fn norm(&self, n: &NormOf, x: &Mat64) -> Mat64 {
+        Mat64::from_vec(x.rows(), x.cols(), norm(n.norm, n.scale.len(), &n.scale, &n.bias, x.data()))
+    }
+
+    fn rope(&self, rope: &Rope, head_dim: usize, step: &Step, x: [&mut Mat64; 2]) {
+        for x in x {
+            for (r, (position, length)) in step.batch.places().enumerate() {
+                let (freq, factor) = frequencies(rope, length);
+                for head in x.row_mut(r).chunks_mut(head_dim) {
+                    for (i, f) in freq.iter().enumerate() {
+                        let (a, b) = match rope.style {
+                            RopeStyle::Half => (i, i + freq.len()),
+                            RopeStyle::Interleaved => (2 * i, 2 * i + 1),
+                        };
+                        let (s, c) = (position as f64 * f).sin_cos();
+                        let (u, v) = (head[a], head[b]);
+                        (head[a], head[b]) = (factor * (u * c - v * s), factor * (v * c + u * s));
+                    }
+                }
+            }
+        }
+    }
+
+    fn activate(&self, act: Activation, x: &mut Mat64, up: Option<&Mat64>) {
+        x.data_mut().iter_mut().for_each(|x| *x = activation(act, *x));
+        if let Some(up) = up {
+            x.data_mut().iter_mut().zip(up.data()).for_each(|(x, up)| *x *= up);
+        }
+    }
+
+    fn add(&self, x: &mut Mat64, y: &Mat64) {
+        x.data_mut().iter_mut().zip(y.data()).for_each(|(x, y)| *x += y);
+    }
+
+    fn scale(&self, x: &mut Mat64, by: f32) {
+        x.data_mut().iter_mut().for_each(|x| *x *= f64::from(by));
+    }
+
+    fn softcap(&self, x: &mut Mat64, cap: f32) {
+        let cap = f64::from(cap);
+        x.data_mut().iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+    }
+
+    fn write(&self, pages: &mut NaivePages, layer: usize, step: &Step, keys: &Mat64, values: &Mat64) {
+        let (n, width) = (pages.layout.page_tokens, pages.width());
+        for ((_, rows), table) in step.batch.runs().zip(step.tables.of(layer)) {
+            for r in rows {
+                let p = step.batch.positions()[r];
+                let block = pages.blocks.get_mut(&table.blocks[p / n]).expect("a block that was reserved");
+                for (to, from) in block.iter_mut().zip([keys, values]) {
+                    to[p % n * width..][..width].copy_from_slice(from.row(r));
+                }
+            }
+        }
+    }
+
+    fn attend(&self, how: &Attention, pages: &NaivePages, layer: usize, step: &Step, q: &Mat64) -> Mat64 {
+        let (n, width) = (pages.layout.page_tokens, pages.width());
+        let mut out = Mat64::zeros(q.rows(), q.cols());
+        for ((_, rows), table) in step.batch.runs().zip(step.tables.of(layer)) {
+            for r in rows {
+                let position = step.batch.positions()[r];
+                let of =
+                    |side: usize| move |t: usize| &pages.blocks[&table.blocks[t / n]][side][t % n * width..][..width];
+                let (dim, kv_heads) = (pages.layout.head_dim, pages.layout.kv_heads);
+                let mixed = attend(how, dim, kv_heads, (q.row(r), position), of(0), of(1));
+                out.row_mut(r).copy_from_slice(&mixed);
+            }
+        }
+        out
+    }
+
+    fn route(&self, logits: &Mat64, choice: Experts) -> Routes<f64> {
+        let of_row = |r: usize| {
+            let p = softmax(logits.row(r));
+            let mut order: Vec<usize> = (0..p.len()).collect();
+            order.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
+            order.truncate(choice.used);
+            let total: f64 = if choice.normalize { order.iter().map(|&e| p[e]).sum() } else { 1.0 };
+            order.into_iter().map(|e| (e, p[e] / total)).collect()
+        };
+        let chosen: Vec<Vec<(usize, f64)>> = (0..logits.rows()).map(of_row).collect();
+        Routes::new(choice.count, &chosen)
+    }
+
+    fn gather(&self, x: &Mat64, routes: &Routes<f64>) -> Mat64 {
+        self.pick(x, &routes.rows)
+    }
+
+    fn expert_products<const N: usize>(&self, all: [&Vec<Matrix>; N], x: &Mat64, routes: &Routes<f64>) -> [Mat64; N] {
+        all.map(|experts| {
+            let mut out = Vec::new();
+            for (e, rows) in routes.busy() {
+                let mine = self.pick(x, &rows.collect::<Vec<_>>());
+                let [y] = self.products([&experts[e]], &mine);
+                out.extend_from_slice(y.data());
+            }
+            let outputs = experts.first().map_or(0, |m| m.w.rows());
+            Mat64::from_vec(x.rows(), outputs, out)
+        })
+    }
+
+    fn scatter(&self, y: &Mat64, routes: &Routes<f64>) -> Mat64 {
+        let mut out = Mat64::zeros(routes.routed, y.cols());
+        for (i, (&r, weight)) in routes.rows.iter().zip(&routes.weights).enumerate() {
+            out.row_mut(r).iter_mut().zip(y.row(i)).for_each(|(o, y)| *o += weight * y);
+        }
+        out
+    }
+
+    fn argmax(&self, x: &Mat64) -> Vec<u32> {
+        let best = |row: &[f64]| {
+            let mut best = 0;
+            for (c, &v) in row.iter().enumerate() {
+                if v.is_nan() || v == f64::INFINITY {
+                    return NO_CHOICE;
+                }
+                if v > row[best] {
+                    best = c;
+                }
+            }
+            best as u32
+        };
+        (0..x.rows()).map(|r| best(x.row(r))).collect()
+    }
+}

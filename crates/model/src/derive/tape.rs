@@ -1,0 +1,264 @@
+//! What a recorded step leaves behind, and the walk back over it: the adjoint of each operation, the last one first.
+
+use std::collections::HashMap;
+use std::rc::Rc;
+
+use lacuna_base::{MatMut, MatRef};
+use lacuna_kernels::{Attention, RopeTable};
+use lacuna_spec::{Activation, Experts};
+
+use super::recorder::{Gradients, Matrix, PlacedNorm};
+use super::rows::{copy, dot, zeros};
+use super::sink::GradientSink;
+use super::{activation, attention, bias, gated_activation, norm, product, rope, routing, softcap};
+use crate::Lent;
+use crate::backend::Routes;
+
+/// A value and its number. It does not change while several hold it.
+#[derive(Clone)]
+pub(crate) struct Node {
+    pub(super) id: usize,
+    pub(super) value: Rc<Lent>,
+}
+
+impl Node {
+    fn view(&self) -> MatRef<'_> {
+        self.value.view()
+    }
+
+    /// Rows of a product's input that belong to one expert.
+    fn part(&self, rows: &std::ops::Range<usize>) -> MatRef<'_> {
+        self.view().rows_range(rows.start, rows.end)
+    }
+}
+
+/// An operation: what its adjoint reads, and the numbers of what went in and came out.
+pub(super) enum Entry {
+    Products {
+        matrices: Vec<Rc<Matrix>>,
+        x: Node,
+        out: Vec<usize>,
+    },
+    ExpertProducts {
+        experts: Vec<Vec<Rc<Matrix>>>,
+        x: Node,
+        routes: Rc<Routes>,
+        out: Vec<usize>,
+    },
+    Norm {
+        norm: Rc<PlacedNorm>,
+        x: Node,
+        out: usize,
+    },
+    Rope {
+        table: RopeTable,
+        head_dim: usize,
+        at: Vec<(usize, usize)>,
+        x: usize,
+        out: usize,
+    },
+    Activate {
+        act: Activation,
+        x: Node,
+        up: Option<Node>,
+        out: usize,
+    },
+    Add {
+        x: usize,
+        y: usize,
+        out: usize,
+    },
+    Scale {
+        x: usize,
+        by: f32,
+        out: usize,
+    },
+    Softcap {
+        x: usize,
+        cap: f32,
+        y: Rc<Lent>,
+        out: usize,
+    },
+    Attend {
+        how: Attention,
+        head_dim: usize,
+        read: [Node; 3],
+        y: Node,
+    },
+    Route {
+        p: Rc<Lent>,
+        routes: Rc<Routes>,
+        choice: Experts,
+        logits: usize,
+        weights: usize,
+    },
+    /// Rows of a value of `of` rows.
+    Pick {
+        x: usize,
+        of: usize,
+        rows: Vec<usize>,
+        out: usize,
+    },
+    Scatter {
+        y: Node,
+        routes: Rc<Routes>,
+        weights: usize,
+        out: usize,
+    },
+}
+
+/// Operations in the order in which they were done.
+pub(super) struct Tape(Vec<Entry>);
+
+impl Tape {
+    pub(super) fn new(entries: Vec<Entry>) -> Tape {
+        Tape(entries)
+    }
+
+    /// Bytes of the values that it holds.
+    pub(super) fn bytes(&self) -> u64 {
+        let all = self.0.iter().flat_map(|e| -> Vec<&Rc<Lent>> {
+            match e {
+                Entry::Products { x, .. } | Entry::ExpertProducts { x, .. } | Entry::Norm { x, .. } => vec![&x.value],
+                Entry::Activate { x, up, .. } => [x].into_iter().chain(up).map(|n| &n.value).collect(),
+                Entry::Attend { read, y, .. } => read.iter().chain([y]).map(|n| &n.value).collect(),
+                Entry::Softcap { y, .. } => vec![y],
+                Entry::Route { p, .. } => vec![p],
+                Entry::Scatter { y, .. } => vec![&y.value],
+                Entry::Rope { .. } | Entry::Add { .. } | Entry::Scale { .. } | Entry::Pick { .. } => Vec::new(),
+            }
+        });
+        let once: HashMap<*const Lent, u64> = all.map(|v| (Rc::as_ptr(v), 4 * v.data().len() as u64)).collect();
+        once.values().sum()
+    }
+
+    /// Walks back from the gradients of what came out to those of what went in. `sink` is shown what it wants.
+    pub(super) fn back(&self, d: &mut Gradients, sink: &mut dyn GradientSink) {
+        self.0.iter().rev().for_each(|entry| entry.back(d, sink));
+    }
+}
+
+impl Entry {
+    /// The adjoint: takes the gradients of what came out and adds to those of what went in. What nobody read has none.
+    fn back(&self, d: &mut Gradients, sink: &mut dyn GradientSink) {
+        match self {
+            Entry::Products { matrices, x, out } => {
+                for (m, out) in matrices.iter().zip(out) {
+                    let Some(dy) = d.take(*out) else { continue };
+                    let (rows, cols) = (x.value.rows(), x.value.cols());
+                    through(m, x.view(), dy.view(), d.so_far(x.id, rows, cols).view_mut(), sink);
+                }
+            }
+            Entry::ExpertProducts { experts, x, routes, out } => {
+                for (experts, out) in experts.iter().zip(out) {
+                    let Some(dy) = d.take(*out) else { continue };
+                    let cols = x.value.cols();
+                    let dx = d.so_far(x.id, x.value.rows(), cols);
+                    for (e, rows) in routes.busy() {
+                        let part = &mut dx.data_mut()[rows.start * cols..rows.end * cols];
+                        let dy = dy.view().rows_range(rows.start, rows.end);
+                        through(&experts[e], x.part(&rows), dy, MatMut::new(rows.len(), cols, part), sink);
+                    }
+                }
+            }
+            Entry::Norm { norm, x, out } => {
+                let Some(dy) = d.take(*out) else { return };
+                let dx = d.so_far(x.id, x.value.rows(), x.value.cols());
+                // Heads lie one after the other.
+                let dim = norm.of.scale.len();
+                let heads = dy.data().len() / dim;
+                through_norm(
+                    norm,
+                    MatRef::new(heads, dim, x.value.data()),
+                    MatRef::new(heads, dim, dy.data()),
+                    MatMut::new(heads, dim, dx.data_mut()),
+                    sink,
+                );
+            }
+            Entry::Rope { table, head_dim, at, x, out } => {
+                let Some(mut dy) = d.take(*out) else { return };
+                rope(table, at.iter().copied(), *head_dim, [dy.view_mut()]);
+                d.add(*x, dy);
+            }
+            Entry::Activate { act, x, up, out } => {
+                let Some(dy) = d.take(*out) else { return };
+                let mut dx = Lent::new(dy.rows(), dy.cols());
+                if let Some(up) = up {
+                    let mut dup = Lent::new(dy.rows(), dy.cols());
+                    gated_activation(*act, x.view(), up.view(), dy.view(), dx.view_mut(), dup.view_mut());
+                    d.add(up.id, dup);
+                } else {
+                    activation(*act, x.view(), dy.view(), dx.view_mut());
+                }
+                d.add(x.id, dx);
+            }
+            Entry::Add { x, y, out } => {
+                let Some(dy) = d.take(*out) else { return };
+                d.add(*y, copy(dy.view()));
+                d.add(*x, dy);
+            }
+            Entry::Scale { x, by, out } => {
+                let Some(mut dy) = d.take(*out) else { return };
+                dy.data_mut().iter_mut().for_each(|d| *d *= by);
+                d.add(*x, dy);
+            }
+            Entry::Softcap { x, cap, y, out } => {
+                let Some(mut dy) = d.take(*out) else { return };
+                softcap(*cap, y.data(), dy.data_mut());
+                d.add(*x, dy);
+            }
+            Entry::Attend { how, head_dim, read, y } => {
+                let Some(dy) = d.take(y.id) else { return };
+                let of = attention(how, *head_dim, read.each_ref().map(Node::view), y.view(), dy.view());
+                for (node, dx) in read.iter().zip([of.q, of.k, of.v]) {
+                    d.add(node.id, dx);
+                }
+            }
+            Entry::Route { p, routes, choice, logits, weights } => {
+                let Some(dw) = d.take(*weights) else { return };
+                d.add(*logits, Lent::from(routing(p.view(), routes, dw.data(), *choice)));
+            }
+            Entry::Pick { x, of, rows, out } => {
+                let Some(dy) = d.take(*out) else { return };
+                let dx = d.so_far(*x, *of, dy.cols());
+                for (i, &r) in rows.iter().enumerate() {
+                    dx.row_mut(r).iter_mut().zip(dy.row(i)).for_each(|(x, y)| *x += y);
+                }
+            }
+            Entry::Scatter { y, routes, weights, out } => {
+                let Some(dout) = d.take(*out) else { return };
+                let mut dy = zeros(routes.rows.len(), dout.cols());
+                let mut dw = zeros(1, routes.rows.len());
+                for (i, (&r, &weight)) in routes.rows.iter().zip(&routes.weights).enumerate() {
+                    dy.row_mut(i).iter_mut().zip(dout.row(r)).for_each(|(y, d)| *y = weight * d);
+                    dw.row_mut(0)[i] = dot(dout.row(r), y.value.row(i));
+                }
+                d.add(y.id, dy);
+                d.add(*weights, dw);
+            }
+        }
+    }
+}
+
+/// The adjoint of one matrix and its bias: shows both, and adds to the gradient of the input.
+fn through(m: &Matrix, x: MatRef<'_>, dy: MatRef<'_>, dx: MatMut<'_>, sink: &mut dyn GradientSink) {
+    if sink.wants(&m.place) {
+        sink.gradient(&m.place, x, dy);
+    }
+    if m.forward.bias.is_some() && sink.wants(&m.place.bias()) {
+        sink.vector(&m.place.bias(), &bias(dy));
+    }
+    product(&m.back, dy, dx);
+}
+
+/// The adjoint of a norm with its constants: adds to `dx`, and shows the gradients of its vectors.
+fn through_norm(n: &PlacedNorm, x: MatRef<'_>, dy: MatRef<'_>, dx: MatMut<'_>, sink: &mut dyn GradientSink) {
+    let (scale, bias) = (sink.wants(&n.place), n.of.bias.is_some() && sink.wants(&n.place.bias()));
+    let Some(vectors) = norm(n.of.norm, &n.of.scale, x, dy, dx, scale || bias) else { return };
+    if scale {
+        sink.vector(&n.place, &vectors.scale);
+    }
+    if bias {
+        sink.vector(&n.place.bias(), &vectors.bias);
+    }
+}
