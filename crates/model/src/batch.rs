@@ -10,6 +10,8 @@ pub struct Batch {
     sequence: Vec<usize>,
     position: Vec<usize>,
     length: Vec<usize>,
+    /// Rows that are written to another sequence, too.
+    also: Vec<(usize, usize)>,
 }
 
 impl Batch {
@@ -23,6 +25,7 @@ impl Batch {
         self.sequence.clear();
         self.position.clear();
         self.length.clear();
+        self.also.clear();
     }
 
     /// One sequence's positions `positions`, with which it ends.
@@ -49,6 +52,19 @@ impl Batch {
             self.position.push(p);
             self.length.push(length);
         }
+    }
+
+    /// Writes the key and value of `row`, which is there already, to `sequence` as well, before that sequence's own rows.
+    /// A draft's branches share their beginnings so: each row is computed once, in one sequence.
+    #[track_caller]
+    pub fn also(&mut self, row: usize, sequence: usize) {
+        assert!(row < self.rows(), "row {row} of {}", self.rows());
+        self.also.push((row, sequence));
+    }
+
+    /// The rows that are written to `sequence`: those of others, and its own, `rows`.
+    pub fn written(&self, sequence: usize, rows: Range<usize>) -> impl Iterator<Item = usize> {
+        self.also.iter().filter(move |(_, s)| *s == sequence).map(|(r, _)| *r).chain(rows)
     }
 
     /// Number of rows.

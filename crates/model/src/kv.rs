@@ -149,7 +149,7 @@ impl<B: Backend> KvStore<B> for ContiguousKv<B> {
         batch.runs().try_for_each(|(sequence, _)| self.known(sequence))?;
         let l = self.layer_mut(layer)?;
         for (sequence, rows) in batch.runs() {
-            for &position in &batch.positions()[rows] {
+            for position in batch.written(sequence, rows).map(|r| batch.positions()[r]) {
                 let have = l.tokens[sequence];
                 if position > have {
                     return Err(ModelError::Store {

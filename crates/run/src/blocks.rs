@@ -53,6 +53,8 @@ struct Text {
     tail: Vec<u32>,
     /// Where its chain of blocks begins.
     beginning: u64,
+    /// Of a fork: how many of its blocks are those of the text that it was forked from.
+    lent: usize,
 }
 
 /// How many blocks are in which state.
@@ -190,7 +192,12 @@ impl<B: Backend> BlockStore<B> {
             shared: Vec::new(),
             tail: Vec::with_capacity(BLOCK_TOKENS),
             beginning: u64::from(class),
+            lent: 0,
         };
+        self.place_for(text)
+    }
+
+    fn place_for(&mut self, text: Text) -> usize {
         match self.texts.iter().position(Option::is_none) {
             Some(slot) => {
                 self.texts[slot] = Some(text);
@@ -201,6 +208,55 @@ impl<B: Backend> BlockStore<B> {
                 self.texts.len() - 1
             }
         }
+    }
+
+    /// Forks a text: another one that has the same positions written and room for `tokens`, for a branch of a draft. It
+    /// shares whole blocks with the text, which must outlive it, and is never published; it ends with
+    /// [`BlockStore::join`] or [`BlockStore::close_fork`]. None where there is no room.
+    #[track_caller]
+    pub fn fork(&mut self, slot: usize, tokens: usize) -> Option<usize> {
+        let t = self.text(slot);
+        let lent = t.tokens / BLOCK_TOKENS;
+        let own = tokens.div_ceil(BLOCK_TOKENS).saturating_sub(lent).max(1);
+        if own > self.available() {
+            return None;
+        }
+        let mut blocks = t.blocks[..lent].to_vec();
+        let (written, begun) = (t.tokens, t.blocks.get(lent).copied().filter(|_| t.tokens % BLOCK_TOKENS > 0));
+        blocks.extend((0..own).map(|_| self.fresh()));
+        if let Some(theirs) = begun {
+            self.pools.iter_mut().for_each(|p| p.copy(theirs, blocks[lent]));
+        }
+        Some(self.place_for(Text {
+            blocks,
+            written: vec![written; self.pools.len()],
+            tokens: written,
+            shared: Vec::new(),
+            tail: Vec::new(),
+            beginning: 0,
+            lent,
+        }))
+    }
+
+    /// Ends a fork, whose positions the text takes over in the place of its own, as far as they are not published.
+    #[track_caller]
+    pub fn join(&mut self, slot: usize, fork: usize) {
+        let mut f = self.texts[fork].take().expect("an open fork");
+        let keep = f.lent.max(self.text(slot).shared.len()).min(f.blocks.len());
+        self.spare.extend(f.blocks.drain(f.lent..keep));
+        let theirs = f.blocks.split_off(f.lent);
+        let t = self.text_mut(slot);
+        let mine = t.blocks.split_off(keep);
+        t.blocks.extend(theirs);
+        t.written = f.written;
+        self.spare.extend(mine);
+    }
+
+    /// Ends a fork of which nothing is taken over.
+    #[track_caller]
+    pub fn close_fork(&mut self, fork: usize) {
+        let f = self.texts[fork].take().expect("an open fork");
+        self.spare.extend(&f.blocks[f.lent..]);
     }
 
     /// Positions of a text that are written.
@@ -479,7 +535,7 @@ impl<B: Backend> KvStore<B> for BlockStore<B> {
         for (slot, rows) in batch.runs() {
             let (_, place) = self.place(layer, slot)?;
             let t = self.text_mut(slot);
-            for &position in &batch.positions()[rows] {
+            for position in batch.written(slot, rows).map(|r| batch.positions()[r]) {
                 let have = t.written[place];
                 if position > have {
                     return Err(store(format!(
@@ -489,7 +545,7 @@ impl<B: Backend> KvStore<B> for BlockStore<B> {
                 if position / BLOCK_TOKENS >= t.blocks.len() {
                     return Err(store(format!("no room was made for position {position} of text {slot}")));
                 }
-                if position / BLOCK_TOKENS < t.shared.len() {
+                if position / BLOCK_TOKENS < t.shared.len().max(t.lent) {
                     return Err(store(format!("position {position} of text {slot} lies in a published block")));
                 }
                 t.written[place] = have.max(position + 1);

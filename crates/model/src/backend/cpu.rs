@@ -277,8 +277,8 @@ impl Backend for Cpu {
 
     fn write(&self, pages: &mut KvPool, layer: usize, step: &Step, keys: &Lent, values: &Lent) {
         let page_tokens = pages.layout().page_tokens;
-        for ((_, rows), table) in step.batch.runs().zip(step.tables.of(layer)) {
-            for r in rows {
+        for ((sequence, rows), table) in step.batch.runs().zip(step.tables.of(layer)) {
+            for r in step.batch.written(sequence, rows) {
                 let position = step.batch.positions()[r];
                 let page = pages.page_mut(table.blocks[position / page_tokens]);
                 page.write(position % page_tokens, keys.row(r), values.row(r));

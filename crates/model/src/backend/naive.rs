@@ -359,8 +359,8 @@ impl Backend for Naive {
 
     fn write(&self, pages: &mut NaivePages, layer: usize, step: &Step, keys: &Mat64, values: &Mat64) {
         let (n, width) = (pages.layout.page_tokens, pages.width());
-        for ((_, rows), table) in step.batch.runs().zip(step.tables.of(layer)) {
-            for r in rows {
+        for ((sequence, rows), table) in step.batch.runs().zip(step.tables.of(layer)) {
+            for r in step.batch.written(sequence, rows) {
                 let p = step.batch.positions()[r];
                 let block = pages.blocks.get_mut(&table.blocks[p / n]).expect("a block that was reserved");
                 for (to, from) in block.iter_mut().zip([keys, values]) {

@@ -12,6 +12,10 @@ use crate::{Engine, RunError};
 /// Tokens that a draft may have.
 const MOST_NODES: usize = 48;
 
+/// Blocks that the drafts of one text are given beside what it may become: a branch takes one or two for the time of a
+/// step.
+pub(super) const BLOCKS: usize = 32;
+
 /// Rows of the steps that are timed, and how often.
 const TIMED_ROWS: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
 const TIMED: usize = 3;
@@ -29,10 +33,45 @@ pub(super) struct Drafter {
     /// This step's draft, and those of its nodes that came.
     tree: Tree,
     path: Vec<usize>,
+    branches: Branches,
     /// The likeliest ids behind each row of this step, `top` each.
     ids: Vec<u32>,
     ledger: Option<Ledger>,
     company: Company,
+}
+
+/// How a draft lies in a step: the nodes of the longest path of firsts behind the text's own rows, and of every further
+/// branch, from where it leaves another one, in a fork of the text.
+#[derive(Default)]
+struct Branches {
+    /// Nodes of the text's own path, and of each fork's, from the text on.
+    nodes: Vec<Vec<usize>>,
+    /// The row of each node, counted from the text's last.
+    row: Vec<usize>,
+    forks: Vec<usize>,
+}
+
+impl Branches {
+    fn of(tree: &Tree) -> Branches {
+        let mut nodes: Vec<Vec<usize>> = vec![Vec::new()];
+        for (node, parent) in tree.parents.iter().enumerate() {
+            // A branch goes on where its last node, or the text, has a first child.
+            let goes_on = |branch: &Vec<usize>| branch.last().copied() == *parent;
+            match nodes.iter_mut().find(|branch| goes_on(branch)) {
+                Some(branch) => branch.push(node),
+                None => nodes.push(vec![node]),
+            }
+        }
+        let mut row = vec![0; tree.len()];
+        nodes.iter().flatten().enumerate().for_each(|(i, &node)| row[node] = i + 1);
+        Branches { nodes, row, forks: Vec::new() }
+    }
+
+    /// The fork that computed a node; none: the text itself.
+    fn fork_of(&self, node: usize) -> Option<usize> {
+        let branch = self.nodes.iter().position(|nodes| nodes.contains(&node))?;
+        self.forks.get(branch.checked_sub(1)?).copied()
+    }
 }
 
 /// What all texts' drafts know: the price of rows, and how often drafted tokens come.
@@ -49,25 +88,39 @@ impl Drafter {
             told: 0,
             tree: Tree::default(),
             path: Vec::new(),
+            branches: Branches::default(),
             ids: Vec::new(),
             ledger: None,
             company: Company::default(),
         }
     }
 
-    /// The drafted tokens of this step, in the order of their rows.
-    pub fn tokens(&self) -> &[u32] {
-        &self.tree.tokens
+    /// Adds the rows of this step's draft behind the text's own, of which the last is row `last` of the batch; `whole`:
+    /// tokens of the text, in `slot`.
+    pub fn rows(&self, batch: &mut Batch, tokens: &mut Vec<u32>, slot: usize, whole: usize) {
+        let last = batch.rows() - 1;
+        let slots = std::iter::once(slot).chain(self.branches.forks.iter().copied());
+        for (branch, (nodes, slot)) in self.branches.nodes.iter().zip(slots).enumerate() {
+            let Some(&first) = nodes.first() else { continue };
+            let above = self.tree.path(first);
+            let from = whole + above.len() - 1;
+            batch.push_part(slot, from..from + nodes.len(), from + nodes.len());
+            tokens.extend(nodes.iter().map(|&n| self.tree.tokens[n]));
+            if branch > 0 {
+                // What the branch has in common with others is computed there.
+                batch.also(last, slot);
+                above[..above.len() - 1].iter().for_each(|&n| batch.also(last + self.branches.row[n], slot));
+            }
+        }
     }
 
-    /// Goes on from `row` (0: the text's, `1 + i`: node `i`'s) by `token`, where that was drafted; the row that says what
-    /// follows.
+    /// Goes on from `row` (0: the text's) by `token`, where that was drafted; the row that says what follows.
     pub fn take(&mut self, row: usize, token: u32) -> Option<usize> {
-        let parent = row.checked_sub(1);
+        let parent = self.branches.row.iter().position(|r| *r == row);
         let mut nodes = self.tree.parents.iter().zip(&self.tree.tokens);
         let node = nodes.position(|(p, t)| *p == parent && *t == token)?;
         self.path.push(node);
-        Some(node + 1)
+        Some(self.branches.row[node])
     }
 
     /// Looks at what was likely behind each row.
@@ -105,6 +158,7 @@ impl Scheduler {
 
     fn try_draft(&mut self, index: usize, others: &mut Company) -> Result<usize, RunError> {
         let Scheduler { engine, running, prices, store, .. } = self;
+        let texts = running.len();
         let a = &mut running[index];
         let slot = a.slot();
         let Some(d) = a.drafter.as_deref_mut() else { return Ok(0) };
@@ -127,20 +181,41 @@ impl Scheduler {
             *prices = Some(Prices { seconds: step_seconds(engine)?, acceptance: Acceptance::default() });
         }
         let Some(Prices { seconds, acceptance }) = prices else { return Ok(0) };
-        let mut tree = chain(&tree, &acceptance.chances(&tree));
-        tree.truncate(deep);
+        let mut tree = within(tree, deep);
         let chances = acceptance.chances(&tree);
         let read = a.prompt_tokens - a.reused.unwrap_or(0);
         let ledger = d.ledger.get_or_insert_with(|| Ledger::begin(seconds.of(read)));
         d.company = *others;
         tree.truncate(ledger.nodes(seconds, *others, &chances));
-        if !tree.is_empty() && !store.reserve(slot, len + tree.len()) {
+        // A block for each text at work is left: a draft must not drive one out.
+        if !tree.is_empty() && (store.available() <= texts || !store.reserve(slot, len + tree.len().min(deep))) {
             tree.truncate(0);
         }
+        d.branches = Branches::of(&tree);
+        for branch in d.branches.nodes.iter().skip(1) {
+            let longest = branch.first().map_or(0, |&n| tree.path(n).len()) + branch.len();
+            let fork = Some(()).filter(|()| store.available() > texts).and_then(|()| store.fork(slot, len + longest));
+            let Some(fork) = fork else { break };
+            d.branches.forks.push(fork);
+        }
+        if d.branches.forks.len() + 1 < d.branches.nodes.len() {
+            // Only the text's own path finds room.
+            d.branches.forks.drain(..).for_each(|fork| store.close_fork(fork));
+            tree = first_path(&tree);
+            d.branches = Branches::of(&tree);
+        }
         others.rows += tree.len();
-        others.tokens += chances[..tree.len()].iter().sum::<f64>();
+        others.tokens += acceptance.chances(&tree).iter().sum::<f64>();
         d.tree = tree;
         Ok(d.tree.len())
+    }
+
+    /// Forgets the drafts of a step that failed.
+    pub(super) fn undo(&mut self, parts: &[Part]) {
+        for p in parts.iter().filter(|p| p.drafted > 0) {
+            let Some(d) = self.running[p.index].drafter.as_deref_mut() else { continue };
+            d.branches.forks.drain(..).for_each(|fork| self.store.close_fork(fork));
+        }
     }
 
     /// Takes over what came of the drafts of a step: keys and values of tokens that were committed stay, the rest is
@@ -154,6 +229,14 @@ impl Scheduler {
             if p.drafted > 0 {
                 let taken = d.path.len().min(followed.len());
                 a.read = p.to + taken;
+                let kept = taken.checked_sub(1).and_then(|last| d.branches.fork_of(d.path[last]));
+                for fork in d.branches.forks.drain(..) {
+                    if Some(fork) == kept {
+                        self.store.join(slot, fork);
+                    } else {
+                        self.store.close_fork(fork);
+                    }
+                }
                 self.store.truncate(slot, a.read);
                 self.store.publish(slot, &a.tokens[..a.read]);
                 self.drafted += p.drafted as u64;
@@ -168,7 +251,8 @@ impl Scheduler {
             // The text's last token and each node, and what was likely behind them.
             if d.top > 0 {
                 let last = a.tokens[p.to - 1];
-                let tokens: Vec<u32> = std::iter::once(last).chain(d.tree.tokens.iter().copied()).collect();
+                let nodes = d.branches.nodes.iter().flatten().filter(|_| p.drafted > 0);
+                let tokens: Vec<u32> = std::iter::once(last).chain(nodes.map(|&n| d.tree.tokens[n])).collect();
                 let committed = &a.tokens[d.told..];
                 d.state.observe(committed, Some(TopK { tokens: &tokens, ids: &d.ids, k: d.top }));
                 d.told = a.tokens.len();
@@ -182,16 +266,25 @@ fn of_draft(e: MethodError) -> RunError {
     RunError::Request(format!("the run plan's draft: {e}"))
 }
 
-/// The path through a tree on which every node is the likeliest of its siblings.
-fn chain(tree: &Tree, chances: &[f64]) -> Tree {
-    let (mut tokens, mut at) = (Vec::new(), None);
-    loop {
-        let children = (0..tree.len()).filter(|&i| tree.parents[i] == at);
-        let Some(next) = children.max_by(|&a, &b| chances[a].total_cmp(&chances[b]).then(b.cmp(&a))) else { break };
-        tokens.push(tree.tokens[next]);
-        at = Some(next);
+/// The nodes that are at most `deep` tokens behind the text.
+fn within(tree: Tree, deep: usize) -> Tree {
+    let depths = tree.depths();
+    if depths.iter().all(|d| *d <= deep) {
+        return tree;
     }
-    Tree::chain(&tokens)
+    let (mut out, mut at) = (Tree::default(), vec![None; tree.len()]);
+    for (node, (&token, &parent)) in tree.tokens.iter().zip(&tree.parents).enumerate() {
+        if depths[node] <= deep {
+            at[node] = Some(out.push(token, parent.and_then(|p| at[p])));
+        }
+    }
+    out
+}
+
+/// The path of first children.
+fn first_path(tree: &Tree) -> Tree {
+    let first = Branches::of(tree).nodes.swap_remove(0);
+    Tree::chain(&first.iter().map(|&n| tree.tokens[n]).collect::<Vec<_>>())
 }
 
 /// The ids of the `k` greatest logits, the greatest first, of equals the lower id; NaNs come last.
@@ -272,14 +365,33 @@ mod tests {
     }
 
     #[test]
-    fn a_chain_takes_the_likeliest_child() {
-        let mut tree = Tree::default();
-        let (a, b) = (tree.push(1, None), tree.push(2, None));
-        tree.push(3, Some(a));
-        let c = tree.push(4, Some(b));
-        tree.push(5, Some(c));
-        assert_eq!(chain(&tree, &[0.2, 0.6, 0.1, 0.5, 0.4]).tokens, [2, 4, 5]);
-        assert_eq!(chain(&tree, &[0.5; 5]).tokens, [1, 3], "the first of equals");
-        assert_eq!(chain(&Tree::default(), &[]), Tree::default());
+    fn branches_cover_a_tree() {
+        let mut rng = Rng::new(8);
+        for _ in 0..300 {
+            let mut tree = Tree::default();
+            for token in 0..rng.below(20) as u32 {
+                let parent = rng.below(tree.len() + 1).checked_sub(1);
+                tree.push(token, parent);
+            }
+            let branches = Branches::of(&tree);
+            let mut rows: Vec<usize> = branches.row.clone();
+            rows.sort_unstable();
+            assert_eq!(rows, (1..=tree.len()).collect::<Vec<_>>(), "each node has a row of its own");
+            for (i, branch) in branches.nodes.iter().enumerate() {
+                assert!(i == 0 || !branch.is_empty());
+                // Each goes on from the one before.
+                assert!(branch.windows(2).all(|w| tree.parents[w[1]] == Some(w[0])));
+            }
+            assert!(branches.nodes[0].first().is_none_or(|&n| tree.parents[n].is_none()));
+            for deep in 0..5 {
+                let cut = within(tree.clone(), deep);
+                let kept: Vec<u32> =
+                    (0..tree.len()).filter(|&n| tree.path(n).len() <= deep).map(|n| tree.tokens[n]).collect();
+                assert_eq!(cut.tokens, kept);
+                assert!(cut.check(99, 99).is_ok() && cut.depths().iter().all(|d| *d <= deep));
+            }
+            let first = first_path(&tree);
+            assert_eq!(first.len(), branches.nodes[0].len());
+        }
     }
 }

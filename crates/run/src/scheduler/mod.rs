@@ -169,7 +169,8 @@ impl Scheduler {
     /// Allows keys and values of `tokens` tokens from now on, and of another block, beside which a text that goes on
     /// from a tail finds room. Cached ones beyond that are thrown away; nothing is allocated before it is needed.
     pub(crate) fn set_room(&mut self, tokens: usize) {
-        let blocks = tokens.div_ceil(BLOCK_TOKENS).saturating_add(1);
+        let drafts = if self.engine.plan().draft().is_some() { draft::BLOCKS } else { 0 };
+        let blocks = tokens.div_ceil(BLOCK_TOKENS).saturating_add(1 + drafts);
         self.limits.kv_bytes = blocks.saturating_mul(self.store.block_bytes());
         self.store.set_total(blocks);
     }
@@ -304,13 +305,16 @@ impl Scheduler {
         over.clear();
         for p in parts.iter() {
             let a = &self.running[p.index];
-            batch.push_part(a.slot(), p.from..p.to + p.drafted, a.tokens.len() + p.drafted);
+            batch.push_part(a.slot(), p.from..p.to, a.tokens.len());
             tokens.extend_from_slice(&a.tokens[p.from..p.to]);
-            tokens.extend(a.drafter.iter().filter(|_| p.drafted > 0).flat_map(|d| d.tokens()));
+            if let Some(d) = a.drafter.as_deref().filter(|_| p.drafted > 0) {
+                d.rows(batch, tokens, a.slot(), a.tokens.len());
+            }
         }
         let hidden = match self.engine.model().forward(tokens, batch, &mut self.store, &mut NoTap) {
             Ok(hidden) => hidden,
             Err(e) => {
+                self.undo(parts);
                 over.extend(parts.iter().map(|p| p.index));
                 for &index in over.iter() {
                     let a = &self.running[index];
