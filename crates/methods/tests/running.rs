@@ -230,9 +230,9 @@ proptest! {
             }
             prop_assert_eq!(by.keep(&heads, budget).expect("again"), kept, "{}", name);
         }
-        prop_assert!(keepers(json!({ "budget": 7, "every": 3 })).iter().all(|(_, by)| {
-            (by.plan().budget, by.plan().every) == (7, 3)
-        }));
+        for (name, by) in keepers(json!({ "budget": 7, "every": 3 })) {
+            prop_assert_eq!((by.plan().budget, by.plan().every), (7, 3), "{}", name);
+        }
     }
 
     /// With a budget for all blocks all are read, in order; with less, no more than it, in order, and the same again,
