@@ -25,7 +25,7 @@ pub struct Card {
     pub summary: &'static str,
     /// Its id in the list of published systems, where it is there.
     pub system: Option<u32>,
-    /// The verb of its family by default.
+    /// The verb of its family by default; of a method of run time its question, as run plans write it.
     pub verb: &'static str,
     /// The statistics it reads, of the inputs of each matrix or, for whole parts, of each decoder block.
     pub needs: &'static [Ask],

@@ -44,7 +44,7 @@ impl StepSeconds {
         let ((r0, s0), (r1, s1)) = (points[low], points[high]);
         if r1 == r0 {
             // A single measurement: rows are taken to cost alike.
-            return s0 * rows as f64 / r0 as f64;
+            return s0 * (rows as f64 / r0 as f64);
         }
         s0 + (s1 - s0) * (rows as f64 - r0 as f64) / (r1 as f64 - r0 as f64)
     }

@@ -197,7 +197,7 @@ mod tests {
         for seed in 0..40 {
             let (n, lengths, x) = (8, random(1, 8, seed), random(1, 8, seed + 99));
             // Columns of a Hadamard matrix, each times its length.
-            let sign = |r: usize, c: usize| if (r & c).count_ones() % 2 == 0 { 1.0 } else { -1.0 };
+            let sign = |r: usize, c: usize| if (r & c).count_ones().is_multiple_of(2) { 1.0 } else { -1.0 };
             let w = Mat::from_fn(n, n, |r, c| sign(r, c) * lengths[(0, c)]);
             let by = keeping(0.375);
             let norms = by.norms(&[w.view()]).expect("norms");

@@ -26,7 +26,7 @@ use crate::{keep, make};
 struct StreamingLlm {
     /// Slots that a head keeps, 1 to 2^30.
     budget: Whole<1, { 1 << 30 }>,
-    /// First positions among them; those beyond the budget have no effect.
+    /// First positions among them; a slot at least is left to the newest.
     sinks: usize,
     /// Positions between two cuts, 1 to 65536.
     every: Whole<1, 65536>,
@@ -64,7 +64,7 @@ impl Keep for StreamingLlm {
         let one = |head: &KeepHead<'_>| {
             keep::check(head, false)?;
             let n = head.positions.len();
-            let first = head.positions.partition_point(|p| *p < self.sinks).min(budget);
+            let first = head.positions.partition_point(|p| *p < self.sinks).min(budget.saturating_sub(1));
             let newest = (budget - first).min(n - first);
             Ok((0..first).chain(n - newest..n).collect())
         };
@@ -77,7 +77,8 @@ mod tests {
     use super::*;
     use lacuna_base::Rng;
 
-    /// Straight from the definition: a slot stays if it is a sink, or if fewer than the rest of the budget are newer.
+    /// Straight from the definition: a slot stays if it is a sink (one slot is not theirs), or if fewer than the rest of
+    /// the budget are newer.
     #[test]
     fn agrees_with_the_definition_slot_by_slot() {
         for seed in 0..300 {
@@ -88,7 +89,7 @@ mod tests {
             let by = StreamingLlm { sinks, budget: Whole(budget), every: Whole(1) };
             let kept = by.keep(&[head, head], budget).expect("keeps");
             let n = positions.len();
-            let first: Vec<usize> = (0..n).filter(|&i| positions[i] < sinks).take(budget).collect();
+            let first: Vec<usize> = (0..n).filter(|&i| positions[i] < sinks).take(budget - 1).collect();
             let stays = |i: &usize| first.contains(i) || n - 1 - i < budget - first.len();
             let want: Vec<usize> = (0..n).filter(stays).collect();
             assert_eq!(kept, [want.clone(), want], "seed {seed}");

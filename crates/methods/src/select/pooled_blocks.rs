@@ -232,12 +232,15 @@ mod tests {
         }
     }
 
-    /// No key scores above its block's bound, so the best key's block is never behind one whose bound is lower.
+    /// No key scores above its block's bound; and where keys that stand together are alike, as a text's are, the block of
+    /// the best key is among the few that are read.
     #[test]
     fn bounds_are_bounds_and_find_the_best_key() {
         let (mut by_bounds, mut by_chance) = (0, 0);
         for seed in 0..100 {
-            let (keys, queries) = (random(16 * 8, 16, seed), random(1, 16, seed + 1000));
+            let (own, shared) = (random(16 * 8, 16, seed), random(16, 16, seed + 500));
+            let keys = Mat::from_fn(16 * 8, 16, |r, c| shared[(r / 8, c)] + 0.3 * own[(r, c)]);
+            let queries = random(1, 16, seed + 1000);
             let (_, low, high) = pools(&keys, 8);
             let pooled = Pooled::Bounds { low: low.view(), high: high.view() };
             let ask = SelectAsk { layer: 2, head: 0, queries: queries.view(), pooled };
@@ -249,7 +252,7 @@ mod tests {
             by_bounds += usize::from(by.select(&ask).expect("selects").contains(&best));
             by_chance += usize::from(best < 4);
         }
-        assert!(by_bounds > 60 && by_bounds > 2 * by_chance, "{by_bounds} {by_chance}");
+        assert!(by_bounds > 90 && by_chance < 50, "{by_bounds} {by_chance}");
     }
 
     #[test]
