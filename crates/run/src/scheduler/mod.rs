@@ -1,4 +1,4 @@
-//! Many texts at once: continuous batching with prompts read in chunks.
+//! Texts, one or many: continuous batching with prompts read in chunks.
 //!
 //! A step is one pass over the weights for one row of every text that is being continued and at most
 //! [`Limits::prefill_rows`] rows of prompts. Texts are admitted first come, first served; prompts take turns, so that a
@@ -54,7 +54,7 @@ pub struct Step {
     pub decode_rows: usize,
     /// Rows of prompts.
     pub prefill_rows: usize,
-    /// Of all these, rows whose logits were computed: those of a text's last token.
+    /// Of all these, rows that wanted logits: those of a text's last token.
     pub logits_rows: usize,
 }
 
