@@ -33,13 +33,18 @@ const QUESTIONS: [&str; 19] = [
     "Dictionary",
 ];
 
+/// Folders of questions that are asked while a model runs.
+const RUN_TIME: [&str; 4] = ["draft", "keep", "select", "gate"];
+
 /// Holds the laws over every file of a method.
 pub fn check(tree: &Tree) -> Result<Vec<Finding>> {
     let mut found = vec![];
     for file in tree.files().filter(|f| is_method_file(f)) {
         let text = tree.read(file)?;
         found.extend(in_file(file, &text));
-        if let Some((line, name)) = card_name(&text) {
+        // What runs beside a model, not before it, is named by a run plan, not by a recipe.
+        let runs = RUN_TIME.iter().any(|q| file.contains(&format!("/{q}/")));
+        if let Some((line, name)) = card_name(&text).filter(|_| !runs) {
             let recipe = format!("recipes/{name}.toml");
             let text = if tree.has(&recipe) { Some(tree.read(&recipe)?) } else { None };
             found.extend(recipe_names(file, line, &name, text.as_deref()));

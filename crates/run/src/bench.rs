@@ -212,6 +212,10 @@ impl Timed {
                 failed = Some(e);
             }
         });
+        if failed.is_none() && step.decode_rows + step.prefill_rows == 0 && !self.scheduler.is_idle() {
+            let blocks = self.scheduler.gauges().blocks.total;
+            return Err(RunError::Request(format!("a text to time finds no room in {blocks} blocks")));
+        }
         failed.map_or(Ok(step.logits_rows), Err)
     }
 }

@@ -226,6 +226,28 @@ fn generation_ends_where_it_should() {
     assert_eq!(go(&mut left, &request(0)).stats.stop, Stop::MaxTokens);
 }
 
+/// Beyond the positions that were learned, which a longer context allows to ask for.
+#[test]
+fn a_model_that_fails_leaves_a_session_that_can_go_on() {
+    let learned = engine("gpt2").context();
+    let e = Arc::new(common::engine("gpt2").with_context(4 * learned));
+    let fresh = run(&e, &request(8));
+    let mut s = session(&e);
+    let mut told = String::new();
+    let error = s.generate(&request(3 * learned), &mut |t| {
+        told += t;
+        ControlFlow::Continue(())
+    });
+    let error = error.unwrap_err().to_string();
+    assert!(error.contains(&learned.to_string()) && told.starts_with(&fresh.text), "{error}");
+    let again = go(&mut s, &request(8));
+    assert_eq!((again.tokens, again.stats.reused_tokens), (fresh.tokens.clone(), 39));
+    // A prompt that is too long fails at once, and leaves what was there.
+    let long = Generation { prompt: vec![7; 2 * learned], ..request(8) };
+    assert!(s.generate(&long, &mut |_| ControlFlow::Continue(())).is_err());
+    assert_eq!(go(&mut s, &request(8)).tokens, fresh.tokens);
+}
+
 #[test]
 fn a_conversation_reuses_what_was_said_and_refuses_what_does_not_fit() {
     let e = Arc::new(common::engine("llama").with_context(64));

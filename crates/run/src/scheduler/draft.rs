@@ -30,7 +30,9 @@ pub(super) struct Drafter {
     top: usize,
     /// Tokens of the text that it knows.
     told: usize,
-    /// This step's draft, and those of its nodes that came.
+    /// All that was drafted for this step.
+    offered: Tree,
+    /// What is verified of it, and those of its nodes that came.
     tree: Tree,
     path: Vec<usize>,
     branches: Branches,
@@ -86,6 +88,7 @@ impl Drafter {
             state: draft.begin(vocab),
             top: draft.top().min(vocab),
             told: 0,
+            offered: Tree::default(),
             tree: Tree::default(),
             path: Vec::new(),
             branches: Branches::default(),
@@ -162,7 +165,7 @@ impl Scheduler {
         let a = &mut running[index];
         let slot = a.slot();
         let Some(d) = a.drafter.as_deref_mut() else { return Ok(0) };
-        d.tree = Tree::default();
+        (d.offered, d.tree) = (Tree::default(), Tree::default());
         d.path.clear();
         d.tell(&a.tokens);
         // A node at depth n is worth verifying where n + 1 more tokens may come, of this class of keys.
@@ -182,6 +185,7 @@ impl Scheduler {
         }
         let Some(Prices { seconds, acceptance }) = prices else { return Ok(0) };
         let mut tree = within(tree, deep);
+        d.offered = tree.clone();
         let chances = acceptance.chances(&tree);
         let read = a.prompt_tokens - a.reused.unwrap_or(0);
         let ledger = d.ledger.get_or_insert_with(|| Ledger::begin(seconds.of(read)));
@@ -244,8 +248,9 @@ impl Scheduler {
             }
             if let (Some(prices), Some(ledger)) = (&mut self.prices, &mut d.ledger) {
                 ledger.step(&prices.seconds, d.company, p.drafted, followed.len().max(1));
-                if p.drafted > 0 && !followed.is_empty() {
-                    prices.acceptance.observe(&d.tree, followed);
+                // What was not verified teaches as well.
+                if !d.offered.is_empty() && !followed.is_empty() {
+                    prices.acceptance.observe(&d.offered, followed);
                 }
             }
             // The text's last token and each node, and what was likely behind them.
@@ -257,7 +262,7 @@ impl Scheduler {
                 d.state.observe(committed, Some(TopK { tokens: &tokens, ids: &d.ids, k: d.top }));
                 d.told = a.tokens.len();
             }
-            d.tree.truncate(0);
+            (d.offered, d.tree) = (Tree::default(), Tree::default());
         }
     }
 }

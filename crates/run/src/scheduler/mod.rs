@@ -1,4 +1,4 @@
-//! Many texts at once: continuous batching with prompts read in chunks.
+//! Texts, one or many: continuous batching with prompts read in chunks.
 //!
 //! A step is one pass over the weights for one row of every text that is being continued and at most
 //! [`Limits::prefill_rows`] rows of prompts. Texts are admitted first come, first served; prompts take turns, so that a
@@ -61,7 +61,7 @@ pub struct Step {
     pub prefill_rows: usize,
     /// Rows of drafted tokens.
     pub drafted_rows: usize,
-    /// Of all these, rows whose logits were computed: those of a text's last token, and of what was drafted behind it.
+    /// Of all these, rows that wanted logits: those of a text's last token, and of what was drafted behind it.
     pub logits_rows: usize,
     /// Tokens that were chosen, ends of texts among them.
     pub chosen: usize,
