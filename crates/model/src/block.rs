@@ -145,14 +145,10 @@ impl Block {
     ) -> Result<(), ModelError> {
         let mut rows = Lent::from(mem::take(x));
         let done = self.run(&mut rows, batch, kv, tap);
-        let mut data = rows.into_mat();
-        if data.data().is_empty() {
-            *x = data;
-            return done;
-        }
-        let (n, cols) = (data.rows(), data.cols());
+        let out = rows.into_mat();
+        let (n, cols) = (out.rows(), out.cols());
         // Lent memory may be larger than what is kept for long.
-        let mut data = mem::take(&mut data).into_vec();
+        let mut data = out.into_vec();
         data.shrink_to_fit();
         *x = Mat::from_vec(n, cols, data);
         done
@@ -270,9 +266,8 @@ impl<B: Backend> Block<B> {
         tap: &mut dyn Tap<B>,
     ) -> Result<(), ModelError> {
         let mut look = Look::new(&self.backend, tap);
-        let keep = |x: &B::Rows| look.wants.residuals.then(|| self.backend.copy(x));
-        let (start, middle);
-        start = keep(x);
+        let keep = |x: &B::Rows, wanted: bool| wanted.then(|| self.backend.copy(x));
+        let start = keep(x, look.wants.residuals);
         let y = match &self.attention {
             Some(a) => Some(a.forward(self.layer, x, step, kv, &mut look)?),
             None => None,
@@ -281,7 +276,7 @@ impl<B: Backend> Block<B> {
         if self.attention.is_some() {
             look.residual(self.layer, BlockPart::Attention, &start, x)?;
         }
-        middle = look.wants.residuals.then(|| self.backend.copy(x));
+        let middle = keep(x, look.wants.residuals);
         let y = match &self.ffn {
             Some(f) => Some(f.forward(x, &mut look)?),
             None => None,

@@ -1,8 +1,12 @@
-//! The one decoder, over a [`Spec`](lacuna_spec::Spec) and [`Weights`](lacuna_format::Weights); it knows no files.
+//! The one decoder, over a [`Spec`](lacuna_spec::Spec), [`Weights`](lacuna_format::Weights) and a [`Backend`]; it knows
+//! no files, and not where rows lie.
 //!
 //! [`Decoder`] is [`Embedding`], [`Block`]s and [`Head`]; each loads alone, so that a compressor can hold one block at
 //! a time. A [`Batch`] says which rows of a call belong to which sequence and position; a [`KvStore`] keeps their keys
 //! and values; a [`Tap`] looks on.
+//!
+//! [`backend`] is the seam: the processor ([`Cpu`], what is meant where nothing is said), and [`Naive`], slow and in f64,
+//! for tests.
 //!
 //! [`derive`] goes the way back: gradients of a text's loss, block by block.
 //!

@@ -10,7 +10,7 @@ use lacuna_format::{
     pack_multiples, pack_scales,
 };
 
-use super::{Activations, Linear, Packing, Transposed};
+use super::{Activations, Group as Rows, Linear, Packing, Transposed};
 use crate::Isa;
 use crate::table::PRODUCT_TOLERANCE;
 
@@ -793,6 +793,54 @@ fn bytes_of_a_row_with_no_number_are_no_numbers() {
             let y = forward(&pack_for(&stored, isa, Activations::Int8).unwrap(), x.view());
             for (r, o) in (0..5).flat_map(|r| (0..20).map(move |o| (r, o))) {
                 assert_eq!(y[(r, o)].is_nan(), r == 3, "{isa} ({r}, {o})");
+            }
+        }
+    }
+}
+
+#[test]
+fn groups_of_rows_are_as_each_alone() {
+    // More groups than threads and fewer, of one row and of several, in f32 and with rows as bytes.
+    let mut rng = Rng::new(5);
+    for activations in [Activations::Exact, Activations::Int8] {
+        let packing = Packing { activations, ..Packing::default() };
+        let linears: Vec<[Linear; 2]> = (0..9)
+            .map(|_| {
+                [48, 33].map(|rows| {
+                    let stored = ints(rows, 256, 4, 32, false, Float::F16, &mut rng);
+                    Linear::pack_with(&stored, &packing).unwrap()
+                })
+            })
+            .collect();
+        for rows in [[1; 9], [3, 1, 7, 40, 1, 2, 5, 1, 30]] {
+            let xs: Vec<Mat> = rows.iter().enumerate().map(|(i, &n)| random(n, 256, i as u64)).collect();
+            let alone: Vec<[Mat; 2]> = linears
+                .iter()
+                .zip(&xs)
+                .map(|(l, x)| {
+                    l.each_ref().map(|l| {
+                        let mut out = Mat::zeros(x.rows(), l.rows());
+                        l.forward(x.view(), out.view_mut());
+                        out
+                    })
+                })
+                .collect();
+            for threads in [1, 2, 4, 20] {
+                let mut out: Vec<[Mat; 2]> =
+                    alone.iter().map(|a| a.each_ref().map(|m| Mat::zeros(m.rows(), m.cols()))).collect();
+                let groups = linears
+                    .iter()
+                    .zip(&xs)
+                    .zip(&mut out)
+                    .map(|((l, x), out)| Rows {
+                        all: l.each_ref(),
+                        x: x.view(),
+                        out: out.each_mut().map(|m| m.view_mut()),
+                    })
+                    .collect();
+                let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                pool.install(|| Linear::forward_groups(groups));
+                assert_eq!(out, alone, "{activations:?} on {threads} threads");
             }
         }
     }

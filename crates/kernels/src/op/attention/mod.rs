@@ -6,6 +6,7 @@
 //! own position: its result is the same bits in any company, alone, in a chunk of any size, with any number of threads. All
 //! sequences of a call are one region of threads.
 
+mod element;
 mod ops;
 
 use std::ops::Range;
@@ -16,7 +17,8 @@ use lacuna_base::{MatMut, MatRef};
 use crate::kv::{KEY_BLOCK, KvFormat, KvLayout, KvView};
 use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
-use ops::{Element, Finish, Merge, Mix, Parts, Scores, Soften, Tile, Widen};
+use element::{Element, Parts};
+use ops::{Finish, Merge, Mix, Scores, Soften, Tile, Widen};
 
 /// What attention does with scores.
 #[derive(Clone, Copy, Debug, PartialEq)]
