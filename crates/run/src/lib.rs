@@ -1,8 +1,9 @@
 //! The engine: texts continued by a model, and what people want from that: an answer, a conversation, a speed.
 //!
-//! [`Engine`] holds the model and nothing that changes. There is one way to run it: a [`Scheduler`] continues texts, one
-//! or many, in steps that read the weights once for all of them, with keys and values in a [`BlockStore`]. [`Session`]
-//! is a scheduler with room for one text, [`Chat`] a session that knows what was said, [`bench`] one that is timed.
+//! [`Engine`] holds the model and nothing that changes. There is one way to run it: a [`Scheduler`] continues texts,
+//! one or many, in steps that read the weights once for all of them, with keys and values in a [`BlockStore`].
+//! [`Session`] is a scheduler with room for one text, [`Chat`] a session that knows what was said;
+//! [`bench()`] times one text.
 
 mod bench;
 mod blocks;
