@@ -405,6 +405,10 @@ pub struct Running {
     /// none; `lacuna methods` lists them.
     #[arg(long, value_name = "METHOD")]
     pub draft: Option<String>,
+    /// Keep only some cached keys and values, so that a long text takes no more memory than a short one; an
+    /// approximation. NAME, NAME:KEY=VALUE,... or none.
+    #[arg(long, value_name = "METHOD")]
+    pub keep: Option<String>,
 }
 
 /// How keys and values are kept.

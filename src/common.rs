@@ -135,7 +135,9 @@ pub fn engine(weights: &dyn Weights, running: &crate::cli::Running) -> Result<En
     }
     let plan = run_plan(running)?;
     plan.words().iter().for_each(|line| say_once(format!("running with {line}")));
-    Ok(Engine::new(decoder).with_kv(running.kv.into()).with_plan(plan))
+    let engine = Engine::new(decoder).with_kv(running.kv.into()).with_plan(plan);
+    engine.check_plan().map_err(|e| Usage(e.to_string()))?;
+    Ok(engine)
 }
 
 /// The run plan that a file and flags say.
@@ -148,7 +150,7 @@ pub fn run_plan(running: &crate::cli::Running) -> Result<RunPlan> {
             RunPlan::parse(&text, &registry).map_err(|e| Usage(format!("--run {}: {e}", path.display())))?
         }
     };
-    for (question, said) in [("draft", &running.draft)] {
+    for (question, said) in [("draft", &running.draft), ("keep", &running.keep)] {
         if let Some(said) = said {
             plan.flag(question, said, &registry).map_err(|e| Usage(format!("--{question} {said}: {e}")))?;
         }

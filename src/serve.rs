@@ -46,7 +46,10 @@ pub fn run(g: &Global, a: &cli::Serve) -> anyhow::Result<ExitCode> {
         return Err(Usage(format!("--ctx {context}: this model takes 2 to {most}")).into());
     }
     let kv = KvFormat::from(a.running.kv);
-    let kv_bytes = kv_bytes(a, &BlockStore::new(&spec, kv, 0), context)?;
+    // A text that evicts entries needs another block to move them.
+    let held = common::run_plan(&a.running)?.slots(context);
+    let held = if held < context { held + BLOCK_TOKENS } else { held };
+    let kv_bytes = kv_bytes(a, &BlockStore::new(&spec, kv, 0), context, held)?;
     let name = a.served_name.clone().unwrap_or_else(|| short_name(&m));
     if name.is_empty() || name.len() > 256 {
         return Err(Usage("--served-name: give 1 to 256 bytes".into()).into());
@@ -147,8 +150,9 @@ fn hosts(a: &cli::Serve, ip: IpAddr, keyed: bool) -> Vec<String> {
 
 /// Room for keys and values: as asked, or for a full batch of full texts, but no more than a quarter of the machine's
 /// memory.
-fn kv_bytes(a: &cli::Serve, store: &BlockStore, context: usize) -> anyhow::Result<usize> {
-    let text = context.div_ceil(BLOCK_TOKENS).saturating_mul(store.block_bytes()).max(1);
+/// `held`: cached entries that a text of the whole context holds at once.
+fn kv_bytes(a: &cli::Serve, store: &BlockStore, context: usize, held: usize) -> anyhow::Result<usize> {
+    let text = held.div_ceil(BLOCK_TOKENS).saturating_mul(store.block_bytes()).max(1);
     let bytes = match common::size(a.kv_memory.as_deref())? {
         Some(asked) => asked,
         None => {

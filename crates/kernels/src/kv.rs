@@ -242,6 +242,71 @@ impl KvPage {
     }
 }
 
+impl KvPage {
+    /// Key block `block` of a head in f32, `[head_dim][32]`.
+    pub(crate) fn keys_into(&self, head: usize, block: usize, out: &mut [f32]) {
+        let l = self.layout;
+        let at = key_at(l, head, block * KEY_BLOCK, 0);
+        let lies = at..at + l.head_dim * KEY_BLOCK;
+        match &self.data {
+            Data::F32(k, _) => out.copy_from_slice(&k[lies]),
+            Data::F16(k, _) => k[lies].convert_to_f32_slice(out),
+            Data::Q8 { k, k_scales, .. } => {
+                let scales = &k_scales[head * l.page_tokens + block * KEY_BLOCK..][..KEY_BLOCK];
+                for (out, k) in out.chunks_exact_mut(KEY_BLOCK).zip(k[lies].chunks_exact(KEY_BLOCK)) {
+                    out.iter_mut().zip(k).zip(scales).for_each(|((o, k), s)| *o = f32::from(*k) * s);
+                }
+            }
+        }
+    }
+
+    /// Takes over one slot of one head, from another page of the same form or this one, bit for bit.
+    fn take_slot(&mut self, head: usize, to: usize, from: (Option<&KvPage>, usize)) {
+        let l = self.layout;
+        let key = |slot: usize| key_at(l, head, slot, 0);
+        let value = |slot: usize| value_at(l, head, slot, 0);
+        let row = |slot: usize| head * l.page_tokens + slot;
+        let (page, slot) = from;
+        match (&mut self.data, page.map(|p| &p.data)) {
+            (Data::F32(k, v), page) => {
+                let [k2, v2] = match page {
+                    Some(Data::F32(k, v)) => [Some(&**k), Some(&**v)],
+                    _ => [None; 2],
+                };
+                take(k, k2, (key(to), key(slot)), KEY_BLOCK, l.head_dim);
+                take(v, v2, (value(to), value(slot)), 1, l.head_dim);
+            }
+            (Data::F16(k, v), page) => {
+                let [k2, v2] = match page {
+                    Some(Data::F16(k, v)) => [Some(&**k), Some(&**v)],
+                    _ => [None; 2],
+                };
+                take(k, k2, (key(to), key(slot)), KEY_BLOCK, l.head_dim);
+                take(v, v2, (value(to), value(slot)), 1, l.head_dim);
+            }
+            (Data::Q8 { k, v, k_scales, v_scales }, page) => {
+                let ([k2, v2], [ks2, vs2]) = match page {
+                    Some(Data::Q8 { k, v, k_scales, v_scales }) => {
+                        ([Some(&**k), Some(&**v)], [Some(&**k_scales), Some(&**v_scales)])
+                    }
+                    _ => ([None; 2], [None; 2]),
+                };
+                take(k, k2, (key(to), key(slot)), KEY_BLOCK, l.head_dim);
+                take(v, v2, (value(to), value(slot)), 1, l.head_dim);
+                take(k_scales, ks2, (row(to), row(slot)), 1, 1);
+                take(v_scales, vs2, (row(to), row(slot)), 1, 1);
+            }
+        }
+    }
+}
+
+/// `n` values, `step` apart, from one place to another, of other memory or the same.
+fn take<T: Copy>(to: &mut [T], from: Option<&[T]>, (at, old): (usize, usize), step: usize, n: usize) {
+    for i in 0..n {
+        to[at + i * step] = from.map_or(to[old + i * step], |from| from[old + i * step]);
+    }
+}
+
 fn key_at(l: KvLayout, head: usize, slot: usize, d: usize) -> usize {
     head * l.page_tokens * l.head_dim + (slot / KEY_BLOCK * l.head_dim + d) * KEY_BLOCK + slot % KEY_BLOCK
 }
@@ -318,6 +383,24 @@ impl KvPool {
         }
     }
 
+    /// Fills page `to` from the pages of a table: slot `i` of each key head becomes what slot `kept[head][i]` of the
+    /// table is, one after the other. Where `to` is a page of the table itself, no slot may move to a later one.
+    /// Panics where a page is not there or a head is missing.
+    #[track_caller]
+    pub fn gather(&mut self, table: &[u32], to: u32, kept: &[&[usize]]) {
+        assert_eq!(kept.len(), self.layout.kv_heads, "slots of every head");
+        let n = self.layout.page_tokens;
+        let mut page = self.pages.get_mut(to as usize).and_then(Option::take).expect("a block that was reserved");
+        for (head, kept) in kept.iter().enumerate() {
+            for (i, slot) in kept.iter().enumerate() {
+                let block = table[slot / n];
+                let from = (block != to).then(|| self.page(block));
+                page.take_slot(head, i, (from, slot % n));
+            }
+        }
+        self.pages[to as usize] = Some(page);
+    }
+
     /// Page `block`. Panics where it is not there.
     #[track_caller]
     pub fn page(&self, block: u32) -> &KvPage {
@@ -331,14 +414,15 @@ impl KvPool {
     }
 }
 
-/// What attention reads of one sequence in one layer: its block table, and how many positions are written.
+/// What attention reads of one sequence in one layer: its block table, and how many slots are written. Where every entry
+/// is kept, slots are positions.
 #[derive(Clone, Copy, Debug)]
 pub struct KvView<'a> {
     /// The layer's pages.
     pub pool: &'a KvPool,
-    /// Which of them are the sequence's, the one of position 0 first.
+    /// Which of them are the sequence's, the one of slot 0 first.
     pub blocks: &'a [u32],
-    /// Positions written.
+    /// Slots written.
     pub tokens: usize,
 }
 

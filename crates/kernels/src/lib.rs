@@ -33,6 +33,7 @@ pub use linear::{Activations, Group, Linear, Packing, Transposed};
 pub use op::adjoint::{activation_slope, softmax_lanes};
 pub use op::attention::Attention;
 pub use op::elementwise::{activation, add, add_scaled, gated_activation, softcap, softmax};
+pub use op::mass::{HeadMass, Mass};
 pub use op::norm::{norm, norm_in_place};
 pub use op::rope::{RopeRows, RopeTable};
 pub use parallel::{set_threads, threads};

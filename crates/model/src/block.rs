@@ -336,9 +336,14 @@ impl<B: Backend> AttentionPart<B> {
         if let Some(rope) = &self.rope {
             span("rope", || backend.rope(rope, self.head_dim, step, [&mut q, &mut k]));
         }
+        let mut mass = kv.lend_mass(layer);
         let pages = kv.pages(layer)?;
         span("keys and values written", || backend.write(pages, layer, step, &k, &v));
         let mixed = span("attention", || backend.attend(&self.scores, pages, layer, step, &q));
+        if !mass.is_empty() {
+            span("attention added up", || backend.weigh(&self.scores, pages, layer, step, &q, &mut mass));
+            kv.take_mass(layer, mass);
+        }
         look.input([&self.o.place], &mixed)?;
         let y = self.o.apply(backend, &mixed);
         look.output(&self.o.place, &y)?;

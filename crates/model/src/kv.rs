@@ -1,6 +1,6 @@
 //! Where keys and values are kept.
 
-use lacuna_kernels::{KvFormat, KvLayout};
+use lacuna_kernels::{KvFormat, KvLayout, Mass};
 use lacuna_spec::Spec;
 
 use crate::backend::{Backend, Cpu, Pages, Table, Tables};
@@ -18,6 +18,15 @@ pub trait KvStore<B: Backend = Cpu> {
 
     /// The pages of block `layer`.
     fn pages(&mut self, layer: usize) -> Result<&mut B::Pages, ModelError>;
+
+    /// Lends, for each run of rows of the batch that was prepared last, what adds up the attention to its sequence's
+    /// slots in block `layer`; none where nobody goes by it.
+    fn lend_mass(&mut self, _layer: usize) -> Vec<Mass> {
+        Vec::new()
+    }
+
+    /// Takes them back.
+    fn take_mass(&mut self, _layer: usize, _mass: Vec<Mass>) {}
 }
 
 /// Prepares a store for a step of some layers with attention, and gives their tables.
@@ -171,7 +180,7 @@ impl<B: Backend> KvStore<B> for ContiguousKv<B> {
     fn table(&self, layer: usize, sequence: usize) -> Result<Table<'_>, ModelError> {
         self.known(sequence)?;
         let l = self.layer(layer)?;
-        Ok(Table { blocks: &l.tables[sequence], tokens: l.tokens[sequence] })
+        Ok(Table { blocks: &l.tables[sequence], tokens: l.tokens[sequence], shift: 0 })
     }
 
     fn pages(&mut self, layer: usize) -> Result<&mut B::Pages, ModelError> {

@@ -31,6 +31,7 @@ pub use block::Block;
 pub use decoder::{Decoder, Embedding, Head, LoadOptions};
 pub use error::ModelError;
 pub use kv::{ContiguousKv, KvStore, STEP_TOKENS};
+pub use lacuna_kernels::{HeadMass, Mass};
 pub use lent::Lent;
 pub use profile::{end_profile, start_profile};
 pub use tap::{BlockPart, NoTap, Shown, Tap, Wants};

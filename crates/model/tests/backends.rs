@@ -12,7 +12,7 @@ use std::sync::Arc;
 use common::{Memory, specs};
 use lacuna_base::MatRef;
 use lacuna_format::{Stored, Weights};
-use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout};
+use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, Mass};
 use lacuna_model::backend::{Host, Measure, NO_CHOICE};
 use lacuna_model::{
     Backend, Batch, ContiguousKv, Cpu, Decoder, LoadOptions, ModelError, Naive, NoTap, Shown, Tables, Tap, Wants,
@@ -142,6 +142,9 @@ impl<B: Backend> Backend for Counting<B> {
     }
     fn attend(&self, how: &Attention, pages: &B::Pages, layer: usize, step: &B::Step, q: &B::Rows) -> B::Rows {
         self.count("attend").attend(how, pages, layer, step, q)
+    }
+    fn weigh(&self, how: &Attention, pages: &B::Pages, layer: usize, step: &B::Step, q: &B::Rows, mass: &mut [Mass]) {
+        self.count("weigh").weigh(how, pages, layer, step, q, mass);
     }
     fn route(&self, logits: &B::Rows, choice: Experts) -> B::Routes {
         self.count("route").route(logits, choice)

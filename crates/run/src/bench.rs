@@ -7,6 +7,7 @@ use lacuna_base::Rng;
 use lacuna_kernels::KvLayout;
 use serde::Serialize;
 
+use crate::blocks::keep::slots_at;
 use crate::request::{Event, Job, Request};
 use crate::session::{DEFAULT_CHUNK, one_text};
 use crate::{BLOCK_TOKENS, Engine, RunError, Scheduler};
@@ -223,11 +224,12 @@ impl Timed {
 impl Engine {
     /// Bytes of keys and values that the token at position `at` reads.
     fn kv_bytes_at(&self, at: usize) -> u64 {
+        let seen = self.keep_plan().map_or(at + 1, |plan| slots_at(plan, at));
         let attns = self.model().spec.layers.iter().filter_map(|l| l.attn.as_ref());
         attns
             .map(|a| {
                 let layout = KvLayout { kv_heads: a.kv_heads, head_dim: a.head_dim, page_tokens: BLOCK_TOKENS };
-                (layout.token_bytes(self.kv_format()) * (at + 1).min(a.window.unwrap_or(usize::MAX))) as u64
+                (layout.token_bytes(self.kv_format()) * seen.min(a.window.unwrap_or(usize::MAX))) as u64
             })
             .sum()
     }

@@ -8,13 +8,17 @@
 //! that nobody uses stays until its room is needed; the least recently used goes first, a longer beginning before a
 //! shorter one.
 
+pub(crate) mod keep;
+
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
 
-use lacuna_kernels::{KEY_BLOCK, KvFormat, KvLayout};
+use lacuna_kernels::{KEY_BLOCK, KvFormat, KvLayout, Mass};
 use lacuna_model::{Backend, Batch, Cpu, KvStore, ModelError, Pages, Table};
 use lacuna_spec::Spec;
+
+use self::keep::{Keeping, Left};
 
 /// Positions of a block.
 pub const BLOCK_TOKENS: usize = KEY_BLOCK;
@@ -55,6 +59,14 @@ struct Text {
     beginning: u64,
     /// Of a fork: how many of its blocks are those of the text that it was forked from.
     lent: usize,
+    left: Left,
+}
+
+impl Text {
+    /// Which of the text's blocks a position to be written lies in; none where it comes before what is left.
+    fn block_of(&self, position: usize) -> Option<usize> {
+        position.checked_sub(self.left.shift).map(|slot| slot / BLOCK_TOKENS)
+    }
 }
 
 /// How many blocks are in which state.
@@ -96,6 +108,10 @@ pub struct BlockStore<B: Backend = Cpu> {
     clock: u64,
     next: u64,
     evicted: u64,
+    /// Whose texts keep some entries only.
+    keeping: Option<Keeping>,
+    /// The texts of the batch that was prepared last.
+    prepared: Vec<usize>,
 }
 
 impl BlockStore {
@@ -134,6 +150,8 @@ impl<B: Backend> BlockStore<B> {
             clock: 0,
             next: FIRST,
             evicted: 0,
+            keeping: None,
+            prepared: Vec::new(),
         }
     }
 
@@ -193,6 +211,7 @@ impl<B: Backend> BlockStore<B> {
             tail: Vec::with_capacity(BLOCK_TOKENS),
             beginning: u64::from(class),
             lent: 0,
+            left: self.nothing_left(),
         };
         self.place_for(text)
     }
@@ -216,13 +235,14 @@ impl<B: Backend> BlockStore<B> {
     #[track_caller]
     pub fn fork(&mut self, slot: usize, tokens: usize) -> Option<usize> {
         let t = self.text(slot);
-        let lent = t.tokens / BLOCK_TOKENS;
-        let own = tokens.div_ceil(BLOCK_TOKENS).saturating_sub(lent).max(1);
+        let (shift, slots) = (t.left.shift, t.tokens - t.left.shift);
+        let lent = slots / BLOCK_TOKENS;
+        let own = (tokens - shift).div_ceil(BLOCK_TOKENS).saturating_sub(lent).max(1);
         if own > self.available() {
             return None;
         }
         let mut blocks = t.blocks[..lent].to_vec();
-        let (written, begun) = (t.tokens, t.blocks.get(lent).copied().filter(|_| t.tokens % BLOCK_TOKENS > 0));
+        let (written, begun) = (t.tokens, t.blocks.get(lent).copied().filter(|_| slots % BLOCK_TOKENS > 0));
         blocks.extend((0..own).map(|_| self.fresh()));
         if let Some(theirs) = begun {
             self.pools.iter_mut().for_each(|p| p.copy(theirs, blocks[lent]));
@@ -235,6 +255,7 @@ impl<B: Backend> BlockStore<B> {
             tail: Vec::new(),
             beginning: 0,
             lent,
+            left: self.nothing_left().after(shift),
         }))
     }
 
@@ -270,6 +291,9 @@ impl<B: Backend> BlockStore<B> {
     #[track_caller]
     pub fn next_key(&self, slot: usize, tokens: &[u32]) -> Option<(u64, Box<[u32]>)> {
         let t = self.text(slot);
+        if !self.shares(slot) {
+            return None;
+        }
         let at = t.shared.len() * BLOCK_TOKENS;
         let block = tokens.get(at..at + BLOCK_TOKENS)?;
         Some((t.last(), block.into()))
@@ -343,11 +367,13 @@ impl<B: Backend> BlockStore<B> {
         both.map(|(k, &serial)| (common(&k.1), serial)).max().filter(|(n, _)| *n > 0)
     }
 
-    /// Makes room for `tokens` positions; false, and nothing changed but that cached blocks may be gone, where there is
+    /// Makes room for `tokens` positions, or as many of their slots as a text ever holds; false, and nothing changed but that cached blocks may be gone, where there is
     /// none.
     #[track_caller]
     pub fn reserve(&mut self, slot: usize, tokens: usize) -> bool {
-        let need = tokens.div_ceil(BLOCK_TOKENS).saturating_sub(self.text(slot).blocks.len());
+        let t = self.text(slot);
+        let slots = self.slots(usize::MAX).min(tokens.saturating_sub(t.left.shift));
+        let need = slots.div_ceil(BLOCK_TOKENS).saturating_sub(t.blocks.len());
         if need > self.available() {
             return false;
         }
@@ -384,9 +410,11 @@ impl<B: Backend> BlockStore<B> {
             };
             self.text_mut(slot).shared.push(serial);
         }
-        let t = self.text_mut(slot);
-        t.tail.clear();
-        t.tail.extend_from_slice(&tokens[t.shared.len() * BLOCK_TOKENS..]);
+        if self.shares(slot) {
+            let t = self.text_mut(slot);
+            t.tail.clear();
+            t.tail.extend_from_slice(&tokens[t.shared.len() * BLOCK_TOKENS..]);
+        }
     }
 
     /// Forgets what was written behind the first `tokens` positions, which must not lie in a published block.
@@ -410,14 +438,17 @@ impl<B: Backend> BlockStore<B> {
         if let Some(&block) = t.blocks.get(whole) {
             self.keep_tail((t.last(), t.tail.as_slice().into()), block, clock, whole);
         }
-        for serial in t.shared {
-            let p = self.published.get_mut(&serial).expect("a block in use is published");
-            self.shared -= usize::from(p.users == 2);
-            p.users -= 1;
-            p.used = clock;
-            if p.users == 0 {
-                self.idle.insert((clock, Reverse(p.depth), serial));
-            }
+        t.shared.into_iter().for_each(|serial| self.leave(serial, clock));
+    }
+
+    /// One text less uses a published block.
+    fn leave(&mut self, serial: u64, clock: u64) {
+        let p = self.published.get_mut(&serial).expect("a block in use is published");
+        self.shared -= usize::from(p.users == 2);
+        p.users -= 1;
+        p.used = clock;
+        if p.users == 0 {
+            self.idle.insert((clock, Reverse(p.depth), serial));
         }
     }
 
@@ -532,6 +563,8 @@ impl Text {
 impl<B: Backend> KvStore<B> for BlockStore<B> {
     fn prepare(&mut self, layer: usize, batch: &Batch) -> Result<(), ModelError> {
         let store = |what: String| ModelError::Store { what };
+        self.prepared.clear();
+        self.prepared.extend(batch.runs().map(|(slot, _)| slot));
         for (slot, rows) in batch.runs() {
             let (_, place) = self.place(layer, slot)?;
             let t = self.text_mut(slot);
@@ -542,10 +575,13 @@ impl<B: Backend> KvStore<B> for BlockStore<B> {
                         "position {position} of text {slot} in block {layer} after only {have}"
                     )));
                 }
-                if position / BLOCK_TOKENS >= t.blocks.len() {
+                let Some(block) = t.block_of(position) else {
+                    return Err(store(format!("position {position} of text {slot} was evicted")));
+                };
+                if block >= t.blocks.len() {
                     return Err(store(format!("no room was made for position {position} of text {slot}")));
                 }
-                if position / BLOCK_TOKENS < t.shared.len().max(t.lent) {
+                if block < t.shared.len().max(t.lent) {
                     return Err(store(format!("position {position} of text {slot} lies in a published block")));
                 }
                 t.written[place] = have.max(position + 1);
@@ -556,12 +592,22 @@ impl<B: Backend> KvStore<B> for BlockStore<B> {
 
     fn table(&self, layer: usize, slot: usize) -> Result<Table<'_>, ModelError> {
         let (t, place) = self.place(layer, slot)?;
-        Ok(Table { blocks: &t.blocks, tokens: t.written[place] })
+        Ok(Table { blocks: &t.blocks, tokens: t.written[place], shift: t.left.shift })
     }
 
     fn pages(&mut self, layer: usize) -> Result<&mut B::Pages, ModelError> {
         let place = self.places.get(layer).copied().flatten();
         let place = place.ok_or_else(|| ModelError::Store { what: format!("block {layer} has no attention") })?;
         Ok(&mut self.pools[place])
+    }
+
+    fn lend_mass(&mut self, layer: usize) -> Vec<Mass> {
+        self.places.get(layer).copied().flatten().map_or_else(Vec::new, |place| self.lend(place))
+    }
+
+    fn take_mass(&mut self, layer: usize, mass: Vec<Mass>) {
+        if let Some(place) = self.places.get(layer).copied().flatten() {
+            self.take_back(place, mass);
+        }
     }
 }

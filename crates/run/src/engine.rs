@@ -6,6 +6,7 @@ use lacuna_model::{Decoder, ModelError};
 use lacuna_spec::RopeScaling;
 
 use crate::RunPlan;
+use crate::blocks::keep;
 
 /// What can go wrong while running a model.
 #[derive(Debug, thiserror::Error)]
@@ -109,6 +110,12 @@ impl Engine {
     /// What is drafted and what is left out.
     pub fn plan(&self) -> &RunPlan {
         &self.plan
+    }
+
+    /// Says why the model cannot run under the plan.
+    pub fn check_plan(&self) -> Result<(), RunError> {
+        let checked = self.keep_plan().map_or(Ok(()), |plan| keep::check(plan, &self.model.spec, self.context));
+        checked.map_err(|e| RunError::Request(format!("the run plan: {e}")))
     }
 
     /// How keys and values are kept.

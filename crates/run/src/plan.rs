@@ -3,6 +3,8 @@
 use lacuna_contract::{Draft, Gate, Keep, MadeRunning, MethodError, Registry, Select};
 use serde_json::{Map, Value, json};
 
+use crate::blocks::keep::slots;
+
 /// One method of a run plan, with all that was said of it.
 struct Entry {
     question: &'static str,
@@ -21,7 +23,7 @@ pub struct RunPlan {
 }
 
 /// The questions of run time, in the order in which plans list them.
-pub const QUESTIONS: [&str; 1] = ["draft"];
+pub const QUESTIONS: [&str; 2] = ["draft", "keep"];
 
 impl RunPlan {
     /// Nothing drafted, nothing left out.
@@ -134,6 +136,11 @@ impl RunPlan {
     /// What decides which channels a row needs.
     pub fn gate(&self) -> Option<&dyn Gate> {
         self.entries.iter().find_map(|e| if let MadeRunning::Gate(g) = &e.made { Some(g.as_ref()) } else { None })
+    }
+
+    /// Cached entries that a text of `tokens` tokens holds at once in each head, at most; a keeper holds them down.
+    pub fn slots(&self, tokens: usize) -> usize {
+        slots(self.keep().map(|keep| keep.plan()), tokens)
     }
 
     /// Question and method of each part.

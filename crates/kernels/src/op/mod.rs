@@ -6,6 +6,7 @@ pub(crate) mod dot;
 pub(crate) mod elementwise;
 pub(crate) mod gather;
 pub(crate) mod lookup;
+pub(crate) mod mass;
 pub(crate) mod math;
 pub(crate) mod matmul;
 pub(crate) mod norm;

@@ -7,7 +7,7 @@ use std::sync::Arc;
 use lacuna_base::{Mat, MatMut, MatRef};
 use lacuna_format::Stored;
 use lacuna_kernels as kernels;
-use lacuna_kernels::{Activations, Attention, Group, KvFormat, KvLayout, KvPool, KvView, Linear, Packing, RopeTable};
+use lacuna_kernels::{Activations, Attention, Group, KvFormat, KvLayout, KvPool, KvView, Linear, Mass, Packing, RopeTable};
 use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
 
 use super::{Backend, Host, Measure, NO_CHOICE, Pages, Routes, Tables};
@@ -37,6 +37,16 @@ pub struct NormOf {
 pub struct Step {
     pub(crate) batch: Batch,
     tables: Tables,
+    slots: Vec<usize>,
+}
+
+impl Step {
+    /// The runs of rows of one sequence, with what each reads.
+    fn views<'a>(&'a self, pages: &'a KvPool, layer: usize) -> impl Iterator<Item = (Range<usize>, KvView<'a>)> {
+        self.batch.runs().zip(self.tables.of(layer)).map(move |((_, rows), t)| {
+            (rows, KvView { pool: pages, blocks: t.blocks, tokens: t.tokens - t.shift })
+        })
+    }
 }
 
 impl Pages for KvPool {
@@ -51,6 +61,9 @@ impl Pages for KvPool {
     }
     fn copy(&mut self, from: u32, to: u32) {
         KvPool::copy(self, from, to);
+    }
+    fn gather(&mut self, table: &[u32], to: u32, kept: &[&[usize]]) {
+        KvPool::gather(self, table, to, kept);
     }
 }
 
@@ -180,7 +193,8 @@ impl Backend for Cpu {
     }
 
     fn begin(&self, batch: &Batch, tables: Tables) -> Step {
-        Step { batch: batch.clone(), tables }
+        let slots = tables.slots(batch);
+        Step { batch: batch.clone(), tables, slots }
     }
 
     fn finish(&self) -> Result<(), ModelError> {
@@ -279,21 +293,24 @@ impl Backend for Cpu {
         let page_tokens = pages.layout().page_tokens;
         for ((sequence, rows), table) in step.batch.runs().zip(step.tables.of(layer)) {
             for r in step.batch.written(sequence, rows) {
-                let position = step.batch.positions()[r];
-                let page = pages.page_mut(table.blocks[position / page_tokens]);
-                page.write(position % page_tokens, keys.row(r), values.row(r));
+                let slot = step.batch.positions()[r] - table.shift;
+                let page = pages.page_mut(table.blocks[slot / page_tokens]);
+                page.write(slot % page_tokens, keys.row(r), values.row(r));
             }
         }
     }
 
     fn attend(&self, how: &Attention, pages: &KvPool, layer: usize, step: &Step, q: &Lent) -> Lent {
-        let runs = step.batch.runs().zip(step.tables.of(layer));
-        let sequences: Vec<(Range<usize>, KvView<'_>)> = runs
-            .map(|((_, rows), table)| (rows, KvView { pool: pages, blocks: table.blocks, tokens: table.tokens }))
-            .collect();
+        let sequences: Vec<(Range<usize>, KvView<'_>)> = step.views(pages, layer).collect();
         let mut out = Lent::new(q.rows(), q.cols());
-        how.run(q.view(), step.batch.positions(), &sequences, out.view_mut());
+        how.run(q.view(), &step.slots, &sequences, out.view_mut());
         out
+    }
+
+    fn weigh(&self, how: &Attention, pages: &KvPool, layer: usize, step: &Step, q: &Lent, mass: &mut [Mass]) {
+        let views = step.views(pages, layer).zip(mass);
+        let mut sequences: Vec<_> = views.map(|((rows, kv), mass)| (rows, kv, mass)).collect();
+        how.weigh(q.view(), &step.slots, &mut sequences);
     }
 
     fn route(&self, logits: &Lent, choice: Experts) -> Routes {

@@ -21,7 +21,7 @@ use std::sync::Arc;
 
 use lacuna_base::{Mat, MatRef};
 use lacuna_format::Stored;
-use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout};
+use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, Mass};
 use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
 
 pub use cpu::Cpu;
@@ -151,6 +151,18 @@ pub trait Backend: Clone {
         q: &Self::Rows,
     ) -> Self::Rows;
 
+    /// Adds the attention that the same rows give to slots, row by row: `mass` has one for each of the step's runs of
+    /// rows of one sequence. Asked only where somebody goes by it.
+    fn weigh(
+        &self,
+        how: &Attention,
+        pages: &Self::Pages,
+        layer: usize,
+        step: &Self::Step,
+        q: &Self::Rows,
+        mass: &mut [Mass],
+    );
+
     /// Chooses experts by the router's logits, `[rows, experts]`: softmax over all experts, the largest `used` of a row,
     /// ties to the lower number.
     fn route(&self, logits: &Self::Rows, choice: Experts) -> Self::Routes;
@@ -188,6 +200,10 @@ pub trait Pages {
 
     /// Copies all of page `from` to page `to`; both are there.
     fn copy(&mut self, from: u32, to: u32);
+
+    /// Fills page `to` from the pages of a table: its slot `i` becomes slot `kept[head][i]` of the table, for each key
+    /// head, in the order of `i`. Page `to` may be one of the table's, where no slot moves to a later one.
+    fn gather(&mut self, table: &[u32], to: u32, kept: &[&[usize]]);
 }
 
 /// In place of a row number: there was nothing to choose by.

@@ -7,7 +7,7 @@ use std::sync::Arc;
 
 use lacuna_base::{Mat64, MatRef};
 use lacuna_format::Stored;
-use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout};
+use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, Mass};
 use lacuna_spec::{Activation, Experts, Norm, NormKind, Place, Rope, RopeScaling, RopeStyle};
 
 use super::{Backend, Host, Measure, NO_CHOICE, Pages, Routes, Tables};
@@ -64,6 +64,19 @@ impl Pages for NaivePages {
     fn copy(&mut self, from: u32, to: u32) {
         if let Some(page) = self.blocks.get(&from).cloned() {
             self.blocks.insert(to, page);
+        }
+    }
+    fn gather(&mut self, table: &[u32], to: u32, kept: &[&[usize]]) {
+        let (n, dim, width) = (self.layout.page_tokens, self.layout.head_dim, self.width());
+        for (head, kept) in kept.iter().enumerate() {
+            for (i, slot) in kept.iter().enumerate() {
+                for side in 0..2 {
+                    let from = &self.blocks[&table[slot / n]][side][slot % n * width + head * dim..][..dim];
+                    let entry = from.to_vec();
+                    let page = self.blocks.get_mut(&to).expect("a block that was reserved");
+                    page[side][i * width + head * dim..][..dim].copy_from_slice(&entry);
+                }
+            }
         }
     }
 }
@@ -141,18 +154,30 @@ fn attend<'a>(
     let mut out = vec![0.0; p.heads * dim];
     for (h, out) in out.chunks_mut(dim).enumerate() {
         let at = h / (p.heads / kv_heads) * dim;
-        let low = p.window.map_or(0, |w| (position + 1).saturating_sub(w));
-        let score = |t: usize| {
-            let s: f64 = q[h * dim..][..dim].iter().zip(&key(t)[at..]).map(|(q, k)| q * k).sum();
-            let s = s * f64::from(p.scale);
-            p.softcap.map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh())
-        };
-        let weights = softmax(&(low..=position).map(score).collect::<Vec<_>>());
-        for (t, w) in (low..=position).zip(weights) {
+        for (t, w) in weights(p, dim, kv_heads, (q, position), h, &key) {
             out.iter_mut().zip(&value(t)[at..]).for_each(|(o, v)| *o += w * v);
         }
     }
     out
+}
+
+/// The keys that one head of a query sees, with their weights.
+fn weights<'a>(
+    p: &Attention,
+    dim: usize,
+    kv_heads: usize,
+    (q, position): (&[f64], usize),
+    head: usize,
+    key: &impl Fn(usize) -> &'a [f64],
+) -> impl Iterator<Item = (usize, f64)> {
+    let at = head / (p.heads / kv_heads) * dim;
+    let low = p.window.map_or(0, |w| (position + 1).saturating_sub(w));
+    let score = |t: usize| {
+        let s: f64 = q[head * dim..][..dim].iter().zip(&key(t)[at..]).map(|(q, k)| q * k).sum();
+        let s = s * f64::from(p.scale);
+        p.softcap.map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh())
+    };
+    (low..=position).zip(softmax(&(low..=position).map(score).collect::<Vec<_>>()))
 }
 
 /// Causal attention of one sequence from its start: `q` is `[tokens, heads * dim]`, `k` and `v`
@@ -361,7 +386,7 @@ impl Backend for Naive {
         let (n, width) = (pages.layout.page_tokens, pages.width());
         for ((sequence, rows), table) in step.batch.runs().zip(step.tables.of(layer)) {
             for r in step.batch.written(sequence, rows) {
-                let p = step.batch.positions()[r];
+                let p = step.batch.positions()[r] - table.shift;
                 let block = pages.blocks.get_mut(&table.blocks[p / n]).expect("a block that was reserved");
                 for (to, from) in block.iter_mut().zip([keys, values]) {
                     to[p % n * width..][..width].copy_from_slice(from.row(r));
@@ -375,15 +400,35 @@ impl Backend for Naive {
         let mut out = Mat64::zeros(q.rows(), q.cols());
         for ((_, rows), table) in step.batch.runs().zip(step.tables.of(layer)) {
             for r in rows {
-                let position = step.batch.positions()[r];
+                let slot = step.batch.positions()[r] - table.shift;
                 let of =
                     |side: usize| move |t: usize| &pages.blocks[&table.blocks[t / n]][side][t % n * width..][..width];
                 let (dim, kv_heads) = (pages.layout.head_dim, pages.layout.kv_heads);
-                let mixed = attend(how, dim, kv_heads, (q.row(r), position), of(0), of(1));
+                let mixed = attend(how, dim, kv_heads, (q.row(r), slot), of(0), of(1));
                 out.row_mut(r).copy_from_slice(&mixed);
             }
         }
         out
+    }
+
+    fn weigh(&self, how: &Attention, pages: &NaivePages, layer: usize, step: &Step, q: &Mat64, mass: &mut [Mass]) {
+        let (n, width) = (pages.layout.page_tokens, pages.width());
+        let (dim, kv_heads) = (pages.layout.head_dim, pages.layout.kv_heads);
+        for (((_, rows), table), mass) in step.batch.runs().zip(step.tables.of(layer)).zip(mass) {
+            for r in rows {
+                let slot = step.batch.positions()[r] - table.shift;
+                let key = |t: usize| &pages.blocks[&table.blocks[t / n]][0][t % n * width..][..width];
+                for (g, of_head) in mass.heads.iter_mut().enumerate() {
+                    let mut given = vec![0.0; slot + 1];
+                    for h in 0..how.heads / kv_heads {
+                        let head = g * (how.heads / kv_heads) + h;
+                        weights(how, dim, kv_heads, (q.row(r), slot), head, &key).for_each(|(t, w)| given[t] += w);
+                    }
+                    let given: Vec<f32> = given.iter().map(|g| *g as f32).collect();
+                    of_head.take(slot, mass.certain, &given);
+                }
+            }
+        }
     }
 
     fn route(&self, logits: &Mat64, choice: Experts) -> Routes<f64> {

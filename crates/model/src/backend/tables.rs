@@ -2,13 +2,18 @@
 
 use std::ops::Range;
 
+use crate::Batch;
+
 /// The block table of one sequence in one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Table<'a> {
-    /// Numbers of its layer's pages, the one of position 0 first.
+    /// Numbers of its layer's pages, the one of slot 0 first.
     pub blocks: &'a [u32],
     /// Positions written when the step is over.
     pub tokens: usize,
+    /// Positions whose entries were evicted, as many in each head and layer: what is written for a position lies in slot
+    /// `position - shift`. Slots keep the order of their positions; which ones stay may differ by head.
+    pub shift: usize,
 }
 
 /// The block tables of a step: in each layer with attention, one for each of the batch's runs of rows of one sequence.
@@ -16,8 +21,8 @@ pub struct Table<'a> {
 #[derive(Clone, Debug, Default)]
 pub struct Tables {
     blocks: Vec<u32>,
-    /// Where the table of each run lies in `blocks`, and its positions: a group after the other.
-    spans: Vec<(Range<usize>, usize)>,
+    /// Where the table of each run lies in `blocks`, its positions and its shift: a group after the other.
+    spans: Vec<(Range<usize>, usize, usize)>,
     /// Where each group's runs lie in `spans`.
     groups: Vec<Range<usize>>,
     /// The group of each layer, by its number; of those that have one.
@@ -31,7 +36,7 @@ impl Tables {
         for table in tables {
             let from = self.blocks.len();
             self.blocks.extend_from_slice(table.blocks);
-            self.spans.push((from..self.blocks.len(), table.tokens));
+            self.spans.push((from..self.blocks.len(), table.tokens, table.shift));
         }
         let new = first..self.spans.len();
         if let Some(last) = self.groups.last()
@@ -46,7 +51,19 @@ impl Tables {
     }
 
     fn group(&self, spans: Range<usize>) -> impl ExactSizeIterator<Item = Table<'_>> {
-        self.spans[spans].iter().map(|(at, tokens)| Table { blocks: &self.blocks[at.clone()], tokens: *tokens })
+        let table = |(at, tokens, shift): &(Range<usize>, usize, usize)| Table {
+            blocks: &self.blocks[at.clone()],
+            tokens: *tokens,
+            shift: *shift,
+        };
+        self.spans[spans].iter().map(table)
+    }
+
+    /// The slot of every row of a batch, the same in all layers.
+    pub fn slots(&self, batch: &Batch) -> Vec<usize> {
+        let Some(first) = self.groups.first() else { return batch.positions().to_vec() };
+        let runs = batch.runs().zip(self.group(first.clone()));
+        runs.flat_map(|((_, rows), t)| rows.map(move |r| batch.positions()[r] - t.shift)).collect()
     }
 
     /// How many different groups of tables there are.
@@ -75,7 +92,7 @@ mod tests {
 
     #[test]
     fn layers_with_the_same_tables_share_them() {
-        let (a, b) = (Table { blocks: &[3, 1], tokens: 40 }, Table { blocks: &[2], tokens: 7 });
+        let (a, b) = (Table { blocks: &[3, 1], tokens: 40, shift: 0 }, Table { blocks: &[2], tokens: 7, shift: 5 });
         let mut all = Tables::default();
         all.push(0, [a, b]);
         all.push(2, [a, b]);
@@ -84,6 +101,10 @@ mod tests {
         all.push(6, []);
         assert_eq!((all.groups(), all.blocks.len(), all.spans.len()), (3, 6, 4));
         assert_eq!([0, 2, 3, 5, 6].map(|l| all.group_of(l)), [0, 0, 1, 2, 2]);
+        let mut batch = Batch::one(4, 39..40);
+        batch.push(9, 5..7);
+        assert_eq!(all.slots(&batch), [39, 0, 1]);
+        assert_eq!(Tables::default().slots(&batch), [39, 5, 6], "a model without attention");
         assert!(all.of(2).eq([a, b]) && all.of(3).eq([a, Table { tokens: 8, ..b }]) && all.of(6).len() == 0);
     }
 }

@@ -9,7 +9,7 @@ use std::sync::Arc;
 
 use lacuna_base::MatRef;
 use lacuna_format::Stored;
-use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, KvPool, RopeTable, Transposed};
+use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, KvPool, Mass, RopeTable, Transposed};
 use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
 
 use super::tape::{Entry, Node, Tape};
@@ -59,6 +59,9 @@ impl Pages for RecordedPages {
     }
     fn copy(&mut self, from: u32, to: u32) {
         self.pool.copy(from, to);
+    }
+    fn gather(&mut self, table: &[u32], to: u32, kept: &[&[usize]]) {
+        self.pool.gather(table, to, kept);
     }
 }
 
@@ -253,6 +256,19 @@ impl Backend for Recorder {
         let head_dim = pages.pool.layout().head_dim;
         self.record(Entry::Attend { how: *how, head_dim, read: [q.clone(), k, v], y: out.clone() });
         out
+    }
+
+    fn weigh(
+        &self,
+        how: &Attention,
+        pages: &RecordedPages,
+        layer: usize,
+        step: &Self::Step,
+        q: &Node,
+        mass: &mut [Mass],
+    ) {
+        // A statistic: it has no gradient.
+        Cpu.weigh(how, &pages.pool, layer, step, &q.value, mass);
     }
 
     fn route(&self, logits: &Node, choice: Experts) -> RecordedRoutes {

@@ -7,6 +7,7 @@ use lacuna_contract::{Acceptance, Company, Draft, Drafting, Ledger, MethodError,
 use lacuna_model::{Batch, ContiguousKv, NoTap};
 
 use super::{Part, Scheduler};
+use crate::blocks::keep::next_cut;
 use crate::{Engine, RunError};
 
 /// Tokens that a draft may have.
@@ -67,6 +68,12 @@ impl Branches {
         let mut row = vec![0; tree.len()];
         nodes.iter().flatten().enumerate().for_each(|(i, &node)| row[node] = i + 1);
         Branches { nodes, row, forks: Vec::new() }
+    }
+
+    /// The fork that computed a node (none: the text itself), and its number among those computed there.
+    fn place_of(&self, node: usize) -> (Option<usize>, usize) {
+        let nth = self.nodes.iter().find_map(|nodes| nodes.iter().position(|n| *n == node));
+        (self.fork_of(node), nth.unwrap_or(0))
     }
 
     /// The fork that computed a node; none: the text itself.
@@ -168,10 +175,12 @@ impl Scheduler {
         (d.offered, d.tree) = (Tree::default(), Tree::default());
         d.path.clear();
         d.tell(&a.tokens);
-        // A node at depth n is worth verifying where n + 1 more tokens may come, of this class of keys.
+        // A node at depth n is worth verifying where n + 1 more tokens may come, of this class of keys, and before the
+        // keeper decides.
         let len = a.tokens.len();
         let deep = (1..a.extent.saturating_sub(len)).take_while(|n| engine.class(len + n) == a.class);
-        let deep = deep.take(MOST_NODES).count();
+        let until = engine.keep_plan().map_or(usize::MAX, |plan| next_cut(plan, len - 1));
+        let deep = deep.take(MOST_NODES.min(until - len)).count();
         if deep == 0 {
             return Ok(0);
         }
@@ -233,6 +242,10 @@ impl Scheduler {
             if p.drafted > 0 {
                 let taken = d.path.len().min(followed.len());
                 a.read = p.to + taken;
+                for &node in &d.path[..taken] {
+                    let (from, nth) = d.branches.place_of(node);
+                    self.store.count_mass(slot, from.unwrap_or(slot), nth);
+                }
                 let kept = taken.checked_sub(1).and_then(|last| d.branches.fork_of(d.path[last]));
                 for fork in d.branches.forks.drain(..) {
                     if Some(fork) == kept {

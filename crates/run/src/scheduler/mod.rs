@@ -8,8 +8,12 @@
 //!
 //! Where the run plan drafts, a text that is being continued brings rows for the tokens that may come next, as many as
 //! pay; those that are what it chooses anyway are kept, and the rest is forgotten before anything of it is published.
+//!
+//! Where the run plan has a keeper, it decides before a text goes on from a position at which that is due; chunks and
+//! drafts end there.
 
 mod draft;
+mod keep;
 mod plan;
 #[cfg(test)]
 mod tests;
@@ -143,7 +147,7 @@ impl Scheduler {
     pub fn without_text(engine: impl Into<Arc<Engine>>, limits: Limits) -> Scheduler {
         let engine = engine.into();
         let limits = Limits { batch: limits.batch.max(1), prefill_rows: limits.prefill_rows.max(1), ..limits };
-        let store = BlockStore::new(&engine.model().spec, engine.kv_format(), limits.kv_bytes);
+        let store = Scheduler::store(&engine, &limits);
         Scheduler {
             engine,
             tokenizer: None,
@@ -170,7 +174,7 @@ impl Scheduler {
     /// from a tail finds room. Cached ones beyond that are thrown away; nothing is allocated before it is needed.
     pub(crate) fn set_room(&mut self, tokens: usize) {
         let drafts = if self.engine.plan().draft().is_some() { draft::BLOCKS } else { 0 };
-        let blocks = tokens.div_ceil(BLOCK_TOKENS).saturating_add(1 + drafts);
+        let blocks = self.store.slots(tokens).div_ceil(BLOCK_TOKENS).saturating_add(1 + drafts);
         self.limits.kv_bytes = blocks.saturating_mul(self.store.block_bytes());
         self.store.set_total(blocks);
     }
@@ -178,11 +182,6 @@ impl Scheduler {
     /// Throws away all cached keys and values: the next texts are read from their first token on.
     pub(crate) fn forget(&mut self) {
         self.store.forget();
-    }
-
-    /// Most tokens that a text may have: the context, or what the blocks hold.
-    pub fn most_tokens(&self) -> usize {
-        self.engine.context().min(self.store.total().saturating_mul(BLOCK_TOKENS))
     }
 
     /// Whether nothing waits and nothing is at work.
@@ -205,6 +204,7 @@ impl Scheduler {
 
     /// Takes a request, known by `id` from here on, or says what is wrong with it.
     pub fn submit(&mut self, id: u64, request: Request) -> Result<(), RunError> {
+        self.engine.check_plan()?;
         let Request { mut prompt, job } = request;
         let (n, most) = (prompt.len(), self.most_tokens());
         if n == 0 {
@@ -280,13 +280,14 @@ impl Scheduler {
     pub fn fail_all(&mut self, why: &str, on: &mut dyn FnMut(u64, Event)) {
         let all = self.waiting.drain(..).chain(self.running.drain(..));
         all.for_each(|a| on(a.id, Event::Failed(RunError::Request(why.to_owned()))));
-        self.store = BlockStore::new(&self.engine.model().spec, self.engine.kv_format(), self.limits.kv_bytes);
+        self.store = Scheduler::store(&self.engine, &self.limits);
     }
 
     /// Does one step, telling what comes of it.
     pub fn step(&mut self, on: &mut dyn FnMut(u64, Event)) -> Step {
         self.outgrown();
         self.admit(on);
+        self.decide(on);
         let mut scratch = std::mem::take(&mut self.scratch);
         let mut step = self.plan(&mut scratch.parts);
         if !scratch.parts.is_empty() {
@@ -305,6 +306,7 @@ impl Scheduler {
         over.clear();
         for p in parts.iter() {
             let a = &self.running[p.index];
+            self.store.certain(a.slot(), a.tokens.len());
             batch.push_part(a.slot(), p.from..p.to, a.tokens.len());
             tokens.extend_from_slice(&a.tokens[p.from..p.to]);
             if let Some(d) = a.drafter.as_deref().filter(|_| p.drafted > 0) {

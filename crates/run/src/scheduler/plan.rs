@@ -131,12 +131,13 @@ impl Scheduler {
                     continue;
                 }
             }
-            let to = (a.read + share.min(left)).min(a.tokens.len());
+            let to = (a.read + share.min(left)).min(a.tokens.len()).min(self.until_cut(a.read));
             left -= to - a.read;
             asked.push((index, a.read, to));
         }
         for (index, from, mut to) in asked {
-            let more = left.min(self.running[index].tokens.len() - to);
+            let end = self.running[index].tokens.len().min(self.until_cut(from));
+            let more = left.min(end - to);
             (to, left) = (to + more, left - more);
             // Room for whole prompts was made when they were admitted.
             step.prefill_rows += to - from;
@@ -145,7 +146,7 @@ impl Scheduler {
     }
 
     /// The text that was admitted last gives way.
-    fn preempt(&mut self) {
+    pub(super) fn preempt(&mut self) {
         let Some(a) = self.running.pop() else { return };
         self.preempted += 1;
         self.wait(a);
@@ -163,7 +164,7 @@ impl Scheduler {
 }
 
 /// Takes over what others have published of a text, in whole blocks. Returns the tokens read.
-fn take_over(store: &mut BlockStore, a: &Active, reuse: bool) -> usize {
+pub(super) fn take_over(store: &mut BlockStore, a: &Active, reuse: bool) -> usize {
     if a.needs_all_rows() || !reuse {
         return store.tokens(a.slot());
     }
