@@ -128,3 +128,128 @@ impl Attention {
         }
     }
 }
+
+#[cfg(test)]
+mod tests {
+    use lacuna_base::Mat;
+    use lacuna_base::testkit::random;
+
+    use super::*;
+    use crate::kv::{KvFormat, KvLayout, KvPool};
+
+    /// A pool with `n` slots in pages that lie in no order, with what it holds of keys and values.
+    fn pool(layout: KvLayout, format: KvFormat, n: usize) -> (KvPool, Vec<u32>, [Mat; 2]) {
+        let width = layout.kv_heads * layout.head_dim;
+        let (mut k, mut v) = (random(n, width, 2), random(n, width, 3));
+        let mut pool = KvPool::new(layout, format);
+        let blocks: Vec<u32> = (0..n.div_ceil(layout.page_tokens) as u32).map(|i| (i * 5 + 3) % 16).collect();
+        blocks.iter().for_each(|&b| pool.reserve(b));
+        for p in 0..n {
+            pool.page_mut(blocks[p / layout.page_tokens]).write(p % layout.page_tokens, k.row(p), v.row(p));
+        }
+        read(&pool, &blocks, &mut k, &mut v);
+        (pool, blocks, [k, v])
+    }
+
+    fn read(pool: &KvPool, blocks: &[u32], k: &mut Mat, v: &mut Mat) {
+        let n = pool.layout().page_tokens;
+        (0..k.rows()).for_each(|p| pool.page(blocks[p / n]).read(p % n, k.row_mut(p), v.row_mut(p)));
+    }
+
+    const LAYOUTS: [(usize, KvLayout); 3] = [
+        (1, KvLayout { kv_heads: 1, head_dim: 5, page_tokens: 32 }),
+        (6, KvLayout { kv_heads: 2, head_dim: 16, page_tokens: 32 }),
+        (8, KvLayout { kv_heads: 4, head_dim: 20, page_tokens: 64 }),
+    ];
+
+    #[test]
+    fn sums_are_those_of_the_definition_however_rows_come() {
+        for (heads, layout) in LAYOUTS {
+            for (format, window, softcap) in
+                [(KvFormat::F32, None, Some(0.7)), (KvFormat::F16, Some(20), None), (KvFormat::Q8, None, None)]
+            {
+                let a = Attention { heads, scale: 0.3, window, softcap };
+                let (n, dim, group) = (137, layout.head_dim, heads / layout.kv_heads);
+                let (pool, blocks, [k, _]) = pool(layout, format, n);
+                let q = random(n, heads * dim, 1);
+                let slots: Vec<usize> = (0..n).collect();
+                let mut want = vec![vec![0.0f64; n]; layout.kv_heads];
+                for p in 0..n {
+                    for h in 0..heads {
+                        let low = window.map_or(0, |w| (p + 1).saturating_sub(w));
+                        let score = |t: usize| {
+                            let (q, k) = (&q.row(p)[h * dim..], &k.row(t)[h / group * dim..]);
+                            let dot: f64 = (0..dim).map(|d| f64::from(q[d]) * f64::from(k[d])).sum();
+                            let x = dot * f64::from(a.scale);
+                            softcap.map_or(x, |c| f64::from(c) * (x / f64::from(c)).tanh()).exp()
+                        };
+                        let total: f64 = (low..=p).map(score).sum();
+                        (low..=p).for_each(|t| want[h / group][t] += score(t) / total);
+                    }
+                }
+                let run = |steps: &[usize], certain: usize| {
+                    let (mut mass, mut from) = (Mass { certain, ..Mass::new(layout.kv_heads) }, 0);
+                    for &to in steps {
+                        let kv = KvView { pool: &pool, blocks: &blocks, tokens: to };
+                        let rows = q.view().rows_range(from, to);
+                        a.weigh(rows, &slots[from..to], &mut [(0..to - from, kv, &mut mass)]);
+                        from = to;
+                    }
+                    mass
+                };
+                let whole = run(&[n], n);
+                for (head, want) in whole.heads.iter().zip(&want) {
+                    assert!(head.apart.is_empty() && head.sum.len() == n);
+                    let off = head.sum.iter().zip(want).map(|(a, b)| (f64::from(*a) - b).abs()).fold(0.0, f64::max);
+                    assert!(off < 1e-4, "{format:?} {heads}: {off}");
+                }
+                assert_eq!(run(&[1, 2, 40, 41, 100, n], n), whole, "in parts");
+                // Rows kept apart, and counted later.
+                let mut late = run(&[90, n], 100);
+                for head in &mut late.heads {
+                    assert_eq!(head.apart.len(), 37);
+                    let apart = std::mem::take(&mut head.apart);
+                    apart.iter().for_each(|given| head.add(given));
+                }
+                assert_eq!(late.heads, whole.heads);
+            }
+        }
+    }
+
+    #[test]
+    fn slots_gather_bit_for_bit_in_their_own_pages_or_others() {
+        for (_, layout) in LAYOUTS {
+            for format in [KvFormat::F32, KvFormat::F16, KvFormat::Q8] {
+                for own in [false, true] {
+                    let (n, pages, dim) = (137, layout.page_tokens, layout.head_dim);
+                    let (mut pool, blocks, [k, v]) = pool(layout, format, n);
+                    // Every head keeps others.
+                    let kept: Vec<Vec<usize>> =
+                        (0..layout.kv_heads).map(|h| (0..n).filter(|p| (p * 7 + h) % 3 != 0).take(80).collect()).collect();
+                    let to: Vec<u32> = if own { blocks.clone() } else { (20..25).collect() };
+                    to.iter().for_each(|&b| pool.reserve(b));
+                    let to = &to[..80usize.div_ceil(pages)];
+                    for (i, &block) in to.iter().enumerate() {
+                        let slots = i * pages..((i + 1) * pages).min(80);
+                        let part: Vec<&[usize]> = kept.iter().map(|kept| &kept[slots.clone()]).collect();
+                        pool.gather(&blocks, block, &part);
+                    }
+                    let (mut k2, mut v2) = (Mat::zeros(80, k.cols()), Mat::zeros(80, v.cols()));
+                    read(&pool, to, &mut k2, &mut v2);
+                    for (h, kept) in kept.iter().enumerate() {
+                        let head = h * dim..(h + 1) * dim;
+                        for (slot, &from) in kept.iter().enumerate() {
+                            assert_eq!(k2.row(slot)[head.clone()], k.row(from)[head.clone()], "{format:?} {own} {slot}");
+                            assert_eq!(v2.row(slot)[head.clone()], v.row(from)[head.clone()], "{format:?} {own} {slot}");
+                        }
+                    }
+                    if !own {
+                        let (mut k3, mut v3) = (k.clone(), v.clone());
+                        read(&pool, &blocks, &mut k3, &mut v3);
+                        assert!(k3 == k && v3 == v, "what was copied from is as it was");
+                    }
+                }
+            }
+        }
+    }
+}
