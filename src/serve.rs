@@ -149,8 +149,7 @@ fn hosts(a: &cli::Serve, ip: IpAddr, keyed: bool) -> Vec<String> {
 }
 
 /// Room for keys and values: as asked, or for a full batch of full texts, but no more than a quarter of the machine's
-/// memory.
-/// `held`: cached entries that a text of the whole context holds at once.
+/// memory. A text of the whole context holds `held` cached entries at once.
 fn kv_bytes(a: &cli::Serve, store: &BlockStore, context: usize, held: usize) -> anyhow::Result<usize> {
     let text = held.div_ceil(BLOCK_TOKENS).saturating_mul(store.block_bytes()).max(1);
     let bytes = match common::size(a.kv_memory.as_deref())? {

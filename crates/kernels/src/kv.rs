@@ -267,35 +267,40 @@ impl KvPage {
         let value = |slot: usize| value_at(l, head, slot, 0);
         let row = |slot: usize| head * l.page_tokens + slot;
         let (page, slot) = from;
+        // A pool's pages are of one format.
         match (&mut self.data, page.map(|p| &p.data)) {
-            (Data::F32(k, v), page) => {
-                let [k2, v2] = match page {
-                    Some(Data::F32(k, v)) => [Some(&**k), Some(&**v)],
-                    _ => [None; 2],
-                };
-                take(k, k2, (key(to), key(slot)), KEY_BLOCK, l.head_dim);
-                take(v, v2, (value(to), value(slot)), 1, l.head_dim);
+            (Data::F32(k, v), None) => {
+                take(k, None, (key(to), key(slot)), KEY_BLOCK, l.head_dim);
+                take(v, None, (value(to), value(slot)), 1, l.head_dim);
             }
-            (Data::F16(k, v), page) => {
-                let [k2, v2] = match page {
-                    Some(Data::F16(k, v)) => [Some(&**k), Some(&**v)],
-                    _ => [None; 2],
-                };
-                take(k, k2, (key(to), key(slot)), KEY_BLOCK, l.head_dim);
-                take(v, v2, (value(to), value(slot)), 1, l.head_dim);
+            (Data::F32(k, v), Some(Data::F32(k2, v2))) => {
+                take(k, Some(k2), (key(to), key(slot)), KEY_BLOCK, l.head_dim);
+                take(v, Some(v2), (value(to), value(slot)), 1, l.head_dim);
             }
-            (Data::Q8 { k, v, k_scales, v_scales }, page) => {
-                let ([k2, v2], [ks2, vs2]) = match page {
-                    Some(Data::Q8 { k, v, k_scales, v_scales }) => {
-                        ([Some(&**k), Some(&**v)], [Some(&**k_scales), Some(&**v_scales)])
-                    }
-                    _ => ([None; 2], [None; 2]),
-                };
-                take(k, k2, (key(to), key(slot)), KEY_BLOCK, l.head_dim);
-                take(v, v2, (value(to), value(slot)), 1, l.head_dim);
-                take(k_scales, ks2, (row(to), row(slot)), 1, 1);
-                take(v_scales, vs2, (row(to), row(slot)), 1, 1);
+            (Data::F16(k, v), None) => {
+                take(k, None, (key(to), key(slot)), KEY_BLOCK, l.head_dim);
+                take(v, None, (value(to), value(slot)), 1, l.head_dim);
             }
+            (Data::F16(k, v), Some(Data::F16(k2, v2))) => {
+                take(k, Some(k2), (key(to), key(slot)), KEY_BLOCK, l.head_dim);
+                take(v, Some(v2), (value(to), value(slot)), 1, l.head_dim);
+            }
+            (Data::Q8 { k, v, k_scales, v_scales }, None) => {
+                take(k, None, (key(to), key(slot)), KEY_BLOCK, l.head_dim);
+                take(v, None, (value(to), value(slot)), 1, l.head_dim);
+                take(k_scales, None, (row(to), row(slot)), 1, 1);
+                take(v_scales, None, (row(to), row(slot)), 1, 1);
+            }
+            (
+                Data::Q8 { k, v, k_scales, v_scales },
+                Some(Data::Q8 { k: k2, v: v2, k_scales: k_scales2, v_scales: v_scales2 }),
+            ) => {
+                take(k, Some(k2), (key(to), key(slot)), KEY_BLOCK, l.head_dim);
+                take(v, Some(v2), (value(to), value(slot)), 1, l.head_dim);
+                take(k_scales, Some(k_scales2), (row(to), row(slot)), 1, 1);
+                take(v_scales, Some(v_scales2), (row(to), row(slot)), 1, 1);
+            }
+            _ => panic!("pages of two formats"),
         }
     }
 }
@@ -414,8 +419,8 @@ impl KvPool {
     }
 }
 
-/// What attention reads of one sequence in one layer: its block table, and how many slots are written. Where every entry
-/// is kept, slots are positions.
+/// What attention reads of one sequence in one layer: its block table, and how many slots are written. Where every
+/// entry is kept, slots are positions.
 #[derive(Clone, Copy, Debug)]
 pub struct KvView<'a> {
     /// The layer's pages.

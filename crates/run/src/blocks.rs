@@ -367,8 +367,8 @@ impl<B: Backend> BlockStore<B> {
         both.map(|(k, &serial)| (common(&k.1), serial)).max().filter(|(n, _)| *n > 0)
     }
 
-    /// Makes room for `tokens` positions, or as many of their slots as a text ever holds; false, and nothing changed but that cached blocks may be gone, where there is
-    /// none.
+    /// Makes room for `tokens` positions, or as many of their slots as a text ever holds; false, and nothing changed but
+    /// that cached blocks may be gone, where there is none.
     #[track_caller]
     pub fn reserve(&mut self, slot: usize, tokens: usize) -> bool {
         let t = self.text(slot);

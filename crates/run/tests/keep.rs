@@ -1,5 +1,6 @@
-//! Keepers on tiny checkpoints: what they keep is what their definition says, with the same answer alone and in company,
-//! in any chunks, where texts share beginnings, where room is short and under drafts; and evicted entries take no memory.
+//! Keepers on tiny checkpoints: what they keep is what their definition says, with the same answer alone and in
+//! company, in any chunks, where texts share beginnings, where room is short and under drafts; and evicted entries take
+//! no memory.
 
 mod common;
 #[path = "common/masked.rs"]
@@ -11,7 +12,7 @@ use std::path::Path;
 
 use common::{after, tokenizer};
 use lacuna_base::Rng;
-use lacuna_contract::StepSeconds;
+use lacuna_contract::{Keep, KeepHead, KeepPlan, MadeRunning, MethodError, StepSeconds};
 use lacuna_kernels::KvFormat;
 use lacuna_model::{Batch, ContiguousKv, Decoder, LoadOptions, NoTap};
 use lacuna_run::{
@@ -292,6 +293,45 @@ fn embeddings_are_under_the_plan_too() {
             assert_ne!(vector(&flags, 512), vector(&[], 512), "{keeper}");
         }
     }
+}
+
+/// Keeps a slot more than it may, in one head.
+struct Greedy;
+
+impl Keep for Greedy {
+    fn plan(&self) -> KeepPlan {
+        KeepPlan { mass: false, every: 8, budget: 20 }
+    }
+
+    fn keep(&self, heads: &[KeepHead<'_>], budget: usize) -> Result<Vec<Vec<usize>>, MethodError> {
+        assert!(heads.iter().all(|h| h.positions.len() == 24 && h.mass.is_empty()));
+        Ok((0..heads.len()).map(|i| (0..budget + usize::from(i == 1)).collect()).collect())
+    }
+}
+
+#[test]
+fn a_keeper_that_errs_ends_its_text_alone() {
+    let mut registry = lacuna_methods::registry();
+    let mut method = registry.running.iter().find(|m| m.card.name == "streaming-llm").unwrap().clone();
+    method.card.name = "greedy";
+    method.make = |_, _| Ok(MadeRunning::Keep(Box::new(Greedy)));
+    registry.running.push(method);
+    let mut plan = RunPlan::none();
+    plan.flag("keep", "greedy", &registry).unwrap();
+    let mut s = scheduler(common::engine("llama").with_plan(plan), 2, 512, 20, true);
+    let g = |n: u32| Generation { prompt: (3..n).collect(), max_tokens: 10, ignore_end: true, ..Generation::default() };
+    s.submit(0, ask(&g(40))).unwrap();
+    s.submit(1, ask(&g(10))).unwrap();
+    let mut told = BTreeMap::new();
+    while !s.is_idle() {
+        s.step(&mut |id, event| match event {
+            Event::Failed(e) => drop(told.insert(id, e.to_string())),
+            Event::Finished(f) => drop(told.insert(id, f.tokens.to_string())),
+            _ => {}
+        });
+    }
+    assert!(told[&0].contains("21 slots of layer 0, head 1"), "{told:?}");
+    assert_eq!((told[&1].as_str(), s.gauges().blocks.used), ("10", 0));
 }
 
 #[test]

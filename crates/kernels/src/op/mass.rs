@@ -224,8 +224,9 @@ mod tests {
                     let (n, pages, dim) = (137, layout.page_tokens, layout.head_dim);
                     let (mut pool, blocks, [k, v]) = pool(layout, format, n);
                     // Every head keeps others.
-                    let kept: Vec<Vec<usize>> =
-                        (0..layout.kv_heads).map(|h| (0..n).filter(|p| (p * 7 + h) % 3 != 0).take(80).collect()).collect();
+                    let kept: Vec<Vec<usize>> = (0..layout.kv_heads)
+                        .map(|h| (0..n).filter(|p| (p * 7 + h) % 3 != 0).take(80).collect())
+                        .collect();
                     let to: Vec<u32> = if own { blocks.clone() } else { (20..25).collect() };
                     to.iter().for_each(|&b| pool.reserve(b));
                     let to = &to[..80usize.div_ceil(pages)];
@@ -239,8 +240,16 @@ mod tests {
                     for (h, kept) in kept.iter().enumerate() {
                         let head = h * dim..(h + 1) * dim;
                         for (slot, &from) in kept.iter().enumerate() {
-                            assert_eq!(k2.row(slot)[head.clone()], k.row(from)[head.clone()], "{format:?} {own} {slot}");
-                            assert_eq!(v2.row(slot)[head.clone()], v.row(from)[head.clone()], "{format:?} {own} {slot}");
+                            assert_eq!(
+                                k2.row(slot)[head.clone()],
+                                k.row(from)[head.clone()],
+                                "{format:?} {own} {slot}"
+                            );
+                            assert_eq!(
+                                v2.row(slot)[head.clone()],
+                                v.row(from)[head.clone()],
+                                "{format:?} {own} {slot}"
+                            );
                         }
                     }
                     if !own {

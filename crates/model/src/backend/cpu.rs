@@ -7,7 +7,9 @@ use std::sync::Arc;
 use lacuna_base::{Mat, MatMut, MatRef};
 use lacuna_format::Stored;
 use lacuna_kernels as kernels;
-use lacuna_kernels::{Activations, Attention, Group, KvFormat, KvLayout, KvPool, KvView, Linear, Mass, Packing, RopeTable};
+use lacuna_kernels::{
+    Activations, Attention, Group, KvFormat, KvLayout, KvPool, KvView, Linear, Mass, Packing, RopeTable,
+};
 use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
 
 use super::{Backend, Host, Measure, NO_CHOICE, Pages, Routes, Tables};
@@ -43,9 +45,10 @@ pub struct Step {
 impl Step {
     /// The runs of rows of one sequence, with what each reads.
     fn views<'a>(&'a self, pages: &'a KvPool, layer: usize) -> impl Iterator<Item = (Range<usize>, KvView<'a>)> {
-        self.batch.runs().zip(self.tables.of(layer)).map(move |((_, rows), t)| {
-            (rows, KvView { pool: pages, blocks: t.blocks, tokens: t.tokens - t.shift })
-        })
+        self.batch
+            .runs()
+            .zip(self.tables.of(layer))
+            .map(move |((_, rows), t)| (rows, KvView { pool: pages, blocks: t.blocks, tokens: t.tokens - t.shift }))
     }
 }
 

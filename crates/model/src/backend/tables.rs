@@ -11,8 +11,8 @@ pub struct Table<'a> {
     pub blocks: &'a [u32],
     /// Positions written when the step is over.
     pub tokens: usize,
-    /// Positions whose entries were evicted, as many in each head and layer: what is written for a position lies in slot
-    /// `position - shift`. Slots keep the order of their positions; which ones stay may differ by head.
+    /// Positions whose entries were evicted, as many in each head and layer: what is written for a position lies in
+    /// slot `position - shift`. Slots keep the order of their positions; which ones stay may differ by head.
     pub shift: usize,
 }
 

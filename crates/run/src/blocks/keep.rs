@@ -2,8 +2,8 @@
 //!
 //! A keeper decides at positions that follow from its plan alone, so that a text's answer does not depend on how it was
 //! cut into steps. Every head of every layer keeps the same number of slots, the budget, so that a text has one block
-//! table and one number of evicted positions; which positions stay differs by head. Layers whose queries see a window keep
-//! the newest slots: a window that is not larger than the budget stays exact.
+//! table and one number of evicted positions; which positions stay differs by head. Layers whose queries see a window
+//! keep the newest slots: a window that is not larger than the budget stays exact.
 //!
 //! Blocks before the first decision are exact and may be shared; behind it a text is its own. Where the keeper goes by
 //! attention, nothing is shared: a block that was taken over would come without the attention of its rows.
@@ -40,7 +40,7 @@ impl Left {
     }
 }
 
-/// The first position after `read` at which a keeper decides; none with a larger budget comes before that.
+/// The first position after `read` at which a keeper decides.
 pub(crate) fn next_cut(plan: KeepPlan, read: usize) -> usize {
     (read.max(plan.budget) / plan.every.max(1) + 1).saturating_mul(plan.every.max(1))
 }
@@ -144,7 +144,9 @@ impl<B: Backend> BlockStore<B> {
                 of
             })
             .collect();
-        let mass = |place: usize, head: usize| t.left.mass.get(place).and_then(|m| m.heads[head].sum.get(..n)).unwrap_or_default();
+        let mass = |place: usize, head: usize| {
+            t.left.mass.get(place).and_then(|m| m.heads[head].sum.get(..n)).unwrap_or_default()
+        };
         let asks: Vec<KeepHead<'_>> = (heads().zip(&positions))
             .map(|((place, layer, head), positions)| KeepHead { layer, head, positions, mass: mass(place, head) })
             .collect();

@@ -4,10 +4,10 @@ use std::sync::Arc;
 
 use lacuna_contract::KeepPlan;
 
-use super::plan::take_over;
 use super::Scheduler;
-use crate::blocks::keep::next_cut;
+use super::plan::take_over;
 use crate::blocks::BLOCK_TOKENS;
+use crate::blocks::keep::next_cut;
 use crate::request::Event;
 use crate::{BlockStore, Engine, Limits, RunError};
 

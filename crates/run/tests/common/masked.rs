@@ -1,5 +1,5 @@
-//! What a keeper means, from its definition: a decoder in f64 that keeps every key and value, and whose queries see those
-//! positions alone that were not evicted from their head. Whole texts of one sequence.
+//! What a keeper means, from its definition: a decoder in f64 that keeps every key and value, and whose queries see
+//! those positions alone that were not evicted from their head. Whole texts of one sequence.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -217,7 +217,12 @@ impl Backend for Masked {
     fn gather(&self, x: &Self::Rows, routes: &Self::Routes) -> Self::Rows {
         Naive.gather(x, routes)
     }
-    fn expert_products<const N: usize>(&self, all: [&Self::Experts; N], x: &Self::Rows, routes: &Self::Routes) -> [Self::Rows; N] {
+    fn expert_products<const N: usize>(
+        &self,
+        all: [&Self::Experts; N],
+        x: &Self::Rows,
+        routes: &Self::Routes,
+    ) -> [Self::Rows; N] {
         Naive.expert_products(all, x, routes)
     }
     fn scatter(&self, y: &Self::Rows, routes: &Self::Routes) -> Self::Rows {
