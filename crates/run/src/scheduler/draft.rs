@@ -126,6 +126,11 @@ impl Drafter {
         Some(self.branches.row[node])
     }
 
+    /// What the text cost so far by the prices of rows, over what plain decoding would have.
+    pub fn cost(&self) -> Option<f64> {
+        self.ledger.as_ref().map(Ledger::cost)
+    }
+
     /// Looks at what was likely behind each row.
     pub fn look(&mut self, logits: MatRef<'_>) {
         self.ids.clear();
