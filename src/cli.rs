@@ -46,6 +46,9 @@ pub struct Global {
     /// Of a stacked model (recipes/bitstack.toml) load only as many blocks as keep its weights within SIZE, e.g. 60MB.
     #[arg(long, global = true, value_name = "SIZE")]
     pub load_bytes: Option<String>,
+    /// Of codes into nested tables (recipes/any-precision.toml) load only the BITS high ones: the smaller model within.
+    #[arg(long, global = true, value_name = "BITS", value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub load_bits: Option<u8>,
     /// More words on standard error; twice for even more.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
