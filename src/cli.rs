@@ -187,6 +187,10 @@ pub struct Compress {
     /// Held-out text to judge on; by default a small one that Lacuna carries.
     #[arg(long, value_name = "FILE")]
     pub eval: Option<PathBuf>,
+    /// Another text to judge on, of another domain: shown beside the result, it decides nothing. May be given several
+    /// times.
+    #[arg(long = "domain", value_name = "FILE")]
+    pub domains: Vec<PathBuf>,
     /// Tokens of a judging window; by default 512, where model and text have as many.
     #[arg(long)]
     pub ctx: Option<usize>,
@@ -329,6 +333,10 @@ pub struct Fit {
     /// Held-out text to judge on, read once the search is over; by default a small one that Lacuna carries.
     #[arg(long, value_name = "FILE")]
     pub eval: Option<PathBuf>,
+    /// Another text to judge on, of another domain: shown beside the result, it decides nothing. May be given several
+    /// times.
+    #[arg(long = "domain", value_name = "FILE")]
+    pub domains: Vec<PathBuf>,
     /// Tokens of a judging window; by default 512, where model and text have as many.
     #[arg(long)]
     pub ctx: Option<usize>,
