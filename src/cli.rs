@@ -46,6 +46,9 @@ pub struct Global {
     /// Of a stacked model (recipes/bitstack.toml) load only as many blocks as keep its weights within SIZE, e.g. 60MB.
     #[arg(long, global = true, value_name = "SIZE")]
     pub load_bytes: Option<String>,
+    /// Of codes into nested tables (recipes/any-precision.toml) load only the BITS high ones: the smaller model within.
+    #[arg(long, global = true, value_name = "BITS", value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub load_bits: Option<u8>,
     /// More words on standard error; twice for even more.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -184,6 +187,10 @@ pub struct Compress {
     /// Held-out text to judge on; by default a small one that Lacuna carries.
     #[arg(long, value_name = "FILE")]
     pub eval: Option<PathBuf>,
+    /// Another text to judge on, of another domain: shown beside the result, it decides nothing. May be given several
+    /// times.
+    #[arg(long = "domain", value_name = "FILE")]
+    pub domains: Vec<PathBuf>,
     /// Tokens of a judging window; by default 512, where model and text have as many.
     #[arg(long)]
     pub ctx: Option<usize>,
@@ -326,6 +333,10 @@ pub struct Fit {
     /// Held-out text to judge on, read once the search is over; by default a small one that Lacuna carries.
     #[arg(long, value_name = "FILE")]
     pub eval: Option<PathBuf>,
+    /// Another text to judge on, of another domain: shown beside the result, it decides nothing. May be given several
+    /// times.
+    #[arg(long = "domain", value_name = "FILE")]
+    pub domains: Vec<PathBuf>,
     /// Tokens of a judging window; by default 512, where model and text have as many.
     #[arg(long)]
     pub ctx: Option<usize>,

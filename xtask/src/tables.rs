@@ -232,7 +232,7 @@ fn measured(tree: &Tree) -> Result<Vec<Measured>> {
             recipe: row.recipe.clone(),
             perplexity: ppl(value).with_context(|| format!("{folder}: {} has no perplexity", row.name))?,
             beside,
-            bytes: value["compress"]["bytes_after"].as_u64(),
+            bytes: row.load_bytes.or_else(|| value["compress"]["bytes_after"].as_u64()),
             record: folder.clone(),
             commands: commands.filter_map(|c| c.as_str().map(str::to_owned)).collect(),
         });
