@@ -60,8 +60,8 @@ fn main() -> Tried<()> {
         .map(|prompt| Generation { prompt, max_tokens, ..Generation::default() })
         .collect();
     let plain = Arc::new(engine(&model, "none")?);
-    let timed = |engine: &Arc<Engine>, g: &Generation| -> Tried<(Vec<u32>, f64, [u64; 2])> {
-        let mut session = Session::new(Arc::clone(engine), tokenizer.clone());
+    let mut plain = Session::new(Arc::clone(&plain), tokenizer.clone());
+    let timed = |session: &mut Session, g: &Generation| -> Tried<(Vec<u32>, f64, [u64; 2])> {
         let out = session.generate(g, &mut |_| ControlFlow::Continue(()))?;
         let stats = out.stats;
         let speed = stats.decode_tok_s.unwrap_or(f64::NAN);
@@ -69,7 +69,7 @@ fn main() -> Tried<()> {
     };
     for draft in drafts {
         let drafted = Arc::new(engine(&model, draft)?);
-        // The prices of rows are timed once, here, and not in every session.
+        let mut session = Session::new(Arc::clone(&drafted), tokenizer.clone());
         let mut batch = Scheduler::new(
             Arc::clone(&drafted),
             tokenizer.clone(),
@@ -79,11 +79,11 @@ fn main() -> Tried<()> {
         let (mut plain_s, mut drafted_s, mut ratios, mut counts) = (0.0, 0.0, Vec::new(), [0u64; 2]);
         for (i, g) in asked.iter().enumerate() {
             let (a, b) = if i % 2 == 0 {
-                let a = timed(&plain, g)?;
-                (a, timed(&drafted, g)?)
+                let a = timed(&mut plain, g)?;
+                (a, timed(&mut session, g)?)
             } else {
-                let b = timed(&drafted, g)?;
-                (timed(&plain, g)?, b)
+                let b = timed(&mut session, g)?;
+                (timed(&mut plain, g)?, b)
             };
             alone += usize::from(a.0 == b.0);
             if a.1.is_finite() && b.1.is_finite() {
