@@ -29,8 +29,7 @@ pub(crate) fn prepared<B: Backend>(
     let mut tables = Tables::default();
     for layer in layers {
         kv.prepare(layer, batch)?;
-        let of_runs: Result<Vec<Table<'_>>, ModelError> = batch.runs().map(|(s, _)| kv.table(layer, s)).collect();
-        tables.push(layer, of_runs?);
+        tables.push(layer, batch.runs().map(|(sequence, _)| kv.table(layer, sequence)))?;
     }
     Ok(tables)
 }
