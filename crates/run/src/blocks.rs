@@ -3,8 +3,8 @@
 //! A block holds the keys and values of [`BLOCK_TOKENS`] positions in every layer. A text's full blocks are published
 //! under their tokens and the block before them, so that a later text with the same beginning takes them over instead
 //! of computing them. Here are tables and books alone: what lies in a block is in the backend's pages of each layer,
-//! under the block's number. A published block never changes. One that nobody uses stays until its room is needed; the least
-//! recently used goes first, a longer beginning before a shorter one.
+//! under the block's number. A published block never changes. One that nobody uses stays until its room is needed; the
+//! least recently used goes first, a longer beginning before a shorter one.
 
 use std::cmp::Reverse;
 use std::collections::{BTreeSet, HashMap};

@@ -3,8 +3,8 @@
 //!
 //! Segments of 512 absolute positions are softened apart and then added up in order, so that one long query can be
 //! shared between threads. A query's segments, tiles, its bounds in them and every order of summation follow from its
-//! own position: its result is the same bits in any company, alone, in a chunk of any size, with any number of threads. All
-//! sequences of a call are one region of threads.
+//! own position: its result is the same bits in any company, alone, in a chunk of any size, with any number of threads.
+//! All sequences of a call are one region of threads.
 
 mod cut;
 mod element;
@@ -558,7 +558,8 @@ impl<'a> Task<'a> {
     }
 }
 
-/// Adds up a query's partial results, segment by segment, as [`State::settle`] does; the first one's place holds the totals.
+/// Adds up a query's partial results, segment by segment, as [`State::settle`] does; the first one's place holds the
+/// totals.
 /// # Safety
 /// Segments lie `stride` values apart; all from the first to the last of `segments` have `layout`'s sums; `out` has
 /// room for a head.
