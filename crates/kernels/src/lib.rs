@@ -2,8 +2,8 @@
 //!
 //! - [`Linear`]: a stored matrix ready to multiply, whatever its patterns and codecs; [`Transposed`]: the same from its
 //!   other side.
-//! - [`Attention`] over the pages of a [`KvPool`], [`RopeTable`], [`norm`], [`gated_activation`], [`softmax`] and the small
-//!   operations between.
+//! - [`Attention`] over the pages of a [`KvPool`], [`RopeTable`], [`norm`], [`gated_activation`], [`softmax`] and the
+//!   small operations between.
 //! - [`ceiling`]: what this machine's memory and arithmetic allow.
 //! - [`table`]: which kernels are compiled in and which this machine uses; [`Isa`]: the instruction sets.
 //!

@@ -11,6 +11,7 @@ use lacuna_kernels::{Activations, Attention, Group, KvFormat, KvLayout, KvPool, 
 use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
 
 use super::{Backend, Host, Measure, NO_CHOICE, Pages, Routes, Tables};
+use crate::lent::Reused;
 use crate::{Batch, Lent, ModelError};
 
 /// The processor's kernels.
@@ -35,7 +36,7 @@ pub struct NormOf {
 /// Rows of one step and their block tables.
 #[doc(hidden)]
 pub struct Step {
-    pub(crate) batch: Batch,
+    pub(crate) batch: Reused<Batch>,
     tables: Tables,
 }
 
@@ -136,7 +137,7 @@ impl Backend for Cpu {
     type Table = Arc<Stored>;
     type Rope = RopeTable;
     type Rows = Lent;
-    type Ids = Vec<u32>;
+    type Ids = Reused<Vec<u32>>;
     type Routes = Routes;
     type Pages = KvPool;
     type Step = Step;
@@ -180,7 +181,9 @@ impl Backend for Cpu {
     }
 
     fn begin(&self, batch: &Batch, tables: Tables) -> Step {
-        Step { batch: batch.clone(), tables }
+        let mut mine = Reused::<Batch>::default();
+        mine.become_like(batch);
+        Step { batch: mine, tables }
     }
 
     fn finish(&self) -> Result<(), ModelError> {
@@ -193,16 +196,18 @@ impl Backend for Cpu {
         out
     }
 
-    fn upload_ids(&self, ids: &[u32]) -> Vec<u32> {
-        ids.to_vec()
+    fn upload_ids(&self, ids: &[u32]) -> Reused<Vec<u32>> {
+        let mut mine = Reused::<Vec<u32>>::default();
+        mine.extend_from_slice(ids);
+        mine
     }
 
     fn download<'a>(&self, x: &'a Lent, rows: Range<usize>) -> Result<Host<'a>, ModelError> {
         Ok(Host::There(x.view().rows_range(rows.start, rows.end)))
     }
 
-    fn download_ids(&self, ids: &Vec<u32>) -> Result<Vec<u32>, ModelError> {
-        Ok(ids.clone())
+    fn download_ids(&self, ids: &Reused<Vec<u32>>) -> Result<Vec<u32>, ModelError> {
+        Ok(ids.to_vec())
     }
 
     fn download_starts(&self, routes: &Routes) -> Result<Vec<usize>, ModelError> {
@@ -223,7 +228,7 @@ impl Backend for Cpu {
         out
     }
 
-    fn embed(&self, table: &Arc<Stored>, ids: &Vec<u32>) -> Lent {
+    fn embed(&self, table: &Arc<Stored>, ids: &Reused<Vec<u32>>) -> Lent {
         let mut out = Lent::new(ids.len(), table.cols);
         for (r, &id) in ids.iter().enumerate() {
             let t = id as usize;
@@ -288,11 +293,10 @@ impl Backend for Cpu {
 
     fn attend(&self, how: &Attention, pages: &KvPool, layer: usize, step: &Step, q: &Lent) -> Lent {
         let runs = step.batch.runs().zip(step.tables.of(layer));
-        let sequences: Vec<(Range<usize>, KvView<'_>)> = runs
-            .map(|((_, rows), table)| (rows, KvView { pool: pages, blocks: table.blocks, tokens: table.tokens }))
-            .collect();
+        let sequences =
+            runs.map(|((_, rows), table)| (rows, KvView { pool: pages, blocks: table.blocks, tokens: table.tokens }));
         let mut out = Lent::new(q.rows(), q.cols());
-        how.run(q.view(), step.batch.positions(), &sequences, out.view_mut());
+        how.run(q.view(), step.batch.positions(), sequences, out.view_mut());
         out
     }
 
@@ -318,13 +322,15 @@ impl Backend for Cpu {
         out
     }
 
-    fn argmax(&self, x: &Lent) -> Vec<u32> {
+    fn argmax(&self, x: &Lent) -> Reused<Vec<u32>> {
         let best = |row: &[f32]| {
             if row.iter().any(|x| x.is_nan() || *x == f32::INFINITY) {
                 return NO_CHOICE;
             }
             (1..row.len()).fold(0, |best, c| if row[c] > row[best] { c } else { best }) as u32
         };
-        (0..x.rows()).map(|r| best(x.row(r))).collect()
+        let mut ids = Reused::<Vec<u32>>::default();
+        ids.extend((0..x.rows()).map(|r| best(x.row(r))));
+        ids
     }
 }
