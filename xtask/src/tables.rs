@@ -325,7 +325,8 @@ mod tests {
             shown: None,
             record: None,
         };
-        let measured = |record: &str| System { shown: Some("2x".into()), record: Some(record.into()), ..claim(182, &[]) };
+        let measured =
+            |record: &str| System { shown: Some("2x".into()), record: Some(record.into()), ..claim(182, &[]) };
         let recorded = |folder: &str| folder == "here";
         let all = [claim(224, &["nothing"]), claim(314, &[]), measured("here"), measured("nowhere")];
         let found = claims(&registry, &all, &[], recorded);

@@ -24,6 +24,7 @@ mod panel;
 mod parallel;
 mod scratch;
 mod simd;
+mod simulated;
 mod sync;
 pub mod table;
 
@@ -36,6 +37,7 @@ pub use op::elementwise::{activation, add, add_scaled, gated_activation, softcap
 pub use op::norm::{norm, norm_in_place};
 pub use op::rope::{RopeRows, RopeTable};
 pub use parallel::{set_threads, threads};
+pub use simulated::Simulated;
 
 /// Raised whenever products become faster or slower: what was measured under another revision tells nothing about
 /// these.

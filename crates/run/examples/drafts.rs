@@ -30,13 +30,8 @@ fn prompts(model: &Checkpoint, tokenizer: &Tokenizer, file: &str) -> Tried<Vec<V
     for line in std::fs::read_to_string(file)?.lines() {
         let value: Value = serde_json::from_str(line)?;
         let text = value["prompt"].as_str().ok_or("a line without a prompt")?;
-        let said = template.render(
-            &[Message::new("user", text)],
-            true,
-            name(tokenizer.bos()),
-            name(tokenizer.eos()),
-            None,
-        )?;
+        let said =
+            template.render(&[Message::new("user", text)], true, name(tokenizer.bos()), name(tokenizer.eos()), None)?;
         all.push(tokenizer.encode(&said, false)?);
     }
     Ok(all)

@@ -8,9 +8,7 @@ use std::ops::ControlFlow;
 
 use common::tokenizer;
 use lacuna_base::Rng;
-use lacuna_contract::{
-    Card, Draft, Drafting, MadeRunning, MethodError, Registry, RunMethod, StepSeconds, TopK, Tree,
-};
+use lacuna_contract::{Card, Draft, Drafting, MadeRunning, MethodError, Registry, RunMethod, StepSeconds, TopK, Tree};
 use lacuna_run::{
     Engine, Event, Generation, Grammar, Job, Limits, Request, RunError, RunPlan, Sampling, Scheduler, Session, Stop,
 };
@@ -273,7 +271,8 @@ fn grammars_hold_under_drafts() {
     for drafting in [false, true] {
         let mut e = engine("llama");
         if drafting {
-            let texts: Vec<Vec<u32>> = answers.iter().map(|a: &Answer| [&generation.prompt[..], &a.ids].concat()).collect();
+            let texts: Vec<Vec<u32>> =
+                answers.iter().map(|a: &Answer| [&generation.prompt[..], &a.ids].concat()).collect();
             e = e.with_plan(plan("oracle", json!({ "texts": texts, "wrong": 20 })));
         }
         let mut s = Scheduler::new(e, tokenizer(), limits(1, 512));

@@ -324,7 +324,8 @@ fn step_seconds(engine: &Engine) -> Result<StepSeconds, RunError> {
     let model = engine.model();
     let depth = (engine.context() / 2).clamp(1, 64);
     let rows = engine.context().saturating_sub(depth);
-    let tokens: Vec<u32> = (0..depth + TIMED_ROWS[TIMED_ROWS.len() - 1]).map(|i| (i * 7919 % model.spec.vocab) as u32).collect();
+    let tokens: Vec<u32> =
+        (0..depth + TIMED_ROWS[TIMED_ROWS.len() - 1]).map(|i| (i * 7919 % model.spec.vocab) as u32).collect();
     let mut kv = ContiguousKv::with_format(&model.spec, 1, engine.kv_format());
     model.forward(&tokens[..depth], &Batch::one(0, 0..depth), &mut kv, &mut NoTap)?;
     let mut measured: Vec<(usize, f64)> = Vec::new();
