@@ -46,6 +46,9 @@ pub struct Global {
     /// Of a stacked model (recipes/bitstack.toml) load only as many blocks as keep its weights within SIZE, e.g. 60MB.
     #[arg(long, global = true, value_name = "SIZE")]
     pub load_bytes: Option<String>,
+    /// Of codes into nested tables (recipes/any-precision.toml) load only the BITS high ones: the smaller model within.
+    #[arg(long, global = true, value_name = "BITS", value_parser = clap::value_parser!(u8).range(1..=8))]
+    pub load_bits: Option<u8>,
     /// More words on standard error; twice for even more.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,
@@ -184,6 +187,10 @@ pub struct Compress {
     /// Held-out text to judge on; by default a small one that Lacuna carries.
     #[arg(long, value_name = "FILE")]
     pub eval: Option<PathBuf>,
+    /// Another text to judge on, of another domain: shown beside the result, it decides nothing. May be given several
+    /// times.
+    #[arg(long = "domain", value_name = "FILE")]
+    pub domains: Vec<PathBuf>,
     /// Tokens of a judging window; by default 512, where model and text have as many.
     #[arg(long)]
     pub ctx: Option<usize>,
@@ -326,6 +333,10 @@ pub struct Fit {
     /// Held-out text to judge on, read once the search is over; by default a small one that Lacuna carries.
     #[arg(long, value_name = "FILE")]
     pub eval: Option<PathBuf>,
+    /// Another text to judge on, of another domain: shown beside the result, it decides nothing. May be given several
+    /// times.
+    #[arg(long = "domain", value_name = "FILE")]
+    pub domains: Vec<PathBuf>,
     /// Tokens of a judging window; by default 512, where model and text have as many.
     #[arg(long)]
     pub ctx: Option<usize>,
@@ -368,6 +379,22 @@ pub enum Activations {
     Exact,
     /// Rounded to 8 bits, 32 columns sharing a scale: several times faster.
     Int8,
+    /// As int8, simulated for every matrix.
+    SimInt8,
+    /// Simulated: 4-bit whole numbers, 32 columns sharing a scale.
+    SimInt4,
+    /// Simulated: 8-bit floats of 4 exponent bits, a row sharing a scale.
+    #[value(name = "sim-fp8-e4m3")]
+    SimFp8E4m3,
+    /// Simulated: 8-bit floats of 5 exponent bits, a row sharing a scale.
+    #[value(name = "sim-fp8-e5m2")]
+    SimFp8E5m2,
+    /// Simulated: 4-bit floats, 32 columns sharing a scale.
+    SimFp4,
+    /// Simulated: 4-bit floats, 32 columns sharing a power of two.
+    SimMxfp4,
+    /// Simulated: 4-bit floats, 16 columns sharing an 8-bit scale.
+    SimNvfp4,
 }
 
 impl Activations {
@@ -376,15 +403,31 @@ impl Activations {
         match self {
             Activations::Exact => "exact",
             Activations::Int8 => "int8",
+            Activations::SimInt8 => "sim-int8",
+            Activations::SimInt4 => "sim-int4",
+            Activations::SimFp8E4m3 => "sim-fp8-e4m3",
+            Activations::SimFp8E5m2 => "sim-fp8-e5m2",
+            Activations::SimFp4 => "sim-fp4",
+            Activations::SimMxfp4 => "sim-mxfp4",
+            Activations::SimNvfp4 => "sim-nvfp4",
         }
     }
 }
 
 impl From<Activations> for lacuna_kernels::Activations {
     fn from(a: Activations) -> lacuna_kernels::Activations {
+        use lacuna_kernels::Activations::Simulated;
+        use lacuna_kernels::Simulated::{Fp4, Fp8E4m3, Fp8E5m2, Int4, Int8, Mxfp4, Nvfp4};
         match a {
             Activations::Exact => lacuna_kernels::Activations::Exact,
             Activations::Int8 => lacuna_kernels::Activations::Int8,
+            Activations::SimInt8 => Simulated(Int8),
+            Activations::SimInt4 => Simulated(Int4),
+            Activations::SimFp8E4m3 => Simulated(Fp8E4m3),
+            Activations::SimFp8E5m2 => Simulated(Fp8E5m2),
+            Activations::SimFp4 => Simulated(Fp4),
+            Activations::SimMxfp4 => Simulated(Mxfp4),
+            Activations::SimNvfp4 => Simulated(Nvfp4),
         }
     }
 }

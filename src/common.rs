@@ -166,6 +166,9 @@ pub fn open(g: &Global, model: &str) -> Result<Model> {
     if let Some(dir) = &adapter {
         checkpoint = checkpoint.with_adapter(Adapter::open(dir)?, g.merge)?;
     }
+    if let Some(bits) = g.load_bits {
+        checkpoint = checkpoint.narrowed(bits)?;
+    }
     if let Some(bytes) = size(g.load_bytes.as_deref())? {
         checkpoint = checkpoint.within(bytes)?;
     }

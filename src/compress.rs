@@ -38,6 +38,8 @@ pub struct Done {
     pub outcomes: Outcomes,
     /// Held-out quality beside the dense model, unless judging was off.
     pub judged: Option<Judged>,
+    /// The same on texts of other domains, each with its file's name. They decide nothing.
+    pub domains: Vec<(String, Judged)>,
     /// The same for a result of another vocabulary, in the place of that.
     pub across: Option<Across>,
     /// The result's numbers.
@@ -123,6 +125,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         Some(file) => texts::read(source, &tokenizer, file)?,
         None => tokenizer.encode(HELD_OUT, false)?,
     };
+    let domains = domains(&a.domains, a.gate, source, &tokenizer)?;
     let had = held_out.len() + usize::from(bos.is_some());
     let ctx = if a.gate == Gate::Off && a.ctx.is_none() { 0 } else { common::window(a.ctx, JUDGED.0, context, had)? };
     let options = Options {
@@ -151,6 +154,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
     let mut done = Done {
         outcomes,
         judged: None,
+        domains: Vec::new(),
         across: None,
         measured: None,
         verdict: None,
@@ -184,6 +188,16 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
             // What ruins a model does not pay, whatever the baselines are.
             Err(e) if e.not_finite => common::say(format!("{}: {e}", done.outcomes.path.display())),
             compared => compared?,
+        }
+        if judged.is_some() {
+            for (name, text) in &domains {
+                let there = text.len() / (ctx - usize::from(bos.is_some())).max(1);
+                let eval = Eval { windows: Some(a.windows.unwrap_or(JUDGED.1).min(there)), ..eval.clone() };
+                let judged = eval.reference(text, &source.checkpoint).and_then(|mut r| eval.against(&result, &mut r));
+                done.domains.push((name.clone(), judged.with_context(|| format!("judging on --domain {name}"))?));
+            }
+        } else if !domains.is_empty() {
+            common::say("note: --domain: texts are compared token by token, which a result of other tokens is not");
         }
         bars.finish_and_clear();
         let cache = common::cache_dir(g)?;
@@ -262,6 +276,20 @@ pub fn writable(report: Option<&Path>) -> anyhow::Result<()> {
         Some(dir) => Err(Usage(format!("--report {}: there is no folder {}", path.display(), dir.display())).into()),
         None => Ok(()),
     }
+}
+
+/// Reads the texts of other domains, before work begins.
+fn domains(
+    files: &[PathBuf],
+    gate: Gate,
+    source: &Model,
+    tokenizer: &Tokenizer,
+) -> anyhow::Result<Vec<(String, Vec<u32>)>> {
+    if let (Some(file), Gate::Off) = (files.first(), gate) {
+        return Err(Usage(format!("--domain {}: nothing is judged with --gate off", file.display())).into());
+    }
+    let name = |f: &Path| f.file_stem().unwrap_or(f.as_os_str()).to_string_lossy().into_owned();
+    files.iter().map(|f| Ok((name(f), texts::read(source, tokenizer, f)?))).collect()
 }
 
 /// Opens the models that are to be judged beside the result. They read the source's tokens.
@@ -471,6 +499,8 @@ pub fn json_of(model: &str, recipe: &str, d: &Done) -> Value {
         "ppl_dense": d.judged.as_ref().and_then(|j| j.against.as_ref()).map(|x| x.ppl_dense),
         "ppl": d.judged.as_ref().map(|j| j.ppl).or(d.across.as_ref().map(|x| x.model.nll.exp())),
         "kl_mean": d.judged.as_ref().and_then(|j| j.against.as_ref()).map(|x| x.kl_mean),
+        "kl_p99": d.judged.as_ref().and_then(|j| j.against.as_ref()).map(|x| x.kl_p99),
+        "domains": d.domains.iter().map(|(name, j)| json!({ "text": name, "judged": j })).collect::<Vec<_>>(),
         "top1_agree": d.judged.as_ref().and_then(|j| j.against.as_ref()).map(|x| x.top1_agree),
         "decode_tok_s": d.measured.as_ref().and_then(|m| m.speed).map(|s| s.median),
         "decode_tok_s_foretold": foretold(d).map(|(f, _)| f), "pace_bytes_per_second": foretold(d).map(|(_, s)| s.pace),
@@ -508,6 +538,24 @@ pub fn table(d: &Done) -> Table {
     t
 }
 
+/// Quality beside the source, a row for the held-out text and one for each text of another domain.
+pub fn quality(d: &Done) -> Table {
+    let mut t = Table::new(["text", "perplexity", "source", "KL", "99 of 100 below", "another first choice"]);
+    let held_out = d.judged.iter().map(|j| ("held-out", j));
+    for (name, j) in held_out.chain(d.domains.iter().map(|(name, j)| (name.as_str(), j))) {
+        let Some(x) = &j.against else { continue };
+        t.row([
+            name.to_owned(),
+            format!("{:.3}", j.ppl),
+            format!("{:.3}", x.ppl_dense),
+            format!("{:.4}", x.kl_mean),
+            format!("{:.3}", x.kl_p99),
+            format!("{:.1}%", 100.0 * (1.0 - x.top1_agree)),
+        ]);
+    }
+    t
+}
+
 /// The result in words.
 pub fn words(d: &Done) -> String {
     let mut out = format!(
@@ -528,6 +576,9 @@ pub fn words(d: &Done) -> String {
                 x.kl_mean,
                 100.0 * x.top1_agree
             );
+        }
+        if !d.domains.is_empty() {
+            out += &format!("{}\n", quality(d).text());
         }
         out += &table(d).text();
         if timed(d) {

@@ -77,8 +77,8 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     if takes_none && (g.adapter.is_some() || g.merge) {
         return Err(common::Usage("--adapter and --merge: there is no model here to put an adapter on".into()).into());
     }
-    if takes_none && g.load_bytes.is_some() {
-        return Err(common::Usage("--load-bytes: there is no model here to load".into()).into());
+    if takes_none && (g.load_bytes.is_some() || g.load_bits.is_some()) {
+        return Err(common::Usage("--load-bytes and --load-bits: there is no model here to load".into()).into());
     }
     match &cli.verb {
         Verb::Quickstart(a) => quickstart::run(g, a),

@@ -7,7 +7,7 @@ use lacuna_base::units::show_bytes;
 use lacuna_eval::html::{Answer, Element, Point, Report};
 use lacuna_judge::{Measured, Verdict};
 
-use crate::compress::{Done, SOURCE_IS_COARSE, TIMED_AS, source_is_coarse, table, timed};
+use crate::compress::{Done, SOURCE_IS_COARSE, TIMED_AS, quality, source_is_coarse, table, timed};
 
 /// Writes the report; `samples` are (who, prompt, what followed), `front` what a search measured: name, bytes, KL.
 pub fn write(
@@ -42,6 +42,10 @@ pub fn write(
         points.push(Point { label: m.name.clone(), bytes: m.bytes, ppl: m.ppl, baseline: false });
         parts.push(Element::Heading("Size against perplexity".into()));
         parts.push(Element::Scatter(points));
+    }
+    if d.judged.is_some() {
+        parts.push(Element::Heading("How far from the source".into()));
+        parts.push(Element::Table(quality(d)));
     }
     if !front.is_empty() {
         parts.push(Element::Heading("The front of the search".into()));

@@ -376,6 +376,28 @@ fn fit_refuses_at_once_what_could_only_fail_in_the_end() {
     assert!(!Path::new(&out).exists());
 }
 
+/// A text of another domain is judged as the held-out one is, and decides nothing.
+#[test]
+fn results_are_judged_on_other_domains_too() {
+    let at = |name: &str| fresh(name).display().to_string();
+    let (out, text, model, report) = (at("domains"), at("recipes.txt"), tiny(), at("domains.html"));
+    std::fs::write(&text, "Take two eggs, a cup of flour and some milk. Stir well and let it rest. ".repeat(60))
+        .unwrap();
+    let args = ["compress", &model, "--recipe", "rtn", "-o", &out, "--gate", "size", "--ctx", "64", "--overwrite"];
+    let also = object(3, &[&args[..], &["--domain", &text, "--windows", "9", "--report", &report]].concat());
+    let domain = &also["domains"][0];
+    assert_eq!(domain["text"], "recipes");
+    let judged = object(3, &[&args[..], &["--eval", &text, "--windows", "9"]].concat());
+    for key in ["ppl", "kl_mean", "kl_p99", "top1_agree", "ppl_dense"] {
+        assert_eq!(domain["judged"][key], judged[key], "{key}");
+    }
+    assert_eq!((&judged["domains"], domain["judged"]["windows"].as_u64()), (&json!([]), Some(9)));
+    assert!(std::fs::read_to_string(&report).unwrap().contains("How far from the source"));
+    let off = ["compress", &model, "--recipe", "rtn", "-o", &out, "--gate", "off", "--overwrite", "--domain", &text];
+    assert!(refusal(2, &off).contains("nothing is judged"));
+    assert!(refusal(1, &[&args[..], &["--domain", "no-such.txt"]].concat()).contains("no-such.txt"));
+}
+
 /// Texts by weight, conversations, and squares of inputs from a file.
 #[test]
 fn calibration_comes_from_several_texts_and_from_an_imatrix() {

@@ -134,6 +134,17 @@ pub fn card(a: &cli::Fit, f: &Fitted, d: &compress::Done) -> String {
         f.flags,
         env!("CARGO_PKG_VERSION")
     );
+    if !d.domains.is_empty() {
+        let _ = writeln!(
+            c,
+            "\n## Other texts\n\n| text | perplexity | source | KL | 99 of 100 below |\n|---|---|---|---|---|"
+        );
+        for (name, j) in &d.domains {
+            let Some(x) = &j.against else { continue };
+            let (ppl, dense) = (j.ppl, x.ppl_dense);
+            let _ = writeln!(c, "| {name} | {ppl:.3} | {dense:.3} | {:.4} | {:.3} |", x.kl_mean, x.kl_p99);
+        }
+    }
     let _ = writeln!(c, "\n## The front\n\n| | size | KL of the search |\n|---|---|---|");
     for (name, p) in &f.front {
         let _ = writeln!(c, "| {name} | {} | {:.4} |", show_bytes(p.bytes), alike(f, p));

@@ -273,7 +273,7 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
     compress::writable(a.report.as_deref())?;
     drop(compress::besides(g, &a.beside, a.gate, source)?);
     overwritable(a)?;
-    if let Some(file) = &a.eval {
+    for file in a.eval.iter().chain(&a.domains) {
         common::read_text(file)?;
     }
     if let (Some(ctx), true) = (a.ctx, a.gate != cli::Gate::Off) {
@@ -441,6 +441,7 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
         seq_len: None,
         seed: None,
         eval: a.eval.clone(),
+        domains: a.domains.clone(),
         ctx: a.ctx,
         windows: a.windows,
         gate: a.gate,

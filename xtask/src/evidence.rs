@@ -44,6 +44,10 @@ pub struct Row {
     #[serde(default)]
     magnitude: bool,
     pub beside: Option<String>,
+    /// Calibration sequences, where not the recipe's.
+    samples: Option<usize>,
+    /// Of a stacked model as much as these bytes hold is evaluated.
+    pub load_bytes: Option<u64>,
     /// Whether the claim is a lower perplexity than the row beside it.
     #[serde(default)]
     pub below: bool,
@@ -175,6 +179,9 @@ fn measure(tree: &Tree, list: &List, row: &Row, a: &Args) -> Result<Value> {
             vec!["compress".into(), row.model.clone(), "--recipe".into(), plain(&recipe), "--calibration".into()];
         args.extend([plain(&calibration), "--gate".into(), "off".into(), "--overwrite".into(), "--json".into()]);
         args.extend(["-o".into(), plain(&out)]);
+        if let Some(n) = row.samples {
+            args.extend(["--samples".into(), n.to_string()]);
+        }
         compressed = json_of(&a.lacuna, &args)?;
         // A line for every tensor is for the saved model's own report.
         compressed
@@ -188,6 +195,9 @@ fn measure(tree: &Tree, list: &List, row: &Row, a: &Args) -> Result<Value> {
     args.extend(["--windows".into(), list.windows.to_string(), "--json".into()]);
     if row.bos {
         args.push("--bos".into());
+    }
+    if let Some(bytes) = row.load_bytes {
+        args.extend(["--load-bytes".into(), bytes.to_string()]);
     }
     let mut eval = json_of(&a.lacuna, &args)?;
     eval.as_object_mut().context("eval printed no object")?.remove("model");

@@ -5,7 +5,7 @@ use std::collections::BTreeMap;
 use std::fmt::Write;
 
 use anyhow::{Context, Result};
-use lacuna_contract::{Ask, Registry};
+use lacuna_contract::{Ask, Card, Registry};
 use lacuna_kernels::table::Row;
 use serde::{Deserialize, Serialize};
 
@@ -53,7 +53,12 @@ struct System {
     id: u32,
     name: String,
     claim: String,
+    /// Rows of perplexities.
+    #[serde(default)]
     evidence: Vec<String>,
+    /// What else was measured, and the folder of bench/record that holds it.
+    shown: Option<String>,
+    record: Option<String>,
 }
 
 /// The files as they should be.
@@ -69,19 +74,36 @@ fn pages(tree: &Tree) -> Result<[(&'static str, String); 4]> {
 }
 
 /// The law of claims: every card's system is claimed, and every claim has its recorded rows.
-fn claims(registry: &Registry, systems: &[System], measured: &[Measured]) -> Vec<Finding> {
+fn claims(
+    registry: &Registry,
+    systems: &[System],
+    measured: &[Measured],
+    recorded: impl Fn(&str) -> bool,
+) -> Vec<Finding> {
     let cure = "run `cargo xtask evidence` for the row, or take the claim back until it is run";
     let mut found = vec![];
     for system in systems {
         let at = format!("system {} ({})", system.id, system.name);
-        if system.evidence.is_empty() {
+        let folder = match (&system.shown, &system.record) {
+            (Some(_), Some(folder)) => Some(folder),
+            (None, None) => None,
+            _ => {
+                found.push(Finding::new(SYSTEMS, 0, "tables", format!("{at}: shown and record go together"), cure));
+                None
+            }
+        };
+        if let Some(folder) = folder.filter(|f| !recorded(f)) {
+            found.push(Finding::new(SYSTEMS, 0, "tables", format!("{at}: there is no bench/record/{folder}"), cure));
+        }
+        if system.evidence.is_empty() && folder.is_none() {
             found.push(Finding::new(SYSTEMS, 0, "tables", format!("{at} names no evidence"), cure));
         }
         for name in system.evidence.iter().filter(|n| !measured.iter().any(|m| m.name == **n)) {
             found.push(Finding::new(SYSTEMS, 0, "tables", format!("{at}: no record of '{name}'"), cure));
         }
     }
-    for card in registry.methods.iter().map(|m| &m.card) {
+    let running = registry.running.iter().map(|m| &m.card);
+    for card in registry.methods.iter().map(|m| &m.card).chain(running) {
         let Some(id) = card.system else { continue };
         if !systems.iter().any(|s| s.id == id) {
             let what = format!("{} says it is system {id}, which is not claimed", card.name);
@@ -103,10 +125,15 @@ fn systems_table(registry: &Registry, systems: &[System], measured: &[Measured])
     );
     for system in systems {
         let of = registry.methods.iter().filter(|m| m.card.system == Some(system.id));
-        let names: Vec<String> = of.map(|m| format!("[{0}](recipes/{0}.toml)", m.card.name)).collect();
+        let mut names: Vec<String> = of.map(|m| format!("[{0}](recipes/{0}.toml)", m.card.name)).collect();
+        let of = registry.running.iter().filter(|m| m.card.system == Some(system.id));
+        names.extend(of.map(|m| format!("[{}](docs/running.md)", m.card.name)));
         let shown = system.evidence.iter().filter_map(|n| measured.iter().find(|m| m.name == *n));
-        let shown: Vec<String> =
+        let mut shown: Vec<String> =
             shown.map(|m| format!("{}: {}{}", m.name, evidence::show(m.perplexity), m.versus())).collect();
+        if let (Some(what), Some(record)) = (&system.shown, &system.record) {
+            shown.push(format!("[{what}](bench/record/{record})"));
+        }
         writeln!(
             out,
             "| {} | {} | {} | {} | {} |",
@@ -143,7 +170,8 @@ pub fn check(tree: &Tree) -> Result<Vec<Finding>> {
         found.extend(stale(file, &have, &want));
     }
     let systems: Systems = toml::from_str(&tree.read(SYSTEMS)?).with_context(|| SYSTEMS.to_owned())?;
-    found.extend(claims(&lacuna_methods::registry(), &systems.all, &measured(tree)?));
+    let recorded = |folder: &str| tree.files().any(|f| f.starts_with(&format!("bench/record/{folder}/")));
+    found.extend(claims(&lacuna_methods::registry(), &systems.all, &measured(tree)?, recorded));
     Ok(found)
 }
 
@@ -167,15 +195,26 @@ fn methods(registry: &Registry) -> Result<String> {
     for method in &registry.methods {
         let card = &method.card;
         let made = (method.make)(Default::default()).with_context(|| format!("{} with its defaults", card.name))?;
-        let paper = match card.arxiv {
-            "" if card.paper.is_empty() => "none; the plain baseline".to_owned(),
-            "" => card.paper.to_owned(),
-            id => format!("{} ([arXiv {id}](https://arxiv.org/abs/{id}))", card.paper),
-        };
+        let paper = paper(card);
         let (name, summary) = (card.name, card.summary);
         writeln!(out, "| [{name}](recipes/{name}.toml) | {made:?} | {summary} | {} | {paper} |", reads(card.needs))?;
     }
+    out += "\n## While a model runs\n\nNamed by a run plan or a flag ([running](docs/running.md)); \
+            those that no flag of the binary names yet can be used from the library alone.\n\n";
+    out += "| method | question | what it does | paper |\n|---|---|---|---|\n";
+    for method in &registry.running {
+        let card = &method.card;
+        writeln!(out, "| {} | {} | {} | {} |", card.name, card.verb, card.summary, paper(card))?;
+    }
     Ok(out)
+}
+
+fn paper(card: &Card) -> String {
+    match card.arxiv {
+        "" if card.paper.is_empty() => "none; the plain baseline".to_owned(),
+        "" => card.paper.to_owned(),
+        id => format!("{} ([arXiv {id}](https://arxiv.org/abs/{id}))", card.paper),
+    }
 }
 
 /// What was measured: rows of the last record of each, in the list's order, beside the row that each is compared with.
@@ -193,7 +232,7 @@ fn measured(tree: &Tree) -> Result<Vec<Measured>> {
             recipe: row.recipe.clone(),
             perplexity: ppl(value).with_context(|| format!("{folder}: {} has no perplexity", row.name))?,
             beside,
-            bytes: value["compress"]["bytes_after"].as_u64(),
+            bytes: row.load_bytes.or_else(|| value["compress"]["bytes_after"].as_u64()),
             record: folder.clone(),
             commands: commands.filter_map(|c| c.as_str().map(str::to_owned)).collect(),
         });
@@ -283,11 +322,18 @@ mod tests {
             name: "x".into(),
             claim: "y".into(),
             evidence: evidence.iter().map(|e| (*e).to_owned()).collect(),
+            shown: None,
+            record: None,
         };
-        let found = claims(&registry, &[claim(224, &["nothing"]), claim(314, &[])], &[]);
+        let measured =
+            |record: &str| System { shown: Some("2x".into()), record: Some(record.into()), ..claim(182, &[]) };
+        let recorded = |folder: &str| folder == "here";
+        let all = [claim(224, &["nothing"]), claim(314, &[]), measured("here"), measured("nowhere")];
+        let found = claims(&registry, &all, &[], recorded);
         let said: Vec<&str> = found.iter().map(|f| f.brief().1).collect();
         assert!(said[0].contains("no record of 'nothing'") && said[1].contains("names no evidence"), "{said:?}");
-        let none: Vec<Finding> = claims(&registry, &[], &[]);
+        assert!(said[2].contains("no bench/record/nowhere"), "{said:?}");
+        let none: Vec<Finding> = claims(&registry, &[], &[], recorded);
         assert!(none.iter().any(|f| f.brief().1.contains("system 224")));
     }
 }

@@ -92,6 +92,8 @@ pub struct Checkpoint {
     fitted: Option<Fitted>,
     /// Of a matrix how many terms are loaded, where not all are.
     loaded: HashMap<Place, usize>,
+    /// Of codes into tables how many bits are loaded, where not all are.
+    bits: Option<u8>,
     /// What was gone around; `None` where the first thing wrong ends the opening.
     problems: Option<Vec<Problem>>,
     /// What is odd and keeps nobody from running it, where problems are not gathered.
@@ -334,6 +336,7 @@ impl Checkpoint {
             quantized: None,
             fitted: None,
             loaded: HashMap::new(),
+            bits: None,
             problems: None,
             notes: Vec::new(),
         }
@@ -542,6 +545,10 @@ impl Checkpoint {
                     Some((t.dtype.elem()?, t.shape.clone(), self.files[*file].bytes().slice(t.bytes.clone())))
                 });
                 let file = self.path.display().to_string();
+                let stored = match self.bits {
+                    Some(bits) => stored.and_then(|s| s.narrowed(bits)),
+                    None => stored,
+                };
                 let stored = stored.map_err(|e| WeightsError::bad(file, place.to_string(), e))?;
                 Ok(Some(some(whole.get_or_init(|| Arc::new(stored)))))
             }

@@ -145,6 +145,37 @@ fn stacks_load_within_any_budget() {
     assert!(e.contains("no matrix is a stack"), "{e}");
 }
 
+#[test]
+fn nested_codes_load_at_fewer_bits() {
+    let c = tiny("llama");
+    let dir = tempfile::tempdir().unwrap();
+    let mut w = PackedWriter::create(&dir.path().join("packed"), false).unwrap();
+    compressed(&c).iter().for_each(|(place, stored)| w.put(place, stored).unwrap());
+    let path = finish(w, &c);
+    let (whole, cut) = (open(&path).unwrap(), open(&path).unwrap().narrowed(2).unwrap());
+    assert!(cut.remarks().iter().any(|r| r == "codes of 1 matrices are loaded at 2 bits"), "{:?}", cut.remarks());
+    let mut smaller = 0;
+    for place in c.spec().places() {
+        let (part, all) = (cut.get(&place).unwrap().unwrap(), whole.get(&place).unwrap().unwrap());
+        if all.code_bits().is_some() {
+            smaller += 1;
+            let Term::Piece(piece) = &all.terms[0] else { panic!("one piece") };
+            assert_eq!(part.terms, [Term::Piece(lacuna_format::narrow(piece, 2).unwrap())]);
+            assert!(part.bytes() < all.bytes());
+        } else {
+            assert_eq!(part, all, "{place}");
+        }
+    }
+    assert_eq!(smaller, 1);
+    for (bits, why) in
+        [(3, "no matrix has codes of more than 3 bits"), (0, "there are 1 to 8"), (9, "there are 1 to 8")]
+    {
+        let e = open(&path).unwrap().narrowed(bits).unwrap_err().to_string();
+        assert!(e.contains(why), "{e}");
+    }
+    assert!(tiny("llama").narrowed(2).is_err());
+}
+
 const SHARD: u64 = 12_000;
 
 fn finish(w: PackedWriter, c: &Checkpoint) -> PathBuf {

@@ -2,7 +2,31 @@
 
 use crate::bits::{pack, unpack};
 use crate::pack::fail;
-use crate::{FormatError, Owner, Piece, Tables, Values};
+use crate::{FormatError, Owner, Piece, Stored, Tables, Term, Values};
+
+impl Stored {
+    /// The most bits a code of its pieces of codes into tables has; `None` where it has no such piece.
+    pub fn code_bits(&self) -> Option<u8> {
+        let bits = |term: &Term| match term {
+            Term::Piece(Piece { values: Values::Codebook { bits, .. }, .. }) => Some(*bits),
+            _ => None,
+        };
+        self.terms.iter().filter_map(bits).max()
+    }
+
+    /// The matrix with every piece of codes of more than `bits` bits into tables cut to its high bits, by [`narrow`].
+    pub fn narrowed(&self, bits: u8) -> Result<Stored, FormatError> {
+        let mut out = self.clone();
+        for term in &mut out.terms {
+            if let Term::Piece(piece) = term
+                && matches!(piece.values, Values::Codebook { bits: wide, .. } if wide > bits)
+            {
+                *piece = narrow(piece, bits)?;
+            }
+        }
+        Ok(out)
+    }
+}
 
 /// The piece at fewer bits: the high bits of each code, and for each table one in which an entry is the mean of those
 /// that share these bits, weighted by how many values chose each (alike, where none did). An entry that is 0 stays 0, so

@@ -2,8 +2,8 @@
 //!
 //! - [`Linear`]: a stored matrix ready to multiply, whatever its patterns and codecs; [`Transposed`]: the same from its
 //!   other side.
-//! - [`Attention`] over the pages of a [`KvPool`], [`RopeTable`], [`norm`], [`gated_activation`], [`softmax`] and the small
-//!   operations between.
+//! - [`Attention`] over the pages of a [`KvPool`], [`RopeTable`], [`norm`], [`gated_activation`], [`softmax`] and the
+//!   small operations between.
 //! - [`ceiling`]: what this machine's memory and arithmetic allow.
 //! - [`table`]: which kernels are compiled in and which this machine uses; [`Isa`]: the instruction sets.
 //!
@@ -24,6 +24,7 @@ mod panel;
 mod parallel;
 mod scratch;
 mod simd;
+mod simulated;
 mod sync;
 pub mod table;
 
@@ -37,6 +38,7 @@ pub use op::mass::{HeadMass, Mass};
 pub use op::norm::{norm, norm_in_place};
 pub use op::rope::{RopeRows, RopeTable};
 pub use parallel::{set_threads, threads};
+pub use simulated::Simulated;
 
 /// Raised whenever products become faster or slower: what was measured under another revision tells nothing about
 /// these.

@@ -1,6 +1,10 @@
 //! Which rows of a call belong to which sequence.
 
+use std::cell::RefCell;
 use std::ops::Range;
+use std::thread::LocalKey;
+
+use crate::lent::Reuse;
 
 /// The rows of one call: for each its sequence and its position in it.
 ///
@@ -26,6 +30,14 @@ impl Batch {
         self.position.clear();
         self.length.clear();
         self.also.clear();
+    }
+
+    /// Becomes like another, in its own memory.
+    pub(crate) fn become_like(&mut self, other: &Batch) {
+        self.sequence.clone_from(&other.sequence);
+        self.position.clone_from(&other.position);
+        self.length.clone_from(&other.length);
+        self.also.clone_from(&other.also);
     }
 
     /// One sequence's positions `positions`, with which it ends.
@@ -95,5 +107,15 @@ impl Batch {
             from = rows.end;
             (run[0], rows)
         })
+    }
+}
+
+impl Reuse for Batch {
+    fn store() -> &'static LocalKey<RefCell<Vec<Batch>>> {
+        thread_local!(static FREE: RefCell<Vec<Batch>> = const { RefCell::new(Vec::new()) });
+        &FREE
+    }
+    fn clear(&mut self) {
+        Batch::clear(self);
     }
 }

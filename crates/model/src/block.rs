@@ -243,9 +243,9 @@ impl<B: Backend> Block<B> {
         attention.chain(ffn.flatten()).chain(&self.attention_shortcut).chain(&self.ffn_shortcut)
     }
 
-    /// Runs the block on its backend: `x`, `[rows, hidden]`, is the residual stream of the batch's rows and becomes that
-    /// after the block. Keys and values are written to `kv`, which must hold all earlier positions. What goes wrong on
-    /// the backend surfaces where something is downloaded, or in [`Backend::finish`].
+    /// Runs the block on its backend: `x`, `[rows, hidden]`, is the residual stream of the batch's rows and becomes
+    /// that after the block. Keys and values are written to `kv`, which must hold all earlier positions. What goes
+    /// wrong on the backend surfaces where something is downloaded, or in [`Backend::finish`].
     pub fn run(
         &self,
         x: &mut B::Rows,

@@ -7,6 +7,7 @@ use lacuna_spec::{Place, Positions, Role, Spec};
 
 use crate::backend::{Backend, Cpu, Measure};
 use crate::kv::prepared;
+use crate::lent::Reused;
 use crate::parts::{norm, tensor};
 use crate::profile::span;
 use crate::{Batch, Block, KvStore, Lent, ModelError, Tap};
@@ -93,7 +94,8 @@ impl<B: Backend> Embedding<B> {
             self.backend.scale(&mut x, self.scale);
         }
         if let Some(learned) = &self.positions {
-            let at: Vec<u32> = positions.iter().map(|p| (p + learned.offset) as u32).collect();
+            let mut at = Reused::<Vec<u32>>::default();
+            at.extend(positions.iter().map(|p| (p + learned.offset) as u32));
             let rows = self.backend.embed(&learned.table, &self.backend.upload_ids(&at));
             self.backend.add(&mut x, &rows);
         }

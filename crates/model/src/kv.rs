@@ -9,8 +9,8 @@ use crate::{Batch, ModelError};
 /// A store of keys and values for several sequences: it owns the pages of a backend and says which of them, by their
 /// block numbers, are whose. What lies in them only the backend sees.
 pub trait KvStore<B: Backend = Cpu> {
-    /// Makes room in block `layer` for the positions of a batch's rows, which count as written from here on: a step that
-    /// fails is taken back by whoever asked for it.
+    /// Makes room in block `layer` for the positions of a batch's rows, which count as written from here on: a step
+    /// that fails is taken back by whoever asked for it.
     fn prepare(&mut self, layer: usize, batch: &Batch) -> Result<(), ModelError>;
 
     /// The block table of `sequence` in block `layer`.
@@ -38,9 +38,9 @@ pub(crate) fn prepared<B: Backend>(
     let mut tables = Tables::default();
     for layer in layers {
         kv.prepare(layer, batch)?;
-        let of_runs: Result<Vec<Table<'_>>, ModelError> = batch.runs().map(|(s, _)| kv.table(layer, s)).collect();
-        tables.push(layer, of_runs?);
+        tables.push(layer, batch.runs().map(|(sequence, _)| kv.table(layer, sequence)))?;
     }
+    tables.place(batch);
     Ok(tables)
 }
 

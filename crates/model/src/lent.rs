@@ -2,6 +2,7 @@
 
 use std::cell::RefCell;
 use std::ops::{Deref, DerefMut};
+use std::thread::LocalKey;
 
 use lacuna_base::Mat;
 
@@ -66,6 +67,56 @@ impl Deref for Lent {
 impl DerefMut for Lent {
     fn deref_mut(&mut self) -> &mut Mat {
         &mut self.0
+    }
+}
+
+/// What can be used again when it is cleared.
+pub trait Reuse: Default + 'static {
+    /// A thread's store of such.
+    fn store() -> &'static LocalKey<RefCell<Vec<Self>>>;
+
+    /// Empties it, its memory kept.
+    fn clear(&mut self);
+}
+
+/// What a step needs beside matrices: empty at first, its memory a dropped one's.
+#[derive(Debug)]
+pub struct Reused<T: Reuse>(T);
+
+impl<T: Reuse> Default for Reused<T> {
+    fn default() -> Reused<T> {
+        Reused(T::store().with_borrow_mut(Vec::pop).unwrap_or_default())
+    }
+}
+
+impl<T: Reuse> Drop for Reused<T> {
+    fn drop(&mut self) {
+        let mut used = std::mem::take(&mut self.0);
+        used.clear();
+        let _ = T::store().try_with(|free| free.borrow_mut().push(used));
+    }
+}
+
+impl<T: Reuse> Deref for Reused<T> {
+    type Target = T;
+    fn deref(&self) -> &T {
+        &self.0
+    }
+}
+
+impl<T: Reuse> DerefMut for Reused<T> {
+    fn deref_mut(&mut self) -> &mut T {
+        &mut self.0
+    }
+}
+
+impl Reuse for Vec<u32> {
+    fn store() -> &'static LocalKey<RefCell<Vec<Vec<u32>>>> {
+        thread_local!(static FREE: RefCell<Vec<Vec<u32>>> = const { RefCell::new(Vec::new()) });
+        &FREE
+    }
+    fn clear(&mut self) {
+        Vec::clear(self);
     }
 }
 

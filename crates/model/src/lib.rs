@@ -5,8 +5,8 @@
 //! a time. A [`Batch`] says which rows of a call belong to which sequence and position; a [`KvStore`] keeps their keys
 //! and values; a [`Tap`] looks on.
 //!
-//! [`backend`] is the seam: the processor ([`Cpu`], what is meant where nothing is said), and [`Naive`], slow and in f64,
-//! for tests.
+//! [`backend`] is the seam: the processor ([`Cpu`], what is meant where nothing is said), and [`Naive`], slow and in
+//! f64, for tests.
 //!
 //! [`derive`] goes the way back: gradients of a text's loss, block by block.
 //!

@@ -304,6 +304,6 @@ fn nothing_is_chosen_by_numbers_that_are_none() {
     let rows = [[1.0, 3.0, 3.0], [f32::NAN, 0.0, 1.0], [0.0, f32::INFINITY, 1.0], [f32::NEG_INFINITY, -2.0, -3.0]];
     let x = MatRef::new(4, 3, rows.as_flattened());
     let want = [1, NO_CHOICE, NO_CHOICE, 1];
-    assert_eq!(Cpu.argmax(&Cpu.upload(x)), want);
+    assert_eq!(Cpu.argmax(&Cpu.upload(x))[..], want);
     assert_eq!(Naive.argmax(&Naive.upload(x)), want);
 }

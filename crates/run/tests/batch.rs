@@ -411,7 +411,7 @@ fn leftovers_of_other_texts_are_never_read() {
         let batch = Batch::one(slot, 0..128);
         KvStore::<Cpu>::prepare(&mut store, layer, &batch).unwrap();
         let mut tables = Tables::default();
-        tables.push(layer, [KvStore::<Cpu>::table(&store, layer, slot).unwrap()]);
+        tables.push(layer, [KvStore::<Cpu>::table(&store, layer, slot)]).unwrap();
         let (step, bad) = (Cpu.begin(&batch, tables), Cpu.upload(bad.view()));
         Cpu.write(store.pages(layer).unwrap(), layer, &step, &bad, &bad);
     }

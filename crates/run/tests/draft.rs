@@ -303,6 +303,7 @@ fn what_does_not_pay_is_not_verified() {
     s.submit(0, ask(&g)).unwrap();
     assert_eq!(drain(&mut s)[&0], expected[0]);
     assert_eq!(s.gauges().drafted, 0);
+    assert!(s.gauges().draft_cost <= 1.03, "{:?}", s.gauges());
     let timed = engine("llama").with_plan(plan("oracle", json!({ "texts": texts, "wrong": 0 })));
     let out = Session::new(timed, tokenizer()).generate(&g, &mut |_| ControlFlow::Continue(())).unwrap();
     assert_eq!(out.tokens, expected[0].ids);

@@ -228,7 +228,12 @@ impl Metrics {
         for (question, method) in &self.plan {
             let _ = writeln!(out, "lacuna_run_plan_info{{question=\"{question}\",method=\"{method}\"}} 1");
         }
-        head(&mut out, "lacuna_draft_tokens_total", "counter", "Drafted tokens that were verified, and those that came.");
+        head(
+            &mut out,
+            "lacuna_draft_tokens_total",
+            "counter",
+            "Drafted tokens that were verified, and those that came.",
+        );
         for (kind, n) in [("verified", g.drafted), ("accepted", g.accepted)] {
             let _ = writeln!(out, "lacuna_draft_tokens_total{{kind=\"{kind}\"}} {n}");
         }

@@ -1,11 +1,12 @@
-//! Loading as much of a stacked model as a budget holds.
+//! Loading a part of a model: of a stacked one as much as a budget holds, of nested codes the high bits.
 
 use std::collections::HashMap;
+use std::sync::OnceLock;
 
 use lacuna_base::units::show_bytes;
 use lacuna_format::terms_within;
 
-use super::{Checkpoint, OpenError};
+use super::{Checkpoint, Located, OpenError};
 
 impl Checkpoint {
     /// The same model whose weights take at most `budget_bytes`: of each matrix that is a stack
@@ -42,6 +43,35 @@ impl Checkpoint {
             self.notes.push(what);
         }
         self.loaded = places.into_iter().zip(terms).collect::<HashMap<_, _>>();
+        Ok(self)
+    }
+
+    /// The same model with codes into tables cut to their `bits` high bits
+    /// ([`Stored::narrowed`](lacuna_format::Stored::narrowed)), 1 to 8: the smaller models within one of Any-Precision's.
+    /// Nothing is written. Refused where no matrix has codes of more bits.
+    pub fn narrowed(mut self, bits: u8) -> Result<Checkpoint, OpenError> {
+        if !(1..=8).contains(&bits) {
+            return Err(OpenError::bad(&self.path, format!("{bits} bits a code asked for; there are 1 to 8")));
+        }
+        let mut cut = 0;
+        for place in self.spec.places() {
+            cut += usize::from(self.stored(&place)?.is_some_and(|s| s.code_bits() > Some(bits)));
+        }
+        if cut == 0 {
+            let what = format!(
+                "no matrix has codes of more than {bits} bits into tables, so that there is nothing to cut \
+                 (recipes/any-precision.toml makes a model of such)"
+            );
+            return Err(OpenError::bad(&self.path, what));
+        }
+        self.bits = Some(bits);
+        for located in self.places.values_mut() {
+            if let Located::Packed { whole, .. } = located {
+                // What was just looked at is not what is loaded from now on.
+                *whole = OnceLock::new();
+            }
+        }
+        self.notes.push(format!("codes of {cut} matrices are loaded at {bits} bits"));
         Ok(self)
     }
 }

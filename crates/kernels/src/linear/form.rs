@@ -149,7 +149,7 @@ impl Packed {
 
     /// The name of its codec, and how it multiplies where that is not from its own panels in f32.
     pub(super) fn name(&self, activations: Activations) -> &'static str {
-        if activations == Activations::Exact || !self.body.integer() {
+        if activations != Activations::Int8 || !self.body.integer() {
             return self.name;
         }
         if self.name == SHARED.0 {

@@ -16,7 +16,7 @@ use lacuna_base::{MatMut, MatRef};
 use lacuna_format::{FormatError, Map, Piece, Stored, Term};
 
 use crate::op::matmul::Out;
-use crate::{Isa, parallel, scratch};
+use crate::{Isa, Simulated, parallel, scratch};
 use form::Packed;
 pub(crate) use form::codecs;
 use maps::{Turn, mapped, mapping};
@@ -32,6 +32,8 @@ pub enum Activations {
     /// whichever of these loses least), where the codec's values are whole numbers times a scale; elsewhere as they
     /// are.
     Int8,
+    /// Rounded to a format and multiplied as if they were exact, whatever the codec: a measurement, not a faster way.
+    Simulated(Simulated),
 }
 
 /// How a matrix is packed.
@@ -222,6 +224,7 @@ impl Linear {
     /// As [`Linear::forward_all`]; with `done`, `x` has been through the maps of the inputs.
     fn all_behind<const N: usize>(all: [&Linear; N], x: MatRef<'_>, out: &mut [MatMut<'_>; N], done: bool) {
         let single = |l: &Linear| match &l.terms[..] {
+            _ if matches!(l.packing.activations, Activations::Simulated(_)) => None,
             [PackedTerm::Piece(form)] if l.rows > 0 && (done || l.input.is_empty()) && l.output.is_empty() => {
                 form.body.plan(&l.packing, x.rows())
             }
@@ -271,7 +274,15 @@ impl Linear {
         if self.terms.is_empty() && !add {
             (0..out.rows()).for_each(|r| out.row_mut(r).fill(0.0));
         }
-        if x.rows() == 1 && self.terms.len() > 1 {
+        let rounded = match self.packing.activations {
+            Activations::Simulated(format) => {
+                let mut rounded = x.to_mat();
+                (0..rounded.rows()).for_each(|r| format.round(rounded.row_mut(r)));
+                Some(rounded)
+            }
+            _ => None,
+        };
+        if x.rows() == 1 && self.terms.len() > 1 && rounded.is_none() {
             let out = Out { stride: out.stride(), data: out.raw_mut().as_mut_ptr(), add };
             if fused::fused(&self.packing, &self.terms, x, out) {
                 return;
@@ -281,8 +292,9 @@ impl Linear {
             match term {
                 PackedTerm::Piece(form) => {
                     let out = Out { stride: out.stride(), data: out.raw_mut().as_mut_ptr(), add };
-                    form.body.multiply(&self.packing, x, out);
+                    form.body.multiply(&self.packing, rounded.as_ref().map_or(x, |m| m.view()), out);
                 }
+                // Its factors round what each of them meets.
                 PackedTerm::Product { left, right } => scratch::with(x.rows() * right.rows, |inner| {
                     let inner = &mut inner[..x.rows() * right.rows];
                     right.run(x, MatMut::new(x.rows(), right.rows, inner), false);

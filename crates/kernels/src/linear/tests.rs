@@ -845,3 +845,32 @@ fn groups_of_rows_are_as_each_alone() {
         }
     }
 }
+
+/// What is simulated is the exact product of rounded rows, behind the maps of the input; bytes are simulated as they are
+/// multiplied.
+#[test]
+fn simulated_activations_are_rounded_ones() {
+    use crate::Simulated;
+    for (name, stored) in cases() {
+        let x = random(5, stored.cols, 31);
+        let exact = pack_for(&stored, Isa::best(), Activations::Exact).unwrap();
+        let bytes = pack_for(&stored, Isa::best(), Activations::Int8).unwrap();
+        for format in Simulated::ALL {
+            let l = pack_for(&stored, Isa::best(), Activations::Simulated(format)).unwrap();
+            let y = forward(&l, x.view());
+            if stored.input.is_empty() && l.terms.len() == 1 && matches!(l.terms[0], super::PackedTerm::Piece(_)) {
+                let mut rounded = x.clone();
+                (0..5).for_each(|r| format.round(rounded.row_mut(r)));
+                assert!(bits_equal(&y, &forward(&exact, rounded.view())), "{name} {format:?}");
+            }
+            if format == Simulated::Int8 && l.terms.len() == 1 && bytes.describe()[0].ends_with(" bytes") {
+                let (real, top) = (
+                    forward(&bytes, x.view()),
+                    forward(&exact, x.view()).data().iter().fold(0.0f32, |t, v| t.max(v.abs())),
+                );
+                let off = lacuna_base::testkit::max_abs_diff(real.view(), y.view());
+                assert!(off <= 1e-4 * top.max(1e-3), "{name}: {off} of {top}");
+            }
+        }
+    }
+}

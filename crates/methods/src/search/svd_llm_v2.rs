@@ -41,7 +41,7 @@ pub(crate) fn method() -> Method {
              Model Compression, 2025",
             arxiv: "2503.12340",
             summary: "Among matrices of a kind, what would lose more by its cut is cut less; nothing is measured.",
-            system: None,
+            system: Some(279),
             verb: "search",
             needs: &[],
             abilities: &[],

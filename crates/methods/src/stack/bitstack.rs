@@ -62,7 +62,7 @@ pub(crate) fn method() -> Method {
             arxiv: "2410.23918",
             summary: "A matrix becomes blocks of signs times a few singular vectors, each of what those before it leave; \
              any number of them is a model.",
-            system: None,
+            system: Some(342),
             verb: "stack",
             needs: &[Ask::InputSquares],
             abilities: &[],

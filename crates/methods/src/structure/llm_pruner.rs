@@ -66,7 +66,7 @@ pub(crate) fn method() -> Method {
             arxiv: "2305.11627",
             summary: "The heads and FFN channels go whose weights times gradients, over all coupled matrices, are \
              smallest in their layer.",
-            system: None,
+            system: Some(65),
             verb: "structure",
             needs: &[Ask::GradientMean],
             abilities: &[],

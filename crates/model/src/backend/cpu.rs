@@ -13,6 +13,7 @@ use lacuna_kernels::{
 use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
 
 use super::{Backend, Host, Measure, NO_CHOICE, Pages, Routes, Tables};
+use crate::lent::Reused;
 use crate::{Batch, Lent, ModelError};
 
 /// The processor's kernels.
@@ -37,9 +38,8 @@ pub struct NormOf {
 /// Rows of one step and their block tables.
 #[doc(hidden)]
 pub struct Step {
-    pub(crate) batch: Batch,
+    pub(crate) batch: Reused<Batch>,
     tables: Tables,
-    slots: Vec<usize>,
 }
 
 impl Step {
@@ -152,7 +152,7 @@ impl Backend for Cpu {
     type Table = Arc<Stored>;
     type Rope = RopeTable;
     type Rows = Lent;
-    type Ids = Vec<u32>;
+    type Ids = Reused<Vec<u32>>;
     type Routes = Routes;
     type Pages = KvPool;
     type Step = Step;
@@ -196,8 +196,9 @@ impl Backend for Cpu {
     }
 
     fn begin(&self, batch: &Batch, tables: Tables) -> Step {
-        let slots = tables.slots(batch);
-        Step { batch: batch.clone(), tables, slots }
+        let mut mine = Reused::<Batch>::default();
+        mine.become_like(batch);
+        Step { batch: mine, tables }
     }
 
     fn finish(&self) -> Result<(), ModelError> {
@@ -210,16 +211,18 @@ impl Backend for Cpu {
         out
     }
 
-    fn upload_ids(&self, ids: &[u32]) -> Vec<u32> {
-        ids.to_vec()
+    fn upload_ids(&self, ids: &[u32]) -> Reused<Vec<u32>> {
+        let mut mine = Reused::<Vec<u32>>::default();
+        mine.extend_from_slice(ids);
+        mine
     }
 
     fn download<'a>(&self, x: &'a Lent, rows: Range<usize>) -> Result<Host<'a>, ModelError> {
         Ok(Host::There(x.view().rows_range(rows.start, rows.end)))
     }
 
-    fn download_ids(&self, ids: &Vec<u32>) -> Result<Vec<u32>, ModelError> {
-        Ok(ids.clone())
+    fn download_ids(&self, ids: &Reused<Vec<u32>>) -> Result<Vec<u32>, ModelError> {
+        Ok(ids.to_vec())
     }
 
     fn download_starts(&self, routes: &Routes) -> Result<Vec<usize>, ModelError> {
@@ -240,7 +243,7 @@ impl Backend for Cpu {
         out
     }
 
-    fn embed(&self, table: &Arc<Stored>, ids: &Vec<u32>) -> Lent {
+    fn embed(&self, table: &Arc<Stored>, ids: &Reused<Vec<u32>>) -> Lent {
         let mut out = Lent::new(ids.len(), table.cols);
         for (r, &id) in ids.iter().enumerate() {
             let t = id as usize;
@@ -304,16 +307,15 @@ impl Backend for Cpu {
     }
 
     fn attend(&self, how: &Attention, pages: &KvPool, layer: usize, step: &Step, q: &Lent) -> Lent {
-        let sequences: Vec<(Range<usize>, KvView<'_>)> = step.views(pages, layer).collect();
         let mut out = Lent::new(q.rows(), q.cols());
-        how.run(q.view(), &step.slots, &sequences, out.view_mut());
+        how.run(q.view(), step.tables.slots(), step.views(pages, layer), out.view_mut());
         out
     }
 
     fn weigh(&self, how: &Attention, pages: &KvPool, layer: usize, step: &Step, q: &Lent, mass: &mut [Mass]) {
         let views = step.views(pages, layer).zip(mass);
         let mut sequences: Vec<_> = views.map(|((rows, kv), mass)| (rows, kv, mass)).collect();
-        how.weigh(q.view(), &step.slots, &mut sequences);
+        how.weigh(q.view(), step.tables.slots(), &mut sequences);
     }
 
     fn route(&self, logits: &Lent, choice: Experts) -> Routes {
@@ -338,13 +340,15 @@ impl Backend for Cpu {
         out
     }
 
-    fn argmax(&self, x: &Lent) -> Vec<u32> {
+    fn argmax(&self, x: &Lent) -> Reused<Vec<u32>> {
         let best = |row: &[f32]| {
             if row.iter().any(|x| x.is_nan() || *x == f32::INFINITY) {
                 return NO_CHOICE;
             }
             (1..row.len()).fold(0, |best, c| if row[c] > row[best] { c } else { best }) as u32
         };
-        (0..x.rows()).map(|r| best(x.row(r))).collect()
+        let mut ids = Reused::<Vec<u32>>::default();
+        ids.extend((0..x.rows()).map(|r| best(x.row(r))));
+        ids
     }
 }

@@ -3,8 +3,8 @@
 //! The network's walk asks a [`Backend`] for each operation and never sees where rows lie. The rules:
 //!
 //! - What a step reads from the host (token ids, positions, block tables) is handed over at its start, once
-//!   ([`Backend::begin`], [`Backend::upload_ids`]); operations may then be enqueued, so that a GPU can capture a step and
-//!   play it again. What goes wrong inside surfaces in [`Backend::finish`] or a download, which wait.
+//!   ([`Backend::begin`], [`Backend::upload_ids`]); operations may then be enqueued, so that a GPU can capture a step
+//!   and play it again. What goes wrong inside surfaces in [`Backend::finish`] or a download, which wait.
 //! - Shapes are known on the host without a download. Nothing comes back but what a tap or a caller downloads: which
 //!   rows go to which expert ([`Backend::route`]) and the likeliest token ([`Backend::argmax`]) are decided where the
 //!   rows lie.
@@ -163,8 +163,8 @@ pub trait Backend: Clone {
         mass: &mut [Mass],
     );
 
-    /// Chooses experts by the router's logits, `[rows, experts]`: softmax over all experts, the largest `used` of a row,
-    /// ties to the lower number.
+    /// Chooses experts by the router's logits, `[rows, experts]`: softmax over all experts, the largest `used` of a
+    /// row, ties to the lower number.
     fn route(&self, logits: &Self::Rows, choice: Experts) -> Self::Routes;
 
     /// The rows of every expert, one expert after the other: `[rows * used, columns]`.

@@ -1,8 +1,11 @@
 //! Block tables: which pages of a layer are a sequence's.
 
+use std::cell::RefCell;
 use std::ops::Range;
+use std::thread::LocalKey;
 
-use crate::Batch;
+use crate::lent::{Reuse, Reused};
+use crate::{Batch, ModelError};
 
 /// The block table of one sequence in one layer.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -18,8 +21,12 @@ pub struct Table<'a> {
 
 /// The block tables of a step: in each layer with attention, one for each of the batch's runs of rows of one sequence.
 /// Layers whose tables are alike, as those of most models are, share them.
-#[derive(Clone, Debug, Default)]
-pub struct Tables {
+#[derive(Debug, Default)]
+pub struct Tables(Reused<Lists>);
+
+/// What tables are made of. Public for [`Reused`] alone.
+#[derive(Debug, Default)]
+pub struct Lists {
     blocks: Vec<u32>,
     /// Where the table of each run lies in `blocks`, its positions and its shift: a group after the other.
     spans: Vec<(Range<usize>, usize, usize)>,
@@ -27,29 +34,26 @@ pub struct Tables {
     groups: Vec<Range<usize>>,
     /// The group of each layer, by its number; of those that have one.
     layers: Vec<(usize, usize)>,
+    /// The slot of each row.
+    slots: Vec<usize>,
 }
 
-impl Tables {
-    /// Adds those of a layer, in the order of the runs.
-    pub fn push<'a>(&mut self, layer: usize, tables: impl IntoIterator<Item = Table<'a>>) {
-        let first = self.spans.len();
-        for table in tables {
-            let from = self.blocks.len();
-            self.blocks.extend_from_slice(table.blocks);
-            self.spans.push((from..self.blocks.len(), table.tokens, table.shift));
-        }
-        let new = first..self.spans.len();
-        if let Some(last) = self.groups.last()
-            && self.group(last.clone()).eq(self.group(new.clone()))
-        {
-            self.blocks.truncate(self.spans.get(first).map_or(self.blocks.len(), |s| s.0.start));
-            self.spans.truncate(first);
-        } else {
-            self.groups.push(new);
-        }
-        self.layers.push((layer, self.groups.len() - 1));
+impl Reuse for Lists {
+    fn store() -> &'static LocalKey<RefCell<Vec<Lists>>> {
+        thread_local!(static FREE: RefCell<Vec<Lists>> = const { RefCell::new(Vec::new()) });
+        &FREE
     }
+    fn clear(&mut self) {
+        let Lists { blocks, spans, groups, layers, slots } = self;
+        blocks.clear();
+        spans.clear();
+        groups.clear();
+        layers.clear();
+        slots.clear();
+    }
+}
 
+impl Lists {
     fn group(&self, spans: Range<usize>) -> impl ExactSizeIterator<Item = Table<'_>> {
         let table = |(at, tokens, shift): &(Range<usize>, usize, usize)| Table {
             blocks: &self.blocks[at.clone()],
@@ -58,31 +62,67 @@ impl Tables {
         };
         self.spans[spans].iter().map(table)
     }
+}
 
-    /// The slot of every row of a batch, the same in all layers.
-    pub fn slots(&self, batch: &Batch) -> Vec<usize> {
-        let Some(first) = self.groups.first() else { return batch.positions().to_vec() };
-        let runs = batch.runs().zip(self.group(first.clone()));
-        runs.flat_map(|((_, rows), t)| rows.map(move |r| batch.positions()[r] - t.shift)).collect()
+impl Tables {
+    /// Adds those of a layer, in the order of the runs. Layers come in their order.
+    pub fn push<'a>(
+        &mut self,
+        layer: usize,
+        tables: impl IntoIterator<Item = Result<Table<'a>, ModelError>>,
+    ) -> Result<(), ModelError> {
+        let all = &mut *self.0;
+        let first = all.spans.len();
+        for table in tables {
+            let (table, from) = (table?, all.blocks.len());
+            all.blocks.extend_from_slice(table.blocks);
+            all.spans.push((from..all.blocks.len(), table.tokens, table.shift));
+        }
+        let new = first..all.spans.len();
+        if let Some(last) = all.groups.last()
+            && all.group(last.clone()).eq(all.group(new.clone()))
+        {
+            all.blocks.truncate(all.spans.get(first).map_or(all.blocks.len(), |s| s.0.start));
+            all.spans.truncate(first);
+        } else {
+            all.groups.push(new);
+        }
+        all.layers.push((layer, all.groups.len() - 1));
+        Ok(())
+    }
+
+    /// Works out the slot of every row of the tables' batch, the same in all layers, once those are there.
+    pub fn place(&mut self, batch: &Batch) {
+        let all = &mut *self.0;
+        all.slots.clear();
+        all.slots.extend_from_slice(batch.positions());
+        let Some(first) = all.groups.first() else { return };
+        for ((_, rows), (_, _, shift)) in batch.runs().zip(&all.spans[first.clone()]) {
+            all.slots[rows].iter_mut().for_each(|slot| *slot -= shift);
+        }
+    }
+
+    /// The slot of every row.
+    pub fn slots(&self) -> &[usize] {
+        &self.0.slots
     }
 
     /// How many different groups of tables there are.
     pub fn groups(&self) -> usize {
-        self.groups.len()
+        self.0.groups.len()
     }
 
     /// The group of `layer`. Panics where the step does not run it.
     #[track_caller]
     pub fn group_of(&self, layer: usize) -> usize {
-        // Layers come in their order, and a step of a whole model has all that have attention.
-        let found = self.layers.binary_search_by_key(&layer, |l| l.0);
-        self.layers[found.expect("a layer of the step")].1
+        let found = self.0.layers.binary_search_by_key(&layer, |l| l.0);
+        self.0.layers[found.expect("a layer of the step")].1
     }
 
     /// The tables of `layer`, one for each run.
     #[track_caller]
     pub fn of(&self, layer: usize) -> impl ExactSizeIterator<Item = Table<'_>> {
-        self.group(self.groups[self.group_of(layer)].clone())
+        self.0.group(self.0.groups[self.group_of(layer)].clone())
     }
 }
 
@@ -94,17 +134,22 @@ mod tests {
     fn layers_with_the_same_tables_share_them() {
         let (a, b) = (Table { blocks: &[3, 1], tokens: 40, shift: 0 }, Table { blocks: &[2], tokens: 7, shift: 5 });
         let mut all = Tables::default();
-        all.push(0, [a, b]);
-        all.push(2, [a, b]);
-        all.push(3, [a, Table { tokens: 8, ..b }]);
-        all.push(5, []);
-        all.push(6, []);
-        assert_eq!((all.groups(), all.blocks.len(), all.spans.len()), (3, 6, 4));
+        let mut push =
+            |layer, tables: &[Table<'static>]| all.push(layer, tables.iter().map(|&t| Ok(t))).expect("tables");
+        push(0, &[a, b]);
+        push(2, &[a, b]);
+        push(3, &[a, Table { tokens: 8, ..b }]);
+        push(5, &[]);
+        push(6, &[]);
+        assert_eq!((all.groups(), all.0.blocks.len(), all.0.spans.len()), (3, 6, 4));
         assert_eq!([0, 2, 3, 5, 6].map(|l| all.group_of(l)), [0, 0, 1, 2, 2]);
         let mut batch = Batch::one(4, 39..40);
         batch.push(9, 5..7);
-        assert_eq!(all.slots(&batch), [39, 0, 1]);
-        assert_eq!(Tables::default().slots(&batch), [39, 5, 6], "a model without attention");
+        all.place(&batch);
+        assert_eq!(all.slots(), [39, 0, 1]);
+        let mut none = Tables::default();
+        none.place(&batch);
+        assert_eq!(none.slots(), [39, 5, 6], "a model without attention");
         assert!(all.of(2).eq([a, b]) && all.of(3).eq([a, Table { tokens: 8, ..b }]) && all.of(6).len() == 0);
     }
 }

@@ -152,7 +152,7 @@ mod tests {
             let mut out = Mat::zeros(tokens, q.cols());
             let positions: Vec<usize> = (0..tokens).collect();
             let kv = KvView { pool: &pool, blocks: &[0], tokens };
-            p.run(q.view(), &positions, &[(0..tokens, kv)], out.view_mut());
+            p.run(q.view(), &positions, [(0..tokens, kv)], out.view_mut());
             let got = attention(&p, dim, [q.view(), k.view(), v.view()], out.view(), dout.view());
             let pairs = [(q.data(), got.q.data()), (k.data(), got.k.data()), (v.data(), got.v.data())];
             check(name, dout.data(), &pairs, |a| naive::attention(&p, dim, kv_heads, &a[0], &a[1], &a[2]));

@@ -2,8 +2,8 @@
 //!
 //! Beside every operation of the decoder stands its adjoint, a plain function of the same values: what is known of the
 //! loss's gradient after the operation becomes what is known before it. [`RecordedBlock`] runs a block's own forward
-//! over a backend that records what each operation's adjoint reads; [`gradients`] walks a model's blocks from last to first, one loaded
-//! at a time, their inputs in a store that may spill.
+//! over a backend that records what each operation's adjoint reads; [`gradients`] walks a model's blocks from last to
+//! first, one loaded at a time, their inputs in a store that may spill.
 //!
 //! A [`GradientSink`] is shown, for every matrix, the rows that it multiplied and the gradients of what it put out: all
 //! that second-order and gradient statistics are made of ([`stats`]). Weights are those that are stored, activations

@@ -109,7 +109,7 @@ impl Backend for Recorder {
     type Table = <Cpu as Backend>::Table;
     type Rope = RopeTable;
     type Rows = Node;
-    type Ids = Vec<u32>;
+    type Ids = <Cpu as Backend>::Ids;
     type Routes = RecordedRoutes;
     type Pages = RecordedPages;
     type Step = <Cpu as Backend>::Step;
@@ -164,16 +164,16 @@ impl Backend for Recorder {
         self.node(Cpu.upload(x))
     }
 
-    fn upload_ids(&self, ids: &[u32]) -> Vec<u32> {
-        ids.to_vec()
+    fn upload_ids(&self, ids: &[u32]) -> Self::Ids {
+        Cpu.upload_ids(ids)
     }
 
     fn download<'a>(&self, x: &'a Node, rows: Range<usize>) -> Result<Host<'a>, ModelError> {
         Cpu.download(&x.value, rows)
     }
 
-    fn download_ids(&self, ids: &Vec<u32>) -> Result<Vec<u32>, ModelError> {
-        Ok(ids.clone())
+    fn download_ids(&self, ids: &Self::Ids) -> Result<Vec<u32>, ModelError> {
+        Cpu.download_ids(ids)
     }
 
     fn download_starts(&self, routes: &RecordedRoutes) -> Result<Vec<usize>, ModelError> {
@@ -195,7 +195,7 @@ impl Backend for Recorder {
         out
     }
 
-    fn embed(&self, table: &Self::Table, ids: &Vec<u32>) -> Node {
+    fn embed(&self, table: &Self::Table, ids: &Self::Ids) -> Node {
         // Gradients of the embedding are not taken: the way back ends here.
         self.node(Cpu.embed(table, ids))
     }
@@ -308,7 +308,7 @@ impl Backend for Recorder {
         out
     }
 
-    fn argmax(&self, x: &Node) -> Vec<u32> {
+    fn argmax(&self, x: &Node) -> Self::Ids {
         Cpu.argmax(&x.value)
     }
 }

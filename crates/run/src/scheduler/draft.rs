@@ -18,8 +18,8 @@ const MOST_NODES: usize = 48;
 pub(super) const BLOCKS: usize = 32;
 
 /// Rows of the steps that are timed, and how often.
-const TIMED_ROWS: [usize; 7] = [1, 2, 4, 8, 16, 32, 64];
-const TIMED: usize = 3;
+const TIMED_ROWS: [usize; 5] = [1, 2, 4, 8, 16];
+const TIMED: usize = 2;
 
 /// A step that takes so many times the one of a row is more than any draft is worth.
 const TOO_LONG: f64 = 8.0;
@@ -131,6 +131,11 @@ impl Drafter {
         let node = nodes.position(|(p, t)| *p == parent && *t == token)?;
         self.path.push(node);
         Some(self.branches.row[node])
+    }
+
+    /// What the text cost so far by the prices of rows, over what plain decoding would have.
+    pub fn cost(&self) -> Option<f64> {
+        self.ledger.as_ref().map(Ledger::cost)
     }
 
     /// Looks at what was likely behind each row.
@@ -332,7 +337,8 @@ fn step_seconds(engine: &Engine) -> Result<StepSeconds, RunError> {
     let model = engine.model();
     let depth = (engine.context() / 2).clamp(1, 64);
     let rows = engine.context().saturating_sub(depth);
-    let tokens: Vec<u32> = (0..depth + 64).map(|i| (i * 7919 % model.spec.vocab) as u32).collect();
+    let tokens: Vec<u32> =
+        (0..depth + TIMED_ROWS[TIMED_ROWS.len() - 1]).map(|i| (i * 7919 % model.spec.vocab) as u32).collect();
     let mut kv = ContiguousKv::with_format(&model.spec, 1, engine.kv_format());
     model.forward(&tokens[..depth], &Batch::one(0, 0..depth), &mut kv, &mut NoTap)?;
     let mut measured: Vec<(usize, f64)> = Vec::new();

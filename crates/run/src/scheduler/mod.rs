@@ -72,7 +72,7 @@ pub struct Step {
 }
 
 /// The state of a scheduler, in numbers.
-#[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
+#[derive(Clone, Copy, Debug, Default, PartialEq)]
 pub struct Gauges {
     /// Texts that wait.
     pub waiting: usize,
@@ -88,6 +88,8 @@ pub struct Gauges {
     pub drafted: u64,
     /// Of these, tokens that came.
     pub accepted: u64,
+    /// The largest modelled cost of a text that is over, in that of plain decoding; 0 before one was drafted for.
+    pub draft_cost: f64,
 }
 
 /// Continues texts over one engine, one or many.
@@ -105,6 +107,7 @@ pub struct Scheduler {
     prices: Option<Prices>,
     drafted: u64,
     accepted: u64,
+    draft_cost: f64,
     /// As [`CHOICE_COST`].
     choice_cost: usize,
     scratch: Scratch,
@@ -160,6 +163,7 @@ impl Scheduler {
             prices: None,
             drafted: 0,
             accepted: 0,
+            draft_cost: 0.0,
             choice_cost: CHOICE_COST,
             scratch: Scratch::default(),
         }
@@ -199,6 +203,7 @@ impl Scheduler {
             kv_bytes: self.store.bytes(),
             drafted: self.drafted,
             accepted: self.accepted,
+            draft_cost: self.draft_cost,
         }
     }
 
@@ -420,6 +425,7 @@ impl Scheduler {
     }
 
     fn close(&mut self, a: &Active) {
+        self.draft_cost = a.drafter.as_ref().and_then(|d| d.cost()).map_or(self.draft_cost, |c| c.max(self.draft_cost));
         self.store.close(a.slot());
         if !self.limits.reuse {
             self.store.forget();

@@ -3,9 +3,10 @@
 //!
 //! Segments of 512 absolute positions are softened apart and then added up in order, so that one long query can be
 //! shared between threads. A query's segments, tiles, its bounds in them and every order of summation follow from its
-//! own position: its result is the same bits in any company, alone, in a chunk of any size, with any number of threads. All
-//! sequences of a call are one region of threads.
+//! own position: its result is the same bits in any company, alone, in a chunk of any size, with any number of threads.
+//! All sequences of a call are one region of threads.
 
+mod cut;
 mod element;
 mod ops;
 
@@ -17,6 +18,7 @@ use lacuna_base::{MatMut, MatRef};
 use crate::kv::{KEY_BLOCK, KvFormat, KvLayout, KvView};
 use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
+use cut::Part;
 use element::{Element, Parts};
 use ops::{Finish, Merge, Mix, Scores, Soften, Tile, Widen};
 
@@ -50,56 +52,54 @@ const WIDEN: usize = 16;
 /// Values of partial results that a call may hold, at most: 64 MB. Beyond, segments are not shared between threads.
 const PARTIALS: usize = 1 << 24;
 
-/// One sequence's part of a call: which rows are its, and how the work on them is cut.
-struct Part<'a> {
-    rows: Range<usize>,
-    kv: &'a KvView<'a>,
-    /// Segments that any of the rows sees.
-    segments: Range<usize>,
-    /// Tasks for all of its segments.
-    tasks: usize,
-    /// Where its partial results begin, where each segment is a job of its own.
-    split: Option<usize>,
-    /// The number of its first job.
-    first: usize,
-}
-
-impl Part<'_> {
-    fn jobs(&self) -> usize {
-        if self.split.is_some() { self.tasks * self.segments.len() } else { self.tasks }
-    }
-}
-
 impl Attention {
     /// The outputs of the rows of some sequences: `q` and `out` are `[rows, heads * head_dim]`, `positions` the rows'
     /// positions. `sequences` are those rows cut into sequences, in order, each with its keys and values: those of its
     /// positions and all before. Panics where shapes do not fit or a position is not written.
     #[track_caller]
-    pub fn run(&self, q: MatRef<'_>, positions: &[usize], sequences: &[(Range<usize>, KvView<'_>)], out: MatMut<'_>) {
+    pub fn run<'a>(
+        &self,
+        q: MatRef<'_>,
+        positions: &[usize],
+        sequences: impl IntoIterator<Item = (Range<usize>, KvView<'a>)>,
+        out: MatMut<'_>,
+    ) {
         self.run_on(Isa::best(), q, positions, sequences, out);
     }
 
     #[track_caller]
-    fn run_on(
+    fn run_on<'a>(
         &self,
         isa: Isa,
         q: MatRef<'_>,
         positions: &[usize],
-        sequences: &[(Range<usize>, KvView<'_>)],
-        mut out: MatMut<'_>,
+        sequences: impl IntoIterator<Item = (Range<usize>, KvView<'a>)>,
+        out: MatMut<'_>,
     ) {
+        let mut parts = cut::empty();
+        self.cut(positions, sequences, &mut parts);
+        self.run_parts(isa, q, positions, &mut parts, out);
+        cut::give_back(parts);
+    }
+
+    /// The same, where the sequences are known and their work is not cut yet.
+    #[track_caller]
+    fn run_parts(&self, isa: Isa, q: MatRef<'_>, positions: &[usize], parts: &mut [Part<'_>], mut out: MatMut<'_>) {
         assert_eq!((q.rows(), q.cols()), (out.rows(), out.cols()), "two shapes");
         assert_eq!(q.rows(), positions.len(), "a position for each row");
-        let Some((_, first)) = sequences.first() else { return assert!(positions.is_empty(), "rows of no sequence") };
-        let (layout, format) = (first.pool.layout(), first.pool.format());
+        let Some(first) = parts.first() else { return };
+        let (layout, format) = (first.kv.pool.layout(), first.kv.pool.format());
         assert_eq!(q.cols(), self.heads * layout.head_dim, "query heads of another width");
         assert!(self.heads.is_multiple_of(layout.kv_heads), "{} heads over {}", self.heads, layout.kv_heads);
         let group = self.heads / layout.kv_heads;
         let side = group.min(QUERIES);
         let rows = QUERIES / side;
         let sides = group.div_ceil(side);
-        let mut parts = self.parts(positions, sequences, layout.kv_heads * sides, rows);
-        let tasks: usize = parts.iter().map(|p| p.tasks).sum();
+        let mut tasks = 0;
+        for part in parts.iter_mut() {
+            part.tasks = layout.kv_heads * sides * part.rows.len().div_ceil(rows);
+            tasks += part.tasks;
+        }
         let width = layout.padded() + PARTIAL;
         // One query of a long text is little to share but its segments.
         let mut partials = 0;
@@ -113,12 +113,13 @@ impl Attention {
             }
         }
         let (mut jobs, mut cost) = (0, 0);
-        for part in &mut parts {
+        for part in parts.iter_mut() {
             part.first = jobs;
             jobs += part.jobs();
             let mean = part.kv.tokens.min(self.window.unwrap_or(usize::MAX));
             cost += part.tasks * 2 * rows.min(part.rows.len()) * side * layout.head_dim * mean;
         }
+        let parts = &*parts;
         let at = Shared(out.raw_mut().as_mut_ptr(), out.stride());
         scratch::with(partials, |partial| {
             let partial = Shared(partial.as_mut_ptr(), width);
@@ -141,7 +142,7 @@ impl Attention {
                     p: self,
                     q,
                     positions,
-                    kv: part.kv,
+                    kv: &part.kv,
                     layout,
                     head,
                     heads: (first, (first + side).min((head + 1) * group)),
@@ -157,7 +158,7 @@ impl Attention {
             // Jobs of a sequence cut into segments are many and small.
             let most = if parts.iter().all(|p| p.split.is_some()) { usize::MAX } else { 1 };
             parallel::ranges(jobs, 1, most, cost / jobs.max(1), |from, to| (from..to).for_each(job));
-            for part in &parts {
+            for part in parts {
                 let Some(begin) = part.split else { continue };
                 let stride = part.rows.len() * self.heads * width;
                 let cost = part.segments.len() * layout.padded();
@@ -174,45 +175,6 @@ impl Attention {
                 });
             }
         });
-    }
-
-    /// How the work on each sequence is cut, given tasks of `rows` rows for one of `heads` parts of the heads each.
-    #[track_caller]
-    fn parts<'a>(
-        &self,
-        positions: &[usize],
-        sequences: &'a [(Range<usize>, KvView<'a>)],
-        heads: usize,
-        rows: usize,
-    ) -> Vec<Part<'a>> {
-        let first = sequences[0].1.pool;
-        let mut end = 0;
-        let mut parts = Vec::with_capacity(sequences.len());
-        for (range, kv) in sequences {
-            assert_eq!(range.start, end, "sequences that follow each other");
-            end = range.end;
-            let layout = kv.pool.layout();
-            assert!(layout == first.layout() && kv.pool.format() == first.format(), "pages of one layout");
-            let mine = &positions[range.clone()];
-            let (Some(low), Some(last)) = (mine.iter().map(|&p| self.low(p)).min(), mine.iter().max()) else {
-                continue;
-            };
-            assert!(
-                *last < kv.tokens && kv.tokens <= kv.blocks.len() * layout.page_tokens,
-                "position {last} of {}",
-                kv.tokens
-            );
-            parts.push(Part {
-                rows: range.clone(),
-                kv,
-                segments: low / SEGMENT..last / SEGMENT + 1,
-                tasks: heads * range.len().div_ceil(rows),
-                split: None,
-                first: 0,
-            });
-        }
-        assert_eq!(end, positions.len(), "every row is of a sequence");
-        parts
     }
 
     /// The first position that a query at `p` sees.
@@ -596,7 +558,8 @@ impl<'a> Task<'a> {
     }
 }
 
-/// Adds up a query's partial results, segment by segment, as [`State::settle`] does; the first one's place holds the totals.
+/// Adds up a query's partial results, segment by segment, as [`State::settle`] does; the first one's place holds the
+/// totals.
 /// # Safety
 /// Segments lie `stride` values apart; all from the first to the last of `segments` have `layout`'s sums; `out` has
 /// room for a head.

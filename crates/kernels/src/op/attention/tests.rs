@@ -85,7 +85,7 @@ fn matches_f64_and_does_not_see_its_company() {
             let want = reference(&a, kv_heads, &q, &all, &held_k, &held_v);
             for isa in Isa::here() {
                 let mut whole = Mat::zeros(tokens, heads * dim);
-                a.run_on(isa, q.view(), &all, &[(0..tokens, view)], whole.view_mut());
+                a.run_on(isa, q.view(), &all, [(0..tokens, view)], whole.view_mut());
                 let off = max_abs_diff(whole.view(), want.view());
                 assert!(off < 2e-5, "{isa} {format:?} {heads} {dim}: {off}");
                 for step in [1, 7, 33] {
@@ -95,7 +95,7 @@ fn matches_f64_and_does_not_see_its_company() {
                         let to = (from + step).min(tokens);
                         let mut part = Mat::zeros(to - from, heads * dim);
                         let mine = [(0..to - from, view)];
-                        a.run_on(isa, q.view().rows_range(from, to), &all[from..to], &mine, part.view_mut());
+                        a.run_on(isa, q.view().rows_range(from, to), &all[from..to], mine, part.view_mut());
                         assert_eq!(
                             part.view().to_mat(),
                             whole.view().rows_range(from, to).to_mat(),
@@ -139,7 +139,7 @@ fn all_sequences_of_a_call_are_as_each_alone() {
             let workers = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
             let run = |q: MatRef<'_>, positions: &[usize], of: &[(Range<usize>, KvView<'_>)]| {
                 let mut out = Mat::zeros(q.rows(), q.cols());
-                workers.install(|| a.run(q, positions, of, out.view_mut()));
+                workers.install(|| a.run(q, positions, of.iter().cloned(), out.view_mut()));
                 out
             };
             let together = run(q.view(), &positions, &sequences);
@@ -164,7 +164,7 @@ fn later_positions_cannot_leak() {
         let (pool, blocks) = pages(layout, KvFormat::F32, k, v);
         let mut out = Mat::zeros(20, 32);
         let view = KvView { pool: &pool, blocks: &blocks, tokens: 20 };
-        a.run(q.view(), &(0..20).collect::<Vec<_>>(), &[(0..20, view)], out.view_mut());
+        a.run(q.view(), &(0..20).collect::<Vec<_>>(), [(0..20, view)], out.view_mut());
         out
     };
     let (clean, dirty) = (run(&k, &v), run(&k2, &v2));

@@ -1,0 +1,76 @@
+//! How a call's work is cut: by sequence, then into jobs.
+
+use std::cell::RefCell;
+use std::ops::Range;
+
+use super::{Attention, SEGMENT};
+use crate::kv::KvView;
+
+/// One sequence's part of a call: which rows are its, and how the work on them is cut.
+pub(super) struct Part<'a> {
+    pub(super) rows: Range<usize>,
+    pub(super) kv: KvView<'a>,
+    /// Segments that any of the rows sees.
+    pub(super) segments: Range<usize>,
+    /// Tasks for all of its segments.
+    pub(super) tasks: usize,
+    /// Where its partial results begin, where each segment is a job of its own.
+    pub(super) split: Option<usize>,
+    /// The number of its first job.
+    pub(super) first: usize,
+}
+
+impl Part<'_> {
+    pub(super) fn jobs(&self) -> usize {
+        if self.split.is_some() { self.tasks * self.segments.len() } else { self.tasks }
+    }
+}
+
+thread_local! {
+    /// Memory of parts that nobody uses: a step allocates nothing.
+    static FREE: RefCell<Vec<Part<'static>>> = const { RefCell::new(Vec::new()) };
+}
+
+/// No parts yet.
+pub(super) fn empty<'a>() -> Vec<Part<'a>> {
+    FREE.take()
+}
+
+/// Keeps the memory of parts for the next call.
+pub(super) fn give_back(mut parts: Vec<Part<'_>>) {
+    parts.clear();
+    // The same memory for parts of any lifetime: there are none in it.
+    FREE.set(parts.into_iter().map(|_| -> Part<'static> { unreachable!("cleared") }).collect());
+}
+
+impl Attention {
+    /// The parts of a call.
+    #[track_caller]
+    pub(super) fn cut<'a>(
+        &self,
+        positions: &[usize],
+        sequences: impl IntoIterator<Item = (Range<usize>, KvView<'a>)>,
+        parts: &mut Vec<Part<'a>>,
+    ) {
+        let mut end = 0;
+        for (rows, kv) in sequences {
+            assert_eq!(rows.start, end, "sequences that follow each other");
+            end = rows.end;
+            let (layout, format) = (kv.pool.layout(), kv.pool.format());
+            let alike = |p: &Part<'_>| p.kv.pool.layout() == layout && p.kv.pool.format() == format;
+            assert!(parts.first().is_none_or(alike), "pages of one layout");
+            let mine = &positions[rows.clone()];
+            let (Some(low), Some(last)) = (mine.iter().map(|&p| self.low(p)).min(), mine.iter().max()) else {
+                continue;
+            };
+            assert!(
+                *last < kv.tokens && kv.tokens <= kv.blocks.len() * layout.page_tokens,
+                "position {last} of {}",
+                kv.tokens
+            );
+            let segments = low / SEGMENT..last / SEGMENT + 1;
+            parts.push(Part { rows, kv, segments, tasks: 0, split: None, first: 0 });
+        }
+        assert_eq!(end, positions.len(), "every row is of a sequence");
+    }
+}
