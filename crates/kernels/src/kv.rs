@@ -184,7 +184,7 @@ impl KvPage {
     }
 
     /// The pooled keys of a whole key block of one head, `[rows][head_dim]`; none where they are not kept.
-    pub fn pooled(&self, head: usize, block: usize) -> Option<&[f32]> {
+    fn pooled(&self, head: usize, block: usize) -> Option<&[f32]> {
         let (pool, all) = self.pooled.as_ref()?;
         let n = pool.rows() * self.layout.head_dim;
         all.get((head * (self.layout.page_tokens / KEY_BLOCK) + block) * n..)?.get(..n)
@@ -511,6 +511,14 @@ pub struct KvView<'a> {
 }
 
 impl<'a> KvView<'a> {
+    /// The pooled keys of the `nth` key block of one head, all of whose positions are written: `[head_dim]` means, or
+    /// the least of each component and then the greatest. None where the pages keep none.
+    #[track_caller]
+    pub fn pooled(&self, head: usize, nth: usize) -> Option<&'a [f32]> {
+        let within = nth % (self.pool.layout.page_tokens / KEY_BLOCK);
+        self.page_of(nth * KEY_BLOCK).pooled(head, within)
+    }
+
     /// The page of `position`.
     #[track_caller]
     pub(crate) fn page_of(&self, position: usize) -> &'a KvPage {

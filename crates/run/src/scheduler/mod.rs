@@ -11,6 +11,8 @@
 //!
 //! Where the run plan has a keeper, it decides before a text goes on from a position at which that is due; chunks and
 //! drafts end there.
+//!
+//! Where the run plan has a selector, every row asks it for itself, those of prompts and of drafts like all others.
 
 mod draft;
 mod keep;
@@ -25,7 +27,7 @@ use std::sync::Arc;
 
 use lacuna_base::{Mat, MatRef};
 use lacuna_checkpoint::Tokenizer;
-use lacuna_model::{Batch, NoTap};
+use lacuna_model::{Batch, NoTap, Reads};
 use rayon::prelude::*;
 
 use self::draft::{Drafter, Prices};
@@ -88,6 +90,8 @@ pub struct Gauges {
     pub drafted: u64,
     /// Of these, tokens that came.
     pub accepted: u64,
+    /// What rows read where a selector was asked, since the start.
+    pub reads: Reads,
 }
 
 /// Continues texts over one engine, one or many.
@@ -199,6 +203,7 @@ impl Scheduler {
             kv_bytes: self.store.bytes(),
             drafted: self.drafted,
             accepted: self.accepted,
+            reads: self.store.reads(),
         }
     }
 
