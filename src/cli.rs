@@ -452,6 +452,10 @@ pub struct Running {
     /// approximation. NAME, NAME:KEY=VALUE,... or none.
     #[arg(long, value_name = "METHOD")]
     pub keep: Option<String>,
+    /// Let every token read only some blocks of earlier keys and values; an approximation. NAME, NAME:KEY=VALUE,... or
+    /// none.
+    #[arg(long, value_name = "METHOD")]
+    pub select: Option<String>,
 }
 
 /// How keys and values are kept.

@@ -150,7 +150,7 @@ pub fn run_plan(running: &crate::cli::Running) -> Result<RunPlan> {
             RunPlan::parse(&text, &registry).map_err(|e| Usage(format!("--run {}: {e}", path.display())))?
         }
     };
-    for (question, said) in [("draft", &running.draft), ("keep", &running.keep)] {
+    for (question, said) in [("draft", &running.draft), ("keep", &running.keep), ("select", &running.select)] {
         if let Some(said) = said {
             plan.flag(question, said, &registry).map_err(|e| Usage(format!("--{question} {said}: {e}")))?;
         }

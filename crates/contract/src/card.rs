@@ -1,6 +1,7 @@
 //! The registry: methods with their cards, and families.
 
 use std::fmt;
+use std::sync::Arc;
 
 use serde::Serialize;
 use serde_json::{Map, Value};
@@ -145,8 +146,8 @@ pub enum MadeRunning {
     Draft(Box<dyn Draft>),
     /// See [`Keep`].
     Keep(Box<dyn Keep>),
-    /// See [`Select`].
-    Select(Box<dyn Select>),
+    /// See [`Select`]; asked wherever keys and values are kept.
+    Select(Arc<dyn Select>),
     /// See [`Gate`].
     Gate(Box<dyn Gate>),
 }
@@ -240,7 +241,7 @@ impl Registry {
     }
 
     /// The selector of that name, made from its parameters.
-    pub fn select(&self, name: &str, keys: Value, seed: u64) -> Result<Box<dyn Select>, MethodError> {
+    pub fn select(&self, name: &str, keys: Value, seed: u64) -> Result<Arc<dyn Select>, MethodError> {
         match self.make_running("select", name, keys, seed)? {
             MadeRunning::Select(made) => Ok(made),
             other => Err(mismade(name, "select", &other)),

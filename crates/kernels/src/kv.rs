@@ -68,6 +68,25 @@ impl KvFormat {
     }
 }
 
+/// What is kept of the keys of a whole key block, beside them, in f32 and of the keys as attention reads them.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum KeyPool {
+    /// The mean of each component.
+    Mean,
+    /// The least of each component, then the greatest.
+    Bounds,
+}
+
+impl KeyPool {
+    /// Rows of `head_dim` values that a key block has.
+    fn rows(self) -> usize {
+        match self {
+            KeyPool::Mean => 1,
+            KeyPool::Bounds => 2,
+        }
+    }
+}
+
 /// A page of keys and values of one layer.
 ///
 /// Keys lie `[kv_heads][page_tokens / 32][head_dim][32]`, so that lanes run along keys; values
@@ -76,6 +95,9 @@ impl KvFormat {
 pub struct KvPage {
     layout: KvLayout,
     pub(crate) data: Data,
+    /// Pooled keys, `[kv_heads][page_tokens / 32][rows][head_dim]`: those of a key block once its last position is
+    /// written.
+    pooled: Option<(KeyPool, Vec<f32>)>,
 }
 
 #[derive(Clone, Debug)]
@@ -151,7 +173,45 @@ impl KvPage {
                 v_scales: Values::zeroed(tokens),
             },
         };
-        KvPage { layout, data }
+        KvPage { layout, data, pooled: None }
+    }
+
+    /// Keeps pooled keys from here on.
+    fn pooling(mut self, pool: KeyPool) -> KvPage {
+        let blocks = self.layout.kv_heads * self.layout.page_tokens / KEY_BLOCK;
+        self.pooled = Some((pool, vec![0.0; blocks * pool.rows() * self.layout.head_dim]));
+        self
+    }
+
+    /// The pooled keys of a whole key block of one head, `[rows][head_dim]`; none where they are not kept.
+    fn pooled(&self, head: usize, block: usize) -> Option<&[f32]> {
+        let (pool, all) = self.pooled.as_ref()?;
+        let n = pool.rows() * self.layout.head_dim;
+        all.get((head * (self.layout.page_tokens / KEY_BLOCK) + block) * n..)?.get(..n)
+    }
+
+    /// Pools the keys of key block `block`, all of which are written.
+    fn pool(&mut self, block: usize) {
+        let Some((pool, mut all)) = self.pooled.take() else { return };
+        let l = self.layout;
+        let n = pool.rows() * l.head_dim;
+        let mut keys = vec![0.0; l.head_dim * KEY_BLOCK];
+        for head in 0..l.kv_heads {
+            self.keys_into(head, block, &mut keys);
+            let out = &mut all[(head * (l.page_tokens / KEY_BLOCK) + block) * n..][..n];
+            for (d, keys) in keys.chunks_exact(KEY_BLOCK).enumerate() {
+                match pool {
+                    KeyPool::Mean => out[d] = keys.iter().sum::<f32>() / KEY_BLOCK as f32,
+                    KeyPool::Bounds => {
+                        // A NaN among them must not get lost: whoever reads the bounds goes by it.
+                        let most = |a: f32, b: &f32| if a.is_nan() { a } else if b.is_nan() { *b } else { a.max(*b) };
+                        out[d] = -keys.iter().map(|k| -k).fold(f32::NEG_INFINITY, |a, b| most(a, &b));
+                        out[l.head_dim + d] = keys.iter().fold(f32::NEG_INFINITY, most);
+                    }
+                }
+            }
+        }
+        self.pooled = Some((pool, all));
     }
 
     /// Its shape.
@@ -182,6 +242,7 @@ impl KvPage {
             }
             _ => panic!("pages of two formats"),
         }
+        self.pooled.clone_from(&other.pooled);
     }
 
     /// Writes the key and value of the page's position `slot`, `[kv_heads * head_dim]` each.
@@ -218,6 +279,10 @@ impl KvPage {
                     v[v_at..].iter_mut().zip(value).for_each(|(b, x)| *b = byte(x * inverse));
                 }
             }
+        }
+        // Positions are written in order, those of a draft that was taken back again.
+        if self.pooled.is_some() && slot % KEY_BLOCK == KEY_BLOCK - 1 {
+            self.pool(slot / KEY_BLOCK);
         }
     }
 
@@ -343,13 +408,31 @@ fn byte(x: f32) -> i8 {
 pub struct KvPool {
     layout: KvLayout,
     format: KvFormat,
+    pooling: Option<KeyPool>,
     pages: Vec<Option<KvPage>>,
 }
 
 impl KvPool {
     /// No pages yet.
     pub fn new(layout: KvLayout, format: KvFormat) -> KvPool {
-        KvPool { layout, format, pages: Vec::new() }
+        KvPool { layout, format, pooling: None, pages: Vec::new() }
+    }
+
+    /// Keeps pooled keys in every page that is made from here on.
+    pub fn pool_keys(&mut self, pool: KeyPool) {
+        self.pooling = Some(pool);
+    }
+
+    /// What pooled keys its pages have.
+    pub fn pooling(&self) -> Option<KeyPool> {
+        self.pooling
+    }
+
+    /// Bytes of one page, pooled keys included.
+    pub fn page_bytes(&self) -> usize {
+        let l = self.layout;
+        let pooled = self.pooling.map_or(0, |p| 4 * p.rows() * l.head_dim * l.kv_heads * l.page_tokens / KEY_BLOCK);
+        l.page_bytes(self.format) + pooled
     }
 
     /// The shape of its pages.
@@ -368,7 +451,8 @@ impl KvPool {
         if self.pages.len() <= at {
             self.pages.resize_with(at + 1, || None);
         }
-        self.pages[at].get_or_insert_with(|| KvPage::new(self.layout, self.format));
+        let page = || KvPage::new(self.layout, self.format);
+        self.pages[at].get_or_insert_with(|| self.pooling.map_or_else(page, |pool| page().pooling(pool)));
     }
 
     /// Gives the memory of page `block` back.
@@ -432,6 +516,14 @@ pub struct KvView<'a> {
 }
 
 impl<'a> KvView<'a> {
+    /// The pooled keys of the `nth` key block of one head, all of whose positions are written: `[head_dim]` means, or
+    /// the least of each component and then the greatest. None where the pages keep none.
+    #[track_caller]
+    pub fn pooled(&self, head: usize, nth: usize) -> Option<&'a [f32]> {
+        let within = nth % (self.pool.layout.page_tokens / KEY_BLOCK);
+        self.page_of(nth * KEY_BLOCK).pooled(head, within)
+    }
+
     /// The page of `position`.
     #[track_caller]
     pub(crate) fn page_of(&self, position: usize) -> &'a KvPage {

@@ -29,15 +29,15 @@ mod sync;
 pub mod table;
 
 pub use cpu::Isa;
-pub use kv::{KEY_BLOCK, KvFormat, KvLayout, KvPage, KvPool, KvView};
+pub use kv::{KEY_BLOCK, KeyPool, KvFormat, KvLayout, KvPage, KvPool, KvView};
 pub use linear::{Activations, Group, Linear, Packing, Transposed};
 pub use op::adjoint::{activation_slope, softmax_lanes};
-pub use op::attention::Attention;
+pub use op::attention::{Attention, Chosen};
 pub use op::elementwise::{activation, add, add_scaled, gated_activation, softcap, softmax};
 pub use op::mass::{HeadMass, Mass};
 pub use op::norm::{norm, norm_in_place};
 pub use op::rope::{RopeRows, RopeTable};
-pub use parallel::{set_threads, threads};
+pub use parallel::{set_threads, tasks, threads};
 pub use simulated::Simulated;
 
 /// Raised whenever products become faster or slower: what was measured under another revision tells nothing about

@@ -38,6 +38,12 @@ pub fn threads() -> usize {
     }
 }
 
+/// Calls `f(i)` for each `i` below `n`, on as many threads as are worth it at `cost` multiply-adds an item: for work of
+/// those who compute with this crate, in its threads.
+pub fn tasks<F: Fn(usize) + Sync>(n: usize, cost: usize, f: F) {
+    ranges(n, 1, 1, cost, |from, to| (from..to).for_each(&f));
+}
+
 /// Calls `f(from, to)` over ranges that cover `0..n`: whole multiples of `unit` (the last one aside), at most `most`
 /// long, each worth a task at `cost` multiply-adds an item.
 pub(crate) fn ranges<F: Fn(usize, usize) + Sync>(n: usize, unit: usize, most: usize, cost: usize, f: F) {

@@ -31,7 +31,7 @@ fn keepers(keys: Value) -> Vec<(&'static str, Box<dyn Keep>)> {
     of("keep", |m| if let MadeRunning::Keep(k) = m { Some(k) } else { None }, keys)
 }
 
-fn selectors(keys: Value) -> Vec<(&'static str, Box<dyn Select>)> {
+fn selectors(keys: Value) -> Vec<(&'static str, std::sync::Arc<dyn Select>)> {
     of("select", |m| if let MadeRunning::Select(s) = m { Some(s) } else { None }, keys)
 }
 

@@ -336,13 +336,24 @@ impl<B: Backend> AttentionPart<B> {
         if let Some(rope) = &self.rope {
             span("rope", || backend.rope(rope, self.head_dim, step, [&mut q, &mut k]));
         }
-        let mut mass = kv.lend_mass(layer);
+        let (mut mass, select) = (kv.lend_mass(layer), kv.selector(layer));
         let pages = kv.pages(layer)?;
         span("keys and values written", || backend.write(pages, layer, step, &k, &v));
-        let mixed = span("attention", || backend.attend(&self.scores, pages, layer, step, &q));
+        let select = select.as_deref();
+        let (mixed, reads) = match select {
+            None => (span("attention", || backend.attend(&self.scores, pages, layer, step, &q)), None),
+            Some(by) => {
+                let some = || backend.attend_chosen(&self.scores, pages, layer, step, &q, by);
+                let (mixed, reads) = span("attention", some)?;
+                (mixed, Some(reads))
+            }
+        };
         if !mass.is_empty() {
             span("attention added up", || backend.weigh(&self.scores, pages, layer, step, &q, &mut mass));
             kv.take_mass(layer, mass);
+        }
+        if let Some(reads) = reads {
+            kv.count_reads(reads);
         }
         look.input([&self.o.place], &mixed)?;
         let y = self.o.apply(backend, &mixed);

@@ -62,6 +62,12 @@ pub enum ModelError {
         /// How many there are.
         tokens: usize,
     },
+    /// What says which keys a row reads gave no answer, or one that does not fit.
+    #[error("the selector of keys: {what}")]
+    Select {
+        /// What, with the numbers.
+        what: String,
+    },
     /// The key-value store cannot take or give what was asked.
     #[error("the key-value store: {what}")]
     Store {

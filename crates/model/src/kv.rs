@@ -1,9 +1,12 @@
 //! Where keys and values are kept.
 
+use std::sync::Arc;
+
+use lacuna_contract::Select;
 use lacuna_kernels::{KvFormat, KvLayout, Mass};
 use lacuna_spec::Spec;
 
-use crate::backend::{Backend, Cpu, Pages, Table, Tables};
+use crate::backend::{Backend, Cpu, Pages, Reads, Table, Tables};
 use crate::{Batch, ModelError};
 
 /// A store of keys and values for several sequences: it owns the pages of a backend and says which of them, by their
@@ -27,6 +30,15 @@ pub trait KvStore<B: Backend = Cpu> {
 
     /// Takes them back.
     fn take_mass(&mut self, _layer: usize, _mass: Vec<Mass>) {}
+
+    /// What says which blocks of keys rows read in block `layer`; none where they read all. Its pages keep the pooled
+    /// keys that it reads ([`Pages::pool_keys`]).
+    fn selector(&self, _layer: usize) -> Option<Arc<dyn Select>> {
+        None
+    }
+
+    /// Told what rows read where it had one.
+    fn count_reads(&mut self, _reads: Reads) {}
 }
 
 /// Prepares a store for a step of some layers with attention, and gives their tables.

@@ -25,7 +25,7 @@ mod parts;
 mod profile;
 mod tap;
 
-pub use backend::{Backend, Cpu, Naive, Pages, Table, Tables};
+pub use backend::{Backend, Cpu, Naive, Pages, Reads, Table, Tables};
 pub use batch::Batch;
 pub use block::Block;
 pub use decoder::{Decoder, Embedding, Head, LoadOptions};

@@ -130,7 +130,7 @@ pub fn bench(
             prefill_profile = profiled(|| timed.read())?;
         }
     }
-    let mut kv_bytes = 0;
+    let (mut kv_bytes, mut left_out) = (0, 0);
     if o.gen_tokens > 0 {
         timed.forget();
         for rep in 0..=reps {
@@ -140,8 +140,11 @@ pub fn bench(
             // short keys.
             timed.submit(&text[..depth], &text[depth..depth + steps])?;
             timed.read()?;
+            let before = timed.scheduler.gauges().reads;
             let start = Instant::now();
             timed.write()?;
+            let reads = timed.scheduler.gauges().reads;
+            left_out = ((reads.all - before.all) - (reads.read - before.read)) / steps as u64;
             if rep > 0 {
                 decode.push(steps as f64 / start.elapsed().as_secs_f64().max(1e-9));
             }
@@ -153,6 +156,7 @@ pub fn bench(
             decode_profile = profiled(|| timed.write())?;
         }
         kv_bytes = (depth..depth + o.gen_tokens).map(|at| engine.kv_bytes_at(at)).sum::<u64>() / o.gen_tokens as u64;
+        kv_bytes -= left_out.min(kv_bytes);
     }
     let weights_bytes = engine.model().weights_bytes();
     Ok(Bench {

@@ -9,16 +9,20 @@
 //! shorter one.
 
 pub(crate) mod keep;
+pub(crate) mod select;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::ops::Bound;
+use std::sync::Arc;
 
+use lacuna_contract::Select;
 use lacuna_kernels::{KEY_BLOCK, KvFormat, KvLayout, Mass};
-use lacuna_model::{Backend, Batch, Cpu, KvStore, ModelError, Pages, Table};
+use lacuna_model::{Backend, Batch, Cpu, KvStore, ModelError, Pages, Reads, Table};
 use lacuna_spec::Spec;
 
 use self::keep::{Keeping, Left};
+use self::select::Selecting;
 
 /// Positions of a block.
 pub const BLOCK_TOKENS: usize = KEY_BLOCK;
@@ -110,6 +114,8 @@ pub struct BlockStore<B: Backend = Cpu> {
     evicted: u64,
     /// Whose texts keep some entries only.
     keeping: Option<Keeping>,
+    /// Whose rows read some blocks only.
+    selecting: Option<Selecting>,
     /// The texts of the batch that was prepared last.
     prepared: Vec<usize>,
 }
@@ -151,6 +157,7 @@ impl<B: Backend> BlockStore<B> {
             next: FIRST,
             evicted: 0,
             keeping: None,
+            selecting: None,
             prepared: Vec::new(),
         }
     }
@@ -603,6 +610,14 @@ impl<B: Backend> KvStore<B> for BlockStore<B> {
 
     fn lend_mass(&mut self, layer: usize) -> Vec<Mass> {
         self.places.get(layer).copied().flatten().map_or_else(Vec::new, |place| self.lend(place))
+    }
+
+    fn selector(&self, layer: usize) -> Option<Arc<dyn Select>> {
+        self.places.get(layer).copied().flatten().and_then(|place| self.selector_of(place))
+    }
+
+    fn count_reads(&mut self, reads: Reads) {
+        self.add_reads(reads);
     }
 
     fn take_mass(&mut self, layer: usize, mass: Vec<Mass>) {

@@ -6,7 +6,7 @@ use lacuna_model::{Decoder, ModelError};
 use lacuna_spec::RopeScaling;
 
 use crate::RunPlan;
-use crate::blocks::keep;
+use crate::blocks::{keep, select};
 
 /// What can go wrong while running a model.
 #[derive(Debug, thiserror::Error)]
@@ -114,7 +114,10 @@ impl Engine {
 
     /// Says why the model cannot run under the plan.
     pub fn check_plan(&self) -> Result<(), RunError> {
-        let checked = self.keep_plan().map_or(Ok(()), |plan| keep::check(plan, &self.model.spec, self.context));
+        let kept = self.keep_plan();
+        let checked = kept.map_or(Ok(()), |plan| keep::check(plan, &self.model.spec, self.context));
+        let read = self.plan.select().map(|select| select.plan());
+        let checked = checked.and_then(|()| read.map_or(Ok(()), |plan| select::check(plan, kept.is_some())));
         checked.map_err(|e| RunError::Request(format!("the run plan: {e}")))
     }
 

@@ -20,6 +20,7 @@ pub use bench::{Bench, BenchOptions, Spent, bench};
 pub use blocks::{BLOCK_TOKENS, BlockCounts, BlockStore};
 pub use chat::Chat;
 pub use engine::{Engine, RunError};
+pub use lacuna_model::Reads;
 pub use generate::{Generation, Stop};
 pub use plan::{QUESTIONS, RunPlan};
 pub use request::{Event, Finished, Grammar, Job, Picked, Pooling, Request};

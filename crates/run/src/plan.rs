@@ -1,5 +1,7 @@
 //! The run plan: what is drafted, and what is left out, while a model runs.
 
+use std::sync::Arc;
+
 use lacuna_contract::{Draft, Gate, Keep, MadeRunning, MethodError, Registry, Select};
 use serde_json::{Map, Value, json};
 
@@ -23,7 +25,7 @@ pub struct RunPlan {
 }
 
 /// The questions of run time, in the order in which plans list them.
-pub const QUESTIONS: [&str; 2] = ["draft", "keep"];
+pub const QUESTIONS: [&str; 3] = ["draft", "keep", "select"];
 
 impl RunPlan {
     /// Nothing drafted, nothing left out.
@@ -129,8 +131,8 @@ impl RunPlan {
     }
 
     /// What decides which keys a query reads.
-    pub fn select(&self) -> Option<&dyn Select> {
-        self.entries.iter().find_map(|e| if let MadeRunning::Select(s) = &e.made { Some(s.as_ref()) } else { None })
+    pub fn select(&self) -> Option<&Arc<dyn Select>> {
+        self.entries.iter().find_map(|e| if let MadeRunning::Select(s) = &e.made { Some(s) } else { None })
     }
 
     /// What decides which channels a row needs.

@@ -17,6 +17,8 @@
 //! and not within it. Prompts are read by the same rule, where the paper reads them whole. Where scores are alike the
 //! earlier block is read.
 
+use std::sync::Arc;
+
 use lacuna_base::MatRef;
 use lacuna_contract::{
     Card, MadeRunning, MethodError, Pool, Pooled, RunMethod, Select, SelectAsk, SelectPlan, SelectScope,
@@ -62,7 +64,7 @@ pub(crate) fn method() -> RunMethod {
             abilities: &[],
         },
         keys: make::keys::<PooledBlocks>,
-        make: |given, _| Ok(MadeRunning::Select(Box::new(make::parameters::<PooledBlocks>("pooled-blocks", given)?))),
+        make: |given, _| Ok(MadeRunning::Select(Arc::new(make::parameters::<PooledBlocks>("pooled-blocks", given)?))),
     }
 }
 

@@ -2,17 +2,20 @@
 //! are theirs.
 
 use std::ops::Range;
-use std::sync::Arc;
+use std::sync::{Arc, Mutex};
 
 use lacuna_base::{Mat, MatMut, MatRef};
+use lacuna_contract::{Pool, Select};
 use lacuna_format::Stored;
 use lacuna_kernels as kernels;
 use lacuna_kernels::{
-    Activations, Attention, Group, KvFormat, KvLayout, KvPool, KvView, Linear, Mass, Packing, RopeTable,
+    Activations, Attention, Chosen, Group, KEY_BLOCK, KeyPool, KvFormat, KvLayout, KvPool, KvView, Linear, Mass, Packing,
+    RopeTable,
 };
 use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
 
-use super::{Backend, Host, Measure, NO_CHOICE, Pages, Routes, Tables};
+use super::select::PooledKeys;
+use super::{Backend, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables};
 use crate::lent::Reused;
 use crate::{Batch, Lent, ModelError};
 
@@ -54,7 +57,10 @@ impl Step {
 
 impl Pages for KvPool {
     fn block_bytes(&self) -> usize {
-        self.layout().page_bytes(self.format())
+        self.page_bytes()
+    }
+    fn pool_keys(&mut self, pool: Pool) {
+        KvPool::pool_keys(self, kept(pool));
     }
     fn reserve(&mut self, block: u32) {
         KvPool::reserve(self, block);
@@ -68,6 +74,35 @@ impl Pages for KvPool {
     fn gather(&mut self, table: &[u32], to: u32, kept: &[&[usize]]) {
         KvPool::gather(self, table, to, kept);
     }
+}
+
+/// Rows of one sequence that ask a selector in one task.
+const ASKING: usize = 32;
+
+fn kept(pool: Pool) -> KeyPool {
+    match pool {
+        Pool::Mean => KeyPool::Mean,
+        Pool::Bounds => KeyPool::Bounds,
+    }
+}
+
+/// What each of some rows of one sequence reads of one key head, as [`PooledKeys::read`] says it.
+fn ask(
+    select: &dyn Select,
+    (layer, head): (usize, usize),
+    (q, slots): (MatRef<'_>, &[usize]),
+    rows: Range<usize>,
+    kv: &KvView<'_>,
+) -> Result<Vec<Option<Vec<usize>>>, ModelError> {
+    let (plan, dim) = (select.plan(), kv.pool.layout().head_dim);
+    let group = q.cols() / dim / kv.pool.layout().kv_heads;
+    let last = slots[rows.clone()].iter().max().copied().unwrap_or(0);
+    let pooled = PooledKeys::new(plan, dim, last, |nth| kv.pooled(head, nth))?;
+    let of_row = |r: usize| {
+        let mine = &q.row(r)[head * group * dim..][..group * dim];
+        pooled.read(select, (layer, head), MatRef::new(group, dim, mine), slots[r])
+    };
+    rows.map(of_row).collect()
 }
 
 impl Cpu {
@@ -310,6 +345,55 @@ impl Backend for Cpu {
         let mut out = Lent::new(q.rows(), q.cols());
         how.run(q.view(), step.tables.slots(), step.views(pages, layer), out.view_mut());
         out
+    }
+
+    fn attend_chosen(
+        &self,
+        how: &Attention,
+        pages: &KvPool,
+        layer: usize,
+        step: &Step,
+        q: &Lent,
+        select: &dyn Select,
+    ) -> Result<(Lent, Reads), ModelError> {
+        let layout = pages.layout();
+        let (sequences, heads): (Vec<(Range<usize>, KvView<'_>)>, _) = (step.views(pages, layer).collect(), layout.kv_heads);
+        let pieces: Vec<(Range<usize>, &KvView<'_>)> = (sequences.iter())
+            .flat_map(|(rows, kv)| {
+                let piece = move |from: usize| (from..(from + ASKING).min(rows.end), kv);
+                rows.clone().step_by(ASKING).map(piece)
+            })
+            .collect();
+        // Every piece's answers for each head.
+        let answers: Vec<Mutex<Result<Vec<Option<Vec<usize>>>, ModelError>>> =
+            (0..pieces.len() * heads).map(|_| Mutex::new(Ok(Vec::new()))).collect();
+        let longest = sequences.iter().map(|(_, kv)| kv.tokens).max().unwrap_or(0);
+        let cost = 4 * ASKING.min(q.rows()) * q.cols() / heads * longest / select.plan().block.max(1);
+        kernels::tasks(answers.len(), cost, |i| {
+            let (rows, kv) = &pieces[i / heads];
+            let answer = ask(select, (layer, i % heads), (q.view(), step.tables.slots()), rows.clone(), kv);
+            // Nobody else meets it.
+            *answers[i].lock().unwrap_or_else(|e| e.into_inner()) = answer;
+        });
+        let answers = answers.into_iter().map(|a| a.into_inner().unwrap_or_else(|e| e.into_inner()));
+        let answers: Vec<Vec<Option<Vec<usize>>>> = answers.collect::<Result<_, _>>()?;
+        let (mut chosen, mut reads) = (Chosen::new(heads), Reads::default());
+        let bytes = (layout.token_bytes(pages.format()) / heads) as u64;
+        for (piece, (rows, _)) in pieces.iter().enumerate() {
+            for (nth, r) in rows.clone().enumerate() {
+                for head in 0..heads {
+                    let (slot, blocks) = (step.tables.slots()[r], answers[piece * heads + head][nth].as_deref());
+                    reads.row(slot, blocks, bytes);
+                    match blocks {
+                        None => chosen.push(slot, 0..slot / KEY_BLOCK),
+                        Some(blocks) => chosen.push(slot, blocks.iter().copied()),
+                    }
+                }
+            }
+        }
+        let mut out = Lent::new(q.rows(), q.cols());
+        how.run_chosen(q.view(), step.tables.slots(), sequences, &chosen, out.view_mut());
+        Ok((out, reads))
     }
 
     fn weigh(&self, how: &Attention, pages: &KvPool, layer: usize, step: &Step, q: &Lent, mass: &mut [Mass]) {

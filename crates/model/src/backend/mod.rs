@@ -14,12 +14,14 @@
 
 mod cpu;
 pub mod naive;
+mod select;
 mod tables;
 
 use std::ops::Range;
 use std::sync::Arc;
 
 use lacuna_base::{Mat, MatRef};
+use lacuna_contract::{Pool, Select};
 use lacuna_format::Stored;
 use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, Mass};
 use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
@@ -27,6 +29,7 @@ use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
 pub use cpu::Cpu;
 pub(crate) use cpu::{Matrix, NormOf, grouped, route};
 pub use naive::Naive;
+pub use select::Reads;
 pub use tables::{Table, Tables};
 
 use crate::{Batch, ModelError};
@@ -151,6 +154,23 @@ pub trait Backend: Clone {
         q: &Self::Rows,
     ) -> Self::Rows;
 
+    /// As [`Backend::attend`], where each row reads only some blocks of keys of each key head: `select` is asked by the
+    /// queries that read the head and the pooled keys of the whole blocks before the row's own, and what lies behind
+    /// those is read in any case. Where it names all of them, the result is that of [`Backend::attend`], bit for bit.
+    /// Slots are positions. A backend that lets the host choose waits for the queries. Those that never run for people
+    /// may refuse.
+    fn attend_chosen(
+        &self,
+        _how: &Attention,
+        _pages: &Self::Pages,
+        layer: usize,
+        _step: &Self::Step,
+        _q: &Self::Rows,
+        _select: &dyn Select,
+    ) -> Result<(Self::Rows, Reads), ModelError> {
+        Err(ModelError::Select { what: format!("layer {layer}: this backend reads all keys") })
+    }
+
     /// Adds the attention that the same rows give to slots, row by row: `mass` has one for each of the step's runs of
     /// rows of one sequence. Asked only where somebody goes by it.
     fn weigh(
@@ -190,6 +210,10 @@ pub trait Backend: Clone {
 pub trait Pages {
     /// Bytes of one.
     fn block_bytes(&self) -> usize;
+
+    /// Keeps the pooled keys of whole key blocks in every page made from here on; nothing where they are not read from
+    /// there.
+    fn pool_keys(&mut self, _pool: Pool) {}
 
     /// Makes a page, where it is not there yet; its content is unspecified. Where memory is short, the end of the step
     /// tells.

@@ -5,12 +5,14 @@ use std::collections::HashMap;
 use std::ops::Range;
 use std::sync::Arc;
 
-use lacuna_base::{Mat64, MatRef};
+use lacuna_base::{Mat, Mat64, MatRef};
+use lacuna_contract::{Pool, Select};
 use lacuna_format::Stored;
-use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, Mass};
+use lacuna_kernels::{Activations, Attention, KEY_BLOCK, KvFormat, KvLayout, Mass};
 use lacuna_spec::{Activation, Experts, Norm, NormKind, Place, Rope, RopeScaling, RopeStyle};
 
-use super::{Backend, Host, Measure, NO_CHOICE, Pages, Routes, Tables};
+use super::select::PooledKeys;
+use super::{Backend, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables};
 use crate::{Batch, ModelError};
 
 /// f64 and loops.
@@ -151,14 +153,45 @@ fn attend<'a>(
     key: impl Fn(usize) -> &'a [f64],
     value: impl Fn(usize) -> &'a [f64],
 ) -> Vec<f64> {
+    attend_seen(p, dim, kv_heads, (q, position), key, value, |_, _| true)
+}
+
+/// The same over the keys that `seen(key head, position)` says.
+fn attend_seen<'a>(
+    p: &Attention,
+    dim: usize,
+    kv_heads: usize,
+    (q, position): (&[f64], usize),
+    key: impl Fn(usize) -> &'a [f64],
+    value: impl Fn(usize) -> &'a [f64],
+    seen: impl Fn(usize, usize) -> bool,
+) -> Vec<f64> {
     let mut out = vec![0.0; p.heads * dim];
     for (h, out) in out.chunks_mut(dim).enumerate() {
-        let at = h / (p.heads / kv_heads) * dim;
-        for (t, w) in weights(p, dim, kv_heads, (q, position), h, &key) {
+        let kv_head = h / (p.heads / kv_heads);
+        let at = kv_head * dim;
+        let weights: Vec<(usize, f64)> =
+            weights(p, dim, kv_heads, (q, position), h, &key).filter(|(t, _)| seen(kv_head, *t)).collect();
+        // Weights of the softmax over all keys, divided by what those that are seen have of it.
+        let total: f64 = weights.iter().map(|(_, w)| w).sum();
+        for (t, w) in weights.into_iter().map(|(t, w)| (t, w / total)) {
             out.iter_mut().zip(&value(t)[at..]).for_each(|(o, v)| *o += w * v);
         }
     }
     out
+}
+
+/// The means of some keys, or the least of each component and then the greatest.
+fn pool(by: Pool, dim: usize, keys: &[&[f64]]) -> Vec<f32> {
+    let each = |f: &dyn Fn(&mut dyn Iterator<Item = f64>) -> f64| -> Vec<f32> {
+        (0..dim).map(|d| f(&mut keys.iter().map(|k| k[d])) as f32).collect()
+    };
+    match by {
+        Pool::Mean => each(&|k| k.sum::<f64>() / keys.len() as f64),
+        Pool::Bounds => {
+            [each(&|k| k.fold(f64::INFINITY, f64::min)), each(&|k| k.fold(f64::NEG_INFINITY, f64::max))].concat()
+        }
+    }
 }
 
 /// The keys that one head of a query sees, with their weights.
@@ -409,6 +442,50 @@ impl Backend for Naive {
             }
         }
         out
+    }
+
+    fn attend_chosen(
+        &self,
+        how: &Attention,
+        pages: &NaivePages,
+        layer: usize,
+        step: &Step,
+        q: &Mat64,
+        select: &dyn Select,
+    ) -> Result<(Mat64, Reads), ModelError> {
+        let (n, width, plan) = (pages.layout.page_tokens, pages.width(), select.plan());
+        let (dim, kv_heads) = (pages.layout.head_dim, pages.layout.kv_heads);
+        let (group, mut reads) = (how.heads / kv_heads, Reads::default());
+        let mut out = Mat64::zeros(q.rows(), q.cols());
+        for ((_, rows), table) in step.batch.runs().zip(step.tables.of(layer)) {
+            for r in rows {
+                let slot = step.batch.positions()[r] - table.shift;
+                let of =
+                    |side: usize| move |t: usize| &pages.blocks[&table.blocks[t / n]][side][t % n * width..][..width];
+                let mut read = Vec::with_capacity(kv_heads);
+                for head in 0..kv_heads {
+                    let pooled: Vec<Vec<f32>> = (0..slot / KEY_BLOCK)
+                        .map(|block| {
+                            let keys = (0..KEY_BLOCK).map(|i| &of(0)(block * KEY_BLOCK + i)[head * dim..][..dim]);
+                            pool(plan.pool, dim, &keys.collect::<Vec<_>>())
+                        })
+                        .collect();
+                    let pooled = PooledKeys::new(plan, dim, slot, |nth| pooled.get(nth).map(Vec::as_slice))?;
+                    let mine = &q.row(r)[head * group * dim..][..group * dim];
+                    let queries = Mat::from_fn(group, dim, |i, c| mine[i * dim + c] as f32);
+                    let blocks = pooled.read(select, (layer, head), queries.view(), slot)?;
+                    reads.row(slot, blocks.as_deref(), 2 * 8 * dim as u64);
+                    read.push(blocks);
+                }
+                let seen = |head: usize, t: usize| {
+                    let block = t / KEY_BLOCK;
+                    block == slot / KEY_BLOCK || read[head].as_ref().is_none_or(|blocks| blocks.contains(&block))
+                };
+                let mixed = attend_seen(how, dim, kv_heads, (q.row(r), slot), of(0), of(1), seen);
+                out.row_mut(r).copy_from_slice(&mixed);
+            }
+        }
+        Ok((out, reads))
     }
 
     fn weigh(&self, how: &Attention, pages: &NaivePages, layer: usize, step: &Step, q: &Mat64, mass: &mut [Mass]) {

@@ -57,7 +57,7 @@ pub(crate) fn slots(plan: Option<KeepPlan>, tokens: usize) -> usize {
 }
 
 /// The window of a layer that is smaller than what a text may have.
-fn window(spec: &Spec, layer: usize, context: usize) -> Option<usize> {
+pub(super) fn window(spec: &Spec, layer: usize, context: usize) -> Option<usize> {
     spec.layers.get(layer)?.attn.as_ref()?.window.filter(|w| *w < context)
 }
 

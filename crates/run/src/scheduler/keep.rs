@@ -16,6 +16,10 @@ impl Scheduler {
     pub(super) fn store(engine: &Engine, limits: &Limits) -> BlockStore {
         let spec = &engine.model().spec;
         let store = BlockStore::new(spec, engine.kv_format(), limits.kv_bytes);
+        let store = match engine.plan().select() {
+            Some(by) => store.selecting(Arc::clone(by), spec, engine.context(), limits.kv_bytes),
+            None => store,
+        };
         match engine.keep_plan() {
             Some(plan) => store.keeping(plan, spec, engine.context()),
             None => store,

@@ -11,6 +11,8 @@
 //!
 //! Where the run plan has a keeper, it decides before a text goes on from a position at which that is due; chunks and
 //! drafts end there.
+//!
+//! Where the run plan has a selector, every row asks it for itself, those of prompts and of drafts like all others.
 
 mod draft;
 mod keep;
@@ -25,7 +27,7 @@ use std::sync::Arc;
 
 use lacuna_base::{Mat, MatRef};
 use lacuna_checkpoint::Tokenizer;
-use lacuna_model::{Batch, NoTap};
+use lacuna_model::{Batch, NoTap, Reads};
 use rayon::prelude::*;
 
 use self::draft::{Drafter, Prices};
@@ -90,6 +92,8 @@ pub struct Gauges {
     pub accepted: u64,
     /// The largest modelled cost of a text that is over, in that of plain decoding; 0 before one was drafted for.
     pub draft_cost: f64,
+    /// What rows read where a selector was asked, since the start.
+    pub reads: Reads,
 }
 
 /// Continues texts over one engine, one or many.
@@ -204,6 +208,7 @@ impl Scheduler {
             drafted: self.drafted,
             accepted: self.accepted,
             draft_cost: self.draft_cost,
+            reads: self.store.reads(),
         }
     }
 

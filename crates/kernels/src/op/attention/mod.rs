@@ -5,7 +5,12 @@
 //! shared between threads. A query's segments, tiles, its bounds in them and every order of summation follow from its
 //! own position: its result is the same bits in any company, alone, in a chunk of any size, with any number of threads.
 //! All sequences of a call are one region of threads.
+//!
+//! A query may read only some key blocks ([`Chosen`]): segments and tiles stay where they are, those of which it reads
+//! nothing are passed by, and of a tile it meets what it reads, run by run of key blocks. Reading all is reading the
+//! one run that there is: the same bits.
 
+mod chosen;
 mod cut;
 mod element;
 mod ops;
@@ -18,6 +23,8 @@ use lacuna_base::{MatMut, MatRef};
 use crate::kv::{KEY_BLOCK, KvFormat, KvLayout, KvView};
 use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
+pub use chosen::Chosen;
+use chosen::{Bits, runs};
 use cut::Part;
 use element::{Element, Parts};
 use ops::{Finish, Merge, Mix, Scores, Soften, Tile, Widen};
@@ -64,7 +71,21 @@ impl Attention {
         sequences: impl IntoIterator<Item = (Range<usize>, KvView<'a>)>,
         out: MatMut<'_>,
     ) {
-        self.run_on(Isa::best(), q, positions, sequences, out);
+        self.run_on(Isa::best(), q, positions, sequences, None, out);
+    }
+
+    /// The same, where each row reads only the key blocks that are chosen for it, of each key head. Panics also where
+    /// they are those of other rows.
+    #[track_caller]
+    pub fn run_chosen<'a>(
+        &self,
+        q: MatRef<'_>,
+        positions: &[usize],
+        sequences: impl IntoIterator<Item = (Range<usize>, KvView<'a>)>,
+        chosen: &Chosen,
+        out: MatMut<'_>,
+    ) {
+        self.run_on(Isa::best(), q, positions, sequences, Some(chosen), out);
     }
 
     #[track_caller]
@@ -74,23 +95,32 @@ impl Attention {
         q: MatRef<'_>,
         positions: &[usize],
         sequences: impl IntoIterator<Item = (Range<usize>, KvView<'a>)>,
+        chosen: Option<&Chosen>,
         out: MatMut<'_>,
     ) {
         let mut parts = cut::empty();
         self.cut(positions, sequences, &mut parts);
-        self.run_parts(isa, q, positions, &mut parts, out);
+        self.run_parts(isa, (q, positions), &mut parts, chosen, out);
         cut::give_back(parts);
     }
 
     /// The same, where the sequences are known and their work is not cut yet.
     #[track_caller]
-    fn run_parts(&self, isa: Isa, q: MatRef<'_>, positions: &[usize], parts: &mut [Part<'_>], mut out: MatMut<'_>) {
+    fn run_parts(
+        &self,
+        isa: Isa,
+        (q, positions): (MatRef<'_>, &[usize]),
+        parts: &mut [Part<'_>],
+        chosen: Option<&Chosen>,
+        mut out: MatMut<'_>,
+    ) {
         assert_eq!((q.rows(), q.cols()), (out.rows(), out.cols()), "two shapes");
         assert_eq!(q.rows(), positions.len(), "a position for each row");
         let Some(first) = parts.first() else { return };
         let (layout, format) = (first.kv.pool.layout(), first.kv.pool.format());
         assert_eq!(q.cols(), self.heads * layout.head_dim, "query heads of another width");
         assert!(self.heads.is_multiple_of(layout.kv_heads), "{} heads over {}", self.heads, layout.kv_heads);
+        assert!(chosen.is_none_or(|c| c.count() == (q.rows(), layout.kv_heads)), "chosen blocks of every row and head");
         let group = self.heads / layout.kv_heads;
         let side = group.min(QUERIES);
         let rows = QUERIES / side;
@@ -144,6 +174,7 @@ impl Attention {
                     positions,
                     kv: &part.kv,
                     layout,
+                    chosen,
                     head,
                     heads: (first, (first + side).min((head + 1) * group)),
                     rows: (from + chunk * rows, (from + (chunk + 1) * rows).min(part.rows.end)),
@@ -166,7 +197,9 @@ impl Attention {
                     for i in from..to {
                         let (r, h) = (part.rows.start + i / self.heads, i % self.heads);
                         let within = |p: usize| p / SEGMENT - part.segments.start;
-                        let segments = (within(self.low(positions[r])), within(positions[r]));
+                        let bits = chosen.map_or(Bits(None), |c| c.of(r, h / group));
+                        let segments = (within(self.low(positions[r]))..within(positions[r]) + 1)
+                            .filter(|s| bits.any_in(part.segments.start + s));
                         let partial = partial.after(begin + i * width);
                         // SAFETY: the jobs above wrote all segments that the query sees; every row and head is met
                         // once.
@@ -214,6 +247,8 @@ struct Task<'a> {
     positions: &'a [usize],
     kv: &'a KvView<'a>,
     layout: KvLayout,
+    /// What each row reads of each head; none: all.
+    chosen: Option<&'a Chosen>,
     /// The key head.
     head: usize,
     /// Its query heads, from and to.
@@ -239,9 +274,10 @@ struct State<'a> {
     /// Sums of this segment, and of those before.
     acc: &'a mut [f32],
     total: &'a mut [f32],
-    /// First and last visible position.
+    /// First and last visible position, and the key blocks that are read.
     low: usize,
     high: usize,
+    bits: Bits<'a>,
     top: f32,
     sum: f32,
     total_top: f32,
@@ -258,17 +294,21 @@ impl State<'_> {
         (self.low.saturating_sub(start).min(end), end)
     }
 
-    /// The key blocks of that part, from and to.
+    /// The key blocks of that part which it reads, a bit each.
     #[inline(always)]
-    fn blocks(&self, start: usize) -> (usize, usize) {
+    fn blocks(&self, start: usize) -> usize {
         let (lo, hi) = self.bounds(start);
-        if lo == hi { (0, 0) } else { (lo / KEY_BLOCK, hi.div_ceil(KEY_BLOCK)) }
+        if lo == hi {
+            return 0;
+        }
+        let seen = (1 << hi.div_ceil(KEY_BLOCK)) - (1 << (lo / KEY_BLOCK));
+        seen & self.bits.tile(start)
     }
 
-    /// Whether it sees any of a segment.
+    /// Whether it reads any of a segment.
     #[inline(always)]
     fn saw(&self, segment: usize) -> bool {
-        self.low / SEGMENT <= segment && segment <= self.high / SEGMENT
+        self.low / SEGMENT <= segment && segment <= self.high / SEGMENT && self.bits.any_in(segment)
     }
 
     /// Brings this segment's largest score, sum and sums to those of the segments before.
@@ -313,18 +353,19 @@ impl<'a> Task<'a> {
     where
         'a: 'b,
     {
-        let (mut q, mut low, mut high): (&[f32], _, _) = (&[], 0, 0);
+        let (mut q, mut low, mut high, mut bits): (&[f32], _, _, _) = (&[], 0, 0, Bits(None));
         if sums.is_some() {
             let (r, h) = self.query(i);
             let dim = self.layout.head_dim;
             q = &self.q.row(r)[h * dim..(h + 1) * dim];
             high = self.positions[r];
             low = self.p.low(high);
+            bits = self.chosen.map_or(bits, |c| c.of(r, self.head));
         }
         let sums = sums.unwrap_or_default();
         let (acc, total) = sums.split_at_mut(sums.len() / 2);
         let none = f32::NEG_INFINITY;
-        State { q, acc, total, low, high, top: none, sum: 0.0, total_top: none, total_sum: 0.0, begun: false }
+        State { q, acc, total, low, high, bits, top: none, sum: 0.0, total_top: none, total_sum: 0.0, begun: false }
     }
 
     fn run<E: Element>(&self, isa: Isa, segments: Range<usize>, sink: Sink) {
@@ -397,10 +438,22 @@ impl<'a> Task<'a> {
         }
         let from = (low / TILE).max(segment * SEGMENT / TILE);
         let to = (high / TILE + 1).min((segment + 1) * SEGMENT / TILE);
+        // Key blocks of a tile that any of them reads, a bit each.
+        let wanted = |states: &[State<'_>], start: usize| {
+            if self.chosen.is_some() {
+                return states.iter().fold(0, |all, s| all | s.blocks(start));
+            }
+            let (from, to) = (low.saturating_sub(start) / KEY_BLOCK, (high + 1 - start).div_ceil(KEY_BLOCK).min(SUBS));
+            (1 << to) - (1 << from)
+        };
         for t in from..to {
             let start = t * TILE;
-            let subs = (low.saturating_sub(start) / KEY_BLOCK, (high + 1 - start).div_ceil(KEY_BLOCK).min(SUBS));
-            let tile = self.tile::<E>(start, subs);
+            let subs = wanted(states, start);
+            if subs == 0 {
+                continue;
+            }
+            let next = if self.chosen.is_some() { wanted(states, start + TILE) } else { (1 << SUBS) - 1 };
+            let tile = self.tile::<E>(start, subs, next);
             // SAFETY: the tile has the key blocks that any of the queries sees.
             unsafe {
                 if self.widens::<E>() {
@@ -413,8 +466,8 @@ impl<'a> Task<'a> {
         }
     }
 
-    /// Where key blocks `subs` of the tile at `start` lie.
-    fn tile<E: Element>(&self, start: usize, subs: (usize, usize)) -> Tile<E> {
+    /// Where key blocks `subs` of the tile at `start` lie, and those that are wanted of the tile after it: a bit each.
+    fn tile<E: Element>(&self, start: usize, subs: usize, wanted: usize) -> Tile<E> {
         let l = self.layout;
         let none = std::ptr::null();
         let mut tile =
@@ -424,12 +477,12 @@ impl<'a> Task<'a> {
         let lies = |parts: &Parts<'_, E>, row: usize| {
             (parts.keys[row * l.head_dim..].as_ptr(), parts.values[row * l.padded()..].as_ptr())
         };
-        for i in subs.0..subs.1 {
+        for i in (0..SUBS).filter(|i| subs >> i & 1 == 1) {
             let at = start + i * KEY_BLOCK;
             let (parts, row) = block(at);
             (tile.keys[i], tile.values[i]) = lies(&parts, row);
             let mut next = (tile.keys[i], tile.values[i]);
-            if at + TILE < self.kv.tokens {
+            if wanted >> i & 1 == 1 && at + TILE < self.kv.tokens {
                 let (parts, row) = block(at + TILE);
                 next = lies(&parts, row);
             }
@@ -450,7 +503,7 @@ impl<'a> Task<'a> {
     unsafe fn widened<E: Element>(
         &self,
         isa: Isa,
-        subs: (usize, usize),
+        subs: usize,
         tile: &Tile<E>,
         wide: &mut [f32],
     ) -> Tile<f32> {
@@ -459,7 +512,7 @@ impl<'a> Task<'a> {
         let none = std::ptr::null();
         let mut out = Tile { keys: [none; SUBS], values: [none; SUBS], scales: tile.scales, next: tile.next };
         let mut at = wide.as_mut_ptr();
-        for i in subs.0..subs.1 {
+        for i in (0..SUBS).filter(|i| subs >> i & 1 == 1) {
             (out.keys[i], out.values[i]) = (at, at.wrapping_add(k));
             dispatch(isa, Widen { from: tile.keys[i], to: at, n: k });
             dispatch(isa, Widen { from: tile.values[i], to: at.wrapping_add(k), n: v });
@@ -482,33 +535,40 @@ impl<'a> Task<'a> {
         let n = states.len();
         let mut i = 0;
         while i < n {
-            let subs = states[i].blocks(start);
+            let mask = states[i].blocks(start);
             let mut same = 1;
-            while same < SIDE && i + same < n && states[i + same].blocks(start) == subs {
+            while same < SIDE && i + same < n && states[i + same].blocks(start) == mask {
                 same += 1;
             }
-            if subs.0 == subs.1 {
+            if mask == 0 {
                 i += same;
                 continue;
             }
-            // SAFETY: as the caller promises.
-            unsafe {
-                i += match same {
-                    SIDE if isa.lanes() == 16 => {
-                        self.side::<E, SIDE>(isa, &mut states[i..i + SIDE], start, subs, tile, weights)
+            let m = match same {
+                SIDE if isa.lanes() == 16 => SIDE,
+                6.. if isa.lanes() == 8 => 6,
+                4.. => 4,
+                3 => 3,
+                _ => 1,
+            };
+            let some = &mut states[i..i + m];
+            for subs in runs(mask) {
+                // SAFETY: as the caller promises.
+                unsafe {
+                    match m {
+                        SIDE => self.side::<E, SIDE>(isa, some, start, subs, tile, weights),
+                        6 => self.side::<E, 6>(isa, some, start, subs, tile, weights),
+                        4 => self.side::<E, 4>(isa, some, start, subs, tile, weights),
+                        3 => self.side::<E, 3>(isa, some, start, subs, tile, weights),
+                        _ => self.side::<E, 1>(isa, some, start, subs, tile, weights),
                     }
-                    6.. if isa.lanes() == 8 => {
-                        self.side::<E, 6>(isa, &mut states[i..i + 6], start, subs, tile, weights)
-                    }
-                    4.. => self.side::<E, 4>(isa, &mut states[i..i + 4], start, subs, tile, weights),
-                    3 => self.side::<E, 3>(isa, &mut states[i..i + 3], start, subs, tile, weights),
-                    _ => self.side::<E, 1>(isa, &mut states[i..i + 1], start, subs, tile, weights),
-                };
+                }
             }
+            i += m;
         }
     }
 
-    /// One tile against `M` queries that see some of the same key blocks `subs`; gives `M`.
+    /// One tile against `M` queries that read the same key blocks `subs` of it, of which they see some.
     /// # Safety
     /// As for [`Task::queries`].
     unsafe fn side<E: Element, const M: usize>(
@@ -519,7 +579,7 @@ impl<'a> Task<'a> {
         subs: (usize, usize),
         tile: &Tile<E>,
         weights: &mut [f32],
-    ) -> usize {
+    ) {
         let (dim, padded) = (self.layout.head_dim, self.layout.padded());
         let mut q = [std::ptr::null(); M];
         let mut acc = [std::ptr::null_mut(); M];
@@ -527,11 +587,16 @@ impl<'a> Task<'a> {
             (q[m], acc[m]) = (state.q.as_ptr(), state.acc.as_mut_ptr());
         }
         let weights = weights[..M * TILE].as_mut_ptr();
+        // What a query sees of them, counted within the tile.
+        let seen = |state: &State<'_>| {
+            let (lo, hi) = state.bounds(start);
+            (lo.max(subs.0 * KEY_BLOCK), hi.min(subs.1 * KEY_BLOCK))
+        };
         dispatch(isa, Scores { q, keys: tile.keys, next: tile.next[0], subs, dim, weights });
         // Key blocks that all of the queries see whole.
         let mut whole = subs;
         for (m, state) in states.iter_mut().enumerate() {
-            let (lo, hi) = state.bounds(start);
+            let (lo, hi) = seen(state);
             let w = weights.wrapping_add(m * TILE);
             let (top, sum, acc) = (state.top, state.sum, acc[m]);
             let soften = Soften { p: self.p, top, sum, acc, padded, bounds: (lo, hi), subs, scales: tile.scales, w };
@@ -547,30 +612,35 @@ impl<'a> Task<'a> {
             }
             // Only what a query sees takes part: a weight of zero times whatever else lies there need not be zero.
             for (m, state) in states.iter().enumerate() {
-                let (lo, hi) = state.bounds(start);
+                let (lo, hi) = seen(state);
                 let within = |at: usize| at.saturating_sub(i * KEY_BLOCK).min(KEY_BLOCK);
                 let (js, weights) = ((within(lo), within(hi)), weights.wrapping_add(m * TILE));
                 dispatch(isa, Mix { acc: [acc[m]], tile: *tile, subs: (i, i + 1), js, padded, weights });
             }
             i += 1;
         }
-        M
     }
 }
 
 /// Adds up a query's partial results, segment by segment, as [`State::settle`] does; the first one's place holds the
 /// totals.
 /// # Safety
-/// Segments lie `stride` values apart; all from the first to the last of `segments` have `layout`'s sums; `out` has
-/// room for a head.
-unsafe fn gather(isa: Isa, partial: Shared, stride: usize, segments: (usize, usize), out: *mut f32, layout: KvLayout) {
+/// Segments lie `stride` values apart; all of `segments`, at least one, have `layout`'s sums; `out` has room for a head.
+unsafe fn gather(
+    isa: Isa,
+    partial: Shared,
+    stride: usize,
+    mut segments: impl Iterator<Item = usize>,
+    out: *mut f32,
+    layout: KvLayout,
+) {
     let at = |segment: usize| partial.after(segment * stride).0;
     // SAFETY: as the caller promises.
     unsafe {
-        let first = at(segments.0);
+        let first = at(segments.next().expect("a query reads its own key block"));
         let (mut top, mut sum) = (*first, *first.add(1));
         let total = first.add(PARTIAL);
-        for segment in segments.0 + 1..=segments.1 {
+        for segment in segments {
             let seen = at(segment);
             let both = [(top, sum), (*seen, *seen.add(1))];
             (top, sum) = dispatch(isa, Merge { both, total, seen: seen.add(PARTIAL), padded: layout.padded() });

@@ -1,7 +1,7 @@
 //! Against f64, in any company, in every format.
 
 use super::*;
-use crate::kv::{KvFormat, KvPool};
+use crate::kv::{KeyPool, KvFormat, KvPool};
 use lacuna_base::Mat;
 use lacuna_base::testkit::{max_abs_diff, random};
 
@@ -19,14 +19,28 @@ fn pages(layout: KvLayout, format: KvFormat, k: &Mat, v: &Mat) -> (KvPool, Vec<u
 }
 
 fn reference(a: &Attention, kv_heads: usize, q: &Mat, positions: &[usize], k: &Mat, v: &Mat) -> Mat {
+    reference_of(a, kv_heads, q, positions, k, v, |_, _, _| true)
+}
+
+/// The same over what `seen(row, key head, position)` says.
+fn reference_of(
+    a: &Attention,
+    kv_heads: usize,
+    q: &Mat,
+    positions: &[usize],
+    k: &Mat,
+    v: &Mat,
+    seen: impl Fn(usize, usize, usize) -> bool,
+) -> Mat {
     let dim = k.cols() / kv_heads;
     let mut out = Mat::zeros(q.rows(), q.cols());
     for (r, &p) in positions.iter().enumerate() {
         for h in 0..a.heads {
             let g = h / (a.heads / kv_heads);
             let low = a.window.map_or(0, |w| (p + 1).saturating_sub(w));
-            let scores: Vec<f64> = (low..=p)
-                .map(|t| {
+            let seen: Vec<usize> = (low..=p).filter(|t| seen(r, g, *t)).collect();
+            let scores: Vec<f64> = (seen.iter())
+                .map(|&t| {
                     let dot: f64 =
                         (0..dim).map(|d| f64::from(q[(r, h * dim + d)]) * f64::from(k[(t, g * dim + d)])).sum();
                     let x = dot * f64::from(a.scale);
@@ -39,7 +53,7 @@ fn reference(a: &Attention, kv_heads: usize, q: &Mat, positions: &[usize], k: &M
                 let y: f64 = scores
                     .iter()
                     .enumerate()
-                    .map(|(i, x)| (x - top).exp() * f64::from(v[(low + i, g * dim + d)]))
+                    .map(|(i, x)| (x - top).exp() * f64::from(v[(seen[i], g * dim + d)]))
                     .sum();
                 out[(r, h * dim + d)] = (y / total) as f32;
             }
@@ -85,7 +99,7 @@ fn matches_f64_and_does_not_see_its_company() {
             let want = reference(&a, kv_heads, &q, &all, &held_k, &held_v);
             for isa in Isa::here() {
                 let mut whole = Mat::zeros(tokens, heads * dim);
-                a.run_on(isa, q.view(), &all, [(0..tokens, view)], whole.view_mut());
+                a.run_on(isa, q.view(), &all, [(0..tokens, view)], None, whole.view_mut());
                 let off = max_abs_diff(whole.view(), want.view());
                 assert!(off < 2e-5, "{isa} {format:?} {heads} {dim}: {off}");
                 for step in [1, 7, 33] {
@@ -95,7 +109,7 @@ fn matches_f64_and_does_not_see_its_company() {
                         let to = (from + step).min(tokens);
                         let mut part = Mat::zeros(to - from, heads * dim);
                         let mine = [(0..to - from, view)];
-                        a.run_on(isa, q.view().rows_range(from, to), &all[from..to], mine, part.view_mut());
+                        a.run_on(isa, q.view().rows_range(from, to), &all[from..to], mine, None, part.view_mut());
                         assert_eq!(
                             part.view().to_mat(),
                             whole.view().rows_range(from, to).to_mat(),
@@ -185,4 +199,113 @@ fn pages_read_back() {
     assert_eq!(layout.page_bytes(KvFormat::F16), 2 * 3 * 64 * (5 + 16));
     assert_eq!(layout.page_bytes(KvFormat::Q8), 3 * 64 * (5 + 16 + 8));
     assert_eq!((layout.token_bytes(KvFormat::F16), layout.token_bytes(KvFormat::Q8)), (60, 54));
+}
+
+/// Rows that read some key blocks: as f64 over those positions alone, and in any company; all blocks are the dense bits.
+#[test]
+fn chosen_blocks_are_read_and_no_others() {
+    for (heads, kv_heads, dim, tokens, window, softcap) in [
+        (4, 2, 16, 700, None, None),
+        (9, 3, 20, 1300, None, Some(2.0)),
+        (3, 1, 8, 2200, None, None),
+        (2, 2, 64, 200, Some(90), None),
+    ] {
+        let a = Attention { heads, scale: 0.3, window, softcap };
+        let layout = KvLayout { kv_heads, head_dim: dim, page_tokens: 32 };
+        let (q, k, v) =
+            (random(tokens, heads * dim, 1), random(tokens, kv_heads * dim, 2), random(tokens, kv_heads * dim, 3));
+        let mut rng = lacuna_base::Rng::new(4);
+        // One in eight blocks, so that whole tiles and segments are left out; some rows read all, some their own alone.
+        let lists: Vec<Vec<usize>> = (0..tokens * kv_heads)
+            .map(|i| {
+                let (own, most) = (i / kv_heads / KEY_BLOCK, [8, 8, 1, 1000][i / kv_heads % 4]);
+                (0..own).filter(|_| rng.below(most) == 0).collect()
+            })
+            .collect();
+        let chosen = |rows: Range<usize>, all: bool| {
+            let mut c = Chosen::new(kv_heads);
+            for r in rows {
+                for list in &lists[r * kv_heads..(r + 1) * kv_heads] {
+                    if all { c.push(r, 0..r / KEY_BLOCK) } else { c.push(r, list.iter().copied()) }
+                }
+            }
+            c
+        };
+        for format in [KvFormat::F32, KvFormat::F16, KvFormat::Q8] {
+            let (pool, blocks) = pages(layout, format, &k, &v);
+            let view = KvView { pool: &pool, blocks: &blocks, tokens };
+            let (mut held_k, mut held_v) = (k.clone(), v.clone());
+            for p in 0..tokens {
+                pool.page(blocks[p / 32]).read(p % 32, held_k.row_mut(p), held_v.row_mut(p));
+            }
+            // The last rows, over several segments.
+            let rows = tokens - 100..tokens;
+            let positions: Vec<usize> = rows.clone().collect();
+            let mine = q.view().rows_range(rows.start, rows.end).to_mat();
+            let want = reference_of(&a, kv_heads, &mine, &positions, &held_k, &held_v, |r, head, t| {
+                let at = rows.start + r;
+                t / KEY_BLOCK == at / KEY_BLOCK || lists[at * kv_heads + head].contains(&(t / KEY_BLOCK))
+            });
+            for isa in Isa::here() {
+                for threads in [1, 40] {
+                    let workers = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    let run = |rows: Range<usize>, chosen: Option<&Chosen>| {
+                        let mut out = Mat::zeros(rows.len(), heads * dim);
+                        let (q, n) = (q.view().rows_range(rows.start, rows.end), rows.len());
+                        let positions: Vec<usize> = rows.collect();
+                        workers.install(|| a.run_on(isa, q, &positions, [(0..n, view)], chosen, out.view_mut()));
+                        out
+                    };
+                    let whole = run(rows.clone(), Some(&chosen(rows.clone(), false)));
+                    let off = max_abs_diff(whole.view(), want.view());
+                    assert!(off < 2e-5, "{isa} {format:?} {heads} {dim}: {off}");
+                    for (from, to) in [(0, 1), (1, 2), (2, 9), (50, 100), (99, 100)] {
+                        let of = rows.start + from..rows.start + to;
+                        let part = run(of.clone(), Some(&chosen(of, false)));
+                        assert_eq!(part, whole.view().rows_range(from, to).to_mat(), "{isa} {format:?} {from} {to}");
+                    }
+                    assert_eq!(run(rows.clone(), Some(&chosen(rows.clone(), true))), run(rows.clone(), None), "{isa}");
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn pooled_keys_are_those_of_the_keys_that_are_read() {
+    let layout = KvLayout { kv_heads: 3, head_dim: 5, page_tokens: 64 };
+    let (k, v) = (random(128, 15, 1), random(128, 15, 2));
+    for format in [KvFormat::F32, KvFormat::F16, KvFormat::Q8] {
+        for pool in [KeyPool::Mean, KeyPool::Bounds] {
+            let mut pages = KvPool::new(layout, format);
+            pages.pool_keys(pool);
+            [7, 2, 4].iter().for_each(|&b| pages.reserve(b));
+            let table = [7, 2];
+            // Written twice: what was first there does not count.
+            for x in [&v, &k] {
+                (0..128).for_each(|p| pages.page_mut(table[p / 64]).write(p % 64, x.row(p), v.row(p)));
+            }
+            pages.copy(2, 4);
+            assert_eq!(pages.page_bytes(), layout.page_bytes(format) + 4 * 2 * 15 * (1 + usize::from(pool == KeyPool::Bounds)));
+            let (mut held, mut value) = (Mat::zeros(128, 15), vec![0.0; 15]);
+            (0..128).for_each(|p| pages.page(table[p / 64]).read(p % 64, held.row_mut(p), &mut value));
+            for table in [[7, 2], [7, 4]] {
+                let view = KvView { pool: &pages, blocks: &table, tokens: 128 };
+                for (head, block) in (0..3).flat_map(|h| (0..4).map(move |b| (h, b))) {
+                    let keys = |d: usize| (block * 32..block * 32 + 32).map(move |p| (p, head * 5 + d));
+                    let pooled = view.pooled(head, block).unwrap();
+                    for d in 0..5 {
+                        let of = keys(d).map(|at| held[at]);
+                        if pool == KeyPool::Mean {
+                            assert!((pooled[d] - of.sum::<f32>() / 32.0).abs() < 1e-6);
+                        } else {
+                            let (least, most) = (of.clone().fold(f32::MAX, f32::min), of.fold(f32::MIN, f32::max));
+                            assert_eq!((pooled[d], pooled[5 + d]), (least, most));
+                        }
+                    }
+                    assert_eq!(pooled.len(), if pool == KeyPool::Mean { 5 } else { 10 });
+                }
+            }
+        }
+    }
 }
