@@ -493,6 +493,30 @@ fn whatever_is_wrong_is_said_in_openais_shape() {
     assert_eq!(no_chat.post(TEXT, &json!({"model": "tiny", "prompt": "a"})).status, 200);
 }
 
+/// What runs beside the model is told, and what is drafted changes no answer.
+#[test]
+fn a_run_plan_is_told_and_drafts_change_nothing() {
+    let mut plan = lacuna_run::RunPlan::none();
+    plan.flag("draft", "copyspec", &lacuna_methods::registry()).unwrap();
+    let (plain, drafting) =
+        (Server::plain(), Server::with(engine("llama").with_plan(plan), Some(PLAIN), Options::default()));
+    for seed in 0..3 {
+        let ask = chat(json!({"max_tokens": 60, "temperature": seed as f64 / 2.0, "seed": seed, "logprobs": true}));
+        let [a, b] = [&plain, &drafting].map(|s| s.post(CHAT, &ask).json()["choices"].clone());
+        assert_eq!(a, b);
+    }
+    assert!(plain.get("/v1/models/tiny").json().get("run").is_none());
+    for model in [drafting.get("/v1/models/tiny").json(), drafting.get("/v1/models").json()["data"][0].clone()] {
+        assert_eq!(
+            (&model["run"]["lossless"], &model["run"]["methods"][0]["method"]),
+            (&json!(true), &json!("copyspec"))
+        );
+    }
+    let metrics = drafting.get("/metrics").body;
+    assert!(metrics.contains("lacuna_run_plan_info{question=\"draft\",method=\"copyspec\"} 1\n"), "{metrics}");
+    assert!(metrics.contains("lacuna_draft_tokens_total{kind=\"verified\"}"));
+}
+
 #[test]
 fn models_page_document_health_and_metrics() {
     let s = Server::plain();

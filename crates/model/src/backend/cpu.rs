@@ -9,8 +9,8 @@ use lacuna_contract::{Pool, Select};
 use lacuna_format::Stored;
 use lacuna_kernels as kernels;
 use lacuna_kernels::{
-    Activations, Attention, Chosen, Group, KEY_BLOCK, KeyPool, KvFormat, KvLayout, KvPool, KvView, Linear, Mass, Packing,
-    RopeTable,
+    Activations, Attention, Chosen, Group, KEY_BLOCK, KeyPool, KvFormat, KvLayout, KvPool, KvView, Linear, Mass,
+    Packing, RopeTable,
 };
 use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
 
@@ -357,7 +357,8 @@ impl Backend for Cpu {
         select: &dyn Select,
     ) -> Result<(Lent, Reads), ModelError> {
         let layout = pages.layout();
-        let (sequences, heads): (Vec<(Range<usize>, KvView<'_>)>, _) = (step.views(pages, layer).collect(), layout.kv_heads);
+        let (sequences, heads): (Vec<(Range<usize>, KvView<'_>)>, _) =
+            (step.views(pages, layer).collect(), layout.kv_heads);
         let pieces: Vec<(Range<usize>, &KvView<'_>)> = (sequences.iter())
             .flat_map(|(rows, kv)| {
                 let piece = move |from: usize| (from..(from + ASKING).min(rows.end), kv);
