@@ -204,7 +204,15 @@ impl KvPage {
                     KeyPool::Mean => out[d] = keys.iter().sum::<f32>() / KEY_BLOCK as f32,
                     KeyPool::Bounds => {
                         // A NaN among them must not get lost: whoever reads the bounds goes by it.
-                        let most = |a: f32, b: &f32| if a.is_nan() { a } else if b.is_nan() { *b } else { a.max(*b) };
+                        let most = |a: f32, b: &f32| {
+                            if a.is_nan() {
+                                a
+                            } else if b.is_nan() {
+                                *b
+                            } else {
+                                a.max(*b)
+                            }
+                        };
                         out[d] = -keys.iter().map(|k| -k).fold(f32::NEG_INFINITY, |a, b| most(a, &b));
                         out[l.head_dim + d] = keys.iter().fold(f32::NEG_INFINITY, most);
                     }

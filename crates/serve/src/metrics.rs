@@ -228,11 +228,17 @@ impl Metrics {
         for (question, method) in &self.plan {
             let _ = writeln!(out, "lacuna_run_plan_info{{question=\"{question}\",method=\"{method}\"}} 1");
         }
-        head(&mut out, "lacuna_draft_tokens_total", "counter", "Drafted tokens that were verified, and those that came.");
+        head(
+            &mut out,
+            "lacuna_draft_tokens_total",
+            "counter",
+            "Drafted tokens that were verified, and those that came.",
+        );
         for (kind, n) in [("verified", g.drafted), ("accepted", g.accepted)] {
             let _ = writeln!(out, "lacuna_draft_tokens_total{{kind=\"{kind}\"}} {n}");
         }
-        let what = "Bytes of keys and values that rows read where a selector was asked, and would have read without it.";
+        let what =
+            "Bytes of keys and values that rows read where a selector was asked, and would have read without it.";
         head(&mut out, "lacuna_select_bytes_total", "counter", what);
         for (kind, n) in [("read", g.reads.read), ("all", g.reads.all)] {
             let _ = writeln!(out, "lacuna_select_bytes_total{{kind=\"{kind}\"}} {n}");

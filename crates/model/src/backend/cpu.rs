@@ -9,12 +9,12 @@ use lacuna_contract::{Pool, Select};
 use lacuna_format::Stored;
 use lacuna_kernels as kernels;
 use lacuna_kernels::{
-    Activations, Attention, Chosen, Group, KEY_BLOCK, KeyPool, KvFormat, KvLayout, KvPool, KvView, Linear, Mass, Packing,
-    RopeTable,
+    Activations, Attention, Chosen, Group, KEY_BLOCK, KeyPool, KvFormat, KvLayout, KvPool, KvView, Linear, Mass,
+    Packing, RopeTable,
 };
 use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
 
-use super::select::PooledKeys;
+use super::select::{Blocks, PooledKeys};
 use super::{Backend, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables};
 use crate::{Batch, Lent, ModelError};
 
@@ -48,9 +48,10 @@ pub struct Step {
 impl Step {
     /// The runs of rows of one sequence, with what each reads.
     fn views<'a>(&'a self, pages: &'a KvPool, layer: usize) -> impl Iterator<Item = (Range<usize>, KvView<'a>)> {
-        self.batch.runs().zip(self.tables.of(layer)).map(move |((_, rows), t)| {
-            (rows, KvView { pool: pages, blocks: t.blocks, tokens: t.tokens - t.shift })
-        })
+        self.batch
+            .runs()
+            .zip(self.tables.of(layer))
+            .map(move |((_, rows), t)| (rows, KvView { pool: pages, blocks: t.blocks, tokens: t.tokens - t.shift }))
     }
 }
 
@@ -92,7 +93,7 @@ fn ask(
     (q, slots): (MatRef<'_>, &[usize]),
     rows: Range<usize>,
     kv: &KvView<'_>,
-) -> Result<Vec<Option<Vec<usize>>>, ModelError> {
+) -> Result<Vec<Blocks>, ModelError> {
     let (plan, dim) = (select.plan(), kv.pool.layout().head_dim);
     let group = q.cols() / dim / kv.pool.layout().kv_heads;
     let last = slots[rows.clone()].iter().max().copied().unwrap_or(0);
@@ -354,7 +355,8 @@ impl Backend for Cpu {
         select: &dyn Select,
     ) -> Result<(Lent, Reads), ModelError> {
         let layout = pages.layout();
-        let (sequences, heads): (Vec<(Range<usize>, KvView<'_>)>, _) = (step.views(pages, layer).collect(), layout.kv_heads);
+        let (sequences, heads): (Vec<(Range<usize>, KvView<'_>)>, _) =
+            (step.views(pages, layer).collect(), layout.kv_heads);
         let pieces: Vec<(Range<usize>, &KvView<'_>)> = (sequences.iter())
             .flat_map(|(rows, kv)| {
                 let piece = move |from: usize| (from..(from + ASKING).min(rows.end), kv);
@@ -362,7 +364,7 @@ impl Backend for Cpu {
             })
             .collect();
         // Every piece's answers for each head.
-        let answers: Vec<Mutex<Result<Vec<Option<Vec<usize>>>, ModelError>>> =
+        let answers: Vec<Mutex<Result<Vec<Blocks>, ModelError>>> =
             (0..pieces.len() * heads).map(|_| Mutex::new(Ok(Vec::new()))).collect();
         let longest = sequences.iter().map(|(_, kv)| kv.tokens).max().unwrap_or(0);
         let cost = 4 * ASKING.min(q.rows()) * q.cols() / heads * longest / select.plan().block.max(1);
@@ -373,7 +375,7 @@ impl Backend for Cpu {
             *answers[i].lock().unwrap_or_else(|e| e.into_inner()) = answer;
         });
         let answers = answers.into_iter().map(|a| a.into_inner().unwrap_or_else(|e| e.into_inner()));
-        let answers: Vec<Vec<Option<Vec<usize>>>> = answers.collect::<Result<_, _>>()?;
+        let answers: Vec<Vec<Blocks>> = answers.collect::<Result<_, _>>()?;
         let (mut chosen, mut reads) = (Chosen::new(heads), Reads::default());
         let bytes = (layout.token_bytes(pages.format()) / heads) as u64;
         for (piece, (rows, _)) in pieces.iter().enumerate() {

@@ -83,4 +83,5 @@ pub(super) fn runs(mut mask: usize) -> impl Iterator<Item = (usize, usize)> {
     })
 }
 
-const _: () = assert!(64 % SUBS == 0 && 64 % (SEGMENT / KEY_BLOCK) == 0, "a tile's and a segment's bits are of one word");
+const _: () =
+    assert!(64 % SUBS == 0 && 64 % (SEGMENT / KEY_BLOCK) == 0, "a tile's and a segment's bits are of one word");

@@ -531,13 +531,7 @@ impl<'a> Task<'a> {
     /// The tile in f32: exactly the same values.
     /// # Safety
     /// `tile` has key blocks `subs`.
-    unsafe fn widened<E: Element>(
-        &self,
-        isa: Isa,
-        subs: usize,
-        tile: &Tile<E>,
-        wide: &mut [f32],
-    ) -> Tile<f32> {
+    unsafe fn widened<E: Element>(&self, isa: Isa, subs: usize, tile: &Tile<E>, wide: &mut [f32]) -> Tile<f32> {
         let (k, v) = (KEY_BLOCK * self.layout.head_dim, KEY_BLOCK * self.layout.padded());
         assert!(wide.len() >= SUBS * (k + v), "room for a tile");
         let none = std::ptr::null();

@@ -286,7 +286,10 @@ fn pooled_keys_are_those_of_the_keys_that_are_read() {
                 (0..128).for_each(|p| pages.page_mut(table[p / 64]).write(p % 64, x.row(p), v.row(p)));
             }
             pages.copy(2, 4);
-            assert_eq!(pages.page_bytes(), layout.page_bytes(format) + 4 * 2 * 15 * (1 + usize::from(pool == KeyPool::Bounds)));
+            assert_eq!(
+                pages.page_bytes(),
+                layout.page_bytes(format) + 4 * 2 * 15 * (1 + usize::from(pool == KeyPool::Bounds))
+            );
             let (mut held, mut value) = (Mat::zeros(128, 15), vec![0.0; 15]);
             (0..128).for_each(|p| pages.page(table[p / 64]).read(p % 64, held.row_mut(p), &mut value));
             for table in [[7, 2], [7, 4]] {
