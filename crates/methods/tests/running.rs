@@ -1,6 +1,7 @@
 //! The laws that every method of run time keeps, over the registry: a new one is held to them by being listed.
 
 use std::collections::HashSet;
+use std::sync::Arc;
 
 use lacuna_base::testkit::random;
 use lacuna_base::{Mat, Rng};
@@ -31,7 +32,7 @@ fn keepers(keys: Value) -> Vec<(&'static str, Box<dyn Keep>)> {
     of("keep", |m| if let MadeRunning::Keep(k) = m { Some(k) } else { None }, keys)
 }
 
-fn selectors(keys: Value) -> Vec<(&'static str, std::sync::Arc<dyn Select>)> {
+fn selectors(keys: Value) -> Vec<(&'static str, Arc<dyn Select>)> {
     of("select", |m| if let MadeRunning::Select(s) = m { Some(s) } else { None }, keys)
 }
 

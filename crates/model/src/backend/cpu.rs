@@ -14,7 +14,7 @@ use lacuna_kernels::{
 };
 use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
 
-use super::select::PooledKeys;
+use super::select::{Blocks, PooledKeys};
 use super::{Backend, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables};
 use crate::lent::Reused;
 use crate::{Batch, Lent, ModelError};
@@ -93,7 +93,7 @@ fn ask(
     (q, slots): (MatRef<'_>, &[usize]),
     rows: Range<usize>,
     kv: &KvView<'_>,
-) -> Result<Vec<Option<Vec<usize>>>, ModelError> {
+) -> Result<Vec<Blocks>, ModelError> {
     let (plan, dim) = (select.plan(), kv.pool.layout().head_dim);
     let group = q.cols() / dim / kv.pool.layout().kv_heads;
     let last = slots[rows.clone()].iter().max().copied().unwrap_or(0);
@@ -366,7 +366,7 @@ impl Backend for Cpu {
             })
             .collect();
         // Every piece's answers for each head.
-        let answers: Vec<Mutex<Result<Vec<Option<Vec<usize>>>, ModelError>>> =
+        let answers: Vec<Mutex<Result<Vec<Blocks>, ModelError>>> =
             (0..pieces.len() * heads).map(|_| Mutex::new(Ok(Vec::new()))).collect();
         let longest = sequences.iter().map(|(_, kv)| kv.tokens).max().unwrap_or(0);
         let cost = 4 * ASKING.min(q.rows()) * q.cols() / heads * longest / select.plan().block.max(1);
@@ -377,7 +377,7 @@ impl Backend for Cpu {
             *answers[i].lock().unwrap_or_else(|e| e.into_inner()) = answer;
         });
         let answers = answers.into_iter().map(|a| a.into_inner().unwrap_or_else(|e| e.into_inner()));
-        let answers: Vec<Vec<Option<Vec<usize>>>> = answers.collect::<Result<_, _>>()?;
+        let answers: Vec<Vec<Blocks>> = answers.collect::<Result<_, _>>()?;
         let (mut chosen, mut reads) = (Chosen::new(heads), Reads::default());
         let bytes = (layout.token_bytes(pages.format()) / heads) as u64;
         for (piece, (rows, _)) in pieces.iter().enumerate() {

@@ -43,6 +43,9 @@ pub(super) struct PooledKeys {
     finite: usize,
 }
 
+/// Key blocks that a row reads of a head, of those before its own; none: all.
+pub(super) type Blocks = Option<Vec<usize>>;
+
 impl PooledKeys {
     /// Those of the blocks that end before slot `last`; `of` gives a key block's means, or its least components and then
     /// the greatest.
@@ -53,7 +56,7 @@ impl PooledKeys {
         of: impl Fn(usize) -> Option<&'a [f32]>,
     ) -> Result<PooledKeys, ModelError> {
         let per = plan.block / KEY_BLOCK;
-        if per == 0 || plan.block % KEY_BLOCK != 0 {
+        if per == 0 || !plan.block.is_multiple_of(KEY_BLOCK) {
             let what = format!("blocks of {} positions; keys are read in blocks of {KEY_BLOCK}", plan.block);
             return Err(ModelError::Select { what });
         }
@@ -91,7 +94,7 @@ impl PooledKeys {
         (layer, head): (usize, usize),
         queries: MatRef<'_>,
         slot: usize,
-    ) -> Result<Option<Vec<usize>>, ModelError> {
+    ) -> Result<Blocks, ModelError> {
         let whole = slot / (self.per * KEY_BLOCK);
         let broken = || (0..queries.rows()).any(|r| queries.row(r).iter().any(|q| !q.is_finite()));
         if whole == 0 || whole > self.finite || broken() {
