@@ -356,7 +356,7 @@ impl Backend for Cpu {
         q: &Lent,
         select: &dyn Select,
     ) -> Result<(Lent, Reads), ModelError> {
-        let layout = pages.layout();
+        let (layout, slots) = (pages.layout(), step.tables.slots());
         let (sequences, heads): (Vec<(Range<usize>, KvView<'_>)>, _) =
             (step.views(pages, layer).collect(), layout.kv_heads);
         let pieces: Vec<(Range<usize>, &KvView<'_>)> = (sequences.iter())
@@ -372,7 +372,7 @@ impl Backend for Cpu {
         let cost = 4 * ASKING.min(q.rows()) * q.cols() / heads * longest / select.plan().block.max(1);
         kernels::tasks(answers.len(), cost, |i| {
             let (rows, kv) = &pieces[i / heads];
-            let answer = ask(select, (layer, i % heads), (q.view(), step.tables.slots()), rows.clone(), kv);
+            let answer = ask(select, (layer, i % heads), (q.view(), slots), rows.clone(), kv);
             // Nobody else meets it.
             *answers[i].lock().unwrap_or_else(|e| e.into_inner()) = answer;
         });
@@ -383,7 +383,7 @@ impl Backend for Cpu {
         for (piece, (rows, _)) in pieces.iter().enumerate() {
             for (nth, r) in rows.clone().enumerate() {
                 for head in 0..heads {
-                    let (slot, blocks) = (step.tables.slots()[r], answers[piece * heads + head][nth].as_deref());
+                    let (slot, blocks) = (slots[r], answers[piece * heads + head][nth].as_deref());
                     reads.row(slot, blocks, bytes);
                     match blocks {
                         None => chosen.push(slot, 0..slot / KEY_BLOCK),
@@ -393,7 +393,7 @@ impl Backend for Cpu {
             }
         }
         let mut out = Lent::new(q.rows(), q.cols());
-        how.run_chosen(q.view(), step.tables.slots(), sequences, &chosen, out.view_mut());
+        how.run_chosen(q.view(), slots, sequences.iter().cloned(), &chosen, out.view_mut());
         Ok((out, reads))
     }
 

@@ -1,10 +1,13 @@
-//! How a call's work is cut: by sequence, then into jobs.
+//! How a call's work is cut: by sequence, then into jobs; and how what segments gave is put together.
 
 use std::cell::RefCell;
 use std::ops::Range;
 
-use super::{Attention, SEGMENT};
-use crate::kv::KvView;
+use super::ops::{Finish, Merge};
+use super::{Attention, PARTIAL, SEGMENT, Shared};
+use crate::Isa;
+use crate::kv::{KvLayout, KvView};
+use crate::simd::dispatch;
 
 /// One sequence's part of a call: which rows are its, and how the work on them is cut.
 pub(super) struct Part<'a> {
@@ -72,5 +75,32 @@ impl Attention {
             parts.push(Part { rows, kv, segments, tasks: 0, split: None, first: 0 });
         }
         assert_eq!(end, positions.len(), "every row is of a sequence");
+    }
+}
+
+/// Adds up a query's partial results, segment by segment, as [`super::State::settle`] does; the first one's place holds the
+/// totals.
+/// # Safety
+/// Segments lie `stride` values apart; all of `segments`, at least one, have `layout`'s sums; `out` has room for a head.
+pub(super) unsafe fn gather(
+    isa: Isa,
+    partial: Shared,
+    stride: usize,
+    mut segments: impl Iterator<Item = usize>,
+    out: *mut f32,
+    layout: KvLayout,
+) {
+    let at = |segment: usize| partial.after(segment * stride).0;
+    // SAFETY: as the caller promises.
+    unsafe {
+        let first = at(segments.next().expect("a query reads its own key block"));
+        let (mut top, mut sum) = (*first, *first.add(1));
+        let total = first.add(PARTIAL);
+        for segment in segments {
+            let seen = at(segment);
+            let both = [(top, sum), (*seen, *seen.add(1))];
+            (top, sum) = dispatch(isa, Merge { both, total, seen: seen.add(PARTIAL), padded: layout.padded() });
+        }
+        dispatch(isa, Finish { total, sum, out, dim: layout.head_dim });
     }
 }

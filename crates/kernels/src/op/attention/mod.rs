@@ -25,7 +25,7 @@ use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
 pub use chosen::Chosen;
 use chosen::{Bits, runs};
-use cut::Part;
+use cut::{Part, gather};
 use element::{Element, Parts};
 use ops::{Finish, Merge, Mix, Scores, Soften, Tile, Widen};
 
@@ -100,7 +100,7 @@ impl Attention {
     ) {
         let mut parts = cut::empty();
         self.cut(positions, sequences, &mut parts);
-        self.run_parts(isa, (q, positions), &mut parts, chosen, out);
+        self.run_parts(isa, q, positions, &mut parts, chosen, out);
         cut::give_back(parts);
     }
 
@@ -109,7 +109,8 @@ impl Attention {
     fn run_parts(
         &self,
         isa: Isa,
-        (q, positions): (MatRef<'_>, &[usize]),
+        q: MatRef<'_>,
+        positions: &[usize],
         parts: &mut [Part<'_>],
         chosen: Option<&Chosen>,
         mut out: MatMut<'_>,
@@ -298,10 +299,7 @@ impl State<'_> {
     #[inline(always)]
     fn blocks(&self, start: usize) -> usize {
         let (lo, hi) = self.bounds(start);
-        if lo == hi {
-            return 0;
-        }
-        let seen = (1 << hi.div_ceil(KEY_BLOCK)) - (1 << (lo / KEY_BLOCK));
+        let seen = if lo == hi { 0 } else { (1 << hi.div_ceil(KEY_BLOCK)) - (1 << (lo / KEY_BLOCK)) };
         seen & self.bits.tile(start)
     }
 
@@ -449,10 +447,7 @@ impl<'a> Task<'a> {
         for t in from..to {
             let start = t * TILE;
             let subs = wanted(states, start);
-            if subs == 0 {
-                continue;
-            }
-            let next = if self.chosen.is_some() { wanted(states, start + TILE) } else { (1 << SUBS) - 1 };
+            let next = self.chosen.map_or((1 << SUBS) - 1, |_| wanted(states, start + TILE));
             let tile = self.tile::<E>(start, subs, next);
             // SAFETY: the tile has the key blocks that any of the queries sees.
             unsafe {
@@ -545,8 +540,8 @@ impl<'a> Task<'a> {
                 3 => 3,
                 _ => 1,
             };
-            let some = &mut states[i..i + m];
             for subs in runs(mask) {
+                let some = &mut states[i..i + m];
                 // SAFETY: as the caller promises.
                 unsafe {
                     match m {
@@ -613,33 +608,6 @@ impl<'a> Task<'a> {
             }
             i += 1;
         }
-    }
-}
-
-/// Adds up a query's partial results, segment by segment, as [`State::settle`] does; the first one's place holds the
-/// totals.
-/// # Safety
-/// Segments lie `stride` values apart; all of `segments`, at least one, have `layout`'s sums; `out` has room for a head.
-unsafe fn gather(
-    isa: Isa,
-    partial: Shared,
-    stride: usize,
-    mut segments: impl Iterator<Item = usize>,
-    out: *mut f32,
-    layout: KvLayout,
-) {
-    let at = |segment: usize| partial.after(segment * stride).0;
-    // SAFETY: as the caller promises.
-    unsafe {
-        let first = at(segments.next().expect("a query reads its own key block"));
-        let (mut top, mut sum) = (*first, *first.add(1));
-        let total = first.add(PARTIAL);
-        for segment in segments {
-            let seen = at(segment);
-            let both = [(top, sum), (*seen, *seen.add(1))];
-            (top, sum) = dispatch(isa, Merge { both, total, seen: seen.add(PARTIAL), padded: layout.padded() });
-        }
-        dispatch(isa, Finish { total, sum, out, dim: layout.head_dim });
     }
 }
 
