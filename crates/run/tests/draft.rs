@@ -253,7 +253,7 @@ struct Turns {
 
 impl Grammar for Turns {
     fn allowed(&mut self) -> Result<&[u32], RunError> {
-        self.bits = vec![if self.taken % 2 == 0 { 0xAAAA_AAA8 } else { 0x5555_5550 }; 3];
+        self.bits = vec![if self.taken.is_multiple_of(2) { 0xAAAA_AAA8 } else { 0x5555_5550 }; 3];
         Ok(&self.bits)
     }
 

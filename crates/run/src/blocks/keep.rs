@@ -112,7 +112,9 @@ impl<B: Backend> BlockStore<B> {
     #[track_caller]
     pub(crate) fn is_due(&self, slot: usize) -> bool {
         let t = self.text(slot);
-        self.keeping.as_ref().is_some_and(|k| t.tokens % k.plan.every == 0 && t.tokens - t.left.shift > k.plan.budget)
+        self.keeping
+            .as_ref()
+            .is_some_and(|k| t.tokens.is_multiple_of(k.plan.every) && t.tokens - t.left.shift > k.plan.budget)
     }
 
     /// Whether there is room for a decision: slots move within the text's own pages, but out of those that it shares.

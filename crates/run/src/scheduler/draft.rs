@@ -319,11 +319,12 @@ fn likeliest(logits: &[f32], k: usize, ids: &mut Vec<u32>) {
     let mut least = f32::NEG_INFINITY;
     for (id, &x) in logits.iter().enumerate() {
         // Most tokens end here.
-        if ids.len() - from == k && !(x > least) {
+        let above = x > least;
+        if ids.len() - from == k && !above {
             continue;
         }
-        let above = ids[from..].partition_point(|&i| !(x > logits[i as usize] || logits[i as usize].is_nan()));
-        ids.insert(from + above, id as u32);
+        let place = ids[from..].partition_point(|&i| !(x > logits[i as usize] || logits[i as usize].is_nan()));
+        ids.insert(from + place, id as u32);
         ids.truncate(from + k);
         if ids.len() - from == k {
             least = logits[ids[from + k - 1] as usize];
