@@ -48,7 +48,7 @@ pub(crate) fn method() -> RunMethod {
                     Without Compromising Quality, 2025",
             arxiv: "2502.08923",
             summary: "Drafts what followed the last few tokens where they stood in the text before.",
-            system: None,
+            system: Some(317),
             verb: "draft",
             needs: &[],
             abilities: &[],
