@@ -4,6 +4,7 @@
 #![deny(clippy::print_stdout, clippy::print_stderr)]
 
 mod across;
+mod activations;
 mod bench;
 mod chat;
 mod cli;
@@ -26,6 +27,7 @@ mod serve;
 mod shapes;
 mod signals;
 mod texts;
+mod told;
 
 use std::io::Write;
 use std::process::ExitCode;

@@ -7,7 +7,8 @@ use lacuna_base::units::show_bytes;
 use lacuna_eval::html::{Answer, Element, Point, Report};
 use lacuna_judge::{Measured, Verdict};
 
-use crate::compress::{Done, SOURCE_IS_COARSE, TIMED_AS, quality, source_is_coarse, table, timed};
+use crate::compress::{Done, SOURCE_IS_COARSE, TIMED_AS, source_is_coarse, timed};
+use crate::told::{quality, table};
 
 /// Writes the report; `samples` are (who, prompt, what followed), `front` what a search measured: name, bytes, KL.
 pub fn write(
