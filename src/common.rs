@@ -119,6 +119,8 @@ impl Model {
 
 /// An engine over weights, wherever they come from. What it rounds to be fast is said.
 pub fn engine(weights: &dyn Weights, running: &crate::cli::Running) -> Result<Engine> {
+    // A large model loads for minutes: too long for a misspelt key.
+    let plan = run_plan(running)?;
     let bar = bar(0, "loading");
     let progress = |done: usize, all: usize| {
         bar.set_length(all as u64);
@@ -133,10 +135,9 @@ pub fn engine(weights: &dyn Weights, running: &crate::cli::Running) -> Result<En
             say("running with 8-bit activations where weights are integers; --activations exact keeps 32 bits");
         });
     }
-    let plan = run_plan(running)?;
-    plan.words().iter().for_each(|line| say_once(format!("running with {line}")));
     let engine = Engine::new(decoder).with_kv(running.kv.into()).with_plan(plan);
     engine.check_plan().map_err(|e| Usage(e.to_string()))?;
+    engine.plan().words().iter().for_each(|line| say_once(format!("running with {line}")));
     Ok(engine)
 }
 

@@ -78,12 +78,14 @@ impl RunPlan {
         }
         let mut keys = Map::new();
         for pair in rest.split(',').filter(|p| !p.trim().is_empty()) {
-            let bad = || MethodError::new(format!("--{question} {said}: '{pair}' is not KEY=VALUE"));
+            let bad = || MethodError::new(format!("'{pair}' is not KEY=VALUE"));
             let (key, value) = pair.split_once('=').ok_or_else(bad)?;
             let value = value.trim();
             // Numbers and booleans as they are, everything else a word.
             let value = serde_json::from_str(value).unwrap_or_else(|_| Value::String(value.to_owned()));
-            keys.insert(key.trim().to_owned(), value);
+            if keys.insert(key.trim().to_owned(), value).is_some() {
+                return Err(MethodError::new(format!("{} is given twice", key.trim())));
+            }
         }
         self.add(question, method, keys, registry)
     }

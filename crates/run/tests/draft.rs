@@ -308,3 +308,25 @@ fn what_does_not_pay_is_not_verified() {
     let out = Session::new(timed, tokenizer()).generate(&g, &mut |_| ControlFlow::Continue(())).unwrap();
     assert_eq!(out.tokens, expected[0].ids);
 }
+
+#[test]
+fn flags_take_the_place_of_what_a_file_says_and_say_what_is_wrong() {
+    let registry = lacuna_methods::registry();
+    let file = "version = 1\nseed = 3\n[draft]\nmethod = \"copyspec\"\ngamma = 4\n";
+    let mut plan = RunPlan::parse(file, &registry).unwrap();
+    assert_eq!((plan.names(), plan.is_lossless(), plan.hash()), (vec![("draft", "copyspec")], true, 0));
+    plan.flag("draft", "token-recycling:k=4", &registry).unwrap();
+    plan.flag("keep", "h2o:budget=64", &registry).unwrap();
+    assert_eq!(plan.names(), [("draft", "token-recycling"), ("keep", "h2o")]);
+    assert!(!plan.is_lossless() && plan.hash() != 0);
+    plan.flag("draft", "none", &registry).unwrap();
+    assert_eq!(plan.names(), [("keep", "h2o")]);
+    let mut refused = |said: &str| plan.flag("draft", said, &registry).unwrap_err().what;
+    assert!(refused("copyspec:gamma").contains("'gamma' is not KEY=VALUE"));
+    assert!(refused("copyspec:gamma=3,gamma=4").contains("gamma is given twice"));
+    assert!(refused("copyspec:gama=3").contains("did you mean 'gamma'"));
+    assert!(refused("nothing").contains("no method 'nothing'"));
+    for wrong in ["version = 2", "[gate]\nmethod = \"wina\"", "[draft]\ngamma = 3", "seed = -1", "x = ["] {
+        assert!(RunPlan::parse(wrong, &registry).is_err(), "{wrong}");
+    }
+}
