@@ -1,6 +1,7 @@
 //! Shapes of published models, for clocks without their weights.
 
-use lacuna_spec::{Spec, arch};
+use lacuna_arch as arch;
+use lacuna_spec::Spec;
 use serde_json::{Value, json};
 
 use crate::common::Usage;

@@ -170,7 +170,7 @@ fn assert_unpacked(dir: &Path, want: &Checkpoint) {
     let bytes = std::fs::read(dir.join("model.safetensors")).unwrap();
     let file = SafeTensors::deserialize(&bytes).unwrap();
     let mut seen = 0;
-    for target in lacuna_spec::arch::hf_targets(want.spec()).unwrap() {
+    for target in lacuna_arch::hf_targets(want.spec()).unwrap() {
         if !is_block(&target.parts[0]) {
             continue;
         }

@@ -12,6 +12,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, ExitCode};
 use std::sync::Arc;
 
+use lacuna_arch as arch;
 use lacuna_base::Rng;
 use lacuna_checkpoint::save::{
     GgufKind, PackQuantized, Rounding, save_compressed_tensors, save_gguf, save_hf, save_peft,
@@ -20,7 +21,7 @@ use lacuna_checkpoint::{PackedWriter, Tokenizer, open};
 use lacuna_format::{Float, PatternKind, Stored, Term, Weights, pack_float};
 use lacuna_kernels::Activations;
 use lacuna_pull::{ModelRef, Options, pull};
-use lacuna_spec::{Place, Role, arch};
+use lacuna_spec::{Place, Role};
 use libtest_mimic::{Arguments, Failed, Trial};
 use safetensors::SafeTensors;
 use serde_json::{Value, json};

@@ -5,12 +5,12 @@
 
 use std::path::{Path, PathBuf};
 
+use lacuna_arch as arch;
 use lacuna_base::Rng;
 use lacuna_checkpoint::open;
 use lacuna_format::Weights;
 use lacuna_kernels::Activations;
 use lacuna_model::{Batch, ContiguousKv, Decoder, LoadOptions, NoTap};
-use lacuna_spec::arch;
 use safetensors::tensor::{Dtype, TensorView};
 use serde_json::{Value, json};
 

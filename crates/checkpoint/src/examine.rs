@@ -3,9 +3,9 @@
 use std::collections::BTreeSet;
 use std::fmt;
 
+use lacuna_arch::{self as arch, Source};
 use lacuna_base::Mat;
 use lacuna_format::{Group, Stored, Values};
-use lacuna_spec::arch::{self, Source};
 use lacuna_spec::{Place, Spec};
 
 use crate::foreign::Quantized;

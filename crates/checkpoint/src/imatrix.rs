@@ -4,7 +4,8 @@
 use std::collections::HashMap;
 use std::path::Path;
 
-use lacuna_spec::{Part, Place, Spec, arch};
+use lacuna_arch as arch;
+use lacuna_spec::{Part, Place, Spec};
 
 use crate::gguf;
 use crate::map::Mapped;

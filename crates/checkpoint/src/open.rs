@@ -11,8 +11,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
+use lacuna_arch::{self as arch, GgufHead};
 use lacuna_format::{Descriptor, Float, Pattern, Piece, Stored, Values, Weights, WeightsError};
-use lacuna_spec::arch::{self, GgufHead};
 use lacuna_spec::{Place, Spec, SpecError};
 use serde_json::Value;
 

@@ -420,7 +420,7 @@ impl Gguf {
                     pairs.raw(&new);
                 }
                 Err(e) => match self.measured(key, r) {
-                    Some(list) => pairs.value(key, &lacuna_spec::arch::GgufValue::U32s(list)),
+                    Some(list) => pairs.value(key, &lacuna_arch::GgufValue::U32s(list)),
                     None => return Err(e),
                 },
             }

@@ -7,11 +7,12 @@ use std::collections::BTreeMap;
 use std::path::{Path, PathBuf};
 
 use damage::{Damaged, F16};
+use lacuna_arch as arch;
 use lacuna_base::float::{round_bf16, round_f16};
 use lacuna_checkpoint::save::{GgufKind, save_gguf};
 use lacuna_checkpoint::{Adapter, Checkpoint, OpenError, examine, mendable, open, repair};
 use lacuna_format::{Term, Weights};
-use lacuna_spec::{Part, Place, Role, arch};
+use lacuna_spec::{Part, Place, Role};
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 

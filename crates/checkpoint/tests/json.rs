@@ -3,8 +3,8 @@
 
 use std::path::Path;
 
+use lacuna_arch::from_config;
 use lacuna_checkpoint::json::parse;
-use lacuna_spec::arch::from_config;
 use serde_json::{Value, json};
 
 /// The configuration with `NaN` at a path of keys, by way of the text that Python would write.

@@ -4,10 +4,10 @@
 use std::path::Path;
 use std::time::{Duration, SystemTime, UNIX_EPOCH};
 
+use lacuna_arch as arch;
 use lacuna_checkpoint::save::{GgufKind, save_gguf, save_hf};
 use lacuna_checkpoint::{ChatTemplate, PackedWriter, Setting, TemplateError, open};
 use lacuna_format::Weights;
-use lacuna_spec::arch;
 use safetensors::Dtype;
 use safetensors::tensor::TensorView;
 use serde_json::{Value, json};

@@ -2,9 +2,10 @@
 
 use std::path::{Path, PathBuf};
 
+use lacuna_arch as arch;
 use lacuna_checkpoint::{Checkpoint, Kind, open};
 use lacuna_format::Weights;
-use lacuna_spec::{Place, Role, RopeScaling, arch};
+use lacuna_spec::{Place, Role, RopeScaling};
 use serde_json::{Value, json};
 
 fn tiny() -> PathBuf {

@@ -1,10 +1,9 @@
 //! A network as data: what a decoder-only language model is made of, layer by layer, and the names of its parts.
 //!
 //! [`Spec`] says everything the one decoder needs to know; no other room asks for an architecture's name. [`Place`]
-//! names one tensor of a model (`layers.3.attn.q`), whatever a file calls it. [`arch`] translates both ways between a
-//! file's own configuration and names and these.
+//! names one tensor of a model (`layers.3.attn.q`), whatever a file calls it. `lacuna-arch` translates both ways between
+//! a file's own configuration and names and these.
 
-pub mod arch;
 mod place;
 mod spec;
 

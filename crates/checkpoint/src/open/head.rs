@@ -1,7 +1,7 @@
 //! A head that is said to be the embedding, and is stored all the same.
 
+use lacuna_arch as arch;
 use lacuna_format::Float;
-use lacuna_spec::arch;
 use lacuna_spec::{Place, Role, Spec};
 
 use super::Checkpoint;

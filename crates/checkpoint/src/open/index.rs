@@ -3,7 +3,7 @@
 use std::collections::{HashMap, HashSet};
 use std::path::Path;
 
-use lacuna_spec::arch;
+use lacuna_arch as arch;
 
 use super::{Checkpoint, OpenError};
 use crate::json;

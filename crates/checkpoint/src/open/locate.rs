@@ -3,8 +3,8 @@
 use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
+use lacuna_arch::Source;
 use lacuna_format::{FormatError, WeightsError};
-use lacuna_spec::arch::Source;
 use lacuna_spec::{Part, Place, Role, Spec};
 
 use super::{Checkpoint, Kind, Located, OpenError};

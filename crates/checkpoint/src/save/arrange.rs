@@ -3,9 +3,9 @@
 
 use std::sync::Arc;
 
+use lacuna_arch::{self as arch, Target, Whole};
 use lacuna_base::Mat;
 use lacuna_format::{Float, GgufType, Pattern, Stored, Values, Weights};
-use lacuna_spec::arch::{self, Target, Whole};
 use lacuna_spec::{AttnSpec, Part, Place, Role, RopeStyle, Spec, SpecError};
 use rayon::prelude::*;
 

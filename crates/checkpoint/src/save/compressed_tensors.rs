@@ -6,9 +6,9 @@
 
 use std::path::Path;
 
+use lacuna_arch::{self as arch, Target};
 use lacuna_format::{Affine, Float, Group};
 use lacuna_spec::Role;
-use lacuna_spec::arch::{self, Target};
 use serde_json::{Value, json};
 
 use super::arrange::{Arranged, Encoding};

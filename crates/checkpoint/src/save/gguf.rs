@@ -8,8 +8,8 @@
 
 use std::path::Path;
 
+use lacuna_arch::{self as arch, Target};
 use lacuna_format::{Float, GgufType, Pattern, Stored, Values};
-use lacuna_spec::arch::{self, Target};
 use lacuna_spec::{Place, Role, Spec};
 
 use super::arrange::{Arranged, Encoding};

@@ -1,6 +1,6 @@
 //! Metadata of a GGUF file on their way to bytes.
 
-use lacuna_spec::arch::GgufValue;
+use lacuna_arch::GgufValue;
 
 use crate::tokenizer::{Export, TokenKind};
 

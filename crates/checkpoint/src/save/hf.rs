@@ -2,8 +2,8 @@
 
 use std::path::Path;
 
+use lacuna_arch::{self as arch, Target};
 use lacuna_format::{Float, Pattern, Stored, Values, Weights};
-use lacuna_spec::arch::{self, Target};
 use lacuna_spec::{Place, Role};
 use serde_json::{Map, Value, json};
 

@@ -7,9 +7,9 @@ use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
 
+use lacuna_arch::{self as arch, Target};
 use lacuna_base::Mat;
 use lacuna_format::{Float, Stored, Term, Weights, WeightsError};
-use lacuna_spec::arch::{self, Target};
 use lacuna_spec::{Place, Role, Spec};
 use serde_json::{Value, json};
 

@@ -153,7 +153,7 @@ mod tests {
             "model_type": "llama", "vocab_size": 20, "hidden_size": 8, "intermediate_size": 22, "num_hidden_layers": 1,
             "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16,
         });
-        let spec = &lacuna_spec::arch::from_config(&config).expect("a network");
+        let spec = &lacuna_arch::from_config(&config).expect("a network");
         let work = Work { place: Place::layer(0, Role::Q), matrix, source: &source, stats, bias: None, spec };
         let mut edits = local.edit(vec![work]).expect("edits");
         let Some(Edit::Matrix(_, made)) = edits.pop() else { panic!("a matrix") };

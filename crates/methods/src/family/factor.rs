@@ -352,7 +352,7 @@ mod tests {
             "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 6,
             "max_position_embeddings": 16, "rms_norm_eps": 1e-5,
         });
-        let spec = lacuna_spec::arch::from_config(&config).expect("a network");
+        let spec = lacuna_arch::from_config(&config).expect("a network");
         let mut weights = BTreeMap::new();
         for (l, place) in (0..spec.layers.len()).flat_map(|l| candidates(&spec, l).into_iter().map(move |p| (l, p))) {
             let (m, n) = spec.shape(&place).expect("a shape");

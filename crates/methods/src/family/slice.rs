@@ -441,7 +441,7 @@ mod tests {
                 "max_position_embeddings": 16, "rms_norm_eps": 1e-2,
             });
             more.as_object().expect("keys").iter().for_each(|(k, v)| config[k] = v.clone());
-            let mut spec = lacuna_spec::arch::from_config(&config).expect("a network");
+            let mut spec = lacuna_arch::from_config(&config).expect("a network");
             // One layer of each kind of hole.
             (spec.layers[1].attn, spec.layers[2].ffn) = (None, None);
             let mut rng = Rng::new(3);

@@ -138,7 +138,7 @@ mod tests {
                 "model_type": "llama", "vocab_size": 20, "hidden_size": 8, "intermediate_size": 22, "num_hidden_layers": 1,
                 "num_attention_heads": 4, "num_key_value_heads": 2, "max_position_embeddings": 16,
             });
-            let spec = &lacuna_spec::arch::from_config(&config).expect("a network");
+            let spec = &lacuna_arch::from_config(&config).expect("a network");
             let work = Work { place, matrix: Unpacked::dense(w.clone()), source: &source, stats, bias: None, spec };
             let Ok([Edit::Matrix(_, made)]) = local.edit(vec![work]).map(|e| <[Edit; 1]>::try_from(e).expect("one"))
             else {

@@ -647,7 +647,7 @@ mod tests {
 
     impl Network {
         fn new(name: &str) -> Network {
-            let spec = lacuna_spec::arch::from_config(&json!({
+            let spec = lacuna_arch::from_config(&json!({
                 "model_type": name, "vocab_size": 20, "hidden_size": 8, "intermediate_size": 22, "num_hidden_layers": 3,
                 "num_attention_heads": 8, "num_key_value_heads": 4, "max_position_embeddings": 16, "head_dim": 2,
                 "num_local_experts": 3, "num_experts_per_tok": 2,

@@ -4,8 +4,8 @@ use std::collections::{HashMap, HashSet};
 use std::ops::Range;
 use std::sync::{Mutex, Weak};
 
+use lacuna_arch::{self as arch, Source};
 use lacuna_format::{Stored, WeightsError};
-use lacuna_spec::arch::{self, Source};
 use lacuna_spec::{Part, Place, Role, RopeStyle, Spec};
 
 use super::Adapter;

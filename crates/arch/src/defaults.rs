@@ -4,7 +4,7 @@
 use serde_json::{Value, json};
 
 use super::config::bad;
-use crate::spec::SpecError;
+use lacuna_spec::SpecError;
 
 /// The configuration with every key that is read and absent at its class's default. An explicit null stays: it is a
 /// value of its own.

@@ -5,8 +5,8 @@ use serde_json::{Map, Value, json};
 
 use super::Source;
 use super::rope;
-use crate::place::{Part, Place, Role};
-use crate::spec::{Activation, AttnSpec, FfnSpec, LayerSpec, Norm, NormKind, Positions, Spec, SpecError};
+use lacuna_spec::{Activation, AttnSpec, FfnSpec, LayerSpec, Norm, NormKind, Positions, Spec, SpecError};
+use lacuna_spec::{Part, Place, Role};
 
 /// An error about a key of config.json.
 pub(super) fn bad<T>(what: impl std::fmt::Display) -> Result<T, SpecError> {

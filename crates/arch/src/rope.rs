@@ -5,7 +5,7 @@
 use serde_json::{Map, Value, json};
 
 use super::config::{Config, bad, num};
-use crate::spec::{Rope, RopeScaling, RopeStyle, SpecError};
+use lacuna_spec::{Rope, RopeScaling, RopeStyle, SpecError};
 
 /// Keys that are read, or that say nothing about the result.
 const KEYS: &[&str] = &[

@@ -28,8 +28,8 @@ pub use gguf_out::{GgufKeys, GgufValue};
 
 use config::{Config, bad};
 
-use crate::place::{Part, Role};
-use crate::{Place, Spec, SpecError};
+use lacuna_spec::{Part, Role};
+use lacuna_spec::{Place, Spec, SpecError};
 
 /// Where a tensor of the model lies in a file.
 #[derive(Clone, Debug, PartialEq, Eq)]

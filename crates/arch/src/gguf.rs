@@ -7,11 +7,11 @@ use serde_json::{Map, Value};
 use super::Source;
 use super::config::{inverse_root, named};
 use super::rope::MAX_LISTED;
-use crate::place::{Place, Role};
-use crate::spec::{
+use lacuna_spec::{
     Activation, AttnSpec, Experts, FfnSpec, LayerSpec, Norm, NormKind, Positions, Rope, RopeScaling, RopeStyle, Spec,
     SpecError,
 };
+use lacuna_spec::{Place, Role};
 
 /// What a family may look at in a GGUF file: the metadata (the tokenizer's apart) and which tensors there are.
 #[derive(Clone, Debug, Default)]

@@ -7,8 +7,8 @@ use super::defaults::filled;
 use super::gguf::{self, GgufHead};
 use super::gguf_out::{self, GgufKeys};
 use super::{Family, Source, rope};
-use crate::place::{Place, Role};
-use crate::spec::{RopeStyle, Spec, SpecError};
+use lacuna_spec::{Place, Role};
+use lacuna_spec::{RopeStyle, Spec, SpecError};
 
 /// Phi-3.
 pub(super) const PHI3: Family = Family {

@@ -5,8 +5,8 @@
 //! rearrange.
 
 use super::{GgufKeys, Source, SourceOf, family, rope};
-use crate::place::{Part, Place, Role};
-use crate::spec::{LayerSpec, RopeScaling, RopeStyle, Spec, SpecError};
+use lacuna_spec::{LayerSpec, RopeScaling, RopeStyle, Spec, SpecError};
+use lacuna_spec::{Part, Place, Role};
 
 /// A tensor of a file to be written.
 #[derive(Clone, Debug, PartialEq, Eq)]

@@ -5,8 +5,8 @@ use serde_json::{Map, Value, json};
 use super::config::{Config, activation_name, bad, first, inverse_root, named, verified};
 use super::defaults::filled;
 use super::{Family, Source, gguf};
-use crate::place::{Place, Role};
-use crate::spec::{AttnSpec, FfnSpec, LayerSpec, Norm, NormKind, Positions, Spec, SpecError};
+use lacuna_spec::{AttnSpec, FfnSpec, LayerSpec, Norm, NormKind, Positions, Spec, SpecError};
+use lacuna_spec::{Place, Role};
 
 /// OPT.
 pub(super) const OPT: Family = Family {

@@ -9,7 +9,7 @@ use super::defaults::filled;
 use super::gguf::{self, GgufHead};
 use super::gguf_out::{self, GgufKeys};
 use super::{Family, rope};
-use crate::spec::{Experts, RopeStyle, Spec, SpecError};
+use lacuna_spec::{Experts, RopeStyle, Spec, SpecError};
 
 /// Qwen2.
 pub(super) const QWEN2: Family = Family {

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::config::{attn_parts, difference, ffn_parts};
 use super::{GgufHead, gguf_targets};
-use crate::spec::{AttnSpec, RopeScaling, Spec, SpecError};
+use lacuna_spec::{AttnSpec, RopeScaling, Spec, SpecError};
 
 /// A metadata value, of the type that llama.cpp expects at its key.
 #[derive(Clone, Debug, PartialEq)]

@@ -8,8 +8,8 @@ use super::defaults::filled;
 use super::gguf::{self, GgufHead};
 use super::gguf_out::{self, GgufKeys};
 use super::{Family, Source};
-use crate::place::{Part, Place, Role};
-use crate::spec::{Activation, AttnSpec, FfnSpec, LayerSpec, Norm, NormKind, Positions, RopeStyle, Spec, SpecError};
+use lacuna_spec::{Activation, AttnSpec, FfnSpec, LayerSpec, Norm, NormKind, Positions, RopeStyle, Spec, SpecError};
+use lacuna_spec::{Part, Place, Role};
 
 /// GPT-2.
 pub(super) const GPT2: Family = Family {

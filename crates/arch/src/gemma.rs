@@ -15,8 +15,8 @@ use super::defaults::filled;
 use super::gguf::{self, GgufHead};
 use super::gguf_out::{self, GgufKeys, GgufValue};
 use super::{Family, Source, rope};
-use crate::place::{Place, Role};
-use crate::spec::{Activation, RopeScaling, RopeStyle, Spec, SpecError};
+use lacuna_spec::{Activation, RopeScaling, RopeStyle, Spec, SpecError};
+use lacuna_spec::{Place, Role};
 
 /// Gemma 2.
 pub(super) const GEMMA2: Family = Family {

@@ -5,8 +5,8 @@ use serde_json::{Value, json};
 use super::config::{Config, attns, ffns, first, llama_like, llama_source, named, to_llama_like, verified, window};
 use super::defaults::filled;
 use super::{Family, Source, gguf, rope};
-use crate::place::{Place, Role};
-use crate::spec::{Experts, RopeStyle, Spec, SpecError};
+use lacuna_spec::{Experts, RopeStyle, Spec, SpecError};
+use lacuna_spec::{Place, Role};
 
 /// Mixtral.
 pub(super) const MIXTRAL: Family = Family {

@@ -2,7 +2,8 @@
 
 use std::path::Path;
 
-use lacuna_spec::{Norm, NormKind, Positions, RopeScaling, Spec, arch};
+use lacuna_arch as arch;
+use lacuna_spec::{Norm, NormKind, Positions, RopeScaling, Spec};
 use serde_json::{Map, Value, json};
 
 fn golden() -> Map<String, Value> {

@@ -9,7 +9,7 @@ use super::defaults::filled;
 use super::gguf::{self, GgufHead};
 use super::gguf_out::{self, GgufKeys};
 use super::{Family, rope};
-use crate::spec::{RopeStyle, Spec, SpecError};
+use lacuna_spec::{RopeStyle, Spec, SpecError};
 
 /// Llama.
 pub(super) const LLAMA: Family = Family {

@@ -31,7 +31,7 @@ fn a_bias_on_down_alone_is_said_only_where_it_is() {
         "model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
         "num_attention_heads": 4, "max_position_embeddings": 128,
     });
-    let mut spec = lacuna_spec::arch::from_config(&config).unwrap();
+    let mut spec = lacuna_arch::from_config(&config).unwrap();
     let plain = serde_json::to_string(&spec).unwrap();
     assert!(!plain.contains("down_bias"), "{plain}");
     assert_eq!(serde_json::from_str::<Spec>(&plain).unwrap(), spec);
@@ -53,7 +53,7 @@ fn shortcuts_and_divisors_are_said_only_where_they_are() {
         "model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2,
         "num_attention_heads": 4, "max_position_embeddings": 128,
     });
-    let mut spec = lacuna_spec::arch::from_config(&config).unwrap();
+    let mut spec = lacuna_arch::from_config(&config).unwrap();
     let plain = serde_json::to_string(&spec).unwrap();
     assert!(!plain.contains("shortcut") && !plain.contains("divisor"), "{plain}");
     assert_eq!(serde_json::from_str::<Spec>(&plain).unwrap(), spec);
