@@ -382,9 +382,17 @@ pub struct Running {
     /// How keys and values are kept.
     #[arg(long, value_enum, default_value_t = Cache::F16)]
     pub kv: Cache,
+    /// What is drafted and left out.
+    #[command(flatten)]
+    pub plan: Plan,
+}
+
+/// A run plan: what is drafted, and what is left out, while a model runs.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Plan {
     /// A run plan: what is drafted and what is left out while the model runs (TOML; docs/running.md).
     #[arg(long = "run", value_name = "FILE")]
-    pub plan: Option<PathBuf>,
+    pub file: Option<PathBuf>,
     /// Draft tokens and verify several in one step, where that pays; no answer changes. NAME, NAME:KEY=VALUE,... or
     /// none; `lacuna methods` lists them.
     #[arg(long, value_name = "METHOD")]
@@ -541,6 +549,9 @@ pub struct Eval {
     /// How activations meet matrices of integer codes; `generate` runs with int8.
     #[arg(long, value_enum, default_value_t = Activations::Exact)]
     pub activations: Activations,
+    /// What is left out while the text is read; keys and values are kept in 32 bits.
+    #[command(flatten)]
+    pub plan: Plan,
     /// Items of each task at the most.
     #[arg(long, value_name = "N")]
     pub limit: Option<usize>,

@@ -120,7 +120,7 @@ impl Model {
 /// An engine over weights, wherever they come from. What it rounds to be fast is said.
 pub fn engine(weights: &dyn Weights, running: &crate::cli::Running) -> Result<Engine> {
     // A large model loads for minutes: too long for a misspelt key.
-    let plan = run_plan(running)?;
+    let plan = run_plan(&running.plan)?;
     let bar = bar(0, "loading");
     let progress = |done: usize, all: usize| {
         bar.set_length(all as u64);
@@ -138,20 +138,32 @@ pub fn engine(weights: &dyn Weights, running: &crate::cli::Running) -> Result<En
     let engine = Engine::new(decoder).with_kv(running.kv.into()).with_plan(plan);
     engine.check_plan().map_err(|e| Usage(e.to_string()))?;
     engine.plan().words().iter().for_each(|line| say_once(format!("running with {line}")));
+    let context = engine.context();
+    if engine.plan().keep().is_some_and(|k| k.plan().budget >= context) {
+        say_once(format!("keep: nothing is left out of the {context} positions that the model takes"));
+    }
     Ok(engine)
 }
 
+/// A run plan's file, bytes at most.
+const PLAN_BYTES: u64 = 1 << 16;
+
 /// The run plan that a file and flags say.
-pub fn run_plan(running: &crate::cli::Running) -> Result<RunPlan> {
+pub fn run_plan(said: &crate::cli::Plan) -> Result<RunPlan> {
     let registry = lacuna_methods::registry();
-    let mut plan = match &running.plan {
+    let mut plan = match &said.file {
         None => RunPlan::none(),
         Some(path) => {
+            // A model in the place of a plan is not worth reading.
+            if let Some(n) = std::fs::metadata(path).ok().map(|m| m.len()).filter(|n| *n > PLAN_BYTES) {
+                let path = path.display();
+                return Err(Usage(format!("--run {path}: {n} bytes; a run plan has at most {PLAN_BYTES}")).into());
+            }
             let text = read_text(path)?;
             RunPlan::parse(&text, &registry).map_err(|e| Usage(format!("--run {}: {e}", path.display())))?
         }
     };
-    for (question, said) in [("draft", &running.draft), ("keep", &running.keep), ("select", &running.select)] {
+    for (question, said) in [("draft", &said.draft), ("keep", &said.keep), ("select", &said.select)] {
         if let Some(said) = said {
             plan.flag(question, said, &registry).map_err(|e| Usage(format!("--{question} {said}: {e}")))?;
         }

@@ -4,17 +4,24 @@ use std::process::ExitCode;
 use std::time::Instant;
 
 use anyhow::Context;
-use lacuna_eval::{Eval, HELD_OUT, Means, Table, Told, cut, tasks};
+use lacuna_eval::{Eval, HELD_OUT, Judged, Means, Table, Told, cut, tasks};
 use lacuna_format::Weights;
 use serde_json::{Map, Value, json};
 
 use crate::across;
-use crate::cli::{self, Global};
+use crate::cli::{self, Cache, Global, Running};
 use crate::common::{self, Usage};
 
 /// Runs the verb.
 pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
     let start = Instant::now();
+    let plan = common::run_plan(&a.plan)?;
+    if !plan.is_empty() && (a.against.is_some() || !a.tasks.is_empty()) {
+        let what = if a.against.is_some() { "--against" } else { "--tasks" };
+        return Err(
+            Usage(format!("{what}: under a run plan eval tells loss and perplexity of a text; leave it out")).into()
+        );
+    }
     let m = common::open(g, &a.model)?;
     let tokenizer = m.tokenizer()?;
     let room =
@@ -49,6 +56,10 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
         let other = a.against.as_ref().map(|dense| common::open_alone(g, dense)).transpose()?;
         let mut told = None;
         let judged = match &other {
+            None if !plan.is_empty() => {
+                let running = Running { activations: a.activations, kv: Cache::F32, plan: a.plan.clone() };
+                planned(&m, &running, &eval, &tokens)?
+            }
             None => eval.judge(&tokens, &m.checkpoint)?,
             Some(d) if across::same_tokens((&m, &tokenizer), d)? => {
                 let mut reference = eval.reference(&tokens, &d.checkpoint)?;
@@ -76,6 +87,7 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
             ("bits_a_byte".to_owned(), json!(own.bits_a_byte())),
             ("bos".to_owned(), json!(bos)),
             ("activations".to_owned(), json!(a.activations.name())),
+            ("run".to_owned(), plan.to_json()),
         ]);
         table.row(["perplexity".to_owned(), format!("{:.4}", judged.ppl)]);
         table.row(["loss".to_owned(), format!("{:.5} nats a token", judged.nll)]);
@@ -139,4 +151,17 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
     out.insert("peak_rss_bytes".into(), json!(lacuna_compress::memory::peak()));
     common::print(g, &Value::Object(out), || table.text())?;
     Ok(ExitCode::SUCCESS)
+}
+
+/// Loss on a text under a run plan: each window is read as the scheduler reads a prompt.
+fn planned(m: &common::Model, running: &Running, eval: &Eval<'_>, tokens: &[u32]) -> anyhow::Result<Judged> {
+    let windows = cut(tokens, eval.ctx, eval.windows, eval.bos)?;
+    let engine = m.engine(running)?;
+    let mut progress = |done, all| {
+        if let Some(p) = eval.progress {
+            p(done, all);
+        }
+    };
+    let losses = lacuna_run::score(engine, &windows, &mut progress)?;
+    Ok(Judged::of_losses(&losses, eval.ctx))
 }

@@ -7,13 +7,18 @@ use anyhow::Context;
 use lacuna_run::{Generation, Sampling, Session};
 use serde_json::json;
 
-use crate::cli::{Activations, Cache, Compress, Effort, Fit, Gate, Global, Quickstart, Reader, Running, Strategy};
+use crate::cli::{
+    Activations, Cache, Compress, Effort, Fit, Gate, Global, Plan, Quickstart, Reader, Running, Strategy,
+};
 use crate::common::{self, Model};
 use crate::{compress, fit, generate, out, report};
 
 /// Both run as `generate` would.
-const RUNNING: Running =
-    Running { activations: Activations::Int8, kv: Cache::F16, plan: None, draft: None, keep: None, select: None };
+const RUNNING: Running = Running {
+    activations: Activations::Int8,
+    kv: Cache::F16,
+    plan: Plan { file: None, draft: None, keep: None, select: None },
+};
 /// What both models are asked.
 const PROMPT: &str = "Explain in two sentences why the sky is blue.";
 

@@ -47,7 +47,7 @@ pub fn run(g: &Global, a: &cli::Serve) -> anyhow::Result<ExitCode> {
     }
     let kv = KvFormat::from(a.running.kv);
     // A text that evicts entries needs another block to move them.
-    let held = common::run_plan(&a.running)?.slots(context);
+    let held = common::run_plan(&a.running.plan)?.slots(context);
     let held = if held < context { held + BLOCK_TOKENS } else { held };
     let kv_bytes = kv_bytes(a, &BlockStore::new(&spec, kv, 0), context, held)?;
     let name = a.served_name.clone().unwrap_or_else(|| short_name(&m));

@@ -68,6 +68,27 @@ pub struct Reference<'w> {
     streams: Streams,
 }
 
+impl Judged {
+    /// From the loss of every predicted token, a list a window; none of them is empty.
+    pub fn of_losses(windows: &[Vec<f64>], ctx: usize) -> Judged {
+        let mean = |x: &mut dyn Iterator<Item = f64>| {
+            let (n, sum) = x.fold((0usize, 0.0), |(n, sum), x| (n + 1, sum + x));
+            sum / n as f64
+        };
+        let nll = mean(&mut windows.iter().flatten().copied());
+        Judged {
+            ppl: nll.exp(),
+            nll,
+            tokens: windows.iter().map(Vec::len).sum(),
+            ctx,
+            windows: windows.len(),
+            against: None,
+            window_nll: windows.iter().map(|w| mean(&mut w.iter().copied())).collect(),
+            window_kl: Vec::new(),
+        }
+    }
+}
+
 impl Eval<'_> {
     /// Loss and perplexity of `model` on the tokens of a text.
     pub fn judge(&self, tokens: &[u32], model: &dyn Weights) -> Result<Judged, EvalError> {

@@ -192,7 +192,7 @@ impl Timed {
 
     fn submit(&mut self, prompt: &[u32], rest: &[u32]) -> Result<(), RunError> {
         self.next += 1;
-        self.scheduler.submit(self.next, Request { prompt: prompt.to_vec(), job: Job::Forced(rest.to_vec()) })
+        self.scheduler.submit(self.next, Request::new(prompt.to_vec(), Job::Forced(rest.to_vec())))
     }
 
     /// Reads the prompt, up to the logits after it.

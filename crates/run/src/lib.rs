@@ -14,6 +14,7 @@ mod plan;
 mod request;
 mod sampler;
 mod scheduler;
+mod score;
 mod session;
 
 pub use bench::{Bench, BenchOptions, Spent, bench};
@@ -26,4 +27,5 @@ pub use plan::{QUESTIONS, RunPlan};
 pub use request::{Event, Finished, Grammar, Job, Picked, Pooling, Request};
 pub use sampler::{Probability, Sampler, Sampling};
 pub use scheduler::{Gauges, Limits, Scheduler, Step};
+pub use score::score;
 pub use session::{DEFAULT_CHUNK, Generated, Session, Stats};

@@ -42,7 +42,10 @@ impl RunPlan {
     /// method = "copyspec"
     /// ```
     pub fn parse(text: &str, registry: &Registry) -> Result<RunPlan, MethodError> {
-        let table: toml::Table = text.parse().map_err(|e: toml::de::Error| MethodError::new(e.to_string()))?;
+        let table: toml::Table = text.parse().map_err(|e: toml::de::Error| {
+            let line = e.span().map_or(1, |span| 1 + text.bytes().take(span.start).filter(|b| *b == b'\n').count());
+            MethodError::new(format!("line {line}: {}", e.message()))
+        })?;
         let mut plan = RunPlan::none();
         let mut found = Vec::new();
         for (key, value) in table {
@@ -147,9 +150,10 @@ impl RunPlan {
         slots(self.keep().map(|keep| keep.plan()), tokens)
     }
 
-    /// Question and method of each part.
-    pub fn names(&self) -> Vec<(&'static str, &'static str)> {
-        self.entries.iter().map(|e| (e.question, e.method)).collect()
+    /// Question, method and keys (`budget=1024,sinks=4`) of each part.
+    pub fn names(&self) -> Vec<[String; 3]> {
+        let keys = |e: &Entry| e.keys.iter().map(|(k, v)| format!("{k}={v}")).collect::<Vec<_>>().join(",");
+        self.entries.iter().map(|e| [e.question.to_owned(), e.method.to_owned(), keys(e)]).collect()
     }
 
     /// A line for each method, for people: `draft copyspec (window 5): lossless`.
@@ -173,7 +177,7 @@ impl RunPlan {
             json!({ "question": e.question, "method": e.method, "paper": e.paper, "keys": e.keys, "lossless": lossless })
         };
         json!({
-            "hash": format!("{:016x}", self.hash()),
+            "hash": (!self.is_lossless()).then(|| format!("{:016x}", self.hash())),
             "lossless": self.is_lossless(),
             "seed": self.seed,
             "methods": self.entries.iter().map(entry).collect::<Vec<_>>(),

@@ -26,6 +26,9 @@ pub struct Request {
     pub prompt: Vec<u32>,
     /// What to do with it.
     pub job: Job,
+    /// Whether each token of the prompt is told with its probability, and with how many rivals. All of the prompt is
+    /// then read: nothing is taken over from other texts.
+    pub score: Option<usize>,
 }
 
 /// What to do with a text.
@@ -49,10 +52,20 @@ pub enum Job {
 }
 
 impl Request {
+    /// A text and what to do with it.
+    pub fn new(prompt: Vec<u32>, job: Job) -> Request {
+        Request { prompt, job, score: None }
+    }
+
+    /// The same, with the probabilities of the prompt's tokens and of each one's `top` likeliest rivals.
+    pub fn scored(self, top: usize) -> Request {
+        Request { score: Some(top), ..self }
+    }
+
     /// A plain continuation.
     pub fn generate(generation: Generation) -> Request {
         let prompt = generation.prompt.clone();
-        Request { prompt, job: Job::Generate { generation, logprobs: None, grammar: None, special: false } }
+        Request::new(prompt, Job::Generate { generation, logprobs: None, grammar: None, special: false })
     }
 }
 
@@ -84,6 +97,9 @@ pub struct Finished {
 /// once.
 #[derive(Debug)]
 pub enum Event {
+    /// The next tokens of the prompt with their probabilities, where [`Request::score`] asked for them: all but the
+    /// first, in order, before any of the answer.
+    Read(Vec<Picked>),
     /// More of the answer: whole characters, nothing that may yet turn out to be a stop text; and the tokens that end
     /// in it.
     Text {
@@ -103,4 +119,11 @@ pub enum Event {
     },
     /// It could not be done.
     Failed(RunError),
+}
+
+impl Event {
+    /// Whether nothing more is told of the request.
+    pub fn is_last(&self) -> bool {
+        !matches!(self, Event::Read(_) | Event::Text { .. })
+    }
 }

@@ -60,6 +60,7 @@ fn gather(answers: &mut BTreeMap<u64, Answer>, id: u64, event: Event) {
             a.tokens.extend(tokens);
         }
         Event::Finished(f) => a.done = Some(f),
+        Event::Read(_) => panic!("nobody asked"),
         Event::Embedding { vector, .. } => a.vector = vector,
         Event::Failed(e) => a.failed = Some(e.to_string()),
     }
@@ -312,7 +313,7 @@ fn probabilities_come_with_their_tokens() {
         let mut s = scheduler("llama", limits(1, 64));
         let generation = Generation { stop, ..g.clone() };
         let job = Job::Generate { generation, logprobs: Some(3), grammar: None, special: false };
-        s.submit(0, Request { prompt: g.prompt.clone(), job }).unwrap();
+        s.submit(0, Request::new(g.prompt.clone(), job)).unwrap();
         drain(&mut s).remove(&0).unwrap()
     };
     let all = ask(vec![]);
@@ -353,7 +354,7 @@ fn a_grammar_is_followed_and_ends_the_answer() {
     let generation = Generation { max_tokens: 50, ignore_end: true, ..Generation::default() };
     let grammar: Option<Box<dyn Grammar>> = Some(Box::new(Even { made: 0, bits: vec![] }));
     let job = Job::Generate { generation, logprobs: None, grammar, special: false };
-    s.submit(0, Request { prompt: vec![5, 6, 7], job }).unwrap();
+    s.submit(0, Request::new(vec![5, 6, 7], job)).unwrap();
     let a = drain(&mut s).remove(&0).unwrap();
     assert_eq!((a.tokens.len(), a.done.as_ref().unwrap().stop.clone()), (5, Stop::Grammar));
     assert!(a.ids().iter().all(|id| id % 2 == 0) && a.ids()[4] == 42);
@@ -368,7 +369,7 @@ fn vectors_do_not_depend_on_company_or_chunks() {
                 let mut s = scheduler(name, limits(batch, rows));
                 for round in 0..n {
                     for (i, t) in texts.iter().enumerate() {
-                        let request = Request { prompt: t.clone(), job: Job::Embed(pooling) };
+                        let request = Request::new(t.clone(), Job::Embed(pooling));
                         s.submit((100 * round + i) as u64, request).unwrap();
                     }
                 }

@@ -175,7 +175,7 @@ fn requests(name: &str, n: usize, seed: u64) -> Vec<Generation> {
 
 fn ask(g: &Generation) -> Request {
     let job = Job::Generate { generation: g.clone(), logprobs: Some(2), grammar: None, special: false };
-    Request { prompt: g.prompt.clone(), job }
+    Request::new(g.prompt.clone(), job)
 }
 
 fn plain(name: &str, all: &[Generation]) -> Vec<Answer> {
@@ -279,7 +279,7 @@ fn grammars_hold_under_drafts() {
         s.set_prices(free());
         let grammar: Option<Box<dyn Grammar>> = Some(Box::new(Turns::default()));
         let job = Job::Generate { generation: generation.clone(), logprobs: None, grammar, special: false };
-        s.submit(0, Request { prompt: generation.prompt.clone(), job }).unwrap();
+        s.submit(0, Request::new(generation.prompt.clone(), job)).unwrap();
         answers.push(drain(&mut s).remove(&0).unwrap());
         assert_eq!(s.gauges().accepted > 0, drafting);
     }
@@ -314,7 +314,7 @@ fn flags_take_the_place_of_what_a_file_says_and_say_what_is_wrong() {
     let registry = lacuna_methods::registry();
     let file = "version = 1\nseed = 3\n[draft]\nmethod = \"copyspec\"\ngamma = 4\n";
     let mut plan = RunPlan::parse(file, &registry).unwrap();
-    assert_eq!((plan.names(), plan.is_lossless(), plan.hash()), (vec![("draft", "copyspec")], true, 0));
+    assert_eq!((plan.names(), plan.is_lossless(), plan.hash()), (vec![["draft", "copyspec", ""].map(String::from)], true, 0));
     plan.flag("draft", "token-recycling:k=4", &registry).unwrap();
     plan.flag("keep", "h2o:budget=64", &registry).unwrap();
     assert_eq!(plan.names(), [("draft", "token-recycling"), ("keep", "h2o")]);

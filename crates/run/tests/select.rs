@@ -97,7 +97,7 @@ fn requests(n: usize, seed: u64) -> Vec<Generation> {
 
 fn ask(g: &Generation) -> Request {
     let job = Job::Generate { generation: g.clone(), logprobs: Some(2), grammar: None, special: false };
-    Request { prompt: g.prompt.clone(), job }
+    Request::new(g.prompt.clone(), job)
 }
 
 fn alone(name: &str, flags: &[(&str, &str)], kv: KvFormat, all: &[Generation]) -> (Vec<Answer>, Reads) {
@@ -301,7 +301,7 @@ fn embeddings_are_under_the_plan_too() {
     for pooling in [Pooling::Last, Pooling::Mean] {
         let vector = |flags: &[(&str, &str)], rows: usize| {
             let mut s = scheduler(engine("llama", flags, KvFormat::F16), 1, rows, 20, true);
-            s.submit(0, Request { prompt: text.clone(), job: Job::Embed(pooling) }).unwrap();
+            s.submit(0, Request::new(text.clone(), Job::Embed(pooling))).unwrap();
             let mut out = None;
             while !s.is_idle() {
                 s.step(&mut |_, event| match event {

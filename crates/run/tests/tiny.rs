@@ -58,7 +58,7 @@ fn drawn(seed: u64) -> Generation {
 fn a_step_allocates_nothing() {
     for name in ["llama", "gemma3", "gpt2", "phi3", "qwen2", "opt"] {
         let mut s = scheduler(engine(name), 1, 512, 9, true);
-        s.submit(1, Request { prompt: vec![5], job: Job::Forced((6..40).collect()) }).unwrap();
+        s.submit(1, Request::new(vec![5], Job::Forced((6..40).collect()))).unwrap();
         let mut step = || assert_eq!(s.step(&mut |_, event| panic!("{event:?}")).logits_rows, 1);
         (0..4).for_each(|_| step());
         let seen = allocation_counter::measure(|| (4..25).for_each(|_| step()));
@@ -301,11 +301,11 @@ fn forced_tokens_are_read_one_by_one() {
         lacuna_run::Limits { batch: 1, prefill_rows: 16, kv_bytes: 1 << 20, reuse: true },
     );
     assert!(s.submit(0, Request::generate(request(1))).is_err(), "there is no tokenizer");
-    assert!(s.submit(0, Request { prompt: vec![3], job: Job::Forced(vec![4000]) }).is_err());
+    assert!(s.submit(0, Request::new(vec![3], Job::Forced(vec![4000]))).is_err());
     for round in 0..3 {
         // The same depth, and other tokens behind it.
         let prompt: Vec<u32> = (5..40).collect();
-        s.submit(round, Request { prompt, job: Job::Forced(vec![50 + round as u32; 6]) }).unwrap();
+        s.submit(round, Request::new(prompt, Job::Forced(vec![50 + round as u32; 6]))).unwrap();
         let (mut steps, mut end) = (Vec::new(), None);
         while !s.is_idle() {
             let step = s.step(&mut |_, event| end = Some(event));

@@ -76,8 +76,8 @@ pub struct Metrics {
     pub cancelled: AtomicU64,
     /// Times that the engine panicked and began anew.
     pub panics: AtomicU64,
-    /// Question and method of each part of the run plan.
-    plan: Vec<(&'static str, &'static str)>,
+    /// Question, method and keys of each part of the run plan.
+    plan: Vec<[String; 3]>,
     /// Open connections.
     pub connections: AtomicUsize,
     /// Connections for which there was no room.
@@ -108,8 +108,8 @@ impl Default for Metrics {
 }
 
 impl Metrics {
-    /// Of a model that runs under a plan: question and method of each part.
-    pub fn of(plan: Vec<(&'static str, &'static str)>) -> Metrics {
+    /// Of a model that runs under a plan: question, method and keys of each part.
+    pub fn of(plan: Vec<[String; 3]>) -> Metrics {
         Metrics { plan, ..Metrics::default() }
     }
 
@@ -225,9 +225,14 @@ impl Metrics {
             let _ = writeln!(out, "lacuna_kv_blocks{{state=\"{state}\"}} {n}");
         }
         head(&mut out, "lacuna_run_plan_info", "gauge", "What is drafted and what is left out while the model runs.");
-        for (question, method) in &self.plan {
-            let _ = writeln!(out, "lacuna_run_plan_info{{question=\"{question}\",method=\"{method}\"}} 1");
+        for [question, method, keys] in &self.plan {
+            let keys = keys.replace('\\', "\\\\").replace('"', "\\\"").replace('\n', "\\n");
+            let _ =
+                writeln!(out, "lacuna_run_plan_info{{question=\"{question}\",method=\"{method}\",keys=\"{keys}\"}} 1");
         }
+        let what = "Entries of heads, a position each, that a keeper has evicted.";
+        head(&mut out, "lacuna_keep_evicted_total", "counter", what);
+        let _ = writeln!(out, "lacuna_keep_evicted_total {}", g.evicted);
         head(
             &mut out,
             "lacuna_draft_tokens_total",

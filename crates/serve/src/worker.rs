@@ -79,7 +79,7 @@ impl Answers {
         let told = self.events.poll_recv(cx);
         if let std::task::Poll::Ready(told) = &told {
             match told {
-                Some((_, Event::Text { .. })) => {}
+                Some((_, event)) if !event.is_last() => {}
                 Some(_) => self.open -= 1,
                 None => self.open = 0,
             }
@@ -243,7 +243,7 @@ impl Engine {
         let mut tell = |id: u64, event: Event| {
             let Some(talk) = talks.get_mut(&id) else { return };
             talk.count(&event, metrics);
-            let over = !matches!(event, Event::Text { .. });
+            let over = event.is_last();
             if talk.events.send((talk.choice, event)).is_err() && !over {
                 gone.push(id);
             }
@@ -296,7 +296,7 @@ impl Talk {
                 metrics.prompt_tokens.fetch_add(*tokens as u64, Ordering::Relaxed);
                 metrics.whole(now - self.accepted);
             }
-            Event::Failed(_) => {}
+            Event::Read(_) | Event::Failed(_) => {}
         }
     }
 }

@@ -51,7 +51,15 @@ pub(crate) fn method() -> RunMethod {
             abilities: &[],
         },
         keys: make::keys::<StreamingLlm>,
-        make: |given, _| Ok(MadeRunning::Keep(Box::new(make::parameters::<StreamingLlm>("streaming-llm", given)?))),
+        make: |given, _| {
+            let asked: StreamingLlm = make::parameters("streaming-llm", given)?;
+            let StreamingLlm { sinks, budget, .. } = asked;
+            if sinks >= budget.0 {
+                let n = budget.0;
+                return Err(MethodError::new(format!("sinks {sinks}: a budget of {n} slots leaves the newest none")));
+            }
+            Ok(MadeRunning::Keep(Box::new(asked)))
+        },
     }
 }
 
@@ -111,6 +119,14 @@ mod tests {
             }
         }
         assert_eq!(held, [0, 1, 43, 44, 45, 46, 47, 48, 49]);
+    }
+
+    #[test]
+    fn sinks_leave_room() {
+        let make = |sinks: usize| (method().make)(serde_json::json!({ "budget": 8, "sinks": sinks }), 0);
+        assert!(make(7).is_ok());
+        let said = make(8).err().expect("refused").what;
+        assert!(said.contains("sinks 8") && said.contains("budget of 8"), "{said}");
     }
 
     #[test]

@@ -20,6 +20,8 @@ pub(super) struct Keeping {
     pub(super) plan: KeepPlan,
     /// Of each layer with attention: its number, its key heads, and whether the keeper says what stays.
     layers: Vec<(usize, usize, bool)>,
+    /// Entries of all heads that have been evicted.
+    evicted: u64,
 }
 
 /// What keepers left of a text.
@@ -87,13 +89,18 @@ impl<B: Backend> BlockStore<B> {
             let attn = l.attn.as_ref()?;
             Some((layer, attn.kv_heads, window(spec, layer, context).is_none()))
         });
-        self.keeping = Some(Keeping { plan, layers: layers.collect() });
+        self.keeping = Some(Keeping { plan, layers: layers.collect(), evicted: 0 });
         self
     }
 
     /// Slots that a text of `tokens` positions holds at once, at most.
     pub(crate) fn slots(&self, tokens: usize) -> usize {
         slots(self.keeping.as_ref().map(|k| k.plan), tokens)
+    }
+
+    /// Entries of heads, a position each, that have been evicted so far.
+    pub fn evicted(&self) -> u64 {
+        self.keeping.as_ref().map_or(0, |k| k.evicted)
     }
 
     /// What a text has before its first position.
@@ -131,7 +138,7 @@ impl<B: Backend> BlockStore<B> {
     /// Lets the keeper decide which slots of a text stay, and evicts the others. There must be room for it.
     #[track_caller]
     pub(crate) fn cut(&mut self, slot: usize, keep: &dyn Keep) -> Result<(), MethodError> {
-        let Some(Keeping { plan, layers }) = &self.keeping else { return Ok(()) };
+        let Some(Keeping { plan, layers, .. }) = &self.keeping else { return Ok(()) };
         let (budget, t) = (plan.budget, self.text(slot));
         let n = t.tokens - t.left.shift;
         let heads = || {
@@ -189,6 +196,9 @@ impl<B: Backend> BlockStore<B> {
         let stay = |(kept, positions): (&Vec<usize>, Vec<usize>)| kept.iter().map(|&slot| positions[slot]).collect();
         t.left.positions = kept.iter().zip(positions).map(stay).collect();
         t.left.shift += n - budget;
+        if let Some(k) = &mut self.keeping {
+            k.evicted += (n - budget) as u64 * k.layers.iter().map(|l| l.1 as u64).sum::<u64>();
+        }
         Ok(())
     }
 

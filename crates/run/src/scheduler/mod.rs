@@ -31,7 +31,7 @@ use lacuna_model::{Batch, NoTap, Reads};
 use rayon::prelude::*;
 
 use self::draft::{Drafter, Prices};
-use self::text::{Active, Work, Writing};
+use self::text::{Active, Scoring, Work, Writing};
 use crate::blocks::{BLOCK_TOKENS, BlockCounts, BlockStore};
 use crate::request::{Event, Finished, Job, Pooling, Request};
 use crate::{Engine, RunError, Stop};
@@ -94,6 +94,8 @@ pub struct Gauges {
     pub draft_cost: f64,
     /// What rows read where a selector was asked, since the start.
     pub reads: Reads,
+    /// Entries of heads, a position each, that a keeper has evicted since the start.
+    pub evicted: u64,
 }
 
 /// Continues texts over one engine, one or many.
@@ -209,13 +211,14 @@ impl Scheduler {
             accepted: self.accepted,
             draft_cost: self.draft_cost,
             reads: self.store.reads(),
+            evicted: self.store.evicted(),
         }
     }
 
     /// Takes a request, known by `id` from here on, or says what is wrong with it.
     pub fn submit(&mut self, id: u64, request: Request) -> Result<(), RunError> {
         self.engine.check_plan()?;
-        let Request { mut prompt, job } = request;
+        let Request { mut prompt, job, score } = request;
         let (n, most) = (prompt.len(), self.most_tokens());
         if n == 0 {
             return Err(RunError::Empty);
@@ -266,6 +269,7 @@ impl Scheduler {
             extent,
             class: self.engine.class(n),
             reused: None,
+            score: score.map(|top| Scoring { top, done: 1 }),
             drafter,
             work,
             chosen: Vec::new(),
@@ -347,6 +351,19 @@ impl Scheduler {
             self.store.publish(a.slot(), &a.tokens[..p.to]);
             if p.wants > 0 {
                 wanted.push((p.index, rows.end - p.wants..rows.end));
+            }
+            if let Some(s) = a.score.as_mut().filter(|s| s.done < a.prompt_tokens) {
+                // The row at a position says what comes behind it.
+                let prompt = &a.tokens[..a.prompt_tokens];
+                let read = hidden.view().rows_range(rows.start, rows.end - p.drafted);
+                let known = s.score(&self.engine.model().head, prompt, p.from, read);
+                if !known.is_empty() {
+                    on(a.id, Event::Read(known));
+                }
+            }
+            if a.is_answered() && p.to == a.tokens.len() {
+                on(a.id, Event::Finished(a.finished(Stop::MaxTokens)));
+                over.push(p.index);
             }
             if let Work::Embed { pooling, sum } = &mut a.work {
                 let from = if *pooling == Pooling::Last { rows.end - 1 } else { rows.start };

@@ -25,9 +25,7 @@ impl Scheduler {
     pub(super) fn admit(&mut self, on: &mut dyn FnMut(u64, Event)) {
         while self.running.len() < self.limits.batch {
             let Some(mut a) = self.waiting.pop_front() else { return };
-            if let Work::Generate(w) = &a.work
-                && w.max_tokens() == 0
-            {
+            if a.is_answered() && a.score.is_none() {
                 on(a.id, Event::Finished(a.finished(Stop::MaxTokens)));
                 continue;
             }
@@ -96,7 +94,7 @@ impl Scheduler {
     /// Rows `from..to` of a text, and the logits that are wanted of them.
     fn part(&self, index: usize, from: usize, to: usize) -> Part {
         let a = &self.running[index];
-        let wants = usize::from(to == a.tokens.len() && !matches!(a.work, Work::Embed { .. }));
+        let wants = usize::from(to == a.tokens.len() && !matches!(a.work, Work::Embed { .. }) && !a.is_answered());
         Part { index, from, to, drafted: 0, wants }
     }
 

@@ -29,7 +29,7 @@ fn run(choice_cost: usize) -> (Vec<Vec<Picked>>, Vec<Stop>) {
             Generation { max_tokens: 5 + id as usize, sampling, ignore_end: id % 2 == 0, ..Generation::default() };
         let grammar: Option<Box<dyn Grammar>> = if id % 5 == 4 { Some(Box::new(Odd)) } else { None };
         let job = Job::Generate { generation, logprobs: (id % 4 == 1).then_some(3), grammar, special: false };
-        s.submit(id, Request { prompt: (3..4 + 2 * id as u32).collect(), job }).unwrap();
+        s.submit(id, Request::new((3..4 + 2 * id as u32).collect(), job)).unwrap();
     }
     let (mut tokens, mut stops) = (vec![Vec::new(); 20], vec![Stop::Caller; 20]);
     while !s.is_idle() {

@@ -4,7 +4,10 @@ use std::collections::VecDeque;
 
 use lacuna_base::MatRef;
 use lacuna_checkpoint::{Decoder as TextDecoder, Tokenizer};
+use lacuna_model::Head;
+use rayon::prelude::*;
 
+use super::HEAD_ROWS;
 use super::draft::Drafter;
 use crate::generate::StopFilter;
 use crate::request::{Event, Finished, Grammar, Picked, Pooling};
@@ -26,6 +29,8 @@ pub(super) struct Active {
     pub class: u32,
     /// Tokens taken over at its first admission.
     pub reused: Option<usize>,
+    /// Where the prompt's own tokens are to be told with their probabilities.
+    pub score: Option<Scoring>,
     pub work: Work,
     /// What drafts for it.
     pub drafter: Option<Box<Drafter>>,
@@ -33,6 +38,35 @@ pub(super) struct Active {
     pub chosen: Vec<Choice>,
     /// Why nothing more could be chosen.
     pub failed: Option<RunError>,
+}
+
+/// How far a prompt's tokens have been told with their probabilities.
+pub(super) struct Scoring {
+    /// Rivals of each.
+    pub top: usize,
+    /// Tokens told, the first among them: nothing says how probable that was.
+    pub done: usize,
+}
+
+impl Scoring {
+    /// The tokens of `prompt` that the rows of positions from `from` on predict and that were not told before. A text
+    /// that is read again tells nothing twice.
+    pub fn score(&mut self, head: &Head, prompt: &[u32], from: usize, rows: MatRef<'_>) -> Vec<Picked> {
+        // The row of the last token predicts what is no part of the prompt.
+        let to = (from + rows.rows()).min(prompt.len() - 1);
+        let mut out = Vec::new();
+        while self.done <= to && self.done > from {
+            let (first, next) = (self.done - 1, to.min(self.done - 1 + HEAD_ROWS));
+            let logits = head.logits(rows.rows_range(first - from, next - from));
+            let (logits, top) = (logits.view(), self.top);
+            out.par_extend((0..next - first).into_par_iter().map(|r| {
+                let id = prompt[first + r + 1];
+                Picked { id, probability: Some(Probability::of(logits.row(r), id, top)) }
+            }));
+            self.done = next + 1;
+        }
+        out
+    }
 }
 
 /// What is made of a text. State that lives from token to token is kept here.
@@ -90,7 +124,12 @@ impl Active {
 
     /// Whether every row of it is needed, so that nothing can be taken over.
     pub fn needs_all_rows(&self) -> bool {
-        matches!(self.work, Work::Embed { pooling: Pooling::Mean, .. })
+        self.score.is_some() || matches!(self.work, Work::Embed { pooling: Pooling::Mean, .. })
+    }
+
+    /// Whether all that was asked is that the prompt be read.
+    pub fn is_answered(&self) -> bool {
+        matches!(&self.work, Work::Generate(w) if w.max_tokens() == 0)
     }
 
     /// The tokens that may be taken over: all but the last, whose row is needed.

@@ -51,7 +51,7 @@ pub fn after(s: &mut Scheduler, text: &[u32]) -> Result<(Vec<(u32, f32)>, usize)
     let vocab = s.engine().model().spec.vocab;
     let generation = Generation { max_tokens: 1, ignore_end: true, ..Generation::default() };
     let job = Job::Generate { generation, logprobs: Some(vocab), grammar: None, special: false };
-    s.submit(0, Request { prompt: text.to_vec(), job }).map_err(|e| e.to_string())?;
+    s.submit(0, Request::new(text.to_vec(), job)).map_err(|e| e.to_string())?;
     let (mut all, mut reused) = (Vec::new(), 0);
     while !s.is_idle() {
         let mut failed = None;

@@ -62,8 +62,7 @@ pub async fn embeddings(State(app): State<Arc<App>>, request: Request<Body>) -> 
         let ((texts, pooling, base64), ticket) = app.admit("EmbeddingRequest", request, prepare_embedding).await?;
         let tokens: usize = texts.iter().map(Vec::len).sum();
         let n = texts.len();
-        let requests =
-            texts.into_iter().map(|prompt| lacuna_run::Request { prompt, job: Job::Embed(pooling) }).collect();
+        let requests = texts.into_iter().map(|prompt| lacuna_run::Request::new(prompt, Job::Embed(pooling))).collect();
         let mut answers = app.submit(requests, ticket)?;
         let mut vectors: Vec<Option<Vec<f32>>> = vec![None; n];
         let all = async {
@@ -173,9 +172,9 @@ fn prepare_completion(app: &App, body: Value, ticket: &mut Ticket) -> Result<Pre
         let asked = if c.common.max_tokens.is_some() { asked } else { asked.min(room) };
         let max_tokens = answer_tokens(Some(("max_tokens", asked)), prompt.len(), app.context, app.limits.tokens)?;
         let generation = c.common.generation(max_tokens, app.vocab)?;
-        requests.extend(copies(generation, n).map(|generation| lacuna_run::Request {
-            prompt: prompt.clone(),
-            job: Job::Generate { generation, logprobs: c.logprobs, grammar: None, special: false },
+        requests.extend(copies(generation, n).map(|generation| {
+            let job = Job::Generate { generation, logprobs: c.logprobs, grammar: None, special: false };
+            lacuna_run::Request::new(prompt.clone(), job)
         }));
     }
     let reply = Reply::new(Setting {
@@ -284,7 +283,7 @@ fn prepare_chat(app: &App, body: Value, ticket: &mut Ticket) -> Result<Prepared,
             }
         };
         let job = Job::Generate { generation, logprobs, grammar, special: tools.is_some() };
-        requests.push(lacuna_run::Request { prompt: prompt.clone(), job });
+        requests.push(lacuna_run::Request::new(prompt.clone(), job));
     }
     let reply = Reply::new(Setting {
         shape: Shape::Chat,

@@ -106,6 +106,7 @@ impl Reply {
         let Some(c) = self.choices.get_mut(choice) else { return Ok(Vec::new()) };
         match event {
             Event::Failed(e) => Err(ApiError::of_run(&e, "messages")),
+            Event::Read(_) => Ok(Vec::new()),
             Event::Embedding { .. } => Err(ApiError::new(500, "a vector came where text was asked for")),
             Event::Text { text, tokens } => {
                 let text = match &mut c.splitter {
