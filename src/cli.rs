@@ -397,6 +397,10 @@ pub struct Running {
     /// none.
     #[arg(long, value_name = "METHOD")]
     pub select: Option<String>,
+    /// Skip the channels that a token does not need: it reads only some columns of each matrix (the plan's question
+    /// `gate`); an approximation. NAME, NAME:KEY=VALUE,... or none.
+    #[arg(long, value_name = "METHOD")]
+    pub skip: Option<String>,
 }
 
 /// How keys and values are kept.
