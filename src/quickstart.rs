@@ -12,8 +12,15 @@ use crate::common::{self, Model};
 use crate::{compress, fit, generate, out, report};
 
 /// Both run as `generate` would.
-const RUNNING: Running =
-    Running { activations: Activations::Int8, kv: Cache::F16, plan: None, draft: None, keep: None, select: None, skip: None };
+const RUNNING: Running = Running {
+    activations: Activations::Int8,
+    kv: Cache::F16,
+    plan: None,
+    draft: None,
+    keep: None,
+    select: None,
+    skip: None,
+};
 /// What both models are asked.
 const PROMPT: &str = "Explain in two sentences why the sky is blue.";
 

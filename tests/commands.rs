@@ -523,14 +523,17 @@ fn channels_are_skipped_by_a_flag_or_a_file() {
     let plan = fresh("skip.toml");
     std::fs::write(&plan, "version = 1\n[gate]\nmethod = \"wina\"\nkeep = 0.3\ntargets = [\"ffn.*\"]\n").unwrap();
     for model in [tiny().as_str(), int8] {
-        let say = |more: &[&str]| object(0, &[&["generate", model, "-p", "abc", "-n", "20", "--temp", "0"], more].concat());
+        let say =
+            |more: &[&str]| object(0, &[&["generate", model, "-p", "abc", "-n", "20", "--temp", "0"], more].concat());
         let (plain, all) = (say(&[]), say(&["--skip", "wina:keep=1.0"]));
         assert_eq!(plain["text"], all["text"], "{model}");
         assert!(plain["run"].is_null() && all["run"]["lossless"] == json!(false), "{all}");
         let half = say(&["--run", plan.to_str().unwrap(), "--skip", "wina:keep=0.3"]);
         assert_eq!(half["run"]["methods"][0]["question"], "gate");
         assert!(say(&["--run", plan.to_str().unwrap(), "--skip", "none"])["run"].is_null());
-        let bench = |more: &[&str]| object(0, &[&["bench", model, "--prompt", "8", "--gen", "4", "--reps", "1"], more].concat());
+        let bench = |more: &[&str]| {
+            object(0, &[&["bench", model, "--prompt", "8", "--gen", "4", "--reps", "1"], more].concat())
+        };
         let (plain, some) = (bench(&[]), bench(&["--run", plan.to_str().unwrap()]));
         let bytes = |b: &Value| b["weights_bytes"].as_u64().unwrap();
         assert!(bytes(&some) < bytes(&plain), "{plain} {some}");

@@ -91,7 +91,8 @@ fn main() {
                     let mut x = x.clone();
                     (0..cols).filter(|c| kept.binary_search(&(*c as u32)).is_err()).for_each(|c| x[(0, c)] = 0.0);
                     let mut some = |l: &Linear| {
-                        *bytes = Linear::forward_chosen(&[l], black_box(x.view()), &[Some(kept)], &mut [out.view_mut()]);
+                        *bytes =
+                            Linear::forward_chosen(&[l], black_box(x.view()), &[Some(kept)], &mut [out.view_mut()]);
                     };
                     times.push(best(&mut some) / dense);
                 }

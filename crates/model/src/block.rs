@@ -9,7 +9,7 @@ use lacuna_kernels::{Activations, Attention};
 use lacuna_spec::{Activation, AttnSpec, Experts, FfnSpec, Place, Role, Rope};
 
 use crate::backend::{Backend, Cpu, Measure};
-use crate::gating::{Gated, GateStore, Gating};
+use crate::gating::{GateStore, Gated, Gating};
 use crate::kv::prepared;
 use crate::parts::{Grouped, Projection, gate, norm};
 use crate::profile::span;
@@ -53,7 +53,12 @@ struct FfnPart<B: Backend> {
 #[allow(clippy::large_enum_variant)]
 enum Body<B: Backend> {
     /// `gated`: what a gate says of the first two, and of `down`.
-    Dense { gate: Option<Projection<B>>, up: Projection<B>, down: Projection<B>, gated: [Option<Gated>; 2] },
+    Dense {
+        gate: Option<Projection<B>>,
+        up: Projection<B>,
+        down: Projection<B>,
+        gated: [Option<Gated>; 2],
+    },
     Mixture(Mixture<B>),
 }
 

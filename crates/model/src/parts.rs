@@ -9,7 +9,7 @@ use lacuna_spec::{NormKind, Place, Role};
 
 use crate::ModelError;
 use crate::backend::{Backend, Measure};
-use crate::gating::{Gated, GateStore, Gating, refused};
+use crate::gating::{GateStore, Gated, Gating, refused};
 use crate::profile::span;
 
 /// The tensor at `place`, which the description must have, in the shape it says.

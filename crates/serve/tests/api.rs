@@ -541,7 +541,8 @@ fn a_gate_is_told_and_counted() {
     let metrics = half.get("/metrics").body;
     assert!(metrics.contains("lacuna_run_plan_info{question=\"gate\",method=\"wina\"} 1\n"), "{metrics}");
     let count = |kind: &str| -> u64 {
-        let line = metrics.lines().find_map(|l| l.strip_prefix(&format!("lacuna_gate_bytes_total{{kind=\"{kind}\"}} ")));
+        let line =
+            metrics.lines().find_map(|l| l.strip_prefix(&format!("lacuna_gate_bytes_total{{kind=\"{kind}\"}} ")));
         line.unwrap().parse().unwrap()
     };
     assert!(count("read") > 0 && count("read") < count("all"), "{metrics}");

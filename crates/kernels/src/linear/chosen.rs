@@ -8,7 +8,7 @@ use lacuna_format::{Stored, Term};
 
 use super::prepare::{AsBytes, padded, quantized_room, quantized_row};
 use super::{Activations, Linear, PackedTerm};
-use crate::op::columns::{Batch, ByColumns, batches, meet, scratch};
+use crate::op::columns::{Batch, Block, ByColumns, batches, meet, scratch};
 use crate::panel::columns::{ByteUnit, Columns, FloatUnit, NibbleUnit, UNIT, Unit, Written};
 use crate::panel::float::{Bf16, F16, F32};
 use crate::panel::ints::META;
@@ -21,8 +21,8 @@ const COST: (u64, u64) = (5, 4);
 
 impl Linear {
     /// Keeps the matrix by columns as well, for [`Linear::forward_chosen`]: bytes that this takes, none where its form
-    /// has no columns (anything but one dense term of floats, or of codes that are whole numbers times a scale, without
-    /// maps) and products read all of it as before. `stored` is what it was packed from.
+    /// has no columns (anything but one dense term of floats, or of codes under a scale of their group, with a zero or
+    /// a float minimum, without maps) and products read all of it as before. `stored` is what it was packed from.
     pub fn keep_columns(&mut self, stored: &Stored) -> Option<u64> {
         assert_eq!((self.rows, self.cols), (stored.rows, stored.cols), "another matrix");
         let plain = stored.input.is_empty() && stored.output.is_empty();
@@ -39,17 +39,13 @@ impl Linear {
     /// columns are kept and that reads less, the channels that a row lacks are not read. Gives the bytes of weights that
     /// are read.
     #[track_caller]
-    pub fn forward_chosen(
-        all: &[&Linear],
-        x: MatRef<'_>,
-        kept: &[Option<&[u32]>],
-        out: &mut [MatMut<'_>],
-    ) -> u64 {
+    pub fn forward_chosen(all: &[&Linear], x: MatRef<'_>, kept: &[Option<&[u32]>], out: &mut [MatMut<'_>]) -> u64 {
         assert_eq!((all.len(), x.rows()), (out.len(), kept.len()), "a result of each matrix, a list for each row");
         for (l, out) in all.iter().zip(out.iter()) {
             assert_eq!(x.cols(), l.cols, "x has {} columns, the matrix {}", x.cols(), l.cols);
             assert_eq!((out.rows(), out.cols()), (x.rows(), l.rows), "the result has another shape");
-            let fits = |k: &&[u32]| k.windows(2).all(|w| w[0] < w[1]) && k.last().is_none_or(|c| (*c as usize) < l.cols);
+            let fits =
+                |k: &&[u32]| k.windows(2).all(|w| w[0] < w[1]) && k.last().is_none_or(|c| (*c as usize) < l.cols);
             assert!(kept.iter().flatten().all(fits), "channels rise and are those of the matrix");
         }
         // What each matrix reads by columns, where that is less than all of it.
@@ -99,11 +95,11 @@ impl Linear {
 
     /// The kept channels of a row in the order in which they are multiplied, and whether x comes as bytes.
     fn batches(&self, columns: &Columns, x: &[f32], kept: &[u32]) -> (Vec<Batch>, bool) {
-        let none = |_: u32| (0.0, 0.0, 0.0);
+        let none = |_: u32| Block::default();
         let Some(groups) = &columns.groups else {
             return (batches(kept, |c| (c / SPAN as u32, 0), |c| x[c as usize], none), false);
         };
-        let (run, zero) = (groups.run as u32, if groups.zeros { 0 } else { groups.zero });
+        let (run, zero) = (groups.run as u32, groups.zero);
         let int8 = self.packing.activations == Activations::Int8;
         let [PackedTerm::Piece(form)] = &self.terms[..] else { unreachable!("columns are of one piece") };
         if !int8 || !form.body.integer() {
@@ -117,12 +113,12 @@ impl Linear {
                 let row = quantized_row(self.packing.isa, x, kind, room);
                 // SAFETY: the row has a byte for each channel, and four numbers for each block, two of them whole.
                 let byte = |c: u32| f32::from(unsafe { *row.codes.add(c as usize) });
-                let meta = |b: u32| unsafe {
+                let block = |b: u32| unsafe {
                     let meta = row.meta.add(b as usize * META);
                     let whole = |i: usize| meta.add(i).cast::<i32>().read() as f32;
-                    (whole(1), whole(2), *meta)
+                    Block { bias: whole(1), sum: whole(2), scale: *meta, scaled: *meta.add(3) }
                 };
-                batches(kept, |c| (c / BLOCK as u32, c / run), byte, meta)
+                batches(kept, |c| (c / BLOCK as u32, c / run), byte, block)
             })
         });
         (made, true)
@@ -176,8 +172,7 @@ impl Part<'_> {
     fn run<U: Unit, const MEET: usize>(&self, from: usize, to: usize) {
         let (columns, batches, out) = (self.columns, &self.batches[..], self.out);
         room::with(scratch(to - from), |sums| {
-            let op: ByColumns<'_, U, MEET> =
-                ByColumns { columns, batches, from, to, sums, out, _unit: PhantomData };
+            let op: ByColumns<'_, U, MEET> = ByColumns { columns, batches, from, to, sums, out, _unit: PhantomData };
             dispatch(self.isa, op);
         });
     }

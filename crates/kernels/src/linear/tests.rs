@@ -879,7 +879,7 @@ fn simulated_activations_are_rounded_ones() {
 /// of its columns.
 fn columned(rng: &mut Rng) -> Vec<(String, Stored, usize)> {
     let mut out = Vec::new();
-    for (rows, cols) in [(1, 31), (40, 96), (131, 577), (330, 1088)] {
+    for (rows, cols) in [(1usize, 31usize), (40, 96), (131, 577), (330, 1088)] {
         let (units, lines) = (rows.div_ceil(32), |bytes: usize| bytes.next_multiple_of(64));
         for (float, unit) in [(Float::F32, 128), (Float::F16, 64), (Float::Bf16, 64)] {
             let w = random(rows, cols, rng.u64());
@@ -887,15 +887,19 @@ fn columned(rng: &mut Rng) -> Vec<(String, Stored, usize)> {
             out.push((format!("{float:?}"), dense(rows, cols, values), lines(units * unit)));
         }
         for bits in 2..=8 {
-            for (run, zeros, float) in
-                [(32, false, Float::F16), (64, true, Float::F32), (cols, bits % 2 == 0, Float::F16), (128, true, Float::F16)]
-            {
+            for (run, zeros, float) in [
+                (32, false, Float::F16),
+                (64, true, Float::F32),
+                (cols, bits % 2 == 0, Float::F16),
+                (128, true, Float::F16),
+            ] {
                 let name = format!("int{bits} run {run} zeros {zeros} {float:?}");
                 let unit = if bits <= 4 { 16 } else { 32 };
                 out.push((name, ints(rows, cols, bits, run, zeros, float, rng), lines(units * unit)));
             }
         }
-        for (kind, unit) in [(GgufType::Q4_0, 16), (GgufType::Q5_0, 32), (GgufType::Q8_0, 32)] {
+        let kinds = [GgufType::Q4_0, GgufType::Q4_1, GgufType::Q5_0, GgufType::Q5_1, GgufType::Q8_0];
+        for (kind, unit) in kinds.into_iter().zip([16, 16, 32, 32, 32]) {
             if cols % kind.block() == 0 {
                 out.push((format!("{kind:?}"), gguf(rows, cols, kind, rng), lines(units * unit)));
             }
@@ -953,7 +957,8 @@ fn chosen_channels_are_the_product_of_a_row_with_zeros() {
                         assert!(bytes == l.weights_bytes() || (bytes >= own && bytes < l.weights_bytes() * 5 / 4));
                         least = least.min(bytes);
                         for o in (0..w.rows()).filter(|_| activations == Activations::Exact) {
-                            let terms = || kept.iter().map(|&c| f64::from(x[(r, c as usize)]) * f64::from(w[(o, c as usize)]));
+                            let terms =
+                                || kept.iter().map(|&c| f64::from(x[(r, c as usize)]) * f64::from(w[(o, c as usize)]));
                             let (want, size) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
                             let off = (f64::from(got[0][(0, o)]) - want).abs();
                             assert!(off <= f64::from(PRODUCT_TOLERANCE) * size + 1e-30, "{what}: off by {off}");
@@ -987,11 +992,12 @@ fn chosen_channels_of_matrices_together() {
     stored.push(f16(70, &mut rng).with_maps(vec![Map::diagonal(&vec![0.5; cols], Float::F32).unwrap()], vec![]));
     let lists = lists(cols, &mut rng);
     for activations in [Activations::Exact, Activations::Int8] {
-        let mut all: Vec<Linear> =
-            stored.iter().map(|s| pack_for(s, Isa::best(), activations).unwrap()).collect();
+        let mut all: Vec<Linear> = stored.iter().map(|s| pack_for(s, Isa::best(), activations).unwrap()).collect();
         let held: Vec<bool> = all.iter_mut().zip(&stored).map(|(l, s)| l.keep_columns(s).is_some()).collect();
         assert_eq!(held, [true, true, true, false]);
-        for picked in [vec![0, 1, 2], vec![0, 1], vec![3, 0], vec![2, 3, 3], vec![3, 3, 3], vec![3, 3], vec![0, 3, 1, 2]] {
+        for picked in
+            [vec![0, 1, 2], vec![0, 1], vec![3, 0], vec![2, 3, 3], vec![3, 3, 3], vec![3, 3], vec![0, 3, 1, 2]]
+        {
             let linears: Vec<&Linear> = picked.iter().map(|&i| &all[i]).collect();
             for kept in &lists {
                 let mut x = random(1, cols, rng.u64());

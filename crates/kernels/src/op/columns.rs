@@ -7,7 +7,7 @@
 
 use std::marker::PhantomData;
 
-use crate::panel::columns::{Columns, UNIT, Unit};
+use crate::panel::columns::{Columns, Second, UNIT, Unit};
 use crate::panel::fetch;
 use crate::simd::{Op, Simd};
 
@@ -30,10 +30,19 @@ pub(crate) struct Batch {
     /// Whether they are the first, and the last, of their span or block.
     pub(crate) first: bool,
     pub(crate) last: bool,
-    /// Of a block of bytes: minus the matrix's zero times the sum of its bytes, that sum, and the row's scale.
+    pub(crate) block: Block,
+}
+
+/// What belongs to a block of bytes; zeros elsewhere.
+#[derive(Clone, Copy, Debug, Default)]
+pub(crate) struct Block {
+    /// Minus the matrix's zero times the sum of its bytes.
     pub(crate) bias: f32,
+    /// That sum.
     pub(crate) sum: f32,
+    /// The row's scale there, and the sum times it.
     pub(crate) scale: f32,
+    pub(crate) scaled: f32,
 }
 
 /// Cuts the kept channels of a row into batches: `within` gives a channel's span or block, and its group; `x` its number
@@ -42,7 +51,7 @@ pub(crate) fn batches(
     kept: &[u32],
     within: impl Fn(u32) -> (u32, u32),
     x: impl Fn(u32) -> f32,
-    meta: impl Fn(u32) -> (f32, f32, f32),
+    block: impl Fn(u32) -> Block,
 ) -> Vec<Batch> {
     let mut out: Vec<Batch> = Vec::with_capacity(kept.len() / 2 + 8);
     let (mut have, mut at) = (SIDE, (u32::MAX, u32::MAX));
@@ -53,8 +62,8 @@ pub(crate) fn batches(
             if let Some(before) = out.last_mut() {
                 before.last = first;
             }
-            let (bias, sum, scale) = meta(place.0);
-            out.push(Batch { channels: [c; SIDE], x: [0.0; SIDE], group: place.1, first, last: true, bias, sum, scale });
+            let block = block(place.0);
+            out.push(Batch { channels: [c; SIDE], x: [0.0; SIDE], group: place.1, first, last: true, block });
             (have, at) = (0, place);
         }
         if let Some(batch) = out.last_mut() {
@@ -70,7 +79,7 @@ pub(crate) fn batches(
 pub(crate) mod meet {
     /// Floats, as they are.
     pub(crate) const FLOATS: usize = 0;
-    /// Codes as numbers, `scale * (code - zero)`.
+    /// Codes as numbers, `scale * (code - zero)` or `scale * code + minimum`.
     pub(crate) const CODES: usize = 1;
     /// Codes as they are, with bytes of x: exact sums, below 2^24, which f32 holds.
     pub(crate) const BYTES: usize = 2;
@@ -145,6 +154,10 @@ unsafe fn pass<S: Simd, U: Unit, const MEET: usize>(s: S, p: Pass<'_>, open: *mu
         j += 1;
     }
     let group = b.group as usize;
+    let (zeros, minima) = match &p.columns.groups {
+        Some(g) => (g.second == Second::Zeros, g.second == Second::Minima),
+        None => (false, false),
+    };
     let mut u = p.from;
     while u < p.to {
         let place = u * U::BYTES;
@@ -160,8 +173,8 @@ unsafe fn pass<S: Simd, U: Unit, const MEET: usize>(s: S, p: Pass<'_>, open: *mu
         // SAFETY: as the caller promises.
         unsafe {
             let here = (u - p.from) * UNIT;
-            let mut sum = [s.splat(b.bias); 4];
-            let (mut scale, mut zero) = ([s.splat(0.0); 4], [s.splat(0.0); 4]);
+            let mut sum = [s.splat(b.block.bias); 4];
+            let (mut scale, mut second) = ([s.splat(0.0); 4], [s.splat(0.0); 4]);
             let mut v = 0;
             while v < n {
                 if !b.first {
@@ -170,7 +183,7 @@ unsafe fn pass<S: Simd, U: Unit, const MEET: usize>(s: S, p: Pass<'_>, open: *mu
                 if MEET == meet::CODES || (MEET == meet::BYTES && b.last) {
                     if let Some(g) = &p.columns.groups {
                         scale[v] = g.scale(s, group, u, v);
-                        zero[v] = g.zero(s, group, u, v, p.columns.units());
+                        second[v] = g.second(s, group, u, v, p.columns.units());
                     }
                 }
                 v += 1;
@@ -180,7 +193,11 @@ unsafe fn pass<S: Simd, U: Unit, const MEET: usize>(s: S, p: Pass<'_>, open: *mu
                 let w = U::load(s, at[j].add(place));
                 let mut v = 0;
                 while v < n {
-                    let w = if MEET == meet::CODES { s.mul(s.sub(w[v], zero[v]), scale[v]) } else { w[v] };
+                    let w = match (MEET, minima) {
+                        (meet::CODES, false) => s.mul(s.sub(w[v], second[v]), scale[v]),
+                        (meet::CODES, true) => s.add(s.mul(w[v], scale[v]), second[v]),
+                        _ => w[v],
+                    };
                     sum[v] = s.fma(x[j], w, sum[v]);
                     v += 1;
                 }
@@ -192,10 +209,10 @@ unsafe fn pass<S: Simd, U: Unit, const MEET: usize>(s: S, p: Pass<'_>, open: *mu
                 let done = if !b.last {
                     sum[v]
                 } else if MEET == meet::BYTES {
-                    let zeros = p.columns.groups.as_ref().is_some_and(|g| g.zeros);
                     // Whole numbers that f32 holds, so that these are exact, too.
-                    let sum = if zeros { s.sub(sum[v], s.mul(zero[v], s.splat(b.sum))) } else { sum[v] };
-                    s.fused(sum, s.mul(scale[v], s.splat(b.scale)), s.load(to))
+                    let sum = if zeros { s.sub(sum[v], s.mul(second[v], s.splat(b.block.sum))) } else { sum[v] };
+                    let done = s.fused(sum, s.mul(scale[v], s.splat(b.block.scale)), s.load(to));
+                    if minima { s.fused(second[v], s.splat(b.block.scaled), done) } else { done }
                 } else {
                     s.add(s.load(to), sum[v])
                 };

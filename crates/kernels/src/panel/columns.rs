@@ -3,7 +3,10 @@
 //! A column's values lie together, in units of 32 outputs, and every column begins at a cache line: one that is left out
 //! is not touched. Values are what panels hold, to the bit: floats as they are stored, codes of up to 4 bits in nibbles
 //! (the outputs of a unit from the 16th on in the upper ones), others in bytes. What a group of columns shares, scales
-//! and then zeros, lies apart, group by group.
+//! and then zeros or minima, lies apart, group by group.
+//!
+//! Single columns are read, however short: which come next is known long before, so that they are prefetched as fast as
+//! what lies together (`examples/columns.rs` has strips of 16 KB beside them), and a strip reads what nobody needs.
 
 use std::sync::Arc;
 
@@ -43,6 +46,27 @@ impl Written {
     }
 }
 
+/// What groups have beside scales.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub(crate) enum Second {
+    /// Nothing.
+    None,
+    /// Zeros, a byte each.
+    Zeros,
+    /// Minima, f16 each: `scale * code + minimum`.
+    Minima,
+}
+
+impl Second {
+    fn bytes(self) -> usize {
+        match self {
+            Second::None => 0,
+            Second::Zeros => 1,
+            Second::Minima => 2,
+        }
+    }
+}
+
 /// A matrix by columns.
 #[derive(Clone)]
 pub(crate) struct Columns {
@@ -66,8 +90,7 @@ pub(crate) struct Groups {
     half: bool,
     /// The zero of all groups, where they have none of their own.
     pub(crate) zero: u8,
-    /// Whether they have zeros, a byte each.
-    pub(crate) zeros: bool,
+    pub(crate) second: Second,
     stride: usize,
 }
 
@@ -146,35 +169,40 @@ impl Groups {
         }
     }
 
-    /// Its zeros, where groups have some.
+    /// Its zeros or minima; the zero of all groups where they have none.
     /// # Safety
     /// As for `scale`; `units` are all there are.
     #[inline(always)]
-    pub(crate) unsafe fn zero<S: Simd>(&self, s: S, g: usize, u: usize, v: usize, units: usize) -> S::V {
-        if !self.zeros {
-            return s.splat(f32::from(self.zero));
-        }
-        let behind = units * UNIT * if self.half { 2 } else { 4 };
+    pub(crate) unsafe fn second<S: Simd>(&self, s: S, g: usize, u: usize, v: usize, units: usize) -> S::V {
+        let (behind, at) = (units * UNIT * if self.half { 2 } else { 4 }, u * UNIT + v * S::LANES);
         // SAFETY: as the caller promises.
-        unsafe { s.float(s.widen(self.memory.ptr().add(g * self.stride + behind + u * UNIT + v * S::LANES))) }
+        unsafe {
+            let group = self.memory.ptr().add(g * self.stride + behind);
+            match self.second {
+                Second::None => s.splat(f32::from(self.zero)),
+                Second::Zeros => s.float(s.widen(group.add(at))),
+                Second::Minima => s.load_f16(group.add(2 * at)),
+            }
+        }
     }
 }
 
-/// Codes by columns, for kinds whose values are `scale * (code - zero)`.
+/// Codes by columns, for kinds whose values are `scale * (code - zero)` or `scale * code + minimum`.
 fn codes(rows: usize, cols: usize, source: &Source<'_>) -> Option<Columns> {
-    let (half, zeros) = match source.kind {
-        Kind::F16 => (true, false),
-        Kind::F32 => (false, false),
-        Kind::F16Zeros => (true, true),
-        Kind::F32Zeros => (false, true),
-        Kind::F32Off | Kind::F16Min | Kind::Super | Kind::Sixteens => return None,
+    let (half, second) = match source.kind {
+        Kind::F16 => (true, Second::None),
+        Kind::F32 => (false, Second::None),
+        Kind::F16Zeros => (true, Second::Zeros),
+        Kind::F32Zeros => (false, Second::Zeros),
+        Kind::F16Min => (true, Second::Minima),
+        Kind::F32Off | Kind::Super | Kind::Sixteens => return None,
     };
     if source.table.is_some() {
         return None;
     }
     let written = if source.bits <= 4 { Written::Nibbles } else { Written::Bytes };
     let (units, groups, width) = (rows.div_ceil(UNIT), cols.div_ceil(source.run), if half { 2 } else { 4 });
-    let shared_stride = (units * UNIT * (width + usize::from(zeros))).next_multiple_of(64);
+    let shared_stride = (units * UNIT * (width + second.bytes())).next_multiple_of(64);
     let mut shared = Memory::zeroed(groups * shared_stride);
     let base = Base(shared.bytes_mut().as_mut_ptr());
     let (memory, stride) = filled(rows, cols, written, |first, n, put| {
@@ -208,15 +236,17 @@ fn codes(rows: usize, cols: usize, source: &Source<'_>) -> Option<Columns> {
                 } else {
                     scale.copy_from_slice(&line.scales[g].to_le_bytes());
                 }
-                if zeros {
-                    entry(units * UNIT * width + first + i, 1)[0] = line.seconds[g] as u8;
+                let entry = entry(units * UNIT * width + (first + i) * second.bytes(), second.bytes());
+                match second {
+                    Second::None => {}
+                    Second::Zeros => entry[0] = line.seconds[g] as u8,
+                    Second::Minima => entry.copy_from_slice(&f16::from_f32(line.seconds[g]).to_le_bytes()),
                 }
             }
         }
     });
     let zero = source.zero;
-    let groups =
-        Groups { memory: Arc::new(shared), run: source.run, half, zero, zeros, stride: shared_stride };
+    let groups = Groups { memory: Arc::new(shared), run: source.run, half, zero, second, stride: shared_stride };
     Some(Columns { memory, written, rows, stride, groups: Some(groups) })
 }
 

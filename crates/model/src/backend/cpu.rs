@@ -304,12 +304,7 @@ impl Backend for Cpu {
         out
     }
 
-    fn products_gated(
-        &self,
-        all: &[&Matrix],
-        x: &Lent,
-        ask: &GateAsk<'_>,
-    ) -> Result<(Vec<Lent>, Reads), ModelError> {
+    fn products_gated(&self, all: &[&Matrix], x: &Lent, ask: &GateAsk<'_>) -> Result<(Vec<Lent>, Reads), ModelError> {
         let answers: Vec<Mutex<Result<Option<Vec<u32>>, ModelError>>> =
             (0..x.rows()).map(|_| Mutex::new(Ok(None))).collect();
         kernels::tasks(answers.len(), 16 * x.cols(), |r| {

@@ -28,8 +28,8 @@ use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, Mass};
 use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
 
 pub use cpu::Cpu;
-pub use gate::GateAsk;
 pub(crate) use cpu::{Matrix, NormOf, grouped, route};
+pub use gate::GateAsk;
 pub use naive::Naive;
 pub use select::Reads;
 pub use tables::{Table, Tables};

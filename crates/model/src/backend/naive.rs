@@ -373,12 +373,7 @@ impl Backend for Naive {
         })
     }
 
-    fn products_gated(
-        &self,
-        all: &[&Matrix],
-        x: &Mat64,
-        ask: &GateAsk<'_>,
-    ) -> Result<(Vec<Mat64>, Reads), ModelError> {
+    fn products_gated(&self, all: &[&Matrix], x: &Mat64, ask: &GateAsk<'_>) -> Result<(Vec<Mat64>, Reads), ModelError> {
         let (mut x, mut reads) = (x.clone(), Reads::default());
         for r in 0..x.rows() {
             let row: Vec<f32> = x.row(r).iter().map(|&x| x as f32).collect();
