@@ -68,27 +68,25 @@ impl Linear {
                 .collect();
             by_columns(&parts, kept.len());
         }
-        for (i, (l, read)) in all.iter().zip(&by).enumerate() {
-            bytes += read.unwrap_or(l.weights_bytes());
-            if read.is_some() {
-                continue;
-            }
+        let mut i = 0;
+        while i < all.len() {
             // Neighbours that are read whole share one preparation of the rows.
-            match (&by[i..], &mut out[i..]) {
-                ([None, None, None, ..], [a, b, c, ..]) if i == 0 => {
+            let n = match &by[i..] {
+                [None, None, None, ..] => 3,
+                [None, None, ..] => 2,
+                _ => 1,
+            };
+            match &mut out[i..i + n] {
+                [a, b, c] => {
                     let mut out = [a.reborrow(), b.reborrow(), c.reborrow()];
-                    Linear::forward_all([all[0], all[1], all[2]], x, &mut out);
-                    bytes += all[1..].iter().map(|l| l.weights_bytes()).sum::<u64>();
-                    break;
+                    Linear::forward_all([all[i], all[i + 1], all[i + 2]], x, &mut out);
                 }
-                ([None, None], [a, b]) => {
-                    Linear::forward_all([all[i], all[i + 1]], x, &mut [a.reborrow(), b.reborrow()]);
-                    bytes += all[i + 1].weights_bytes();
-                    break;
-                }
-                (_, [out, ..]) => l.forward(x, out.reborrow()),
-                (_, []) => unreachable!("a result of each matrix"),
+                [a, b] => Linear::forward_all([all[i], all[i + 1]], x, &mut [a.reborrow(), b.reborrow()]),
+                [a] if by[i].is_none() => all[i].forward(x, a.reborrow()),
+                _ => {}
             }
+            bytes += (i..i + n).map(|i| by[i].unwrap_or(all[i].weights_bytes())).sum::<u64>();
+            i += n;
         }
         bytes
     }
