@@ -11,7 +11,7 @@ use lacuna_base::{Mat, Rng};
 use lacuna_format::{Code, Float, Group, Integers, ScaleCodec, Stored, Unpacked, UnpackedPiece, UnpackedTerm};
 use lacuna_kernels::{Activations, Linear, Packing, set_threads};
 
-const ROUNDS: usize = 11;
+const ROUNDS: usize = 7;
 
 /// f16 (`bits` 16), or integers with a scale for every 64 columns.
 fn stored(rows: usize, cols: usize, bits: u8) -> Stored {
@@ -58,9 +58,9 @@ fn main() {
                 l.keep_columns(&stored).expect("has columns");
                 l
             };
-            // Beyond the caches, as a token finds the matrices of a model.
+            // Beyond the caches, as a token finds the matrices of a model; few of their channels, too.
             let first = one();
-            let more = ((128 << 20) / first.weights_bytes() as usize).clamp(1, 160);
+            let more = ((384 << 20) / first.weights_bytes() as usize).clamp(1, 600);
             let linears: Vec<Linear> = (1..more).map(|_| one()).chain([first]).collect();
             let strip = (16 << 10) / (rows * usize::from(bits) / 8);
             let mut lists = Vec::new();
@@ -77,7 +77,7 @@ fn main() {
                 let x = Mat::from_fn(1, cols, |_, c| ((c * 17) % 101) as f32 / 50.0 - 1.0);
                 let best = |f: &mut dyn FnMut(&Linear)| {
                     f(&linears[0]);
-                    let timed = (0..3).map(|_| {
+                    let timed = (0..2).map(|_| {
                         let start = Instant::now();
                         linears.iter().for_each(&mut *f);
                         start.elapsed().as_secs_f64() / linears.len() as f64
