@@ -405,6 +405,9 @@ pub struct Plan {
     /// none.
     #[arg(long, value_name = "METHOD")]
     pub select: Option<String>,
+    /// Skip the channels that a token does not need: it reads only some columns of each matrix; an approximation. NAME, NAME:KEY=VALUE,... or none.
+    #[arg(long, value_name = "METHOD")]
+    pub gate: Option<String>,
 }
 
 /// How keys and values are kept.

@@ -6,9 +6,10 @@ use std::time::Duration;
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
+use lacuna_base::units::show_bytes;
 use lacuna_checkpoint::{Adapter, ChatTemplate, Checkpoint, Tokenizer};
 use lacuna_format::Weights;
-use lacuna_model::{Decoder, LoadOptions};
+use lacuna_model::{Decoder, GateStore, LoadOptions};
 use lacuna_pull::ModelRef;
 use lacuna_run::{Engine, RunPlan};
 use serde_json::Value;
@@ -126,7 +127,7 @@ pub fn engine(weights: &dyn Weights, running: &crate::cli::Running) -> Result<En
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     };
-    let options = LoadOptions { progress: Some(&progress), activations: running.activations.into() };
+    let options = LoadOptions { progress: Some(&progress), activations: running.activations.into(), gate: plan.gate() };
     let decoder = Decoder::load(weights, &options)?;
     bar.finish_and_clear();
     if running.activations == crate::cli::Activations::Int8 && decoder.rounds_activations() {
@@ -142,11 +143,24 @@ pub fn engine(weights: &dyn Weights, running: &crate::cli::Running) -> Result<En
     if engine.plan().keep().is_some_and(|k| k.plan().budget >= context) {
         say_once(format!("keep: nothing is left out of the {context} positions that the model takes"));
     }
+    if engine.plan().gate().is_some() {
+        say_once(gate_words(engine.model().gate_store()));
+    }
     Ok(engine)
 }
 
 /// A run plan's file, bytes at most.
 const PLAN_BYTES: u64 = 1 << 16;
+
+/// How the matrices that a gate stands at are kept.
+fn gate_words(store: GateStore) -> String {
+    let GateStore { matrices, by_columns, bytes } = store;
+    let whole = match matrices - by_columns {
+        0 => String::new(),
+        n => format!("; {n} others have no columns, are read whole, and save nothing"),
+    };
+    format!("gate: {by_columns} of {matrices} matrices lie by columns as well ({}){whole}", show_bytes(bytes))
+}
 
 /// The run plan that a file and flags say.
 pub fn run_plan(said: &crate::cli::Plan) -> Result<RunPlan> {
@@ -163,7 +177,8 @@ pub fn run_plan(said: &crate::cli::Plan) -> Result<RunPlan> {
             RunPlan::parse(&text, &registry).map_err(|e| Usage(format!("--run {}: {e}", path.display())))?
         }
     };
-    for (question, said) in [("draft", &said.draft), ("keep", &said.keep), ("select", &said.select)] {
+    let flags = [("draft", &said.draft), ("keep", &said.keep), ("select", &said.select), ("gate", &said.gate)];
+    for (question, said) in flags {
         if let Some(said) = said {
             plan.flag(question, said, &registry).map_err(|e| Usage(format!("--{question} {said}: {e}")))?;
         }

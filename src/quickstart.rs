@@ -17,7 +17,7 @@ use crate::{compress, fit, generate, out, report};
 const RUNNING: Running = Running {
     activations: Activations::Int8,
     kv: Cache::F16,
-    plan: Plan { file: None, draft: None, keep: None, select: None },
+    plan: Plan { file: None, draft: None, keep: None, select: None, gate: None },
 };
 /// What both models are asked.
 const PROMPT: &str = "Explain in two sentences why the sky is blue.";

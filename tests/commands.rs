@@ -511,3 +511,34 @@ fn serve_refuses_what_cannot_be() {
     let script = lacuna(&["completions", "bash"]);
     assert!(script.status.success() && String::from_utf8_lossy(&script.stdout).contains("complete -F"));
 }
+
+/// `--gate` names a gate: all kept says what is said without it, over floats and over codes; what keeps less is told as
+/// an approximation, and reads less.
+#[test]
+fn channels_are_skipped_by_a_flag_or_a_file() {
+    let int8 = fresh("int8-to-skip");
+    let int8 = int8.to_str().unwrap();
+    let recipe = ["-r", "rtn", "--set", "quantize.bits=8", "--set", "quantize.group=32"];
+    object(0, &[&["compress", &tiny(), "-o", int8, "--gate", "off"], &recipe[..]].concat());
+    let plan = fresh("skip.toml");
+    std::fs::write(&plan, "version = 1\n[gate]\nmethod = \"wina\"\nkeep = 0.3\ntargets = [\"ffn.*\"]\n").unwrap();
+    for model in [tiny().as_str(), int8] {
+        let say =
+            |more: &[&str]| object(0, &[&["generate", model, "-p", "abc", "-n", "20", "--temp", "0"], more].concat());
+        let (plain, all) = (say(&[]), say(&["--gate", "wina:keep=1.0"]));
+        assert_eq!(plain["text"], all["text"], "{model}");
+        assert!(plain["run"].is_null() && all["run"]["lossless"] == json!(false), "{all}");
+        let half = say(&["--run", plan.to_str().unwrap(), "--gate", "wina:keep=0.3"]);
+        assert_eq!(half["run"]["methods"][0]["question"], "gate");
+        assert!(say(&["--run", plan.to_str().unwrap(), "--gate", "none"])["run"].is_null());
+        let bench = |more: &[&str]| {
+            object(0, &[&["bench", model, "--prompt", "8", "--gen", "4", "--reps", "1"], more].concat())
+        };
+        let (plain, some) = (bench(&[]), bench(&["--run", plan.to_str().unwrap()]));
+        let bytes = |b: &Value| b["weights_bytes"].as_u64().unwrap();
+        assert!(bytes(&some) < bytes(&plain), "{plain} {some}");
+        assert_eq!(bytes(&bench(&["--gate", "wina:keep=1.0"])), bytes(&plain));
+    }
+    let said = refusal(2, &["generate", &tiny(), "-p", "a", "--gate", "wina:keep=0"]);
+    assert!(said.contains("--gate wina:keep=0") && said.contains("above 0"), "{said}");
+}

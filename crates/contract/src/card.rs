@@ -148,8 +148,8 @@ pub enum MadeRunning {
     Keep(Box<dyn Keep>),
     /// See [`Select`]; asked wherever keys and values are kept.
     Select(Arc<dyn Select>),
-    /// See [`Gate`].
-    Gate(Box<dyn Gate>),
+    /// See [`Gate`]; asked wherever it stands.
+    Gate(Arc<dyn Gate>),
 }
 
 impl MadeRunning {
@@ -249,7 +249,7 @@ impl Registry {
     }
 
     /// The gate of that name, made from its parameters.
-    pub fn gate(&self, name: &str, keys: Value, seed: u64) -> Result<Box<dyn Gate>, MethodError> {
+    pub fn gate(&self, name: &str, keys: Value, seed: u64) -> Result<Arc<dyn Gate>, MethodError> {
         match self.make_running("gate", name, keys, seed)? {
             MadeRunning::Gate(made) => Ok(made),
             other => Err(mismade(name, "gate", &other)),

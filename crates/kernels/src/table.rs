@@ -39,6 +39,8 @@ pub fn rows() -> Vec<Row> {
         product("product", "1:2, 2:4", &["int4"]);
         product("product of bytes", "1:2, 2:4", &["int4"]);
         product("product", "signs of a product", &["int8", "any other, as f32"]);
+        product("product", "chosen columns", &["f32", "f16", "bf16", "int2 to int4", "int5 to int8"]);
+        product("product of bytes", "chosen columns", &["int2 to int4", "int5 to int8"]);
         for pattern in ["dense", "n:m", "mask", "csr", "blocks", "product"] {
             product("product", pattern, &["any other, decoded first"]);
         }

@@ -36,7 +36,7 @@ fn selectors(keys: Value) -> Vec<(&'static str, Arc<dyn Select>)> {
     of("select", |m| if let MadeRunning::Select(s) = m { Some(s) } else { None }, keys)
 }
 
-fn gates(keys: Value) -> Vec<(&'static str, Box<dyn Gate>)> {
+fn gates(keys: Value) -> Vec<(&'static str, Arc<dyn Gate>)> {
     of("gate", |m| if let MadeRunning::Gate(g) = m { Some(g) } else { None }, keys)
 }
 

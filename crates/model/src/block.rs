@@ -1,6 +1,7 @@
 //! One decoder block.
 
 use std::mem;
+use std::sync::Arc;
 
 use lacuna_base::Mat;
 use lacuna_format::Weights;
@@ -8,8 +9,9 @@ use lacuna_kernels::{Activations, Attention};
 use lacuna_spec::{Activation, AttnSpec, Experts, FfnSpec, Place, Role, Rope};
 
 use crate::backend::{Backend, Cpu, Measure};
+use crate::gating::{GateStore, Gated, Gating};
 use crate::kv::prepared;
-use crate::parts::{Grouped, Projection, norm};
+use crate::parts::{Grouped, Projection, gate, norm};
 use crate::profile::span;
 use crate::tap::Look;
 use crate::{Batch, BlockPart, KvStore, Lent, ModelError, Tap};
@@ -31,6 +33,8 @@ struct AttentionPart<B: Backend> {
     k: Projection<B>,
     v: Projection<B>,
     o: Projection<B>,
+    /// What a gate says of q, k and v, and of o.
+    gated: [Option<Gated>; 2],
     qk_norm: Option<(B::Norm, B::Norm)>,
     rope: Option<B::Rope>,
     head_dim: usize,
@@ -48,7 +52,13 @@ struct FfnPart<B: Backend> {
 // One a block: its size does not matter.
 #[allow(clippy::large_enum_variant)]
 enum Body<B: Backend> {
-    Dense { gate: Option<Projection<B>>, up: Projection<B>, down: Projection<B> },
+    /// `gated`: what a gate says of the first two, and of `down`.
+    Dense {
+        gate: Option<Projection<B>>,
+        up: Projection<B>,
+        down: Projection<B>,
+        gated: [Option<Gated>; 2],
+    },
     Mixture(Mixture<B>),
 }
 
@@ -66,6 +76,7 @@ struct Loader<'a, B> {
     weights: &'a dyn Weights,
     layer: usize,
     activations: Activations,
+    gating: Option<&'a Arc<Gating>>,
 }
 
 impl<B: Backend> Loader<'_, B> {
@@ -87,13 +98,22 @@ impl<B: Backend> Loader<'_, B> {
         Grouped::load(self.backend, self.weights, places, self.activations)
     }
 
+    /// See [`gate`].
+    fn gate<const N: usize>(&self, all: [Option<&mut Projection<B>>; N]) -> Result<Option<Gated>, ModelError> {
+        gate(self.backend, self.weights, self.gating, all)
+    }
+
     fn attention(&self, a: &AttnSpec) -> Result<AttentionPart<B>, ModelError> {
+        let [mut q, mut k, mut v, mut o] =
+            [self.matrix(Role::Q)?, self.matrix(Role::K)?, self.matrix(Role::V)?, self.matrix(Role::O)?];
+        let gated = [self.gate([Some(&mut q), Some(&mut k), Some(&mut v)])?, self.gate([Some(&mut o)])?];
         Ok(AttentionPart {
             norm: self.norm(Role::AttnNorm)?,
-            q: self.matrix(Role::Q)?,
-            k: self.matrix(Role::K)?,
-            v: self.matrix(Role::V)?,
-            o: self.matrix(Role::O)?,
+            q,
+            k,
+            v,
+            o,
+            gated,
             qk_norm: if a.qk_norm { Some((self.norm(Role::QNorm)?, self.norm(Role::KNorm)?)) } else { None },
             rope: a.rope.as_ref().map(|r| self.backend.rope_of(r)),
             head_dim: a.head_dim,
@@ -104,11 +124,12 @@ impl<B: Backend> Loader<'_, B> {
 
     fn ffn(&self, f: &FfnSpec) -> Result<FfnPart<B>, ModelError> {
         let body = match f.experts {
-            None => Body::Dense {
-                gate: f.gated.then(|| self.matrix(Role::Gate)).transpose()?,
-                up: self.matrix(Role::Up)?,
-                down: self.matrix(Role::Down)?,
-            },
+            None => {
+                let mut gate = f.gated.then(|| self.matrix(Role::Gate)).transpose()?;
+                let (mut up, mut down) = (self.matrix(Role::Up)?, self.matrix(Role::Down)?);
+                let gated = [self.gate([gate.as_mut(), Some(&mut up)])?, self.gate([Some(&mut down)])?];
+                Body::Dense { gate, up, down, gated }
+            }
             Some(choice) => Body::Mixture(Mixture {
                 router: self.exact(Role::Router)?,
                 choice,
@@ -163,9 +184,20 @@ impl<B: Backend> Block<B> {
         layer: usize,
         activations: Activations,
     ) -> Result<Block<B>, ModelError> {
+        Block::load_gated(backend, weights, layer, activations, None)
+    }
+
+    /// As [`Block::load_on`], where a gate says what rows need.
+    pub(crate) fn load_gated(
+        backend: &B,
+        weights: &dyn Weights,
+        layer: usize,
+        activations: Activations,
+        gating: Option<&Arc<Gating>>,
+    ) -> Result<Block<B>, ModelError> {
         let missing = || ModelError::Missing { place: format!("layers.{layer}") };
         let described = weights.spec().layers.get(layer).ok_or_else(missing)?;
-        let loader = Loader { backend, weights, layer, activations };
+        let loader = Loader { backend, weights, layer, activations, gating };
         let attention = described.attn.as_ref().map(|a| loader.attention(a)).transpose()?;
         let ffn = described.ffn.as_ref().map(|f| loader.ffn(f)).transpose()?;
         let shortcut = |on: bool, role| on.then(|| loader.exact(role)).transpose();
@@ -226,6 +258,16 @@ impl<B: Backend> Block<B> {
         all
     }
 
+    /// How the matrices that a gate stands at are kept.
+    pub(crate) fn gate_store(&self) -> GateStore {
+        let attention = self.attention.iter().flat_map(|a| &a.gated);
+        let ffn = self.ffn.iter().flat_map(|f| match &f.body {
+            Body::Dense { gated, .. } => &gated[..],
+            Body::Mixture(_) => &[],
+        });
+        attention.chain(ffn).flatten().map(|g| g.store).fold(GateStore::default(), GateStore::join)
+    }
+
     fn mixture(&self) -> Option<&Mixture<B>> {
         match &self.ffn.as_ref()?.body {
             Body::Dense { .. } => None,
@@ -237,7 +279,7 @@ impl<B: Backend> Block<B> {
     fn alone(&self) -> impl Iterator<Item = &Projection<B>> {
         let attention = self.attention.iter().flat_map(|a| [&a.q, &a.k, &a.v, &a.o]);
         let ffn = self.ffn.iter().flat_map(|f| match &f.body {
-            Body::Dense { gate, up, down } => [gate.as_ref(), Some(up), Some(down)],
+            Body::Dense { gate, up, down, .. } => [gate.as_ref(), Some(up), Some(down)],
             Body::Mixture(m) => [Some(&m.router), None, None],
         });
         attention.chain(ffn.flatten()).chain(&self.attention_shortcut).chain(&self.ffn_shortcut)
@@ -325,7 +367,7 @@ impl<B: Backend> AttentionPart<B> {
         let read = [&self.q, &self.k, &self.v];
         let h = normed(backend, &self.norm, x);
         look.input(read.map(|p| &p.place), &h)?;
-        let [mut q, mut k, v] = Projection::together(backend, read, &h);
+        let [mut q, mut k, v] = Projection::gated(backend, read, self.gated[0].as_ref(), &h)?;
         for (p, y) in read.into_iter().zip([&q, &k, &v]) {
             look.output(&p.place, y)?;
         }
@@ -356,7 +398,7 @@ impl<B: Backend> AttentionPart<B> {
             kv.count_reads(reads);
         }
         look.input([&self.o.place], &mixed)?;
-        let y = self.o.apply(backend, &mixed);
+        let [y] = Projection::gated(backend, [&self.o], self.gated[1].as_ref(), &mixed)?;
         look.output(&self.o.place, &y)?;
         Ok(match &self.post_norm {
             Some(n) => normed(backend, n, &y),
@@ -370,10 +412,10 @@ impl<B: Backend> FfnPart<B> {
         let backend = look.backend;
         let h = normed(backend, &self.norm, x);
         let y = match &self.body {
-            Body::Dense { gate, up, down } => {
-                let inner = self.inner(gate.as_ref(), up, &h, look)?;
+            Body::Dense { gate, up, down, gated: [read, last] } => {
+                let inner = self.inner(gate.as_ref(), up, read.as_ref(), &h, look)?;
                 look.input([&down.place], &inner)?;
-                let y = down.apply(backend, &inner);
+                let [y] = Projection::gated(backend, [down], last.as_ref(), &inner)?;
                 look.output(&down.place, &y)?;
                 y
             }
@@ -390,19 +432,20 @@ impl<B: Backend> FfnPart<B> {
         &self,
         gate: Option<&Projection<B>>,
         up: &Projection<B>,
+        gated: Option<&Gated>,
         h: &B::Rows,
         look: &mut Look<'_, B>,
     ) -> Result<B::Rows, ModelError> {
         look.input(gate.into_iter().chain([up]).map(|p| &p.place), h)?;
         let (mut inner, beside) = match gate {
             Some(gate) => {
-                let [g, y] = Projection::together(look.backend, [gate, up], h);
+                let [g, y] = Projection::gated(look.backend, [gate, up], gated, h)?;
                 look.output(&gate.place, &g)?;
                 look.output(&up.place, &y)?;
                 (g, Some(y))
             }
             None => {
-                let y = up.apply(look.backend, h);
+                let [y] = Projection::gated(look.backend, [up], gated, h)?;
                 look.output(&up.place, &y)?;
                 (y, None)
             }

@@ -1,11 +1,15 @@
 //! The whole network: embedding, blocks, head.
 
+use std::sync::Arc;
+
 use lacuna_base::{Mat, MatRef};
+use lacuna_contract::Gate;
 use lacuna_format::Weights;
 use lacuna_kernels::Activations;
 use lacuna_spec::{Place, Positions, Role, Spec};
 
-use crate::backend::{Backend, Cpu, Measure};
+use crate::backend::{Backend, Cpu, Measure, Reads};
+use crate::gating::{GateStore, Gating};
 use crate::kv::prepared;
 use crate::lent::Reused;
 use crate::parts::{norm, tensor};
@@ -199,6 +203,8 @@ pub struct LoadOptions<'a> {
     pub progress: Option<&'a dyn Fn(usize, usize)>,
     /// How activations meet integer codes.
     pub activations: Activations,
+    /// Who says which channels a row needs; nobody: all.
+    pub gate: Option<&'a Arc<dyn Gate>>,
 }
 
 /// A decoder-only language model, ready to compute.
@@ -211,6 +217,7 @@ pub struct Decoder<B: Backend = Cpu> {
     pub blocks: Vec<Block<B>>,
     /// The residual stream to logits.
     pub head: Head<B>,
+    gating: Option<Arc<Gating>>,
 }
 
 impl Decoder {
@@ -231,6 +238,7 @@ impl<B: Backend> Decoder<B> {
     pub fn load_on(backend: &B, weights: &dyn Weights, options: &LoadOptions<'_>) -> Result<Decoder<B>, ModelError> {
         let spec = weights.spec().clone();
         spec.check()?;
+        let gating = options.gate.map(|gate| Gating::new(gate, &spec)).transpose()?;
         let parts = spec.layers.len() + 2;
         let tell = |done| {
             if let Some(f) = options.progress {
@@ -242,7 +250,7 @@ impl<B: Backend> Decoder<B> {
         tell(1);
         let (mut blocks, mut ropes) = (Vec::with_capacity(spec.layers.len()), Vec::new());
         for layer in 0..spec.layers.len() {
-            let mut block = Block::load_on(backend, weights, layer, options.activations)?;
+            let mut block = Block::load_gated(backend, weights, layer, options.activations, gating.as_ref())?;
             block.share_rope(spec.layers[layer].attn.as_ref().and_then(|a| a.rope.as_ref()), &mut ropes);
             blocks.push(block);
             weights.spec().layer_places(layer).iter().for_each(|p| weights.release(p));
@@ -252,7 +260,7 @@ impl<B: Backend> Decoder<B> {
         // A tied table is read row by row from here on.
         weights.release(&Place::global(if spec.tied { Role::Embed } else { Role::Head }));
         tell(parts);
-        Ok(Decoder { spec, embed, blocks, head })
+        Ok(Decoder { spec, embed, blocks, head, gating })
     }
 
     /// The residual stream after the last block of the batch's rows, `[rows, hidden]`; `tokens` has a token for each
@@ -316,6 +324,22 @@ impl<B: Backend> Decoder<B> {
     /// Whether any product takes activations of 8 bits.
     pub fn rounds_activations(&self) -> bool {
         self.work()[1] > 0 || self.head.measure.work[1] > 0
+    }
+
+    /// Who says which channels rows need.
+    pub fn gate(&self) -> Option<&Arc<dyn Gate>> {
+        self.gating.as_ref().map(|g| &g.gate)
+    }
+
+    /// How the matrices that the gate stands at are kept.
+    pub fn gate_store(&self) -> GateStore {
+        self.blocks.iter().map(Block::gate_store).fold(GateStore::default(), GateStore::join)
+    }
+
+    /// Bytes of the matrices that the gate stands at, read since the model was loaded: a step's rows that read all of a
+    /// matrix read it once, together.
+    pub fn gate_reads(&self) -> Reads {
+        self.gating.as_ref().map_or(Reads::default(), |g| g.reads())
     }
 
     /// Bytes of weights read for one token.

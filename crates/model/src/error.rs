@@ -68,6 +68,12 @@ pub enum ModelError {
         /// What, with the numbers.
         what: String,
     },
+    /// A gate that cannot stand where it is meant to, or what says which channels a row needs gave no answer that fits.
+    #[error("the gate of channels: {what}")]
+    Gate {
+        /// What, with the numbers.
+        what: String,
+    },
     /// The key-value store cannot take or give what was asked.
     #[error("the key-value store: {what}")]
     Store {

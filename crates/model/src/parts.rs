@@ -2,12 +2,14 @@
 
 use std::sync::Arc;
 
+use lacuna_base::{Mat, MatRef};
 use lacuna_format::{Stored, Weights};
 use lacuna_kernels::Activations;
 use lacuna_spec::{NormKind, Place, Role};
 
 use crate::ModelError;
 use crate::backend::{Backend, Measure};
+use crate::gating::{GateStore, Gated, Gating, refused};
 use crate::profile::span;
 
 /// The tensor at `place`, which the description must have, in the shape it says.
@@ -91,10 +93,54 @@ impl<B: Backend> Projection<B> {
         out
     }
 
+    /// [`Projection::together`], where a gate says what rows need.
+    pub(crate) fn gated<const N: usize>(
+        backend: &B,
+        all: [&Projection<B>; N],
+        gated: Option<&Gated>,
+        x: &B::Rows,
+    ) -> Result<[B::Rows; N], ModelError> {
+        let Some(gated) = gated else { return Ok(Projection::together(backend, all, x)) };
+        let matrices: Vec<&B::Matrix> = gated.which.iter().map(|&i| &all[i].matrix).collect();
+        let (some, reads) = span(name(gated.place.role), || backend.products_gated(&matrices, x, &gated.ask()))?;
+        gated.gating.count(reads);
+        let mut some = gated.which.iter().zip(some).peekable();
+        Ok(std::array::from_fn(|i| match some.next_if(|(which, _)| **which == i) {
+            Some((_, out)) => out,
+            None => all[i].apply(backend, x),
+        }))
+    }
+
     /// Several projections of the same rows, in one go.
     pub(crate) fn together<const N: usize>(backend: &B, all: [&Projection<B>; N], x: &B::Rows) -> [B::Rows; N] {
         span(name(all[0].place.role), || backend.products(all.map(|p| &p.matrix), x))
     }
+}
+
+/// What a gate says of matrices that read the same rows, as far as it stands at them: they are kept so that few channels
+/// cost less, where they can be.
+pub(crate) fn gate<B: Backend, const N: usize>(
+    backend: &B,
+    weights: &dyn Weights,
+    gating: Option<&Arc<Gating>>,
+    all: [Option<&mut Projection<B>>; N],
+) -> Result<Option<Gated>, ModelError> {
+    let Some(gating) = gating else { return Ok(None) };
+    let (mut which, mut dense, mut store, mut first) = (Vec::new(), Vec::new(), GateStore::default(), None);
+    for (i, p) in all.into_iter().flatten().enumerate() {
+        if !gating.stands_at(&p.place) {
+            continue;
+        }
+        let stored = tensor(weights, p.place)?;
+        dense.push(stored.to_mat());
+        store.add(backend.keep_columns(&mut p.matrix, &stored));
+        which.push(i);
+        first.get_or_insert(p.place);
+    }
+    let Some(place) = first else { return Ok(None) };
+    let views: Vec<MatRef<'_>> = dense.iter().map(Mat::view).collect();
+    let norms = gating.gate.norms(&views).map_err(|e| refused(&place, &e))?;
+    Ok(Some(Gated { gating: Arc::clone(gating), place, norms, which, store }))
 }
 
 /// One matrix of every expert.

@@ -18,7 +18,7 @@ type Tried<T> = Result<T, Box<dyn std::error::Error>>;
 fn engine(model: &Checkpoint, draft: &str) -> Tried<Engine> {
     let mut plan = RunPlan::none();
     plan.flag("draft", draft, &lacuna_methods::registry())?;
-    let options = LoadOptions { progress: None, activations: Activations::Int8 };
+    let options = LoadOptions { activations: Activations::Int8, ..LoadOptions::default() };
     Ok(Engine::new(Decoder::load(model, &options)?).with_kv(KvFormat::F16).with_plan(plan))
 }
 

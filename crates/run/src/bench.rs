@@ -5,6 +5,7 @@ use std::time::Instant;
 
 use lacuna_base::Rng;
 use lacuna_kernels::KvLayout;
+use lacuna_model::Reads;
 use serde::Serialize;
 
 use crate::blocks::keep::slots_at;
@@ -46,7 +47,7 @@ pub struct Bench {
     pub prefill_all_tok_s: Vec<f64>,
     /// Every repetition's writing speed.
     pub decode_all_tok_s: Vec<f64>,
-    /// Bytes of weights read for one token.
+    /// Bytes of weights read for one token, the mean over the steps where a gate leaves channels out.
     pub weights_bytes: u64,
     /// Bytes of keys and values read for one token, the mean over the steps.
     pub kv_bytes: u64,
@@ -130,7 +131,7 @@ pub fn bench(
             prefill_profile = profiled(|| timed.read())?;
         }
     }
-    let (mut kv_bytes, mut left_out) = (0, 0);
+    let (mut kv_bytes, mut left_out, mut weights_left) = (0, 0, 0);
     if o.gen_tokens > 0 {
         timed.forget();
         for rep in 0..=reps {
@@ -140,11 +141,12 @@ pub fn bench(
             // short keys.
             timed.submit(&text[..depth], &text[depth..depth + steps])?;
             timed.read()?;
-            let before = timed.scheduler.gauges().reads;
+            let before = timed.scheduler.gauges();
             let start = Instant::now();
             timed.write()?;
-            let reads = timed.scheduler.gauges().reads;
-            left_out = ((reads.all - before.all) - (reads.read - before.read)) / steps as u64;
+            let after = timed.scheduler.gauges();
+            left_out = less(before.reads, after.reads) / steps as u64;
+            weights_left = less(before.gate_reads, after.gate_reads) / steps as u64;
             if rep > 0 {
                 decode.push(steps as f64 / start.elapsed().as_secs_f64().max(1e-9));
             }
@@ -158,7 +160,7 @@ pub fn bench(
         kv_bytes = (depth..depth + o.gen_tokens).map(|at| engine.kv_bytes_at(at)).sum::<u64>() / o.gen_tokens as u64;
         kv_bytes -= left_out.min(kv_bytes);
     }
-    let weights_bytes = engine.model().weights_bytes();
+    let weights_bytes = engine.model().weights_bytes().saturating_sub(weights_left);
     Ok(Bench {
         prefill_tok_s: median(&prefill),
         decode_tok_s: median(&decode),
@@ -170,6 +172,11 @@ pub fn bench(
         prefill_profile,
         decode_profile,
     })
+}
+
+/// Bytes that were left out between two counts.
+fn less(before: Reads, after: Reads) -> u64 {
+    (after.all - before.all).saturating_sub(after.read - before.read)
 }
 
 /// A scheduler that reads and writes given tokens.

@@ -1,6 +1,9 @@
 //! A loaded model, and how it is run: its context, the form of its keys and values.
 
+use std::sync::Arc;
+
 use lacuna_checkpoint::{TemplateError, TokenizerError};
+use lacuna_contract::MethodError;
 use lacuna_kernels::KvFormat;
 use lacuna_model::{Decoder, ModelError};
 use lacuna_spec::RopeScaling;
@@ -118,6 +121,14 @@ impl Engine {
         let checked = kept.map_or(Ok(()), |plan| keep::check(plan, &self.model.spec, self.context));
         let read = self.plan.select().map(|select| select.plan());
         let checked = checked.and_then(|()| read.map_or(Ok(()), |plan| select::check(plan, kept)));
+        let (meant, loaded) = (self.plan.gate(), self.model.gate());
+        let same = meant.map(Arc::as_ptr).zip(loaded.map(Arc::as_ptr)).is_some_and(|(a, b)| std::ptr::addr_eq(a, b));
+        let checked = checked.and_then(|()| match (meant, loaded) {
+            (None, None) => Ok(()),
+            _ if same => Ok(()),
+            (None, Some(_)) => Err(MethodError::new("gate: the model was loaded with one that the plan lacks")),
+            (Some(_), _) => Err(MethodError::new("gate: the model was loaded without it")),
+        });
         checked.map_err(|e| RunError::Request(format!("the run plan: {e}")))
     }
 

@@ -25,7 +25,7 @@ pub struct RunPlan {
 }
 
 /// The questions of run time, in the order in which plans list them.
-pub const QUESTIONS: [&str; 3] = ["draft", "keep", "select"];
+pub const QUESTIONS: [&str; 4] = ["draft", "keep", "select", "gate"];
 
 impl RunPlan {
     /// Nothing drafted, nothing left out.
@@ -140,9 +140,9 @@ impl RunPlan {
         self.entries.iter().find_map(|e| if let MadeRunning::Select(s) = &e.made { Some(s) } else { None })
     }
 
-    /// What decides which channels a row needs.
-    pub fn gate(&self) -> Option<&dyn Gate> {
-        self.entries.iter().find_map(|e| if let MadeRunning::Gate(g) = &e.made { Some(g.as_ref()) } else { None })
+    /// What decides which channels a row needs; the model is loaded with it ([`lacuna_model::LoadOptions::gate`]).
+    pub fn gate(&self) -> Option<&Arc<dyn Gate>> {
+        self.entries.iter().find_map(|e| if let MadeRunning::Gate(g) = &e.made { Some(g) } else { None })
     }
 
     /// Cached entries that a text of `tokens` tokens holds at once in each head, at most; a keeper holds them down.

@@ -248,6 +248,11 @@ impl Metrics {
         for (kind, n) in [("read", g.reads.read), ("all", g.reads.all)] {
             let _ = writeln!(out, "lacuna_select_bytes_total{{kind=\"{kind}\"}} {n}");
         }
+        let what = "Bytes of the matrices at which a gate stands that steps read, and would have read without it.";
+        head(&mut out, "lacuna_gate_bytes_total", "counter", what);
+        for (kind, n) in [("read", g.gate_reads.read), ("all", g.gate_reads.all)] {
+            let _ = writeln!(out, "lacuna_gate_bytes_total{{kind=\"{kind}\"}} {n}");
+        }
         head(
             &mut out,
             "lacuna_tokens_total",

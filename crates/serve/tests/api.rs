@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{PLAIN, Server, TOOLS, chat, engine, request, tokenizer};
+use common::{PLAIN, Server, TOOLS, chat, engine, planned, request, tokenizer};
 use lacuna_run::{Generation, Session};
 use lacuna_serve::Options;
 use serde_json::{Value, json};
@@ -518,6 +518,40 @@ fn a_run_plan_is_told_and_drafts_change_nothing() {
         "{metrics}"
     );
     assert!(metrics.contains("lacuna_draft_tokens_total{kind=\"verified\"}"));
+}
+
+/// A gate is told as an approximation, and what it left unread is counted; all kept changes no answer.
+#[test]
+fn a_gate_is_told_and_counted() {
+    let server = |by: &str| {
+        let mut plan = lacuna_run::RunPlan::none();
+        plan.flag("gate", by, &lacuna_methods::registry()).unwrap();
+        Server::with(planned("llama", plan), Some(PLAIN), Options::default())
+    };
+    let (plain, all, half) = (Server::plain(), server("wina:keep=1.0"), server("wina:keep=0.3"));
+    let ask = chat(json!({"max_tokens": 40, "temperature": 0, "logprobs": true}));
+    let [a, b, c] = [&plain, &all, &half].map(|s| s.post(CHAT, &ask).json()["choices"].clone());
+    assert!(a == b && a != c, "{a} {c}");
+    // In company as alone.
+    let together: Vec<_> = std::thread::scope(|scope| {
+        let asked: Vec<_> = (0..4).map(|_| scope.spawn(|| half.post(CHAT, &ask).json()["choices"].clone())).collect();
+        asked.into_iter().map(|t| t.join().unwrap()).collect()
+    });
+    assert!(together.iter().all(|t| *t == c));
+    let run = half.get("/v1/models/tiny").json()["run"].clone();
+    assert_eq!((&run["lossless"], &run["methods"][0]["question"]), (&json!(false), &json!("gate")));
+    assert_eq!(run["methods"][0]["keys"]["keep"], json!(0.3));
+    let metrics = half.get("/metrics").body;
+    assert!(
+        metrics.contains("lacuna_run_plan_info{question=\"gate\",method=\"wina\",keys=\"keep=0.3\"} 1\n"),
+        "{metrics}"
+    );
+    let count = |kind: &str| -> u64 {
+        let line =
+            metrics.lines().find_map(|l| l.strip_prefix(&format!("lacuna_gate_bytes_total{{kind=\"{kind}\"}} ")));
+        line.unwrap().parse().unwrap()
+    };
+    assert!(count("read") > 0 && count("read") < count("all"), "{metrics}");
 }
 
 #[test]

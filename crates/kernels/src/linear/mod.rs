@@ -1,6 +1,7 @@
 //! A stored matrix ready to multiply.
 
 mod bodies;
+mod chosen;
 mod form;
 mod fused;
 mod maps;
@@ -10,12 +11,13 @@ mod products;
 mod tests;
 mod transposed;
 
-use std::sync::{Mutex, PoisonError};
+use std::sync::{Arc, Mutex, PoisonError};
 
 use lacuna_base::{MatMut, MatRef};
 use lacuna_format::{FormatError, Map, Piece, Stored, Term};
 
 use crate::op::matmul::Out;
+use crate::panel::columns::Columns;
 use crate::{Isa, Simulated, parallel, scratch};
 use form::Packed;
 pub(crate) use form::codecs;
@@ -64,6 +66,8 @@ pub struct Linear {
     input: Vec<Turn>,
     output: Vec<Turn>,
     packing: Packing,
+    /// The matrix by columns as well, where that was asked for.
+    columns: Option<Arc<Columns>>,
 }
 
 /// Matrices of the same rows.
@@ -119,7 +123,7 @@ impl Linear {
         let maps = |maps: &[Map], n: usize| maps.iter().map(|m| Turn::of(m, n, packing)).collect::<Result<Vec<_>, _>>();
         let (rows, cols) = (stored.rows, stored.cols);
         let (input, output) = (maps(&stored.input, cols)?, maps(&stored.output, rows)?);
-        Ok(Linear { rows, cols, terms, input, output, packing: *packing })
+        Ok(Linear { rows, cols, terms, input, output, packing: *packing, columns: None })
     }
 
     /// Outputs.

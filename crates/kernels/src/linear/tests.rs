@@ -874,3 +874,148 @@ fn simulated_activations_are_rounded_ones() {
         }
     }
 }
+
+/// Matrices that are kept by columns, of every kind, some beyond a span and of several units; each with the bytes of one
+/// of its columns.
+fn columned(rng: &mut Rng) -> Vec<(String, Stored, usize)> {
+    let mut out = Vec::new();
+    for (rows, cols) in [(1usize, 31usize), (40, 96), (131, 577), (330, 1088)] {
+        let (units, lines) = (rows.div_ceil(32), |bytes: usize| bytes.next_multiple_of(64));
+        for (float, unit) in [(Float::F32, 128), (Float::F16, 64), (Float::Bf16, 64)] {
+            let w = random(rows, cols, rng.u64());
+            let values = Values::Float(float, floats(&w, float));
+            out.push((format!("{float:?}"), dense(rows, cols, values), lines(units * unit)));
+        }
+        for bits in 2..=8 {
+            for (run, zeros, float) in [
+                (32, false, Float::F16),
+                (64, true, Float::F32),
+                (cols, bits % 2 == 0, Float::F16),
+                (128, true, Float::F16),
+            ] {
+                let name = format!("int{bits} run {run} zeros {zeros} {float:?}");
+                let unit = if bits <= 4 { 16 } else { 32 };
+                out.push((name, ints(rows, cols, bits, run, zeros, float, rng), lines(units * unit)));
+            }
+        }
+        let kinds = [GgufType::Q4_0, GgufType::Q4_1, GgufType::Q5_0, GgufType::Q5_1, GgufType::Q8_0];
+        for (kind, unit) in kinds.into_iter().zip([16, 16, 32, 32, 32]) {
+            if cols % kind.block() == 0 {
+                out.push((format!("{kind:?}"), gguf(rows, cols, kind, rng), lines(units * unit)));
+            }
+        }
+        let trits: Vec<i8> = (0..rows * cols).map(|_| (rng.u64() % 3) as i8 - 1).collect();
+        let scales = Scales::Float(Float::F16, floats(&random(rows, cols.div_ceil(32), 3), Float::F16));
+        let values = Values::Ternary { codes: Bytes::from(pack_trits(&trits)), scales, group: Group::Run(32) };
+        out.push(("ternary".into(), dense(rows, cols, values), lines(units * 16)));
+    }
+    out
+}
+
+/// Lists of channels: all, none, the last, some here and there, a run, few.
+fn lists(cols: usize, rng: &mut Rng) -> Vec<Vec<u32>> {
+    let all = 0..cols as u32;
+    let mut some = |of: usize| all.clone().filter(|_| rng.below(of) == 0).collect::<Vec<u32>>();
+    let (half, few) = (some(2), some(9));
+    let run = all.clone().skip(cols / 3).take(cols / 4 + 1).collect();
+    vec![all.clone().collect(), vec![], vec![cols as u32 - 1], half, run, few]
+}
+
+fn chosen(all: &[&Linear], x: MatRef<'_>, kept: &[Option<&[u32]>]) -> (Vec<Mat>, u64) {
+    let mut out: Vec<Mat> = all.iter().map(|l| Mat::from_fn(x.rows(), l.rows(), |_, _| f32::NAN)).collect();
+    let mut views: Vec<_> = out.iter_mut().map(|m| m.view_mut()).collect();
+    let bytes = Linear::forward_chosen(all, x, kept, &mut views);
+    (out, bytes)
+}
+
+/// Channels that a row lacks are not read, and its results are those of zeros there, to the bit, on every instruction
+/// set, with any threads; which are near those of f64.
+#[test]
+fn chosen_channels_are_the_product_of_a_row_with_zeros() {
+    let mut rng = Rng::new(17);
+    for (name, stored, column) in columned(&mut rng) {
+        let (w, lists) = (stored.to_mat(), lists(stored.cols, &mut rng));
+        let mut x = random(lists.len(), stored.cols, rng.u64());
+        for (r, kept) in lists.iter().enumerate() {
+            (0..stored.cols).filter(|c| !kept.contains(&(*c as u32))).for_each(|c| x[(r, c)] = 0.0);
+        }
+        for isa in Isa::here() {
+            for activations in [Activations::Exact, Activations::Int8] {
+                let mut l = pack_for(&stored, isa, activations).unwrap();
+                let want = forward(&l, x.view());
+                let held = l.keep_columns(&stored).unwrap_or_else(|| panic!("{name} has columns"));
+                assert!(held >= (stored.cols * column) as u64, "{name}");
+                let mut least = u64::MAX;
+                for threads in [1, 3] {
+                    let pool = rayon::ThreadPoolBuilder::new().num_threads(threads).build().unwrap();
+                    for (r, kept) in lists.iter().enumerate() {
+                        let row = x.view().rows_range(r, r + 1);
+                        let (got, bytes) = pool.install(|| chosen(&[&l], row, &[Some(kept)]));
+                        let what = format!("{name} {} x {} {isa} {activations:?}, list {r}", w.rows(), w.cols());
+                        assert_eq!(bits(got[0].view()), bits(want.view().rows_range(r, r + 1)), "{what}");
+                        let own = (kept.len() * column) as u64;
+                        assert!(bytes == l.weights_bytes() || (bytes >= own && bytes < l.weights_bytes() * 5 / 4));
+                        least = least.min(bytes);
+                        for o in (0..w.rows()).filter(|_| activations == Activations::Exact) {
+                            let terms =
+                                || kept.iter().map(|&c| f64::from(x[(r, c as usize)]) * f64::from(w[(o, c as usize)]));
+                            let (want, size) = (terms().sum::<f64>(), terms().map(f64::abs).sum::<f64>());
+                            let off = (f64::from(got[0][(0, o)]) - want).abs();
+                            assert!(off <= f64::from(PRODUCT_TOLERANCE) * size + 1e-30, "{what}: off by {off}");
+                        }
+                    }
+                }
+                // Without a channel nothing is read.
+                assert_eq!(least, 0, "{name}");
+                // Rows together, some of which need everything.
+                let kept: Vec<Option<&[u32]>> =
+                    lists.iter().enumerate().map(|(r, k)| (r > 0).then_some(k.as_slice())).collect();
+                let (got, bytes) = chosen(&[&l], x.view(), &kept);
+                assert_eq!((bits(got[0].view()), bytes), (bits(want.view()), l.weights_bytes()), "{name} {isa}");
+                let few: Vec<Option<&[u32]>> = lists[1..3].iter().map(|k| Some(k.as_slice())).collect();
+                let (got, _) = chosen(&[&l], x.view().rows_range(1, 3), &few);
+                assert_eq!(bits(got[0].view()), bits(want.view().rows_range(1, 3)), "{name} {isa}");
+            }
+        }
+    }
+}
+
+/// Several matrices of the same rows, some of which have no columns.
+#[test]
+fn chosen_channels_of_matrices_together() {
+    let mut rng = Rng::new(23);
+    let cols = 512;
+    let f16 = |rows: usize, rng: &mut Rng| {
+        dense(rows, cols, Values::Float(Float::F16, floats(&random(rows, cols, rng.u64()), Float::F16)))
+    };
+    let mut stored = vec![f16(300, &mut rng), f16(40, &mut rng), ints(40, cols, 4, 64, true, Float::F16, &mut rng)];
+    stored.push(f16(70, &mut rng).with_maps(vec![Map::diagonal(&vec![0.5; cols], Float::F32).unwrap()], vec![]));
+    let lists = lists(cols, &mut rng);
+    for activations in [Activations::Exact, Activations::Int8] {
+        let mut all: Vec<Linear> = stored.iter().map(|s| pack_for(s, Isa::best(), activations).unwrap()).collect();
+        let held: Vec<bool> = all.iter_mut().zip(&stored).map(|(l, s)| l.keep_columns(s).is_some()).collect();
+        assert_eq!(held, [true, true, true, false]);
+        for picked in
+            [vec![0, 1, 2], vec![0, 1], vec![3, 0], vec![2, 3, 3], vec![3, 3, 3], vec![3, 3], vec![0, 3, 1, 2]]
+        {
+            let linears: Vec<&Linear> = picked.iter().map(|&i| &all[i]).collect();
+            for kept in &lists {
+                let mut x = random(1, cols, rng.u64());
+                (0..cols).filter(|c| !kept.contains(&(*c as u32))).for_each(|c| x[(0, c)] = 0.0);
+                let (got, bytes) = chosen(&linears, x.view(), &[Some(kept)]);
+                let mut most = 0;
+                for (l, got) in linears.iter().zip(&got) {
+                    assert_eq!(bits(got.view()), bits(forward(l, x.view()).view()), "{picked:?}");
+                    most += l.weights_bytes();
+                }
+                let whole: u64 = picked.iter().filter(|i| **i == 3).map(|_| all[3].weights_bytes()).sum();
+                assert!(bytes >= whole && (bytes < most || kept.len() > 100 || whole == most), "{picked:?} {bytes}");
+                assert!(kept.len() < cols || bytes == most, "{picked:?}");
+            }
+        }
+        let nothing = Mat::zeros(0, cols);
+        assert_eq!(chosen(&[&all[0]], nothing.view(), &[]).0[0].rows(), 0);
+    }
+    let simulated = Packing { isa: Isa::best(), activations: Activations::Simulated(crate::Simulated::Int8) };
+    assert_eq!(Linear::pack_with(&stored[0], &simulated).unwrap().keep_columns(&stored[0]), None);
+}

@@ -2,6 +2,7 @@
 
 pub(crate) mod adjoint;
 pub(crate) mod attention;
+pub(crate) mod columns;
 pub(crate) mod dot;
 pub(crate) mod elementwise;
 pub(crate) mod gather;

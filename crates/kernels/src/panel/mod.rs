@@ -5,6 +5,7 @@
 //! a panel's vectors in two halves (`h`). Columns are padded to whole blocks of 32 and the last panel to 16 rows, with
 //! weights of zero.
 
+pub(crate) mod columns;
 pub(crate) mod float;
 pub(crate) mod gathered;
 pub(crate) mod halved;

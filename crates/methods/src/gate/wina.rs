@@ -17,6 +17,8 @@
 //! alike, where its code leaves the first hundredth of a prompt alone. Where products are alike the earlier channel is
 //! kept; one that is no number is kept, so that a fault shows as it would without a gate.
 
+use std::sync::Arc;
+
 use lacuna_base::MatRef;
 use lacuna_contract::{Card, Gate, GatePlan, GateSide, MadeRunning, MethodError, RunMethod};
 use lacuna_spec::Target;
@@ -83,7 +85,7 @@ pub(crate) fn method() -> RunMethod {
             abilities: &[],
         },
         keys: make::keys::<Wina>,
-        make: |given, _| Ok(MadeRunning::Gate(Box::new(make::parameters::<Wina>("wina", given)?))),
+        make: |given, _| Ok(MadeRunning::Gate(Arc::new(make::parameters::<Wina>("wina", given)?))),
     }
 }
 

@@ -14,8 +14,9 @@ use lacuna_kernels::{
 };
 use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
 
+use super::gate::leave;
 use super::select::{Blocks, PooledKeys};
-use super::{Backend, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables};
+use super::{Backend, GateAsk, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables};
 use crate::lent::Reused;
 use crate::{Batch, Lent, ModelError};
 
@@ -205,6 +206,10 @@ impl Backend for Cpu {
         Ok(Matrix { linear, bias: bias.map(|b| Mat::from_vec(1, b.len(), b)) })
     }
 
+    fn keep_columns(&self, matrix: &mut Matrix, stored: &Stored) -> Option<u64> {
+        matrix.linear.keep_columns(stored)
+    }
+
     fn experts(&self, all: Vec<Matrix>) -> Vec<Matrix> {
         all
     }
@@ -297,6 +302,33 @@ impl Backend for Cpu {
             }
         }
         out
+    }
+
+    fn products_gated(&self, all: &[&Matrix], x: &Lent, ask: &GateAsk<'_>) -> Result<(Vec<Lent>, Reads), ModelError> {
+        let answers: Vec<Mutex<Result<Option<Vec<u32>>, ModelError>>> =
+            (0..x.rows()).map(|_| Mutex::new(Ok(None))).collect();
+        kernels::tasks(answers.len(), 16 * x.cols(), |r| {
+            let answer = ask.channels(x.row(r));
+            // Nobody else meets it.
+            *answers[r].lock().unwrap_or_else(|e| e.into_inner()) = answer;
+        });
+        let answers = answers.into_iter().map(|a| a.into_inner().unwrap_or_else(|e| e.into_inner()));
+        let answers: Vec<Option<Vec<u32>>> = answers.collect::<Result<_, _>>()?;
+        let mut x = self.copy(x);
+        for (r, channels) in answers.iter().enumerate() {
+            channels.iter().for_each(|channels| leave(x.row_mut(r), channels));
+        }
+        let linears: Vec<&Linear> = all.iter().map(|m| &m.linear).collect();
+        let kept: Vec<Option<&[u32]>> = answers.iter().map(Option::as_deref).collect();
+        let mut out: Vec<Lent> = all.iter().map(|m| Lent::new(x.rows(), m.linear.rows())).collect();
+        let mut views: Vec<MatMut<'_>> = out.iter_mut().map(|o| o.view_mut()).collect();
+        let read = Linear::forward_chosen(&linears, x.view(), &kept, &mut views);
+        for (m, out) in all.iter().zip(&mut out) {
+            if let Some(b) = &m.bias {
+                kernels::add(out.view_mut(), b.view());
+            }
+        }
+        Ok((out, Reads { read, all: linears.iter().map(|l| l.weights_bytes()).sum() }))
     }
 
     fn norm(&self, norm: &NormOf, x: &Lent) -> Lent {

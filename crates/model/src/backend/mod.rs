@@ -13,6 +13,7 @@
 //! - A row's result depends on the row, what it is met by and the backend alone, never on its company.
 
 mod cpu;
+mod gate;
 pub mod naive;
 mod select;
 mod tables;
@@ -28,6 +29,7 @@ use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
 
 pub use cpu::Cpu;
 pub(crate) use cpu::{Matrix, NormOf, grouped, route};
+pub use gate::GateAsk;
 pub use naive::Naive;
 pub use select::Reads;
 pub use tables::{Table, Tables};
@@ -67,6 +69,12 @@ pub trait Backend: Clone {
         activations: Activations,
         release: &dyn Fn(),
     ) -> Result<Self::Matrix, ModelError>;
+
+    /// Keeps a matrix in a form of which [`Backend::products_gated`] reads few channels for less, if there is one, beside
+    /// the one that reads all: bytes that this takes. `stored` is what it was packed from.
+    fn keep_columns(&self, _matrix: &mut Self::Matrix, _stored: &Stored) -> Option<u64> {
+        None
+    }
 
     /// Puts the matrices of all experts together, in their order.
     fn experts(&self, all: Vec<Self::Matrix>) -> Self::Experts;
@@ -121,6 +129,22 @@ pub trait Backend: Clone {
 
     /// `x · Wᵀ + b` of several matrices and the same rows.
     fn products<const N: usize>(&self, all: [&Self::Matrix; N], x: &Self::Rows) -> [Self::Rows; N];
+
+    /// As [`Backend::products`] of rows that count as zero outside of the channels that a gate says, each row asked
+    /// for by itself; where these are all, the results are those of `products`, bit for bit.
+    ///
+    /// A backend that lets the host choose waits for the rows. A GPU had better find the largest `|x| · norm` of every
+    /// row where it lies (the norms are there from the start, how many stay is known on the host) and let a block of
+    /// threads read one column after the other; it needs the gate's rule as data then. Backends that never run for
+    /// people may refuse.
+    fn products_gated(
+        &self,
+        _all: &[&Self::Matrix],
+        _x: &Self::Rows,
+        ask: &GateAsk<'_>,
+    ) -> Result<(Vec<Self::Rows>, Reads), ModelError> {
+        Err(ModelError::Gate { what: format!("{}: this backend reads all channels", ask.place) })
+    }
 
     /// Each piece of as many columns as the norm has, normalised on its own: whole rows, or every head of a row.
     fn norm(&self, norm: &Self::Norm, x: &Self::Rows) -> Self::Rows;

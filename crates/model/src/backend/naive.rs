@@ -11,8 +11,9 @@ use lacuna_format::Stored;
 use lacuna_kernels::{Activations, Attention, KEY_BLOCK, KvFormat, KvLayout, Mass};
 use lacuna_spec::{Activation, Experts, Norm, NormKind, Place, Rope, RopeScaling, RopeStyle};
 
+use super::gate::leave;
 use super::select::PooledKeys;
-use super::{Backend, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables};
+use super::{Backend, GateAsk, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables};
 use crate::{Batch, ModelError};
 
 /// f64 and loops.
@@ -370,6 +371,23 @@ impl Backend for Naive {
             let out = linear(x.data(), m.w.data(), &m.bias, x.cols());
             Mat64::from_vec(x.rows(), m.w.rows(), out)
         })
+    }
+
+    fn products_gated(&self, all: &[&Matrix], x: &Mat64, ask: &GateAsk<'_>) -> Result<(Vec<Mat64>, Reads), ModelError> {
+        let (mut x, mut reads) = (x.clone(), Reads::default());
+        for r in 0..x.rows() {
+            let row: Vec<f32> = x.row(r).iter().map(|&x| x as f32).collect();
+            let channels = ask.channels(&row)?;
+            let outputs = 8 * all.iter().map(|m| m.w.rows() as u64).sum::<u64>();
+            reads.read += outputs * channels.as_ref().map_or(row.len(), Vec::len) as u64;
+            reads.all += outputs * row.len() as u64;
+            channels.iter().for_each(|channels| leave(x.row_mut(r), channels));
+        }
+        let one = |m: &&Matrix| {
+            let [out] = self.products([*m], &x);
+            out
+        };
+        Ok((all.iter().map(one).collect(), reads))
     }
 
     fn norm(&self, n: &NormOf, x: &Mat64) -> Mat64 {

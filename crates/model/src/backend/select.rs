@@ -6,12 +6,13 @@ use lacuna_kernels::KEY_BLOCK;
 
 use crate::ModelError;
 
-/// Bytes of keys and values that rows read where a selector was asked, each row for itself.
+/// Bytes that were read where something says what is needed: of keys and values by each row for itself where a selector
+/// was asked, of weights by the rows of a step together where a gate was.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]
 pub struct Reads {
-    /// What they read.
+    /// What was read.
     pub read: u64,
-    /// What they would read without it.
+    /// What would have been without it.
     pub all: u64,
 }
 

@@ -12,7 +12,8 @@
 //! Where the run plan has a keeper, it decides before a text goes on from a position at which that is due; chunks and
 //! drafts end there.
 //!
-//! Where the run plan has a selector, every row asks it for itself, those of prompts and of drafts like all others.
+//! Where the run plan has a selector, every row asks it for itself, those of prompts and of drafts like all others; so
+//! the model does with a gate that it was loaded with.
 
 mod draft;
 mod keep;
@@ -96,6 +97,8 @@ pub struct Gauges {
     pub reads: Reads,
     /// Entries of heads, a position each, that a keeper has evicted since the start.
     pub evicted: u64,
+    /// What steps read of the matrices that a gate stands at, since the model was loaded.
+    pub gate_reads: Reads,
 }
 
 /// Continues texts over one engine, one or many.
@@ -212,6 +215,7 @@ impl Scheduler {
             draft_cost: self.draft_cost,
             reads: self.store.reads(),
             evicted: self.store.evicted(),
+            gate_reads: self.engine.model().gate_reads(),
         }
     }
 

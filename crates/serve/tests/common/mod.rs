@@ -11,7 +11,7 @@ use std::time::Duration;
 
 use lacuna_checkpoint::{ChatTemplate, TokenKind, Tokenizer, Vocabulary};
 use lacuna_model::{Decoder, LoadOptions};
-use lacuna_run::Engine;
+use lacuna_run::{Engine, RunPlan};
 use lacuna_serve::{Options, Served, Stop, serve};
 use serde_json::{Value, json};
 
@@ -44,9 +44,15 @@ pub fn tokenizer() -> Tokenizer {
 pub const ROOM: usize = 1 << 16;
 
 pub fn engine(name: &str) -> Engine {
+    planned(name, RunPlan::none())
+}
+
+/// One under a run plan.
+pub fn planned(name: &str, plan: RunPlan) -> Engine {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny").join(name);
     let checkpoint = lacuna_checkpoint::open(dir).unwrap();
-    Engine::new(Decoder::load(&checkpoint, &LoadOptions::default()).unwrap()).with_context(1024)
+    let options = LoadOptions { gate: plan.gate(), ..LoadOptions::default() };
+    Engine::new(Decoder::load(&checkpoint, &options).unwrap()).with_context(1024).with_plan(plan)
 }
 
 /// A running server.
