@@ -50,6 +50,10 @@ pub struct Global {
     /// Of codes into nested tables (recipes/any-precision.toml) load only the BITS high ones: the smaller model within.
     #[arg(long, global = true, value_name = "BITS", value_parser = clap::value_parser!(u8).range(1..=8))]
     pub load_bits: Option<u8>,
+    /// Read MODEL, whose model_type is unknown, as a family that is known, e.g. llama: where its tensors have that family's
+    /// names and shapes.
+    #[arg(long = "as", global = true, value_name = "NAME")]
+    pub read_as: Option<String>,
     /// More words on standard error; twice for even more.
     #[arg(short, long, global = true, action = clap::ArgAction::Count)]
     pub verbose: u8,

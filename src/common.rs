@@ -190,7 +190,10 @@ pub fn run_plan(said: &crate::cli::Plan) -> Result<RunPlan> {
 /// said.
 pub fn open(g: &Global, model: &str) -> Result<Model> {
     let (path, adapter) = find(g, model)?;
-    let mut checkpoint = lacuna_checkpoint::open(&path)?;
+    let mut checkpoint = match &g.read_as {
+        Some(family) => lacuna_checkpoint::open_like(&path, family)?,
+        None => lacuna_checkpoint::open(&path)?,
+    };
     if let Some(dir) = &adapter {
         checkpoint = checkpoint.with_adapter(Adapter::open(dir)?, g.merge)?;
     }

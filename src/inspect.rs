@@ -149,7 +149,11 @@ fn closed(g: &Global, a: &Inspect, path: &Path, e: OpenError) -> anyhow::Result<
 /// Runs the verb.
 pub fn run(g: &Global, a: &Inspect) -> anyhow::Result<ExitCode> {
     let (path, adapter) = common::find(g, &a.model)?;
-    let mut checkpoint = match lacuna_checkpoint::examine(&path) {
+    let examined = match &g.read_as {
+        Some(family) => lacuna_checkpoint::open_like(&path, family),
+        None => lacuna_checkpoint::examine(&path),
+    };
+    let mut checkpoint = match examined {
         Ok(c) => c,
         Err(e) => return closed(g, a, &path, e),
     };

@@ -21,7 +21,7 @@ import transformers
 from safetensors import safe_open
 
 from common import numbers, versions, write_json
-from make_tiny import MODELS, randomise
+from make_tiny import MODELS, VARIANTS, randomise
 
 STACKED = "_stacked"
 SMALL = dict(vocab_size=32, hidden_size=16, intermediate_size=8, num_attention_heads=2, num_key_value_heads=1,
@@ -36,7 +36,7 @@ def names(directory):
 def configurations(tiny):
     for name in sorted(os.listdir(tiny)):
         directory = os.path.join(tiny, name)
-        if name.endswith(STACKED):
+        if name.endswith(STACKED) or (name not in MODELS and name not in VARIANTS):
             continue
         with tempfile.TemporaryDirectory() as out:
             transformers.AutoConfig.from_pretrained(directory).save_pretrained(out)

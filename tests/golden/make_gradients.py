@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
 """Gradients of the tiny models' loss, by autograd in f64.
 
-    python make_gradients.py TINY OUT.json    with transformers 5
+    python make_gradients.py TINY OUT.json [later]    with transformers 5
 
 For each TINY/NAME and each of its two sequences alone: the mean next-token loss, and of its gradient with respect to every matrix, norm
 and bias of the blocks, the last norm and the head its 2-norm and four entries: those at `(7919 i + 5) mod n` of the n values, row by
 row, of the tensor as Lacuna names and cuts it (`layers.0.attn.q`; matrices `[outputs, inputs]`). `residual`: the gradient of what
-goes into the first block. A tied head is untied first: its gradient is that of the head alone. A tensor that no token reached is null.
+goes into the first block. `later`: of the models that make_tiny_v5.py made, else of the others. A tied head is untied first: its gradient is that of the head alone. A tensor that no token reached is null.
 """
 
 import json
@@ -33,7 +33,17 @@ ROLES = {
     "final_layer_norm": "ffn.norm", "fc1": "ffn.up", "fc2": "ffn.down", "ln_1": "attn.norm", "ln_2": "ffn.norm",
     "attn.c_proj": "attn.o", "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.down", "mlp.gate": "ffn.router",
     "block_sparse_moe.gate": "ffn.router",
+    "self_attn.dense": "attn.o", "self_attn.q_layernorm": "attn.q_norm", "self_attn.k_layernorm": "attn.k_norm",
+    "self_attn.query_layernorm": "attn.q_norm", "self_attn.key_layernorm": "attn.k_norm", "mlp.fc1": "ffn.up",
+    "mlp.fc2": "ffn.down", "mlp.c_proj": "ffn.down", "post_self_attn_layernorm": "attn.post_norm",
+    "post_mlp_layernorm": "ffn.post_norm", "attention_layernorm": "attn.norm", "feedforward_layernorm": "ffn.norm",
+    "mlp.act_fn.alpha_p": "ffn.act_above", "mlp.act_fn.alpha_n": "ffn.act_below", "attention.dense": "attn.o",
+    "self_attention.dense": "attn.o", "mlp.dense_h_to_4h": "ffn.up", "mlp.dense_4h_to_h": "ffn.down", "ln_attn": "attn.norm",
+    "ln_mlp": "ffn.norm", "attn.q_proj": "attn.q", "attn.k_proj": "attn.k", "attn.v_proj": "attn.v", "attn.out_proj": "attn.o",
+    "mlp.fc_in": "ffn.up", "mlp.fc_out": "ffn.down",
 }
+# Norms behind the parts only.
+BEHIND = {"post_attention_layernorm": "attn.post_norm", "post_feedforward_layernorm": "ffn.post_norm"}
 SANDWICH = {
     "post_attention_layernorm": "attn.post_norm", "pre_feedforward_layernorm": "ffn.norm",
     "post_feedforward_layernorm": "ffn.post_norm",
@@ -44,8 +54,8 @@ def places(name, gradient, config):
     """The places of a parameter with their parts of its gradient."""
     if "embed" in name or re.search(r"\bwte\b|\bwpe\b", name):
         return
-    if name == "lm_head.weight":
-        yield "head", gradient
+    if name in ("lm_head.weight", "lm_head.bias"):
+        yield "head" + name.removeprefix("lm_head").replace(".weight", ""), gradient
         return
     found = re.search(r"\b(?:layers|h)\.(\d+)\.(.*)$", name)
     bias = ".bias" if name.endswith(".bias") else ""
@@ -67,6 +77,15 @@ def places(name, gradient, config):
     elif stem.endswith("gate_up_proj"):
         for role, part in zip(("gate", "up"), gradient.chunk(2)):
             yield f"{layer}ffn.{role}{bias}", part
+    elif stem.endswith("query_key_value"):
+        heads = config.num_attention_heads
+        dim = config.hidden_size // heads
+        groups = heads
+        if config.model_type == "falcon":
+            groups = config.num_kv_heads if config.new_decoder_architecture else 1 if config.multi_query else heads
+        rows = gradient.reshape(groups, heads // groups + 2, dim, *gradient.shape[1:])
+        for role, part in zip("qkv", (rows[:, :-2], rows[:, -2:-1], rows[:, -1:])):
+            yield f"{layer}attn.{role}{bias}", part.reshape(-1, *gradient.shape[1:])
     elif stem.endswith(("qkv_proj", "c_attn")):
         if config.model_type == "gpt2":
             cuts = [config.n_embd] * 3
@@ -76,7 +95,9 @@ def places(name, gradient, config):
         for role, part in zip("qkv", gradient.split(cuts)):
             yield f"{layer}attn.{role}{bias}", part
     else:
-        sandwich = config.model_type.startswith("gemma") and SANDWICH.get(stem)
+        sandwich = config.model_type in ("gemma2", "gemma3", "gemma3_text") and SANDWICH.get(stem)
+        if config.model_type in ("olmo2", "olmo3", "exaone4"):
+            sandwich = BEHIND.get(stem)
         yield layer + (sandwich or ROLES[stem]) + bias, gradient
 
 
@@ -101,7 +122,7 @@ def of_model(directory):
         kept["residual"].retain_grad()
 
     inner = model.model.decoder if hasattr(model.model if hasattr(model, "model") else model, "decoder") else (
-        model.model if hasattr(model, "model") else model.transformer)
+        model.model if hasattr(model, "model") else getattr(model, "transformer", None) or model.gpt_neox)
     (inner.layers if hasattr(inner, "layers") else inner.h)[0].register_forward_pre_hook(keep, with_kwargs=True)
     out = []
     for sequence in ids:
@@ -121,10 +142,14 @@ def of_model(directory):
 
 
 def main():
-    tiny, path = sys.argv[1:]
+    (tiny, path), later = sys.argv[1:3], sys.argv[3:] == ["later"]
     models = {}
     for name in sorted(os.listdir(tiny)):
-        if os.path.exists(os.path.join(tiny, name, "golden.json")):
+        if not os.path.exists(golden := os.path.join(tiny, name, "golden.json")):
+            continue
+        with open(golden) as f:
+            made_later = "greedy" in json.load(f)
+        if made_later == later:
             models[name] = of_model(os.path.join(tiny, name))
             print(name, [len(s["gradients"]) for s in models[name]], [s["loss"] for s in models[name]])
     write_json(path, {"made_with": versions(), **models})

@@ -38,6 +38,18 @@ pub fn families() -> Vec<(&'static str, Value)> {
         "model_type": "gemma2", "tie_word_embeddings": true, "query_pre_attn_scalar": 64, "sliding_window": 64,
         "attn_logit_softcapping": 50.0, "final_logit_softcapping": 30.0, "hidden_activation": "gelu_pytorch_tanh",
     });
+    // Families whose files name other keys.
+    let other = |drop: &[&str], more: Value| {
+        let mut c = with(more);
+        drop.iter().for_each(|key| _ = c.as_object_mut().unwrap().remove(*key));
+        c
+    };
+    let behind = |key: &str, more: Value| {
+        let mut c = other(&["rms_norm_eps"], more);
+        c[key] = json!(1e-5);
+        c
+    };
+    let (full, sliding) = ("full_attention", "sliding_attention");
     let llama3 = json!({"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
         "original_max_position_embeddings": 64});
     vec![
@@ -64,6 +76,81 @@ pub fn families() -> Vec<(&'static str, Value)> {
             "gpt2",
             json!({"model_type": "gpt2", "vocab_size": 603, "n_positions": 512, "n_embd": 256, "n_layer": 2, "n_head": 4,
             "n_inner": 512, "bos_token_id": 0, "eos_token_id": 0}),
+        ),
+        ("olmo", other(&["rms_norm_eps"], json!({"model_type": "olmo", "clip_qkv": 1.5}))),
+        ("olmo2", with(json!({"model_type": "olmo2"}))),
+        (
+            "olmo3",
+            with(json!({"model_type": "olmo3", "num_hidden_layers": 5, "sliding_window": 16, "rope_theta": 500000.0,
+            "layer_types": [sliding, sliding, sliding, full, sliding]})),
+        ),
+        ("smollm3", with(json!({"model_type": "smollm3", "num_hidden_layers": 5}))),
+        ("glm", with(json!({"model_type": "glm", "partial_rotary_factor": 0.5}))),
+        ("glm4", with(json!({"model_type": "glm4", "partial_rotary_factor": 0.5}))),
+        (
+            "granite",
+            with(json!({"model_type": "granite", "embedding_multiplier": 6.0, "residual_multiplier": 0.4,
+            "attention_multiplier": 0.0625, "logits_scaling": 2.0})),
+        ),
+        (
+            "cohere",
+            behind("layer_norm_eps", json!({"model_type": "cohere", "tie_word_embeddings": true, "logit_scale": 0.5})),
+        ),
+        (
+            "cohere_norms",
+            behind(
+                "layer_norm_eps",
+                json!({"model_type": "cohere", "tie_word_embeddings": true, "logit_scale": 0.5,
+            "use_qk_norm": true}),
+            ),
+        ),
+        (
+            "cohere2",
+            behind(
+                "layer_norm_eps",
+                json!({"model_type": "cohere2", "tie_word_embeddings": true, "logit_scale": 0.5,
+            "num_hidden_layers": 5, "sliding_window": 16}),
+            ),
+        ),
+        ("exaone4", with(json!({"model_type": "exaone4", "sliding_window": null, "layer_types": [full, full, full]}))),
+        ("seed_oss", with(json!({"model_type": "seed_oss", "attention_bias": true}))),
+        (
+            "ministral3",
+            with(json!({"model_type": "ministral3", "rope_parameters": {"rope_type": "yarn",
+            "rope_theta": 10000.0, "factor": 4.0, "original_max_position_embeddings": 128, "beta_fast": 32.0, "beta_slow": 1.0,
+            "mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": 0.1}})),
+        ),
+        ("ernie4_5", with(json!({"model_type": "ernie4_5", "tie_word_embeddings": true}))),
+        ("hunyuan", with(json!({"model_type": "hunyuan_v1_dense"}))),
+        ("phi", behind("layer_norm_eps", json!({"model_type": "phi", "partial_rotary_factor": 0.5}))),
+        ("starcoder2", behind("norm_epsilon", json!({"model_type": "starcoder2"}))),
+        ("stablelm", behind("layer_norm_eps", json!({"model_type": "stablelm", "use_qkv_bias": true}))),
+        (
+            "stablelm_parallel",
+            behind("layer_norm_eps", json!({"model_type": "stablelm", "use_parallel_residual": true})),
+        ),
+        ("nemotron", behind("norm_eps", json!({"model_type": "nemotron"}))),
+        ("gemma", with(json!({"model_type": "gemma", "tie_word_embeddings": true}))),
+        ("gpt_neox", behind("layer_norm_eps", json!({"model_type": "gpt_neox", "rotary_pct": 0.25}))),
+        (
+            "falcon",
+            behind(
+                "layer_norm_epsilon",
+                json!({"model_type": "falcon", "ffn_hidden_size": 512, "tie_word_embeddings": true}),
+            ),
+        ),
+        (
+            "falcon_new",
+            behind(
+                "layer_norm_epsilon",
+                json!({"model_type": "falcon", "ffn_hidden_size": 512,
+            "new_decoder_architecture": true, "num_kv_heads": 2}),
+            ),
+        ),
+        (
+            "bloom",
+            json!({"model_type": "bloom", "vocab_size": 603, "hidden_size": 256, "n_layer": 2, "n_head": 4, "seq_length": 512,
+            "bos_token_id": 1, "eos_token_id": 2}),
         ),
     ]
 }

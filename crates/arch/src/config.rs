@@ -3,9 +3,9 @@
 
 use serde_json::{Map, Value, json};
 
-use super::Source;
-use super::rope;
-use lacuna_spec::{Activation, AttnSpec, FfnSpec, LayerSpec, Norm, NormKind, Positions, Spec, SpecError};
+use super::export::INTERLEAVED;
+use super::{Source, rope};
+use lacuna_spec::{Activation, AttnSpec, FfnSpec, LayerSpec, Norm, RopeStyle, Spec, SpecError};
 use lacuna_spec::{Part, Place, Role};
 
 /// An error about a key of config.json.
@@ -97,7 +97,10 @@ impl<'a> Config<'a> {
                 Ok(Activation::GeluTanh)
             }
             "relu" => Ok(Activation::Relu),
-            other => bad(format!("{key} is \"{other}\"; supported are silu, gelu, gelu_new, gelu_pytorch_tanh, relu")),
+            "relu2" => Ok(Activation::Relu2),
+            other => {
+                bad(format!("{key} is \"{other}\"; supported are silu, gelu, gelu_new, gelu_pytorch_tanh, relu, relu2"))
+            }
         }
     }
 
@@ -151,37 +154,39 @@ pub(super) fn llama_like(c: &Config, arch: &str, act: &str, rope: rope::Reader) 
         kv_heads: c.opt_usize("num_key_value_heads")?.unwrap_or(heads),
         head_dim,
         scale: inverse_root(head_dim as f64),
-        window: None,
         rope: Some(rope(c, head_dim)?),
-        qk_norm: false,
-        softcap: None,
-        qkv_bias: false,
-        o_bias: false,
-        post_norm: false,
+        ..AttnSpec::default()
     };
-    let ffn = FfnSpec {
-        width: c.usize("intermediate_size")?,
-        gated: true,
-        act: c.activation(act)?,
-        bias: false,
-        down_bias: false,
-        post_norm: false,
-        experts: None,
-    };
+    let ffn = FfnSpec { width: c.usize("intermediate_size")?, act: c.activation(act)?, ..FfnSpec::default() };
     Ok(Spec {
         arch: arch.into(),
         hidden,
         vocab: c.usize("vocab_size")?,
         context: c.usize("max_position_embeddings")?,
-        embed_scale: 1.0,
         tied: c.bool("tie_word_embeddings")?,
-        positions: Positions::None,
-        norm: Norm { kind: NormKind::Rms, eps: c.f64("rms_norm_eps")? as f32, offset: 0.0, divisor: None },
-        final_norm: true,
+        norm: Norm { eps: c.f64("rms_norm_eps")? as f32, ..Norm::default() },
         layers: vec![LayerSpec { attn: Some(attn), ffn: Some(ffn), ..LayerSpec::default() }; layers],
-        logit_softcap: None,
-        logit_scale: 1.0,
+        ..Spec::default()
     })
+}
+
+/// Gives a key the name that [`llama_like`] reads it by.
+pub(super) fn renamed(config: &mut Value, from: &str, to: &str) {
+    if let Some(v) = config.as_object_mut().and_then(|o| o.shift_remove(from)) {
+        config[to] = v;
+    }
+}
+
+/// The way back, in what [`to_llama_like`] wrote.
+pub(super) fn named_back(out: &mut Map<String, Value>, to: &str, from: &str) {
+    if let Some(v) = out.shift_remove(to) {
+        out.insert(from.into(), v);
+    }
+}
+
+/// Says that RoPE turns neighbouring channels.
+pub(super) fn interleave(spec: &mut Spec) {
+    attns(spec).filter_map(|a| a.rope.as_mut()).for_each(|r| r.style = RopeStyle::Interleaved);
 }
 
 /// `1 / sqrt(x)`, rounded once.
@@ -225,8 +230,10 @@ pub(super) fn to_llama_like(spec: &Spec, model_type: &str, class: &str) -> Resul
     set("max_position_embeddings", json!(spec.context));
     set("rms_norm_eps", num(spec.norm.eps));
     set("tie_word_embeddings", json!(spec.tied));
-    if let Some(r) = &a.rope {
-        rope::to_config(r, a.head_dim, spec.context, &mut out)?;
+    // Layers without RoPE are the family's to say.
+    if let Some(r) = spec.layers.iter().find_map(|l| l.attn.as_ref()?.rope.as_ref()) {
+        let interleaved = INTERLEAVED.contains(&spec.arch.as_str());
+        rope::to_config(r, (a.head_dim, interleaved), spec.context, &mut out)?;
     }
     Ok(out)
 }
@@ -238,6 +245,8 @@ pub(super) fn activation_name(act: Activation) -> &'static str {
         Activation::Gelu => "gelu",
         Activation::GeluTanh => "gelu_pytorch_tanh",
         Activation::Relu => "relu",
+        Activation::Relu2 => "relu2",
+        Activation::Xielu => "xielu",
     }
 }
 
@@ -357,9 +366,7 @@ pub(super) fn llama_source(_: &Spec, place: &Place) -> Option<Source> {
             };
             return Some(named(place, "model.", "layers", &module));
         }
-        Role::Positions | Role::AttnPostNorm | Role::FfnPostNorm | Role::AttnShortcut | Role::FfnShortcut => {
-            return None;
-        }
+        _ => return None,
     };
     Some(named(place, "model.", "layers", module))
 }

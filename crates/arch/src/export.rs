@@ -5,7 +5,7 @@
 //! rearrange.
 
 use super::{GgufKeys, Source, SourceOf, family, rope};
-use lacuna_spec::{LayerSpec, RopeScaling, RopeStyle, Spec, SpecError};
+use lacuna_spec::{LayerSpec, QkNorm, RopeScaling, RopeStyle, Spec, SpecError};
 use lacuna_spec::{Part, Place, Role};
 
 /// A tensor of a file to be written.
@@ -19,6 +19,8 @@ pub struct Target {
     pub parts: Vec<Place>,
     /// The file keeps the transpose, `[in, out]`.
     pub transposed: bool,
+    /// The rows lie in so many groups, each with its share of every part.
+    pub groups: usize,
 }
 
 /// A network without holes, and where its layers come from.
@@ -64,7 +66,7 @@ pub fn whole(spec: &Spec) -> Result<Whole, SpecError> {
         if layer.attn.is_none() || layer.ffn.is_none() {
             filled.push(l);
         }
-        layers.push(LayerSpec { attn, ffn, ..LayerSpec::default() });
+        layers.push(LayerSpec { attn, ffn, order: layer.order, ..LayerSpec::default() });
         from.push(l);
     }
     if layers.is_empty() {
@@ -81,7 +83,8 @@ pub fn whole(spec: &Spec) -> Result<Whole, SpecError> {
 /// `eps * divisor / width`: the root of divisor over width.
 pub fn norm_factor(spec: &Spec, place: &Place) -> f32 {
     let stream =
-        matches!(place.role, Role::AttnNorm | Role::AttnPostNorm | Role::FfnNorm | Role::FfnPostNorm | Role::FinalNorm);
+        matches!(place.role, Role::AttnNorm | Role::AttnPostNorm | Role::FfnNorm | Role::FfnPostNorm | Role::FinalNorm)
+            || place.role == Role::EmbedNorm;
     match spec.norm.divisor {
         Some(n) if stream && place.part == Part::Weight => (n as f64 / spec.hidden as f64).sqrt() as f32,
         _ => 1.0,
@@ -89,13 +92,42 @@ pub fn norm_factor(spec: &Spec, place: &Place) -> f32 {
 }
 
 /// The families whose GGUF files keep the rows of q and k so that RoPE pairs neighbours.
-const NEIGHBOURS: [&str; 3] = ["llama", "mistral", "mixtral"];
+const NEIGHBOURS: [&str; 7] = ["llama", "mistral", "mixtral", "ministral3", "smollm3", "granite", "olmo"];
+/// The families in which RoPE pairs neighbours in every file.
+pub(super) const INTERLEAVED: [&str; 7] = ["glm", "glm4", "cohere", "cohere2", "ernie4_5", "helium", "gptj"];
 /// The families whose Hugging Face files keep a norm's scale less one.
-const LESS_ONE: [&str; 2] = ["gemma2", "gemma3"];
+const LESS_ONE: [&str; 4] = ["gemma", "gemma2", "gemma3", "nemotron"];
+/// The families whose embedding is scaled by the root of its width.
+const SCALED: [&str; 3] = ["gemma", "gemma2", "gemma3"];
 /// The families whose config.json has one word for the biases of q, k, v and o of all layers.
-const ATTENTION_BIAS: [&str; 5] = ["llama", "qwen3", "qwen3_moe", "gemma2", "gemma3"];
+const ATTENTION_BIAS: [&str; 17] = [
+    "llama",
+    "qwen3",
+    "qwen3_moe",
+    "gemma",
+    "gemma2",
+    "gemma3",
+    "olmo",
+    "olmo2",
+    "olmo3",
+    "smollm3",
+    "granite",
+    "cohere",
+    "cohere2",
+    "nemotron",
+    "hunyuan_v1_dense",
+    "apertus",
+    "gpt_neox",
+];
 /// The families whose config.json has one word for the biases of gate, up and down of all layers.
-const MLP_BIAS: [&str; 1] = ["llama"];
+const MLP_BIAS: [&str; 6] = ["llama", "smollm3", "granite", "seed_oss", "nemotron", "helium"];
+/// The families whose config.json has one word for all biases of all layers.
+const ALL_BIASES: [&str; 3] = ["ernie4_5", "starcoder2", "falcon"];
+
+/// Which channels pair in a Hugging Face checkpoint of this family.
+pub fn hf_rope_style(spec: &Spec) -> RopeStyle {
+    if INTERLEAVED.contains(&spec.arch.as_str()) { RopeStyle::Interleaved } else { RopeStyle::Half }
+}
 
 /// The network as a Hugging Face checkpoint holds it.
 pub fn hf_spec(spec: &Spec) -> Result<Spec, SpecError> {
@@ -103,9 +135,10 @@ pub fn hf_spec(spec: &Spec) -> Result<Spec, SpecError> {
     if LESS_ONE.contains(&spec.arch.as_str()) {
         out.norm.offset = 1.0;
     }
+    let style = hf_rope_style(spec);
     for layer in &mut out.layers {
         let Some(r) = layer.attn.as_mut().and_then(|a| a.rope.as_mut()) else { continue };
-        r.style = RopeStyle::Half;
+        r.style = style;
         if let RopeScaling::Factors { factors } = &r.scaling {
             r.scaling = match rope::llama3_of_factors(factors, r.theta, r.dims) {
                 Some(s) => s,
@@ -134,6 +167,8 @@ fn open_biases(spec: &mut Spec) {
     let ffns = || spec.layers.iter().filter_map(|l| l.ffn.as_ref());
     let attention = attention && attns().any(|a| a.qkv_bias || a.o_bias);
     let mlp = mlp && ffns().any(|f| f.bias || f.down_bias);
+    let either = attns().any(|a| a.qkv_bias || a.o_bias) || ffns().any(|f| f.bias || f.down_bias);
+    let (attention, mlp) = if knows(&ALL_BIASES) { (either, either) } else { (attention, mlp) };
     for layer in &mut spec.layers {
         if let Some(a) = layer.attn.as_mut().filter(|_| attention) {
             (a.qkv_bias, a.o_bias) = (true, true);
@@ -153,6 +188,8 @@ pub fn gguf_spec(spec: &Spec) -> Result<Spec, SpecError> {
     }
     if LESS_ONE.contains(&spec.arch.as_str()) {
         out.norm.offset = 0.0;
+    }
+    if SCALED.contains(&spec.arch.as_str()) {
         out.embed_scale = (spec.hidden as f64).sqrt() as f32;
     }
     for layer in &mut out.layers {
@@ -183,6 +220,13 @@ pub fn gguf_targets(spec: &Spec) -> Result<Vec<Target>, SpecError> {
     targets(spec, family(spec)?.gguf_source)
 }
 
+/// The width of a head, where a norm of heads has a scale of its own for each: such a scale has two axes in files.
+fn own_scales(spec: &Spec, place: &Place) -> Option<usize> {
+    let heads = matches!(place.role, Role::QNorm | Role::KNorm);
+    let a = spec.layers.get(place.layer? as usize)?.attn.as_ref()?;
+    (heads && a.qk_norm_over == QkNorm::Heads).then_some(a.head_dim)
+}
+
 fn targets(spec: &Spec, source_of: SourceOf) -> Result<Vec<Target>, SpecError> {
     let mut out: Vec<(Target, Vec<Source>)> = Vec::new();
     let mut at = std::collections::HashMap::new();
@@ -191,8 +235,8 @@ fn targets(spec: &Spec, source_of: SourceOf) -> Result<Vec<Target>, SpecError> {
             return Err(SpecError { what: format!("{} has no name for {place} in this layout", spec.arch) });
         };
         let i = *at.entry(source.name.clone()).or_insert_with(|| {
-            let (name, transposed) = (source.name.clone(), source.transposed);
-            out.push((Target { name, shape: Vec::new(), parts: Vec::new(), transposed }, Vec::new()));
+            let (name, transposed, groups) = (source.name.clone(), source.transposed, source.groups);
+            out.push((Target { name, shape: Vec::new(), parts: Vec::new(), transposed, groups }, Vec::new()));
             out.len() - 1
         });
         out[i].0.parts.push(place);
@@ -207,7 +251,10 @@ fn targets(spec: &Spec, source_of: SourceOf) -> Result<Vec<Target>, SpecError> {
         let table = first.role.is_linear() || matches!(first.role, Role::Embed | Role::Positions);
         let (rows, cols) = (shapes.iter().map(|s| s.0).sum::<usize>(), shapes[0].1);
         target.shape = match (table && first.part == Part::Weight, sources[0].slice) {
-            (false, _) => vec![shapes.iter().map(|s| s.1).sum()],
+            (false, _) => match own_scales(spec, &first) {
+                Some(dim) => vec![shapes[0].1 / dim, dim],
+                None => vec![shapes.iter().map(|s| s.1).sum()],
+            },
             (true, Some(_)) => vec![shapes.len(), rows / shapes.len(), cols],
             (true, None) if target.transposed => vec![cols, rows],
             (true, None) => vec![rows, cols],

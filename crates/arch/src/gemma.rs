@@ -1,5 +1,5 @@
-//! Gemma 2 and 3: norms before and after each part, scaled embeddings, layers that see a window and layers that see
-//! everything.
+//! Gemma 1, 2 and 3: scaled embeddings; from the second on norms before and after each part, layers that see a window
+//! and layers that see everything.
 //!
 //! The embedding's factor is `sqrt(hidden)` as transformers applies it: rounded to the dtype that the configuration
 //! names (bf16 for the published files, which were trained so). llama.cpp keeps it in f32, and so do GGUF files here.
@@ -17,6 +17,19 @@ use super::gguf_out::{self, GgufKeys, GgufValue};
 use super::{Family, Source, rope};
 use lacuna_spec::{Activation, RopeScaling, RopeStyle, Spec, SpecError};
 use lacuna_spec::{Place, Role};
+
+/// Gemma.
+pub(super) const GEMMA: Family = Family {
+    name: "gemma",
+    model_types: &["gemma"],
+    gguf: &["gemma"],
+    from_config: from_gemma,
+    to_config: to_gemma,
+    source: llama_source,
+    from_gguf: from_gguf1,
+    gguf_source: gguf::standard_source,
+    to_gguf: |spec| gguf_out::verified(spec, gguf_out::standard_keys(spec, "gemma")?, from_gguf1),
+};
 
 /// Gemma 2.
 pub(super) const GEMMA2: Family = Family {
@@ -61,8 +74,7 @@ fn common(c: &Config, arch: &str, rope: rope::Reader) -> Result<Spec, SpecError>
         c.usize(key)?;
     }
     let mut spec = llama_like(c, arch, "hidden_activation", rope)?;
-    let dtype = c.opt_str("dtype")?.map_or_else(|| c.opt_str("torch_dtype"), |d| Ok(Some(d)))?;
-    spec.embed_scale = embed_scale(spec.hidden, dtype.unwrap_or("float32"));
+    spec.embed_scale = embed_scale(spec.hidden, dtype_of(c)?);
     spec.norm.offset = 1.0;
     spec.logit_softcap = c.opt_f32("final_logit_softcapping")?;
     let scale = inverse_root(c.f64("query_pre_attn_scalar")?);
@@ -72,6 +84,48 @@ fn common(c: &Config, arch: &str, rope: rope::Reader) -> Result<Spec, SpecError>
         (a.scale, a.post_norm, a.qkv_bias, a.o_bias) = (scale, true, bias, bias);
     }
     Ok(spec)
+}
+
+fn from_gemma(config: &Value) -> Result<Spec, SpecError> {
+    let mut filled = filled(config, "gemma")?;
+    // The first files said gelu and meant the one through tanh.
+    if filled["hidden_act"] == json!("gelu") {
+        filled["hidden_act"] = json!("gelu_pytorch_tanh");
+    }
+    let c = Config(&filled);
+    c.only("use_bidirectional_attention", json!(false))?;
+    let mut spec = llama_like(&c, "gemma", "hidden_act", rope::common)?;
+    spec.embed_scale = embed_scale(spec.hidden, dtype_of(&c)?);
+    spec.norm.offset = 1.0;
+    let bias = c.bool("attention_bias")?;
+    attns(&mut spec).for_each(|a| (a.qkv_bias, a.o_bias) = (bias, bias));
+    Ok(spec)
+}
+
+fn to_gemma(spec: &Spec) -> Result<Value, SpecError> {
+    let mut out = to_llama_like(spec, "gemma", "GemmaForCausalLM")?;
+    out.insert("dtype".into(), json!(dtype_for(spec)));
+    out.insert("attention_bias".into(), json!(first(spec)?.0.qkv_bias));
+    verified(spec, out, from_gemma)
+}
+
+fn from_gguf1(head: &GgufHead) -> Result<Spec, SpecError> {
+    let mut spec = gguf::standard(head, "gemma", RopeStyle::Half)?;
+    spec.embed_scale = embed_scale(spec.hidden, "float32");
+    ffns(&mut spec).for_each(|f| f.act = Activation::GeluTanh);
+    Ok(spec)
+}
+
+/// The dtype that a configuration names.
+fn dtype_of<'a>(c: &Config<'a>) -> Result<&'a str, SpecError> {
+    let dtype = c.opt_str("dtype")?.map_or_else(|| c.opt_str("torch_dtype"), |d| Ok(Some(d)))?;
+    Ok(dtype.unwrap_or("float32"))
+}
+
+/// The dtype in which the embedding's factor is rounded as the network has it.
+fn dtype_for(spec: &Spec) -> &'static str {
+    let dtypes = ["float32", "bfloat16", "float16"];
+    dtypes.into_iter().find(|d| embed_scale(spec.hidden, d) == spec.embed_scale).unwrap_or("float32")
 }
 
 fn from_gemma2(config: &Value) -> Result<Spec, SpecError> {
@@ -109,7 +163,7 @@ fn from_gemma3(config: &Value) -> Result<Spec, SpecError> {
     let pattern = c.usize("sliding_window_pattern")?.max(1);
     let window = c.opt_usize("sliding_window")?;
     let windows = c.windows(spec.layers.len(), window, |l| !(l + 1).is_multiple_of(pattern))?;
-    let local = rope::of_sliding_layers(&c, c.usize("head_dim")?)?;
+    let local = rope::of_sliding_layers(&c, c.usize("head_dim")?, "rope_local_base_freq")?;
     for (a, w) in attns(&mut spec).zip(windows) {
         (a.qk_norm, a.window) = (true, w);
         if w.is_some() {
@@ -123,14 +177,12 @@ fn to_common(spec: &Spec, model_type: &str, class: &str) -> Result<Map<String, V
     let mut out = to_llama_like(spec, model_type, class)?;
     let (a, _) = first(spec)?;
     let hidden_act = out.shift_remove("hidden_act");
-    let dtypes = ["float32", "bfloat16", "float16"];
-    let dtype = dtypes.into_iter().find(|d| embed_scale(spec.hidden, d) == spec.embed_scale);
     let scalar = 1.0 / f64::from(a.scale).powi(2);
     // The scalar is a whole number in every published file; squaring the rounded root would leave a tail of digits.
     let scalar = if inverse_root(scalar.round()) == a.scale { scalar.round() } else { scalar };
     let mut set = |key: &str, v: Value| out.insert(key.into(), v);
     set("hidden_activation", json!(hidden_act));
-    set("dtype", json!(dtype.unwrap_or("float32")));
+    set("dtype", json!(dtype_for(spec)));
     set("query_pre_attn_scalar", if scalar.fract() == 0.0 { json!(scalar as u64) } else { json!(scalar) });
     set("attn_logit_softcapping", a.softcap.map_or(Value::Null, num));
     set("final_logit_softcapping", spec.logit_softcap.map_or(Value::Null, num));
@@ -150,7 +202,7 @@ fn to_gemma3(spec: &Spec) -> Result<Value, SpecError> {
     let rope_of = |local: bool| attns().find(|a| a.window.is_some() == local).and_then(|a| Some((a, a.rope.as_ref()?)));
     out.shift_remove("rope_scaling");
     if let Some((a, r)) = rope_of(false) {
-        rope::to_config(r, a.head_dim, spec.context, &mut out)?;
+        rope::to_config(r, (a.head_dim, false), spec.context, &mut out)?;
     }
     if let Some((_, r)) = rope_of(true) {
         out.insert("rope_local_base_freq".into(), num(r.theta));
@@ -199,14 +251,7 @@ fn from_gguf3(head: &GgufHead) -> Result<Spec, SpecError> {
     let mut spec = gguf_common(head, "gemma3", 62)?;
     let local = head.f32("rope.freq_base_swa")?.unwrap_or(10000.0);
     let layers = spec.layers.len();
-    // One number is a period whose last layer sees everything; a list says for each layer whether it slides.
-    let slides: Vec<bool> = match head.each("attention.sliding_window_pattern", layers)? {
-        Some(list) if head.usize("attention.sliding_window_pattern").is_err() => list.iter().map(|s| *s == 1).collect(),
-        other => {
-            let period = other.and_then(|l| l.first().copied()).unwrap_or(6).max(1);
-            (0..layers).map(|l| !(l + 1).is_multiple_of(period)).collect()
-        }
-    };
+    let slides = gguf::slides(head, layers, 6)?;
     if spec.layers.iter().all(|l| l.attn.as_ref().is_none_or(|a| a.window.is_none())) && slides.contains(&true) {
         return bad("metadata: gemma3.attention.sliding_window is missing");
     }
@@ -239,14 +284,6 @@ fn to_gguf3(spec: &Spec) -> Result<GgufKeys, SpecError> {
     if local != 10000.0 {
         keys.set("rope.freq_base_swa", GgufValue::F32(local));
     }
-    // Every sixth layer sees everything, unless the file says otherwise: by a period where there is one, else layer by
-    // layer.
-    let slides: Vec<bool> = attns().map(|a| a.window.is_some()).collect();
-    let fits = |period: usize| slides.iter().enumerate().all(|(l, s)| *s != (l + 1).is_multiple_of(period));
-    match (1..=slides.len() + 1).find(|p| fits(*p)) {
-        _ if fits(6) => {}
-        Some(period) => keys.number("attention.sliding_window_pattern", period)?,
-        None => keys.set("attention.sliding_window_pattern", GgufValue::Bools(slides)),
-    }
+    gguf_out::pattern(&mut keys, spec, 6)?;
     gguf_out::verified(spec, keys, from_gguf3)
 }

@@ -8,8 +8,7 @@ use super::Source;
 use super::config::{inverse_root, named};
 use super::rope::MAX_LISTED;
 use lacuna_spec::{
-    Activation, AttnSpec, Experts, FfnSpec, LayerSpec, Norm, NormKind, Positions, Rope, RopeScaling, RopeStyle, Spec,
-    SpecError,
+    AttnSpec, Experts, FfnSpec, LayerSpec, Norm, NormKind, Rope, RopeScaling, RopeStyle, Spec, SpecError,
 };
 use lacuna_spec::{Place, Role};
 
@@ -96,7 +95,12 @@ impl GgufHead {
 ///
 /// A layer whose head count or width is 0 lacks that part, as pruned files say it.
 pub(super) fn standard(head: &GgufHead, arch: &str, style: RopeStyle) -> Result<Spec, SpecError> {
-    for key in REFUSED {
+    reading(head, arch, style, &[])
+}
+
+/// The same where the family reads some of the keys that others refuse.
+pub(super) fn reading(head: &GgufHead, arch: &str, style: RopeStyle, keys: &[&str]) -> Result<Spec, SpecError> {
+    for key in REFUSED.iter().filter(|k| !keys.contains(k)) {
         if let (key, Some(v)) = head.value(key)?
             && !(v.as_f64() == Some(0.0) || *v == Value::Bool(false))
         {
@@ -136,9 +140,10 @@ pub(super) fn standard(head: &GgufHead, arch: &str, style: RopeStyle) -> Result<
     if let Some(v) = head.usize("attention.value_length")?.filter(|v| *v != head_dim) {
         return bad(format!("attention.value_length {v} is not attention.key_length {head_dim}"));
     }
-    let eps = match head.f32("attention.layer_norm_rms_epsilon")? {
-        Some(e) => e,
-        None => bad("attention.layer_norm_rms_epsilon is missing")?,
+    let (eps, kind) = match (head.f32("attention.layer_norm_rms_epsilon")?, head.f32("attention.layer_norm_epsilon")?) {
+        (Some(e), _) => (e, NormKind::Rms),
+        (None, Some(e)) => (e, NormKind::Layer),
+        (None, None) => bad("attention.layer_norm_rms_epsilon is missing")?,
     };
     let rope = Rope {
         theta: head.f32("rope.freq_base")?.unwrap_or(10000.0),
@@ -156,24 +161,20 @@ pub(super) fn standard(head: &GgufHead, arch: &str, style: RopeStyle) -> Result<
         scale,
         window,
         rope: Some(rope.clone()),
-        qk_norm: false,
-        softcap: None,
         qkv_bias: has(l, "attn_q.bias") || has(l, "attn_qkv.bias"),
         o_bias: has(l, "attn_output.bias"),
-        post_norm: false,
+        ..AttnSpec::default()
     };
     let ffn = |l: usize| {
         Ok(FfnSpec {
             width: widths[l],
-            gated: true,
-            act: Activation::Silu,
             bias: has(l, "ffn_up.bias"),
             down_bias: has(l, "ffn_down.bias") && !has(l, "ffn_up.bias"),
-            post_norm: false,
             experts: match experts {
                 Some(count) => Some(Experts { count, used: head.must("expert_used_count")?, normalize: true }),
                 None => None,
             },
+            ..FfnSpec::default()
         })
     };
     let layer = |l: usize| {
@@ -185,14 +186,24 @@ pub(super) fn standard(head: &GgufHead, arch: &str, style: RopeStyle) -> Result<
         hidden,
         vocab: head.vocab,
         context,
-        embed_scale: 1.0,
         tied: !head.tensors.contains("output.weight"),
-        positions: Positions::None,
-        norm: Norm { kind: NormKind::Rms, eps, offset: 0.0, divisor: None },
-        final_norm: true,
+        norm: Norm { eps, kind, ..Norm::default() },
+        head_bias: head.tensors.contains("output.bias"),
         layers: (0..layers).map(layer).collect::<Result<_, SpecError>>()?,
         logit_softcap: head.f32("final_logit_softcapping")?.filter(|c| *c != 0.0),
         logit_scale: head.f32("logit_scale")?.filter(|s| *s != 0.0).unwrap_or(1.0),
+        ..Spec::default()
+    })
+}
+
+/// Which layers slide: one number is a period whose last layer sees everything; a list says it for each layer.
+pub(super) fn slides(head: &GgufHead, layers: usize, usual: usize) -> Result<Vec<bool>, SpecError> {
+    Ok(match head.each("attention.sliding_window_pattern", layers)? {
+        Some(list) if head.usize("attention.sliding_window_pattern").is_err() => list.iter().map(|s| *s == 1).collect(),
+        other => {
+            let period = other.and_then(|l| l.first().copied()).unwrap_or(usual).max(1);
+            (0..layers).map(|l| !(l + 1).is_multiple_of(period)).collect()
+        }
     })
 }
 
@@ -252,7 +263,8 @@ pub(super) fn standard_source(_: &Spec, place: &Place) -> Option<Source> {
         Role::Up => "ffn_up",
         Role::Down => "ffn_down",
         Role::FfnPostNorm => "post_ffw_norm",
-        Role::AttnShortcut | Role::FfnShortcut => return None,
+        Role::EmbedNorm => "token_embd_norm",
+        Role::AttnShortcut | Role::FfnShortcut | Role::ActAbove | Role::ActBelow => return None,
     };
     Some(Source { slice: place.expert.map(|e| e as usize), ..named(place, "", "blk", module) })
 }

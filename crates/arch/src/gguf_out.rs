@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::config::{attn_parts, difference, ffn_parts};
 use super::{GgufHead, gguf_targets};
-use lacuna_spec::{AttnSpec, RopeScaling, Spec, SpecError};
+use lacuna_spec::{NormKind, RopeScaling, Spec, SpecError};
 
 /// A metadata value, of the type that llama.cpp expects at its key.
 #[derive(Clone, Debug, PartialEq)]
@@ -15,6 +15,8 @@ pub enum GgufValue {
     F32(f32),
     /// A string.
     Str(String),
+    /// A truth value.
+    Bool(bool),
     /// Unsigned integers of 32 bits.
     U32s(Vec<u32>),
     /// Truth values.
@@ -27,6 +29,7 @@ impl GgufValue {
             GgufValue::U32(x) => (*x).into(),
             GgufValue::F32(x) => (*x).into(),
             GgufValue::Str(x) => x.as_str().into(),
+            GgufValue::Bool(x) => (*x).into(),
             GgufValue::U32s(x) => x.clone().into(),
             GgufValue::Bools(x) => x.clone().into(),
         }
@@ -92,7 +95,8 @@ pub(super) fn standard_keys(spec: &Spec, arch: &str) -> Result<GgufKeys, SpecErr
     k.each("attention.head_count_kv", &attns.iter().map(|a| a.kv_heads).collect::<Vec<_>>())?;
     k.number("attention.key_length", attns[0].head_dim)?;
     k.number("attention.value_length", attns[0].head_dim)?;
-    k.set("attention.layer_norm_rms_epsilon", GgufValue::F32(spec.norm.eps));
+    let norm = if spec.norm.kind == NormKind::Rms { "layer_norm_rms_epsilon" } else { "layer_norm_epsilon" };
+    k.set(&format!("attention.{norm}"), GgufValue::F32(spec.norm.eps));
     if let Some(e) = ffns.iter().find_map(|f| Some((f.experts?, f.width))) {
         k.number("expert_count", e.0.count)?;
         k.number("expert_used_count", e.0.used)?;
@@ -108,13 +112,38 @@ pub(super) fn standard_keys(spec: &Spec, arch: &str) -> Result<GgufKeys, SpecErr
         k.set("logit_scale", GgufValue::F32(spec.logit_scale));
     }
     // The layer that sees everything, where some see a window: theirs is the family's to say.
-    let global = attns.iter().find(|a| a.window.is_none()).or(attns.first());
+    let turning = || attns.iter().filter(|a| a.rope.is_some());
+    let global = turning().find(|a| a.window.is_none()).or(turning().next());
     if let Some(r) = global.and_then(|a| a.rope.as_ref()) {
         k.number("rope.dimension_count", r.dims)?;
         k.set("rope.freq_base", GgufValue::F32(r.theta));
         scaling(&mut k, &r.scaling)?;
     }
     Ok(k)
+}
+
+/// Which layers slide, where it is not all but every `usual`th: by a period where there is one, else layer by layer.
+pub(super) fn pattern(k: &mut GgufKeys, spec: &Spec, usual: usize) -> Result<(), SpecError> {
+    let slides: Vec<bool> = attn_parts(spec)?.iter().map(|a| a.window.is_some()).collect();
+    let fits = |period: usize| slides.iter().enumerate().all(|(l, s)| *s != (l + 1).is_multiple_of(period));
+    match (1..=slides.len() + 1).find(|p| fits(*p)) {
+        _ if fits(usual) => {}
+        Some(period) => k.number("attention.sliding_window_pattern", period)?,
+        None => k.set("attention.sliding_window_pattern", GgufValue::Bools(slides)),
+    }
+    Ok(())
+}
+
+/// Of the biases on q, k and v, on o, and on the FFN's matrices: those that llama.cpp's loader of this architecture
+/// knows. `None` for those that came first, whose rules [`loadable_biases`] has.
+fn known_biases(arch: &str) -> Option<[bool; 3]> {
+    match arch {
+        "llama" | "qwen2" | "qwen3" | "qwen3moe" | "gemma2" | "gemma3" | "phi3" | "gpt2" => None,
+        "granite" | "phi2" | "starcoder2" | "nemotron" | "gptneox" | "bloom" => Some([true; 3]),
+        "glm4" | "chatglm" | "seed_oss" | "stablelm" => Some([true, false, false]),
+        "ernie4_5" => Some([true, true, false]),
+        _ => Some([false; 3]),
+    }
 }
 
 /// Refuses biases that pruning left and that llama.cpp's loader of this architecture does not know: it would refuse the
@@ -124,7 +153,16 @@ fn loadable_biases(spec: &Spec, arch: &str) -> Result<(), SpecError> {
         let fail = |what: &str| {
             Err(SpecError { what: format!("layer {l}: llama.cpp reads no bias on {what} in {arch} files") })
         };
-        let alone = |a: &AttnSpec| a.o_bias && (!a.qkv_bias || arch == "qwen2");
+        if let Some(known) = known_biases(arch) {
+            let (a, f) = (layer.attn.as_ref(), layer.ffn.as_ref());
+            let has =
+                [a.is_some_and(|a| a.qkv_bias), a.is_some_and(|a| a.o_bias), f.is_some_and(|f| f.bias || f.down_bias)];
+            match (0..3).find(|&i| has[i] && !known[i]) {
+                Some(i) => return fail(["attn.q, k and v", "attn.o", "the FFN's matrices"][i]),
+                None => continue,
+            }
+        }
+        let alone = |a: &lacuna_spec::AttnSpec| a.o_bias && (!a.qkv_bias || arch == "qwen2");
         if layer.attn.as_ref().is_some_and(alone) && arch != "llama" {
             return fail("attn.o");
         }

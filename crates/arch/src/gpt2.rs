@@ -43,13 +43,9 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
                 (false, true) => 1.0 / (l + 1) as f32,
                 (false, false) => 1.0,
             },
-            window: None,
-            rope: None,
-            qk_norm: false,
-            softcap: None,
             qkv_bias: true,
             o_bias: true,
-            post_norm: false,
+            ..AttnSpec::default()
         }),
         ..LayerSpec::default()
     };
@@ -58,25 +54,21 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
         gated: false,
         act: c.activation("activation_function")?,
         bias: true,
-        down_bias: false,
-        post_norm: false,
-        experts: None,
+        ..FfnSpec::default()
     };
     Ok(Spec {
         arch: "gpt2".into(),
         hidden,
         vocab: c.usize("vocab_size")?,
         context: c.usize("n_positions")?,
-        embed_scale: 1.0,
         tied: c.bool("tie_word_embeddings")?,
         positions: Positions::Learned { offset: 0 },
-        norm: Norm { kind: NormKind::Layer, eps: c.f64("layer_norm_epsilon")? as f32, offset: 0.0, divisor: None },
+        norm: Norm { kind: NormKind::Layer, eps: c.f64("layer_norm_epsilon")? as f32, ..Norm::default() },
         final_norm: true,
         layers: (0..c.usize("n_layer")?.min(1 << 16))
             .map(|l| LayerSpec { ffn: Some(ffn.clone()), ..layer(l) })
             .collect(),
-        logit_softcap: None,
-        logit_scale: 1.0,
+        ..Spec::default()
     })
 }
 
@@ -136,21 +128,11 @@ fn gguf_source(spec: &Spec, place: &Place) -> Option<Source> {
 }
 
 fn to_gguf(spec: &Spec) -> Result<GgufKeys, SpecError> {
-    let mut keys = gguf_out::standard_keys(spec, "gpt2")?;
-    for (key, _) in &mut keys.pairs {
-        if key == "gpt2.attention.layer_norm_rms_epsilon" {
-            *key = "gpt2.attention.layer_norm_epsilon".into();
-        }
-    }
-    gguf_out::verified(spec, keys, from_gguf)
+    gguf_out::verified(spec, gguf_out::standard_keys(spec, "gpt2")?, from_gguf)
 }
 
 fn from_gguf(head: &GgufHead) -> Result<Spec, SpecError> {
-    let mut with_eps = head.clone();
-    if let Some(eps) = head.keys.get("gpt2.attention.layer_norm_epsilon") {
-        with_eps.keys.insert("gpt2.attention.layer_norm_rms_epsilon".into(), eps.clone());
-    }
-    let mut spec = gguf::standard(&with_eps, "gpt2", RopeStyle::Half)?;
+    let mut spec = gguf::standard(head, "gpt2", RopeStyle::Half)?;
     spec.norm.kind = NormKind::Layer;
     spec.positions = Positions::Learned { offset: 0 };
     for layer in &mut spec.layers {

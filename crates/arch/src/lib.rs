@@ -6,23 +6,44 @@
 //! An option of a configuration that would change results and that the decoder does not know is refused, never passed
 //! over.
 
+mod apertus;
+mod bloom;
+mod cohere;
 mod config;
 mod defaults;
+mod ernie4_5;
+mod exaone4;
 mod export;
+mod falcon;
 mod gemma;
 mod gguf;
 mod gguf_out;
+mod glm;
 mod gpt2;
+mod gpt_neox;
+mod gptj;
+mod granite;
+mod helium;
+mod hunyuan;
 mod llama;
 mod mixtral;
+mod nemotron;
+mod olmo;
 mod opt;
+mod phi;
 mod phi3;
 mod qwen;
 mod rope;
+mod seed_oss;
+mod smollm3;
+mod stablelm;
+mod starcoder2;
 
 use serde_json::{Value, json};
 
-pub use export::{Target, Whole, gguf_spec, gguf_targets, hf_spec, hf_targets, norm_factor, to_gguf, whole};
+pub use export::{
+    Target, Whole, gguf_spec, gguf_targets, hf_rope_style, hf_spec, hf_targets, norm_factor, to_gguf, whole,
+};
 pub use gguf::GgufHead;
 pub use gguf_out::{GgufKeys, GgufValue};
 
@@ -42,17 +63,32 @@ pub struct Source {
     pub transposed: bool,
     /// Index into the first of three axes (stacked experts of GGUF files).
     pub slice: Option<usize>,
+    /// The stored rows lie in so many groups, each with its share of every part: of the first, of the second and so on.
+    /// `rows` counts as if the parts lay whole, one below the other.
+    pub groups: usize,
 }
 
 impl Source {
     /// A tensor stored as the model means it.
     pub fn whole(name: impl Into<String>) -> Source {
-        Source { name: name.into(), rows: None, transposed: false, slice: None }
+        Source { name: name.into(), rows: None, transposed: false, slice: None, groups: 1 }
     }
 
     /// Rows `from..from + n` of a tensor.
     pub fn rows(name: impl Into<String>, from: usize, n: usize) -> Source {
         Source { rows: Some((from, from + n)), ..Source::whole(name) }
+    }
+}
+
+/// Rows of q, k or v where they lie in one matrix, one below the other.
+fn three_in_one(spec: &Spec, place: &Place) -> Option<(usize, usize)> {
+    let a = spec.layers.get(place.layer? as usize)?.attn.as_ref()?;
+    let (wide, narrow) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
+    match place.role {
+        Role::Q => Some((0, wide)),
+        Role::K => Some((wide, wide + narrow)),
+        Role::V => Some((wide + narrow, wide + 2 * narrow)),
+        _ => None,
     }
 }
 
@@ -94,6 +130,31 @@ pub const FAMILIES: &[Family] = &[
     phi3::PHI3,
     gpt2::GPT2,
     opt::OPT,
+    olmo::OLMO,
+    olmo::OLMO2,
+    olmo::OLMO3,
+    smollm3::SMOLLM3,
+    glm::GLM,
+    glm::GLM4,
+    granite::GRANITE,
+    cohere::COHERE,
+    cohere::COHERE2,
+    exaone4::EXAONE4,
+    seed_oss::SEED_OSS,
+    llama::MINISTRAL3,
+    ernie4_5::ERNIE4_5,
+    hunyuan::HUNYUAN,
+    phi::PHI,
+    starcoder2::STARCODER2,
+    stablelm::STABLELM,
+    nemotron::NEMOTRON,
+    gemma::GEMMA,
+    gpt_neox::GPT_NEOX,
+    falcon::FALCON,
+    helium::HELIUM,
+    apertus::APERTUS,
+    gptj::GPTJ,
+    bloom::BLOOM,
 ];
 
 fn family(spec: &Spec) -> Result<&'static Family, SpecError> {
@@ -113,8 +174,10 @@ pub fn from_config(config: &Value) -> Result<Spec, SpecError> {
         return Err(SpecError { what: "config.json has no model_type".into() });
     };
     let Some(family) = FAMILIES.iter().find(|f| f.model_types.contains(&name)) else {
-        let known = known(|f| f.model_types);
-        return Err(SpecError { what: format!("config.json: model_type is \"{name}\"; known are {known}") });
+        let (near, known) = (nearest(name), known(|f| f.model_types));
+        let what =
+            format!("config.json: model_type is \"{name}\"; the nearest known one is \"{near}\" (known are {known})");
+        return Err(SpecError { what });
     };
     for part in [Some(config), config.get("text_config")].into_iter().flatten() {
         // A null is as good as false to transformers here.
@@ -129,6 +192,38 @@ pub fn from_config(config: &Value) -> Result<Spec, SpecError> {
     let spec = (family.from_config)(config)?;
     spec.check()?;
     Ok(spec)
+}
+
+/// Of an unknown `model_type` the known one that it is written most like; `None` where it is known, or none at all.
+pub fn nearest_to(config: &Value) -> Option<&'static str> {
+    let name = config.get("model_type")?.as_str()?;
+    (!FAMILIES.iter().any(|f| f.model_types.contains(&name))).then(|| nearest(name))
+}
+
+/// Names that begin alike first (qwen4 is a qwen), then the fewest letters to change; of equals the later one.
+fn nearest(name: &str) -> &'static str {
+    let alike = |k: &str| k.bytes().zip(name.bytes()).take_while(|(a, b)| a.eq_ignore_ascii_case(b)).count();
+    let all = FAMILIES.iter().flat_map(|f| f.model_types).copied();
+    let best = all.max_by_key(|k| {
+        let begins = alike(k).min(name.trim_end_matches(|c: char| !c.is_alphabetic()).len());
+        (begins, std::cmp::Reverse(distance(k, name)))
+    });
+    best.unwrap_or("llama")
+}
+
+/// Least number of letters to insert, delete or replace.
+fn distance(a: &str, b: &str) -> usize {
+    let mut row: Vec<usize> = (0..=b.len()).collect();
+    for (i, x) in a.bytes().enumerate() {
+        let mut corner = row[0];
+        row[0] = i + 1;
+        for (j, y) in b.bytes().enumerate() {
+            let here = (corner + usize::from(x != y)).min(row[j] + 1).min(row[j + 1] + 1);
+            corner = row[j + 1];
+            row[j + 1] = here;
+        }
+    }
+    row[b.len()]
 }
 
 /// A config.json for the network, or why there can be none.
@@ -156,9 +251,11 @@ pub fn from_gguf(head: &GgufHead) -> Result<Spec, SpecError> {
 pub fn sources(spec: &Spec, place: &Place) -> Vec<Source> {
     let Some(own) = of_place(spec, place, |f| f.source) else { return Vec::new() };
     let mut out = Vec::new();
-    for first in [Some(own), stacked(spec, place)].into_iter().flatten() {
+    // transformers 5 gives GPT-NeoX's head the name that all others have.
+    let newer = (own.name == "embed_out.weight").then(|| Source::whole("lm_head.weight"));
+    for first in [Some(own), newer, stacked(spec, place)].into_iter().flatten() {
         let mut names = vec![first.name.clone(), format!("language_model.{}", first.name)];
-        if let Some(bare) = ["model.", "transformer."].iter().find_map(|p| first.name.strip_prefix(p)) {
+        if let Some(bare) = ["model.", "transformer.", "gpt_neox."].iter().find_map(|p| first.name.strip_prefix(p)) {
             names.push(bare.to_owned());
             names.push(format!("model.language_model.{bare}"));
         }

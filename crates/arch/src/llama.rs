@@ -3,13 +3,14 @@
 use serde_json::{Value, json};
 
 use super::config::{
-    Config, attns, ffns, first, layer_types, llama_like, llama_source, to_llama_like, verified, window,
+    Config, attns, bad, ffns, first, layer_types, llama_like, llama_source, num, renamed, to_llama_like, verified,
+    window,
 };
 use super::defaults::filled;
 use super::gguf::{self, GgufHead};
-use super::gguf_out::{self, GgufKeys};
+use super::gguf_out::{self, GgufKeys, GgufValue};
 use super::{Family, rope};
-use lacuna_spec::{RopeStyle, Spec, SpecError};
+use lacuna_spec::{RopeScaling, RopeStyle, Spec, SpecError, Temperature};
 
 /// Llama.
 pub(super) const LLAMA: Family = Family {
@@ -37,6 +38,85 @@ pub(super) const MISTRAL: Family = Family {
     gguf_source: gguf::standard_source,
     to_gguf,
 };
+
+/// Ministral 3: queries grow with their position.
+pub(super) const MINISTRAL3: Family = Family {
+    name: "ministral3",
+    model_types: &["ministral3"],
+    gguf: &["mistral3"],
+    from_config: from_ministral3,
+    to_config: to_ministral3,
+    source: llama_source,
+    from_gguf: gguf_ministral3,
+    gguf_source: gguf::standard_source,
+    to_gguf: to_gguf_ministral3,
+};
+
+/// What the class takes where the file says nothing of RoPE.
+fn usual_rope() -> Value {
+    json!({
+        "type": "yarn", "rope_theta": 1e6, "factor": 16.0, "original_max_position_embeddings": 16384, "beta_fast": 32.0,
+        "beta_slow": 1.0, "mscale_all_dim": 1.0, "mscale": 1.0, "llama_4_scaling_beta": 0.1,
+    })
+}
+
+fn from_ministral3(config: &Value) -> Result<Spec, SpecError> {
+    let mut filled = filled(config, "ministral3")?;
+    renamed(&mut filled, "rope_scaling", "rope_parameters");
+    if Config(&filled).get("rope_parameters").is_none() {
+        filled["rope_parameters"] = usual_rope();
+    }
+    let c = Config(&filled);
+    let mut spec = llama_like(&c, "ministral3", "hidden_act", rope::common)?;
+    let set = Config(&filled["rope_parameters"]);
+    let (beta, period) = (set.opt_f32("llama_4_scaling_beta")?, set.opt_usize("original_max_position_embeddings")?);
+    let (Some(beta), Some(period)) = (beta, period) else {
+        return bad(
+            "rope_parameters lacks llama_4_scaling_beta or original_max_position_embeddings, and transformers fails",
+        );
+    };
+    let window = c.opt_usize("sliding_window")?;
+    for a in attns(&mut spec) {
+        (a.window, a.temperature) = (window, Some(Temperature { beta, period, shift: 0 }));
+    }
+    Ok(spec)
+}
+
+fn to_ministral3(spec: &Spec) -> Result<Value, SpecError> {
+    let mut out = to_llama_like(spec, "ministral3", "Ministral3ForCausalLM")?;
+    let mut set = out.shift_remove("rope_scaling").unwrap_or(json!({"rope_type": "default"}));
+    set["rope_theta"] = out.shift_remove("rope_theta").unwrap_or(json!(1e6));
+    if let Some(t) = first(spec)?.0.temperature {
+        set["llama_4_scaling_beta"] = num(t.beta);
+        set["original_max_position_embeddings"] = json!(t.period);
+    }
+    out.insert("rope_parameters".into(), set);
+    out.insert("sliding_window".into(), json!(window(spec)));
+    verified(spec, out, from_ministral3)
+}
+
+/// llama.cpp takes YaRN's factor on cos and sin back in these files, and the context before stretching for the period.
+fn gguf_ministral3(head: &GgufHead) -> Result<Spec, SpecError> {
+    let mut spec = gguf::reading(head, "ministral3", RopeStyle::Interleaved, &["attention.temperature_scale"])?;
+    let beta = head.f32("attention.temperature_scale")?.unwrap_or(0.0);
+    for a in attns(&mut spec) {
+        if let Some(RopeScaling::Yarn { attention_factor, original, .. }) = a.rope.as_mut().map(|r| &mut r.scaling) {
+            *attention_factor = 1.0;
+            a.temperature = Some(Temperature { beta, period: *original, shift: 0 });
+        }
+    }
+    Ok(spec)
+}
+
+fn to_gguf_ministral3(spec: &Spec) -> Result<GgufKeys, SpecError> {
+    let mut keys = gguf_out::standard_keys(spec, "mistral3")?;
+    keys.pairs.retain(|(key, _)| key != "mistral3.rope.scaling.attn_factor");
+    if let Some(t) = first(spec)?.0.temperature {
+        keys.set("attention.temperature_scale", GgufValue::F32(t.beta));
+    }
+    keys.set("rope.scaling.yarn_log_multiplier", GgufValue::F32(1.0));
+    gguf_out::verified(spec, keys, gguf_ministral3)
+}
 
 fn from_llama(config: &Value) -> Result<Spec, SpecError> {
     let filled = filled(config, "llama")?;

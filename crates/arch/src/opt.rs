@@ -42,22 +42,16 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
         kv_heads: heads,
         head_dim,
         scale: inverse_root(head_dim as f64),
-        window: None,
-        rope: None,
-        qk_norm: false,
-        softcap: None,
         qkv_bias: bias,
         o_bias: bias,
-        post_norm: false,
+        ..AttnSpec::default()
     };
     let ffn = FfnSpec {
         width: c.usize("ffn_dim")?,
         gated: false,
         act: c.activation("activation_function")?,
         bias,
-        down_bias: false,
-        post_norm: false,
-        experts: None,
+        ..FfnSpec::default()
     };
     let layers = c.usize("num_hidden_layers")?.min(1 << 16);
     Ok(Spec {
@@ -65,14 +59,12 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
         hidden,
         vocab: c.usize("vocab_size")?,
         context: c.usize("max_position_embeddings")?,
-        embed_scale: 1.0,
         tied: c.bool("tie_word_embeddings")?,
         positions: Positions::Learned { offset: 2 },
-        norm: Norm { kind: NormKind::Layer, eps: 1e-5, offset: 0.0, divisor: None },
+        norm: Norm { kind: NormKind::Layer, eps: 1e-5, ..Norm::default() },
         final_norm: !c.bool("_remove_final_layer_norm")?,
         layers: vec![LayerSpec { attn: Some(attn), ffn: Some(ffn), ..LayerSpec::default() }; layers],
-        logit_softcap: None,
-        logit_scale: 1.0,
+        ..Spec::default()
     })
 }
 

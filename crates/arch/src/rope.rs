@@ -26,6 +26,10 @@ const KEYS: &[&str] = &[
     "long_factor",
     "partial_rotary_factor",
     "finetuned",
+    // Read by their families.
+    "llama_4_scaling_beta",
+    "max_position_embeddings",
+    "alpha",
 ];
 
 /// Keys of sets by type of layer.
@@ -42,7 +46,9 @@ pub(super) type Reader = fn(&Config, usize) -> Result<Rope, SpecError>;
 enum Class {
     /// One set for all layers; every channel of a head turns.
     Common,
-    /// The same, but a part of the channels may turn, and the only scaling is longrope, once called "su" and "yarn".
+    /// The same, but a part of the channels may turn, under any scaling.
+    Part,
+    /// The same, but the only scaling is longrope, once called "su" and "yarn".
     Phi3,
     /// A set for each type of layer. `truncate` is looked for beside the sets.
     ByType {
@@ -59,12 +65,17 @@ pub(super) fn common(c: &Config, head_dim: usize) -> Result<Rope, SpecError> {
     read(c, one_set(c)?, head_dim, Class::Common)
 }
 
+/// RoPE of classes that turn a part of each head.
+pub(super) fn part(c: &Config, head_dim: usize) -> Result<Rope, SpecError> {
+    read(c, one_set(c)?, head_dim, Class::Part)
+}
+
 /// RoPE of Phi-3.
 pub(super) fn phi3(c: &Config, head_dim: usize) -> Result<Rope, SpecError> {
     read(c, one_set(c)?, head_dim, Class::Phi3)
 }
 
-/// RoPE of Gemma 3's layers that see everything.
+/// RoPE of layers that see everything, where there is a set for each type of layer.
 pub(super) fn of_full_layers(c: &Config, head_dim: usize) -> Result<Rope, SpecError> {
     let given = c.get("rope_parameters");
     let mut set = set_of(c, "full_attention")?.cloned();
@@ -83,10 +94,10 @@ pub(super) fn of_full_layers(c: &Config, head_dim: usize) -> Result<Rope, SpecEr
     read(c, set.as_ref().unwrap_or(&NOTHING), head_dim, by_type(c, "rope_theta"))
 }
 
-/// RoPE of Gemma 3's layers that see a window.
-pub(super) fn of_sliding_layers(c: &Config, head_dim: usize) -> Result<Rope, SpecError> {
+/// RoPE of layers that see a window; `theta` is the key of its base where the set has none.
+pub(super) fn of_sliding_layers(c: &Config, head_dim: usize, theta: &'static str) -> Result<Rope, SpecError> {
     let set = set_of(c, "sliding_attention")?.unwrap_or(&NOTHING);
-    read(c, set, head_dim, by_type(c, "rope_local_base_freq"))
+    read(c, set, head_dim, by_type(c, theta))
 }
 
 fn by_type(c: &Config, theta: &'static str) -> Class {
@@ -125,6 +136,16 @@ fn read(c: &Config, set: &Value, head_dim: usize, class: Class) -> Result<Rope, 
     if let Some(key) = keys.find(|k| !KEYS.contains(&k.as_str()) && !BY_TYPE.contains(&k.as_str())) {
         return bad(format!("rope_scaling has {key}, which Lacuna does not know"));
     }
+    // Keys that their families read: elsewhere they would be passed over.
+    let owner = |key: &str| match key {
+        "llama_4_scaling_beta" | "max_position_embeddings" => "ministral3",
+        _ => "hunyuan_v1_dense",
+    };
+    for key in ["llama_4_scaling_beta", "max_position_embeddings", "alpha"] {
+        if set.get(key).is_some() && c.opt_str("model_type")? != Some(owner(key)) {
+            return bad(format!("rope_scaling has {key}, which this family does not know"));
+        }
+    }
     let o = Config(set);
     let theta = match (o.opt_f32("rope_theta")?, class) {
         (Some(t), _) => t,
@@ -139,12 +160,12 @@ fn read(c: &Config, set: &Value, head_dim: usize, class: Class) -> Result<Rope, 
     };
     let part = match (o.opt_f64("partial_rotary_factor")?, class) {
         (Some(p), _) => p,
-        (None, Class::Phi3) => c.f64("partial_rotary_factor")?,
+        (None, Class::Phi3 | Class::Part) => c.f64("partial_rotary_factor")?,
         (None, _) => c.opt_f64("partial_rotary_factor")?.unwrap_or(1.0),
     };
     let turning = (head_dim as f64 * part) as usize;
     let dims = match (kind, class) {
-        (_, Class::Phi3) => turning,
+        (_, Class::Phi3 | Class::Part) => turning,
         // Written and not read: every channel turns.
         ("default", _) => head_dim,
         _ if turning != head_dim => {
@@ -281,14 +302,14 @@ pub(super) fn llama3_of_factors(factors: &[f32], theta: f32, dims: usize) -> Opt
     })
 }
 
-/// Writes `rope_theta` and `rope_scaling`, which every transformers reads.
+/// Writes `rope_theta` and `rope_scaling`, which every transformers reads; `interleaved`: the class turns neighbours.
 pub(super) fn to_config(
     rope: &Rope,
-    head_dim: usize,
+    (head_dim, interleaved): (usize, bool),
     context: usize,
     out: &mut Map<String, Value>,
 ) -> Result<(), SpecError> {
-    if rope.style != RopeStyle::Half {
+    if rope.style != RopeStyle::Half && !interleaved {
         let what = "RoPE pairs neighbouring channels (GGUF's order of rows); the rows of q and k must be brought into \
          halves first";
         return Err(SpecError { what: what.into() });

@@ -28,7 +28,7 @@ pub use examine::{Found, Problem};
 pub use files::faults;
 pub use foreign::{Adapter, Quantized};
 pub use imatrix::Imatrix;
-pub use open::{Checkpoint, Kind, OpenError, examine, open};
+pub use open::{Checkpoint, Kind, OpenError, examine, open, open_like};
 pub use repair::{Fault, diagnose, mendable, repair};
 pub use template::{ChatTemplate, Message, Setting, TemplateError};
 pub use tensor::{TensorInfo, TensorType};

@@ -2,6 +2,7 @@
 
 mod head;
 mod index;
+mod like;
 mod locate;
 mod within;
 
@@ -24,6 +25,7 @@ use crate::packed::{self, PackedConfig};
 use crate::repair::mendable;
 use crate::tensor::{TensorInfo, TensorType};
 use crate::{Tokenizer, gguf, json};
+pub use like::open_like;
 
 /// Why a checkpoint cannot be opened.
 #[derive(Debug, thiserror::Error)]
@@ -109,6 +111,9 @@ enum Located {
         cols: usize,
         /// The tensor is `[cols, all]`; columns from this one on are meant.
         transposed: Option<usize>,
+        /// The tensor's rows lie in so many groups; `rows` of them from this one on are meant, counted as if the parts of
+        /// all groups lay together.
+        groups: Option<(usize, usize)>,
     },
     /// Buffers of a packed matrix by suffix; put together, and checked, when first asked for.
     Packed { desc: Descriptor, buffers: BTreeMap<String, usize>, whole: OnceLock<Arc<Stored>> },
@@ -192,7 +197,15 @@ pub(crate) fn open_as(
     let only = only.or(found.as_ref().map(|f| f.0.as_path()));
     let quantized = foreign::read(dir, &config_path, config)?;
     let file = config_path.display().to_string();
-    let spec = arch::from_config(config).map_err(|source| OpenError::Spec { file, source })?;
+    let spec = match arch::from_config(config) {
+        Ok(spec) => spec,
+        Err(mut source) => {
+            if let Some(near) = arch::nearest_to(config).filter(|_| only.is_none()) {
+                source.what += &like::would_fit(path, near);
+            }
+            return Err(OpenError::Spec { file, source });
+        }
+    };
     let mut c = Checkpoint { quantized, problems, ..Checkpoint::new(path, Kind::HuggingFace, spec) };
     c.add_safetensors(dir, only, rename)?;
     c.untie();
@@ -470,7 +483,15 @@ impl Checkpoint {
     pub fn unused(&self) -> Vec<&TensorInfo> {
         let used = self.used();
         let constant = |n: &str| {
-            let ends = ["rotary_emb.inv_freq", ".attn.bias", ".attn.masked_bias"];
+            let ends = [
+                "rotary_emb.inv_freq",
+                ".attn.bias",
+                ".attn.masked_bias",
+                ".attention.bias",
+                ".attention.masked_bias",
+                "act_fn.beta",
+                "act_fn.eps",
+            ];
             let rounding = self.quantized.is_some() && foreign::about_activations(n);
             ends.iter().any(|e| n.ends_with(e)) || n.starts_with("rope_f") || rounding
         };
@@ -529,7 +550,10 @@ impl Checkpoint {
     fn stored(&self, place: &Place) -> Result<Option<Arc<Stored>>, WeightsError> {
         match self.places.get(place) {
             None => Ok(None),
-            Some(Located::Plain { tensor, bytes, rows, cols, transposed }) => {
+            Some(Located::Plain { tensor, rows, cols, groups: Some((n, from)), .. }) => {
+                Ok(Some(Arc::new(self.grouped(*tensor, *rows, *cols, (*n, *from)))))
+            }
+            Some(Located::Plain { tensor, bytes, rows, cols, transposed, groups: None }) => {
                 Ok(Some(Arc::new(self.plain(*tensor, bytes, *rows, *cols, *transposed))))
             }
             Some(Located::Packed { desc, buffers, whole }) => {

@@ -65,7 +65,7 @@ pub fn compress(
         notes.push("the output projection is calibrated on what the source's blocks put out".into());
     }
     let mut tensors = Vec::new();
-    walk.globals(&mut overlay, &mut writer, &[Role::Embed, Role::Positions], &head, &mut tensors)?;
+    walk.globals(&mut overlay, &mut writer, &[Role::Embed, Role::Positions, Role::EmbedNorm], &head, &mut tensors)?;
     walk.blocks(&mut overlay, &mut writer, &mut tensors)?;
     walk.globals(&mut overlay, &mut writer, &[Role::FinalNorm, Role::Head], &head, &mut tensors)?;
     if let Some(first) = walk.unreached.first() {

@@ -7,7 +7,7 @@ use lacuna_base::Mat;
 use lacuna_contract::{Assignment, Lab, Level, MethodError, Outcome, Searching, Site, Slot, Step, Varied};
 use lacuna_eval::loss;
 use lacuna_model::{Block, Head, NoTap};
-use lacuna_spec::{Part, Place, Role, Spec};
+use lacuna_spec::{Order, Part, Place, Role, Spec};
 use rayon::prelude::*;
 
 use crate::account::CompressError;
@@ -524,7 +524,9 @@ fn parts_of(
         }
         let (mut bytes, mut parameters) = (0, 0);
         // A shortcut stays: what comes behind it stands in its axes.
-        let mine = |p: &Place| !p.role.is_shortcut() && attention(p.role) == (role == Role::O);
+        // So does a norm that both parts share.
+        let both = |p: &Place| p.role == Role::AttnNorm && here.order == Order::Shared;
+        let mine = |p: &Place| !p.role.is_shortcut() && !both(p) && attention(p.role) == (role == Role::O);
         for p in overlay.spec.layer_places(layer).into_iter().filter(mine) {
             let stored = need(overlay, &p)?;
             // Else the part would be dropped because it is broken.

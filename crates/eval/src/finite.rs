@@ -62,7 +62,7 @@ impl<B: Backend> Tap<B> for Watch {
 
 /// The error of a model whose embedding of `token` is not finite.
 pub(crate) fn embedding(weights: &dyn Weights, token: u32) -> EvalError {
-    let mine = [Place::global(Role::Embed), Place::global(Role::Positions)];
+    let mine = [Role::Embed, Role::Positions, Role::EmbedNorm].map(Place::global);
     broken(weights, &format!("in the embedding of token {token}"), &mine)
 }
 

@@ -8,6 +8,8 @@ use lacuna_spec::Activation;
 pub(crate) fn value_and_slope(act: Activation, x: f64) -> (f64, f64) {
     match act {
         Activation::Relu => (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 }),
+        Activation::Relu2 => (x.max(0.0).powi(2), 2.0 * x.max(0.0)),
+        Activation::Xielu => panic!("xIELU's numbers are a layer's own: who asks refuses it first"),
         Activation::Silu => {
             let s = 1.0 / (1.0 + (-x).exp());
             (x * s, s * (1.0 + x * (1.0 - s)))
@@ -39,7 +41,7 @@ mod tests {
 
     #[test]
     fn known_values_and_slopes_by_differences() {
-        use Activation::{Gelu, GeluTanh, Relu, Silu};
+        use Activation::{Gelu, GeluTanh, Relu, Relu2, Silu};
         for (act, x, want) in [
             (Silu, 1.0, 0.731_058_6),
             (Silu, -3.0, -0.142_277_6),
@@ -48,10 +50,11 @@ mod tests {
             (GeluTanh, 1.0, 0.841_192_0),
             (Relu, -1.0, 0.0),
             (Relu, 2.5, 2.5),
+            (Relu2, 1.5, 2.25),
         ] {
             assert!((value_and_slope(act, x).0 - want).abs() < 1e-6, "{act:?} of {x}");
         }
-        for act in [Silu, Gelu, GeluTanh, Relu] {
+        for act in [Silu, Gelu, GeluTanh, Relu, Relu2] {
             for i in -40..40 {
                 let (x, h) = (f64::from(i) * 0.2 + 0.05, 1e-3);
                 let by = (value_and_slope(act, x + h).0 - value_and_slope(act, x - h).0) / (2.0 * h);

@@ -12,9 +12,7 @@ use lacuna_base::{Mat, MatRef, Rng, dense};
 use lacuna_format::{Float, PatternKind, Stored, Weights, WeightsError, pack_float};
 use lacuna_model::derive::{GradientSink, RecordedBlock};
 use lacuna_model::{Batch, Block, ContiguousKv, NoTap};
-use lacuna_spec::{
-    Activation, AttnSpec, FfnSpec, LayerSpec, Norm, NormKind, Place, Positions, Rope, RopeScaling, RopeStyle, Spec,
-};
+use lacuna_spec::{AttnSpec, FfnSpec, LayerSpec, Place, Rope, RopeScaling, RopeStyle, Spec};
 
 struct Random {
     spec: Spec,
@@ -32,34 +30,16 @@ impl Weights for Random {
 
 fn spec() -> Spec {
     let rope = Rope { theta: 10_000.0, dims: 64, style: RopeStyle::Half, scaling: RopeScaling::Default };
-    let attn = AttnSpec {
-        heads: 9,
-        kv_heads: 3,
-        head_dim: 64,
-        scale: 0.125,
-        window: None,
-        rope: Some(rope),
-        qk_norm: false,
-        softcap: None,
-        qkv_bias: false,
-        o_bias: false,
-        post_norm: false,
-    };
-    let act = Activation::Silu;
-    let ffn = FfnSpec { width: 1536, gated: true, act, bias: false, down_bias: false, post_norm: false, experts: None };
+    let attn = AttnSpec { heads: 9, kv_heads: 3, head_dim: 64, scale: 0.125, rope: Some(rope), ..AttnSpec::default() };
+    let ffn = FfnSpec { width: 1536, ..FfnSpec::default() };
     Spec {
         arch: "llama".into(),
         hidden: 576,
         vocab: 64,
         context: 8192,
-        embed_scale: 1.0,
         tied: true,
-        positions: Positions::None,
-        norm: Norm { kind: NormKind::Rms, eps: 1e-5, offset: 0.0, divisor: None },
-        final_norm: true,
         layers: vec![LayerSpec { attn: Some(attn), ffn: Some(ffn), ..LayerSpec::default() }],
-        logit_softcap: None,
-        logit_scale: 1.0,
+        ..Spec::default()
     }
 }
 

@@ -6,18 +6,18 @@ use std::sync::Arc;
 use lacuna_base::Mat;
 use lacuna_format::Weights;
 use lacuna_kernels::{Activations, Attention};
-use lacuna_spec::{Activation, AttnSpec, Experts, FfnSpec, Place, Role, Rope};
+use lacuna_spec::{Activation, AttnSpec, Experts, FfnSpec, Order, Place, Role, Rope, Temperature};
 
-use crate::backend::{Backend, Cpu, Measure};
+use crate::backend::{Backend, Cpu, Measure, Xielu};
 use crate::gating::{GateStore, Gated, Gating};
 use crate::kv::prepared;
-use crate::parts::{Grouped, Projection, gate, norm};
+use crate::parts::{Grouped, Projection, gate, norm, vector};
 use crate::profile::span;
 use crate::tap::Look;
 use crate::{Batch, BlockPart, KvStore, Lent, ModelError, Tap};
 
 /// A decoder block, ready to compute: `x + attention(x)`, then `x + ffn(x)`; with a matrix in a shortcut `x Sᵀ` instead
-/// of that `x`.
+/// of that `x`. Where the parts stand side by side, `x + attention(x) + ffn(x)`.
 pub struct Block<B: Backend = Cpu> {
     backend: B,
     layer: usize,
@@ -25,17 +25,25 @@ pub struct Block<B: Backend = Cpu> {
     ffn: Option<FfnPart<B>>,
     attention_shortcut: Option<Projection<B>>,
     ffn_shortcut: Option<Projection<B>>,
+    order: Order,
+    /// The norm before both parts, where they share one.
+    shared: Option<B::Norm>,
+    /// Factor on what a part adds.
+    scale: f32,
 }
 
 struct AttentionPart<B: Backend> {
-    norm: B::Norm,
+    norm: Option<B::Norm>,
     q: Projection<B>,
     k: Projection<B>,
     v: Projection<B>,
     o: Projection<B>,
     /// What a gate says of q, k and v, and of o.
     gated: [Option<Gated>; 2],
+    clip: Option<f32>,
     qk_norm: Option<(B::Norm, B::Norm)>,
+    norm_after_rope: bool,
+    temperature: Option<Temperature>,
     rope: Option<B::Rope>,
     head_dim: usize,
     scores: Attention,
@@ -43,8 +51,10 @@ struct AttentionPart<B: Backend> {
 }
 
 struct FfnPart<B: Backend> {
-    norm: B::Norm,
+    norm: Option<B::Norm>,
     act: Activation,
+    /// What it learned, where the activation is xIELU.
+    xielu: Option<Xielu>,
     body: Body<B>,
     post_norm: Option<B::Norm>,
 }
@@ -84,6 +94,15 @@ impl<B: Backend> Loader<'_, B> {
         norm(self.backend, self.weights, Place::layer(self.layer, role))
     }
 
+    fn norm_where(&self, on: bool, role: Role) -> Result<Option<B::Norm>, ModelError> {
+        on.then(|| self.norm(role)).transpose()
+    }
+
+    fn xielu(&self) -> Result<Xielu, ModelError> {
+        let number = |role| vector(self.weights, Place::layer(self.layer, role)).map(|v| v[0]);
+        Ok(Xielu { layer: self.layer, above: number(Role::ActAbove)?, below: number(Role::ActBelow)? })
+    }
+
     fn matrix(&self, role: Role) -> Result<Projection<B>, ModelError> {
         Projection::load(self.backend, self.weights, Place::layer(self.layer, role), self.activations)
     }
@@ -103,22 +122,25 @@ impl<B: Backend> Loader<'_, B> {
         gate(self.backend, self.weights, self.gating, all)
     }
 
-    fn attention(&self, a: &AttnSpec) -> Result<AttentionPart<B>, ModelError> {
+    fn attention(&self, a: &AttnSpec, order: Order) -> Result<AttentionPart<B>, ModelError> {
         let [mut q, mut k, mut v, mut o] =
             [self.matrix(Role::Q)?, self.matrix(Role::K)?, self.matrix(Role::V)?, self.matrix(Role::O)?];
         let gated = [self.gate([Some(&mut q), Some(&mut k), Some(&mut v)])?, self.gate([Some(&mut o)])?];
         Ok(AttentionPart {
-            norm: self.norm(Role::AttnNorm)?,
+            norm: self.norm_where(a.pre_norm && order != Order::Shared, Role::AttnNorm)?,
             q,
             k,
             v,
             o,
             gated,
+            clip: a.clip,
+            norm_after_rope: a.qk_norm_after_rope,
+            temperature: a.temperature,
             qk_norm: if a.qk_norm { Some((self.norm(Role::QNorm)?, self.norm(Role::KNorm)?)) } else { None },
             rope: a.rope.as_ref().map(|r| self.backend.rope_of(r)),
             head_dim: a.head_dim,
-            scores: Attention { heads: a.heads, scale: a.scale, window: a.window, softcap: a.softcap },
-            post_norm: if a.post_norm { Some(self.norm(Role::AttnPostNorm)?) } else { None },
+            scores: Attention { heads: a.heads, scale: a.scale, window: a.window, softcap: a.softcap, alibi: a.alibi },
+            post_norm: self.norm_where(a.post_norm, Role::AttnPostNorm)?,
         })
     }
 
@@ -138,8 +160,10 @@ impl<B: Backend> Loader<'_, B> {
                 down: self.grouped(Role::Down, choice.count)?,
             }),
         };
-        let post_norm = if f.post_norm { Some(self.norm(Role::FfnPostNorm)?) } else { None };
-        Ok(FfnPart { norm: self.norm(Role::FfnNorm)?, act: f.act, body, post_norm })
+        let norm = self.norm_where(f.pre_norm, Role::FfnNorm)?;
+        let post_norm = self.norm_where(f.post_norm, Role::FfnPostNorm)?;
+        let xielu = (f.act == Activation::Xielu).then(|| self.xielu()).transpose()?;
+        Ok(FfnPart { norm, act: f.act, xielu, body, post_norm })
     }
 }
 
@@ -198,12 +222,17 @@ impl<B: Backend> Block<B> {
         let missing = || ModelError::Missing { place: format!("layers.{layer}") };
         let described = weights.spec().layers.get(layer).ok_or_else(missing)?;
         let loader = Loader { backend, weights, layer, activations, gating };
-        let attention = described.attn.as_ref().map(|a| loader.attention(a)).transpose()?;
+        let order = described.order;
+        let attention = described.attn.as_ref().map(|a| loader.attention(a, order)).transpose()?;
         let ffn = described.ffn.as_ref().map(|f| loader.ffn(f)).transpose()?;
         let shortcut = |on: bool, role| on.then(|| loader.exact(role)).transpose();
         let attention_shortcut = shortcut(described.attn_shortcut, Role::AttnShortcut)?;
         let ffn_shortcut = shortcut(described.ffn_shortcut, Role::FfnShortcut)?;
-        Ok(Block { backend: backend.clone(), layer, attention, ffn, attention_shortcut, ffn_shortcut })
+        let either = attention.is_some() || ffn.is_some();
+        let shared = loader.norm_where(order == Order::Shared && either, Role::AttnNorm)?;
+        let scale = weights.spec().residual_scale;
+        let backend = backend.clone();
+        Ok(Block { backend, layer, attention, ffn, attention_shortcut, ffn_shortcut, order, shared, scale })
     }
 
     /// Its number in the model.
@@ -310,20 +339,26 @@ impl<B: Backend> Block<B> {
         let mut look = Look::new(&self.backend, tap);
         let keep = |x: &B::Rows, wanted: bool| wanted.then(|| self.backend.copy(x));
         let start = keep(x, look.wants.residuals);
+        let shared = self.shared.as_ref().map(|n| normed(&self.backend, n, x));
         let y = match &self.attention {
-            Some(a) => Some(a.forward(self.layer, x, step, kv, &mut look)?),
+            Some(a) => Some(a.forward(self.layer, (x, shared.as_ref()), step, kv, &mut look)?),
             None => None,
         };
-        join(x, self.attention_shortcut.as_ref(), y, &mut look)?;
+        // Side by side the FFN reads the stream before attention is added.
+        let beside = match &self.ffn {
+            Some(f) if self.order != Order::Sequential => Some(f.forward((x, shared.as_ref()), &mut look)?),
+            _ => None,
+        };
+        join(x, self.attention_shortcut.as_ref(), y, self.scale, &mut look)?;
         if self.attention.is_some() {
             look.residual(self.layer, BlockPart::Attention, &start, x)?;
         }
         let middle = keep(x, look.wants.residuals);
-        let y = match &self.ffn {
-            Some(f) => Some(f.forward(x, &mut look)?),
-            None => None,
+        let y = match (beside, &self.ffn) {
+            (None, Some(f)) => Some(f.forward((x, None), &mut look)?),
+            (beside, _) => beside,
         };
-        join(x, self.ffn_shortcut.as_ref(), y, &mut look)?;
+        join(x, self.ffn_shortcut.as_ref(), y, self.scale, &mut look)?;
         if self.ffn.is_some() {
             look.residual(self.layer, BlockPart::Ffn, &middle, x)?;
         }
@@ -331,11 +366,13 @@ impl<B: Backend> Block<B> {
     }
 }
 
-/// The residual stream behind a part that put out `y`: `x`, or what the shortcut's matrix makes of it, and `y`.
+/// The residual stream behind a part that put out `y`: `x`, or what the shortcut's matrix makes of it, and `y` times
+/// `scale`.
 fn join<B: Backend>(
     x: &mut B::Rows,
     shortcut: Option<&Projection<B>>,
     y: Option<B::Rows>,
+    scale: f32,
     look: &mut Look<'_, B>,
 ) -> Result<(), ModelError> {
     if let Some(s) = shortcut {
@@ -344,7 +381,10 @@ fn join<B: Backend>(
         look.output(&s.place, &turned)?;
         *x = turned;
     }
-    if let Some(y) = y {
+    if let Some(mut y) = y {
+        if scale != 1.0 {
+            look.backend.scale(&mut y, scale);
+        }
         span("add", || look.backend.add(x, &y));
     }
     Ok(())
@@ -354,29 +394,55 @@ fn normed<B: Backend>(backend: &B, norm: &B::Norm, x: &B::Rows) -> B::Rows {
     span("norm", || backend.norm(norm, x))
 }
 
+/// What a part's matrices read: rows that are normalised already, or the stream through the part's norm, where it has
+/// one.
+fn read<'a, B: Backend>(
+    backend: &B,
+    norm: Option<&B::Norm>,
+    (x, shared): (&'a B::Rows, Option<&'a B::Rows>),
+    own: &'a mut Option<B::Rows>,
+) -> &'a B::Rows {
+    match (shared, norm) {
+        (Some(h), _) => h,
+        (None, Some(n)) => own.insert(normed(backend, n, x)),
+        (None, None) => x,
+    }
+}
+
 impl<B: Backend> AttentionPart<B> {
     fn forward(
         &self,
         layer: usize,
-        x: &B::Rows,
+        x: (&B::Rows, Option<&B::Rows>),
         step: &B::Step,
         kv: &mut dyn KvStore<B>,
         look: &mut Look<'_, B>,
     ) -> Result<B::Rows, ModelError> {
         let backend = look.backend;
-        let read = [&self.q, &self.k, &self.v];
-        let h = normed(backend, &self.norm, x);
-        look.input(read.map(|p| &p.place), &h)?;
-        let [mut q, mut k, v] = Projection::gated(backend, read, self.gated[0].as_ref(), &h)?;
-        for (p, y) in read.into_iter().zip([&q, &k, &v]) {
+        let three = [&self.q, &self.k, &self.v];
+        let mut own = None;
+        let h = read(backend, self.norm.as_ref(), x, &mut own);
+        look.input(three.map(|p| &p.place), h)?;
+        let [mut q, mut k, mut v] = Projection::gated(backend, three, self.gated[0].as_ref(), h)?;
+        for (p, y) in three.into_iter().zip([&q, &k, &v]) {
             look.output(&p.place, y)?;
         }
-        if let Some((qn, kn)) = &self.qk_norm {
-            q = normed(backend, qn, &q);
-            k = normed(backend, kn, &k);
+        if let Some(by) = self.clip {
+            [&mut q, &mut k, &mut v].into_iter().for_each(|x| backend.clip(x, by));
         }
+        let norms = |q: &mut B::Rows, k: &mut B::Rows, now: bool| {
+            if let Some((qn, kn)) = self.qk_norm.as_ref().filter(|_| now) {
+                *q = normed(backend, qn, q);
+                *k = normed(backend, kn, k);
+            }
+        };
+        norms(&mut q, &mut k, !self.norm_after_rope);
         if let Some(rope) = &self.rope {
             span("rope", || backend.rope(rope, self.head_dim, step, [&mut q, &mut k]));
+        }
+        norms(&mut q, &mut k, self.norm_after_rope);
+        if let Some(t) = self.temperature {
+            backend.temper(t, step, &mut q);
         }
         let (mut mass, select) = (kv.lend_mass(layer), kv.selector(layer));
         let pages = kv.pages(layer)?;
@@ -408,18 +474,19 @@ impl<B: Backend> AttentionPart<B> {
 }
 
 impl<B: Backend> FfnPart<B> {
-    fn forward(&self, x: &B::Rows, look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
+    fn forward(&self, x: (&B::Rows, Option<&B::Rows>), look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
         let backend = look.backend;
-        let h = normed(backend, &self.norm, x);
+        let mut own = None;
+        let h = read(backend, self.norm.as_ref(), x, &mut own);
         let y = match &self.body {
-            Body::Dense { gate, up, down, gated: [read, last] } => {
-                let inner = self.inner(gate.as_ref(), up, read.as_ref(), &h, look)?;
+            Body::Dense { gate, up, down, gated: [first, last] } => {
+                let inner = self.inner(gate.as_ref(), up, first.as_ref(), h, look)?;
                 look.input([&down.place], &inner)?;
                 let [y] = Projection::gated(backend, [down], last.as_ref(), &inner)?;
                 look.output(&down.place, &y)?;
                 y
             }
-            Body::Mixture(m) => m.forward(self.act, &h, look)?,
+            Body::Mixture(m) => m.forward(self.act, h, look)?,
         };
         Ok(match &self.post_norm {
             Some(n) => normed(backend, n, &y),
@@ -450,7 +517,10 @@ impl<B: Backend> FfnPart<B> {
                 (y, None)
             }
         };
-        span("activation", || look.backend.activate(self.act, &mut inner, beside.as_ref()));
+        span("activation", || match self.xielu {
+            Some(of) => look.backend.xielu(of, &mut inner),
+            None => look.backend.activate(self.act, &mut inner, beside.as_ref()),
+        });
         Ok(inner)
     }
 }

@@ -12,7 +12,7 @@ use crate::backend::{Backend, Cpu, Measure, Reads};
 use crate::gating::{GateStore, Gating};
 use crate::kv::prepared;
 use crate::lent::Reused;
-use crate::parts::{norm, tensor};
+use crate::parts::{norm, tensor, vector};
 use crate::profile::span;
 use crate::{Batch, Block, KvStore, Lent, ModelError, Tap};
 
@@ -23,6 +23,7 @@ pub struct Embedding<B: Backend = Cpu> {
     vocab: usize,
     scale: f32,
     positions: Option<Learned<B>>,
+    norm: Option<B::Norm>,
 }
 
 /// Learned positions: their table, its rows, and the row of position 0.
@@ -65,7 +66,9 @@ impl<B: Backend> Embedding<B> {
             }
         };
         let (vocab, scale) = (table.rows, weights.spec().embed_scale);
-        Ok(Embedding { backend: backend.clone(), table: backend.table(table), vocab, scale, positions })
+        let norm =
+            weights.spec().embed_norm.then(|| norm(backend, weights, Place::global(Role::EmbedNorm))).transpose()?;
+        Ok(Embedding { backend: backend.clone(), table: backend.table(table), vocab, scale, positions, norm })
     }
 
     /// The residual stream of `tokens` at `positions` before the first block, `[tokens, hidden]`.
@@ -103,7 +106,10 @@ impl<B: Backend> Embedding<B> {
             let rows = self.backend.embed(&learned.table, &self.backend.upload_ids(&at));
             self.backend.add(&mut x, &rows);
         }
-        x
+        match &self.norm {
+            Some(n) => span("norm", || self.backend.norm(n, &x)),
+            None => x,
+        }
     }
 }
 
@@ -125,7 +131,9 @@ impl<B: Backend> Head<B> {
         let place = Place::global(if spec.tied { Role::Embed } else { Role::Head });
         let stored = tensor(weights, place)?;
         // By far the largest matrix of a small model.
-        let matrix = backend.matrix(&place, &stored, None, activations, &|| weights.release(&place))?;
+        let bias = Place::global(Role::Head).bias();
+        let bias = spec.head_bias.then(|| vector(weights, bias)).transpose()?;
+        let matrix = backend.matrix(&place, &stored, bias, activations, &|| weights.release(&place))?;
         let last = Place::global(Role::FinalNorm);
         Ok(Head {
             vocab: stored.rows,

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lacuna_base::{Mat, MatRef};
 use lacuna_format::{Stored, Weights};
 use lacuna_kernels::Activations;
-use lacuna_spec::{NormKind, Place, Role};
+use lacuna_spec::{Place, QkNorm, Role};
 
 use crate::ModelError;
 use crate::backend::{Backend, Measure};
@@ -30,7 +30,7 @@ pub(crate) fn tensor(weights: &dyn Weights, place: Place) -> Result<Arc<Stored>,
 }
 
 /// A vector, decoded.
-fn vector(weights: &dyn Weights, place: Place) -> Result<Vec<f32>, ModelError> {
+pub(crate) fn vector(weights: &dyn Weights, place: Place) -> Result<Vec<f32>, ModelError> {
     let stored = tensor(weights, place)?;
     stored.check().map_err(|e| ModelError::bad(&place, e))?;
     Ok(stored.to_mat().into_vec())
@@ -38,12 +38,23 @@ fn vector(weights: &dyn Weights, place: Place) -> Result<Vec<f32>, ModelError> {
 
 /// A normalisation with its constants.
 pub(crate) fn norm<B: Backend>(backend: &B, weights: &dyn Weights, place: Place) -> Result<B::Norm, ModelError> {
-    let mut norm = weights.spec().norm;
+    let spec = weights.spec();
+    let mut norm = spec.norm;
+    let there = |p: Place| spec.shape(&p).map(|_| vector(weights, p)).transpose();
+    let (scale, bias) = (there(place)?, there(place.bias())?);
+    let mut width = spec.hidden;
     if matches!(place.role, Role::QNorm | Role::KNorm) {
         norm.divisor = None;
+        let missing = || ModelError::Missing { place: place.to_string() };
+        let layer = place.layer.and_then(|l| spec.layers.get(l as usize)?.attn.as_ref());
+        let a = layer.ok_or_else(missing)?;
+        width = match a.qk_norm_over {
+            QkNorm::Head | QkNorm::Heads => a.head_dim,
+            QkNorm::Whole if place.role == Role::QNorm => a.heads * a.head_dim,
+            QkNorm::Whole => a.kv_heads * a.head_dim,
+        };
     }
-    let bias = (norm.kind == NormKind::Layer).then(|| vector(weights, place.bias())).transpose()?;
-    Ok(backend.norm_of(&place, norm, vector(weights, place)?, bias))
+    Ok(backend.norm_of(&place, norm, width, scale, bias))
 }
 
 /// A matrix with the bias after it, as it is multiplied.

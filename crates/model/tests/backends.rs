@@ -13,11 +13,11 @@ use common::{Memory, specs};
 use lacuna_base::MatRef;
 use lacuna_format::{Stored, Weights};
 use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, Mass};
-use lacuna_model::backend::{Host, Measure, NO_CHOICE};
+use lacuna_model::backend::{Host, Measure, NO_CHOICE, Xielu};
 use lacuna_model::{
     Backend, Batch, ContiguousKv, Cpu, Decoder, LoadOptions, ModelError, Naive, NoTap, Shown, Tables, Tap, Wants,
 };
-use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
+use lacuna_spec::{Activation, Experts, Norm, Place, Rope, Temperature};
 
 /// Counts what crosses the seam, by operation.
 #[derive(Clone, Default)]
@@ -71,8 +71,15 @@ impl<B: Backend> Backend for Counting<B> {
     fn measure(&self, matrix: &B::Matrix) -> Measure {
         self.inner.measure(matrix)
     }
-    fn norm_of(&self, place: &Place, norm: Norm, scale: Vec<f32>, bias: Option<Vec<f32>>) -> B::Norm {
-        self.count("norm_of").norm_of(place, norm, scale, bias)
+    fn norm_of(
+        &self,
+        place: &Place,
+        norm: Norm,
+        width: usize,
+        scale: Option<Vec<f32>>,
+        bias: Option<Vec<f32>>,
+    ) -> B::Norm {
+        self.count("norm_of").norm_of(place, norm, width, scale, bias)
     }
     fn table(&self, stored: Arc<Stored>) -> B::Table {
         self.count("table").table(stored)
@@ -127,6 +134,15 @@ impl<B: Backend> Backend for Counting<B> {
     }
     fn activate(&self, act: Activation, x: &mut B::Rows, up: Option<&B::Rows>) {
         self.count("activate").activate(act, x, up);
+    }
+    fn xielu(&self, of: Xielu, x: &mut B::Rows) {
+        self.count("xielu").xielu(of, x);
+    }
+    fn clip(&self, x: &mut B::Rows, by: f32) {
+        self.count("clip").clip(x, by);
+    }
+    fn temper(&self, by: Temperature, step: &B::Step, x: &mut B::Rows) {
+        self.count("temper").temper(by, step, x);
     }
     fn add(&self, x: &mut B::Rows, y: &B::Rows) {
         self.count("add").add(x, y);

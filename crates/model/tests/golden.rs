@@ -52,6 +52,81 @@ fn tiny<B: Backend>(backend: &B, tolerance: f32) {
 }
 
 #[test]
+fn losses_and_continuations_equal_those_of_transformers() {
+    said(&Cpu);
+}
+
+#[test]
+fn so_they_do_in_f64_too() {
+    said(&Naive);
+}
+
+/// Of checkpoints whose golden values say them: the mean loss of each sequence, and 64 likeliest tokens in a row.
+fn said<B: Backend>(backend: &B) {
+    let (mut wrong, mut compared) = (Vec::new(), 0);
+    for dir in checkpoints("tiny") {
+        let golden: serde_json::Value =
+            serde_json::from_slice(&std::fs::read(dir.join("golden.json")).expect("a file")).expect("JSON");
+        if golden["greedy"].is_null() {
+            continue;
+        }
+        compared += 1;
+        let checkpoint = open(&dir).expect("a checkpoint");
+        let decoder = Decoder::load_on(backend, &checkpoint, &LoadOptions::default()).expect("a model");
+        let name = dir.file_name().expect("a name").to_string_lossy().into_owned();
+        for (ids, want) in
+            golden["input_ids"].as_array().expect("a list").iter().zip(golden["nll"].as_array().expect("one"))
+        {
+            let (ids, want) = (tokens(ids), want.as_f64().expect("a number"));
+            let mut kv = ContiguousKv::on(backend, &decoder.spec, 1, KvFormat::F32);
+            let rows = step(backend, &decoder, &ids, 0, &mut kv);
+            let loss = |r: usize| {
+                let row = rows.row(r);
+                let top = row.iter().fold(f32::NEG_INFINITY, |a, b| a.max(*b));
+                let sum: f64 = row.iter().map(|x| f64::from(x - top).exp()).sum();
+                f64::from(top) + sum.ln() - f64::from(row[ids[r + 1] as usize])
+            };
+            let got = (0..ids.len() - 1).map(loss).sum::<f64>() / (ids.len() - 1) as f64;
+            if (got - want).abs() > 1e-5 {
+                wrong.push(format!("{name}: a loss of {got} for {want}"));
+            }
+        }
+        let [prompt, want] = [0, 1].map(|i| tokens(&golden["greedy"][i]));
+        let mut kv = ContiguousKv::on(backend, &decoder.spec, 1, KvFormat::F32);
+        let (mut next, mut got) = (prompt, Vec::new());
+        while got.len() < 64 {
+            let at = kv.len(0);
+            let rows = step(backend, &decoder, &next, at, &mut kv);
+            let row = rows.row(rows.rows() - 1);
+            let best = (0..row.len()).max_by(|&a, &b| row[a].total_cmp(&row[b])).expect("a vocabulary") as u32;
+            (next, got) = (vec![best], [got, vec![best]].concat());
+        }
+        if (got.as_slice(), want.len()) != (want.as_slice(), 64) {
+            wrong.push(format!("{name}: goes on with {got:?} instead of {want:?}"));
+        }
+    }
+    assert!(wrong.is_empty(), "{wrong:#?}");
+    assert!(compared >= 15, "{compared} of them");
+}
+
+fn tokens(ids: &serde_json::Value) -> Vec<u32> {
+    ids.as_array().expect("a list").iter().map(|i| i.as_u64().expect("an id") as u32).collect()
+}
+
+/// Logits of some tokens from position `at` on.
+fn step<B: Backend>(
+    backend: &B,
+    decoder: &Decoder<B>,
+    ids: &[u32],
+    at: usize,
+    kv: &mut ContiguousKv<B>,
+) -> lacuna_base::Mat {
+    let hidden = decoder.forward(ids, &Batch::one(0, at..at + ids.len()), kv, &mut NoTap).expect("logits");
+    let rows = decoder.head.project(&decoder.head.normed(&hidden));
+    backend.download(&rows, 0..ids.len()).expect("rows").view().to_mat()
+}
+
+#[test]
 fn checkpoints_of_other_tools_run_as_transformers_runs_what_they_decode_to() {
     foreign(&Cpu);
 }

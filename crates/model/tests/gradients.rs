@@ -91,7 +91,10 @@ fn wrong(want: &Value, got: Option<&[f64]>) -> Option<String> {
 
 #[test]
 fn gradients_equal_those_of_autograd() {
-    let all = json_of(&golden().join("gradients.json"));
+    let mut all = json_of(&golden().join("gradients.json"));
+    for (name, later) in json_of(&golden().join("gradients_v5.json")).as_object().unwrap() {
+        all[name] = later.clone();
+    }
     let mut bad = Vec::new();
     let mut compared = 0;
     for (name, sequences) in all.as_object().unwrap().iter().filter(|(name, _)| *name != "made_with") {
@@ -137,7 +140,7 @@ fn gradients_equal_those_of_autograd() {
     let n = bad.len();
     bad.truncate(30);
     assert!(bad.is_empty(), "{n} of {compared} wrong:\n{}", bad.join("\n"));
-    assert!(compared > 1000, "{compared} tensors");
+    assert!(compared > 2500, "{compared} tensors");
 }
 
 /// Rows as bits.

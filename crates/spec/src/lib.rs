@@ -9,6 +9,6 @@ mod spec;
 
 pub use place::{Part, Place, Role, Target};
 pub use spec::{
-    Activation, AttnSpec, Experts, FfnSpec, LayerSpec, Norm, NormKind, Positions, Rope, RopeScaling, RopeStyle, Spec,
-    SpecError,
+    Activation, AttnSpec, Experts, FfnSpec, LayerSpec, Norm, NormKind, NormVectors, Order, Positions, QkNorm, Rope,
+    RopeScaling, RopeStyle, Spec, SpecError, Temperature,
 };

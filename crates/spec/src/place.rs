@@ -14,7 +14,10 @@ pub enum Role {
     /// Learned positions, `[context + offset, hidden]`.
     #[serde(rename = "positions")]
     Positions,
-    /// Norm before attention, `[hidden]`.
+    /// Norm of the embedding's rows, `[hidden]`.
+    #[serde(rename = "embed_norm")]
+    EmbedNorm,
+    /// Norm before attention, `[hidden]`; before both parts where they share one.
     #[serde(rename = "attn.norm")]
     AttnNorm,
     /// Query projection, `[heads * head_dim, hidden]`.
@@ -29,10 +32,10 @@ pub enum Role {
     /// Output projection, `[hidden, heads * head_dim]`.
     #[serde(rename = "attn.o")]
     O,
-    /// Norm of each query head, `[head_dim]`.
+    /// Norm of each query head, `[head_dim]`, or `[heads * head_dim]`.
     #[serde(rename = "attn.q_norm")]
     QNorm,
-    /// Norm of each key head, `[head_dim]`.
+    /// Norm of each key head, `[head_dim]`, or `[kv_heads * head_dim]`.
     #[serde(rename = "attn.k_norm")]
     KNorm,
     /// Norm of attention's output before it is added (sandwich norms), `[hidden]`.
@@ -50,6 +53,12 @@ pub enum Role {
     /// Up projection, `[width, hidden]`.
     #[serde(rename = "ffn.up")]
     Up,
+    /// xIELU's number for what lies above 0, `[1]`.
+    #[serde(rename = "ffn.act_above")]
+    ActAbove,
+    /// xIELU's number for what lies below 0, `[1]`.
+    #[serde(rename = "ffn.act_below")]
+    ActBelow,
     /// Down projection, `[hidden, width]`.
     #[serde(rename = "ffn.down")]
     Down,
@@ -72,9 +81,10 @@ pub enum Role {
 
 impl Role {
     /// Every role, in the order in which a token meets them.
-    pub const ALL: [Role; 20] = [
+    pub const ALL: [Role; 23] = [
         Role::Embed,
         Role::Positions,
+        Role::EmbedNorm,
         Role::AttnNorm,
         Role::Q,
         Role::K,
@@ -88,6 +98,8 @@ impl Role {
         Role::Router,
         Role::Gate,
         Role::Up,
+        Role::ActAbove,
+        Role::ActBelow,
         Role::Down,
         Role::FfnPostNorm,
         Role::FfnShortcut,
@@ -100,6 +112,7 @@ impl Role {
         match self {
             Role::Embed => "embed",
             Role::Positions => "positions",
+            Role::EmbedNorm => "embed_norm",
             Role::AttnNorm => "attn.norm",
             Role::Q => "attn.q",
             Role::K => "attn.k",
@@ -112,6 +125,8 @@ impl Role {
             Role::FfnNorm => "ffn.norm",
             Role::Gate => "ffn.gate",
             Role::Up => "ffn.up",
+            Role::ActAbove => "ffn.act_above",
+            Role::ActBelow => "ffn.act_below",
             Role::Down => "ffn.down",
             Role::Router => "ffn.router",
             Role::FfnPostNorm => "ffn.post_norm",
@@ -138,7 +153,7 @@ impl Role {
 
     /// Whether the role stands in every decoder block.
     pub fn is_in_layer(self) -> bool {
-        !matches!(self, Role::Embed | Role::Positions | Role::FinalNorm | Role::Head)
+        !matches!(self, Role::Embed | Role::Positions | Role::EmbedNorm | Role::FinalNorm | Role::Head)
     }
 }
 

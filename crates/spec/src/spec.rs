@@ -2,7 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
-use crate::place::{Place, Role};
+use crate::place::{Part, Place, Role};
 
 /// A decoder-only language model as data.
 #[derive(Clone, Debug, PartialEq, Serialize, Deserialize)]
@@ -32,6 +32,54 @@ pub struct Spec {
     pub logit_softcap: Option<f32>,
     /// Factor on the logits (1 for most).
     pub logit_scale: f32,
+    /// Factor on what attention and the FFN add to the residual stream (1 for most).
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub residual_scale: f32,
+    /// A bias on the logits, `[vocab]`.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub head_bias: bool,
+    /// A norm on the embedding's rows, before the first block.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub embed_norm: bool,
+}
+
+/// A network of nothing, under which stands what most networks say: for the fields that a mapping does not name.
+impl Default for Spec {
+    fn default() -> Spec {
+        Spec {
+            arch: String::new(),
+            hidden: 0,
+            vocab: 0,
+            context: 0,
+            embed_scale: 1.0,
+            tied: false,
+            positions: Positions::None,
+            norm: Norm::default(),
+            final_norm: true,
+            layers: Vec::new(),
+            logit_softcap: None,
+            logit_scale: 1.0,
+            residual_scale: 1.0,
+            head_bias: false,
+            embed_norm: false,
+        }
+    }
+}
+
+fn one() -> f32 {
+    1.0
+}
+
+fn is_one(x: &f32) -> bool {
+    *x == 1.0
+}
+
+fn yes() -> bool {
+    true
+}
+
+fn is_default<T: Default + PartialEq>(x: &T) -> bool {
+    *x == T::default()
 }
 
 /// How positions enter outside attention.
@@ -62,6 +110,39 @@ pub struct Norm {
     /// nothing of it.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub divisor: Option<usize>,
+    /// Which vectors the norms have.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub vectors: NormVectors,
+}
+
+impl Default for Norm {
+    fn default() -> Norm {
+        Norm { kind: NormKind::Rms, eps: 1e-5, offset: 0.0, divisor: None, vectors: NormVectors::All }
+    }
+}
+
+/// The vectors of a normalisation.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum NormVectors {
+    /// All that its kind has: a scale, and of LayerNorm a bias.
+    #[default]
+    All,
+    /// A scale alone.
+    Scale,
+    /// None: scales are 1, biases 0.
+    None,
+}
+
+impl Norm {
+    /// Whether it has a scale, or a bias.
+    pub fn has(&self, part: Part) -> bool {
+        match (self.vectors, part) {
+            (NormVectors::None, _) => false,
+            (_, Part::Weight) => true,
+            (vectors, Part::Bias) => vectors == NormVectors::All && self.kind == NormKind::Layer,
+        }
+    }
 }
 
 /// Kinds of normalisation.
@@ -90,6 +171,22 @@ pub struct LayerSpec {
     /// The same around the FFN.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub ffn_shortcut: bool,
+    /// What the FFN reads.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub order: Order,
+}
+
+/// How attention and the FFN of a block stand to each other.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum Order {
+    /// One after the other: the FFN reads the residual stream behind attention.
+    #[default]
+    Sequential,
+    /// Side by side: both read the stream before the block, each through a norm of its own, and both are added.
+    Parallel,
+    /// Side by side behind one norm, that before attention, which stands where either part does.
+    Shared,
 }
 
 /// Attention of one block.
@@ -108,8 +205,14 @@ pub struct AttnSpec {
     pub window: Option<usize>,
     /// Rotary positions.
     pub rope: Option<Rope>,
-    /// Norm on each query and key head before RoPE.
+    /// A norm on queries and keys, before RoPE.
     pub qk_norm: bool,
+    /// What that norm goes over.
+    #[serde(default, skip_serializing_if = "is_default")]
+    pub qk_norm_over: QkNorm,
+    /// That norm stands behind RoPE.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub qk_norm_after_rope: bool,
     /// `c * tanh(scores / c)`.
     pub softcap: Option<f32>,
     /// Biases on q, k and v.
@@ -118,6 +221,77 @@ pub struct AttnSpec {
     pub o_bias: bool,
     /// A norm on the output before it is added.
     pub post_norm: bool,
+    /// A norm on the residual stream before q, k and v.
+    #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
+    pub pre_norm: bool,
+    /// q, k and v are cut to `-clip ..= clip` behind their biases.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub clip: Option<f32>,
+    /// Queries grow with their position.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub temperature: Option<Temperature>,
+    /// ALiBi: each head adds to its scores a slope times the distance from key to query (a negative number); the
+    /// slopes are `2^(-n i / heads)` for `i` from 1, `n` being this (8 for most). Where the number of heads is no
+    /// power of 2, those of the power below come first, then every second one of the power above.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub alibi: Option<f32>,
+}
+
+/// What a norm of queries and keys goes over.
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(rename_all = "snake_case")]
+pub enum QkNorm {
+    /// Each head, with one scale for all of them, `[head_dim]`.
+    #[default]
+    Head,
+    /// Each head, with a scale of its own and no bias, `[heads * head_dim]`.
+    Heads,
+    /// All heads together, `[heads * head_dim]`.
+    Whole,
+}
+
+/// A factor on queries that grows with their position `p`: `1 + beta * ln(1 + floor((p + shift) / period))`.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Temperature {
+    /// How much.
+    pub beta: f32,
+    /// Positions that share a factor.
+    pub period: usize,
+    /// Added to the position.
+    pub shift: usize,
+}
+
+impl Temperature {
+    /// The factor at a position.
+    pub fn at(&self, position: usize) -> f64 {
+        1.0 + f64::from(self.beta) * (1.0 + ((position + self.shift) / self.period) as f64).ln()
+    }
+}
+
+/// One head of no width, and nothing beside: for the fields that a mapping does not name.
+impl Default for AttnSpec {
+    fn default() -> AttnSpec {
+        AttnSpec {
+            heads: 1,
+            kv_heads: 1,
+            head_dim: 0,
+            scale: 1.0,
+            window: None,
+            rope: None,
+            qk_norm: false,
+            qk_norm_over: QkNorm::Head,
+            qk_norm_after_rope: false,
+            softcap: None,
+            qkv_bias: false,
+            o_bias: false,
+            post_norm: false,
+            pre_norm: true,
+            clip: None,
+            temperature: None,
+            alibi: None,
+        }
+    }
 }
 
 /// Feed-forward of one block.
@@ -139,6 +313,25 @@ pub struct FfnSpec {
     pub post_norm: bool,
     /// A mixture of experts.
     pub experts: Option<Experts>,
+    /// A norm on the residual stream before the part; never where it shares attention's ([`Order::Shared`]).
+    #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
+    pub pre_norm: bool,
+}
+
+/// A gated part of no width: for the fields that a mapping does not name.
+impl Default for FfnSpec {
+    fn default() -> FfnSpec {
+        FfnSpec {
+            width: 0,
+            gated: true,
+            act: Activation::Silu,
+            bias: false,
+            down_bias: false,
+            post_norm: false,
+            experts: None,
+            pre_norm: true,
+        }
+    }
 }
 
 /// A mixture of experts.
@@ -165,6 +358,11 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)`.
     Relu,
+    /// `max(x, 0)²`.
+    Relu2,
+    /// xIELU: `p x² + x/2` above 0, `n (e^x - 1 - x) + x/2` below (with `x` no nearer to 0 than 1e-6 in the power),
+    /// where `p = softplus(a)` and `n = 1/2 + softplus(b)` of two learned numbers.
+    Xielu,
 }
 
 /// Which pairs of a head's channels turn together.
@@ -246,6 +444,45 @@ pub enum RopeScaling {
     },
 }
 
+impl LayerSpec {
+    /// What a layer of number `l` says at odds with itself.
+    fn check(&self, l: usize) -> Result<(), SpecError> {
+        let fail = |what: String| Err(SpecError { what: format!("layer {l}: {what}") });
+        if self.order != Order::Sequential && (self.attn_shortcut || self.ffn_shortcut) {
+            return fail("a matrix in a shortcut needs attention and FFN one after the other".into());
+        }
+        if let Some(a) = &self.attn {
+            if let Some(c) = a.clip.filter(|c| !(c.is_finite() && *c > 0.0)) {
+                return fail(format!("q, k and v are cut to {c}"));
+            }
+            if let Some(n) = a.alibi.filter(|n| !(n.is_finite() && *n > 0.0)) {
+                return fail(format!("ALiBi's slopes reach 2^-{n}"));
+            }
+            if let Some(t) = a.temperature
+                && !(t.beta.is_finite() && t.beta >= 0.0 && (1..=MAX_DIM).contains(&t.period) && t.shift <= MAX_DIM)
+            {
+                return fail(format!("a temperature of {} every {} positions from {}", t.beta, t.period, t.shift));
+            }
+            if self.order == Order::Shared && !a.pre_norm {
+                return fail("attention and FFN share a norm that is not there".into());
+            }
+            let form = a.qk_norm_over != QkNorm::Head || a.qk_norm_after_rope;
+            if form && !a.qk_norm {
+                return fail("the form of a norm of queries and keys that is not there".into());
+            }
+        }
+        if let Some(f) = &self.ffn {
+            if f.act == Activation::Xielu && (f.gated || f.experts.is_some()) {
+                return fail("xIELU in a gated FFN or in experts".into());
+            }
+            if self.order == Order::Shared && f.pre_norm {
+                return fail("an FFN that shares attention's norm has one of its own".into());
+            }
+        }
+        Ok(())
+    }
+}
+
 /// A description that no network can have.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
 #[error("{what}")]
@@ -279,6 +516,7 @@ impl Spec {
         };
         finite("embed_scale", self.embed_scale)?;
         finite("logit_scale", self.logit_scale)?;
+        finite("residual_scale", self.residual_scale)?;
         finite("norm.offset", self.norm.offset)?;
         if !(self.norm.eps >= 0.0 && self.norm.eps < 1.0) {
             return fail(format!("norm.eps is {}", self.norm.eps));
@@ -299,6 +537,7 @@ impl Spec {
             return fail(format!("{experts} experts in all layers; at most {} are accepted", 1 << 18));
         }
         for (l, layer) in self.layers.iter().enumerate() {
+            layer.check(l)?;
             if let Some(a) = &layer.attn {
                 dim(&format!("layer {l}: heads"), a.heads)?;
                 dim(&format!("layer {l}: kv_heads"), a.kv_heads)?;
@@ -370,20 +609,18 @@ impl Spec {
             return match (place.role, place.part) {
                 (Role::Embed, Weight) => Some((self.vocab, h)),
                 (Role::Head, Weight) if !self.tied => Some((self.vocab, h)),
+                (Role::Head, Bias) if self.head_bias => Some((1, self.vocab)),
+                (Role::EmbedNorm, part) if self.embed_norm => self.norm.has(part).then_some((1, h)),
                 (Role::Positions, Weight) => match self.positions {
                     Positions::Learned { offset } => Some((self.context + offset, h)),
                     Positions::None => None,
                 },
-                (Role::FinalNorm, Weight) if self.final_norm => Some((1, h)),
-                (Role::FinalNorm, Bias) if self.final_norm && self.norm.kind == NormKind::Layer => Some((1, h)),
+                (Role::FinalNorm, part) if self.final_norm => self.norm.has(part).then_some((1, h)),
                 _ => None,
             };
         };
         let layer = self.layers.get(l as usize)?;
-        let norm = |on: bool, n: usize| match place.part {
-            Weight => on.then_some((1, n)),
-            Bias => (on && self.norm.kind == NormKind::Layer).then_some((1, n)),
-        };
+        let norm = |on: bool, n: usize| (on && self.norm.has(place.part)).then_some((1, n));
         let linear = |rows: usize, cols: usize, bias: bool| match place.part {
             Weight => Some((rows, cols)),
             Bias => bias.then_some((1, rows)),
@@ -391,18 +628,33 @@ impl Spec {
         match place.role {
             Role::AttnShortcut => layer.attn_shortcut.then(|| linear(h, h, false)).flatten(),
             Role::FfnShortcut => layer.ffn_shortcut.then(|| linear(h, h, false)).flatten(),
+            Role::AttnNorm if layer.order == Order::Shared => norm(layer.attn.is_some() || layer.ffn.is_some(), h),
             Role::AttnNorm | Role::Q | Role::K | Role::V | Role::O | Role::QNorm | Role::KNorm | Role::AttnPostNorm => {
                 let a = layer.attn.as_ref()?;
                 match place.role {
-                    Role::AttnNorm => norm(true, h),
+                    Role::AttnNorm => norm(a.pre_norm, h),
                     Role::AttnPostNorm => norm(a.post_norm, h),
-                    Role::QNorm | Role::KNorm => norm(a.qk_norm, a.head_dim),
+                    Role::QNorm | Role::KNorm => {
+                        let heads = if place.role == Role::QNorm { a.heads } else { a.kv_heads };
+                        match a.qk_norm_over {
+                            QkNorm::Head => norm(a.qk_norm, a.head_dim),
+                            QkNorm::Heads => norm(a.qk_norm && place.part == Weight, heads * a.head_dim),
+                            QkNorm::Whole => norm(a.qk_norm, heads * a.head_dim),
+                        }
+                    }
                     Role::Q => linear(a.heads * a.head_dim, h, a.qkv_bias),
                     Role::K | Role::V => linear(a.kv_heads * a.head_dim, h, a.qkv_bias),
                     _ => linear(h, a.heads * a.head_dim, a.o_bias),
                 }
             }
-            Role::FfnNorm | Role::Gate | Role::Up | Role::Down | Role::Router | Role::FfnPostNorm => {
+            Role::FfnNorm
+            | Role::Gate
+            | Role::Up
+            | Role::Down
+            | Role::Router
+            | Role::FfnPostNorm
+            | Role::ActAbove
+            | Role::ActBelow => {
                 let f = layer.ffn.as_ref()?;
                 let matrix = matches!(place.role, Role::Gate | Role::Up | Role::Down);
                 match (f.experts, place.expert) {
@@ -412,8 +664,11 @@ impl Spec {
                     _ => {}
                 }
                 match place.role {
-                    Role::FfnNorm => norm(true, h),
+                    Role::FfnNorm => norm(f.pre_norm, h),
                     Role::FfnPostNorm => norm(f.post_norm, h),
+                    Role::ActAbove | Role::ActBelow => {
+                        (f.act == Activation::Xielu && place.part == Weight).then_some((1, 1))
+                    }
                     Role::Router => f.experts.and_then(|e| linear(e.count, h, false)),
                     Role::Gate => f.gated.then(|| linear(f.width, h, f.bias)).flatten(),
                     Role::Up => linear(f.width, h, f.bias),
@@ -446,7 +701,8 @@ impl Spec {
     /// Every tensor of the model: embedding first, then block by block, then the rest.
     pub fn places(&self) -> Vec<Place> {
         let global = |role| [Place::global(role), Place::global(role).bias()];
-        let mut out: Vec<Place> = [Role::Embed, Role::Positions].into_iter().flat_map(global).collect();
+        let mut out: Vec<Place> =
+            [Role::Embed, Role::Positions, Role::EmbedNorm].into_iter().flat_map(global).collect();
         for l in 0..self.layers.len() {
             out.extend(self.layer_places(l));
         }

@@ -138,6 +138,10 @@ impl Checkpoint {
         let Some((rows, cols)) = self.spec.shape(place) else {
             return Err(self.foreign_fault(Fault { tensor: name.into(), what: format!("the network has no {place}") }));
         };
+        if source.groups > 1 {
+            let what = format!("{place} lies in {} groups of its rows, which are not taken apart", source.groups);
+            return Err(self.foreign_fault(Fault { tensor: name.into(), what }));
+        }
         let (from, to) = source.rows.unwrap_or((0, high));
         if to - from != rows || to > high || wide != cols {
             let what = format!("a matrix of [{high}, {wide}], but {place} is [{rows}, {cols}]");
@@ -189,11 +193,21 @@ impl Checkpoint {
         let (slices, high, wide) = match (t.shape.as_slice(), source.slice) {
             ([n], None) if vector => (1, 1, *n),
             ([1, n], None) if vector => (1, 1, *n),
+            // A scale for each head.
+            ([a, b], None) if matches!(place.role, Role::QNorm | Role::KNorm) => (1, 1, a * b),
             ([a, b], None) if !vector => (1, *a, *b),
             ([e, a, b], Some(_)) => (*e, *a, *b),
             _ => return Err(wrong(format!("[{rows}, {cols}]"))),
         };
         let row_bytes = |n: usize| n / block * block_bytes;
+        let grouped = |all: usize, (from, to): (usize, usize), rows: usize| {
+            let n = source.groups;
+            if [all, from, to].iter().any(|x| !x.is_multiple_of(n)) || to > all {
+                return Err(bad(format!("shape {:?}, whose rows do not fall into {n} groups", t.shape)));
+            }
+            let (bytes, groups) = (t.bytes.clone(), Some((n, from)));
+            Ok(Located::Plain { tensor, bytes, rows, cols, transposed: None, groups })
+        };
         if vector {
             let (from, to) = source.rows.unwrap_or((0, cols));
             if to - from != cols || to > wide || (source.rows.is_none() && wide != cols) {
@@ -202,6 +216,9 @@ impl Checkpoint {
             if block != 1 {
                 return Err(bad(format!("{} for a vector", t.dtype.name())));
             }
+            if source.groups > 1 {
+                return grouped(wide, (from, to), 1);
+            }
             let start = t.bytes.start + row_bytes(from);
             return Ok(Located::Plain {
                 tensor,
@@ -209,6 +226,7 @@ impl Checkpoint {
                 rows: 1,
                 cols,
                 transposed: None,
+                groups: None,
             });
         }
         let (high_here, wide_here) = if source.transposed { (wide, high) } else { (high, wide) };
@@ -223,9 +241,14 @@ impl Checkpoint {
             if block != 1 {
                 return Err(bad(format!("{} in a matrix stored the other way round", t.dtype.name())));
             }
-            return Ok(Located::Plain { tensor, bytes: t.bytes.clone(), rows, cols, transposed: Some(from) });
+            let (bytes, transposed) = (t.bytes.clone(), Some(from));
+            return Ok(Located::Plain { tensor, bytes, rows, cols, transposed, groups: None });
+        }
+        if source.groups > 1 {
+            return grouped(high, (from, to), rows);
         }
         let start = t.bytes.start + row_bytes(cols) * (slice * high + from);
-        Ok(Located::Plain { tensor, bytes: start..start + row_bytes(cols) * rows, rows, cols, transposed: None })
+        let bytes = start..start + row_bytes(cols) * rows;
+        Ok(Located::Plain { tensor, bytes, rows, cols, transposed: None, groups: None })
     }
 }

@@ -177,6 +177,7 @@ impl<'a> Arranged<'a> {
     /// has a divisor of its own.
     fn rescale(&self, place: &Place) -> (f32, f32) {
         let table = place.role.is_linear() || matches!(place.role, Role::Embed | Role::Positions);
+        let table = table || matches!(place.role, Role::ActAbove | Role::ActBelow);
         if table || place.part == Part::Bias {
             return (1.0, 0.0);
         }
@@ -246,6 +247,9 @@ impl<'a> Arranged<'a> {
         if target.transposed {
             return self.write_transposed(target, form, sink);
         }
+        if target.groups > 1 {
+            return self.write_grouped(target, form, sink);
+        }
         for place in &target.parts {
             let stored = self.stored(place)?;
             for (from, to) in self.chunks(place) {
@@ -269,6 +273,41 @@ impl<'a> Arranged<'a> {
             }
             self.release(place);
         }
+        Ok(loss)
+    }
+
+    /// Group after group, each with its share of every part: rows, or entries of a bias.
+    fn write_grouped(&self, target: &Target, form: Encoding, sink: Sink<'_>) -> Result<Loss, SaveError> {
+        let fault = |what: String| SaveError::Refused(format!("tensor {}: {what}", target.name));
+        let mut loss = Loss::default();
+        for g in 0..target.groups {
+            for place in &target.parts {
+                let stored = self.stored(place)?;
+                let (rows, cols) = self.spec.shape(place).unwrap_or_default();
+                if place.part == Part::Bias {
+                    let all = self.decode(place, stored.as_deref(), 0, 1);
+                    let share = cols / target.groups;
+                    let (bytes, one) = encode(form, &all.row(0)[g * share..(g + 1) * share]).map_err(fault)?;
+                    loss.add(&one);
+                    sink(&bytes)?;
+                    continue;
+                }
+                let share = rows / target.groups;
+                let (from, to) = (g * share, (g + 1) * share);
+                if let Some(bytes) = stored.as_deref().and_then(|s| self.as_they_are(place, s, form, from, to)) {
+                    loss.values += (share * cols) as u64;
+                    sink(&bytes)?;
+                    continue;
+                }
+                let m = self.decode(place, stored.as_deref(), from, to);
+                for r in 0..share {
+                    let (bytes, one) = encode(form, m.row(r)).map_err(fault)?;
+                    loss.add(&one);
+                    sink(&bytes)?;
+                }
+            }
+        }
+        target.parts.iter().for_each(|p| self.release(p));
         Ok(loss)
     }
 

@@ -109,6 +109,10 @@ fn fate(arranged: &Arranged<'_>, target: &Target, how: PackQuantized) -> Result<
     if !is_linear(target) {
         return Ok(Fate::Dense);
     }
+    if target.groups > 1 {
+        let what = "holds q, k and v head by head, which are not packed together";
+        return Err(SaveError::Refused(format!("tensor {} {what}", target.name)));
+    }
     if target.transposed {
         let what = "is kept the other way round (Conv1D), which compressed-tensors does not know";
         return Err(SaveError::Refused(format!("tensor {} {what}", target.name)));

@@ -73,6 +73,10 @@ impl Pairs {
                 self.bytes.extend(x.to_le_bytes());
             }
             GgufValue::Str(s) => self.str(key, s),
+            GgufValue::Bool(x) => {
+                self.key(key, 7);
+                self.bytes.push(u8::from(*x));
+            }
             GgufValue::U32s(list) => {
                 self.list(key, 4, list.len());
                 list.iter().for_each(|x| self.bytes.extend(x.to_le_bytes()));

@@ -4,7 +4,7 @@
 use lacuna_base::MatMut;
 use lacuna_spec::Activation;
 
-use super::elementwise::{Zip, rows};
+use super::elementwise::{Xielu, Zip, rows};
 use super::math;
 use crate::Isa;
 use crate::simd::{Op, Simd, dispatch};
@@ -39,7 +39,29 @@ fn slope<S: Simd>(s: S, act: Activation, x: S::V) -> S::V {
             s.mul(half, s.fma(x, bell, s.add(one, t)))
         }
         Activation::Relu => s.select_lt(zero, x, one, zero),
+        Activation::Relu2 => s.add(s.max(zero, x), s.max(zero, x)),
+        Activation::Xielu => unreachable!("its numbers are a layer's own: `xielu_slope`"),
     }
+}
+
+#[derive(Clone, Copy)]
+struct XieluSlope(Xielu);
+impl Zip for XieluSlope {
+    #[inline(always)]
+    fn zip<S: Simd>(self, s: S, _: S::V, x: S::V) -> S::V {
+        let (half, one) = (s.splat(0.5), s.splat(1.0));
+        let above = s.fma(s.add(x, x), s.splat(self.0.above), half);
+        // Nearer to 0 than 1e-6 the power stands still.
+        let power = s.select_lt(x, s.splat(-1e-6), math::exp(s, x), s.splat(0.0));
+        let below = s.fma(s.sub(power, one), s.splat(self.0.below), half);
+        s.select_lt(s.splat(0.0), x, above, below)
+    }
+}
+
+/// `x = xielu'(x)`.
+#[track_caller]
+pub fn xielu_slope(of: Xielu, x: MatMut<'_>) {
+    rows(Isa::best(), XieluSlope(of), x, None, 16);
 }
 
 #[derive(Clone, Copy)]
@@ -118,7 +140,8 @@ mod tests {
     use crate::softmax;
     use lacuna_base::Mat;
 
-    const ALL: [Activation; 4] = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu];
+    const ALL: [Activation; 5] =
+        [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Relu2];
 
     /// The error function, by its Maclaurin series: near enough for |x| < 3.2.
     fn erf(x: f64) -> f64 {
@@ -138,6 +161,24 @@ mod tests {
                 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
             }
             Activation::Relu => x.max(0.0),
+            Activation::Relu2 => x.max(0.0).powi(2),
+            Activation::Xielu => unreachable!(),
+        }
+    }
+
+    #[test]
+    fn the_slope_of_xielu_matches_finite_differences() {
+        let of = Xielu { above: 0.9, below: 0.7 };
+        let x = Mat::from_fn(1, 401, |_, c| (c as f32 - 200.0) * 0.03 + 1e-2);
+        let exact = |v: f64| if v > 0.0 { 0.9 * v * v + v / 2.0 } else { 0.7 * (v.exp() - 1.0 - v) + v / 2.0 };
+        for isa in Isa::here() {
+            let mut y = x.clone();
+            rows(isa, XieluSlope(of), y.view_mut(), None, 16);
+            for (x, y) in x.data().iter().zip(y.data()) {
+                let (v, h) = (f64::from(*x), 1e-4);
+                let want = (exact(v + h) - exact(v - h)) / (2.0 * h);
+                assert!((f64::from(*y) - want).abs() < 4e-6 * (1.0 + v.abs()), "{isa} {x}: {y} for {want}");
+            }
         }
     }
 

@@ -52,7 +52,54 @@ fn activate<S: Simd>(s: S, act: Activation, x: S::V) -> S::V {
         Activation::GeluTanh => math::gelu_tanh(s, x),
         // Zero first: a NaN passes.
         Activation::Relu => s.max(s.splat(0.0), x),
+        Activation::Relu2 => {
+            let y = s.max(s.splat(0.0), x);
+            s.mul(y, y)
+        }
+        Activation::Xielu => unreachable!("its numbers are a layer's own: `xielu`"),
     }
+}
+
+/// The two factors of a layer's xIELU, which see [`Activation::Xielu`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Xielu {
+    /// Of the square above 0.
+    pub above: f32,
+    /// Of what lies below.
+    pub below: f32,
+}
+
+impl Zip for Xielu {
+    #[inline(always)]
+    fn zip<S: Simd>(self, s: S, _: S::V, x: S::V) -> S::V {
+        let half = s.mul(s.splat(0.5), x);
+        let above = s.fma(s.mul(x, x), s.splat(self.above), half);
+        let power = s.sub(math::exp(s, s.min(s.splat(-1e-6), x)), s.splat(1.0));
+        let below = s.fma(s.sub(power, x), s.splat(self.below), half);
+        s.select_lt(s.splat(0.0), x, above, below)
+    }
+}
+
+/// `x = xielu(x)`, within 1e-6 times (1 + |x|) (1 + the factors) of exact.
+#[track_caller]
+pub fn xielu(of: Xielu, x: MatMut<'_>) {
+    rows(Isa::best(), of, x, None, 16);
+}
+
+#[derive(Clone, Copy)]
+struct Clip(f32);
+impl Zip for Clip {
+    #[inline(always)]
+    fn zip<S: Simd>(self, s: S, _: S::V, b: S::V) -> S::V {
+        // The bounds first: a NaN passes.
+        s.min(s.splat(self.0), s.max(s.splat(-self.0), b))
+    }
+}
+
+/// `x` cut to `-by ..= by`.
+#[track_caller]
+pub fn clip(by: f32, x: MatMut<'_>) {
+    rows(Isa::best(), Clip(by), x, None, 1);
 }
 
 #[derive(Clone, Copy)]
@@ -212,13 +259,39 @@ mod tests {
                 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
             }
             Activation::Relu => x.max(0.0),
+            Activation::Relu2 => x.max(0.0).powi(2),
+            Activation::Xielu => unreachable!(),
+        }
+    }
+
+    #[test]
+    fn xielu_and_clip() {
+        let of = Xielu { above: 0.9, below: 0.7 };
+        let x = Mat::from_fn(1, 401, |_, c| (c as f32 - 200.0) * 0.05 + 1e-3);
+        for isa in Isa::here() {
+            let mut y = x.clone();
+            rows(isa, of, y.view_mut(), None, 16);
+            for (x, y) in x.data().iter().zip(y.data()) {
+                let (v, [p, n]) = (f64::from(*x), [of.above, of.below].map(f64::from));
+                let want = if v > 0.0 { p * v * v + v / 2.0 } else { n * (v.exp() - 1.0 - v) + v / 2.0 };
+                assert!(
+                    (f64::from(*y) - want).abs() < 2e-6 * (1.0 + v.abs() + want.abs()),
+                    "{isa} {x}: {y} for {want}"
+                );
+            }
+            let mut y = x.clone();
+            rows(isa, Clip(3.5), y.view_mut(), None, 1);
+            x.data().iter().zip(y.data()).for_each(|(x, y)| assert_eq!(x.clamp(-3.5, 3.5), *y, "{isa}"));
+            let mut bad = Mat::from_vec(1, 3, vec![f32::NAN, f32::INFINITY, f32::NEG_INFINITY]);
+            rows(isa, Clip(2.0), bad.view_mut(), None, 1);
+            assert!(bad[(0, 0)].is_nan() && bad[(0, 1)] == 2.0 && bad[(0, 2)] == -2.0, "{isa} {bad:?}");
         }
     }
 
     #[test]
     fn activations_stay_within_their_tolerance_on_every_isa() {
         for isa in Isa::here() {
-            for act in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+            for act in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Relu2] {
                 for cols in [1, 7, 16, 33, 1000] {
                     let x = Mat::from_fn(3, cols, |r, c| {
                         [0.0, -100.0, 100.0, 1e-6][(c + r) % 4] * f32::from(u8::from(c % 5 == 0))
@@ -229,7 +302,8 @@ mod tests {
                     for (x, y) in x.data().iter().zip(y.data()) {
                         let want = exact(act, f64::from(*x));
                         let off = (f64::from(*y) - want).abs();
-                        assert!(off <= 1e-6 * (1.0 + f64::from(x.abs())), "{isa} {act:?}({x}) = {y}, exact {want}");
+                        let size = 1.0 + f64::from(x.abs()).max(want);
+                        assert!(off <= 1e-6 * size, "{isa} {act:?}({x}) = {y}, exact {want}");
                     }
                 }
                 let mut bad = Mat::from_vec(1, 4, vec![f32::NAN, f32::INFINITY, 1.0, f32::NEG_INFINITY]);

@@ -114,11 +114,15 @@ impl Attention {
                 let low = self.window.map_or(0, |w| (high + 1).saturating_sub(w));
                 given.clear();
                 given.resize(high + 1, 0.0f32);
-                for scores in scores.chunks_exact_mut(stride) {
+                for (i, scores) in scores.chunks_exact_mut(stride).enumerate() {
+                    let slope = self.slope(job.head * group + i);
                     let seen = &mut scores[low..=high];
-                    for s in seen.iter_mut() {
+                    for (t, s) in (low..).zip(seen.iter_mut()) {
                         *s *= self.scale;
                         *s = self.softcap.map_or(*s, |c| c * (*s / c).tanh());
+                        if self.alibi.is_some() {
+                            *s -= slope * (high - t) as f32;
+                        }
                     }
                     softmax(seen);
                     given[low..].iter_mut().zip(seen).for_each(|(g, s)| *g += *s);
@@ -168,7 +172,7 @@ mod tests {
             for (format, window, softcap) in
                 [(KvFormat::F32, None, Some(0.7)), (KvFormat::F16, Some(20), None), (KvFormat::Q8, None, None)]
             {
-                let a = Attention { heads, scale: 0.3, window, softcap };
+                let a = Attention { heads, scale: 0.3, window, softcap, alibi: window.map(|_| 8.0) };
                 let (n, dim, group) = (137, layout.head_dim, heads / layout.kv_heads);
                 let (pool, blocks, [k, _]) = pool(layout, format, n);
                 let q = random(n, heads * dim, 1);

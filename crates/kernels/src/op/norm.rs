@@ -95,7 +95,8 @@ unsafe impl Sync for Shared {}
 // SAFETY: see above.
 unsafe impl Send for Shared {}
 
-/// Normalises every row of `x` into `out`, of the same shape. `scale` (and `bias`) have a value for each column.
+/// Normalises every row of `x` into `out`, of the same shape. `scale` (and `bias`) have a value for each column, or for
+/// each column of some rows, which take turns.
 #[track_caller]
 pub fn norm(norm: Norm, scale: &[f32], bias: Option<&[f32]>, x: MatRef<'_>, mut out: MatMut<'_>) {
     assert_eq!((x.rows(), x.cols()), (out.rows(), out.cols()), "two shapes");
@@ -111,7 +112,7 @@ pub fn norm(norm: Norm, scale: &[f32], bias: Option<&[f32]>, x: MatRef<'_>, mut 
     );
 }
 
-/// Normalises every row of `x` in place.
+/// Normalises every row of `x` in place, as [`norm`].
 #[track_caller]
 pub fn norm_in_place(norm: Norm, scale: &[f32], bias: Option<&[f32]>, mut x: MatMut<'_>) {
     let (shape, stride) = ((x.rows(), x.cols()), (x.stride(), x.stride()));
@@ -129,13 +130,16 @@ fn run(
     stride: (usize, usize),
     at: Shared,
 ) {
-    assert_eq!(scale.len(), cols, "one scale a column");
-    assert!(bias.is_none_or(|b| b.len() == cols), "one bias a column");
+    assert!(scale.len() >= cols && scale.len().is_multiple_of(cols), "{} scales for {cols} columns", scale.len());
+    assert!(bias.is_none_or(|b| b.len() == scale.len()), "a bias for each scale");
+    let turns = scale.len() / cols;
     parallel::ranges(rows, 1, usize::MAX, 4 * cols, |from, to| {
         let at = &at;
         for r in from..to {
             // SAFETY: both pointers lead to `rows` rows of `cols` values at these strides, borrowed by the caller.
             let (x, out) = unsafe { (at.0.add(r * stride.0), at.1.add(r * stride.1)) };
+            let mine = r % turns * cols..(r % turns + 1) * cols;
+            let (scale, bias) = (&scale[mine.clone()], bias.map(|b| &b[mine]));
             dispatch(isa, Row { norm, x, out, cols, scale, bias });
         }
     });
@@ -153,7 +157,7 @@ mod tests {
             for (kind, divisor) in [(NormKind::Rms, None), (NormKind::Layer, None), (NormKind::Rms, Some(80))] {
                 for cols in [1, 5, 16, 64, 577] {
                     let (x, scale, bias) = (random(4, cols, 1), random(1, cols, 2), random(1, cols, 3));
-                    let n = Norm { kind, eps: 1e-3, offset: 1.0, divisor };
+                    let n = Norm { kind, eps: 1e-3, offset: 1.0, divisor, ..Norm::default() };
                     let mut out = Mat::zeros(4, cols);
                     let at = Shared(x.data().as_ptr(), out.data_mut().as_mut_ptr());
                     run(isa, n, scale.data(), Some(bias.data()), (4, cols), (cols, cols), at);
@@ -170,6 +174,19 @@ mod tests {
                             assert!(off < 2e-5, "{isa} {kind:?} {cols} over {divisor:?}: {off}");
                         }
                     }
+                    // Two scales, in turns: every second row as with the first one.
+                    let (both, other) = (random(1, 2 * cols, 2), random(1, 2 * cols, 3));
+                    let mut turns = Mat::zeros(4, cols);
+                    let at = Shared(x.data().as_ptr(), turns.data_mut().as_mut_ptr());
+                    run(isa, n, both.data(), Some(other.data()), (4, cols), (cols, cols), at);
+                    for r in 0..4 {
+                        let at = Shared(x.row(r).as_ptr(), out.row_mut(r).as_mut_ptr());
+                        let half = |v: &Mat| v.data()[r % 2 * cols..(r % 2 + 1) * cols].to_vec();
+                        run(isa, n, &half(&both), Some(&half(&other)), (1, cols), (cols, cols), at);
+                        assert_eq!(turns.row(r), out.row(r), "{isa} {kind:?} {cols}: row {r}");
+                    }
+                    let at = Shared(x.data().as_ptr(), out.data_mut().as_mut_ptr());
+                    run(isa, n, scale.data(), Some(bias.data()), (4, cols), (cols, cols), at);
                     let mut again = x.clone();
                     if isa == Isa::best() {
                         norm_in_place(n, scale.data(), Some(bias.data()), again.view_mut());

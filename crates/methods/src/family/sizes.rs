@@ -9,7 +9,7 @@ use lacuna_contract::{
     Ask, AtSize, Cut, Edit, Lab, LayerWork, MethodError, Search, Shrink, Shrinking, Site, Stats, StructureAsk, Unit,
 };
 use lacuna_format::Unpacked;
-use lacuna_spec::{LayerSpec, Place, Spec};
+use lacuna_spec::{LayerSpec, Place, QkNorm, Spec};
 use serde::Deserialize;
 
 use super::structure::{Group, Kind, spread};
@@ -47,6 +47,20 @@ fn between(points: &[(f64, f64)], x: f64, of: &str) -> Result<f64, MethodError> 
         (Some(p), _) => Ok(p[0].1 + (p[1].1 - p[0].1) * (x - p[0].0) / (p[1].0 - p[0].0)),
         _ => Err(MethodError::new(format!("times.{of} says nothing of {x}"))),
     }
+}
+
+/// Refuses to take heads where those that stay would compute otherwise without them.
+pub(super) fn heads_stand_alone(spec: &Spec) -> Result<(), MethodError> {
+    for (l, a) in spec.layers.iter().enumerate().filter_map(|(l, s)| Some((l, s.attn.as_ref()?))) {
+        let why = match (a.qk_norm.then_some(a.qk_norm_over), a.alibi) {
+            (Some(QkNorm::Whole), _) => "one norm goes over all heads of q and of k",
+            (Some(QkNorm::Heads), _) => "the norms of q and k have scales of their own for each head",
+            (_, Some(_)) => "the slopes of ALiBi follow from the number of heads",
+            _ => continue,
+        };
+        return Err(MethodError::new(format!("layer {l}: {why}: heads cannot go; parts = [\"channels\"] can")));
+    }
+    Ok(())
 }
 
 fn kind(part: Unit) -> Kind {
@@ -122,6 +136,9 @@ impl Sizes {
         each: &mut dyn FnMut(AtSize) -> Result<(), MethodError>,
     ) -> Result<(), MethodError> {
         let (shrink, spec, kind) = (self.shrink(by)?, work.spec(), kind(part));
+        if kind == Kind::Heads {
+            heads_stand_alone(spec)?;
+        }
         let Some(group) = Group::of_layer(spec, layer, &[kind]).pop() else { return Ok(()) };
         let step = if kind == Kind::Heads { 1 } else { self.align };
         let units = |share: f64| match share {

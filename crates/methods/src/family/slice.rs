@@ -20,7 +20,7 @@ use lacuna_contract::{
     Walker,
 };
 use lacuna_format::Unpacked;
-use lacuna_spec::{NormKind, Part, Place, Positions, Role, Spec};
+use lacuna_spec::{NormKind, NormVectors, Order, Part, Place, Positions, Role, Spec};
 use serde::Deserialize;
 
 use super::keys::{Fraction, Whole};
@@ -129,8 +129,23 @@ impl ModelWide for Slice {
         if spec.norm.kind != NormKind::Rms {
             return no("its norms subtract the mean (LayerNorm)");
         }
+        if spec.norm.vectors != NormVectors::All {
+            return no("its norms have no scales that could be folded");
+        }
         if !matches!(spec.positions, Positions::None) {
             return no("learned positions are added to the stream");
+        }
+        if spec.embed_norm {
+            return no("a norm stands behind the embedding");
+        }
+        if spec.layers.iter().any(|l| l.order != Order::Sequential) {
+            return no("attention and FFN stand side by side");
+        }
+        let bare = |l: &lacuna_spec::LayerSpec| {
+            l.attn.as_ref().is_some_and(|a| !a.pre_norm) || l.ffn.as_ref().is_some_and(|f| !f.pre_norm)
+        };
+        if spec.layers.iter().any(bare) {
+            return no("parts read the stream without a norm before them");
         }
         let post = |l: &lacuna_spec::LayerSpec| {
             l.attn.as_ref().is_some_and(|a| a.post_norm) || l.ffn.as_ref().is_some_and(|f| f.post_norm)

@@ -22,6 +22,7 @@ use lacuna_spec::{Place, Role, Spec};
 use serde::Deserialize;
 
 use super::keys::{Fraction, Whole};
+use super::sizes::heads_stand_alone;
 use super::wrong;
 use crate::make;
 
@@ -226,6 +227,9 @@ impl ModelWide for Structured {
     }
 
     fn check(&self, spec: &Spec) -> Result<(), MethodError> {
+        if self.keys.parts.contains(&Kind::Heads) {
+            heads_stand_alone(spec)?;
+        }
         let (sparsity, align, groups) = (self.keys.sparsity.0, self.keys.align.0, self.groups(spec));
         let total = self.total(spec);
         if total == 0 {

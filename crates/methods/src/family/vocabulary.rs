@@ -58,8 +58,13 @@ impl ModelWide for Shorten {
         Vec::new()
     }
 
-    fn check(&self, _: &Spec) -> Result<(), MethodError> {
-        Ok(())
+    fn check(&self, spec: &Spec) -> Result<(), MethodError> {
+        match spec.head_bias {
+            true => {
+                Err(MethodError::new(format!("{}: logits have a bias, whose tokens would have to go, too", spec.arch)))
+            }
+            false => Ok(()),
+        }
     }
 
     fn reads_vocabulary(&self) -> bool {

@@ -253,6 +253,9 @@ fn add_crossed(to: &mut Mat64, a: &Mat, b: MatRef<'_>) {
 
 impl<'a> Ffn<'a> {
     fn new(by: &'a SparseLlm, ask: &FfnAsk<'a>) -> Result<Ffn<'a>, MethodError> {
+        if ask.act == Activation::Xielu {
+            return Err(MethodError::new("sparsellm does not know xIELU, whose numbers are a layer's own"));
+        }
         let x = ask.up.ask.stats.matrix(Ask::InputRows(by.rows))?;
         let (width, hidden) = (ask.up.ask.w.rows(), ask.up.ask.w.cols());
         let of = |m: &FfnMatrix<'_>| {

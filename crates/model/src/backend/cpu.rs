@@ -12,11 +12,11 @@ use lacuna_kernels::{
     Activations, Attention, Chosen, Group, KEY_BLOCK, KeyPool, KvFormat, KvLayout, KvPool, KvView, Linear, Mass,
     Packing, RopeTable,
 };
-use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
+use lacuna_spec::{Activation, Experts, Norm, Place, Rope, Temperature};
 
 use super::gate::leave;
 use super::select::{Blocks, PooledKeys};
-use super::{Backend, GateAsk, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables};
+use super::{Backend, GateAsk, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables, Xielu};
 use crate::lent::Reused;
 use crate::{Batch, Lent, ModelError};
 
@@ -35,6 +35,7 @@ pub struct Matrix {
 #[doc(hidden)]
 pub struct NormOf {
     pub(crate) norm: Norm,
+    pub(crate) width: usize,
     pub(crate) scale: Vec<f32>,
     pub(crate) bias: Option<Vec<f32>>,
 }
@@ -132,6 +133,12 @@ pub(crate) fn pieces(x: &Mat, width: usize) -> MatRef<'_> {
     MatRef::new(x.data().len() / width.max(1), width, x.data())
 }
 
+/// A layer's xIELU as the kernels take it.
+pub(crate) fn factors(of: Xielu) -> kernels::Xielu {
+    let [above, below] = of.factors().map(|x| x as f32);
+    kernels::Xielu { above, below }
+}
+
 /// Chooses experts; `logits` become their softmax.
 pub(crate) fn route(logits: &mut Mat, choice: Experts) -> Routes {
     let rows = logits.rows();
@@ -219,8 +226,9 @@ impl Backend for Cpu {
         Measure { work: matrix.linear.work(), bytes: matrix.linear.weights_bytes() + bias }
     }
 
-    fn norm_of(&self, _: &Place, norm: Norm, scale: Vec<f32>, bias: Option<Vec<f32>>) -> NormOf {
-        NormOf { norm, scale, bias }
+    fn norm_of(&self, _: &Place, norm: Norm, width: usize, scale: Option<Vec<f32>>, bias: Option<Vec<f32>>) -> NormOf {
+        let scale = scale.unwrap_or_else(|| vec![1.0 - norm.offset; width]);
+        NormOf { norm, width, scale, bias }
     }
 
     fn table(&self, stored: Arc<Stored>) -> Arc<Stored> {
@@ -333,7 +341,7 @@ impl Backend for Cpu {
 
     fn norm(&self, norm: &NormOf, x: &Lent) -> Lent {
         let mut out = Lent::new(x.rows(), x.cols());
-        let from = pieces(x, norm.scale.len());
+        let from = pieces(x, norm.width);
         let to = MatMut::new(from.rows(), from.cols(), out.data_mut());
         kernels::norm(norm.norm, &norm.scale, norm.bias.as_deref(), from, to);
         out
@@ -347,6 +355,21 @@ impl Backend for Cpu {
         match up {
             Some(up) => kernels::gated_activation(act, x.view_mut(), up.view()),
             None => kernels::activation(act, x.view_mut()),
+        }
+    }
+
+    fn xielu(&self, of: Xielu, x: &mut Lent) {
+        kernels::xielu(factors(of), x.view_mut());
+    }
+
+    fn clip(&self, x: &mut Lent, by: f32) {
+        kernels::clip(by, x.view_mut());
+    }
+
+    fn temper(&self, by: Temperature, step: &Step, x: &mut Lent) {
+        for (r, &p) in step.batch.positions().iter().enumerate() {
+            let factor = by.at(p) as f32;
+            x.row_mut(r).iter_mut().for_each(|x| *x *= factor);
         }
     }
 

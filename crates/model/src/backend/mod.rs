@@ -25,10 +25,10 @@ use lacuna_base::{Mat, MatRef};
 use lacuna_contract::{Pool, Select};
 use lacuna_format::Stored;
 use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, Mass};
-use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
+use lacuna_spec::{Activation, Experts, Norm, Place, Rope, Temperature};
 
 pub use cpu::Cpu;
-pub(crate) use cpu::{Matrix, NormOf, grouped, route};
+pub(crate) use cpu::{Matrix, NormOf, factors, grouped, route};
 pub use gate::GateAsk;
 pub use naive::Naive;
 pub use select::Reads;
@@ -82,8 +82,16 @@ pub trait Backend: Clone {
     /// What one row's product with a matrix takes.
     fn measure(&self, matrix: &Self::Matrix) -> Measure;
 
-    /// A normalisation; `scale` and `bias` have a value for each column.
-    fn norm_of(&self, place: &Place, norm: Norm, scale: Vec<f32>, bias: Option<Vec<f32>>) -> Self::Norm;
+    /// A normalisation of pieces of `width` columns. `scale` and `bias` have a value for each of them, or for each of
+    /// several pieces, which take turns; without a scale it is 1.
+    fn norm_of(
+        &self,
+        place: &Place,
+        norm: Norm,
+        width: usize,
+        scale: Option<Vec<f32>>,
+        bias: Option<Vec<f32>>,
+    ) -> Self::Norm;
 
     /// A table of rows, checked by the caller.
     fn table(&self, stored: Arc<Stored>) -> Self::Table;
@@ -154,6 +162,15 @@ pub trait Backend: Clone {
 
     /// `x = act(x)`, or `act(x) · up`.
     fn activate(&self, act: Activation, x: &mut Self::Rows, up: Option<&Self::Rows>);
+
+    /// `x = xielu(x)` with a layer's learned numbers.
+    fn xielu(&self, of: Xielu, x: &mut Self::Rows);
+
+    /// `x` cut to `-by ..= by`.
+    fn clip(&self, x: &mut Self::Rows, by: f32);
+
+    /// Multiplies each row with the factor of its position.
+    fn temper(&self, by: Temperature, step: &Self::Step, x: &mut Self::Rows);
 
     /// `x += y`.
     fn add(&self, x: &mut Self::Rows, y: &Self::Rows);
@@ -252,6 +269,25 @@ pub trait Pages {
     /// Fills page `to` from the pages of a table: its slot `i` becomes slot `kept[head][i]` of the table, for each key
     /// head, in the order of `i`. Page `to` may be one of the table's, where no slot moves to a later one.
     fn gather(&mut self, table: &[u32], to: u32, kept: &[&[usize]]);
+}
+
+/// A layer's xIELU: what it learned, see [`Activation::Xielu`].
+#[derive(Clone, Copy, Debug, PartialEq)]
+pub struct Xielu {
+    /// The layer.
+    pub layer: usize,
+    /// The number for what lies above 0, before its softplus.
+    pub above: f32,
+    /// The same for what lies below.
+    pub below: f32,
+}
+
+impl Xielu {
+    /// The factors that multiply.
+    pub(crate) fn factors(&self) -> [f64; 2] {
+        let softplus = |x: f32| f64::from(x).max(0.0) + (-f64::from(x).abs()).exp().ln_1p();
+        [softplus(self.above), 0.5 + softplus(self.below)]
+    }
 }
 
 /// In place of a row number: there was nothing to choose by.

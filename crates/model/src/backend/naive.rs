@@ -9,11 +9,11 @@ use lacuna_base::{Mat, Mat64, MatRef};
 use lacuna_contract::{Pool, Select};
 use lacuna_format::Stored;
 use lacuna_kernels::{Activations, Attention, KEY_BLOCK, KvFormat, KvLayout, Mass};
-use lacuna_spec::{Activation, Experts, Norm, NormKind, Place, Rope, RopeScaling, RopeStyle};
+use lacuna_spec::{Activation, Experts, Norm, NormKind, Place, Rope, RopeScaling, RopeStyle, Temperature};
 
 use super::gate::leave;
 use super::select::PooledKeys;
-use super::{Backend, GateAsk, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables};
+use super::{Backend, GateAsk, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables, Xielu};
 use crate::{Batch, ModelError};
 
 /// f64 and loops.
@@ -30,6 +30,7 @@ pub struct Matrix {
 /// A normalisation and its vectors.
 pub struct NormOf {
     norm: Norm,
+    width: usize,
     scale: Vec<f64>,
     bias: Vec<f64>,
 }
@@ -99,18 +100,20 @@ pub(crate) fn linear(x: &[f64], w: &[f64], b: &[f64], inputs: usize) -> Vec<f64>
     x.chunks(inputs).flat_map(row).collect()
 }
 
-/// Rows of `cols`, normalised; `bias` is empty or has as many values as `scale`.
+/// Rows of `cols`, normalised; `scale` has as many values, or as many for each of some rows, which take turns; `bias`
+/// is empty or has as many values as `scale`.
 pub(crate) fn norm(n: Norm, cols: usize, scale: &[f64], bias: &[f64], x: &[f64]) -> Vec<f64> {
-    let row = |x: &[f64]| -> Vec<f64> {
+    let row = |(r, x): (usize, &[f64])| -> Vec<f64> {
+        let turn = r % (scale.len() / cols) * cols;
         let mean = if n.kind == NormKind::Layer { x.iter().sum::<f64>() / cols as f64 } else { 0.0 };
         let var = x.iter().map(|v| (v - mean) * (v - mean)).sum::<f64>() / n.divisor.unwrap_or(cols) as f64;
         let by = (var + f64::from(n.eps)).sqrt();
         let one = |(i, v): (usize, &f64)| {
-            (v - mean) / by * (scale[i] + f64::from(n.offset)) + bias.get(i).copied().unwrap_or(0.0)
+            (v - mean) / by * (scale[turn + i] + f64::from(n.offset)) + bias.get(turn + i).copied().unwrap_or(0.0)
         };
         x.iter().enumerate().map(one).collect()
     };
-    x.chunks(cols).flat_map(row).collect()
+    x.chunks(cols).enumerate().flat_map(row).collect()
 }
 
 /// The error function, by its Maclaurin series.
@@ -135,7 +138,25 @@ pub(crate) fn activation(act: Activation, x: f64) -> f64 {
             0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
         }
         Activation::Relu => x.max(0.0),
+        Activation::Relu2 => x.max(0.0).powi(2),
+        Activation::Xielu => unreachable!("its numbers are a layer's own: `xielu`"),
     }
+}
+
+/// One value's xIELU with its two factors.
+pub(crate) fn xielu([above, below]: [f64; 2], x: f64) -> f64 {
+    if x > 0.0 { above * x * x + 0.5 * x } else { (x.min(-1e-6).exp_m1() - x) * below + 0.5 * x }
+}
+
+/// ALiBi's slope of a head.
+fn slope(p: &Attention, head: usize) -> f64 {
+    let Some(most) = p.alibi else { return 0.0 };
+    let list = |n: usize| (1..=n).map(move |i| (-f64::from(most) * i as f64 / n as f64).exp2());
+    let mut below = 1;
+    while 2 * below <= p.heads {
+        below *= 2;
+    }
+    list(below).chain(list(2 * below).step_by(2)).nth(head).expect("a head of so many")
 }
 
 /// The softmax of a row.
@@ -209,7 +230,8 @@ fn weights<'a>(
     let score = |t: usize| {
         let s: f64 = q[head * dim..][..dim].iter().zip(&key(t)[at..]).map(|(q, k)| q * k).sum();
         let s = s * f64::from(p.scale);
-        p.softcap.map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh())
+        let s = p.softcap.map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh());
+        s - slope(p, head) * (position - t) as f64
     };
     (low..=position).zip(softmax(&(low..=position).map(score).collect::<Vec<_>>()))
 }
@@ -304,8 +326,9 @@ impl Backend for Naive {
         matrix.measure
     }
 
-    fn norm_of(&self, _: &Place, norm: Norm, scale: Vec<f32>, bias: Option<Vec<f32>>) -> NormOf {
-        NormOf { norm, scale: wide(&scale), bias: wide(&bias.unwrap_or_default()) }
+    fn norm_of(&self, _: &Place, norm: Norm, width: usize, scale: Option<Vec<f32>>, bias: Option<Vec<f32>>) -> NormOf {
+        let scale = scale.map_or_else(|| vec![1.0 - f64::from(norm.offset); width], |s| wide(&s));
+        NormOf { norm, width, scale, bias: wide(&bias.unwrap_or_default()) }
     }
 
     fn table(&self, stored: Arc<Stored>) -> Arc<Stored> {
@@ -391,7 +414,7 @@ impl Backend for Naive {
     }
 
     fn norm(&self, n: &NormOf, x: &Mat64) -> Mat64 {
-        Mat64::from_vec(x.rows(), x.cols(), norm(n.norm, n.scale.len(), &n.scale, &n.bias, x.data()))
+        Mat64::from_vec(x.rows(), x.cols(), norm(n.norm, n.width, &n.scale, &n.bias, x.data()))
     }
 
     fn rope(&self, rope: &Rope, head_dim: usize, step: &Step, x: [&mut Mat64; 2]) {
@@ -417,6 +440,20 @@ impl Backend for Naive {
         x.data_mut().iter_mut().for_each(|x| *x = activation(act, *x));
         if let Some(up) = up {
             x.data_mut().iter_mut().zip(up.data()).for_each(|(x, up)| *x *= up);
+        }
+    }
+
+    fn xielu(&self, of: Xielu, x: &mut Mat64) {
+        x.data_mut().iter_mut().for_each(|x| *x = xielu(of.factors(), *x));
+    }
+
+    fn clip(&self, x: &mut Mat64, by: f32) {
+        x.data_mut().iter_mut().for_each(|x| *x = x.clamp(-f64::from(by), f64::from(by)));
+    }
+
+    fn temper(&self, by: Temperature, step: &Step, x: &mut Mat64) {
+        for (r, &p) in step.batch.positions().iter().enumerate() {
+            x.row_mut(r).iter_mut().for_each(|x| *x *= by.at(p));
         }
     }
 

@@ -48,7 +48,7 @@ pub fn attention(
             let mine = |m: MatRef<'_>, h: usize| m.columns(h * head_dim, (h + 1) * head_dim).to_mat();
             let (k, v) = (mine(k, h / group), mine(v, h / group));
             let [q, out, dout] = [q, out, dout].map(|m| mine(m, h));
-            one(p, [&q, &k, &v], &out, &dout)
+            one(p, p.slope(h), [&q, &k, &v], &out, &dout)
         })
         .collect();
     let mut all = AttentionGradients {
@@ -74,7 +74,7 @@ pub fn attention(
 }
 
 /// Gradients of one head's queries, and its part of those of its keys and values: `[tokens, head_dim]` each.
-fn one(p: &Attention, [q, k, v]: [&Mat; 3], out: &Mat, dout: &Mat) -> [Mat; 3] {
+fn one(p: &Attention, slope: f32, [q, k, v]: [&Mat; 3], out: &Mat, dout: &Mat) -> [Mat; 3] {
     let (tokens, dim) = (q.rows(), q.cols());
     let [mut dq, mut dk, mut dv] = [(); 3].map(|()| Mat::zeros(tokens, dim));
     let (mut weights, mut scores, mut capped) = (Vec::new(), Vec::new(), Vec::new());
@@ -102,6 +102,11 @@ fn one(p: &Attention, [q, k, v]: [&Mat; 3], out: &Mat, dout: &Mat) -> [Mat; 3] {
             w[seen.end..].fill(0.0);
             s[..seen.start].fill(0.0);
             s[seen.end..].fill(0.0);
+            if p.alibi.is_some() {
+                // How near the key lies changes nothing about the slope of its score.
+                let nearer = (0..seen.len()).rev();
+                w[seen.clone()].iter_mut().zip(nearer).for_each(|(w, away)| *w -= slope * away as f32);
+            }
             softmax_lanes(&mut w[seen.clone()]);
             let mean = dot(dout.row(from + i), out.row(from + i));
             for (s, w) in s[seen.clone()].iter_mut().zip(&w[seen.clone()]) {
@@ -134,7 +139,7 @@ mod tests {
 
     #[test]
     fn agrees_with_finite_differences_of_the_definition() {
-        let plain = Attention { heads: 4, scale: 0.7, window: None, softcap: None };
+        let plain = Attention { heads: 4, scale: 0.7, window: None, softcap: None, alibi: None };
         for (name, p, kv_heads, dim, tokens) in [
             ("grouped", plain, 2, 3, 6),
             ("one key head", Attention { window: Some(3), ..plain }, 1, 2, 8),
@@ -142,6 +147,14 @@ mod tests {
             ("capped in a window", Attention { softcap: Some(2.0), window: Some(2), ..plain }, 2, 2, 7),
             ("tiles", Attention { heads: 1, window: Some(40), ..plain }, 1, 2, 70),
             ("one token", plain, 2, 3, 1),
+            ("ALiBi", Attention { heads: 6, alibi: Some(4.0), ..plain }, 2, 2, 9),
+            (
+                "ALiBi, capped in a window",
+                Attention { alibi: Some(8.0), softcap: Some(2.0), window: Some(4), ..plain },
+                2,
+                2,
+                9,
+            ),
         ] {
             let [q, dout] = [1, 2].map(|seed| random(tokens, p.heads * dim, seed));
             let [k, v] = [3, 4].map(|seed| random(tokens, kv_heads * dim, seed));
@@ -161,7 +174,7 @@ mod tests {
 
     #[test]
     fn long_sequences_agree_along_a_direction() {
-        let p = Attention { heads: 2, scale: 0.6, window: Some(170), softcap: None };
+        let p = Attention { heads: 2, scale: 0.6, window: Some(170), softcap: None, alibi: None };
         let (tokens, dim) = (300, 4);
         let [q, dout] = [1, 2].map(|seed| random(tokens, 2 * dim, seed));
         let [k, v] = [3, 4].map(|seed| random(tokens, dim, seed));

@@ -3,7 +3,7 @@
 use lacuna_base::Mat;
 use lacuna_format::Weights;
 use lacuna_kernels::{Activations, KvFormat};
-use lacuna_spec::LayerSpec;
+use lacuna_spec::{LayerSpec, Order};
 
 use super::recorder::{Gradients, Recorder};
 use super::rows::copy;
@@ -38,24 +38,32 @@ impl Record {
     /// Bytes that the record of a sequence of `tokens` in a block would hold. The way back makes gradients of about the
     /// same size beside it.
     pub fn forecast(block: &LayerSpec, hidden: usize, tokens: usize) -> u64 {
-        // What went into it: read by a norm or a shortcut.
-        let start = if block.attn.is_some() || block.attn_shortcut { hidden } else { 0 };
+        let beside = block.order != Order::Sequential;
+        // What went into it: read by a norm, by matrices or by a shortcut.
+        let starts = block.attn.is_some() || block.attn_shortcut || (beside && block.ffn.is_some());
+        let start = if starts { hidden } else { 0 };
+        // Behind one norm the parts read the same rows.
+        let shared = block.order == Order::Shared && (block.attn.is_some() || block.ffn.is_some());
         let attention = block.attn.as_ref().map_or(0, |a| {
             let (wide, narrow) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
             // Heads as a norm reads them, and as attention does where something changed them since.
             let before = if a.qk_norm { wide + narrow } else { 0 };
             let post = if a.post_norm { hidden } else { 0 };
-            hidden + before + 2 * wide + 2 * narrow + post
+            let clipped = if a.clip.is_some() { wide + 2 * narrow } else { 0 };
+            let normed = if a.pre_norm && !shared { hidden } else { 0 };
+            normed + before + clipped + 2 * wide + 2 * narrow + post
         });
         let ffn = block.ffn.as_ref().map_or(0, |f| {
             let one = f.width * if f.gated { 3 } else { 2 };
             let post = if f.post_norm { hidden } else { 0 };
-            hidden + post + f.experts.map_or(one, |e| e.count + e.used.min(e.count) * (2 * hidden + one))
+            let normed = if f.pre_norm { hidden } else { 0 };
+            normed + post + f.experts.map_or(one, |e| e.count + e.used.min(e.count) * (2 * hidden + one))
         });
         // The stream between the parts is that before them where nothing stands in between.
-        let reads = block.ffn.is_some() || block.ffn_shortcut;
+        let reads = (block.ffn.is_some() && !beside) || block.ffn_shortcut;
         let middle = if reads { hidden } else { 0 };
-        4 * (tokens as u64) * (start + attention + middle + ffn) as u64
+        let normed = if shared { hidden } else { 0 };
+        4 * (tokens as u64) * (start + normed + attention + middle + ffn) as u64
     }
 }
 

@@ -112,7 +112,7 @@ mod tests {
     use crate::derive::product_weight;
     use lacuna_base::testkit::{max_abs_diff, random};
     use lacuna_format::{Float, PatternKind, Stored, WeightsError, pack_float};
-    use lacuna_spec::{Norm, NormKind, Part, Place, Positions, Role, Spec};
+    use lacuna_spec::{Norm, NormKind, Part, Place, Role, Spec};
     use std::sync::Arc;
 
     #[test]
@@ -171,20 +171,16 @@ mod tests {
     #[test]
     fn a_head_agrees_with_finite_differences_however_its_rows_are_cut() {
         let (hidden, vocab) = (6, 19);
-        let n = Norm { kind: NormKind::Layer, eps: 1e-3, offset: 0.0, divisor: None };
+        let n = Norm { kind: NormKind::Layer, eps: 1e-3, ..Norm::default() };
         let weights = Only(Spec {
             arch: "test".into(),
             hidden,
             vocab,
             context: 64,
-            embed_scale: 1.0,
-            tied: false,
-            positions: Positions::None,
             norm: n,
-            final_norm: true,
-            layers: Vec::new(),
             logit_softcap: Some(2.5),
             logit_scale: 0.75,
+            ..Spec::default()
         });
         let head = RecordedHead::load(&weights).expect("a head");
         let x = random(12, hidden, 1);

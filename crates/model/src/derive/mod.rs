@@ -30,7 +30,7 @@ pub mod stats;
 mod tape;
 mod walk;
 
-pub use activation::{activation, gated_activation, softcap};
+pub use activation::{activation, clip, gated_activation, softcap, xielu};
 pub use attention::{AttentionGradients, attention};
 pub use block::{Record, RecordedBlock};
 pub(crate) use experts::routing;

@@ -18,7 +18,8 @@ pub struct NormGradients {
 /// `x̂ = (x - mean) · inv` and `g = dy · (scale + offset)` it is `inv · (g - mean(g) - x̂ · mean(g x̂))`, of RMS
 /// without the means of `x` and `g`, and the last mean over the divisor where there is one.
 ///
-/// All are `[rows, cols]`. Gives the gradients of the vectors where `vectors`.
+/// All are `[rows, cols]`; the scale has a value for each column, or for each column of some rows, which take turns.
+/// Gives the gradients of the vectors where `vectors`.
 #[track_caller]
 pub fn norm(
     norm: Norm,
@@ -31,14 +32,17 @@ pub fn norm(
     let cols = x.cols();
     assert_eq!((x.rows(), cols), (dy.rows(), dy.cols()), "two shapes");
     assert_eq!((x.rows(), cols), (dx.rows(), dx.cols()), "two shapes");
-    assert_eq!(scale.len(), cols, "one scale a column");
+    assert!(scale.len() >= cols && scale.len().is_multiple_of(cols.max(1)), "{} scales, {cols} columns", scale.len());
+    let turns = scale.len() / cols.max(1);
     let n = cols as f32;
     let divisor = norm.divisor.map_or(n, |n| n as f32);
     let parts = chunks(dx, |first, mut dx| {
-        let mut sums = vectors.then(|| NormGradients { scale: vec![0.0; cols], bias: vec![0.0; cols] });
+        let mut sums = vectors.then(|| NormGradients { scale: vec![0.0; scale.len()], bias: vec![0.0; scale.len()] });
         let mut g = vec![0.0f32; cols];
         for i in 0..dx.rows() {
             let (x, dy) = (x.row(first + i), dy.row(first + i));
+            let mine = (first + i) % turns * cols..((first + i) % turns + 1) * cols;
+            let scale = &scale[mine.clone()];
             let mean = match norm.kind {
                 NormKind::Rms => 0.0,
                 NormKind::Layer => sum_of(x, x, |x, _| x) / n,
@@ -56,15 +60,15 @@ pub fn norm(
                 *o += inv * (g - g_mean - (x - mean) * inv * along);
             }
             let Some(sums) = &mut sums else { continue };
-            for ((s, &d), &x) in sums.scale.iter_mut().zip(dy).zip(x) {
+            for ((s, &d), &x) in sums.scale[mine.clone()].iter_mut().zip(dy).zip(x) {
                 *s += d * ((x - mean) * inv);
             }
-            sums.bias.iter_mut().zip(dy).for_each(|(b, &d)| *b += d);
+            sums.bias[mine].iter_mut().zip(dy).for_each(|(b, &d)| *b += d);
         }
         sums
     });
     let mut parts = parts.into_iter().flatten();
-    let zero = || NormGradients { scale: vec![0.0; cols], bias: vec![0.0; cols] };
+    let zero = || NormGradients { scale: vec![0.0; scale.len()], bias: vec![0.0; scale.len()] };
     let first = parts.next().or_else(|| vectors.then(zero))?;
     Some(parts.fold(first, |mut all, part| {
         all.scale.iter_mut().zip(&part.scale).for_each(|(a, b)| *a += b);
@@ -84,12 +88,12 @@ mod tests {
     #[test]
     fn agrees_with_finite_differences_of_the_definition() {
         for (kind, divisor) in [(NormKind::Rms, None), (NormKind::Layer, None), (NormKind::Rms, Some(41))] {
-            for (rows, cols) in [(1, 1), (3, 5), (40, 37), (0, 4)] {
-                let n = Norm { kind, eps: 1e-2, offset: 0.5, divisor };
-                let (x, dy, scale) = (random(rows, cols, 1), random(rows, cols, 2), random(1, cols, 3));
+            for (rows, cols, turns) in [(1, 1, 1), (3, 5, 1), (40, 37, 1), (0, 4, 1), (36, 5, 3)] {
+                let n = Norm { kind, eps: 1e-2, offset: 0.5, divisor, ..Norm::default() };
+                let (x, dy, scale) = (random(rows, cols, 1), random(rows, cols, 2), random(1, turns * cols, 3));
                 let mut dx = zeros(rows, cols);
                 let got = norm(n, scale.data(), x.view(), dy.view(), dx.view_mut(), true).unwrap();
-                let bias = vec![0.3; cols];
+                let bias = vec![0.3; turns * cols];
                 check(
                     &format!("{kind:?} {rows} x {cols} over {divisor:?}"),
                     dy.data(),

@@ -10,10 +10,10 @@ use std::sync::Arc;
 use lacuna_base::MatRef;
 use lacuna_format::Stored;
 use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, KvPool, Mass, RopeTable, Transposed};
-use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
+use lacuna_spec::{Activation, Experts, Norm, Place, Rope, Temperature};
 
 use super::tape::{Entry, Node, Tape};
-use crate::backend::{self, Backend, Cpu, Host, Measure, NormOf, Pages, Routes, Tables};
+use crate::backend::{self, Backend, Cpu, Host, Measure, NormOf, Pages, Routes, Tables, Xielu};
 use crate::{Batch, Lent, ModelError};
 
 /// Records over [`Cpu`]: the same kernels, the same bits. Steps are whole sequences, from their first position on.
@@ -38,6 +38,8 @@ pub(crate) struct Matrix {
 /// A normalisation and where its vectors are from.
 pub(crate) struct PlacedNorm {
     pub(super) place: Place,
+    /// Whether its scale is a tensor.
+    pub(super) scaled: bool,
     pub(super) of: NormOf,
 }
 
@@ -135,8 +137,16 @@ impl Backend for Recorder {
         Cpu.measure(&matrix.forward)
     }
 
-    fn norm_of(&self, place: &Place, norm: Norm, scale: Vec<f32>, bias: Option<Vec<f32>>) -> Rc<PlacedNorm> {
-        Rc::new(PlacedNorm { place: *place, of: Cpu.norm_of(place, norm, scale, bias) })
+    fn norm_of(
+        &self,
+        place: &Place,
+        norm: Norm,
+        width: usize,
+        scale: Option<Vec<f32>>,
+        bias: Option<Vec<f32>>,
+    ) -> Rc<PlacedNorm> {
+        let scaled = scale.is_some();
+        Rc::new(PlacedNorm { place: *place, scaled, of: Cpu.norm_of(place, norm, width, scale, bias) })
     }
 
     fn table(&self, stored: Arc<Stored>) -> Self::Table {
@@ -228,6 +238,24 @@ impl Backend for Recorder {
         let read = x.clone();
         let (_, out) = self.change(x, |y| Cpu.activate(act, y, up.map(|up| &*up.value)));
         self.record(Entry::Activate { act, x: read, up: up.cloned(), out });
+    }
+
+    fn xielu(&self, of: Xielu, x: &mut Node) {
+        let read = x.clone();
+        let (_, out) = self.change(x, |y| Cpu.xielu(of, y));
+        self.record(Entry::Xielu { of, x: read, out });
+    }
+
+    fn clip(&self, x: &mut Node, by: f32) {
+        let read = x.clone();
+        let (_, out) = self.change(x, |y| Cpu.clip(y, by));
+        self.record(Entry::Clip { by, x: read, out });
+    }
+
+    fn temper(&self, by: Temperature, step: &Self::Step, x: &mut Node) {
+        let factors = step.batch.positions().iter().map(|&p| by.at(p) as f32).collect();
+        let (x, out) = self.change(x, |y| Cpu.temper(by, step, y));
+        self.record(Entry::Temper { by: factors, x, out });
     }
 
     fn add(&self, x: &mut Node, y: &Node) {

@@ -5,14 +5,15 @@ use std::rc::Rc;
 
 use lacuna_base::{MatMut, MatRef};
 use lacuna_kernels::{Attention, RopeTable};
-use lacuna_spec::{Activation, Experts};
+use lacuna_spec::{Activation, Experts, Place, Role};
 
+use super::activation::xielu_numbers;
 use super::recorder::{Gradients, Matrix, PlacedNorm};
 use super::rows::{copy, dot, zeros};
 use super::sink::GradientSink;
-use super::{activation, attention, bias, gated_activation, norm, product, rope, routing, softcap};
+use super::{activation, attention, bias, clip, gated_activation, norm, product, rope, routing, softcap, xielu};
 use crate::Lent;
-use crate::backend::Routes;
+use crate::backend::{Routes, Xielu};
 
 /// A value and its number. It does not change while several hold it.
 #[derive(Clone)]
@@ -61,6 +62,22 @@ pub(super) enum Entry {
         act: Activation,
         x: Node,
         up: Option<Node>,
+        out: usize,
+    },
+    Xielu {
+        of: Xielu,
+        x: Node,
+        out: usize,
+    },
+    Clip {
+        by: f32,
+        x: Node,
+        out: usize,
+    },
+    /// Rows times a factor each.
+    Temper {
+        by: Vec<f32>,
+        x: usize,
         out: usize,
     },
     Add {
@@ -123,9 +140,14 @@ impl Tape {
                 Entry::Activate { x, up, .. } => [x].into_iter().chain(up).map(|n| &n.value).collect(),
                 Entry::Attend { read, y, .. } => read.iter().chain([y]).map(|n| &n.value).collect(),
                 Entry::Softcap { y, .. } => vec![y],
+                Entry::Xielu { x, .. } | Entry::Clip { x, .. } => vec![&x.value],
                 Entry::Route { p, .. } => vec![p],
                 Entry::Scatter { y, .. } => vec![&y.value],
-                Entry::Rope { .. } | Entry::Add { .. } | Entry::Scale { .. } | Entry::Pick { .. } => Vec::new(),
+                Entry::Rope { .. }
+                | Entry::Temper { .. }
+                | Entry::Add { .. }
+                | Entry::Scale { .. }
+                | Entry::Pick { .. } => Vec::new(),
             }
         });
         let once: HashMap<*const Lent, u64> = all.map(|v| (Rc::as_ptr(v), 4 * v.data().len() as u64)).collect();
@@ -165,7 +187,7 @@ impl Entry {
                 let Some(dy) = d.take(*out) else { return };
                 let dx = d.so_far(x.id, x.value.rows(), x.value.cols());
                 // Heads lie one after the other.
-                let dim = norm.of.scale.len();
+                let dim = norm.of.width;
                 let heads = dy.data().len() / dim;
                 through_norm(
                     norm,
@@ -191,6 +213,28 @@ impl Entry {
                     activation(*act, x.view(), dy.view(), dx.view_mut());
                 }
                 d.add(x.id, dx);
+            }
+            Entry::Xielu { of, x, out } => {
+                let Some(dy) = d.take(*out) else { return };
+                let places = [Role::ActAbove, Role::ActBelow].map(|role| Place::layer(of.layer, role));
+                for (place, g) in places.iter().zip(xielu_numbers(of, x.view(), dy.view())) {
+                    if sink.wants(place) {
+                        sink.vector(place, &[g]);
+                    }
+                }
+                let mut dx = Lent::new(dy.rows(), dy.cols());
+                xielu(of, x.view(), dy.view(), dx.view_mut());
+                d.add(x.id, dx);
+            }
+            Entry::Clip { by, x, out } => {
+                let Some(mut dy) = d.take(*out) else { return };
+                clip(*by, x.value.data(), dy.data_mut());
+                d.add(x.id, dy);
+            }
+            Entry::Temper { by, x, out } => {
+                let Some(mut dy) = d.take(*out) else { return };
+                by.iter().enumerate().for_each(|(r, by)| dy.row_mut(r).iter_mut().for_each(|d| *d *= by));
+                d.add(*x, dy);
             }
             Entry::Add { x, y, out } => {
                 let Some(dy) = d.take(*out) else { return };
@@ -253,7 +297,7 @@ fn through(m: &Matrix, x: MatRef<'_>, dy: MatRef<'_>, dx: MatMut<'_>, sink: &mut
 
 /// The adjoint of a norm with its constants: adds to `dx`, and shows the gradients of its vectors.
 fn through_norm(n: &PlacedNorm, x: MatRef<'_>, dy: MatRef<'_>, dx: MatMut<'_>, sink: &mut dyn GradientSink) {
-    let (scale, bias) = (sink.wants(&n.place), n.of.bias.is_some() && sink.wants(&n.place.bias()));
+    let (scale, bias) = (n.scaled && sink.wants(&n.place), n.of.bias.is_some() && sink.wants(&n.place.bias()));
     let Some(vectors) = norm(n.of.norm, &n.of.scale, x, dy, dx, scale || bias) else { return };
     if scale {
         sink.vector(&n.place, &vectors.scale);

@@ -6,8 +6,8 @@ use std::sync::Arc;
 use lacuna_base::Rng;
 use lacuna_format::{Bytes, Float, Pattern, Piece, Stored, Values, Weights, WeightsError};
 use lacuna_spec::{
-    Activation, AttnSpec, Experts, FfnSpec, LayerSpec, Norm, NormKind, Part, Place, Positions, Role, Rope, RopeScaling,
-    RopeStyle, Spec,
+    Activation, AttnSpec, Experts, FfnSpec, LayerSpec, NormKind, NormVectors, Order, Part, Place, Positions, QkNorm,
+    Role, Rope, RopeScaling, RopeStyle, Spec, Temperature,
 };
 
 /// Weights by place.
@@ -55,53 +55,34 @@ fn attention(heads: usize, kv_heads: usize, head_dim: usize) -> AttnSpec {
         kv_heads,
         head_dim,
         scale: 1.0 / (head_dim as f32).sqrt(),
-        window: None,
         rope: Some(Rope {
             theta: 500.0,
             dims: head_dim / 2 * 2,
             style: RopeStyle::Half,
             scaling: RopeScaling::Default,
         }),
-        qk_norm: false,
-        softcap: None,
-        qkv_bias: false,
-        o_bias: false,
-        post_norm: false,
+        ..AttnSpec::default()
     }
 }
 
 fn ffn(width: usize) -> FfnSpec {
-    FfnSpec {
-        width,
-        gated: true,
-        act: Activation::Silu,
-        bias: false,
-        down_bias: false,
-        post_norm: false,
-        experts: None,
-    }
+    FfnSpec { width, ..FfnSpec::default() }
 }
 
-/// Four descriptions that use everything a description can say, with uneven layers.
+/// Descriptions that use everything a description can say, with uneven layers.
 pub fn specs() -> Vec<Spec> {
     let plain = Spec {
         arch: "test".into(),
         hidden: 40,
         vocab: 75,
         context: 256,
-        embed_scale: 1.0,
-        tied: false,
-        positions: Positions::None,
-        norm: Norm { kind: NormKind::Rms, eps: 1e-5, offset: 0.0, divisor: None },
-        final_norm: true,
         layers: vec![
             LayerSpec { attn: Some(attention(4, 2, 10)), ffn: Some(ffn(50)), ..LayerSpec::default() },
             LayerSpec { ffn: Some(ffn(33)), ..LayerSpec::default() },
             LayerSpec { attn: Some(attention(3, 1, 16)), ..LayerSpec::default() },
             LayerSpec::default(),
         ],
-        logit_softcap: None,
-        logit_scale: 1.0,
+        ..Spec::default()
     };
     let mut sandwich = plain.clone();
     sandwich.embed_scale = 6.25;
@@ -149,5 +130,42 @@ pub fn specs() -> Vec<Spec> {
             f.post_norm = l == 0;
         }
     }
-    vec![plain, sandwich, learned, turned]
+    // No norm before the parts, but one behind them, and one over all heads.
+    let mut behind = plain.clone();
+    (behind.residual_scale, behind.embed_norm, behind.head_bias) = (0.6, true, true);
+    for (l, layer) in behind.layers.iter_mut().enumerate() {
+        if let Some(a) = &mut layer.attn {
+            (a.pre_norm, a.post_norm, a.qk_norm, a.qk_norm_over) = (false, true, true, QkNorm::Whole);
+            a.qk_norm_after_rope = l == 2;
+            a.temperature = Some(Temperature { beta: 0.3, period: 5, shift: l });
+            a.clip = (l == 0).then_some(1.5);
+        }
+        if let Some(f) = &mut layer.ffn {
+            (f.pre_norm, f.post_norm, f.gated, f.act) = (false, true, false, Activation::Relu2);
+        }
+    }
+    // The parts side by side behind one norm, with scales of their own for the heads and without positions of any kind
+    // but the distance of keys.
+    let mut beside = plain.clone();
+    (beside.norm.kind, beside.norm.vectors, beside.tied) = (NormKind::Layer, NormVectors::Scale, true);
+    for (l, layer) in beside.layers.iter_mut().enumerate() {
+        layer.order = Order::Shared;
+        if let Some(a) = &mut layer.attn {
+            (a.qk_norm, a.qk_norm_over, a.rope, a.alibi) = (true, QkNorm::Heads, None, Some(8.0));
+            a.window = (l == 2).then_some(11);
+        }
+        if let Some(f) = &mut layer.ffn {
+            (f.pre_norm, f.gated, f.act) = (false, false, Activation::Xielu);
+        }
+    }
+    // Side by side behind norms of their own, which learned nothing.
+    let mut bare = plain.clone();
+    (bare.norm.kind, bare.norm.vectors) = (NormKind::Layer, NormVectors::None);
+    for layer in &mut bare.layers {
+        layer.order = Order::Parallel;
+        if let Some(rope) = layer.attn.as_mut().and_then(|a| a.rope.as_mut()) {
+            (rope.dims, rope.style) = (6, RopeStyle::Interleaved);
+        }
+    }
+    vec![plain, sandwich, learned, turned, behind, beside, bare]
 }

@@ -69,6 +69,13 @@ pub(crate) fn check(plan: KeepPlan, spec: &Spec, context: usize) -> Result<(), M
         let (budget, every) = (plan.budget, plan.every);
         return Err(MethodError::new(format!("keep: a budget of {budget} slots every {every}: 1 or more of each")));
     }
+    // Entries move together, and slots are no longer the positions that ALiBi counts.
+    if let Some(layer) = spec.layers.iter().position(|l| l.attn.as_ref().is_some_and(|a| a.alibi.is_some())) {
+        return Err(MethodError::new(format!(
+            "keep: layer {layer} adds the distance of keys to its scores (ALiBi), and of what stays the distances are \
+             lost; run without a keeper"
+        )));
+    }
     let windows = (0..spec.layers.len()).filter_map(|layer| Some((layer, window(spec, layer, context)?)));
     match windows.filter(|_| context > plan.budget).find(|(_, window)| *window > plan.budget) {
         None => Ok(()),

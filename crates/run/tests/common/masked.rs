@@ -7,9 +7,9 @@ use std::sync::Arc;
 use lacuna_base::{Mat64, MatRef};
 use lacuna_format::Stored;
 use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, Mass};
-use lacuna_model::backend::{Host, Measure};
+use lacuna_model::backend::{Host, Measure, Xielu};
 use lacuna_model::{Backend, Batch, ModelError, Naive, Pages, Tables};
-use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
+use lacuna_spec::{Activation, Experts, Norm, Place, Rope, Temperature};
 
 /// Which positions stay, whenever the text's length is a multiple of `every` and more than `budget`.
 #[derive(Clone, Copy, Debug)]
@@ -104,8 +104,15 @@ impl Backend for Masked {
     fn measure(&self, matrix: &Self::Matrix) -> Measure {
         Naive.measure(matrix)
     }
-    fn norm_of(&self, place: &Place, norm: Norm, scale: Vec<f32>, bias: Option<Vec<f32>>) -> Self::Norm {
-        Naive.norm_of(place, norm, scale, bias)
+    fn norm_of(
+        &self,
+        place: &Place,
+        norm: Norm,
+        width: usize,
+        scale: Option<Vec<f32>>,
+        bias: Option<Vec<f32>>,
+    ) -> Self::Norm {
+        Naive.norm_of(place, norm, width, scale, bias)
     }
     fn table(&self, stored: Arc<Stored>) -> Self::Table {
         Naive.table(stored)
@@ -160,6 +167,15 @@ impl Backend for Masked {
     }
     fn activate(&self, act: Activation, x: &mut Self::Rows, up: Option<&Self::Rows>) {
         Naive.activate(act, x, up);
+    }
+    fn xielu(&self, of: Xielu, x: &mut Self::Rows) {
+        Naive.xielu(of, x);
+    }
+    fn clip(&self, x: &mut Self::Rows, by: f32) {
+        Naive.clip(x, by);
+    }
+    fn temper(&self, by: Temperature, step: &Self::Step, x: &mut Self::Rows) {
+        Naive.temper(by, &step.0, x);
     }
     fn add(&self, x: &mut Self::Rows, y: &Self::Rows) {
         Naive.add(x, y);

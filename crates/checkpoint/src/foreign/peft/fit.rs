@@ -6,7 +6,7 @@ use std::sync::{Mutex, Weak};
 
 use lacuna_arch::{self as arch, Source};
 use lacuna_format::{Stored, WeightsError};
-use lacuna_spec::{Part, Place, Role, RopeStyle, Spec};
+use lacuna_spec::{Part, Place, Role, Spec};
 
 use super::Adapter;
 use crate::OpenError;
@@ -203,7 +203,8 @@ impl super::Said {
 /// [`Adapter::product`] looks for.
 fn spellings(spec: &Spec, place: &Place) -> Vec<Source> {
     let mut out = arch::sources(spec, place);
-    out.retain(|s| s.slice.is_none());
+    // Rows that lie in groups are no adapter's: its terms are of the whole matrix.
+    out.retain(|s| s.slice.is_none() && s.groups == 1);
     let newer = |s: &Source| Source { name: s.name.replace(".block_sparse_moe.", ".mlp."), ..s.clone() };
     let new: Vec<Source> = out.iter().map(newer).filter(|s| !out.contains(s)).collect();
     out.extend(new);
@@ -214,8 +215,8 @@ fn spellings(spec: &Spec, place: &Place) -> Vec<Source> {
 /// adapters do not.
 fn paired(spec: &Spec, place: &Place) -> Option<usize> {
     let attn = spec.layers.get(place.layer? as usize)?.attn.as_ref()?;
-    let style = attn.rope.as_ref()?.style;
-    (style == RopeStyle::Interleaved && matches!(place.role, Role::Q | Role::K)).then_some(attn.head_dim)
+    let (style, theirs) = (attn.rope.as_ref()?.style, arch::hf_rope_style(spec));
+    (style != theirs && matches!(place.role, Role::Q | Role::K)).then_some(attn.head_dim)
 }
 
 impl Adapter {

@@ -40,6 +40,8 @@ pub struct Attention {
     pub window: Option<usize>,
     /// `c * tanh(scores / c)`.
     pub softcap: Option<f32>,
+    /// ALiBi, by the power of 2 that its slopes reach: see [`Attention::slope`].
+    pub alibi: Option<f32>,
 }
 
 /// Queries a task handles together for one key head, at most.
@@ -211,6 +213,16 @@ impl Attention {
         });
     }
 
+    /// What head `head` adds to a score for each position that the key lies nearer; 0 without ALiBi. With a power of 2
+    /// of heads `2^(-alibi (head + 1) / heads)`; else so for the power below, and for the heads above it every second
+    /// one of the power above.
+    pub fn slope(&self, head: usize) -> f32 {
+        let Some(most) = self.alibi else { return 0.0 };
+        let below = 1usize << self.heads.ilog2();
+        let (nth, of) = if head < below { (head + 1, below) } else { (2 * (head - below) + 1, 2 * below) };
+        (-f64::from(most) * nth as f64 / of as f64).exp2() as f32
+    }
+
     /// The first position that a query at `p` sees.
     fn low(&self, p: usize) -> usize {
         self.window.map_or(0, |w| (p + 1).saturating_sub(w))
@@ -279,6 +291,8 @@ struct State<'a> {
     low: usize,
     high: usize,
     bits: Bits<'a>,
+    /// What a score gets for each position that its key lies nearer.
+    slope: f32,
     top: f32,
     sum: f32,
     total_top: f32,
@@ -352,6 +366,7 @@ impl<'a> Task<'a> {
         'a: 'b,
     {
         let (mut q, mut low, mut high, mut bits): (&[f32], _, _, _) = (&[], 0, 0, Bits(None));
+        let mut slope = 0.0;
         if sums.is_some() {
             let (r, h) = self.query(i);
             let dim = self.layout.head_dim;
@@ -359,11 +374,13 @@ impl<'a> Task<'a> {
             high = self.positions[r];
             low = self.p.low(high);
             bits = self.chosen.map_or(bits, |c| c.of(r, self.head));
+            slope = self.p.slope(h);
         }
         let sums = sums.unwrap_or_default();
         let (acc, total) = sums.split_at_mut(sums.len() / 2);
         let none = f32::NEG_INFINITY;
-        State { q, acc, total, low, high, bits, top: none, sum: 0.0, total_top: none, total_sum: 0.0, begun: false }
+        let (top, total_top) = (none, none);
+        State { q, acc, total, low, high, bits, slope, top, sum: 0.0, total_top, total_sum: 0.0, begun: false }
     }
 
     fn run<E: Element>(&self, isa: Isa, segments: Range<usize>, sink: Sink) {
@@ -588,7 +605,10 @@ impl<'a> Task<'a> {
             let (lo, hi) = seen(state);
             let w = weights.wrapping_add(m * TILE);
             let (top, sum, acc) = (state.top, state.sum, acc[m]);
-            let soften = Soften { p: self.p, top, sum, acc, padded, bounds: (lo, hi), subs, scales: tile.scales, w };
+            // The tile's first key as the query sees it: a whole number, small enough to be exact.
+            let near = (state.slope, start as f32 - state.high as f32);
+            let soften =
+                Soften { p: self.p, top, sum, acc, padded, bounds: (lo, hi), subs, scales: tile.scales, near, w };
             (state.top, state.sum) = dispatch(isa, soften);
             whole = (whole.0.max(lo.div_ceil(KEY_BLOCK)), whole.1.min(hi / KEY_BLOCK));
         }

@@ -100,6 +100,8 @@ pub(super) struct Soften<'a> {
     /// The key blocks of that.
     pub(super) subs: (usize, usize),
     pub(super) scales: Option<[[*const f32; SUBS]; 2]>,
+    /// What a score gets for each position that its key lies nearer, and the tile's first position less the query's.
+    pub(super) near: (f32, f32),
     /// Raw scores of those key blocks.
     pub(super) w: *mut f32,
 }
@@ -108,7 +110,7 @@ impl Op for Soften<'_> {
     type Out = (f32, f32);
     #[inline(always)]
     fn run<S: Simd>(self, s: S) -> (f32, f32) {
-        let Soften { p, top: before, mut sum, acc, padded, bounds: (lo, hi), subs, scales, w } = self;
+        let Soften { p, top: before, mut sum, acc, padded, bounds: (lo, hi), subs, scales, near, w } = self;
         let (from, to) = (subs.0 * KEY_BLOCK, subs.1 * KEY_BLOCK);
         // SAFETY: weights hold a tile, acc `padded` values.
         unsafe {
@@ -122,6 +124,10 @@ impl Op for Soften<'_> {
                 }
                 if let Some(c) = p.softcap {
                     v = s.mul(s.splat(c), math::tanh(s, s.div(v, s.splat(c))));
+                }
+                if p.alibi.is_some() {
+                    let away = s.add(s.load(COUNT.0.as_ptr().add(j)), s.splat(near.1));
+                    v = s.fma(away, s.splat(near.0), v);
                 }
                 if j < lo || j + S::LANES > hi {
                     let at = s.load(COUNT.0.as_ptr().add(j));

@@ -18,6 +18,14 @@ fn pages(layout: KvLayout, format: KvFormat, k: &Mat, v: &Mat) -> (KvPool, Vec<u
     (pool, blocks)
 }
 
+/// ALiBi's slope from the definition: the list for a power of 2 of heads, then every second one of the next list.
+fn exact_slope(a: &Attention, head: usize) -> f64 {
+    let Some(most) = a.alibi else { return 0.0 };
+    let list = |n: usize| (1..=n).map(move |i| 0.5f64.powf(f64::from(most) * i as f64 / n as f64));
+    let below = (0..).map(|i| 1usize << i).take_while(|n| *n <= a.heads).last().unwrap();
+    list(below).chain(list(2 * below).step_by(2)).nth(head).unwrap()
+}
+
 fn reference(a: &Attention, kv_heads: usize, q: &Mat, positions: &[usize], k: &Mat, v: &Mat) -> Mat {
     reference_of(a, kv_heads, q, positions, k, v, |_, _, _| true)
 }
@@ -44,7 +52,8 @@ fn reference_of(
                     let dot: f64 =
                         (0..dim).map(|d| f64::from(q[(r, h * dim + d)]) * f64::from(k[(t, g * dim + d)])).sum();
                     let x = dot * f64::from(a.scale);
-                    a.softcap.map_or(x, |c| f64::from(c) * (x / f64::from(c)).tanh())
+                    let x = a.softcap.map_or(x, |c| f64::from(c) * (x / f64::from(c)).tanh());
+                    x - exact_slope(a, h) * (p - t) as f64
                 })
                 .collect();
             let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
@@ -74,7 +83,8 @@ fn matches_f64_and_does_not_see_its_company() {
         (3, 1, 8, 1300, None, None),
         (100, 1, 4, 600, Some(520), None),
     ] {
-        let a = Attention { heads, scale: 0.3, window, softcap };
+        let alibi = (tokens % 20 == 0).then_some(6.0);
+        let a = Attention { heads, scale: 0.3, window, softcap, alibi };
         let layout = KvLayout { kv_heads, head_dim: dim, page_tokens: 64 };
         let (q, k, v) =
             (random(tokens, heads * dim, 1), random(tokens, kv_heads * dim, 2), random(tokens, kv_heads * dim, 3));
@@ -129,7 +139,7 @@ fn all_sequences_of_a_call_are_as_each_alone() {
     let (heads, kv_heads, dim) = (6, 2, 20);
     let layout = KvLayout { kv_heads, head_dim: dim, page_tokens: 64 };
     for (window, format) in [(None, KvFormat::F32), (Some(600), KvFormat::F16), (None, KvFormat::Q8)] {
-        let a = Attention { heads, scale: 0.3, window, softcap: None };
+        let a = Attention { heads, scale: 0.3, window, softcap: None, alibi: window.map(|_| 8.0) };
         let lengths = [(0..70, 70), (1299..1300, 1300), (40..40, 40), (5..6, 6), (500..530, 530), (699..700, 700)];
         let mut pool = KvPool::new(layout, format);
         let mut tables: Vec<Vec<u32>> = Vec::new();
@@ -168,7 +178,7 @@ fn all_sequences_of_a_call_are_as_each_alone() {
 
 #[test]
 fn later_positions_cannot_leak() {
-    let a = Attention { heads: 2, scale: 1.0, window: None, softcap: None };
+    let a = Attention { heads: 2, scale: 1.0, window: None, softcap: None, alibi: None };
     let layout = KvLayout { kv_heads: 1, head_dim: 16, page_tokens: 32 };
     let (q, k, v) = (random(20, 32, 1), random(20, 16, 2), random(20, 16, 3));
     let (mut k2, mut v2) = (k.clone(), v.clone());
@@ -210,7 +220,7 @@ fn chosen_blocks_are_read_and_no_others() {
         (3, 1, 8, 2200, None, None),
         (2, 2, 64, 200, Some(90), None),
     ] {
-        let a = Attention { heads, scale: 0.3, window, softcap };
+        let a = Attention { heads, scale: 0.3, window, softcap, alibi: (tokens == 200).then_some(8.0) };
         let layout = KvLayout { kv_heads, head_dim: dim, page_tokens: 32 };
         let (q, k, v) =
             (random(tokens, heads * dim, 1), random(tokens, kv_heads * dim, 2), random(tokens, kv_heads * dim, 3));
