@@ -1,7 +1,9 @@
 #!/usr/bin/env python3
 """Gradients of the tiny models' loss, by autograd in f64.
 
-    python make_gradients.py TINY OUT.json    with transformers 5
+    python make_gradients.py TINY OUT.json [NAME ...]    with transformers 5
+
+NAME: these alone are made anew, the others stay as they are.
 
 For each TINY/NAME and each of its two sequences alone: the mean next-token loss, and of its gradient with respect to every matrix, norm
 and bias of the blocks, the last norm and the head its 2-norm and four entries: those at `(7919 i + 5) mod n` of the n values, row by
@@ -32,7 +34,12 @@ ROLES = {
     "input_layernorm": "attn.norm", "post_attention_layernorm": "ffn.norm", "self_attn_layer_norm": "attn.norm",
     "final_layer_norm": "ffn.norm", "fc1": "ffn.up", "fc2": "ffn.down", "ln_1": "attn.norm", "ln_2": "ffn.norm",
     "attn.c_proj": "attn.o", "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.down", "mlp.gate": "ffn.router",
-    "block_sparse_moe.gate": "ffn.router",
+    "block_sparse_moe.gate": "ffn.router", "mlp.router": "ffn.router", "self_attn.sinks": "attn.sinks",
+    "mlp.shared_expert_gate": "ffn.shared.router", "self_attn.q_a_proj": "attn.q_down",
+    "self_attn.q_a_layernorm": "attn.q_down_norm", "self_attn.q_b_proj": "attn.q",
+    "self_attn.kv_a_proj_with_mqa": "attn.kv_down", "self_attn.kv_a_layernorm": "attn.kv_down_norm",
+    **{f"mlp.{shared}.{role}_proj": f"ffn.shared.{role}" for shared in ("shared_expert", "shared_experts", "shared_mlp")
+       for role in ("gate", "up", "down")},
 }
 SANDWICH = {
     "post_attention_layernorm": "attn.post_norm", "pre_feedforward_layernorm": "ffn.norm",
@@ -57,11 +64,26 @@ def places(name, gradient, config):
     stem = re.sub(r"\.(weight|bias)$", "", rest)
     if config.model_type == "gpt2" and gradient.ndim == 2:
         gradient = gradient.T
-    if stem.endswith("experts.gate_up_proj"):
+    if config.model_type == "gpt_oss" and ".experts." in f".{stem}":
+        # [experts, inputs, outputs]; gate and up take turns.
+        for e, one in enumerate(gradient):
+            bias = ".bias" if one.ndim == 1 else ""
+            one = one if bias else one.T
+            parts = [("gate", one[::2]), ("up", one[1::2])] if "gate_up" in stem else [("down", one)]
+            for role, part in parts:
+                yield f"{layer}ffn.experts.{e}.{role}{bias}", part
+    elif stem.endswith("self_attn.kv_b_proj"):
+        # A head's rows that make keys, the other way round, and those that make values.
+        cuts = [config.qk_nope_head_dim, config.v_head_dim]
+        for h, both in enumerate(gradient.split(sum(cuts))):
+            k, v = both.split(cuts)
+            yield f"{layer}attn.heads.{h}.k_up", k.T
+            yield f"{layer}attn.heads.{h}.v_up", v
+    elif stem.endswith(".experts.gate_up_proj"):
         for e, both in enumerate(gradient):
             for role, part in zip(("gate", "up"), both.chunk(2)):
                 yield f"{layer}ffn.experts.{e}.{role}", part
-    elif stem.endswith("experts.down_proj"):
+    elif stem.endswith(".experts.down_proj"):
         for e, part in enumerate(gradient):
             yield f"{layer}ffn.experts.{e}.down", part
     elif stem.endswith("gate_up_proj"):
@@ -121,13 +143,17 @@ def of_model(directory):
 
 
 def main():
-    tiny, path = sys.argv[1:]
+    tiny, path, *names = sys.argv[1:]
     models = {}
-    for name in sorted(os.listdir(tiny)):
+    if names:
+        with open(path) as f:
+            models = json.load(f)
+        del models["made_with"]
+    for name in names or sorted(os.listdir(tiny)):
         if os.path.exists(os.path.join(tiny, name, "golden.json")):
             models[name] = of_model(os.path.join(tiny, name))
             print(name, [len(s["gradients"]) for s in models[name]], [s["loss"] for s in models[name]])
-    write_json(path, {"made_with": versions(), **models})
+    write_json(path, {"made_with": versions(), **{name: models[name] for name in sorted(models)}})
     size = os.path.getsize(path)
     print(f"{size / 1000:.0f} kB")
     assert size < 300_000

@@ -19,6 +19,10 @@ pub struct Target {
     pub parts: Vec<Place>,
     /// The file keeps the transpose, `[in, out]`.
     pub transposed: bool,
+    /// Rows of so many parts take turns: row `i` of the first, of the second, ..., then row `i + 1`.
+    pub step: usize,
+    /// For each part, whether the file keeps its transpose within the matrix.
+    pub turned: Vec<bool>,
 }
 
 /// A network without holes, and where its layers come from.
@@ -90,6 +94,8 @@ pub fn norm_factor(spec: &Spec, place: &Place) -> f32 {
 
 /// The families whose GGUF files keep the rows of q and k so that RoPE pairs neighbours.
 const NEIGHBOURS: [&str; 3] = ["llama", "mistral", "mixtral"];
+/// The families in which RoPE pairs neighbours in every file.
+pub(super) const INTERLEAVED: [&str; 3] = ["deepseek_v2", "deepseek_v3", "ernie4_5_moe"];
 /// The families whose Hugging Face files keep a norm's scale less one.
 const LESS_ONE: [&str; 2] = ["gemma2", "gemma3"];
 /// The families whose config.json has one word for the biases of q, k, v and o of all layers.
@@ -103,9 +109,11 @@ pub fn hf_spec(spec: &Spec) -> Result<Spec, SpecError> {
     if LESS_ONE.contains(&spec.arch.as_str()) {
         out.norm.offset = 1.0;
     }
+    let neighbours = INTERLEAVED.contains(&spec.arch.as_str());
+    let style = if neighbours { RopeStyle::Interleaved } else { RopeStyle::Half };
     for layer in &mut out.layers {
         let Some(r) = layer.attn.as_mut().and_then(|a| a.rope.as_mut()) else { continue };
-        r.style = RopeStyle::Half;
+        r.style = style;
         if let RopeScaling::Factors { factors } = &r.scaling {
             r.scaling = match rope::llama3_of_factors(factors, r.theta, r.dims) {
                 Some(s) => s,
@@ -191,8 +199,9 @@ fn targets(spec: &Spec, source_of: SourceOf) -> Result<Vec<Target>, SpecError> {
             return Err(SpecError { what: format!("{} has no name for {place} in this layout", spec.arch) });
         };
         let i = *at.entry(source.name.clone()).or_insert_with(|| {
-            let (name, transposed) = (source.name.clone(), source.transposed);
-            out.push((Target { name, shape: Vec::new(), parts: Vec::new(), transposed }, Vec::new()));
+            let (name, transposed, step) = (source.name.clone(), source.transposed, source.step);
+            let empty = Target { name, shape: Vec::new(), parts: Vec::new(), transposed, step, turned: Vec::new() };
+            out.push((empty, Vec::new()));
             out.len() - 1
         });
         out[i].0.parts.push(place);
@@ -202,13 +211,19 @@ fn targets(spec: &Spec, source_of: SourceOf) -> Result<Vec<Target>, SpecError> {
         let mut order: Vec<usize> = (0..sources.len()).collect();
         order.sort_by_key(|&i| (sources[i].slice, sources[i].rows));
         target.parts = order.iter().map(|&i| target.parts[i]).collect();
-        let shapes: Vec<(usize, usize)> = target.parts.iter().filter_map(|p| spec.shape(p)).collect();
+        target.turned = order.iter().map(|&i| sources[i].turned).collect();
+        let turn = |(r, c): (usize, usize), turned: bool| if turned { (c, r) } else { (r, c) };
+        let shapes = target.parts.iter().filter_map(|p| spec.shape(p));
+        let shapes: Vec<(usize, usize)> = shapes.zip(&target.turned).map(|(s, t)| turn(s, *t)).collect();
         let first = target.parts[0];
         let table = first.role.is_linear() || matches!(first.role, Role::Embed | Role::Positions);
         let (rows, cols) = (shapes.iter().map(|s| s.0).sum::<usize>(), shapes[0].1);
-        target.shape = match (table && first.part == Part::Weight, sources[0].slice) {
-            (false, _) => vec![shapes.iter().map(|s| s.1).sum()],
-            (true, Some(_)) => vec![shapes.len(), rows / shapes.len(), cols],
+        let slices = sources.iter().filter_map(|s| s.slice).max().map(|most| most + 1);
+        target.shape = match (table && first.part == Part::Weight, slices) {
+            (false, None) => vec![shapes.iter().map(|s| s.1).sum()],
+            (false, Some(n)) => vec![n, shapes.iter().map(|s| s.1).sum::<usize>() / n],
+            (true, Some(n)) if target.transposed => vec![n, cols, rows / n],
+            (true, Some(n)) => vec![n, rows / n, cols],
             (true, None) if target.transposed => vec![cols, rows],
             (true, None) => vec![rows, cols],
         };

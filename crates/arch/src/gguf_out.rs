@@ -17,6 +17,8 @@ pub enum GgufValue {
     Str(String),
     /// Unsigned integers of 32 bits.
     U32s(Vec<u32>),
+    /// A truth value.
+    Bool(bool),
     /// Truth values.
     Bools(Vec<bool>),
 }
@@ -28,6 +30,7 @@ impl GgufValue {
             GgufValue::F32(x) => (*x).into(),
             GgufValue::Str(x) => x.as_str().into(),
             GgufValue::U32s(x) => x.clone().into(),
+            GgufValue::Bool(x) => (*x).into(),
             GgufValue::Bools(x) => x.clone().into(),
         }
     }
@@ -45,6 +48,13 @@ pub struct GgufKeys {
 }
 
 impl GgufKeys {
+    /// Sets `{architecture}.{key}`, which is set already, to something else.
+    pub(super) fn put(&mut self, key: &str, value: GgufValue) {
+        let ends = format!(".{key}");
+        self.pairs.retain(|(k, _)| !k.ends_with(&ends));
+        self.set(key, value);
+    }
+
     /// Sets `{architecture}.{key}`.
     pub(super) fn set(&mut self, key: &str, value: GgufValue) {
         let arch = match self.pairs.first() {

@@ -50,6 +50,8 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
             qkv_bias: true,
             o_bias: true,
             post_norm: false,
+            sinks: false,
+            latent: None,
         }),
         ..LayerSpec::default()
     };

@@ -107,13 +107,21 @@ enum Located {
         bytes: Range<usize>,
         rows: usize,
         cols: usize,
-        /// The tensor is `[cols, all]`; columns from this one on are meant.
-        transposed: Option<usize>,
+        lie: Lie,
     },
     /// Buffers of a packed matrix by suffix; put together, and checked, when first asked for.
     Packed { desc: Descriptor, buffers: BTreeMap<String, usize>, whole: OnceLock<Arc<Stored>> },
     /// Tensors that another tool compressed.
     Foreign(Lazy),
+}
+
+/// How the entries of a place lie within bytes of a tensor.
+#[derive(Clone, Copy)]
+struct Lie {
+    /// The bytes are `[cols, all]`; columns from this one on are meant.
+    transposed: Option<usize>,
+    /// Of rows (of those columns, of a vector's entries) every so many-th is meant.
+    step: usize,
 }
 
 /// The list of a sharded checkpoint's tensors and files.
@@ -529,8 +537,8 @@ impl Checkpoint {
     fn stored(&self, place: &Place) -> Result<Option<Arc<Stored>>, WeightsError> {
         match self.places.get(place) {
             None => Ok(None),
-            Some(Located::Plain { tensor, bytes, rows, cols, transposed }) => {
-                Ok(Some(Arc::new(self.plain(*tensor, bytes, *rows, *cols, *transposed))))
+            Some(Located::Plain { tensor, bytes, rows, cols, lie }) => {
+                Ok(Some(Arc::new(self.plain(*tensor, bytes, *rows, *cols, *lie))))
             }
             Some(Located::Packed { desc, buffers, whole }) => {
                 let some = |all: &Arc<Stored>| match self.loaded.get(place) {
@@ -564,19 +572,34 @@ impl Checkpoint {
         self.files[*file].release(t.bytes.clone());
     }
 
-    fn plain(&self, tensor: usize, bytes: &Range<usize>, rows: usize, cols: usize, from: Option<usize>) -> Stored {
+    fn plain(&self, tensor: usize, bytes: &Range<usize>, rows: usize, cols: usize, lie: Lie) -> Stored {
         let (file, t) = &self.tensors[tensor];
         let data = self.files[*file].bytes();
-        let values = match (t.dtype, from) {
-            (TensorType::Float(f), None) => Values::Float(f, data.slice(bytes.clone())),
+        let Lie { transposed, step } = lie;
+        let values = match (t.dtype, transposed) {
+            (TensorType::Float(f), None) if step == 1 => Values::Float(f, data.slice(bytes.clone())),
+            (TensorType::Float(f), None) => {
+                let size = if rows == 1 { f.bytes() } else { cols * f.bytes() };
+                Values::Float(f, every(&data[bytes.clone()], size, step))
+            }
             (TensorType::Float(f), Some(from)) => {
-                Values::Float(f, transpose(&data[bytes.clone()], rows, cols, from, f.bytes()))
+                let all = transpose(&data[bytes.clone()], (rows - 1) * step + 1, cols, from, f.bytes());
+                Values::Float(f, if step == 1 { all } else { every(&all, cols * f.bytes(), step) })
+            }
+            (TensorType::Block(b), _) if step > 1 => {
+                let size = cols / b.block() * b.block_bytes();
+                Values::Gguf(b, every(&data[bytes.clone()], size, step))
             }
             (TensorType::Block(b), _) => Values::Gguf(b, data.slice(bytes.clone())),
             (TensorType::Uint(_) | TensorType::Other(_), _) => unreachable!("refused when the file was opened"),
         };
         Stored::from_piece(Piece { rows, cols, pattern: Pattern::Dense, values })
     }
+}
+
+/// The first of every `step` rows of `size` bytes.
+fn every(data: &[u8], size: usize, step: usize) -> Bytes {
+    Bytes::from(data.chunks(size).step_by(step).flatten().copied().collect::<Vec<u8>>())
 }
 
 /// Rows `from..from + rows` of the transpose of a `[cols, all]` matrix of `size`-byte entries.

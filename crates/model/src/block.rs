@@ -2,14 +2,15 @@
 
 use std::mem;
 
-use lacuna_base::Mat;
+use lacuna_base::{Mat, MatRef};
 use lacuna_format::Weights;
 use lacuna_kernels::{Activations, Attention};
-use lacuna_spec::{Activation, AttnSpec, Experts, FfnSpec, Place, Role, Rope};
+use lacuna_spec::{Activation, AttnSpec, Experts, FfnSpec, Place, Role, Rope, SharedExpert};
 
 use crate::backend::{Backend, Cpu, Measure};
 use crate::kv::prepared;
-use crate::parts::{Grouped, Projection, norm};
+use crate::latent::LatentPart;
+use crate::parts::{Grouped, Projection, norm, vector};
 use crate::profile::span;
 use crate::tap::Look;
 use crate::{Batch, BlockPart, KvStore, Lent, ModelError, Tap};
@@ -27,15 +28,21 @@ pub struct Block<B: Backend = Cpu> {
 
 struct AttentionPart<B: Backend> {
     norm: B::Norm,
-    q: Projection<B>,
-    k: Projection<B>,
-    v: Projection<B>,
+    reads: Reads<B>,
     o: Projection<B>,
     qk_norm: Option<(B::Norm, B::Norm)>,
     rope: Option<B::Rope>,
     head_dim: usize,
     scores: Attention,
     post_norm: Option<B::Norm>,
+}
+
+/// What makes queries, keys and values of the normed residual stream.
+// One a block: its size does not matter.
+#[allow(clippy::large_enum_variant)]
+enum Reads<B: Backend> {
+    Plain([Projection<B>; 3]),
+    Latent(LatentPart<B>),
 }
 
 struct FfnPart<B: Backend> {
@@ -55,25 +62,35 @@ enum Body<B: Backend> {
 struct Mixture<B: Backend> {
     router: Projection<B>,
     choice: Experts,
+    correction: Option<B::Rows>,
     gate: Option<Grouped<B>>,
     up: Grouped<B>,
     down: Grouped<B>,
+    shared: Option<Shared<B>>,
+}
+
+/// The expert of every token, and what its output is weighed by.
+struct Shared<B: Backend> {
+    router: Option<Projection<B>>,
+    gate: Option<Projection<B>>,
+    up: Projection<B>,
+    down: Projection<B>,
 }
 
 /// How a block is loaded.
-struct Loader<'a, B> {
-    backend: &'a B,
+pub(crate) struct Loader<'a, B> {
+    pub(crate) backend: &'a B,
     weights: &'a dyn Weights,
     layer: usize,
     activations: Activations,
 }
 
 impl<B: Backend> Loader<'_, B> {
-    fn norm(&self, role: Role) -> Result<B::Norm, ModelError> {
+    pub(crate) fn norm(&self, role: Role) -> Result<B::Norm, ModelError> {
         norm(self.backend, self.weights, Place::layer(self.layer, role))
     }
 
-    fn matrix(&self, role: Role) -> Result<Projection<B>, ModelError> {
+    pub(crate) fn matrix(&self, role: Role) -> Result<Projection<B>, ModelError> {
         Projection::load(self.backend, self.weights, Place::layer(self.layer, role), self.activations)
     }
 
@@ -82,7 +99,20 @@ impl<B: Backend> Loader<'_, B> {
         Projection::load(self.backend, self.weights, Place::layer(self.layer, role), Activations::Exact)
     }
 
-    fn grouped(&self, role: Role, experts: usize) -> Result<Grouped<B>, ModelError> {
+    fn vector(&self, role: Role) -> Result<Vec<f32>, ModelError> {
+        vector(self.weights, Place::layer(self.layer, role))
+    }
+
+    fn shared(&self, f: &FfnSpec, s: SharedExpert) -> Result<Shared<B>, ModelError> {
+        Ok(Shared {
+            router: s.gate.then(|| self.exact(Role::SharedRouter)).transpose()?,
+            gate: f.gated.then(|| self.matrix(Role::SharedGate)).transpose()?,
+            up: self.matrix(Role::SharedUp)?,
+            down: self.matrix(Role::SharedDown)?,
+        })
+    }
+
+    pub(crate) fn grouped(&self, role: Role, experts: usize) -> Result<Grouped<B>, ModelError> {
         let places = (0..experts).map(|e| Place::expert(self.layer, role, e)).collect();
         Grouped::load(self.backend, self.weights, places, self.activations)
     }
@@ -90,14 +120,21 @@ impl<B: Backend> Loader<'_, B> {
     fn attention(&self, a: &AttnSpec) -> Result<AttentionPart<B>, ModelError> {
         Ok(AttentionPart {
             norm: self.norm(Role::AttnNorm)?,
-            q: self.matrix(Role::Q)?,
-            k: self.matrix(Role::K)?,
-            v: self.matrix(Role::V)?,
+            reads: match &a.latent {
+                None => Reads::Plain([self.matrix(Role::Q)?, self.matrix(Role::K)?, self.matrix(Role::V)?]),
+                Some(m) => Reads::Latent(LatentPart::load(self, a, m)?),
+            },
             o: self.matrix(Role::O)?,
             qk_norm: if a.qk_norm { Some((self.norm(Role::QNorm)?, self.norm(Role::KNorm)?)) } else { None },
             rope: a.rope.as_ref().map(|r| self.backend.rope_of(r)),
             head_dim: a.head_dim,
-            scores: Attention { heads: a.heads, scale: a.scale, window: a.window, softcap: a.softcap },
+            scores: Attention {
+                heads: a.heads,
+                scale: a.scale,
+                window: a.window,
+                softcap: a.softcap,
+                sinks: a.sinks.then(|| self.vector(Role::Sinks)).transpose()?.map(Into::into),
+            },
             post_norm: if a.post_norm { Some(self.norm(Role::AttnPostNorm)?) } else { None },
         })
     }
@@ -112,6 +149,10 @@ impl<B: Backend> Loader<'_, B> {
             Some(choice) => Body::Mixture(Mixture {
                 router: self.exact(Role::Router)?,
                 choice,
+                correction: choice.correction.then(|| self.vector(Role::Correction)).transpose()?.map(|c| {
+                    self.backend.upload(MatRef::new(1, c.len(), &c))
+                }),
+                shared: choice.shared.map(|s| self.shared(f, s)).transpose()?,
                 gate: f.gated.then(|| self.grouped(Role::Gate, choice.count)).transpose()?,
                 up: self.grouped(Role::Up, choice.count)?,
                 down: self.grouped(Role::Down, choice.count)?,
@@ -198,16 +239,18 @@ impl<B: Backend> Block<B> {
 
     /// Bytes of weights read for one token (of experts: those that a token uses).
     pub fn weights_bytes(&self) -> u64 {
+        let heads = self.per_head().flat_map(|g| &g.measures).map(|m| m.bytes).sum::<u64>();
         let mixture = self.mixture().map_or(0, |m| {
             let all = m.matrices().flat_map(|g| &g.measures).map(|m| m.bytes).sum::<u64>();
             all * m.choice.used as u64 / m.choice.count as u64
         });
-        mixture + self.alone().map(|p| p.measure.bytes).sum::<u64>()
+        mixture + heads + self.alone().map(|p| p.measure.bytes).sum::<u64>()
     }
 
     /// Bytes of all weights, which one token after the other reads.
     pub fn footprint_bytes(&self) -> u64 {
-        let experts = self.mixture().into_iter().flat_map(Mixture::matrices).flat_map(|g| &g.measures);
+        let experts = self.mixture().into_iter().flat_map(Mixture::matrices);
+        let experts = experts.chain(self.per_head()).flat_map(|g| &g.measures);
         experts.chain(self.alone().map(|p| &p.measure)).map(|m| m.bytes).sum()
     }
 
@@ -219,6 +262,7 @@ impl<B: Backend> Block<B> {
             all.iter_mut().zip(m.work).for_each(|(all, w)| *all += w * num / den);
         };
         self.alone().for_each(|p| add(&p.measure, 1, 1));
+        self.per_head().flat_map(|g| &g.measures).for_each(|m| add(m, 1, 1));
         if let Some(m) = self.mixture() {
             let (used, count) = (m.choice.used as u64, m.choice.count as u64);
             m.matrices().flat_map(|g| &g.measures).for_each(|m| add(m, used, count));
@@ -233,14 +277,33 @@ impl<B: Backend> Block<B> {
         }
     }
 
-    /// Every matrix but those of experts.
+    /// The matrices that every head has of its own.
+    fn per_head(&self) -> impl Iterator<Item = &Grouped<B>> {
+        self.attention.iter().flat_map(|a| match &a.reads {
+            Reads::Plain(_) => [None, None],
+            Reads::Latent(m) => m.per_head().map(Some),
+        }).flatten()
+    }
+
+    /// Every matrix but those of experts and of heads.
     fn alone(&self) -> impl Iterator<Item = &Projection<B>> {
-        let attention = self.attention.iter().flat_map(|a| [&a.q, &a.k, &a.v, &a.o]);
-        let ffn = self.ffn.iter().flat_map(|f| match &f.body {
-            Body::Dense { gate, up, down } => [gate.as_ref(), Some(up), Some(down)],
-            Body::Mixture(m) => [Some(&m.router), None, None],
+        let attention = self.attention.iter().flat_map(|a| match &a.reads {
+            Reads::Plain([q, k, v]) => [Some(q), Some(k), Some(v), Some(&a.o)],
+            Reads::Latent(m) => {
+                let [down, q, kv] = m.alone();
+                [down, q, kv, Some(&a.o)]
+            }
         });
-        attention.chain(ffn.flatten()).chain(&self.attention_shortcut).chain(&self.ffn_shortcut)
+        let ffn = self.ffn.iter().flat_map(|f| match &f.body {
+            Body::Dense { gate, up, down } => [gate.as_ref(), Some(up), Some(down), None, None],
+            Body::Mixture(m) => {
+                let s = m.shared.as_ref();
+                let of = |f: fn(&Shared<B>) -> Option<&Projection<B>>| s.and_then(f);
+                let (router, gate) = (of(|s| s.router.as_ref()), of(|s| s.gate.as_ref()));
+                [Some(&m.router), router, gate, of(|s| Some(&s.up)), of(|s| Some(&s.down))]
+            }
+        });
+        attention.flatten().chain(ffn.flatten()).chain(&self.attention_shortcut).chain(&self.ffn_shortcut)
     }
 
     /// Runs the block on its backend: `x`, `[rows, hidden]`, is the residual stream of the batch's rows and becomes
@@ -322,23 +385,20 @@ impl<B: Backend> AttentionPart<B> {
         look: &mut Look<'_, B>,
     ) -> Result<B::Rows, ModelError> {
         let backend = look.backend;
-        let read = [&self.q, &self.k, &self.v];
         let h = normed(backend, &self.norm, x);
-        look.input(read.map(|p| &p.place), &h)?;
-        let [mut q, mut k, v] = Projection::together(backend, read, &h);
-        for (p, y) in read.into_iter().zip([&q, &k, &v]) {
-            look.output(&p.place, y)?;
-        }
-        if let Some((qn, kn)) = &self.qk_norm {
-            q = normed(backend, qn, &q);
-            k = normed(backend, kn, &k);
-        }
-        if let Some(rope) = &self.rope {
-            span("rope", || backend.rope(rope, self.head_dim, step, [&mut q, &mut k]));
-        }
+        let (q, k, v) = match &self.reads {
+            Reads::Plain(read) => {
+                let (q, k, v) = self.plain(read, &h, step, look)?;
+                (q, k, Some(v))
+            }
+            Reads::Latent(m) => {
+                let (q, k) = m.read(&h, self.rope.as_ref(), step, look)?;
+                (q, k, None)
+            }
+        };
         let (mut mass, select) = (kv.lend_mass(layer), kv.selector(layer));
         let pages = kv.pages(layer)?;
-        span("keys and values written", || backend.write(pages, layer, step, &k, &v));
+        span("keys and values written", || backend.write(pages, layer, step, &k, v.as_ref().unwrap_or(&k)));
         let select = select.as_deref();
         let (mixed, reads) = match select {
             None => (span("attention", || backend.attend(&self.scores, pages, layer, step, &q)), None),
@@ -355,6 +415,10 @@ impl<B: Backend> AttentionPart<B> {
         if let Some(reads) = reads {
             kv.count_reads(reads);
         }
+        let mixed = match &self.reads {
+            Reads::Plain(_) => mixed,
+            Reads::Latent(m) => m.mixed(&mixed, look)?,
+        };
         look.input([&self.o.place], &mixed)?;
         let y = self.o.apply(backend, &mixed);
         look.output(&self.o.place, &y)?;
@@ -365,18 +429,38 @@ impl<B: Backend> AttentionPart<B> {
     }
 }
 
+impl<B: Backend> AttentionPart<B> {
+    /// Queries, keys and values, each by a matrix of its own.
+    fn plain(
+        &self,
+        read: &[Projection<B>; 3],
+        h: &B::Rows,
+        step: &B::Step,
+        look: &mut Look<'_, B>,
+    ) -> Result<(B::Rows, B::Rows, B::Rows), ModelError> {
+        let backend = look.backend;
+        look.input(read.each_ref().map(|p| &p.place), h)?;
+        let [mut q, mut k, v] = Projection::together(backend, read.each_ref(), h);
+        for (p, y) in read.iter().zip([&q, &k, &v]) {
+            look.output(&p.place, y)?;
+        }
+        if let Some((qn, kn)) = &self.qk_norm {
+            q = normed(backend, qn, &q);
+            k = normed(backend, kn, &k);
+        }
+        if let Some(rope) = &self.rope {
+            span("rope", || backend.rope(rope, self.head_dim, step, [&mut q, &mut k]));
+        }
+        Ok((q, k, v))
+    }
+}
+
 impl<B: Backend> FfnPart<B> {
     fn forward(&self, x: &B::Rows, look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
         let backend = look.backend;
         let h = normed(backend, &self.norm, x);
         let y = match &self.body {
-            Body::Dense { gate, up, down } => {
-                let inner = self.inner(gate.as_ref(), up, &h, look)?;
-                look.input([&down.place], &inner)?;
-                let y = down.apply(backend, &inner);
-                look.output(&down.place, &y)?;
-                y
-            }
+            Body::Dense { gate, up, down } => dense(self.act, gate.as_ref(), up, down, &h, look)?,
             Body::Mixture(m) => m.forward(self.act, &h, look)?,
         };
         Ok(match &self.post_norm {
@@ -385,30 +469,48 @@ impl<B: Backend> FfnPart<B> {
         })
     }
 
-    /// What `down` multiplies.
-    fn inner(
-        &self,
-        gate: Option<&Projection<B>>,
-        up: &Projection<B>,
-        h: &B::Rows,
-        look: &mut Look<'_, B>,
-    ) -> Result<B::Rows, ModelError> {
-        look.input(gate.into_iter().chain([up]).map(|p| &p.place), h)?;
-        let (mut inner, beside) = match gate {
-            Some(gate) => {
-                let [g, y] = Projection::together(look.backend, [gate, up], h);
-                look.output(&gate.place, &g)?;
-                look.output(&up.place, &y)?;
-                (g, Some(y))
-            }
-            None => {
-                let y = up.apply(look.backend, h);
-                look.output(&up.place, &y)?;
-                (y, None)
-            }
-        };
-        span("activation", || look.backend.activate(self.act, &mut inner, beside.as_ref()));
-        Ok(inner)
+}
+
+/// What one feed-forward network, not chosen from several, makes of `h`.
+fn dense<B: Backend>(
+    act: Activation,
+    gate: Option<&Projection<B>>,
+    up: &Projection<B>,
+    down: &Projection<B>,
+    h: &B::Rows,
+    look: &mut Look<'_, B>,
+) -> Result<B::Rows, ModelError> {
+    look.input(gate.into_iter().chain([up]).map(|p| &p.place), h)?;
+    let (mut inner, beside) = match gate {
+        Some(gate) => {
+            let [g, y] = Projection::together(look.backend, [gate, up], h);
+            look.output(&gate.place, &g)?;
+            look.output(&up.place, &y)?;
+            (g, Some(y))
+        }
+        None => {
+            let y = up.apply(look.backend, h);
+            look.output(&up.place, &y)?;
+            (y, None)
+        }
+    };
+    span("activation", || look.backend.activate(act, &mut inner, beside.as_ref()));
+    look.input([&down.place], &inner)?;
+    let y = down.apply(look.backend, &inner);
+    look.output(&down.place, &y)?;
+    Ok(y)
+}
+
+impl<B: Backend> Shared<B> {
+    fn forward(&self, act: Activation, h: &B::Rows, look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
+        let mut y = dense(act, self.gate.as_ref(), &self.up, &self.down, h, look)?;
+        if let Some(router) = &self.router {
+            look.input([&router.place], h)?;
+            let by = router.apply(look.backend, h);
+            look.output(&router.place, &by)?;
+            span("routing", || look.backend.weigh_rows(&mut y, &by));
+        }
+        Ok(y)
     }
 }
 
@@ -422,7 +524,7 @@ impl<B: Backend> Mixture<B> {
         look.input([&self.router.place], h)?;
         let logits = self.router.apply(backend, h);
         look.output(&self.router.place, &logits)?;
-        let routes = span("routing", || backend.route(&logits, self.choice));
+        let routes = span("routing", || backend.route(&logits, self.choice, self.correction.as_ref()));
         let mine = span("routing", || backend.gather(h, &routes));
         // Which rows are whose is known on the host only where somebody looks.
         let starts =
@@ -453,6 +555,11 @@ impl<B: Backend> Mixture<B> {
         each(look, &self.down, &inner, true)?;
         let out = self.down.apply(backend, &inner, &routes);
         each(look, &self.down, &out, false)?;
-        Ok(span("routing", || backend.scatter(&out, &routes)))
+        let mut out = span("routing", || backend.scatter(&out, &routes));
+        if let Some(shared) = &self.shared {
+            let y = shared.forward(act, h, look)?;
+            span("add", || backend.add(&mut out, &y));
+        }
+        Ok(out)
     }
 }

@@ -20,6 +20,7 @@ mod decoder;
 pub mod derive;
 mod error;
 mod kv;
+mod latent;
 mod lent;
 mod parts;
 mod profile;

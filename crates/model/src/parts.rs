@@ -28,7 +28,7 @@ pub(crate) fn tensor(weights: &dyn Weights, place: Place) -> Result<Arc<Stored>,
 }
 
 /// A vector, decoded.
-fn vector(weights: &dyn Weights, place: Place) -> Result<Vec<f32>, ModelError> {
+pub(crate) fn vector(weights: &dyn Weights, place: Place) -> Result<Vec<f32>, ModelError> {
     let stored = tensor(weights, place)?;
     stored.check().map_err(|e| ModelError::bad(&place, e))?;
     Ok(stored.to_mat().into_vec())
@@ -37,8 +37,12 @@ fn vector(weights: &dyn Weights, place: Place) -> Result<Vec<f32>, ModelError> {
 /// A normalisation with its constants.
 pub(crate) fn norm<B: Backend>(backend: &B, weights: &dyn Weights, place: Place) -> Result<B::Norm, ModelError> {
     let mut norm = weights.spec().norm;
-    if matches!(place.role, Role::QNorm | Role::KNorm) {
+    if matches!(place.role, Role::QNorm | Role::KNorm | Role::QDownNorm | Role::KvDownNorm) {
         norm.divisor = None;
+    }
+    let layer = place.layer.and_then(|l| weights.spec().layers.get(l as usize)?.attn.as_ref());
+    if let (Role::QDownNorm | Role::KvDownNorm, Some(m)) = (place.role, layer.and_then(|a| a.latent)) {
+        norm.eps = m.eps;
     }
     let bias = (norm.kind == NormKind::Layer).then(|| vector(weights, place.bias())).transpose()?;
     Ok(backend.norm_of(&place, norm, vector(weights, place)?, bias))
@@ -60,6 +64,11 @@ fn matrix<B: Backend>(
 fn name(role: Role) -> &'static str {
     match role {
         Role::Q | Role::K | Role::V => "attn.q, k, v",
+        Role::QDown | Role::KvDown => "attn.q_down, kv_down",
+        Role::KUp => "attn.k_up",
+        Role::VUp => "attn.v_up",
+        Role::SharedGate | Role::SharedUp => "ffn.shared.gate, up",
+        Role::SharedDown => "ffn.shared.down",
         Role::O => "attn.o",
         Role::Gate | Role::Up => "ffn.gate, up",
         Role::Down => "ffn.down",
@@ -116,6 +125,12 @@ impl<B: Backend> Grouped<B> {
         let all = all?;
         let measures = all.iter().map(|m| backend.measure(m)).collect();
         Ok(Grouped { places, measures, all: backend.experts(all) })
+    }
+
+    /// Each head's columns by its own matrix.
+    pub(crate) fn by_head(&self, backend: &B, x: &B::Rows) -> B::Rows {
+        let name = self.places.first().map_or("other products", |p| name(p.role));
+        span(name, || backend.head_products(&self.all, x))
     }
 
     pub(crate) fn apply(&self, backend: &B, x: &B::Rows, routes: &B::Routes) -> B::Rows {

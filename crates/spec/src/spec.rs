@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::latent::Latent;
+use crate::mixture::Experts;
 use crate::place::{Place, Role};
 
 /// A decoder-only language model as data.
@@ -118,6 +120,12 @@ pub struct AttnSpec {
     pub o_bias: bool,
     /// A norm on the output before it is added.
     pub post_norm: bool,
+    /// A learned logit for each query head beside those of its keys: it takes weight and gives nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sinks: bool,
+    /// Keys and values are made from a latent, which is what is cached.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latent: Option<Latent>,
 }
 
 /// Feed-forward of one block.
@@ -141,18 +149,6 @@ pub struct FfnSpec {
     pub experts: Option<Experts>,
 }
 
-/// A mixture of experts.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Experts {
-    /// How many there are.
-    pub count: usize,
-    /// How many a token uses.
-    pub used: usize,
-    /// Whether the softmax weights of the used ones are made to sum to 1.
-    pub normalize: bool,
-}
-
 /// Non-linearities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -165,6 +161,9 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)`.
     Relu,
+    /// `m / (1 + e^(-1.702 m))` with `m = min(x, 7)`, beside an up that is cut to `-7 ..= 7` and then one more
+    /// (GPT-OSS): of gated parts alone.
+    SwigluOai,
 }
 
 /// Which pairs of a head's channels turn together.
@@ -255,7 +254,7 @@ pub struct SpecError {
 }
 
 /// Largest dimension accepted anywhere: a bound against hostile headers, far above any model.
-const MAX_DIM: usize = 1 << 24;
+pub(crate) const MAX_DIM: usize = 1 << 24;
 
 impl Spec {
     /// Checks that every dimension is sane and that they agree. Files are read against a checked spec only.
@@ -298,6 +297,11 @@ impl Spec {
         if experts > 1 << 18 {
             return fail(format!("{experts} experts in all layers; at most {} are accepted", 1 << 18));
         }
+        let latent = self.layers.iter().filter_map(|l| l.attn.as_ref()).filter(|a| a.latent.is_some());
+        let heads = latent.fold(0, |n: usize, a| n.saturating_add(a.heads));
+        if heads > 1 << 18 {
+            return fail(format!("{heads} heads of latent attention in all layers; at most {} are accepted", 1 << 18));
+        }
         for (l, layer) in self.layers.iter().enumerate() {
             if let Some(a) = &layer.attn {
                 dim(&format!("layer {l}: heads"), a.heads)?;
@@ -311,6 +315,7 @@ impl Spec {
                         a.heads, a.kv_heads
                     ));
                 }
+                a.check_latent(l)?;
                 if a.window == Some(0) {
                     return fail(format!("layer {l}: a window of 0 tokens sees nothing"));
                 }
@@ -349,10 +354,11 @@ impl Spec {
                 if f.bias && f.down_bias {
                     return fail(format!("layer {l}: a bias on down is said twice, by bias and by down_bias"));
                 }
-                if let Some(e) = f.experts
-                    && (e.count == 0 || e.count > 65536 || e.used == 0 || e.used > e.count)
-                {
-                    return fail(format!("layer {l}: {} of {} experts", e.used, e.count));
+                if f.act == Activation::SwigluOai && !f.gated {
+                    return fail(format!("layer {l}: swiglu_oai in an FFN without a gate"));
+                }
+                if let Some(e) = f.experts {
+                    e.check(l)?;
                 }
             }
         }
@@ -391,18 +397,17 @@ impl Spec {
         match place.role {
             Role::AttnShortcut => layer.attn_shortcut.then(|| linear(h, h, false)).flatten(),
             Role::FfnShortcut => layer.ffn_shortcut.then(|| linear(h, h, false)).flatten(),
-            Role::AttnNorm | Role::Q | Role::K | Role::V | Role::O | Role::QNorm | Role::KNorm | Role::AttnPostNorm => {
+            Role::AttnNorm | Role::QNorm | Role::KNorm | Role::AttnPostNorm | Role::Sinks => {
                 let a = layer.attn.as_ref()?;
                 match place.role {
                     Role::AttnNorm => norm(true, h),
                     Role::AttnPostNorm => norm(a.post_norm, h),
-                    Role::QNorm | Role::KNorm => norm(a.qk_norm, a.head_dim),
-                    Role::Q => linear(a.heads * a.head_dim, h, a.qkv_bias),
-                    Role::K | Role::V => linear(a.kv_heads * a.head_dim, h, a.qkv_bias),
-                    _ => linear(h, a.heads * a.head_dim, a.o_bias),
+                    Role::Sinks => (a.sinks && place.part == Weight).then_some((1, a.heads)),
+                    _ => norm(a.qk_norm, a.head_dim),
                 }
             }
-            Role::FfnNorm | Role::Gate | Role::Up | Role::Down | Role::Router | Role::FfnPostNorm => {
+            role if role.is_attention() => layer.attn.as_ref()?.matrix(h, place),
+            role if role.is_in_layer() => {
                 let f = layer.ffn.as_ref()?;
                 let matrix = matches!(place.role, Role::Gate | Role::Up | Role::Down);
                 match (f.experts, place.expert) {
@@ -411,10 +416,18 @@ impl Spec {
                     (Some(_), None) if matrix => return None,
                     _ => {}
                 }
+                let shared = f.experts.and_then(|e| e.shared);
                 match place.role {
                     Role::FfnNorm => norm(true, h),
                     Role::FfnPostNorm => norm(f.post_norm, h),
-                    Role::Router => f.experts.and_then(|e| linear(e.count, h, false)),
+                    Role::Router => f.experts.and_then(|e| linear(e.count, h, e.router_bias)),
+                    Role::Correction => {
+                        f.experts.filter(|e| e.correction && place.part == Weight).map(|e| (1, e.count))
+                    }
+                    Role::SharedRouter => shared.filter(|s| s.gate).and_then(|_| linear(1, h, false)),
+                    Role::SharedGate => shared.filter(|_| f.gated).and_then(|s| linear(s.width, h, f.bias)),
+                    Role::SharedUp => shared.and_then(|s| linear(s.width, h, f.bias)),
+                    Role::SharedDown => shared.and_then(|s| linear(h, s.width, f.bias)),
                     Role::Gate => f.gated.then(|| linear(f.width, h, f.bias)).flatten(),
                     Role::Up => linear(f.width, h, f.bias),
                     _ => linear(h, f.width, f.bias || f.down_bias),
@@ -433,6 +446,10 @@ impl Spec {
             let mut places = vec![one];
             if let (Some(e), Role::Gate | Role::Up | Role::Down) = (experts, role) {
                 places = (0..e.count).map(|i| Place::expert(layer, role, i)).collect();
+            }
+            if role.is_per_head() {
+                let heads = self.layers.get(layer).and_then(|l| l.attn.as_ref()).map_or(0, |a| a.heads);
+                places = (0..heads).map(|i| Place::expert(layer, role, i)).collect();
             }
             for p in places.into_iter().flat_map(|p| [p, p.bias()]) {
                 if self.shape(&p).is_some() {

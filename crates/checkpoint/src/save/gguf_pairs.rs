@@ -77,6 +77,10 @@ impl Pairs {
                 self.list(key, 4, list.len());
                 list.iter().for_each(|x| self.bytes.extend(x.to_le_bytes()));
             }
+            GgufValue::Bool(x) => {
+                self.key(key, 7);
+                self.bytes.push(u8::from(*x));
+            }
             GgufValue::Bools(list) => {
                 self.list(key, 7, list.len());
                 self.bytes.extend(list.iter().map(|x| u8::from(*x)));

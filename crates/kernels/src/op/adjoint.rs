@@ -39,6 +39,13 @@ fn slope<S: Simd>(s: S, act: Activation, x: S::V) -> S::V {
             s.mul(half, s.fma(x, bell, s.add(one, t)))
         }
         Activation::Relu => s.select_lt(zero, x, one, zero),
+        // y = x p with p = sigmoid(1.702 x): p + 1.702 x p (1 - p), and 0 beyond the cut.
+        Activation::SwigluOai => {
+            let a = s.splat(1.702);
+            let p = s.div(one, s.add(one, math::exp(s, s.sub(zero, s.mul(a, x)))));
+            let d = s.fma(s.mul(s.mul(a, x), p), s.sub(one, p), p);
+            s.select_lt(s.splat(7.0), x, zero, d)
+        }
     }
 }
 
@@ -118,7 +125,8 @@ mod tests {
     use crate::softmax;
     use lacuna_base::Mat;
 
-    const ALL: [Activation; 4] = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu];
+    const ALL: [Activation; 5] =
+        [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::SwigluOai];
 
     /// The error function, by its Maclaurin series: near enough for |x| < 3.2.
     fn erf(x: f64) -> f64 {
@@ -138,6 +146,7 @@ mod tests {
                 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
             }
             Activation::Relu => x.max(0.0),
+            Activation::SwigluOai => x.min(7.0) / (1.0 + (-1.702 * x.min(7.0)).exp()),
         }
     }
 

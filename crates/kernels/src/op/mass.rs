@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use lacuna_base::MatRef;
 
 use super::attention::Attention;
-use super::elementwise::softmax;
+use super::elementwise::{softmax, softmax_beside};
 use crate::kv::{KEY_BLOCK, KvView};
 use crate::parallel;
 
@@ -114,13 +114,16 @@ impl Attention {
                 let low = self.window.map_or(0, |w| (high + 1).saturating_sub(w));
                 given.clear();
                 given.resize(high + 1, 0.0f32);
-                for scores in scores.chunks_exact_mut(stride) {
+                for (h, scores) in scores.chunks_exact_mut(stride).enumerate() {
                     let seen = &mut scores[low..=high];
                     for s in seen.iter_mut() {
                         *s *= self.scale;
                         *s = self.softcap.map_or(*s, |c| c * (*s / c).tanh());
                     }
-                    softmax(seen);
+                    match self.sink(job.head * group + h) {
+                        None => softmax(seen),
+                        Some(sink) => softmax_beside(seen, sink),
+                    }
                     given[low..].iter_mut().zip(seen).for_each(|(g, s)| *g += *s);
                 }
                 job.mass.take(high, job.certain, &given);
@@ -168,7 +171,8 @@ mod tests {
             for (format, window, softcap) in
                 [(KvFormat::F32, None, Some(0.7)), (KvFormat::F16, Some(20), None), (KvFormat::Q8, None, None)]
             {
-                let a = Attention { heads, scale: 0.3, window, softcap };
+                let sinks = softcap.map(|_| (0..heads).map(|h| h as f32 - 1.0).collect());
+                let a = Attention { heads, scale: 0.3, window, softcap, sinks };
                 let (n, dim, group) = (137, layout.head_dim, heads / layout.kv_heads);
                 let (pool, blocks, [k, _]) = pool(layout, format, n);
                 let q = random(n, heads * dim, 1);
@@ -183,7 +187,8 @@ mod tests {
                             let x = dot * f64::from(a.scale);
                             softcap.map_or(x, |c| f64::from(c) * (x / f64::from(c)).tanh()).exp()
                         };
-                        let total: f64 = (low..=p).map(score).sum();
+                        let sink = a.sink(h).map_or(0.0, |s| f64::from(s).exp());
+                        let total: f64 = sink + (low..=p).map(score).sum::<f64>();
                         (low..=p).for_each(|t| want[h / group][t] += score(t) / total);
                     }
                 }

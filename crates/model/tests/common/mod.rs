@@ -67,6 +67,8 @@ fn attention(heads: usize, kv_heads: usize, head_dim: usize) -> AttnSpec {
         qkv_bias: false,
         o_bias: false,
         post_norm: false,
+        sinks: false,
+        latent: None,
     }
 }
 
@@ -121,7 +123,7 @@ pub fn specs() -> Vec<Spec> {
         }
         if let Some(f) = &mut layer.ffn {
             (f.post_norm, f.act) = (true, Activation::GeluTanh);
-            f.experts = Some(Experts { count: 5, used: 2, normalize: l == 0 });
+            f.experts = Some(Experts { count: 5, used: 2, normalize: l == 0, ..Experts::default() });
             f.down_bias = l == 1;
         }
     }
@@ -145,7 +147,7 @@ pub fn specs() -> Vec<Spec> {
             (a.qk_norm, a.post_norm) = (true, l == 2);
         }
         if let Some(f) = &mut layer.ffn {
-            f.experts = (l == 1).then_some(Experts { count: 4, used: 2, normalize: true });
+            f.experts = (l == 1).then_some(Experts { count: 4, used: 2, normalize: true, ..Experts::default() });
             f.post_norm = l == 0;
         }
     }

@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::ops::{Finish, Merge};
-use super::{Attention, PARTIAL, SEGMENT, Shared};
+use super::{Attention, PARTIAL, SEGMENT, Shared, with_sink};
 use crate::Isa;
 use crate::kv::{KvLayout, KvView};
 use crate::simd::dispatch;
@@ -88,7 +88,7 @@ pub(super) unsafe fn gather(
     stride: usize,
     mut segments: impl Iterator<Item = usize>,
     out: *mut f32,
-    layout: KvLayout,
+    (layout, sink): (KvLayout, Option<f32>),
 ) {
     let at = |segment: usize| partial.after(segment * stride).0;
     // SAFETY: as the caller promises.
@@ -101,6 +101,6 @@ pub(super) unsafe fn gather(
             let both = [(top, sum), (*seen, *seen.add(1))];
             (top, sum) = dispatch(isa, Merge { both, total, seen: seen.add(PARTIAL), padded: layout.padded() });
         }
-        dispatch(isa, Finish { total, sum, out, dim: layout.head_dim });
+        dispatch(isa, Finish { total, sum: with_sink(sink, (top, sum)), out, dim: layout.head_dim });
     }
 }

@@ -16,6 +16,7 @@ mod element;
 mod ops;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use half::f16;
 use lacuna_base::{MatMut, MatRef};
@@ -30,7 +31,7 @@ use element::{Element, Parts};
 use ops::{Finish, Merge, Mix, Scores, Soften, Tile, Widen};
 
 /// What attention does with scores.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Attention {
     /// Query heads; a multiple of the layout's key heads.
     pub heads: usize,
@@ -40,6 +41,9 @@ pub struct Attention {
     pub window: Option<usize>,
     /// `c * tanh(scores / c)`.
     pub softcap: Option<f32>,
+    /// A logit for each query head beside those of its keys, as they are after scaling and capping: it takes weight and
+    /// gives nothing.
+    pub sinks: Option<Arc<[f32]>>,
 }
 
 /// Queries a task handles together for one key head, at most.
@@ -121,6 +125,7 @@ impl Attention {
         let (layout, format) = (first.kv.pool.layout(), first.kv.pool.format());
         assert_eq!(q.cols(), self.heads * layout.head_dim, "query heads of another width");
         assert!(self.heads.is_multiple_of(layout.kv_heads), "{} heads over {}", self.heads, layout.kv_heads);
+        assert!(self.sinks.as_ref().is_none_or(|s| s.len() == self.heads), "a sink for each of {} heads", self.heads);
         assert!(chosen.is_none_or(|c| c.count() == (q.rows(), layout.kv_heads)), "chosen blocks of every row and head");
         let group = self.heads / layout.kv_heads;
         let side = group.min(QUERIES);
@@ -204,7 +209,8 @@ impl Attention {
                         let partial = partial.after(begin + i * width);
                         // SAFETY: the jobs above wrote all segments that the query sees; every row and head is met
                         // once.
-                        unsafe { gather(isa, partial, stride, segments, at.at(r, h * layout.head_dim), layout) };
+                        let (out, sink) = (at.at(r, h * layout.head_dim), self.sink(h));
+                        unsafe { gather(isa, partial, stride, segments, out, (layout, sink)) };
                     }
                 });
             }
@@ -212,6 +218,11 @@ impl Attention {
     }
 
     /// The first position that a query at `p` sees.
+    /// The logit that stands beside the keys of head `h`.
+    pub(super) fn sink(&self, h: usize) -> Option<f32> {
+        self.sinks.as_ref().map(|s| s[h])
+    }
+
     fn low(&self, p: usize) -> usize {
         self.window.map_or(0, |w| (p + 1).saturating_sub(w))
     }
@@ -219,6 +230,12 @@ impl Attention {
 
 /// Numbers of a segment's partial result before its sums: the largest score, and the sum of the weights.
 const PARTIAL: usize = 16;
+
+/// The sum of a query's weights relative to its largest score, with that of a sink.
+fn with_sink(sink: Option<f32>, (top, sum): (f32, f32)) -> f32 {
+    // Far above all scores it becomes infinite, and what is divided by it nothing, as it should.
+    sink.map_or(sum, |s| sum + (s - top).exp())
+}
 
 /// Memory that tasks write disjoint parts of, and the distance of its rows.
 #[derive(Clone, Copy)]
@@ -403,7 +420,8 @@ impl<'a> Task<'a> {
             let (r, h) = self.query(i);
             match sink {
                 Sink::Out(out) => {
-                    let (total, sum) = (state.total.as_ptr(), state.total_sum);
+                    let sum = with_sink(self.p.sink(h), (state.total_top, state.total_sum));
+                    let total = state.total.as_ptr();
                     dispatch(isa, Finish { total, sum, out: out.at(r, h * dim), dim });
                 }
                 Sink::Partial(parts) => {
