@@ -60,7 +60,7 @@ MODELS = {
     "deepseek_v2": (tf.DeepseekV2Config, tf.DeepseekV2ForCausalLM, moe(
         num_key_value_heads=4, intermediate_size=36, moe_intermediate_size=12, n_routed_experts=6,
         num_experts_per_tok=2, n_shared_experts=2, n_group=3, topk_group=2, topk_method="group_limited_greedy",
-        routed_scaling_factor=1.5, first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=16, qk_rope_head_dim=8,
+        routed_scaling_factor=1.5, first_k_dense_replace=1, q_lora_rank=None, kv_lora_rank=14, qk_rope_head_dim=8,
         qk_nope_head_dim=12, v_head_dim=10,
         rope_parameters={**YARN, "mscale": 0.707, "mscale_all_dim": 0.9})),
     "deepseek_v3": (tf.DeepseekV3Config, tf.DeepseekV3ForCausalLM, moe(

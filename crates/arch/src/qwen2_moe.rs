@@ -86,6 +86,9 @@ fn from_gguf(head: &GgufHead) -> Result<Spec, SpecError> {
 }
 
 fn to_gguf(spec: &Spec) -> Result<GgufKeys, SpecError> {
+    if moe::dense(spec)?.0 > 0 {
+        return Err(SpecError { what: "layer 0 has no experts, which all layers of llama.cpp's qwen2moe have".into() });
+    }
     let mut k = moe::plain_keys(spec, "qwen2moe")?;
     moe::to_gguf(spec, &mut k)?;
     if moe::first(spec)?.0.normalize {
