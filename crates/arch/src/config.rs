@@ -355,7 +355,9 @@ pub(super) fn llama_source(spec: &Spec, place: &Place) -> Option<Source> {
     let module = match place.role {
         Role::Sinks => return bare("self_attn.sinks"),
         Role::Correction => return bare("mlp.gate.e_score_correction_bias"),
-        Role::KUp | Role::VUp => return of_head(named(place, "model.", "layers", "self_attn.kv_b_proj"), place, latent?),
+        Role::KUp | Role::VUp => {
+            return of_head(named(place, "model.", "layers", "self_attn.kv_b_proj"), place, latent?);
+        }
         Role::QDown => "self_attn.q_a_proj",
         Role::QDownNorm => "self_attn.q_a_layernorm",
         Role::Q if latent.is_some_and(|m| m.q_rank.is_some()) => "self_attn.q_b_proj",

@@ -2,9 +2,7 @@
 
 use serde_json::{Value, json};
 
-use super::config::{
-    Config, attn_parts, attns, bad, inverse_root, llama_like, llama_source, to_llama_like, verified,
-};
+use super::config::{Config, attn_parts, attns, bad, inverse_root, llama_like, llama_source, to_llama_like, verified};
 use super::defaults::filled;
 use super::gguf::{self, GgufHead};
 use super::gguf_out::{self, GgufKeys, GgufValue};

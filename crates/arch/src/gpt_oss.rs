@@ -47,11 +47,8 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
     c.only("swiglu_limit", json!(7.0))?;
     c.only("hidden_act", json!("silu"))?;
     let mut spec = llama_like(&c, "gpt_oss", "hidden_act", rope::common)?;
-    let experts = Experts {
-        count: c.usize("num_local_experts")?,
-        used: c.usize("num_experts_per_tok")?,
-        ..Experts::default()
-    };
+    let experts =
+        Experts { count: c.usize("num_local_experts")?, used: c.usize("num_experts_per_tok")?, ..Experts::default() };
     ffns(&mut spec).for_each(|f| f.experts = Some(experts));
     oss(&mut spec, c.bool("attention_bias")?);
     let windows = c.windows(spec.layers.len(), c.opt_usize("sliding_window")?, |l| l.is_multiple_of(2))?;

@@ -7,15 +7,15 @@
 //! over.
 
 mod config;
+mod deepseek;
 mod defaults;
+mod ernie4_5_moe;
 mod export;
 mod gemma;
 mod gguf;
 mod gguf_out;
-mod gpt2;
-mod deepseek;
-mod ernie4_5_moe;
 mod glm4_moe;
+mod gpt2;
 mod gpt_oss;
 mod llama;
 mod mixtral;

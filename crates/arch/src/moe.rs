@@ -2,10 +2,10 @@
 
 use serde_json::{Map, Value, json};
 
+use super::config::num;
 use super::config::{Config, ffns};
 use super::gguf::GgufHead;
 use super::gguf_out::{GgufKeys, GgufValue, standard_keys};
-use super::config::num;
 use lacuna_spec::{ExpertGroups, Experts, RouterScore, SharedExpert, Spec, SpecError};
 
 /// Puts experts of `width` into the layers that `sparse` names.
@@ -54,7 +54,8 @@ pub(super) fn write_routing(spec: &Spec, out: &mut Map<String, Value>) -> Result
     let ((e, width), (before, dense_width)) = (first(spec)?, dense(spec)?);
     let shared = e.shared.map_or(0, |s| s.width);
     if width == 0 || !shared.is_multiple_of(width) {
-        let what = format!("shared experts of {shared} channels in all; a {} config.json counts {width} each", spec.arch);
+        let what =
+            format!("shared experts of {shared} channels in all; a {} config.json counts {width} each", spec.arch);
         return Err(SpecError { what });
     }
     let mut set = |key: &str, v: Value| out.insert(key.into(), v);

@@ -102,13 +102,7 @@ pub struct Checkpoint {
 
 enum Located {
     /// A part of one tensor.
-    Plain {
-        tensor: usize,
-        bytes: Range<usize>,
-        rows: usize,
-        cols: usize,
-        lie: Lie,
-    },
+    Plain { tensor: usize, bytes: Range<usize>, rows: usize, cols: usize, lie: Lie },
     /// Buffers of a packed matrix by suffix; put together, and checked, when first asked for.
     Packed { desc: Descriptor, buffers: BTreeMap<String, usize>, whole: OnceLock<Arc<Stored>> },
     /// Tensors that another tool compressed.

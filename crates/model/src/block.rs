@@ -149,9 +149,11 @@ impl<B: Backend> Loader<'_, B> {
             Some(choice) => Body::Mixture(Mixture {
                 router: self.exact(Role::Router)?,
                 choice,
-                correction: choice.correction.then(|| self.vector(Role::Correction)).transpose()?.map(|c| {
-                    self.backend.upload(MatRef::new(1, c.len(), &c))
-                }),
+                correction: choice
+                    .correction
+                    .then(|| self.vector(Role::Correction))
+                    .transpose()?
+                    .map(|c| self.backend.upload(MatRef::new(1, c.len(), &c))),
                 shared: choice.shared.map(|s| self.shared(f, s)).transpose()?,
                 gate: f.gated.then(|| self.grouped(Role::Gate, choice.count)).transpose()?,
                 up: self.grouped(Role::Up, choice.count)?,
@@ -279,10 +281,13 @@ impl<B: Backend> Block<B> {
 
     /// The matrices that every head has of its own.
     fn per_head(&self) -> impl Iterator<Item = &Grouped<B>> {
-        self.attention.iter().flat_map(|a| match &a.reads {
-            Reads::Plain(_) => [None, None],
-            Reads::Latent(m) => m.per_head().map(Some),
-        }).flatten()
+        self.attention
+            .iter()
+            .flat_map(|a| match &a.reads {
+                Reads::Plain(_) => [None, None],
+                Reads::Latent(m) => m.per_head().map(Some),
+            })
+            .flatten()
     }
 
     /// Every matrix but those of experts and of heads.
@@ -468,7 +473,6 @@ impl<B: Backend> FfnPart<B> {
             None => y,
         })
     }
-
 }
 
 /// What one feed-forward network, not chosen from several, makes of `h`.

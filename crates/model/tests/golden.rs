@@ -197,11 +197,7 @@ fn worst<B: Backend>(backend: &B, dir: &Path) -> Result<f32, Box<dyn std::error:
 }
 
 /// The same of a checkpoint that ought to be the one at `dir`.
-fn worst_of<B: Backend>(
-    backend: &B,
-    checkpoint: &Checkpoint,
-    dir: &Path,
-) -> Result<f32, Box<dyn std::error::Error>> {
+fn worst_of<B: Backend>(backend: &B, checkpoint: &Checkpoint, dir: &Path) -> Result<f32, Box<dyn std::error::Error>> {
     let golden: serde_json::Value = serde_json::from_slice(&std::fs::read(dir.join("golden.json"))?)?;
     let decoder = Decoder::load_on(backend, checkpoint, &LoadOptions::default())?;
     said(backend, &decoder, &golden)?;

@@ -219,7 +219,13 @@ impl Checkpoint {
             }
             let start = t.bytes.start + row_bytes(slice * wide + from);
             let bytes = start..start + row_bytes(to - from);
-            return Ok(Located::Plain { tensor, bytes, rows: 1, cols, lie: Lie { transposed: None, step: source.step } });
+            return Ok(Located::Plain {
+                tensor,
+                bytes,
+                rows: 1,
+                cols,
+                lie: Lie { transposed: None, step: source.step },
+            });
         }
         let (high_here, wide_here) = if source.transposed { (wide, high) } else { (high, wide) };
         // Learned positions: the file may have more than the network asks for.

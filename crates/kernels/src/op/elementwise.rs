@@ -275,10 +275,7 @@ mod tests {
                 let mut bad = Mat::from_vec(1, 4, vec![f32::NAN, f32::INFINITY, 1.0, f32::NEG_INFINITY]);
                 activation_on(isa, act, bad.view_mut());
                 let top = if act == Activation::SwigluOai { exact(act, 7.0) as f32 } else { f32::INFINITY };
-                assert!(
-                    bad[(0, 0)].is_nan() && bad[(0, 1)] == top && bad[(0, 2)].is_finite(),
-                    "{isa} {act:?} {bad:?}"
-                );
+                assert!(bad[(0, 0)].is_nan() && bad[(0, 1)] == top && bad[(0, 2)].is_finite(), "{isa} {act:?} {bad:?}");
             }
         }
     }

@@ -46,9 +46,9 @@ impl Record {
             let before = if a.qk_norm { wide + narrow } else { 0 };
             let post = if a.post_norm { hidden } else { 0 };
             // Of latent attention the narrow rows, and what heads read and write before and after it.
-            let latent = a.latent.map_or(0, |m| {
-                2 * m.q_rank.unwrap_or(0) + m.rank + a.heads * (m.plain + m.rank + m.value) + narrow
-            });
+            let latent = a
+                .latent
+                .map_or(0, |m| 2 * m.q_rank.unwrap_or(0) + m.rank + a.heads * (m.plain + m.rank + m.value) + narrow);
             hidden + before + 2 * wide + 2 * narrow + post + latent
         });
         let ffn = block.ffn.as_ref().map_or(0, |f| {

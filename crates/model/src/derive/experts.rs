@@ -103,10 +103,9 @@ mod tests {
                 let chosen = |r: usize| routes.busy().filter(move |(_, at)| routes.rows[at.clone()].contains(&r));
                 let total = |r: usize| -> f64 { if normalize { chosen(r).map(|(e, _)| p[r][e]).sum() } else { 1.0 } };
                 let (p, total) = (&p, &total);
-                let of =
-                    |(e, at): (usize, std::ops::Range<usize>)| {
-                        routes.rows[at].iter().map(move |&r| f64::from(scale) * p[r][e] / total(r))
-                    };
+                let of = |(e, at): (usize, std::ops::Range<usize>)| {
+                    routes.rows[at].iter().map(move |&r| f64::from(scale) * p[r][e] / total(r))
+                };
                 routes.busy().flat_map(of).collect()
             });
         }
