@@ -92,7 +92,7 @@ SMALL = dict(vocab_size=32, hidden_size=16, num_hidden_layers=2)
 # factor on cos and sin.
 SAID = {
     "qwen2_moe": dict(mlp_only_layers=[]),
-    "deepseek_v2": dict(rms_norm_eps=1e-6, topk_method="greedy", rope_parameters={
+    "deepseek_v2": dict(rms_norm_eps=1e-6, topk_method="greedy", q_lora_rank=12, rope_parameters={
         "rope_theta": 500.0, **YARN, "mscale": 0.707, "mscale_all_dim": 0.707}),
     "deepseek_v3": dict(rms_norm_eps=1e-6),
 }

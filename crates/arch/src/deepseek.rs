@@ -70,7 +70,7 @@ pub(super) fn latent(c: &Config, spec: &mut Spec, style: RopeStyle) -> Result<()
             _ if all != 0.0 => return bad("mscale_all_dim under another scaling than yarn"),
             _ => 1.0,
         };
-        a.scale = (scaled * scaled / ((plain + turned) as f64).sqrt()) as f32;
+        a.scale = (scaled * scaled / (plain as f64 + turned as f64).sqrt()) as f32;
         (a.kv_heads, a.head_dim, a.latent) = (1, m.rank.saturating_add(turned), Some(m));
         (a.qkv_bias, a.o_bias) = (bias, bias);
         a.rope.iter_mut().for_each(|r| r.style = style);
@@ -221,8 +221,14 @@ fn to_gguf(spec: &Spec) -> Result<GgufKeys, SpecError> {
     let mut k = moe::plain_keys(spec, "deepseek2")?;
     k.put("attention.value_length", GgufValue::U32(u32::try_from(m.rank).unwrap_or(u32::MAX)));
     k.number("attention.kv_lora_rank", m.rank)?;
-    if let Some(n) = m.q_rank {
-        k.number("attention.q_lora_rank", n)?;
+    match m.q_rank {
+        Some(n) => k.number("attention.q_lora_rank", n)?,
+        None if spec.layers.len() == 27 => {}
+        None => k.notes.push(format!(
+            "llama.cpp knows queries without a latent in deepseek2 files of 27 layers alone (DeepSeek-V2-Lite); this \
+             network has {} and will not load there",
+            spec.layers.len()
+        )),
     }
     k.number("attention.key_length_mla", m.plain + turned)?;
     k.number("attention.value_length_mla", m.value)?;

@@ -31,7 +31,8 @@ pub(super) fn dense(spec: &Spec) -> Result<(usize, usize), SpecError> {
 
 /// Routing as DeepSeek and GLM say it, beside `count` and `used`.
 pub(super) fn routing(c: &Config, count: usize, score: RouterScore) -> Result<Experts, SpecError> {
-    let shared = c.opt_usize("n_shared_experts")?.unwrap_or(0) * c.usize("moe_intermediate_size")?;
+    let each = c.usize("moe_intermediate_size")?;
+    let shared = c.opt_usize("n_shared_experts")?.unwrap_or(0).saturating_mul(each);
     Ok(Experts {
         count,
         used: c.usize("num_experts_per_tok")?,

@@ -2,6 +2,7 @@
 
 mod head;
 mod index;
+mod lie;
 mod locate;
 mod within;
 
@@ -15,6 +16,9 @@ use lacuna_arch::{self as arch, GgufHead};
 use lacuna_format::{Descriptor, Float, Pattern, Piece, Stored, Values, Weights, WeightsError};
 use lacuna_spec::{Place, Spec, SpecError};
 use serde_json::Value;
+
+pub(crate) use lie::transpose;
+use lie::{Lie, every};
 
 use crate::content::{self, Content};
 use crate::examine::{Problem, REPAIR};
@@ -107,15 +111,6 @@ enum Located {
     Packed { desc: Descriptor, buffers: BTreeMap<String, usize>, whole: OnceLock<Arc<Stored>> },
     /// Tensors that another tool compressed.
     Foreign(Lazy),
-}
-
-/// How the entries of a place lie within bytes of a tensor.
-#[derive(Clone, Copy)]
-struct Lie {
-    /// The bytes are `[cols, all]`; columns from this one on are meant.
-    transposed: Option<usize>,
-    /// Of rows (of those columns, of a vector's entries) every so many-th is meant.
-    step: usize,
 }
 
 /// The list of a sharded checkpoint's tensors and files.
@@ -589,24 +584,6 @@ impl Checkpoint {
         };
         Stored::from_piece(Piece { rows, cols, pattern: Pattern::Dense, values })
     }
-}
-
-/// The first of every `step` rows of `size` bytes.
-fn every(data: &[u8], size: usize, step: usize) -> Bytes {
-    Bytes::from(data.chunks(size).step_by(step).flatten().copied().collect::<Vec<u8>>())
-}
-
-/// Rows `from..from + rows` of the transpose of a `[cols, all]` matrix of `size`-byte entries.
-pub(crate) fn transpose(data: &[u8], rows: usize, cols: usize, from: usize, size: usize) -> Bytes {
-    let all = data.len() / size / cols;
-    let mut out = Vec::with_capacity(rows * cols * size);
-    for r in from..from + rows {
-        for c in 0..cols {
-            let at = (c * all + r) * size;
-            out.extend_from_slice(&data[at..at + size]);
-        }
-    }
-    out.into()
 }
 
 impl Weights for Checkpoint {

@@ -52,7 +52,7 @@ impl AttnSpec {
         if turned == 0 {
             return fail("latent attention without RoPE".into());
         }
-        if self.kv_heads != 1 || self.head_dim != m.rank + turned {
+        if self.kv_heads != 1 || self.head_dim != m.rank.saturating_add(turned) {
             return fail(format!(
                 "{} key heads of {} channels; latent attention has one of {} and {turned}",
                 self.kv_heads, self.head_dim, m.rank

@@ -12,7 +12,7 @@ use lacuna_format::Unpacked;
 use lacuna_spec::{LayerSpec, Place, Spec};
 use serde::Deserialize;
 
-use super::structure::{Group, Kind, spread};
+use super::structure::{Group, Kind, first_uncuttable, spread};
 
 /// Measured times of a token's parts, microseconds.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -122,6 +122,9 @@ impl Sizes {
         each: &mut dyn FnMut(AtSize) -> Result<(), MethodError>,
     ) -> Result<(), MethodError> {
         let (shrink, spec, kind) = (self.shrink(by)?, work.spec(), kind(part));
+        if let Some(what) = first_uncuttable(spec) {
+            return Err(MethodError::new(format!("{what} by a structure step, sizes of both cannot be searched")));
+        }
         let Some(group) = Group::of_layer(spec, layer, &[kind]).pop() else { return Ok(()) };
         let step = if kind == Kind::Heads { 1 } else { self.align };
         let units = |share: f64| match share {

@@ -13,6 +13,7 @@
 //! - A row's result depends on the row, what it is met by and the backend alone, never on its company.
 
 mod cpu;
+mod frequencies;
 pub mod naive;
 mod select;
 mod tables;

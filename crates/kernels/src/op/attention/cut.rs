@@ -4,7 +4,7 @@ use std::cell::RefCell;
 use std::ops::Range;
 
 use super::ops::{Finish, Merge};
-use super::{Attention, PARTIAL, SEGMENT, Shared, with_sink};
+use super::{Attention, PARTIAL, SEGMENT, Shared};
 use crate::Isa;
 use crate::kv::{KvLayout, KvView};
 use crate::simd::dispatch;
@@ -46,7 +46,18 @@ pub(super) fn give_back(mut parts: Vec<Part<'_>>) {
     FREE.set(parts.into_iter().map(|_| -> Part<'static> { unreachable!("cleared") }).collect());
 }
 
+/// The sum of a query's weights relative to its largest score, with that of a sink.
+pub(super) fn with_sink(sink: Option<f32>, (top, sum): (f32, f32)) -> f32 {
+    // Far above all scores it becomes infinite, and what is divided by it nothing, as it should.
+    sink.map_or(sum, |s| sum + (s - top).exp())
+}
+
 impl Attention {
+    /// The logit that stands beside the keys of head `h`.
+    pub(crate) fn sink(&self, h: usize) -> Option<f32> {
+        self.sinks.as_ref().map(|s| s[h])
+    }
+
     /// The parts of a call.
     #[track_caller]
     pub(super) fn cut<'a>(

@@ -26,7 +26,7 @@ use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
 pub use chosen::Chosen;
 use chosen::{Bits, runs};
-use cut::{Part, gather};
+use cut::{Part, gather, with_sink};
 use element::{Element, Parts};
 use ops::{Finish, Merge, Mix, Scores, Soften, Tile, Widen};
 
@@ -218,11 +218,6 @@ impl Attention {
     }
 
     /// The first position that a query at `p` sees.
-    /// The logit that stands beside the keys of head `h`.
-    pub(super) fn sink(&self, h: usize) -> Option<f32> {
-        self.sinks.as_ref().map(|s| s[h])
-    }
-
     fn low(&self, p: usize) -> usize {
         self.window.map_or(0, |w| (p + 1).saturating_sub(w))
     }
@@ -230,12 +225,6 @@ impl Attention {
 
 /// Numbers of a segment's partial result before its sums: the largest score, and the sum of the weights.
 const PARTIAL: usize = 16;
-
-/// The sum of a query's weights relative to its largest score, with that of a sink.
-fn with_sink(sink: Option<f32>, (top, sum): (f32, f32)) -> f32 {
-    // Far above all scores it becomes infinite, and what is divided by it nothing, as it should.
-    sink.map_or(sum, |s| sum + (s - top).exp())
-}
 
 /// Memory that tasks write disjoint parts of, and the distance of its rows.
 #[derive(Clone, Copy)]
