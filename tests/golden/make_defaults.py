@@ -2,7 +2,9 @@
 """What transformers assumes where a config.json says nothing: of every class that Lacuna reads, the values behind the keys that it
 reads, and the network that `{"model_type": ...}` alone describes.
 
-    python make_defaults.py OUT.json
+    python make_defaults.py OUT.json [NAME ...]
+
+NAME: these classes alone are asked anew, the others stay as they are.
 
 writes `values` of its own major version (`v4` or `v5`) and keeps the other's: run it once with each. They are the configuration with
 every default written out, derived ones too (head_dim of Llama). `network` is read off the modules that transformers builds wherever
@@ -37,6 +39,13 @@ READ = {
     "qwen3": [*LLAMA, *SLIDES, "head_dim", "attention_bias"],
     "qwen3_moe": [*LLAMA, "attention_bias", "use_sliding_window", "sliding_window", "num_experts", "num_local_experts",
                   "num_experts_per_tok", "moe_intermediate_size", "norm_topk_prob", "decoder_sparse_step", "mlp_only_layers"],
+    "qwen2_moe": [*LLAMA, "use_sliding_window", "layer_types", "qkv_bias", "num_experts", "num_experts_per_tok",
+                  "moe_intermediate_size", "shared_expert_intermediate_size", "norm_topk_prob", "decoder_sparse_step",
+                  "mlp_only_layers"],
+    "gpt_oss": [*LLAMA, "head_dim", "attention_bias", "sliding_window", "layer_types", "num_local_experts",
+                "num_experts_per_tok", *(["swiglu_alpha", "swiglu_limit"] if MAJOR == "v5" else [])],
+    "ernie4_5_moe": [*LLAMA, "head_dim", "use_bias", "moe_intermediate_size", "moe_k", "moe_num_experts",
+                     "moe_num_shared_experts", "moe_layer_start_index", "moe_layer_interval"],
     "gemma2": GEMMA,
     "gemma3_text": [*GEMMA, "rope_local_base_freq"],
     "gemma3": ["text_config", "tie_word_embeddings"],
@@ -109,14 +118,15 @@ def experts(layer, config):
     if inner is None:
         both = getattr(mlp, "gate_up_proj", None)
         return [linear(both)[0] // 2 if both is not None else linear(mlp.gate_proj)[0], None]
-    router = mlp.gate
+    router = getattr(mlp, "gate", None) or mlp.router
     count = router.weight.shape[0]
     if isinstance(inner, torch.nn.ModuleList):
         one = inner[0]
         width = linear(getattr(one, "w1", None) or one.gate_proj)[0]
     else:
-        width = inner.gate_up_proj.shape[1] // 2
-    # Mixtral always normalizes; its class has no word for it.
+        # GPT-OSS keeps [experts, inputs, outputs].
+        width = inner.gate_up_proj.shape[2 if config.model_type == "gpt_oss" else 1] // 2
+    # Mixtral, GPT-OSS and ERNIE always normalize; their classes have no word for it.
     return [width, [count, config.num_experts_per_tok, getattr(config, "norm_topk_prob", True)]]
 
 
@@ -136,6 +146,8 @@ def llama(config, model):
         (rows, bias), kv = linear(attn.q_proj), linear(attn.k_proj)[0] // d
         heads = rows // d
     act = getattr(mlp, "act_fn", None) or getattr(mlp, "activation_fn", None)
+    if act is None and config.model_type == "gpt_oss":
+        act = "swiglu_oai"
     if act is None:
         act = mlp.experts[0].act_fn if isinstance(mlp.experts, torch.nn.ModuleList) else mlp.experts.act_fn
     types = getattr(config, "layer_types", None)
@@ -145,12 +157,13 @@ def llama(config, model):
     out = dict(
         embed=list(body.embed_tokens.weight.shape), positions=None,
         norm=["rms", number(getattr(norm, "variance_epsilon", None) or norm.eps)], final_norm=True,
-        heads=heads, kv_heads=kv, head_dim=d, scale=number(attn.scaling), qkv_bias=bias, o_bias=linear(attn.o_proj)[1],
-        qk_norm=hasattr(attn, "q_norm"),
+        heads=heads, kv_heads=kv, head_dim=d, scale=number(getattr(attn, "scaling", d**-0.5)), qkv_bias=bias,
+        o_bias=linear(attn.o_proj)[1], qk_norm=getattr(attn, "q_norm", None) is not None,
         # Gemma 3 keeps the value and never uses it.
         softcap=attn.attn_logit_softcapping if gemma == "Gemma2" else None,
-        act=ACTIVATIONS[type(act).__name__],
-        ffn_bias=getattr(mlp, "gate_proj", None) is not None and linear(mlp.gate_proj)[1],
+        act=act if isinstance(act, str) else ACTIVATIONS[type(act).__name__],
+        ffn_bias=hasattr(getattr(mlp, "experts", None), "gate_up_proj_bias")
+        or getattr(mlp, "gate_proj", None) is not None and linear(mlp.gate_proj)[1],
         windows=runs(window(l) for l in range(len(body.layers))), ffn=runs(experts(x, config) for x in body.layers))
     kinds = {l: "sliding_attention" if window(l) else "full_attention" for l in range(len(body.layers))}
     out["rope"] = {kind: rope(config, kind, type(body.rotary_emb)) for kind in sorted(set(kinds.values()))}
@@ -185,15 +198,18 @@ def network(config, model):
 
 
 def main():
-    if len(sys.argv) != 2 or sys.argv[1].startswith("-"):
+    if len(sys.argv) < 2 or sys.argv[1].startswith("-"):
         sys.exit(__doc__)
-    path, whole = sys.argv[1], {}
+    path, names, whole = sys.argv[1], sys.argv[2:], {}
     if os.path.exists(path):
         with open(path) as f:
             whole = json.load(f)
     made_with = {**whole.get("made_with", {}), MAJOR: tf.__version__}
     out = {"made_with": {k: made_with[k] for k in sorted(made_with)}}
     for name, keys in READ.items():
+        if names and name not in names:
+            out[name] = whole[name]
+            continue
         config = read({"model_type": name})
         with torch.device("meta"):
             model = tf.AutoModelForCausalLM.from_config(config, attn_implementation="eager")

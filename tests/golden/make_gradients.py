@@ -32,7 +32,12 @@ ROLES = {
     "input_layernorm": "attn.norm", "post_attention_layernorm": "ffn.norm", "self_attn_layer_norm": "attn.norm",
     "final_layer_norm": "ffn.norm", "fc1": "ffn.up", "fc2": "ffn.down", "ln_1": "attn.norm", "ln_2": "ffn.norm",
     "attn.c_proj": "attn.o", "mlp.c_fc": "ffn.up", "mlp.c_proj": "ffn.down", "mlp.gate": "ffn.router",
-    "block_sparse_moe.gate": "ffn.router",
+    "block_sparse_moe.gate": "ffn.router", "mlp.router": "ffn.router", "self_attn.sinks": "attn.sinks",
+    "mlp.shared_expert_gate": "ffn.shared.router", "self_attn.q_a_proj": "attn.q_down",
+    "self_attn.q_a_layernorm": "attn.q_down_norm", "self_attn.q_b_proj": "attn.q",
+    "self_attn.kv_a_proj_with_mqa": "attn.kv_down", "self_attn.kv_a_layernorm": "attn.kv_down_norm",
+    **{f"mlp.{shared}.{role}_proj": f"ffn.shared.{role}" for shared in ("shared_expert", "shared_experts", "shared_mlp")
+       for role in ("gate", "up", "down")},
     "self_attn.dense": "attn.o", "self_attn.q_layernorm": "attn.q_norm", "self_attn.k_layernorm": "attn.k_norm",
     "self_attn.query_layernorm": "attn.q_norm", "self_attn.key_layernorm": "attn.k_norm", "mlp.fc1": "ffn.up",
     "mlp.fc2": "ffn.down", "mlp.c_proj": "ffn.down", "post_self_attn_layernorm": "attn.post_norm",
@@ -52,6 +57,9 @@ SANDWICH = {
 
 def places(name, gradient, config):
     """The places of a parameter with their parts of its gradient."""
+    if name.endswith("e_score_correction_bias"):
+        # It chooses and weighs nothing.
+        return
     if "embed" in name or re.search(r"\bwte\b|\bwpe\b", name):
         return
     if name in ("lm_head.weight", "lm_head.bias"):
@@ -67,11 +75,26 @@ def places(name, gradient, config):
     stem = re.sub(r"\.(weight|bias)$", "", rest)
     if config.model_type == "gpt2" and gradient.ndim == 2:
         gradient = gradient.T
-    if stem.endswith("experts.gate_up_proj"):
+    if config.model_type == "gpt_oss" and ".experts." in f".{stem}":
+        # [experts, inputs, outputs]; gate and up take turns.
+        for e, one in enumerate(gradient):
+            bias = ".bias" if one.ndim == 1 else ""
+            one = one if bias else one.T
+            parts = [("gate", one[::2]), ("up", one[1::2])] if "gate_up" in stem else [("down", one)]
+            for role, part in parts:
+                yield f"{layer}ffn.experts.{e}.{role}{bias}", part
+    elif stem.endswith("self_attn.kv_b_proj"):
+        # A head's rows that make keys, the other way round, and those that make values.
+        cuts = [config.qk_nope_head_dim, config.v_head_dim]
+        for h, both in enumerate(gradient.split(sum(cuts))):
+            k, v = both.split(cuts)
+            yield f"{layer}attn.heads.{h}.k_up", k.T
+            yield f"{layer}attn.heads.{h}.v_up", v
+    elif stem.endswith(".experts.gate_up_proj"):
         for e, both in enumerate(gradient):
             for role, part in zip(("gate", "up"), both.chunk(2)):
                 yield f"{layer}ffn.experts.{e}.{role}", part
-    elif stem.endswith("experts.down_proj"):
+    elif stem.endswith(".experts.down_proj"):
         for e, part in enumerate(gradient):
             yield f"{layer}ffn.experts.{e}.down", part
     elif stem.endswith("gate_up_proj"):
@@ -152,7 +175,7 @@ def main():
         if made_later == later:
             models[name] = of_model(os.path.join(tiny, name))
             print(name, [len(s["gradients"]) for s in models[name]], [s["loss"] for s in models[name]])
-    write_json(path, {"made_with": versions(), **models})
+    write_json(path, {"made_with": versions(), **{name: models[name] for name in sorted(models)}})
     size = os.path.getsize(path)
     print(f"{size / 1000:.0f} kB")
     assert size < 300_000

@@ -5,7 +5,7 @@ use serde_json::{Map, Value, json};
 
 use super::export::INTERLEAVED;
 use super::{Source, rope};
-use lacuna_spec::{Activation, AttnSpec, FfnSpec, LayerSpec, Norm, RopeStyle, Spec, SpecError};
+use lacuna_spec::{Activation, AttnSpec, FfnSpec, Latent, LayerSpec, Norm, RopeStyle, Spec, SpecError};
 use lacuna_spec::{Part, Place, Role};
 
 /// An error about a key of config.json.
@@ -247,6 +247,8 @@ pub(super) fn activation_name(act: Activation) -> &'static str {
         Activation::Relu => "relu",
         Activation::Relu2 => "relu2",
         Activation::Xielu => "xielu",
+        // GPT-OSS's configuration calls what it does so.
+        Activation::SwigluOai => "silu",
     }
 }
 
@@ -339,9 +341,39 @@ pub(super) fn named(place: &Place, prefix: &str, layers: &str, module: &str) -> 
     })
 }
 
-/// Names of Llama's tensors, which most families repeat. Experts as Qwen writes them.
-pub(super) fn llama_source(_: &Spec, place: &Place) -> Option<Source> {
+/// A head's rows of the matrix that makes keys and values of the latent; those of keys hold the transpose of what
+/// queries meet.
+pub(super) fn of_head(whole: Source, place: &Place, latent: Latent) -> Option<Source> {
+    let Latent { plain, value, .. } = latent;
+    let from = place.expert? as usize * (plain + value);
+    Some(match place.role {
+        Role::KUp => Source { rows: Some((from, from + plain)), turned: true, ..whole },
+        _ => Source { rows: Some((from + plain, from + plain + value)), ..whole },
+    })
+}
+
+/// Names of Llama's tensors, which most families repeat. Experts as Qwen writes them, shared ones and latents as DeepSeek
+/// does.
+pub(super) fn llama_source(spec: &Spec, place: &Place) -> Option<Source> {
+    let attn = place.layer.and_then(|l| spec.layers.get(l as usize)?.attn.as_ref());
+    let latent = attn.and_then(|a| a.latent);
+    // Parameters of modules that are no matrices: nothing stands behind their names.
+    let bare = |name: &str| Some(Source::whole(format!("model.layers.{}.{name}", place.layer?)));
     let module = match place.role {
+        Role::Sinks => return bare("self_attn.sinks"),
+        Role::Correction => return bare("mlp.gate.e_score_correction_bias"),
+        Role::KUp | Role::VUp => {
+            return of_head(named(place, "model.", "layers", "self_attn.kv_b_proj"), place, latent?);
+        }
+        Role::QDown => "self_attn.q_a_proj",
+        Role::QDownNorm => "self_attn.q_a_layernorm",
+        Role::Q if latent.is_some_and(|m| m.q_rank.is_some()) => "self_attn.q_b_proj",
+        Role::KvDown => "self_attn.kv_a_proj_with_mqa",
+        Role::KvDownNorm => "self_attn.kv_a_layernorm",
+        Role::SharedRouter => "mlp.shared_expert_gate",
+        Role::SharedGate => "mlp.shared_experts.gate_proj",
+        Role::SharedUp => "mlp.shared_experts.up_proj",
+        Role::SharedDown => "mlp.shared_experts.down_proj",
         Role::Head => return Some(named(place, "", "", "lm_head")),
         Role::Embed => "embed_tokens",
         Role::FinalNorm => "norm",

@@ -21,6 +21,10 @@ pub struct Target {
     pub transposed: bool,
     /// The rows lie in so many groups, each with its share of every part.
     pub groups: usize,
+    /// Rows of so many parts take turns: row `i` of the first, of the second, ..., then row `i + 1`.
+    pub step: usize,
+    /// For each part, whether the file keeps its transpose within the matrix.
+    pub turned: Vec<bool>,
 }
 
 /// A network without holes, and where its layers come from.
@@ -94,7 +98,8 @@ pub fn norm_factor(spec: &Spec, place: &Place) -> f32 {
 /// The families whose GGUF files keep the rows of q and k so that RoPE pairs neighbours.
 const NEIGHBOURS: [&str; 7] = ["llama", "mistral", "mixtral", "ministral3", "smollm3", "granite", "olmo"];
 /// The families in which RoPE pairs neighbours in every file.
-pub(super) const INTERLEAVED: [&str; 7] = ["glm", "glm4", "cohere", "cohere2", "ernie4_5", "helium", "gptj"];
+pub(super) const INTERLEAVED: [&str; 10] =
+    ["glm", "glm4", "cohere", "cohere2", "ernie4_5", "helium", "gptj", "deepseek_v2", "deepseek_v3", "ernie4_5_moe"];
 /// The families whose Hugging Face files keep a norm's scale less one.
 const LESS_ONE: [&str; 4] = ["gemma", "gemma2", "gemma3", "nemotron"];
 /// The families whose embedding is scaled by the root of its width.
@@ -235,8 +240,9 @@ fn targets(spec: &Spec, source_of: SourceOf) -> Result<Vec<Target>, SpecError> {
             return Err(SpecError { what: format!("{} has no name for {place} in this layout", spec.arch) });
         };
         let i = *at.entry(source.name.clone()).or_insert_with(|| {
-            let (name, transposed, groups) = (source.name.clone(), source.transposed, source.groups);
-            out.push((Target { name, shape: Vec::new(), parts: Vec::new(), transposed, groups }, Vec::new()));
+            let (name, transposed, step, groups) = (source.name.clone(), source.transposed, source.step, source.groups);
+            let (shape, parts, turned) = (Vec::new(), Vec::new(), Vec::new());
+            out.push((Target { name, shape, parts, transposed, groups, step, turned }, Vec::new()));
             out.len() - 1
         });
         out[i].0.parts.push(place);
@@ -246,16 +252,22 @@ fn targets(spec: &Spec, source_of: SourceOf) -> Result<Vec<Target>, SpecError> {
         let mut order: Vec<usize> = (0..sources.len()).collect();
         order.sort_by_key(|&i| (sources[i].slice, sources[i].rows));
         target.parts = order.iter().map(|&i| target.parts[i]).collect();
-        let shapes: Vec<(usize, usize)> = target.parts.iter().filter_map(|p| spec.shape(p)).collect();
+        target.turned = order.iter().map(|&i| sources[i].turned).collect();
+        let turn = |(r, c): (usize, usize), turned: bool| if turned { (c, r) } else { (r, c) };
+        let shapes = target.parts.iter().filter_map(|p| spec.shape(p));
+        let shapes: Vec<(usize, usize)> = shapes.zip(&target.turned).map(|(s, t)| turn(s, *t)).collect();
         let first = target.parts[0];
         let table = first.role.is_linear() || matches!(first.role, Role::Embed | Role::Positions);
         let (rows, cols) = (shapes.iter().map(|s| s.0).sum::<usize>(), shapes[0].1);
-        target.shape = match (table && first.part == Part::Weight, sources[0].slice) {
-            (false, _) => match own_scales(spec, &first) {
+        let slices = sources.iter().filter_map(|s| s.slice).max().map(|most| most + 1);
+        target.shape = match (table && first.part == Part::Weight, slices) {
+            (false, None) => match own_scales(spec, &first) {
                 Some(dim) => vec![shapes[0].1 / dim, dim],
                 None => vec![shapes.iter().map(|s| s.1).sum()],
             },
-            (true, Some(_)) => vec![shapes.len(), rows / shapes.len(), cols],
+            (false, Some(n)) => vec![n, shapes.iter().map(|s| s.1).sum::<usize>() / n],
+            (true, Some(n)) if target.transposed => vec![n, cols, rows / n],
+            (true, Some(n)) => vec![n, rows / n, cols],
             (true, None) if target.transposed => vec![cols, rows],
             (true, None) => vec![rows, cols],
         };

@@ -46,6 +46,29 @@ const REFUSED: &[&str] = &[
 ];
 
 impl GgufHead {
+    /// The same file where some keys below the architecture's name say nothing: a family has read them.
+    pub(super) fn without(&self, keys: &[&str]) -> Result<GgufHead, SpecError> {
+        let mut out = self.clone();
+        for key in keys {
+            let (key, _) = self.value(key)?;
+            out.keys.remove(&key);
+        }
+        Ok(out)
+    }
+
+    /// The same file where `{architecture}.{key}` is another number.
+    pub(super) fn with(mut self, key: &str, n: usize) -> Result<GgufHead, SpecError> {
+        let (key, _) = self.value(key)?;
+        self.keys.insert(key, n.into());
+        Ok(self)
+    }
+
+    /// `{architecture}.{key}` as true or false.
+    pub(super) fn bool(&self, key: &str) -> Result<Option<bool>, SpecError> {
+        let (key, v) = self.value(key)?;
+        v.map(|v| v.as_bool().map_or_else(|| bad(format!("{key} is {v}, neither true nor false")), Ok)).transpose()
+    }
+
     /// A string that must be there.
     pub fn str(&self, key: &str) -> Result<&str, SpecError> {
         self.keys.get(key).and_then(Value::as_str).map_or_else(|| bad(format!("{key} is missing or no string")), Ok)
@@ -85,7 +108,7 @@ impl GgufHead {
         Ok((key, v))
     }
 
-    fn must(&self, key: &str) -> Result<usize, SpecError> {
+    pub(super) fn must(&self, key: &str) -> Result<usize, SpecError> {
         self.usize(key)?.map_or_else(|| bad(format!("{}.{key} is missing", self.str("general.architecture")?)), Ok)
     }
 }
@@ -171,7 +194,12 @@ pub(super) fn reading(head: &GgufHead, arch: &str, style: RopeStyle, keys: &[&st
             bias: has(l, "ffn_up.bias"),
             down_bias: has(l, "ffn_down.bias") && !has(l, "ffn_up.bias"),
             experts: match experts {
-                Some(count) => Some(Experts { count, used: head.must("expert_used_count")?, normalize: true }),
+                Some(count) => Some(Experts {
+                    count,
+                    used: head.must("expert_used_count")?,
+                    normalize: true,
+                    ..Experts::default()
+                }),
                 None => None,
             },
             ..FfnSpec::default()
@@ -240,8 +268,24 @@ fn scaling(head: &GgufHead, context: usize) -> Result<RopeScaling, SpecError> {
 }
 
 /// Names of llama.cpp's tensors.
-pub(super) fn standard_source(_: &Spec, place: &Place) -> Option<Source> {
+pub(super) fn standard_source(spec: &Spec, place: &Place) -> Option<Source> {
+    let attn = place.layer.and_then(|l| spec.layers.get(l as usize)?.attn.as_ref());
+    let narrow = attn.and_then(|a| a.latent?.q_rank).is_some();
     let module = match place.role {
+        // A vector that llama.cpp calls a bias.
+        Role::Correction => return Some(named(&place.bias(), "", "blk", "exp_probs_b")),
+        Role::Sinks => "attn_sinks",
+        Role::QDown => "attn_q_a",
+        Role::QDownNorm => "attn_q_a_norm",
+        Role::Q if narrow => "attn_q_b",
+        Role::KvDown => "attn_kv_a_mqa",
+        Role::KvDownNorm => "attn_kv_a_norm",
+        Role::KUp => "attn_k_b",
+        Role::VUp => "attn_v_b",
+        Role::SharedRouter => "ffn_gate_inp_shexp",
+        Role::SharedGate => "ffn_gate_shexp",
+        Role::SharedUp => "ffn_up_shexp",
+        Role::SharedDown => "ffn_down_shexp",
         Role::Embed => "token_embd",
         Role::Positions => "position_embd",
         Role::FinalNorm => "output_norm",

@@ -48,6 +48,13 @@ pub struct GgufKeys {
 }
 
 impl GgufKeys {
+    /// Sets `{architecture}.{key}`, which is set already, to something else.
+    pub(super) fn put(&mut self, key: &str, value: GgufValue) {
+        let ends = format!(".{key}");
+        self.pairs.retain(|(k, _)| !k.ends_with(&ends));
+        self.set(key, value);
+    }
+
     /// Sets `{architecture}.{key}`.
     pub(super) fn set(&mut self, key: &str, value: GgufValue) {
         let arch = match self.pairs.first() {

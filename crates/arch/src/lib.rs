@@ -10,8 +10,10 @@ mod apertus;
 mod bloom;
 mod cohere;
 mod config;
+mod deepseek;
 mod defaults;
 mod ernie4_5;
+mod ernie4_5_moe;
 mod exaone4;
 mod export;
 mod falcon;
@@ -19,20 +21,24 @@ mod gemma;
 mod gguf;
 mod gguf_out;
 mod glm;
+mod glm4_moe;
 mod gpt2;
 mod gpt_neox;
+mod gpt_oss;
 mod gptj;
 mod granite;
 mod helium;
 mod hunyuan;
 mod llama;
 mod mixtral;
+mod moe;
 mod nemotron;
 mod olmo;
 mod opt;
 mod phi;
 mod phi3;
 mod qwen;
+mod qwen2_moe;
 mod rope;
 mod seed_oss;
 mod smollm3;
@@ -59,9 +65,13 @@ pub struct Source {
     pub name: String,
     /// Rows `from..to` of the stored tensor (after the transpose, if any), or entries of a stored vector; `None`: all.
     pub rows: Option<(usize, usize)>,
+    /// Of those rows every so many-th, from the first on: 1 for most (GPT-OSS's gates and ups take turns).
+    pub step: usize,
     /// The file keeps `[in, out]` instead of `[out, in]` (GPT-2's Conv1D).
     pub transposed: bool,
-    /// Index into the first of three axes (stacked experts of GGUF files).
+    /// Those rows hold the transpose of what is meant (a head's part of DeepSeek's kv_b).
+    pub turned: bool,
+    /// Index into the first of three axes, of a vector's two (stacked experts).
     pub slice: Option<usize>,
     /// The stored rows lie in so many groups, each with its share of every part: of the first, of the second and so on.
     /// `rows` counts as if the parts lay whole, one below the other.
@@ -71,7 +81,8 @@ pub struct Source {
 impl Source {
     /// A tensor stored as the model means it.
     pub fn whole(name: impl Into<String>) -> Source {
-        Source { name: name.into(), rows: None, transposed: false, slice: None, groups: 1 }
+        let name = name.into();
+        Source { name, rows: None, step: 1, transposed: false, turned: false, slice: None, groups: 1 }
     }
 
     /// Rows `from..from + n` of a tensor.
@@ -125,6 +136,12 @@ pub const FAMILIES: &[Family] = &[
     qwen::QWEN2,
     qwen::QWEN3,
     qwen::QWEN3_MOE,
+    qwen2_moe::QWEN2_MOE,
+    gpt_oss::GPT_OSS,
+    glm4_moe::GLM4_MOE,
+    deepseek::DEEPSEEK_V2,
+    deepseek::DEEPSEEK_V3,
+    ernie4_5_moe::ERNIE4_5_MOE,
     gemma::GEMMA2,
     gemma::GEMMA3,
     phi3::PHI3,
@@ -271,6 +288,7 @@ fn stacked(spec: &Spec, place: &Place) -> Option<Source> {
     let ffn = spec.layers.get(l as usize)?.ffn.as_ref().filter(|f| f.experts.is_some())?;
     let (module, rows) = match place.role {
         Role::Router => ("gate.weight", None),
+        Role::Correction => ("gate.moe_statics.e_score_correction_bias", None),
         Role::Gate => ("experts.gate_up_proj", Some((0, ffn.width))),
         Role::Up => ("experts.gate_up_proj", Some((ffn.width, 2 * ffn.width))),
         Role::Down => ("experts.down_proj", None),
@@ -285,7 +303,13 @@ fn stacked(spec: &Spec, place: &Place) -> Option<Source> {
 /// have them.
 pub fn gguf_sources(spec: &Spec, place: &Place) -> Vec<Source> {
     let Some(first) = of_place(spec, place, |f| f.gguf_source) else { return Vec::new() };
+    let latent = place.layer.and_then(|l| spec.layers.get(l as usize)?.attn.as_ref()?.latent);
     match first.slice {
+        Some(_) if place.role.is_per_head() => {
+            // Older files keep the two in one, as checkpoints do.
+            let whole = config::named(place, "", "blk", "attn_kv_b");
+            [Some(first), latent.and_then(|m| config::of_head(whole, place, m))].into_iter().flatten().collect()
+        }
         Some(e) => {
             let older = first.name.replace("_exps.", &format!(".{e}."));
             vec![first, Source::whole(older)]

@@ -26,8 +26,8 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
     let c = Config(&filled);
     let mut spec = llama_like(&c, "mixtral", "hidden_act", rope::common)?;
     // The softmax runs over the chosen experts only, which is the same as making the chosen ones' shares sum to 1.
-    let experts =
-        Experts { count: c.usize("num_local_experts")?, used: c.usize("num_experts_per_tok")?, normalize: true };
+    let (count, used) = (c.usize("num_local_experts")?, c.usize("num_experts_per_tok")?);
+    let experts = Experts { count, used, normalize: true, ..Experts::default() };
     ffns(&mut spec).for_each(|f| f.experts = Some(experts));
     // The class never asks for layer_types.
     let window = c.opt_usize("sliding_window")?;

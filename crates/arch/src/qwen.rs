@@ -142,6 +142,7 @@ fn from_moe(config: &Value) -> Result<Spec, SpecError> {
         count: c.usize("num_experts")?,
         used: c.usize("num_experts_per_tok")?,
         normalize: c.bool("norm_topk_prob")?,
+        ..Experts::default()
     };
     let (step, dense) = (c.usize("decoder_sparse_step")?, c.usizes("mlp_only_layers")?);
     let width = c.usize("moe_intermediate_size")?;

@@ -2,6 +2,7 @@
 
 mod head;
 mod index;
+mod lie;
 mod like;
 mod locate;
 mod within;
@@ -16,6 +17,9 @@ use lacuna_arch::{self as arch, GgufHead};
 use lacuna_format::{Descriptor, Float, Pattern, Piece, Stored, Values, Weights, WeightsError};
 use lacuna_spec::{Place, Spec, SpecError};
 use serde_json::Value;
+
+pub(crate) use lie::transpose;
+use lie::{Lie, every};
 
 use crate::content::{self, Content};
 use crate::examine::{Problem, REPAIR};
@@ -109,8 +113,7 @@ enum Located {
         bytes: Range<usize>,
         rows: usize,
         cols: usize,
-        /// The tensor is `[cols, all]`; columns from this one on are meant.
-        transposed: Option<usize>,
+        lie: Lie,
         /// The tensor's rows lie in so many groups; `rows` of them from this one on are meant, counted as if the parts of
         /// all groups lay together.
         groups: Option<(usize, usize)>,
@@ -553,8 +556,8 @@ impl Checkpoint {
             Some(Located::Plain { tensor, rows, cols, groups: Some((n, from)), .. }) => {
                 Ok(Some(Arc::new(self.grouped(*tensor, *rows, *cols, (*n, *from)))))
             }
-            Some(Located::Plain { tensor, bytes, rows, cols, transposed, groups: None }) => {
-                Ok(Some(Arc::new(self.plain(*tensor, bytes, *rows, *cols, *transposed))))
+            Some(Located::Plain { tensor, bytes, rows, cols, lie, groups: None }) => {
+                Ok(Some(Arc::new(self.plain(*tensor, bytes, *rows, *cols, *lie))))
             }
             Some(Located::Packed { desc, buffers, whole }) => {
                 let some = |all: &Arc<Stored>| match self.loaded.get(place) {
@@ -588,32 +591,29 @@ impl Checkpoint {
         self.files[*file].release(t.bytes.clone());
     }
 
-    fn plain(&self, tensor: usize, bytes: &Range<usize>, rows: usize, cols: usize, from: Option<usize>) -> Stored {
+    fn plain(&self, tensor: usize, bytes: &Range<usize>, rows: usize, cols: usize, lie: Lie) -> Stored {
         let (file, t) = &self.tensors[tensor];
         let data = self.files[*file].bytes();
-        let values = match (t.dtype, from) {
-            (TensorType::Float(f), None) => Values::Float(f, data.slice(bytes.clone())),
+        let Lie { transposed, step } = lie;
+        let values = match (t.dtype, transposed) {
+            (TensorType::Float(f), None) if step == 1 => Values::Float(f, data.slice(bytes.clone())),
+            (TensorType::Float(f), None) => {
+                let size = if rows == 1 { f.bytes() } else { cols * f.bytes() };
+                Values::Float(f, every(&data[bytes.clone()], size, step))
+            }
             (TensorType::Float(f), Some(from)) => {
-                Values::Float(f, transpose(&data[bytes.clone()], rows, cols, from, f.bytes()))
+                let all = transpose(&data[bytes.clone()], (rows - 1) * step + 1, cols, from, f.bytes());
+                Values::Float(f, if step == 1 { all } else { every(&all, cols * f.bytes(), step) })
+            }
+            (TensorType::Block(b), _) if step > 1 => {
+                let size = cols / b.block() * b.block_bytes();
+                Values::Gguf(b, every(&data[bytes.clone()], size, step))
             }
             (TensorType::Block(b), _) => Values::Gguf(b, data.slice(bytes.clone())),
             (TensorType::Uint(_) | TensorType::Other(_), _) => unreachable!("refused when the file was opened"),
         };
         Stored::from_piece(Piece { rows, cols, pattern: Pattern::Dense, values })
     }
-}
-
-/// Rows `from..from + rows` of the transpose of a `[cols, all]` matrix of `size`-byte entries.
-pub(crate) fn transpose(data: &[u8], rows: usize, cols: usize, from: usize, size: usize) -> Bytes {
-    let all = data.len() / size / cols;
-    let mut out = Vec::with_capacity(rows * cols * size);
-    for r in from..from + rows {
-        for c in 0..cols {
-            let at = (c * all + r) * size;
-            out.extend_from_slice(&data[at..at + size]);
-        }
-    }
-    out.into()
 }
 
 impl Weights for Checkpoint {

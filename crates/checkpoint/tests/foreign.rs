@@ -659,3 +659,59 @@ fn a_norm_that_the_base_keeps_in_another_way_is_refused() {
     let e = on(&file).unwrap_err().to_string();
     assert!(e.contains(name) && e.contains("in another way") && e.contains("safetensors"), "{e}");
 }
+
+#[test]
+fn mxfp4_experts_are_what_their_codes_and_scales_say() {
+    let dir = foreign("gpt_oss_mxfp4");
+    let c = open(&dir).unwrap();
+    assert!(c.unused().is_empty(), "{:?}", c.unused());
+    let bytes = std::fs::read(dir.join("model.safetensors")).unwrap();
+    let file = safetensors::SafeTensors::deserialize(&bytes).unwrap();
+    let table = [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0];
+    let mut compared = 0;
+    for place in c.spec().places().into_iter().filter(|p| p.expert.is_some() && p.part == Part::Weight) {
+        let (l, e) = (place.layer.unwrap(), place.expert.unwrap() as usize);
+        let (name, from, step) = match place.role {
+            Role::Gate => ("gate_up_proj", 0, 2),
+            Role::Up => ("gate_up_proj", 1, 2),
+            _ => ("down_proj", 0, 1),
+        };
+        let of = |end: &str| file.tensor(&format!("model.layers.{l}.mlp.experts.{name}_{end}")).unwrap();
+        let (blocks, scales) = (of("blocks"), of("scales"));
+        let (high, runs) = (blocks.shape()[1], blocks.shape()[2]);
+        let m = c.get(&place).unwrap().unwrap().to_mat();
+        assert_eq!(m.cols(), 32 * runs, "{place}");
+        for r in 0..m.rows() {
+            for col in 0..m.cols() {
+                let run = (e * high + from + step * r) * runs + col / 32;
+                let byte = blocks.data()[run * 16 + col % 32 / 2];
+                let code = if col % 2 == 0 { byte & 15 } else { byte >> 4 };
+                let size = table[usize::from(code & 7)] * 2f64.powi(i32::from(scales.data()[run]) - 127);
+                let want = if code > 7 { -size } else { size };
+                assert_eq!(f64::from(m[(r, col)]), want, "{place} {r} {col}");
+                compared += 1;
+            }
+        }
+    }
+    assert!(compared > 10_000, "{compared}");
+    // A file without the scales of one tensor, and one with a scale that is no number.
+    let mangled = |name: &str, change: &dyn Fn(&mut Vec<u8>)| {
+        let at = tempfile::tempdir().unwrap();
+        let mut all: Vec<(String, safetensors::Dtype, Vec<usize>, Vec<u8>)> =
+            file.tensors().into_iter().map(|(n, t)| (n, t.dtype(), t.shape().to_vec(), t.data().to_vec())).collect();
+        all.iter_mut().filter(|t| t.0.ends_with(name)).for_each(|t| change(&mut t.3));
+        all.retain(|t| !t.3.is_empty());
+        let views =
+            all.iter().map(|(n, d, s, b)| (n.clone(), safetensors::tensor::TensorView::new(*d, s.clone(), b).unwrap()));
+        std::fs::write(at.path().join("model.safetensors"), safetensors::serialize(views, None).unwrap()).unwrap();
+        std::fs::copy(dir.join("config.json"), at.path().join("config.json")).unwrap();
+        at
+    };
+    let name = "layers.0.mlp.experts.down_proj_scales";
+    let e = open(mangled(name, &|b| b.clear()).path()).err().unwrap().to_string();
+    assert!(e.contains("down_proj_scales should lie beside it"), "{e}");
+    let broken = mangled(name, &|b| b[3] = 255);
+    let c = open(broken.path()).unwrap();
+    let e = c.get(&Place::expert(0, Role::Down, 0)).unwrap_err().to_string();
+    assert!(e.contains("is no number") && e.contains("down_proj_scales"), "{e}");
+}

@@ -88,6 +88,7 @@ pub fn uses(spec: &Spec, place: &Place) -> Option<f64> {
     match place.role {
         Role::Embed => Some(if spec.tied { 1.0 } else { 0.0 }),
         role if !role.is_linear() => None,
+        role if role.is_per_head() => Some(1.0),
         _ if place.expert.is_some() => {
             let ffn = spec.layers.get(place.layer? as usize)?.ffn.as_ref()?;
             Some(ffn.experts.map_or(1.0, |e| e.used as f64 / e.count as f64))

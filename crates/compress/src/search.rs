@@ -503,8 +503,7 @@ fn beside(spec: &Spec) -> u64 {
 
 /// Whether a tensor is the attention's.
 pub(crate) fn attention(role: Role) -> bool {
-    use Role::*;
-    matches!(role, AttnNorm | Q | K | V | O | QNorm | KNorm | AttnPostNorm)
+    role.is_attention()
 }
 
 /// The attention and the FFN of a layer as slots.

@@ -272,11 +272,83 @@ fn of_units(spec: &Spec) -> f64 {
     spec.places().iter().filter(mine).map(|p| spec.shape(p).unwrap()).map(|(r, c)| (r * c) as f64).sum()
 }
 
+/// Every matrix of a latent, of a head's own, of experts and the shared one is met by its own inputs, and by nothing else
+/// of what its method asks for.
+#[test]
+fn latents_shared_experts_and_heads_are_quantized_and_pruned() {
+    let dir = tempfile::tempdir().unwrap();
+    for name in ["qwen2_moe", "gpt_oss", "glm4_moe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe"] {
+        let source = tiny(name);
+        let want = logits(&source);
+        let quantize = |method: &str| step(&format!("method = \"{method}\"\nbits = 8\ngroup = 2"));
+        for (kind, text) in [
+            ("rtn", quantize("rtn")),
+            ("gptq", quantize("gptq")),
+            ("wanda", step("method = \"wanda\"\nsparsity = 0.5")),
+            ("sparsegpt", step("method = \"sparsegpt\"\nsparsity = 0.5")),
+        ] {
+            let out = dir.path().join(format!("{name}-{kind}"));
+            let done = run(&source, &text, &out).unwrap_or_else(|e| panic!("{kind} on {name}: {e}"));
+            let packed = open(&done.path).unwrap();
+            for place in source.spec().places() {
+                let aimed = place.layer.is_some() && place.part == Part::Weight && place.role.is_linear();
+                if !aimed || place.role.is_router() {
+                    continue;
+                }
+                let stored = packed.get(&place).unwrap().unwrap();
+                if kind == "rtn" || kind == "gptq" {
+                    assert!(stored.codec_name().contains("int8"), "{name}: {place} is {}", stored.codec_name());
+                } else {
+                    let m = stored.to_mat();
+                    let zeros = m.data().iter().filter(|x| **x == 0.0).count() as f64 / m.data().len() as f64;
+                    assert!(zeros >= 0.4, "{kind} on {name}: {zeros} of {place} are zeros");
+                }
+            }
+            // A token that another expert takes moves far; most stay where they were.
+            let mut off: Vec<f32> = logits(&packed).iter().zip(&want).map(|(a, b)| (a - b).abs()).collect();
+            off.sort_by(f32::total_cmp);
+            let half = off[off.len() / 2];
+            assert!(off.iter().all(|x| x.is_finite()), "{kind} on {name}");
+            assert!(half < 0.1 || text.contains("sparsity"), "{kind} on {name}: half of all logits are {half} off");
+        }
+    }
+}
+
+/// Whether heads can be cut: not those of latent attention, nor those with sinks.
+fn heads_can_go(spec: &Spec) -> bool {
+    !spec.layers.iter().filter_map(|l| l.attn.as_ref()).any(|a| a.latent.is_some() || a.sinks)
+}
+
+#[test]
+fn heads_that_share_a_key_or_have_sinks_stay_and_channels_go() {
+    let dir = tempfile::tempdir().unwrap();
+    let mut seen = 0;
+    for name in architectures() {
+        let source = tiny(&name);
+        if heads_can_go(source.spec()) {
+            continue;
+        }
+        seen += 1;
+        let e = run(&source, &structure("flap", 0.2, ""), &dir.path().join("none")).err().expect("refused").to_string();
+        assert!(e.contains("layer 0 has") && e.contains("channels"), "{name}: {e}");
+        let out = dir.path().join(&name);
+        let done = run(&source, &structure("flap", 0.2, "parts = [\"channels\"]\nalign = 2"), &out).unwrap();
+        let packed = open(&done.path).unwrap();
+        assert_eq!(packed.spec().layers[0].attn, source.spec().layers[0].attn, "{name}");
+        assert!(packed.spec().parameters() < source.spec().parameters(), "{name}");
+        assert!(logits(&packed).iter().all(|x| x.is_finite()), "{name}");
+    }
+    assert!(seen >= 5, "{seen}");
+}
+
 #[test]
 fn structure_of_nothing_changes_nothing() {
     let dir = tempfile::tempdir().unwrap();
     for name in architectures() {
         let source = tiny(&name);
+        if !heads_can_go(source.spec()) {
+            continue;
+        }
         for method in structures() {
             let out = dir.path().join(format!("{name}-{method}"));
             let done =
@@ -293,6 +365,9 @@ fn structure_meets_its_fraction_on_every_architecture() {
     let dir = tempfile::tempdir().unwrap();
     for name in architectures() {
         let source = tiny(&name);
+        if !heads_can_go(source.spec()) {
+            continue;
+        }
         let before = of_units(source.spec());
         for method in structures() {
             let out = dir.path().join(format!("{name}-{method}"));
@@ -546,6 +621,12 @@ fn sizes_meet_the_time_asked_and_a_search_beats_the_same_everywhere() {
     };
     for name in architectures() {
         let source = tiny(&name);
+        if !heads_can_go(source.spec()) {
+            let e =
+                run(&source, &text("uniform", 1.1, ""), &dir.path().join("none")).err().expect("refused").to_string();
+            assert!(e.contains("cannot be searched"), "{name}: {e}");
+            continue;
+        }
         for method in ["ziplm", "uniform", "evopress"] {
             let out = dir.path().join(format!("{name}-{method}"));
             let extra = if method == "ziplm" { "trials = 12" } else { "" };

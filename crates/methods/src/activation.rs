@@ -4,7 +4,7 @@ use std::f64::consts::{FRAC_1_SQRT_2, PI};
 
 use lacuna_spec::Activation;
 
-/// `act(x)` and its derivative there.
+/// `act(x)` and its derivative there; of an `up` beside it nothing is known here.
 pub(crate) fn value_and_slope(act: Activation, x: f64) -> (f64, f64) {
     match act {
         Activation::Relu => (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 }),
@@ -23,6 +23,11 @@ pub(crate) fn value_and_slope(act: Activation, x: f64) -> (f64, f64) {
             let t = (c * (x + 0.044715 * x.powi(3))).tanh();
             let inner = c * (1.0 + 3.0 * 0.044715 * x * x);
             (0.5 * x * (1.0 + t), 0.5 * (1.0 + t) + 0.5 * x * (1.0 - t * t) * inner)
+        }
+        Activation::SwigluOai => {
+            let m = x.min(7.0);
+            let s = 1.0 / (1.0 + (-1.702 * m).exp());
+            (m * s, if x > 7.0 { 0.0 } else { s + 1.702 * m * s * (1.0 - s) })
         }
     }
 }

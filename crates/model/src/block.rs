@@ -3,14 +3,15 @@
 use std::mem;
 use std::sync::Arc;
 
-use lacuna_base::Mat;
+use lacuna_base::{Mat, MatRef};
 use lacuna_format::Weights;
 use lacuna_kernels::{Activations, Attention};
-use lacuna_spec::{Activation, AttnSpec, Experts, FfnSpec, Order, Place, Role, Rope, Temperature};
+use lacuna_spec::{Activation, AttnSpec, Experts, FfnSpec, Order, Place, Role, Rope, SharedExpert, Temperature};
 
 use crate::backend::{Backend, Cpu, Measure, Xielu};
 use crate::gating::{GateStore, Gated, Gating};
 use crate::kv::prepared;
+use crate::latent::LatentPart;
 use crate::parts::{Grouped, Projection, gate, norm, vector};
 use crate::profile::span;
 use crate::tap::Look;
@@ -34,9 +35,7 @@ pub struct Block<B: Backend = Cpu> {
 
 struct AttentionPart<B: Backend> {
     norm: Option<B::Norm>,
-    q: Projection<B>,
-    k: Projection<B>,
-    v: Projection<B>,
+    reads: Reads<B>,
     o: Projection<B>,
     /// What a gate says of q, k and v, and of o.
     gated: [Option<Gated>; 2],
@@ -48,6 +47,14 @@ struct AttentionPart<B: Backend> {
     head_dim: usize,
     scores: Attention,
     post_norm: Option<B::Norm>,
+}
+
+/// What makes queries, keys and values of the normed residual stream.
+// One a block: its size does not matter.
+#[allow(clippy::large_enum_variant)]
+enum Reads<B: Backend> {
+    Plain([Projection<B>; 3]),
+    Latent(LatentPart<B>),
 }
 
 struct FfnPart<B: Backend> {
@@ -75,14 +82,24 @@ enum Body<B: Backend> {
 struct Mixture<B: Backend> {
     router: Projection<B>,
     choice: Experts,
+    correction: Option<B::Rows>,
     gate: Option<Grouped<B>>,
     up: Grouped<B>,
     down: Grouped<B>,
+    shared: Option<Shared<B>>,
+}
+
+/// The expert of every token, and what its output is weighed by.
+struct Shared<B: Backend> {
+    router: Option<Projection<B>>,
+    gate: Option<Projection<B>>,
+    up: Projection<B>,
+    down: Projection<B>,
 }
 
 /// How a block is loaded.
-struct Loader<'a, B> {
-    backend: &'a B,
+pub(crate) struct Loader<'a, B> {
+    pub(crate) backend: &'a B,
     weights: &'a dyn Weights,
     layer: usize,
     activations: Activations,
@@ -90,7 +107,7 @@ struct Loader<'a, B> {
 }
 
 impl<B: Backend> Loader<'_, B> {
-    fn norm(&self, role: Role) -> Result<B::Norm, ModelError> {
+    pub(crate) fn norm(&self, role: Role) -> Result<B::Norm, ModelError> {
         norm(self.backend, self.weights, Place::layer(self.layer, role))
     }
 
@@ -103,7 +120,7 @@ impl<B: Backend> Loader<'_, B> {
         Ok(Xielu { layer: self.layer, above: number(Role::ActAbove)?, below: number(Role::ActBelow)? })
     }
 
-    fn matrix(&self, role: Role) -> Result<Projection<B>, ModelError> {
+    pub(crate) fn matrix(&self, role: Role) -> Result<Projection<B>, ModelError> {
         Projection::load(self.backend, self.weights, Place::layer(self.layer, role), self.activations)
     }
 
@@ -112,7 +129,20 @@ impl<B: Backend> Loader<'_, B> {
         Projection::load(self.backend, self.weights, Place::layer(self.layer, role), Activations::Exact)
     }
 
-    fn grouped(&self, role: Role, experts: usize) -> Result<Grouped<B>, ModelError> {
+    fn vector(&self, role: Role) -> Result<Vec<f32>, ModelError> {
+        vector(self.weights, Place::layer(self.layer, role))
+    }
+
+    fn shared(&self, f: &FfnSpec, s: SharedExpert) -> Result<Shared<B>, ModelError> {
+        Ok(Shared {
+            router: s.gate.then(|| self.exact(Role::SharedRouter)).transpose()?,
+            gate: f.gated.then(|| self.matrix(Role::SharedGate)).transpose()?,
+            up: self.matrix(Role::SharedUp)?,
+            down: self.matrix(Role::SharedDown)?,
+        })
+    }
+
+    pub(crate) fn grouped(&self, role: Role, experts: usize) -> Result<Grouped<B>, ModelError> {
         let places = (0..experts).map(|e| Place::expert(self.layer, role, e)).collect();
         Grouped::load(self.backend, self.weights, places, self.activations)
     }
@@ -123,23 +153,35 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     fn attention(&self, a: &AttnSpec, order: Order) -> Result<AttentionPart<B>, ModelError> {
-        let [mut q, mut k, mut v, mut o] =
-            [self.matrix(Role::Q)?, self.matrix(Role::K)?, self.matrix(Role::V)?, self.matrix(Role::O)?];
-        let gated = [self.gate([Some(&mut q), Some(&mut k), Some(&mut v)])?, self.gate([Some(&mut o)])?];
+        let (reads, first) = match &a.latent {
+            None => {
+                let [mut q, mut k, mut v] = [self.matrix(Role::Q)?, self.matrix(Role::K)?, self.matrix(Role::V)?];
+                let gated = self.gate([Some(&mut q), Some(&mut k), Some(&mut v)])?;
+                (Reads::Plain([q, k, v]), gated)
+            }
+            Some(m) => (Reads::Latent(LatentPart::load(self, a, m)?), None),
+        };
+        let mut o = self.matrix(Role::O)?;
+        let last = self.gate([Some(&mut o)])?;
         Ok(AttentionPart {
             norm: self.norm_where(a.pre_norm && order != Order::Shared, Role::AttnNorm)?,
-            q,
-            k,
-            v,
+            reads,
             o,
-            gated,
+            gated: [first, last],
             clip: a.clip,
             norm_after_rope: a.qk_norm_after_rope,
             temperature: a.temperature,
             qk_norm: if a.qk_norm { Some((self.norm(Role::QNorm)?, self.norm(Role::KNorm)?)) } else { None },
             rope: a.rope.as_ref().map(|r| self.backend.rope_of(r)),
             head_dim: a.head_dim,
-            scores: Attention { heads: a.heads, scale: a.scale, window: a.window, softcap: a.softcap, alibi: a.alibi },
+            scores: Attention {
+                heads: a.heads,
+                scale: a.scale,
+                window: a.window,
+                softcap: a.softcap,
+                alibi: a.alibi,
+                sinks: a.sinks.then(|| self.vector(Role::Sinks)).transpose()?.map(Into::into),
+            },
             post_norm: self.norm_where(a.post_norm, Role::AttnPostNorm)?,
         })
     }
@@ -155,6 +197,12 @@ impl<B: Backend> Loader<'_, B> {
             Some(choice) => Body::Mixture(Mixture {
                 router: self.exact(Role::Router)?,
                 choice,
+                correction: choice
+                    .correction
+                    .then(|| self.vector(Role::Correction))
+                    .transpose()?
+                    .map(|c| self.backend.upload(MatRef::new(1, c.len(), &c))),
+                shared: choice.shared.map(|s| self.shared(f, s)).transpose()?,
                 gate: f.gated.then(|| self.grouped(Role::Gate, choice.count)).transpose()?,
                 up: self.grouped(Role::Up, choice.count)?,
                 down: self.grouped(Role::Down, choice.count)?,
@@ -259,16 +307,18 @@ impl<B: Backend> Block<B> {
 
     /// Bytes of weights read for one token (of experts: those that a token uses).
     pub fn weights_bytes(&self) -> u64 {
+        let heads = self.per_head().flat_map(|g| &g.measures).map(|m| m.bytes).sum::<u64>();
         let mixture = self.mixture().map_or(0, |m| {
             let all = m.matrices().flat_map(|g| &g.measures).map(|m| m.bytes).sum::<u64>();
             all * m.choice.used as u64 / m.choice.count as u64
         });
-        mixture + self.alone().map(|p| p.measure.bytes).sum::<u64>()
+        mixture + heads + self.alone().map(|p| p.measure.bytes).sum::<u64>()
     }
 
     /// Bytes of all weights, which one token after the other reads.
     pub fn footprint_bytes(&self) -> u64 {
-        let experts = self.mixture().into_iter().flat_map(Mixture::matrices).flat_map(|g| &g.measures);
+        let experts = self.mixture().into_iter().flat_map(Mixture::matrices);
+        let experts = experts.chain(self.per_head()).flat_map(|g| &g.measures);
         experts.chain(self.alone().map(|p| &p.measure)).map(|m| m.bytes).sum()
     }
 
@@ -280,6 +330,7 @@ impl<B: Backend> Block<B> {
             all.iter_mut().zip(m.work).for_each(|(all, w)| *all += w * num / den);
         };
         self.alone().for_each(|p| add(&p.measure, 1, 1));
+        self.per_head().flat_map(|g| &g.measures).for_each(|m| add(m, 1, 1));
         if let Some(m) = self.mixture() {
             let (used, count) = (m.choice.used as u64, m.choice.count as u64);
             m.matrices().flat_map(|g| &g.measures).for_each(|m| add(m, used, count));
@@ -304,14 +355,36 @@ impl<B: Backend> Block<B> {
         }
     }
 
-    /// Every matrix but those of experts.
+    /// The matrices that every head has of its own.
+    fn per_head(&self) -> impl Iterator<Item = &Grouped<B>> {
+        self.attention
+            .iter()
+            .flat_map(|a| match &a.reads {
+                Reads::Plain(_) => [None, None],
+                Reads::Latent(m) => m.per_head().map(Some),
+            })
+            .flatten()
+    }
+
+    /// Every matrix but those of experts and of heads.
     fn alone(&self) -> impl Iterator<Item = &Projection<B>> {
-        let attention = self.attention.iter().flat_map(|a| [&a.q, &a.k, &a.v, &a.o]);
-        let ffn = self.ffn.iter().flat_map(|f| match &f.body {
-            Body::Dense { gate, up, down, .. } => [gate.as_ref(), Some(up), Some(down)],
-            Body::Mixture(m) => [Some(&m.router), None, None],
+        let attention = self.attention.iter().flat_map(|a| match &a.reads {
+            Reads::Plain([q, k, v]) => [Some(q), Some(k), Some(v), Some(&a.o)],
+            Reads::Latent(m) => {
+                let [down, q, kv] = m.alone();
+                [down, q, kv, Some(&a.o)]
+            }
         });
-        attention.chain(ffn.flatten()).chain(&self.attention_shortcut).chain(&self.ffn_shortcut)
+        let ffn = self.ffn.iter().flat_map(|f| match &f.body {
+            Body::Dense { gate, up, down, .. } => [gate.as_ref(), Some(up), Some(down), None, None],
+            Body::Mixture(m) => {
+                let s = m.shared.as_ref();
+                let of = |f: fn(&Shared<B>) -> Option<&Projection<B>>| s.and_then(f);
+                let (router, gate) = (of(|s| s.router.as_ref()), of(|s| s.gate.as_ref()));
+                [Some(&m.router), router, gate, of(|s| Some(&s.up)), of(|s| Some(&s.down))]
+            }
+        });
+        attention.flatten().chain(ffn.flatten()).chain(&self.attention_shortcut).chain(&self.ffn_shortcut)
     }
 
     /// Runs the block on its backend: `x`, `[rows, hidden]`, is the residual stream of the batch's rows and becomes
@@ -419,12 +492,64 @@ impl<B: Backend> AttentionPart<B> {
         look: &mut Look<'_, B>,
     ) -> Result<B::Rows, ModelError> {
         let backend = look.backend;
-        let three = [&self.q, &self.k, &self.v];
         let mut own = None;
         let h = read(backend, self.norm.as_ref(), x, &mut own);
-        look.input(three.map(|p| &p.place), h)?;
-        let [mut q, mut k, mut v] = Projection::gated(backend, three, self.gated[0].as_ref(), h)?;
-        for (p, y) in three.into_iter().zip([&q, &k, &v]) {
+        let (q, k, v) = match &self.reads {
+            Reads::Plain(read) => {
+                let (q, k, v) = self.plain(read, h, step, look)?;
+                (q, k, Some(v))
+            }
+            Reads::Latent(m) => {
+                let (q, k) = m.read(h, self.rope.as_ref(), step, look)?;
+                (q, k, None)
+            }
+        };
+        let (mut mass, select) = (kv.lend_mass(layer), kv.selector(layer));
+        let pages = kv.pages(layer)?;
+        span("keys and values written", || backend.write(pages, layer, step, &k, v.as_ref().unwrap_or(&k)));
+        let select = select.as_deref();
+        let (mixed, reads) = match select {
+            None => (span("attention", || backend.attend(&self.scores, pages, layer, step, &q)), None),
+            Some(by) => {
+                let some = || backend.attend_chosen(&self.scores, pages, layer, step, &q, by);
+                let (mixed, reads) = span("attention", some)?;
+                (mixed, Some(reads))
+            }
+        };
+        if !mass.is_empty() {
+            span("attention added up", || backend.weigh(&self.scores, pages, layer, step, &q, &mut mass));
+            kv.take_mass(layer, mass);
+        }
+        if let Some(reads) = reads {
+            kv.count_reads(reads);
+        }
+        let mixed = match &self.reads {
+            Reads::Plain(_) => mixed,
+            Reads::Latent(m) => m.mixed(&mixed, look)?,
+        };
+        look.input([&self.o.place], &mixed)?;
+        let [y] = Projection::gated(backend, [&self.o], self.gated[1].as_ref(), &mixed)?;
+        look.output(&self.o.place, &y)?;
+        Ok(match &self.post_norm {
+            Some(n) => normed(backend, n, &y),
+            None => y,
+        })
+    }
+}
+
+impl<B: Backend> AttentionPart<B> {
+    /// Queries, keys and values, each by a matrix of its own.
+    fn plain(
+        &self,
+        read: &[Projection<B>; 3],
+        h: &B::Rows,
+        step: &B::Step,
+        look: &mut Look<'_, B>,
+    ) -> Result<(B::Rows, B::Rows, B::Rows), ModelError> {
+        let backend = look.backend;
+        look.input(read.each_ref().map(|p| &p.place), h)?;
+        let [mut q, mut k, mut v] = Projection::gated(backend, read.each_ref(), self.gated[0].as_ref(), h)?;
+        for (p, y) in read.iter().zip([&q, &k, &v]) {
             look.output(&p.place, y)?;
         }
         if let Some(by) = self.clip {
@@ -444,32 +569,7 @@ impl<B: Backend> AttentionPart<B> {
         if let Some(t) = self.temperature {
             backend.temper(t, step, &mut q);
         }
-        let (mut mass, select) = (kv.lend_mass(layer), kv.selector(layer));
-        let pages = kv.pages(layer)?;
-        span("keys and values written", || backend.write(pages, layer, step, &k, &v));
-        let select = select.as_deref();
-        let (mixed, reads) = match select {
-            None => (span("attention", || backend.attend(&self.scores, pages, layer, step, &q)), None),
-            Some(by) => {
-                let some = || backend.attend_chosen(&self.scores, pages, layer, step, &q, by);
-                let (mixed, reads) = span("attention", some)?;
-                (mixed, Some(reads))
-            }
-        };
-        if !mass.is_empty() {
-            span("attention added up", || backend.weigh(&self.scores, pages, layer, step, &q, &mut mass));
-            kv.take_mass(layer, mass);
-        }
-        if let Some(reads) = reads {
-            kv.count_reads(reads);
-        }
-        look.input([&self.o.place], &mixed)?;
-        let [y] = Projection::gated(backend, [&self.o], self.gated[1].as_ref(), &mixed)?;
-        look.output(&self.o.place, &y)?;
-        Ok(match &self.post_norm {
-            Some(n) => normed(backend, n, &y),
-            None => y,
-        })
+        Ok((q, k, v))
     }
 }
 
@@ -480,11 +580,8 @@ impl<B: Backend> FfnPart<B> {
         let h = read(backend, self.norm.as_ref(), x, &mut own);
         let y = match &self.body {
             Body::Dense { gate, up, down, gated: [first, last] } => {
-                let inner = self.inner(gate.as_ref(), up, first.as_ref(), h, look)?;
-                look.input([&down.place], &inner)?;
-                let [y] = Projection::gated(backend, [down], last.as_ref(), &inner)?;
-                look.output(&down.place, &y)?;
-                y
+                let gated = [first.as_ref(), last.as_ref()];
+                Net { act: self.act, xielu: self.xielu, gate: gate.as_ref(), up, down, gated }.forward(h, look)?
             }
             Body::Mixture(m) => m.forward(self.act, h, look)?,
         };
@@ -493,35 +590,58 @@ impl<B: Backend> FfnPart<B> {
             None => y,
         })
     }
+}
 
-    /// What `down` multiplies.
-    fn inner(
-        &self,
-        gate: Option<&Projection<B>>,
-        up: &Projection<B>,
-        gated: Option<&Gated>,
-        h: &B::Rows,
-        look: &mut Look<'_, B>,
-    ) -> Result<B::Rows, ModelError> {
+/// One feed-forward network, not chosen from several.
+struct Net<'a, B: Backend> {
+    act: Activation,
+    xielu: Option<Xielu>,
+    gate: Option<&'a Projection<B>>,
+    up: &'a Projection<B>,
+    down: &'a Projection<B>,
+    /// What a gate says of the first two, and of `down`.
+    gated: [Option<&'a Gated>; 2],
+}
+
+impl<B: Backend> Net<'_, B> {
+    fn forward(&self, h: &B::Rows, look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
+        let Net { act, xielu, gate, up, down, gated: [first, last] } = *self;
         look.input(gate.into_iter().chain([up]).map(|p| &p.place), h)?;
         let (mut inner, beside) = match gate {
             Some(gate) => {
-                let [g, y] = Projection::gated(look.backend, [gate, up], gated, h)?;
+                let [g, y] = Projection::gated(look.backend, [gate, up], first, h)?;
                 look.output(&gate.place, &g)?;
                 look.output(&up.place, &y)?;
                 (g, Some(y))
             }
             None => {
-                let [y] = Projection::gated(look.backend, [up], gated, h)?;
+                let [y] = Projection::gated(look.backend, [up], first, h)?;
                 look.output(&up.place, &y)?;
                 (y, None)
             }
         };
-        span("activation", || match self.xielu {
+        span("activation", || match xielu {
             Some(of) => look.backend.xielu(of, &mut inner),
-            None => look.backend.activate(self.act, &mut inner, beside.as_ref()),
+            None => look.backend.activate(act, &mut inner, beside.as_ref()),
         });
-        Ok(inner)
+        look.input([&down.place], &inner)?;
+        let [y] = Projection::gated(look.backend, [down], last, &inner)?;
+        look.output(&down.place, &y)?;
+        Ok(y)
+    }
+}
+
+impl<B: Backend> Shared<B> {
+    fn forward(&self, act: Activation, h: &B::Rows, look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
+        let Shared { router, gate, up, down } = self;
+        let mut y = Net { act, xielu: None, gate: gate.as_ref(), up, down, gated: [None, None] }.forward(h, look)?;
+        if let Some(router) = router {
+            look.input([&router.place], h)?;
+            let by = router.apply(look.backend, h);
+            look.output(&router.place, &by)?;
+            span("routing", || look.backend.weigh_rows(&mut y, &by));
+        }
+        Ok(y)
     }
 }
 
@@ -535,7 +655,7 @@ impl<B: Backend> Mixture<B> {
         look.input([&self.router.place], h)?;
         let logits = self.router.apply(backend, h);
         look.output(&self.router.place, &logits)?;
-        let routes = span("routing", || backend.route(&logits, self.choice));
+        let routes = span("routing", || backend.route(&logits, self.choice, self.correction.as_ref()));
         let mine = span("routing", || backend.gather(h, &routes));
         // Which rows are whose is known on the host only where somebody looks.
         let starts =
@@ -566,6 +686,11 @@ impl<B: Backend> Mixture<B> {
         each(look, &self.down, &inner, true)?;
         let out = self.down.apply(backend, &inner, &routes);
         each(look, &self.down, &out, false)?;
-        Ok(span("routing", || backend.scatter(&out, &routes)))
+        let mut out = span("routing", || backend.scatter(&out, &routes));
+        if let Some(shared) = &self.shared {
+            let y = shared.forward(act, h, look)?;
+            span("add", || backend.add(&mut out, &y));
+        }
+        Ok(out)
     }
 }

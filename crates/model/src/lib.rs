@@ -21,6 +21,7 @@ pub mod derive;
 mod error;
 mod gating;
 mod kv;
+mod latent;
 mod lent;
 mod parts;
 mod profile;

@@ -43,7 +43,7 @@ pub(crate) fn norm<B: Backend>(backend: &B, weights: &dyn Weights, place: Place)
     let there = |p: Place| spec.shape(&p).map(|_| vector(weights, p)).transpose();
     let (scale, bias) = (there(place)?, there(place.bias())?);
     let mut width = spec.hidden;
-    if matches!(place.role, Role::QNorm | Role::KNorm) {
+    if matches!(place.role, Role::QNorm | Role::KNorm | Role::QDownNorm | Role::KvDownNorm) {
         norm.divisor = None;
         let missing = || ModelError::Missing { place: place.to_string() };
         let layer = place.layer.and_then(|l| spec.layers.get(l as usize)?.attn.as_ref());
@@ -53,6 +53,10 @@ pub(crate) fn norm<B: Backend>(backend: &B, weights: &dyn Weights, place: Place)
             QkNorm::Whole if place.role == Role::QNorm => a.heads * a.head_dim,
             QkNorm::Whole => a.kv_heads * a.head_dim,
         };
+    }
+    let layer = place.layer.and_then(|l| spec.layers.get(l as usize)?.attn.as_ref());
+    if let (Role::QDownNorm | Role::KvDownNorm, Some(m)) = (place.role, layer.and_then(|a| a.latent)) {
+        norm.eps = m.eps;
     }
     Ok(backend.norm_of(&place, norm, width, scale, bias))
 }
@@ -73,6 +77,11 @@ fn matrix<B: Backend>(
 fn name(role: Role) -> &'static str {
     match role {
         Role::Q | Role::K | Role::V => "attn.q, k, v",
+        Role::QDown | Role::KvDown => "attn.q_down, kv_down",
+        Role::KUp => "attn.k_up",
+        Role::VUp => "attn.v_up",
+        Role::SharedGate | Role::SharedUp => "ffn.shared.gate, up",
+        Role::SharedDown => "ffn.shared.down",
         Role::O => "attn.o",
         Role::Gate | Role::Up => "ffn.gate, up",
         Role::Down => "ffn.down",
@@ -173,6 +182,12 @@ impl<B: Backend> Grouped<B> {
         let all = all?;
         let measures = all.iter().map(|m| backend.measure(m)).collect();
         Ok(Grouped { places, measures, all: backend.experts(all) })
+    }
+
+    /// Each head's columns by its own matrix.
+    pub(crate) fn by_head(&self, backend: &B, x: &B::Rows) -> B::Rows {
+        let name = self.places.first().map_or("other products", |p| name(p.role));
+        span(name, || backend.head_products(&self.all, x))
     }
 
     pub(crate) fn apply(&self, backend: &B, x: &B::Rows, routes: &B::Routes) -> B::Rows {

@@ -162,8 +162,20 @@ impl<B: Backend> Backend for Counting<B> {
     fn weigh(&self, how: &Attention, pages: &B::Pages, layer: usize, step: &B::Step, q: &B::Rows, mass: &mut [Mass]) {
         self.count("weigh").weigh(how, pages, layer, step, q, mass);
     }
-    fn route(&self, logits: &B::Rows, choice: Experts) -> B::Routes {
-        self.count("route").route(logits, choice)
+    fn weigh_rows(&self, x: &mut B::Rows, by: &B::Rows) {
+        self.count("weigh_rows").weigh_rows(x, by);
+    }
+    fn columns(&self, x: &B::Rows, width: usize, which: Range<usize>) -> B::Rows {
+        self.count("columns").columns(x, width, which)
+    }
+    fn beside(&self, all: [&B::Rows; 2], widths: [usize; 2]) -> B::Rows {
+        self.count("beside").beside(all, widths)
+    }
+    fn head_products(&self, all: &B::Experts, x: &B::Rows) -> B::Rows {
+        self.count("head_products").head_products(all, x)
+    }
+    fn route(&self, logits: &B::Rows, choice: Experts, correction: Option<&B::Rows>) -> B::Routes {
+        self.count("route").route(logits, choice, correction)
     }
     fn gather(&self, x: &B::Rows, routes: &B::Routes) -> B::Rows {
         self.count("gather").gather(x, routes)

@@ -4,11 +4,15 @@
 //! names one tensor of a model (`layers.3.attn.q`), whatever a file calls it. `lacuna-arch` translates both ways between
 //! a file's own configuration and names and these.
 
+mod latent;
+mod mixture;
 mod place;
 mod spec;
 
+pub use latent::Latent;
+pub use mixture::{ExpertGroups, Experts, RouterScore, SharedExpert};
 pub use place::{Part, Place, Role, Target};
 pub use spec::{
-    Activation, AttnSpec, Experts, FfnSpec, LayerSpec, Norm, NormKind, NormVectors, Order, Positions, QkNorm, Rope,
-    RopeScaling, RopeStyle, Spec, SpecError, Temperature,
+    Activation, AttnSpec, FfnSpec, LayerSpec, Norm, NormKind, NormVectors, Order, Positions, QkNorm, Rope, RopeScaling,
+    RopeStyle, Spec, SpecError, Temperature,
 };

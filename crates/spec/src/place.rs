@@ -20,15 +20,36 @@ pub enum Role {
     /// Norm before attention, `[hidden]`; before both parts where they share one.
     #[serde(rename = "attn.norm")]
     AttnNorm,
-    /// Query projection, `[heads * head_dim, hidden]`.
+    /// What the latent of queries is made by, `[q_rank, hidden]` (latent attention).
+    #[serde(rename = "attn.q_down")]
+    QDown,
+    /// Norm of the latent of queries, `[q_rank]`.
+    #[serde(rename = "attn.q_down_norm")]
+    QDownNorm,
+    /// Query projection, `[heads * head_dim, hidden]`; of latent attention `[heads * (plain + turned), q_rank]`.
     #[serde(rename = "attn.q")]
     Q,
+    /// What the latent of keys and values and the key that turns are made by, `[rank + turned, hidden]`.
+    #[serde(rename = "attn.kv_down")]
+    KvDown,
+    /// Norm of the latent of keys and values, `[rank]`.
+    #[serde(rename = "attn.kv_down_norm")]
+    KvDownNorm,
     /// Key projection, `[kv_heads * head_dim, hidden]`.
     #[serde(rename = "attn.k")]
     K,
     /// Value projection, `[kv_heads * head_dim, hidden]`.
     #[serde(rename = "attn.v")]
     V,
+    /// What brings a head's query into the latent's space, `[rank, plain]`: the transpose of what would make keys.
+    #[serde(rename = "attn.k_up")]
+    KUp,
+    /// What makes a head's values of the latent, `[value, rank]`.
+    #[serde(rename = "attn.v_up")]
+    VUp,
+    /// A logit beside the keys of each query head, `[heads]`.
+    #[serde(rename = "attn.sinks")]
+    Sinks,
     /// Output projection, `[hidden, heads * head_dim]`.
     #[serde(rename = "attn.o")]
     O,
@@ -65,6 +86,21 @@ pub enum Role {
     /// Router of a mixture of experts, `[experts, hidden]`.
     #[serde(rename = "ffn.router")]
     Router,
+    /// What is added to experts' scores where they are chosen, `[experts]`.
+    #[serde(rename = "ffn.correction")]
+    Correction,
+    /// What a shared expert's output is weighed by, `[1, hidden]`.
+    #[serde(rename = "ffn.shared.router")]
+    SharedRouter,
+    /// Gate projection of the shared expert, `[shared width, hidden]`.
+    #[serde(rename = "ffn.shared.gate")]
+    SharedGate,
+    /// Up projection of the shared expert, `[shared width, hidden]`.
+    #[serde(rename = "ffn.shared.up")]
+    SharedUp,
+    /// Down projection of the shared expert, `[hidden, shared width]`.
+    #[serde(rename = "ffn.shared.down")]
+    SharedDown,
     /// Norm of the FFN's output before it is added (sandwich norms), `[hidden]`.
     #[serde(rename = "ffn.post_norm")]
     FfnPostNorm,
@@ -81,14 +117,21 @@ pub enum Role {
 
 impl Role {
     /// Every role, in the order in which a token meets them.
-    pub const ALL: [Role; 23] = [
+    pub const ALL: [Role; 35] = [
         Role::Embed,
         Role::Positions,
         Role::EmbedNorm,
         Role::AttnNorm,
+        Role::QDown,
+        Role::QDownNorm,
         Role::Q,
+        Role::KvDown,
+        Role::KvDownNorm,
         Role::K,
         Role::V,
+        Role::KUp,
+        Role::VUp,
+        Role::Sinks,
         Role::O,
         Role::QNorm,
         Role::KNorm,
@@ -96,11 +139,16 @@ impl Role {
         Role::AttnShortcut,
         Role::FfnNorm,
         Role::Router,
+        Role::Correction,
         Role::Gate,
         Role::Up,
         Role::ActAbove,
         Role::ActBelow,
         Role::Down,
+        Role::SharedRouter,
+        Role::SharedGate,
+        Role::SharedUp,
+        Role::SharedDown,
         Role::FfnPostNorm,
         Role::FfnShortcut,
         Role::FinalNorm,
@@ -114,9 +162,16 @@ impl Role {
             Role::Positions => "positions",
             Role::EmbedNorm => "embed_norm",
             Role::AttnNorm => "attn.norm",
+            Role::QDown => "attn.q_down",
+            Role::QDownNorm => "attn.q_down_norm",
             Role::Q => "attn.q",
+            Role::KvDown => "attn.kv_down",
+            Role::KvDownNorm => "attn.kv_down_norm",
             Role::K => "attn.k",
             Role::V => "attn.v",
+            Role::KUp => "attn.k_up",
+            Role::VUp => "attn.v_up",
+            Role::Sinks => "attn.sinks",
             Role::O => "attn.o",
             Role::QNorm => "attn.q_norm",
             Role::KNorm => "attn.k_norm",
@@ -129,6 +184,11 @@ impl Role {
             Role::ActBelow => "ffn.act_below",
             Role::Down => "ffn.down",
             Role::Router => "ffn.router",
+            Role::Correction => "ffn.correction",
+            Role::SharedRouter => "ffn.shared.router",
+            Role::SharedGate => "ffn.shared.gate",
+            Role::SharedUp => "ffn.shared.up",
+            Role::SharedDown => "ffn.shared.down",
             Role::FfnPostNorm => "ffn.post_norm",
             Role::FfnShortcut => "ffn.shortcut",
             Role::FinalNorm => "norm",
@@ -144,6 +204,23 @@ impl Role {
                 self,
                 Role::Q | Role::K | Role::V | Role::O | Role::Gate | Role::Up | Role::Down | Role::Router | Role::Head
             )
+            || matches!(self, Role::QDown | Role::KvDown | Role::KUp | Role::VUp)
+            || matches!(self, Role::SharedRouter | Role::SharedGate | Role::SharedUp | Role::SharedDown)
+    }
+
+    /// Whether the tensor is attention's.
+    pub fn is_attention(self) -> bool {
+        self.name().starts_with("attn.") && !self.is_shortcut()
+    }
+
+    /// Whether every head has a matrix of its own, which [`Place::expert`] numbers.
+    pub fn is_per_head(self) -> bool {
+        matches!(self, Role::KUp | Role::VUp)
+    }
+
+    /// Whether it is a router, of experts or of the shared one: tiny, and what tokens become hangs on its last bits.
+    pub fn is_router(self) -> bool {
+        matches!(self, Role::Router | Role::SharedRouter)
     }
 
     /// Whether the matrix stands in the shortcut around a part.
@@ -179,15 +256,15 @@ pub enum Part {
     Bias,
 }
 
-/// One tensor of a model. The text form is `layers.3.attn.q`, `layers.0.ffn.experts.5.up`, `embed`, with `.bias` behind
-/// a bias.
+/// One tensor of a model. The text form is `layers.3.attn.q`, `layers.0.ffn.experts.5.up`, `layers.0.attn.heads.2.v_up`,
+/// `embed`, with `.bias` behind a bias.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub struct Place {
     /// The decoder block, from 0; `None` outside the blocks.
     pub layer: Option<u32>,
     /// What the tensor is for.
     pub role: Role,
-    /// The expert, for gate, up and down of a mixture.
+    /// The expert, for gate, up and down of a mixture; the head, where each has a matrix ([`Role::is_per_head`]).
     pub expert: Option<u32>,
     /// Weight or bias.
     pub part: Part,
@@ -204,7 +281,7 @@ impl Place {
         Place { layer: Some(layer as u32), role, expert: None, part: Part::Weight }
     }
 
-    /// The weight of `role` of expert `expert` in block `layer`.
+    /// The weight of `role` of expert (or head) `expert` in block `layer`.
     pub fn expert(layer: usize, role: Role, expert: usize) -> Place {
         Place { expert: Some(expert as u32), ..Place::layer(layer, role) }
     }
@@ -221,6 +298,9 @@ impl fmt::Display for Place {
             write!(f, "layers.{l}.")?;
         }
         match self.expert {
+            Some(h) if self.role.is_per_head() => {
+                write!(f, "attn.heads.{h}.{}", self.role.name().trim_start_matches("attn."))?;
+            }
             Some(e) => write!(f, "ffn.experts.{e}.{}", self.role.name().trim_start_matches("ffn."))?,
             None => f.write_str(self.role.name())?,
         }
@@ -243,10 +323,11 @@ impl FromStr for Place {
             }
             None => (rest, None),
         };
-        let (role, expert) = match rest.strip_prefix("ffn.experts.") {
-            Some(r) => {
+        let numbered = [("ffn.experts.", "ffn"), ("attn.heads.", "attn")];
+        let (role, expert) = match numbered.iter().find_map(|(p, part)| Some((part, rest.strip_prefix(p)?))) {
+            Some((part, r)) => {
                 let (n, r) = r.split_once('.').ok_or_else(bad)?;
-                (format!("ffn.{r}").parse::<Role>()?, Some(n.parse().map_err(|_| bad())?))
+                (format!("{part}.{r}").parse::<Role>()?, Some(n.parse().map_err(|_| bad())?))
             }
             None => (rest.parse::<Role>()?, None),
         };
@@ -284,7 +365,7 @@ impl Target {
     /// lacks.
     pub fn matches(&self, place: &Place) -> bool {
         let named = |last: &str| self.0.ends_with(last);
-        if (place.role == Role::Router && !named("router")) || (place.role.is_shortcut() && !named("shortcut")) {
+        if (place.role.is_router() && !named("router")) || (place.role.is_shortcut() && !named("shortcut")) {
             return false;
         }
         if place.part == Part::Bias || !(place.role.is_linear() || place.role == Role::Embed) {
@@ -317,6 +398,8 @@ mod tests {
             assert_eq!(place.to_string().parse::<Place>(), Ok(place));
             assert_eq!(place.bias().to_string().parse::<Place>(), Ok(place.bias()));
         }
+        let h = Place::expert(3, Role::VUp, 7);
+        assert_eq!((h.to_string().as_str(), h.to_string().parse::<Place>()), ("layers.3.attn.heads.7.v_up", Ok(h)));
         let e = Place::expert(0, Role::Up, 5);
         assert_eq!(e.to_string(), "layers.0.ffn.experts.5.up");
         assert_eq!(e.to_string().parse::<Place>(), Ok(e));
@@ -330,6 +413,10 @@ mod tests {
         assert!(hit("ffn.down", Place::expert(0, Role::Down, 2)) && hit("layers.3.*", Place::layer(3, Role::O)));
         assert!(!hit("layers.3.*", Place::layer(30, Role::O)) && hit("embed", Place::global(Role::Embed)));
         assert!(!hit("attn.*", Place::layer(3, Role::Q).bias()) && hit("*", Place::global(Role::Head)));
+        assert!(hit("attn.*", Place::expert(0, Role::KUp, 2)) && hit("attn.k_up", Place::expert(0, Role::KUp, 2)));
+        let beside = Place::layer(0, Role::SharedUp);
+        assert!(hit("ffn.*", beside) && hit("ffn.shared.*", beside) && !hit("ffn.up", beside));
+        assert!(!hit("ffn.*", Place::layer(0, Role::SharedRouter)));
         let router = Place::layer(0, Role::Router);
         assert!(!hit("ffn.*", router) && !hit("*", router) && hit("ffn.router", router));
         let shortcut = Place::layer(3, Role::AttnShortcut);

@@ -2,6 +2,8 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::latent::Latent;
+use crate::mixture::Experts;
 use crate::place::{Part, Place, Role};
 
 /// A decoder-only language model as data.
@@ -235,6 +237,12 @@ pub struct AttnSpec {
     /// power of 2, those of the power below come first, then every second one of the power above.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub alibi: Option<f32>,
+    /// A learned logit for each query head beside those of its keys: it takes weight and gives nothing.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub sinks: bool,
+    /// Keys and values are made from a latent, which is what is cached.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub latent: Option<Latent>,
 }
 
 /// What a norm of queries and keys goes over.
@@ -290,6 +298,8 @@ impl Default for AttnSpec {
             clip: None,
             temperature: None,
             alibi: None,
+            sinks: false,
+            latent: None,
         }
     }
 }
@@ -334,18 +344,6 @@ impl Default for FfnSpec {
     }
 }
 
-/// A mixture of experts.
-#[derive(Clone, Copy, Debug, PartialEq, Serialize, Deserialize)]
-#[serde(deny_unknown_fields)]
-pub struct Experts {
-    /// How many there are.
-    pub count: usize,
-    /// How many a token uses.
-    pub used: usize,
-    /// Whether the softmax weights of the used ones are made to sum to 1.
-    pub normalize: bool,
-}
-
 /// Non-linearities.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
 #[serde(rename_all = "snake_case")]
@@ -363,6 +361,9 @@ pub enum Activation {
     /// xIELU: `p x² + x/2` above 0, `n (e^x - 1 - x) + x/2` below (with `x` no nearer to 0 than 1e-6 in the power),
     /// where `p = softplus(a)` and `n = 1/2 + softplus(b)` of two learned numbers.
     Xielu,
+    /// `m / (1 + e^(-1.702 m))` with `m = min(x, 7)`, beside an up that is cut to `-7 ..= 7` and then one more
+    /// (GPT-OSS): of gated parts alone.
+    SwigluOai,
 }
 
 /// Which pairs of a head's channels turn together.
@@ -492,7 +493,7 @@ pub struct SpecError {
 }
 
 /// Largest dimension accepted anywhere: a bound against hostile headers, far above any model.
-const MAX_DIM: usize = 1 << 24;
+pub(crate) const MAX_DIM: usize = 1 << 24;
 
 impl Spec {
     /// Checks that every dimension is sane and that they agree. Files are read against a checked spec only.
@@ -536,6 +537,11 @@ impl Spec {
         if experts > 1 << 18 {
             return fail(format!("{experts} experts in all layers; at most {} are accepted", 1 << 18));
         }
+        let latent = self.layers.iter().filter_map(|l| l.attn.as_ref()).filter(|a| a.latent.is_some());
+        let heads = latent.fold(0, |n: usize, a| n.saturating_add(a.heads));
+        if heads > 1 << 18 {
+            return fail(format!("{heads} heads of latent attention in all layers; at most {} are accepted", 1 << 18));
+        }
         for (l, layer) in self.layers.iter().enumerate() {
             layer.check(l)?;
             if let Some(a) = &layer.attn {
@@ -550,6 +556,7 @@ impl Spec {
                         a.heads, a.kv_heads
                     ));
                 }
+                a.check_latent(l)?;
                 if a.window == Some(0) {
                     return fail(format!("layer {l}: a window of 0 tokens sees nothing"));
                 }
@@ -588,10 +595,11 @@ impl Spec {
                 if f.bias && f.down_bias {
                     return fail(format!("layer {l}: a bias on down is said twice, by bias and by down_bias"));
                 }
-                if let Some(e) = f.experts
-                    && (e.count == 0 || e.count > 65536 || e.used == 0 || e.used > e.count)
-                {
-                    return fail(format!("layer {l}: {} of {} experts", e.used, e.count));
+                if f.act == Activation::SwigluOai && !f.gated {
+                    return fail(format!("layer {l}: swiglu_oai in an FFN without a gate"));
+                }
+                if let Some(e) = f.experts {
+                    e.check(l)?;
                 }
             }
         }
@@ -629,32 +637,24 @@ impl Spec {
             Role::AttnShortcut => layer.attn_shortcut.then(|| linear(h, h, false)).flatten(),
             Role::FfnShortcut => layer.ffn_shortcut.then(|| linear(h, h, false)).flatten(),
             Role::AttnNorm if layer.order == Order::Shared => norm(layer.attn.is_some() || layer.ffn.is_some(), h),
-            Role::AttnNorm | Role::Q | Role::K | Role::V | Role::O | Role::QNorm | Role::KNorm | Role::AttnPostNorm => {
+            Role::AttnNorm | Role::QNorm | Role::KNorm | Role::AttnPostNorm | Role::Sinks => {
                 let a = layer.attn.as_ref()?;
                 match place.role {
                     Role::AttnNorm => norm(a.pre_norm, h),
                     Role::AttnPostNorm => norm(a.post_norm, h),
-                    Role::QNorm | Role::KNorm => {
-                        let heads = if place.role == Role::QNorm { a.heads } else { a.kv_heads };
+                    Role::Sinks => (a.sinks && place.part == Weight).then_some((1, a.heads)),
+                    role => {
+                        let heads = if role == Role::QNorm { a.heads } else { a.kv_heads };
                         match a.qk_norm_over {
                             QkNorm::Head => norm(a.qk_norm, a.head_dim),
                             QkNorm::Heads => norm(a.qk_norm && place.part == Weight, heads * a.head_dim),
                             QkNorm::Whole => norm(a.qk_norm, heads * a.head_dim),
                         }
                     }
-                    Role::Q => linear(a.heads * a.head_dim, h, a.qkv_bias),
-                    Role::K | Role::V => linear(a.kv_heads * a.head_dim, h, a.qkv_bias),
-                    _ => linear(h, a.heads * a.head_dim, a.o_bias),
                 }
             }
-            Role::FfnNorm
-            | Role::Gate
-            | Role::Up
-            | Role::Down
-            | Role::Router
-            | Role::FfnPostNorm
-            | Role::ActAbove
-            | Role::ActBelow => {
+            role if role.is_attention() => layer.attn.as_ref()?.matrix(h, place),
+            role if role.is_in_layer() => {
                 let f = layer.ffn.as_ref()?;
                 let matrix = matches!(place.role, Role::Gate | Role::Up | Role::Down);
                 match (f.experts, place.expert) {
@@ -663,13 +663,21 @@ impl Spec {
                     (Some(_), None) if matrix => return None,
                     _ => {}
                 }
+                let shared = f.experts.and_then(|e| e.shared);
                 match place.role {
                     Role::FfnNorm => norm(f.pre_norm, h),
                     Role::FfnPostNorm => norm(f.post_norm, h),
                     Role::ActAbove | Role::ActBelow => {
                         (f.act == Activation::Xielu && place.part == Weight).then_some((1, 1))
                     }
-                    Role::Router => f.experts.and_then(|e| linear(e.count, h, false)),
+                    Role::Router => f.experts.and_then(|e| linear(e.count, h, e.router_bias)),
+                    Role::Correction => {
+                        f.experts.filter(|e| e.correction && place.part == Weight).map(|e| (1, e.count))
+                    }
+                    Role::SharedRouter => shared.filter(|s| s.gate).and_then(|_| linear(1, h, false)),
+                    Role::SharedGate => shared.filter(|_| f.gated).and_then(|s| linear(s.width, h, f.bias)),
+                    Role::SharedUp => shared.and_then(|s| linear(s.width, h, f.bias)),
+                    Role::SharedDown => shared.and_then(|s| linear(h, s.width, f.bias)),
                     Role::Gate => f.gated.then(|| linear(f.width, h, f.bias)).flatten(),
                     Role::Up => linear(f.width, h, f.bias),
                     _ => linear(h, f.width, f.bias || f.down_bias),
@@ -688,6 +696,10 @@ impl Spec {
             let mut places = vec![one];
             if let (Some(e), Role::Gate | Role::Up | Role::Down) = (experts, role) {
                 places = (0..e.count).map(|i| Place::expert(layer, role, i)).collect();
+            }
+            if role.is_per_head() {
+                let heads = self.layers.get(layer).and_then(|l| l.attn.as_ref()).map_or(0, |a| a.heads);
+                places = (0..heads).map(|i| Place::expert(layer, role, i)).collect();
             }
             for p in places.into_iter().flat_map(|p| [p, p.bias()]) {
                 if self.shape(&p).is_some() {

@@ -15,6 +15,8 @@ pub(super) enum Method {
     Gptq,
     /// AutoAWQ and its relatives.
     Awq,
+    /// GPT-OSS's experts: MXFP4 blocks beside their scales.
+    Mxfp4,
 }
 
 /// How one group of modules was quantized, as the configuration says it.
@@ -154,9 +156,10 @@ fn parse(q: &Value) -> Result<Quantized, String> {
         "compressed-tensors" | "compressed_tensors" | "sparseml" => compressed_tensors(q),
         "gptq" => gptq(q),
         "awq" => awq(q),
+        "mxfp4" => Ok(base(Method::Mxfp4, "MXFP4", "mxfp4".into())),
         "" => Err("no quant_method is named; use the original model or a GGUF file".into()),
         other => Err(format!(
-            "quant_method \"{other}\" is not read (compressed-tensors, gptq and awq are); use the original model or a \
+            "quant_method \"{other}\" is not read (compressed-tensors, gptq, awq and mxfp4 are); use the original model or a \
              GGUF file"
         )),
     }

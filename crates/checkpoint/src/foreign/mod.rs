@@ -10,6 +10,7 @@ mod compressed_tensors;
 mod config;
 mod gptq;
 mod marlin24;
+pub(crate) mod mxfp4;
 mod peft;
 mod scales;
 mod sparse;
@@ -189,6 +190,8 @@ pub(crate) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
             Some(m) => Arc::new(m),
             None => return Ok(None),
         },
+        // Found by the expert: see `mxfp4`.
+        Method::Mxfp4 => return Ok(None),
     }))
 }
 

@@ -7,7 +7,7 @@ use lacuna_arch::Source;
 use lacuna_format::{FormatError, WeightsError};
 use lacuna_spec::{Part, Place, Role, Spec};
 
-use super::{Checkpoint, Kind, Located, OpenError};
+use super::{Checkpoint, Kind, Lie, Located, OpenError};
 use crate::examine::{REPAIR, layers_differ};
 use crate::foreign::{self, Fault, Lazy, Module, Tensors};
 use crate::tensor::TensorType;
@@ -93,12 +93,17 @@ impl Checkpoint {
     ) -> Result<(Located, Option<Share>), WeightsError> {
         let matrix = place.part == Part::Weight && (place.role.is_linear() || place.role == Role::Embed);
         if let Some(q) = self.quantized.as_ref().filter(|_| matrix) {
+            let data = |i: usize| self.data(i);
+            let info = |i: usize| &self.tensors[i].1;
+            let tensors = Tensors { names: by_name, info: &info, data: &data };
             for source in candidates {
+                if let Some(m) = foreign::mxfp4::find(q, &tensors, source).map_err(|f| self.foreign_fault(f))? {
+                    let mine = Source { rows: None, ..source.clone() };
+                    let (located, _) = self.check_foreign(place, &mine, &(Arc::new(m) as Arc<dyn Module>))?;
+                    return Ok((located, None));
+                }
                 let Some(name) = source.name.strip_suffix(".weight") else { continue };
                 if !modules.contains_key(name) {
-                    let data = |i: usize| self.data(i);
-                    let info = |i: usize| &self.tensors[i].1;
-                    let tensors = Tensors { names: by_name, info: &info, data: &data };
                     let found = foreign::find(q, &tensors, name).map_err(|f| self.foreign_fault(f))?;
                     modules.insert(name.to_owned(), found);
                 }
@@ -117,12 +122,17 @@ impl Checkpoint {
         if let Located::Plain { rows, cols, .. } = &located
             && (source.rows.is_some() || source.slice.is_some())
         {
+            // What lies the other way round takes as many rows of the tensor as it has columns.
+            let rows = if source.turned { cols } else { rows };
             let shape = self.tensors[tensor].1.shape.as_slice();
             let all = match (shape, source.transposed) {
                 ([n], _) | ([_, n], true) => *n,
+                ([e, _, n], true) => e * n,
+                (shape, _) if place.part == Part::Bias => shape.iter().product(),
                 (shape, _) => shape[..shape.len() - 1].iter().product(),
             };
-            of = Some(Share { tensor, rows: if shape.len() == 1 { *cols } else { *rows }, all });
+            let vector = shape.len() == 1 || place.part == Part::Bias;
+            of = Some(Share { tensor, rows: if vector { *cols } else { *rows }, all });
         }
         Ok((located, of))
     }
@@ -195,6 +205,9 @@ impl Checkpoint {
             ([1, n], None) if vector => (1, 1, *n),
             // A scale for each head.
             ([a, b], None) if matches!(place.role, Role::QNorm | Role::KNorm) => (1, 1, a * b),
+            ([e, n], Some(_)) if vector => (*e, 1, *n),
+            // A matrix of one row.
+            ([n], None) if rows == 1 => (1, 1, *n),
             ([a, b], None) if !vector => (1, *a, *b),
             ([e, a, b], Some(_)) => (*e, *a, *b),
             _ => return Err(wrong(format!("[{rows}, {cols}]"))),
@@ -206,11 +219,13 @@ impl Checkpoint {
                 return Err(bad(format!("shape {:?}, whose rows do not fall into {n} groups", t.shape)));
             }
             let (bytes, groups) = (t.bytes.clone(), Some((n, from)));
-            Ok(Located::Plain { tensor, bytes, rows, cols, transposed: None, groups })
+            Ok(Located::Plain { tensor, bytes, rows, cols, lie: Lie { transposed: None, step: 1 }, groups })
         };
         if vector {
             let (from, to) = source.rows.unwrap_or((0, cols));
-            if to - from != cols || to > wide || (source.rows.is_none() && wide != cols) {
+            let taken = (to - from).div_ceil(source.step);
+            let slice = source.slice.unwrap_or(0);
+            if taken != cols || to > wide || (source.rows.is_none() && wide != cols) || slice >= slices {
                 return Err(wrong(format!("[{cols}]")));
             }
             if block != 1 {
@@ -219,13 +234,14 @@ impl Checkpoint {
             if source.groups > 1 {
                 return grouped(wide, (from, to), 1);
             }
-            let start = t.bytes.start + row_bytes(from);
+            let start = t.bytes.start + row_bytes(slice * wide + from);
+            let bytes = start..start + row_bytes(to - from);
             return Ok(Located::Plain {
                 tensor,
-                bytes: start..start + row_bytes(cols),
+                bytes,
                 rows: 1,
                 cols,
-                transposed: None,
+                lie: Lie { transposed: None, step: source.step },
                 groups: None,
             });
         }
@@ -234,21 +250,26 @@ impl Checkpoint {
         let rows = if place.role == Role::Positions { rows.max(high_here) } else { rows };
         let (from, to) = source.rows.unwrap_or((0, high_here));
         let slice = source.slice.unwrap_or(0);
-        if to - from != rows || to > high_here || wide_here != cols || slice >= slices {
+        // Of what is stored.
+        let (taken, width) = if source.turned { (cols, rows) } else { (rows, cols) };
+        let step = source.step;
+        if (to - from).div_ceil(step) != taken || to > high_here || wide_here != width || slice >= slices {
             return Err(wrong(format!("[{rows}, {cols}]")));
         }
-        if source.transposed {
-            if block != 1 {
-                return Err(bad(format!("{} in a matrix stored the other way round", t.dtype.name())));
-            }
-            let (bytes, transposed) = (t.bytes.clone(), Some(from));
-            return Ok(Located::Plain { tensor, bytes, rows, cols, transposed, groups: None });
+        if (source.transposed || source.turned) && block != 1 {
+            return Err(bad(format!("{} in a matrix stored the other way round", t.dtype.name())));
         }
         if source.groups > 1 {
             return grouped(high, (from, to), rows);
         }
-        let start = t.bytes.start + row_bytes(cols) * (slice * high + from);
-        let bytes = start..start + row_bytes(cols) * rows;
-        Ok(Located::Plain { tensor, bytes, rows, cols, transposed: None, groups: None })
+        if source.transposed {
+            let start = t.bytes.start + row_bytes(slice * high * wide);
+            let (bytes, lie) = (start..start + row_bytes(high * wide), Lie { transposed: Some(from), step });
+            return Ok(Located::Plain { tensor, bytes, rows, cols, lie, groups: None });
+        }
+        let start = t.bytes.start + row_bytes(width) * (slice * high + from);
+        let bytes = start..start + row_bytes(width) * (to - from);
+        let lie = Lie { transposed: source.turned.then_some(0), step };
+        Ok(Located::Plain { tensor, bytes, rows, cols, lie, groups: None })
     }
 }

@@ -177,7 +177,7 @@ impl<'a> Arranged<'a> {
     /// has a divisor of its own.
     fn rescale(&self, place: &Place) -> (f32, f32) {
         let table = place.role.is_linear() || matches!(place.role, Role::Embed | Role::Positions);
-        let table = table || matches!(place.role, Role::ActAbove | Role::ActBelow);
+        let table = table || matches!(place.role, Role::ActAbove | Role::ActBelow | Role::Sinks | Role::Correction);
         if table || place.part == Part::Bias {
             return (1.0, 0.0);
         }
@@ -244,14 +244,24 @@ impl<'a> Arranged<'a> {
     pub fn write(&self, target: &Target, form: Encoding, sink: Sink<'_>) -> Result<Loss, SaveError> {
         let fault = |what: String| SaveError::Refused(format!("tensor {}: {what}", target.name));
         let mut loss = Loss::default();
-        if target.transposed {
-            return self.write_transposed(target, form, sink);
+        if target.transposed || target.step > 1 {
+            return self.write_rearranged(target, form, sink);
         }
         if target.groups > 1 {
             return self.write_grouped(target, form, sink);
         }
-        for place in &target.parts {
+        for (place, turned) in target.parts.iter().zip(&target.turned) {
             let stored = self.stored(place)?;
+            if *turned {
+                let (rows, _) = self.spec.shape(place).unwrap_or_default();
+                let m = self.decode(place, stored.as_deref(), 0, rows).transpose();
+                for r in 0..m.rows() {
+                    let (bytes, one) = encode(form, m.row(r)).map_err(fault)?;
+                    loss.add(&one);
+                    sink(&bytes)?;
+                }
+                continue;
+            }
             for (from, to) in self.chunks(place) {
                 let cols = self.spec.shape(place).unwrap_or_default().1;
                 if let Some(bytes) = stored.as_deref().and_then(|s| self.as_they_are(place, s, form, from, to)) {
@@ -311,22 +321,37 @@ impl<'a> Arranged<'a> {
         Ok(loss)
     }
 
-    fn write_transposed(&self, target: &Target, form: Encoding, sink: Sink<'_>) -> Result<Loss, SaveError> {
+    /// What lies the other way round, or whose rows (entries of a bias) take turns, a slice at a time.
+    fn write_rearranged(&self, target: &Target, form: Encoding, sink: Sink<'_>) -> Result<Loss, SaveError> {
         let fault = |what: String| SaveError::Refused(format!("tensor {}: {what}", target.name));
-        let mut parts = Vec::new();
-        for place in &target.parts {
-            let stored = self.stored(place)?;
-            let rows = self.spec.shape(place).unwrap_or_default().0;
-            parts.push(self.decode(place, stored.as_deref(), 0, rows).transpose());
-        }
+        let bias = target.parts[0].part == Part::Bias;
+        let slices = if target.shape.len() == if bias { 2 } else { 3 } { target.shape[0] } else { 1 };
         let mut loss = Loss::default();
-        for r in 0..target.shape[0] {
-            let row: Vec<f32> = parts.iter().flat_map(|p| p.row(r)).copied().collect();
-            let (bytes, one) = encode(form, &row).map_err(fault)?;
-            loss.add(&one);
-            sink(&bytes)?;
+        for places in target.parts.chunks(target.parts.len() / slices) {
+            let mut parts = Vec::new();
+            for place in places {
+                let stored = self.stored(place)?;
+                let rows = self.spec.shape(place).unwrap_or_default().0;
+                let m = self.decode(place, stored.as_deref(), 0, rows);
+                // A vector's entries are rows here.
+                parts.push(if bias { m.transpose() } else { m });
+            }
+            let mut all = Mat::zeros(parts.iter().map(Mat::rows).sum(), parts[0].cols());
+            let high = parts[0].rows();
+            for (i, part) in parts.iter().enumerate() {
+                for r in 0..part.rows() {
+                    let to = if target.step > 1 { r * target.step + i } else { i * high + r };
+                    all.row_mut(to).copy_from_slice(part.row(r));
+                }
+            }
+            let all = if target.transposed || bias { all.transpose() } else { all };
+            for r in 0..all.rows() {
+                let (bytes, one) = encode(form, all.row(r)).map_err(fault)?;
+                loss.add(&one);
+                sink(&bytes)?;
+            }
+            places.iter().for_each(|p| self.release(p));
         }
-        target.parts.iter().for_each(|p| self.release(p));
         Ok(loss)
     }
 

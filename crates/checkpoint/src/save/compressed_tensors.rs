@@ -101,8 +101,9 @@ pub fn save_compressed_tensors(
 
 fn is_linear(target: &Target) -> bool {
     let first = target.parts[0];
-    let table = matches!(first.role, Role::Embed | Role::Positions | Role::Router | Role::Head);
-    target.shape.len() == 2 && first.role.is_linear() && !table
+    let table = matches!(first.role, Role::Embed | Role::Positions | Role::Head) || first.role.is_router();
+    let turned = target.turned.contains(&true);
+    target.shape.len() == 2 && first.role.is_linear() && !table && !turned
 }
 
 fn fate(arranged: &Arranged<'_>, target: &Target, how: PackQuantized) -> Result<Fate, SaveError> {
@@ -409,7 +410,7 @@ fn quantization(targets: &[Target], fates: &[Fate]) -> Value {
                 None => schemes.push((*s, vec![module(target)])),
             },
             // Routers are modules of their own kind in some models and Linear in others.
-            Fate::Dense if is_linear(target) || target.parts[0].role == Role::Router => {
+            Fate::Dense if is_linear(target) || target.parts[0].role.is_router() => {
                 ignore.push(module(target).to_owned());
             }
             Fate::Dense => {}

@@ -41,6 +41,13 @@ fn slope<S: Simd>(s: S, act: Activation, x: S::V) -> S::V {
         Activation::Relu => s.select_lt(zero, x, one, zero),
         Activation::Relu2 => s.add(s.max(zero, x), s.max(zero, x)),
         Activation::Xielu => unreachable!("its numbers are a layer's own: `xielu_slope`"),
+        // y = x p with p = sigmoid(1.702 x): p + 1.702 x p (1 - p), and 0 beyond the cut.
+        Activation::SwigluOai => {
+            let a = s.splat(1.702);
+            let p = s.div(one, s.add(one, math::exp(s, s.sub(zero, s.mul(a, x)))));
+            let d = s.fma(s.mul(s.mul(a, x), p), s.sub(one, p), p);
+            s.select_lt(s.splat(7.0), x, zero, d)
+        }
     }
 }
 
@@ -140,8 +147,14 @@ mod tests {
     use crate::softmax;
     use lacuna_base::Mat;
 
-    const ALL: [Activation; 5] =
-        [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Relu2];
+    const ALL: [Activation; 6] = [
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::GeluTanh,
+        Activation::Relu,
+        Activation::Relu2,
+        Activation::SwigluOai,
+    ];
 
     /// The error function, by its Maclaurin series: near enough for |x| < 3.2.
     fn erf(x: f64) -> f64 {
@@ -161,6 +174,7 @@ mod tests {
                 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
             }
             Activation::Relu => x.max(0.0),
+            Activation::SwigluOai => x.min(7.0) / (1.0 + (-1.702 * x.min(7.0)).exp()),
             Activation::Relu2 => x.max(0.0).powi(2),
             Activation::Xielu => unreachable!(),
         }

@@ -57,6 +57,16 @@ fn activate<S: Simd>(s: S, act: Activation, x: S::V) -> S::V {
             s.mul(y, y)
         }
         Activation::Xielu => unreachable!("its numbers are a layer's own: `xielu`"),
+        Activation::SwigluOai => math::swiglu_oai(s, x),
+    }
+}
+
+/// What `up` becomes before an activation is multiplied with it.
+#[inline(always)]
+fn beside<S: Simd>(s: S, act: Activation, up: S::V) -> S::V {
+    match act {
+        Activation::SwigluOai => s.add(s.max(s.splat(-7.0), s.min(s.splat(7.0), up)), s.splat(1.0)),
+        _ => up,
     }
 }
 
@@ -107,7 +117,7 @@ struct Gated(Activation);
 impl Zip for Gated {
     #[inline(always)]
     fn zip<S: Simd>(self, s: S, a: S::V, b: S::V) -> S::V {
-        s.mul(activate(s, self.0, a), b)
+        s.mul(activate(s, self.0, a), beside(s, self.0, b))
     }
 }
 
@@ -183,7 +193,7 @@ unsafe impl Sync for Shared {}
 // SAFETY: see above.
 unsafe impl Send for Shared {}
 
-/// `gate = act(gate) * up`. Within 1e-6 times (1 + |gate|)·|up| of exact.
+/// `gate = act(gate) * up`; of [`Activation::SwigluOai`] `up` is cut and one more. Within 1e-6 times (1 + |gate|)·|up| of exact.
 #[track_caller]
 pub fn gated_activation(act: Activation, gate: MatMut<'_>, up: MatRef<'_>) {
     rows(Isa::best(), Gated(act), gate, Some(up), 16);
@@ -216,6 +226,19 @@ pub fn add_scaled(x: &mut [f32], factor: f32, y: &[f32]) {
 #[track_caller]
 pub fn softcap(cap: f32, x: MatMut<'_>) {
     rows(Isa::best(), Cap(cap), x, None, 16);
+}
+
+/// The softmax of a row and one more value, `beside`, which is left out: what stays sums to less than 1.
+pub(super) fn softmax_beside(row: &mut [f32], beside: f32) {
+    let top = row.iter().copied().fold(beside, f32::max);
+    let mut total = f64::from((beside - top).exp());
+    for x in row.iter_mut() {
+        *x = (*x - top).exp();
+        total += f64::from(*x);
+    }
+    for x in row.iter_mut() {
+        *x = (f64::from(*x) / total) as f32;
+    }
 }
 
 /// The softmax of a row, in place: largest value taken away first, sums in f64. A row without any finite value becomes
@@ -259,6 +282,7 @@ mod tests {
                 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
             }
             Activation::Relu => x.max(0.0),
+            Activation::SwigluOai => x.min(7.0) / (1.0 + (-1.702 * x.min(7.0)).exp()),
             Activation::Relu2 => x.max(0.0).powi(2),
             Activation::Xielu => unreachable!(),
         }
@@ -288,10 +312,32 @@ mod tests {
         }
     }
 
+    const ALL: [Activation; 6] = [
+        Activation::Silu,
+        Activation::Gelu,
+        Activation::GeluTanh,
+        Activation::Relu,
+        Activation::Relu2,
+        Activation::SwigluOai,
+    ];
+
+    #[test]
+    fn an_up_of_swiglu_oai_is_cut_and_then_one_more() {
+        let gate = Mat::from_vec(1, 5, vec![9.0, -2.0, 1.0, 0.5, 3.0]);
+        let up = Mat::from_vec(1, 5, vec![-9.0, 9.0, 0.25, f32::NAN, -1.0]);
+        let mut out = gate.clone();
+        gated_activation(Activation::SwigluOai, out.view_mut(), up.view());
+        for (c, up) in [-6.0, 8.0, 1.25].into_iter().enumerate() {
+            let want = exact(Activation::SwigluOai, f64::from(gate[(0, c)])) * up;
+            assert!((f64::from(out[(0, c)]) - want).abs() < 1e-5, "{c}: {} and {want}", out[(0, c)]);
+        }
+        assert!(out[(0, 3)].is_nan() && out[(0, 4)] == 0.0);
+    }
+
     #[test]
     fn activations_stay_within_their_tolerance_on_every_isa() {
         for isa in Isa::here() {
-            for act in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Relu2] {
+            for act in ALL {
                 for cols in [1, 7, 16, 33, 1000] {
                     let x = Mat::from_fn(3, cols, |r, c| {
                         [0.0, -100.0, 100.0, 1e-6][(c + r) % 4] * f32::from(u8::from(c % 5 == 0))
@@ -308,10 +354,8 @@ mod tests {
                 }
                 let mut bad = Mat::from_vec(1, 4, vec![f32::NAN, f32::INFINITY, 1.0, f32::NEG_INFINITY]);
                 activation_on(isa, act, bad.view_mut());
-                assert!(
-                    bad[(0, 0)].is_nan() && bad[(0, 1)] == f32::INFINITY && bad[(0, 2)].is_finite(),
-                    "{isa} {act:?} {bad:?}"
-                );
+                let top = if act == Activation::SwigluOai { exact(act, 7.0) as f32 } else { f32::INFINITY };
+                assert!(bad[(0, 0)].is_nan() && bad[(0, 1)] == top && bad[(0, 2)].is_finite(), "{isa} {act:?} {bad:?}");
             }
         }
     }

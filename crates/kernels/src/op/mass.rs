@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use lacuna_base::MatRef;
 
 use super::attention::Attention;
-use super::elementwise::softmax;
+use super::elementwise::{softmax, softmax_beside};
 use crate::kv::{KEY_BLOCK, KvView};
 use crate::parallel;
 
@@ -114,8 +114,8 @@ impl Attention {
                 let low = self.window.map_or(0, |w| (high + 1).saturating_sub(w));
                 given.clear();
                 given.resize(high + 1, 0.0f32);
-                for (i, scores) in scores.chunks_exact_mut(stride).enumerate() {
-                    let slope = self.slope(job.head * group + i);
+                for (h, scores) in scores.chunks_exact_mut(stride).enumerate() {
+                    let slope = self.slope(job.head * group + h);
                     let seen = &mut scores[low..=high];
                     for (t, s) in (low..).zip(seen.iter_mut()) {
                         *s *= self.scale;
@@ -124,7 +124,10 @@ impl Attention {
                             *s -= slope * (high - t) as f32;
                         }
                     }
-                    softmax(seen);
+                    match self.sink(job.head * group + h) {
+                        None => softmax(seen),
+                        Some(sink) => softmax_beside(seen, sink),
+                    }
                     given[low..].iter_mut().zip(seen).for_each(|(g, s)| *g += *s);
                 }
                 job.mass.take(high, job.certain, &given);
@@ -172,7 +175,9 @@ mod tests {
             for (format, window, softcap) in
                 [(KvFormat::F32, None, Some(0.7)), (KvFormat::F16, Some(20), None), (KvFormat::Q8, None, None)]
             {
-                let a = Attention { heads, scale: 0.3, window, softcap, alibi: window.map(|_| 8.0) };
+                let alibi = window.map(|_| 8.0);
+                let sinks = softcap.map(|_| (0..heads).map(|h| h as f32 - 1.0).collect());
+                let a = Attention { heads, scale: 0.3, window, softcap, alibi, sinks };
                 let (n, dim, group) = (137, layout.head_dim, heads / layout.kv_heads);
                 let (pool, blocks, [k, _]) = pool(layout, format, n);
                 let q = random(n, heads * dim, 1);
@@ -187,7 +192,8 @@ mod tests {
                             let x = dot * f64::from(a.scale);
                             softcap.map_or(x, |c| f64::from(c) * (x / f64::from(c)).tanh()).exp()
                         };
-                        let total: f64 = (low..=p).map(score).sum();
+                        let sink = a.sink(h).map_or(0.0, |s| f64::from(s).exp());
+                        let total: f64 = sink + (low..=p).map(score).sum::<f64>();
                         (low..=p).for_each(|t| want[h / group][t] += score(t) / total);
                     }
                 }

@@ -63,6 +63,14 @@ pub(crate) fn silu<S: Simd>(s: S, x: S::V) -> S::V {
     s.div(x, s.add(e, s.splat(1.0)))
 }
 
+/// The least of `x` and 7, times its sigmoid at 1.702 times that.
+#[inline(always)]
+pub(crate) fn swiglu_oai<S: Simd>(s: S, x: S::V) -> S::V {
+    let m = s.min(s.splat(7.0), x);
+    let e = exp(s, s.mul(s.splat(-1.702), m));
+    s.div(m, s.add(e, s.splat(1.0)))
+}
+
 /// GELU through the error function.
 #[inline(always)]
 pub(crate) fn gelu<S: Simd>(s: S, x: S::V) -> S::V {

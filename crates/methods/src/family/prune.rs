@@ -8,7 +8,7 @@ use lacuna_contract::{
     Score, Solve, SolveAsk, SolveFfn, Solved, Sparsity, Stats, Step, Work,
 };
 use lacuna_format::{Layout, Mask, Unpacked, UnpackedPiece};
-use lacuna_spec::{FfnSpec, Place, Role};
+use lacuna_spec::{Activation, FfnSpec, Place, Role};
 use serde::Deserialize;
 
 use super::keys::{Fraction, Pattern};
@@ -155,6 +155,9 @@ fn solve_ffn(by: &dyn SolveFfn, of: &mut [Work<'_>], prune: PruneAsk) -> Result<
     let Some(act) = of.first().and_then(ffn_spec).map(|f| f.act) else {
         return Err(MethodError::new("the network has no FFN here"));
     };
+    if act == Activation::SwigluOai {
+        return Err(MethodError::new("an FFN of swiglu_oai, which cuts what it multiplies with, is not pruned whole"));
+    }
     let biases: Vec<Vec<f32>> = of.iter().map(|w| w.bias.map_or_else(Vec::new, |b| b.to_mat().into_vec())).collect();
     let mut pieces = Vec::new();
     for w in of {

@@ -12,7 +12,7 @@ use lacuna_format::Unpacked;
 use lacuna_spec::{LayerSpec, Place, QkNorm, Spec};
 use serde::Deserialize;
 
-use super::structure::{Group, Kind, spread};
+use super::structure::{Group, Kind, first_uncuttable, spread};
 
 /// Measured times of a token's parts, microseconds.
 #[derive(Clone, Debug, Default, Deserialize)]
@@ -138,6 +138,9 @@ impl Sizes {
         let (shrink, spec, kind) = (self.shrink(by)?, work.spec(), kind(part));
         if kind == Kind::Heads {
             heads_stand_alone(spec)?;
+        }
+        if let Some(what) = first_uncuttable(spec) {
+            return Err(MethodError::new(format!("{what} by a structure step, sizes of both cannot be searched")));
         }
         let Some(group) = Group::of_layer(spec, layer, &[kind]).pop() else { return Ok(()) };
         let step = if kind == Kind::Heads { 1 } else { self.align };

@@ -89,6 +89,7 @@ fn norm_of(place: &Place) -> Option<Place> {
     let role = match place.role {
         Role::Q | Role::K | Role::V => Role::AttnNorm,
         Role::Gate | Role::Up | Role::Router => Role::FfnNorm,
+        Role::SharedGate | Role::SharedUp | Role::SharedRouter => Role::FfnNorm,
         Role::Head => Role::FinalNorm,
         _ => return None,
     };
@@ -152,6 +153,9 @@ impl ModelWide for Slice {
         };
         if spec.layers.iter().any(post) {
             return no("norms stand behind attention or FFN (post-norm)");
+        }
+        if spec.layers.iter().any(|l| l.attn.as_ref().is_some_and(|a| a.latent.is_some())) {
+            return no("queries and keys are made from latents");
         }
         if !spec.final_norm {
             return no("no norm stands before the head");
@@ -250,7 +254,7 @@ fn reads(w: Mat, scale: &[f32], q: &Mat) -> Mat {
 
 /// Whether what is at `place` writes the stream; what does not reads it, or stands beside it.
 fn writes(place: &Place) -> bool {
-    matches!(place.role, Role::O | Role::Down | Role::Embed)
+    matches!(place.role, Role::O | Role::Down | Role::SharedDown | Role::Embed)
 }
 
 /// The tensor at `place` around a stream with the axes `q`, `[D, d]`; `None` where it stays as it is.
@@ -259,10 +263,10 @@ fn folded(place: Place, q: &Mat, work: &dyn LayerWork) -> Result<Option<Edit>, M
     let norm = matches!(place.role, Role::AttnNorm | Role::FfnNorm | Role::FinalNorm);
     Ok(match (place.part, place.role) {
         (Part::Weight, _) if norm => Some(Edit::Vector(place, vec![1.0 - work.spec().norm.offset; q.cols()])),
-        (Part::Weight, Role::O | Role::Down) => {
+        (Part::Weight, Role::O | Role::Down | Role::SharedDown) => {
             Some(Edit::Matrix(place, Unpacked::dense(matmul_tn(q.view(), weight()?.view()))))
         }
-        (Part::Bias, Role::O | Role::Down) => {
+        (Part::Bias, Role::O | Role::Down | Role::SharedDown) => {
             Some(Edit::Vector(place, matmul_nn(weight()?.view(), q.view()).into_vec()))
         }
         (Part::Weight, Role::Embed) => {

@@ -18,7 +18,7 @@ use lacuna_contract::{
     Ask, Compete, Edit, Family, Finished, LayerWork, Learner, Made, Making, MethodError, ModelWide, Site, Stats, Step,
     Structure, StructureAsk, Unit, Walker,
 };
-use lacuna_spec::{Place, Role, Spec};
+use lacuna_spec::{AttnSpec, LayerSpec, Place, Role, Spec};
 use serde::Deserialize;
 
 use super::keys::{Fraction, Whole};
@@ -95,6 +95,24 @@ struct Structured {
     asks: Vec<Ask>,
 }
 
+/// Why heads of an attention cannot be cut, if they cannot.
+pub(super) fn uncuttable(a: &AttnSpec) -> Option<&'static str> {
+    match (a.latent.is_some(), a.sinks) {
+        (true, _) => Some("latent attention, whose heads share one key"),
+        (_, true) => Some("sinks, one for each head"),
+        _ => None,
+    }
+}
+
+/// The first layer whose heads cannot be cut, in words.
+pub(super) fn first_uncuttable(spec: &Spec) -> Option<String> {
+    let of = |(l, layer): (usize, &LayerSpec)| {
+        let why = uncuttable(layer.attn.as_ref()?)?;
+        Some(format!("layer {l} has {why}: parts = [\"channels\"] can be cut"))
+    };
+    spec.layers.iter().enumerate().find_map(of)
+}
+
 /// The heads or the channels of one layer.
 #[derive(Clone, Copy, Debug)]
 pub(super) struct Group {
@@ -118,7 +136,7 @@ impl Group {
     pub(super) fn of_layer(spec: &Spec, layer: usize, kinds: &[Kind]) -> Vec<Group> {
         let (described, h) = (&spec.layers[layer], spec.hidden as u64);
         let one = |kind: &Kind| match kind {
-            Kind::Heads => described.attn.as_ref().map(|a| {
+            Kind::Heads => described.attn.as_ref().filter(|a| uncuttable(a).is_none()).map(|a| {
                 let (width, narrow) = (a.heads / a.kv_heads * a.head_dim, a.head_dim);
                 let rows = (width + 2 * narrow) as u64;
                 let parameters = rows * (h + u64::from(a.qkv_bias)) + h * width as u64;
@@ -232,6 +250,9 @@ impl ModelWide for Structured {
         }
         let (sparsity, align, groups) = (self.keys.sparsity.0, self.keys.align.0, self.groups(spec));
         let total = self.total(spec);
+        if let Some(what) = first_uncuttable(spec).filter(|_| self.keys.parts.contains(&Kind::Heads)) {
+            return Err(MethodError::new(what));
+        }
         if total == 0 {
             return Err(MethodError::new(format!("no layer has {}", words(&self.keys.parts))));
         }

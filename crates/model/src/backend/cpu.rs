@@ -12,11 +12,11 @@ use lacuna_kernels::{
     Activations, Attention, Chosen, Group, KEY_BLOCK, KeyPool, KvFormat, KvLayout, KvPool, KvView, Linear, Mass,
     Packing, RopeTable,
 };
-use lacuna_spec::{Activation, Experts, Norm, Place, Rope, Temperature};
+use lacuna_spec::{Activation, Experts, Norm, Place, Rope, RouterScore, Temperature};
 
 use super::gate::leave;
 use super::select::{Blocks, PooledKeys};
-use super::{Backend, GateAsk, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables, Xielu};
+use super::{Backend, GateAsk, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables, Xielu, chosen};
 use crate::lent::Reused;
 use crate::{Batch, Lent, ModelError};
 
@@ -139,20 +139,56 @@ pub(crate) fn factors(of: Xielu) -> kernels::Xielu {
     kernels::Xielu { above, below }
 }
 
-/// Chooses experts; `logits` become their softmax.
-pub(crate) fn route(logits: &mut Mat, choice: Experts) -> Routes {
+/// What a sum of weights is at least before they are divided by it.
+const LEAST: f32 = 1e-20;
+
+/// Chooses experts; `logits` become their scores.
+pub(crate) fn route(logits: &mut Mat, choice: Experts, correction: Option<&[f32]>) -> Routes {
     let rows = logits.rows();
     let of_row = |r: usize| {
         let p = logits.row_mut(r);
-        kernels::softmax(p);
-        let mut order: Vec<usize> = (0..p.len()).collect();
-        order.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
-        order.truncate(choice.used);
-        let total: f32 = if choice.normalize { order.iter().map(|&e| p[e]).sum() } else { 1.0 };
-        order.into_iter().map(|e| (e, p[e] / total)).collect()
+        match choice.score {
+            RouterScore::Softmax => kernels::softmax(p),
+            RouterScore::Sigmoid => p.iter_mut().for_each(|x| *x = sigmoid(*x)),
+        }
+        let order = match correction {
+            None => chosen(p, choice),
+            Some(c) => chosen(&p.iter().zip(c).map(|(p, c)| p + c).collect::<Vec<f32>>(), choice),
+        };
+        let total: f32 = if choice.normalize { order.iter().map(|&e| p[e]).sum::<f32>().max(LEAST) } else { 1.0 };
+        order.into_iter().map(|e| (e, p[e] / total * choice.scale)).collect()
     };
     let chosen: Vec<Vec<(usize, f32)>> = (0..rows).map(of_row).collect();
     Routes::new(choice.count, &chosen)
+}
+
+fn sigmoid(x: f32) -> f32 {
+    1.0 / (1.0 + (-x).exp())
+}
+
+/// [`Backend::head_products`], of the heads in their order.
+pub(crate) fn heads<'a>(all: impl Iterator<Item = &'a Matrix>, x: &Lent) -> Lent {
+    let all: Vec<&Matrix> = all.collect();
+    let (rows, outputs) = (x.rows(), all.first().map_or(0, |m| m.linear.rows()));
+    let inputs = x.cols() / all.len().max(1);
+    // Head after head: each one's product writes memory of its own.
+    let mut made = Lent::new(all.len() * rows, outputs);
+    let mut rest = made.data_mut();
+    let mut groups = Vec::new();
+    for (h, m) in all.iter().enumerate() {
+        let (mine, after) = std::mem::take(&mut rest).split_at_mut(rows * outputs);
+        rest = after;
+        let x = x.view().columns(h * inputs, (h + 1) * inputs);
+        groups.push(Group { all: [&m.linear], x, out: [MatMut::new(rows, outputs, mine)] });
+    }
+    Linear::forward_groups(groups);
+    let mut out = Lent::new(rows, all.len() * outputs);
+    for r in 0..rows {
+        for (h, to) in out.row_mut(r).chunks_exact_mut(outputs.max(1)).enumerate() {
+            to.copy_from_slice(made.row(h * rows + r));
+        }
+    }
+    out
 }
 
 /// [`Backend::expert_products`], of the experts in their order.
@@ -385,6 +421,40 @@ impl Backend for Cpu {
         kernels::softcap(cap, x.view_mut());
     }
 
+    fn weigh_rows(&self, x: &mut Lent, by: &Lent) {
+        for r in 0..x.rows() {
+            let by = sigmoid(by.row(r)[0]);
+            x.row_mut(r).iter_mut().for_each(|x| *x *= by);
+        }
+    }
+
+    fn columns(&self, x: &Lent, width: usize, which: Range<usize>) -> Lent {
+        let mut out = Lent::new(x.rows(), x.cols() / width * which.len());
+        for r in 0..x.rows() {
+            let pieces = x.row(r).chunks_exact(width);
+            out.row_mut(r).chunks_exact_mut(which.len()).zip(pieces).for_each(|(to, from)| {
+                to.copy_from_slice(&from[which.clone()]);
+            });
+        }
+        out
+    }
+
+    fn beside(&self, all: [&Lent; 2], widths: [usize; 2]) -> Lent {
+        let mut out = Lent::new(all[0].rows(), all[0].cols() + all[1].cols());
+        for r in 0..out.rows() {
+            let pieces = all[0].row(r).chunks_exact(widths[0]).zip(all[1].row(r).chunks_exact(widths[1]));
+            out.row_mut(r).chunks_exact_mut(widths[0] + widths[1]).zip(pieces).for_each(|(to, (a, b))| {
+                to[..widths[0]].copy_from_slice(a);
+                to[widths[0]..].copy_from_slice(b);
+            });
+        }
+        out
+    }
+
+    fn head_products(&self, all: &Vec<Matrix>, x: &Lent) -> Lent {
+        heads(all.iter(), x)
+    }
+
     fn write(&self, pages: &mut KvPool, layer: usize, step: &Step, keys: &Lent, values: &Lent) {
         let page_tokens = pages.layout().page_tokens;
         for ((sequence, rows), table) in step.batch.runs().zip(step.tables.of(layer)) {
@@ -458,8 +528,8 @@ impl Backend for Cpu {
         how.weigh(q.view(), step.tables.slots(), &mut sequences);
     }
 
-    fn route(&self, logits: &Lent, choice: Experts) -> Routes {
-        route(&mut self.copy(logits), choice)
+    fn route(&self, logits: &Lent, choice: Experts, correction: Option<&Lent>) -> Routes {
+        route(&mut self.copy(logits), choice, correction.map(|c| c.data()))
     }
 
     fn gather(&self, x: &Lent, routes: &Routes) -> Lent {

@@ -13,6 +13,7 @@
 //! - A row's result depends on the row, what it is met by and the backend alone, never on its company.
 
 mod cpu;
+mod frequencies;
 mod gate;
 pub mod naive;
 mod select;
@@ -28,7 +29,7 @@ use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, Mass};
 use lacuna_spec::{Activation, Experts, Norm, Place, Rope, Temperature};
 
 pub use cpu::Cpu;
-pub(crate) use cpu::{Matrix, NormOf, factors, grouped, route};
+pub(crate) use cpu::{Matrix, NormOf, factors, grouped, heads, route};
 pub use gate::GateAsk;
 pub use naive::Naive;
 pub use select::Reads;
@@ -181,6 +182,20 @@ pub trait Backend: Clone {
     /// `x = cap · tanh(x / cap)`.
     fn softcap(&self, x: &mut Self::Rows, cap: f32);
 
+    /// Multiplies each row with the sigmoid of its number in `by`, `[rows, 1]`.
+    fn weigh_rows(&self, x: &mut Self::Rows, by: &Self::Rows);
+
+    /// Of each piece of `width` columns the columns `which`: `[rows, n * width]` to `[rows, n * which.len()]`.
+    fn columns(&self, x: &Self::Rows, width: usize, which: Range<usize>) -> Self::Rows;
+
+    /// Pieces of both side by side, those of the first and then those of the second: `[rows, n * widths[0]]` and
+    /// `[rows, n * widths[1]]` to `[rows, n * (widths[0] + widths[1])]`.
+    fn beside(&self, all: [&Self::Rows; 2], widths: [usize; 2]) -> Self::Rows;
+
+    /// [`Backend::products`] of each head's columns with its own matrix, of as many heads as there are experts:
+    /// `[rows, heads * inputs]` to `[rows, heads * outputs]`.
+    fn head_products(&self, all: &Self::Experts, x: &Self::Rows) -> Self::Rows;
+
     /// Writes the keys and values of the step's rows, `[rows, kv_heads * head_dim]` each, to block `layer`'s pages.
     fn write(&self, pages: &mut Self::Pages, layer: usize, step: &Self::Step, keys: &Self::Rows, values: &Self::Rows);
 
@@ -224,9 +239,9 @@ pub trait Backend: Clone {
         mass: &mut [Mass],
     );
 
-    /// Chooses experts by the router's logits, `[rows, experts]`: softmax over all experts, the largest `used` of a
-    /// row, ties to the lower number.
-    fn route(&self, logits: &Self::Rows, choice: Experts) -> Self::Routes;
+    /// Chooses experts by the router's logits, `[rows, experts]`: their scores, the largest `used` of a row where
+    /// `correction`, `[1, experts]`, is added, from its best groups where there are some, ties to the lower number.
+    fn route(&self, logits: &Self::Rows, choice: Experts, correction: Option<&Self::Rows>) -> Self::Routes;
 
     /// The rows of every expert, one expert after the other: `[rows * used, columns]`.
     fn gather(&self, x: &Self::Rows, routes: &Self::Routes) -> Self::Rows;
@@ -331,6 +346,29 @@ pub struct Routes<W = f32> {
     pub(crate) weights: Vec<W>,
     /// Rows that were routed.
     pub(crate) routed: usize,
+}
+
+/// The experts that a row chooses, best first: of `scores`, one for each, corrections included, those of the best
+/// groups. The slow twin has its own.
+pub(crate) fn chosen(scores: &[f32], choice: Experts) -> Vec<usize> {
+    let mut order: Vec<usize> = (0..scores.len()).collect();
+    let best_first = |a: &usize, b: &usize| scores[*b].total_cmp(&scores[*a]);
+    if let Some(g) = choice.groups.filter(|g| g.used < g.count) {
+        let each = scores.len() / g.count;
+        let of_group = |i: usize| -> f32 {
+            let mut mine = scores[i * each..(i + 1) * each].to_vec();
+            mine.sort_by(|a, b| b.total_cmp(a));
+            mine[..g.by].iter().sum()
+        };
+        let groups: Vec<f32> = (0..g.count).map(of_group).collect();
+        let mut best: Vec<usize> = (0..g.count).collect();
+        best.sort_by(|&a, &b| groups[b].total_cmp(&groups[a]));
+        best.truncate(g.used);
+        order.retain(|e| best.contains(&(e / each)));
+    }
+    order.sort_by(best_first);
+    order.truncate(choice.used);
+    order
 }
 
 impl<W: Copy> Routes<W> {

@@ -9,8 +9,9 @@ use lacuna_base::{Mat, Mat64, MatRef};
 use lacuna_contract::{Pool, Select};
 use lacuna_format::Stored;
 use lacuna_kernels::{Activations, Attention, KEY_BLOCK, KvFormat, KvLayout, Mass};
-use lacuna_spec::{Activation, Experts, Norm, NormKind, Place, Rope, RopeScaling, RopeStyle, Temperature};
+use lacuna_spec::{Activation, Experts, Norm, NormKind, Place, Rope, RopeStyle, RouterScore, Temperature};
 
+use super::frequencies::frequencies;
 use super::gate::leave;
 use super::select::PooledKeys;
 use super::{Backend, GateAsk, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables, Xielu};
@@ -138,6 +139,7 @@ pub(crate) fn activation(act: Activation, x: f64) -> f64 {
             0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
         }
         Activation::Relu => x.max(0.0),
+        Activation::SwigluOai => x.min(7.0) / (1.0 + (-1.702 * x.min(7.0)).exp()),
         Activation::Relu2 => x.max(0.0).powi(2),
         Activation::Xielu => unreachable!("its numbers are a layer's own: `xielu`"),
     }
@@ -157,6 +159,11 @@ fn slope(p: &Attention, head: usize) -> f64 {
         below *= 2;
     }
     list(below).chain(list(2 * below).step_by(2)).nth(head).expect("a head of so many")
+}
+
+/// What an activation is multiplied with.
+pub(crate) fn beside(act: Activation, up: f64) -> f64 {
+    if act == Activation::SwigluOai { up.clamp(-7.0, 7.0) + 1.0 } else { up }
 }
 
 /// The softmax of a row.
@@ -192,10 +199,10 @@ fn attend_seen<'a>(
     for (h, out) in out.chunks_mut(dim).enumerate() {
         let kv_head = h / (p.heads / kv_heads);
         let at = kv_head * dim;
-        let weights: Vec<(usize, f64)> =
-            weights(p, dim, kv_heads, (q, position), h, &key).filter(|(t, _)| seen(kv_head, *t)).collect();
-        // Weights of the softmax over all keys, divided by what those that are seen have of it.
-        let total: f64 = weights.iter().map(|(_, w)| w).sum();
+        let (weights, sink) = weights(p, dim, kv_heads, (q, position), h, &key);
+        let weights: Vec<(usize, f64)> = weights.into_iter().filter(|(t, _)| seen(kv_head, *t)).collect();
+        // Weights of the softmax over all keys, divided by what those that are seen, and the sink, have of it.
+        let total: f64 = sink + weights.iter().map(|(_, w)| w).sum::<f64>();
         for (t, w) in weights.into_iter().map(|(t, w)| (t, w / total)) {
             out.iter_mut().zip(&value(t)[at..]).for_each(|(o, v)| *o += w * v);
         }
@@ -216,7 +223,7 @@ fn pool(by: Pool, dim: usize, keys: &[&[f64]]) -> Vec<f32> {
     }
 }
 
-/// The keys that one head of a query sees, with their weights.
+/// The keys that one head of a query sees, with their weights, and the weight of its sink.
 fn weights<'a>(
     p: &Attention,
     dim: usize,
@@ -224,7 +231,7 @@ fn weights<'a>(
     (q, position): (&[f64], usize),
     head: usize,
     key: &impl Fn(usize) -> &'a [f64],
-) -> impl Iterator<Item = (usize, f64)> {
+) -> (Vec<(usize, f64)>, f64) {
     let at = head / (p.heads / kv_heads) * dim;
     let low = p.window.map_or(0, |w| (position + 1).saturating_sub(w));
     let score = |t: usize| {
@@ -233,7 +240,10 @@ fn weights<'a>(
         let s = p.softcap.map_or(s, |c| f64::from(c) * (s / f64::from(c)).tanh());
         s - slope(p, head) * (position - t) as f64
     };
-    (low..=position).zip(softmax(&(low..=position).map(score).collect::<Vec<_>>()))
+    let sink = p.sinks.as_ref().map_or(f64::NEG_INFINITY, |s| f64::from(s[head]));
+    let mut all = softmax(&(low..=position).map(score).chain([sink]).collect::<Vec<_>>());
+    let sink = all.pop().unwrap_or(0.0);
+    ((low..=position).zip(all).collect(), sink)
 }
 
 /// Causal attention of one sequence from its start: `q` is `[tokens, heads * dim]`, `k` and `v`
@@ -245,50 +255,6 @@ pub(crate) fn attention(p: &Attention, dim: usize, kv_heads: usize, q: &[f64], k
         attend(p, dim, kv_heads, (q, t), |t| &k[t * narrow..][..narrow], |t| &v[t * narrow..][..narrow])
     };
     q.chunks(p.heads * dim).enumerate().flat_map(row).collect()
-}
-
-/// The angle by which each pair of channels turns at a position, for a sequence of `length` tokens, and the factor on
-/// cos and sin.
-fn frequencies(rope: &Rope, length: usize) -> (Vec<f64>, f64) {
-    let (pairs, theta) = (rope.dims / 2, f64::from(rope.theta));
-    let power = |i: usize| theta.powf(2.0 * i as f64 / rope.dims as f64);
-    let divided = |by: &[f32]| (0..pairs).map(|i| 1.0 / (f64::from(by[i]) * power(i))).collect();
-    let of = |f: &dyn Fn(usize, f64) -> f64| (0..pairs).map(|i| f(i, 1.0 / power(i))).collect();
-    match &rope.scaling {
-        RopeScaling::Default => (of(&|_, f| f), 1.0),
-        RopeScaling::Linear { factor } => (of(&|_, f| f / f64::from(*factor)), 1.0),
-        RopeScaling::Llama3 { factor, low_freq_factor, high_freq_factor, original } => {
-            let (factor, low, high) = (f64::from(*factor), f64::from(*low_freq_factor), f64::from(*high_freq_factor));
-            let turned = |_, f: f64| {
-                // Turns over the original context.
-                let turns = *original as f64 * f / std::f64::consts::TAU;
-                let smooth = ((turns - low) / (high - low)).clamp(0.0, 1.0);
-                (1.0 - smooth) * f / factor + smooth * f
-            };
-            (of(&turned), 1.0)
-        }
-        RopeScaling::Yarn { factor, beta_fast, beta_slow, attention_factor, original, truncate } => {
-            let channel = |turns: f32| {
-                let over = *original as f64 / (f64::from(turns) * std::f64::consts::TAU);
-                rope.dims as f64 * over.ln() / (2.0 * theta.ln())
-            };
-            let (mut low, mut high) = (channel(*beta_fast), channel(*beta_slow));
-            if *truncate {
-                (low, high) = (low.floor(), high.ceil());
-            }
-            let (low, mut high) = (low.max(0.0), high.min(rope.dims as f64 - 1.0));
-            if low == high {
-                high += 0.001;
-            }
-            let ramp = |i: usize| ((i as f64 - low) / (high - low)).clamp(0.0, 1.0);
-            let turned = |i: usize, f: f64| f / f64::from(*factor) * ramp(i) + f * (1.0 - ramp(i));
-            (of(&turned), f64::from(*attention_factor))
-        }
-        RopeScaling::Longrope { short, long, attention_factor, original } => {
-            (divided(if length > *original { long } else { short }), f64::from(*attention_factor))
-        }
-        RopeScaling::Factors { factors } => (divided(factors), 1.0),
-    }
 }
 
 impl Backend for Naive {
@@ -439,7 +405,7 @@ impl Backend for Naive {
     fn activate(&self, act: Activation, x: &mut Mat64, up: Option<&Mat64>) {
         x.data_mut().iter_mut().for_each(|x| *x = activation(act, *x));
         if let Some(up) = up {
-            x.data_mut().iter_mut().zip(up.data()).for_each(|(x, up)| *x *= up);
+            x.data_mut().iter_mut().zip(up.data()).for_each(|(x, up)| *x *= beside(act, *up));
         }
     }
 
@@ -468,6 +434,36 @@ impl Backend for Naive {
     fn softcap(&self, x: &mut Mat64, cap: f32) {
         let cap = f64::from(cap);
         x.data_mut().iter_mut().for_each(|x| *x = cap * (*x / cap).tanh());
+    }
+
+    fn weigh_rows(&self, x: &mut Mat64, by: &Mat64) {
+        for r in 0..x.rows() {
+            let by = 1.0 / (1.0 + (-by.row(r)[0]).exp());
+            x.row_mut(r).iter_mut().for_each(|x| *x *= by);
+        }
+    }
+
+    fn columns(&self, x: &Mat64, width: usize, which: Range<usize>) -> Mat64 {
+        let n = which.len();
+        Mat64::from_fn(x.rows(), x.cols() / width * n, |r, c| x.row(r)[c / n * width + which.start + c % n])
+    }
+
+    fn beside(&self, all: [&Mat64; 2], [a, b]: [usize; 2]) -> Mat64 {
+        Mat64::from_fn(all[0].rows(), all[0].cols() + all[1].cols(), |r, c| {
+            let (piece, c) = (c / (a + b), c % (a + b));
+            if c < a { all[0].row(r)[piece * a + c] } else { all[1].row(r)[piece * b + c - a] }
+        })
+    }
+
+    fn head_products(&self, all: &Vec<Matrix>, x: &Mat64) -> Mat64 {
+        let inputs = x.cols() / all.len();
+        let one = |(h, m): (usize, &Matrix)| {
+            let mine = self.columns(x, x.cols(), h * inputs..(h + 1) * inputs);
+            linear(mine.data(), m.w.data(), &m.bias, inputs)
+        };
+        let made: Vec<Vec<f64>> = all.iter().enumerate().map(one).collect();
+        let n = all[0].w.rows();
+        Mat64::from_fn(x.rows(), all.len() * n, |r, c| made[c / n][r * n + c % n])
     }
 
     fn write(&self, pages: &mut NaivePages, layer: usize, step: &Step, keys: &Mat64, values: &Mat64) {
@@ -554,7 +550,8 @@ impl Backend for Naive {
                     let mut given = vec![0.0; slot + 1];
                     for h in 0..how.heads / kv_heads {
                         let head = g * (how.heads / kv_heads) + h;
-                        weights(how, dim, kv_heads, (q.row(r), slot), head, &key).for_each(|(t, w)| given[t] += w);
+                        let (weights, _) = weights(how, dim, kv_heads, (q.row(r), slot), head, &key);
+                        weights.into_iter().for_each(|(t, w)| given[t] += w);
                     }
                     let given: Vec<f32> = given.iter().map(|g| *g as f32).collect();
                     of_head.take(slot, mass.certain, &given);
@@ -563,14 +560,27 @@ impl Backend for Naive {
         }
     }
 
-    fn route(&self, logits: &Mat64, choice: Experts) -> Routes<f64> {
+    fn route(&self, logits: &Mat64, choice: Experts, correction: Option<&Mat64>) -> Routes<f64> {
         let of_row = |r: usize| {
-            let p = softmax(logits.row(r));
+            let p = match choice.score {
+                RouterScore::Softmax => softmax(logits.row(r)),
+                RouterScore::Sigmoid => logits.row(r).iter().map(|x| 1.0 / (1.0 + (-x).exp())).collect(),
+            };
+            let by = |e: usize| p[e] + correction.map_or(0.0, |c| c.row(0)[e]);
             let mut order: Vec<usize> = (0..p.len()).collect();
-            order.sort_by(|&a, &b| p[b].total_cmp(&p[a]));
+            order.sort_by(|&a, &b| by(b).total_cmp(&by(a)));
+            if let Some(g) = choice.groups {
+                let group = |e: usize| e * g.count / p.len();
+                // Best first, so that a group's first ones are what it is compared by.
+                let of = |i: usize| order.iter().filter(|e| group(**e) == i).take(g.by).map(|e| by(*e)).sum::<f64>();
+                let better = |i: usize, j: usize| of(j) > of(i) || (of(j) == of(i) && j < i);
+                let ahead = |i: usize| (0..g.count).filter(|j| better(i, *j)).count();
+                let stays: Vec<bool> = (0..g.count).map(|i| ahead(i) < g.used).collect();
+                order.retain(|e| stays[group(*e)]);
+            }
             order.truncate(choice.used);
             let total: f64 = if choice.normalize { order.iter().map(|&e| p[e]).sum() } else { 1.0 };
-            order.into_iter().map(|e| (e, p[e] / total)).collect()
+            order.into_iter().map(|e| (e, p[e] / total * f64::from(choice.scale))).collect()
         };
         let chosen: Vec<Vec<(usize, f64)>> = (0..logits.rows()).map(of_row).collect();
         Routes::new(choice.count, &chosen)

@@ -7,7 +7,15 @@ use lacuna_spec::Activation;
 use super::rows::each;
 use crate::backend::{Xielu, factors};
 
-/// The adjoint of `act(gate) · up`: from `dy`, the gradient of the product, that of the gate's input into `dgate` and
+/// What an activation is multiplied with, and its slope there.
+fn beside(act: Activation, up: f32) -> (f32, f32) {
+    match act {
+        Activation::SwigluOai => (up.clamp(-7.0, 7.0) + 1.0, if up.abs() > 7.0 { 0.0 } else { 1.0 }),
+        _ => (up, 1.0),
+    }
+}
+
+/// The adjoint of `act(gate) · up` (or of what `act` makes of `up`): from `dy`, the gradient of the product, that of the gate's input into `dgate` and
 /// that of `up` into `dup`, both overwritten. All are `[rows, width]`.
 #[track_caller]
 pub fn gated_activation(
@@ -20,11 +28,13 @@ pub fn gated_activation(
 ) {
     each(dup.reborrow(), |r, row| row.copy_from_slice(gate.row(r)));
     kernels::activation(act, dup.reborrow());
-    each(dup, |r, row| row.iter_mut().zip(dy.row(r)).for_each(|(d, dy)| *d *= dy));
+    each(dup, |r, row| {
+        row.iter_mut().zip(up.row(r)).zip(dy.row(r)).for_each(|((d, up), dy)| *d *= beside(act, *up).1 * dy);
+    });
     each(dgate.reborrow(), |r, row| row.copy_from_slice(gate.row(r)));
     kernels::activation_slope(act, dgate.reborrow());
     each(dgate, |r, row| {
-        row.iter_mut().zip(up.row(r)).zip(dy.row(r)).for_each(|((d, up), dy)| *d *= up * dy);
+        row.iter_mut().zip(up.row(r)).zip(dy.row(r)).for_each(|((d, up), dy)| *d *= beside(act, *up).0 * dy);
     });
 }
 
@@ -86,8 +96,13 @@ mod tests {
 
     #[test]
     fn agree_with_finite_differences_of_the_definitions() {
-        for act in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Relu2] {
-            let [x, up, dy] = [1, 2, 3].map(|seed| random(20, 37, seed));
+        use Activation::{Gelu, GeluTanh, Relu, Relu2, Silu, SwigluOai};
+        for act in [Silu, Gelu, GeluTanh, Relu, Relu2, SwigluOai] {
+            let [mut x, mut up, dy] = [1, 2, 3].map(|seed| random(20, 37, seed));
+            if act == SwigluOai {
+                // On both sides of the cuts.
+                [&mut x, &mut up].into_iter().for_each(|m| m.data_mut().iter_mut().for_each(|v| *v *= 8.0));
+            }
             let [mut dx, mut dgate, mut dup] = [(); 3].map(|()| Mat::zeros(20, 37));
             activation(act, x.view(), dy.view(), dx.view_mut());
             check(&format!("{act:?}"), dy.data(), &[(x.data(), dx.data())], |v| {
@@ -96,7 +111,7 @@ mod tests {
             gated_activation(act, x.view(), up.view(), dy.view(), dgate.view_mut(), dup.view_mut());
             let pairs = [(x.data(), dgate.data()), (up.data(), dup.data())];
             check(&format!("gated {act:?}"), dy.data(), &pairs, |v| {
-                v[0].iter().zip(&v[1]).map(|(&x, up)| naive::activation(act, x) * up).collect()
+                v[0].iter().zip(&v[1]).map(|(&x, &up)| naive::activation(act, x) * naive::beside(act, up)).collect()
             });
         }
     }

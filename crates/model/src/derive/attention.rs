@@ -18,13 +18,16 @@ pub struct AttentionGradients {
     pub k: Lent,
     /// Of the values, `[tokens, kv_heads * head_dim]`.
     pub v: Lent,
+    /// Of the sinks, `[heads]`; empty where there are none.
+    pub sinks: Vec<f32>,
 }
 
 /// The adjoint of causal attention over one sequence from its first position on.
 ///
 /// `q` is `[tokens, heads * head_dim]` and `k` and `v` `[tokens, kv_heads * head_dim]` as attention read them; `out` is
 /// what it gave and `dout` the gradient of that. With `S` the scores and `P` their softmax: `dV = Pᵀ dO`,
-/// `dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O))`, `dQ = dS K`, `dK = dSᵀ Q`. Weights are made again, a tile of queries at a time:
+/// `dS = P ∘ (dO Vᵀ - rowsum(dO ∘ O))`, `dQ = dS K`, `dK = dSᵀ Q`; a sink, whose value is nothing, gets the sum over
+/// queries of `-p rowsum(dO ∘ O)`. Weights are made again, a tile of queries at a time:
 /// never a whole score matrix.
 #[track_caller]
 pub fn attention(
@@ -42,20 +45,22 @@ pub fn attention(
     let kv_heads = k.cols() / head_dim;
     assert!(k.cols().is_multiple_of(head_dim) && p.heads.is_multiple_of(kv_heads), "{} heads over {kv_heads}", p.heads);
     let group = p.heads / kv_heads;
-    let heads: Vec<[Mat; 3]> = (0..p.heads)
+    let heads: Vec<([Mat; 3], f32)> = (0..p.heads)
         .into_par_iter()
         .map(|h| {
             let mine = |m: MatRef<'_>, h: usize| m.columns(h * head_dim, (h + 1) * head_dim).to_mat();
             let (k, v) = (mine(k, h / group), mine(v, h / group));
             let [q, out, dout] = [q, out, dout].map(|m| mine(m, h));
-            one(p, p.slope(h), [&q, &k, &v], &out, &dout)
+            one(p, h, [&q, &k, &v], &out, &dout)
         })
         .collect();
     let mut all = AttentionGradients {
         q: Lent::new(tokens, q.cols()),
         k: Lent::new(tokens, k.cols()),
         v: Lent::new(tokens, k.cols()),
+        sinks: heads.iter().filter(|_| p.sinks.is_some()).map(|(_, sink)| *sink).collect(),
     };
+    let heads: Vec<[Mat; 3]> = heads.into_iter().map(|(of, _)| of).collect();
     each(all.q.view_mut(), |r, row| {
         row.chunks_exact_mut(head_dim).zip(&heads).for_each(|(to, [dq, ..])| to.copy_from_slice(dq.row(r)));
     });
@@ -73,9 +78,11 @@ pub fn attention(
     all
 }
 
-/// Gradients of one head's queries, and its part of those of its keys and values: `[tokens, head_dim]` each.
-fn one(p: &Attention, slope: f32, [q, k, v]: [&Mat; 3], out: &Mat, dout: &Mat) -> [Mat; 3] {
+/// Gradients of one head's queries, and its part of those of its keys and values: `[tokens, head_dim]` each; and of its
+/// sink.
+fn one(p: &Attention, head: usize, [q, k, v]: [&Mat; 3], out: &Mat, dout: &Mat) -> ([Mat; 3], f32) {
     let (tokens, dim) = (q.rows(), q.cols());
+    let mut dsink = 0.0;
     let [mut dq, mut dk, mut dv] = [(); 3].map(|()| Mat::zeros(tokens, dim));
     let (mut weights, mut scores, mut capped) = (Vec::new(), Vec::new(), Vec::new());
     let first_seen = |position: usize| p.window.map_or(0, |w| (position + 1).saturating_sub(w));
@@ -105,10 +112,16 @@ fn one(p: &Attention, slope: f32, [q, k, v]: [&Mat; 3], out: &Mat, dout: &Mat) -
             if p.alibi.is_some() {
                 // How near the key lies changes nothing about the slope of its score.
                 let nearer = (0..seen.len()).rev();
-                w[seen.clone()].iter_mut().zip(nearer).for_each(|(w, away)| *w -= slope * away as f32);
+                w[seen.clone()].iter_mut().zip(nearer).for_each(|(w, away)| *w -= p.slope(head) * away as f32);
             }
-            softmax_lanes(&mut w[seen.clone()]);
+            let log_sum = softmax_lanes(&mut w[seen.clone()]);
             let mean = dot(dout.row(from + i), out.row(from + i));
+            if let Some(sinks) = &p.sinks {
+                // What the sink has of the whole, and what it leaves.
+                let taken = 1.0 / (1.0 + (log_sum - f64::from(sinks[head])).exp());
+                w[seen.clone()].iter_mut().for_each(|w| *w *= (1.0 - taken) as f32);
+                dsink -= taken as f32 * mean;
+            }
             for (s, w) in s[seen.clone()].iter_mut().zip(&w[seen.clone()]) {
                 *s = w * (*s - mean);
             }
@@ -126,7 +139,7 @@ fn one(p: &Attention, slope: f32, [q, k, v]: [&Mat; 3], out: &Mat, dout: &Mat) -
         let dq = MatMut::new(rows, dim, &mut dq.data_mut()[from * dim..to * dim]);
         dense::add_matmul_nn(dq, p.scale, scores, k);
     }
-    [dq, dk, dv]
+    ([dq, dk, dv], dsink)
 }
 
 #[cfg(test)]
@@ -139,18 +152,20 @@ mod tests {
 
     #[test]
     fn agrees_with_finite_differences_of_the_definition() {
-        let plain = Attention { heads: 4, scale: 0.7, window: None, softcap: None, alibi: None };
+        let plain = || Attention { heads: 4, scale: 0.7, window: None, softcap: None, alibi: None, sinks: None };
+        let sinks = Some([0.4, -2.0, 1.5, 0.0].into());
         for (name, p, kv_heads, dim, tokens) in [
-            ("grouped", plain, 2, 3, 6),
-            ("one key head", Attention { window: Some(3), ..plain }, 1, 2, 8),
-            ("capped", Attention { softcap: Some(1.5), ..plain }, 4, 2, 5),
-            ("capped in a window", Attention { softcap: Some(2.0), window: Some(2), ..plain }, 2, 2, 7),
-            ("tiles", Attention { heads: 1, window: Some(40), ..plain }, 1, 2, 70),
-            ("one token", plain, 2, 3, 1),
-            ("ALiBi", Attention { heads: 6, alibi: Some(4.0), ..plain }, 2, 2, 9),
+            ("grouped", plain(), 2, 3, 6),
+            ("one key head", Attention { window: Some(3), ..plain() }, 1, 2, 8),
+            ("capped", Attention { softcap: Some(1.5), ..plain() }, 4, 2, 5),
+            ("capped in a window", Attention { softcap: Some(2.0), window: Some(2), ..plain() }, 2, 2, 7),
+            ("tiles", Attention { heads: 1, window: Some(40), ..plain() }, 1, 2, 70),
+            ("one token", plain(), 2, 3, 1),
+            ("with sinks", Attention { window: Some(4), sinks, ..plain() }, 2, 3, 9),
+            ("ALiBi", Attention { heads: 6, alibi: Some(4.0), ..plain() }, 2, 2, 9),
             (
                 "ALiBi, capped in a window",
-                Attention { alibi: Some(8.0), softcap: Some(2.0), window: Some(4), ..plain },
+                Attention { alibi: Some(8.0), softcap: Some(2.0), window: Some(4), ..plain() },
                 2,
                 2,
                 9,
@@ -169,12 +184,25 @@ mod tests {
             let got = attention(&p, dim, [q.view(), k.view(), v.view()], out.view(), dout.view());
             let pairs = [(q.data(), got.q.data()), (k.data(), got.k.data()), (v.data(), got.v.data())];
             check(name, dout.data(), &pairs, |a| naive::attention(&p, dim, kv_heads, &a[0], &a[1], &a[2]));
+            let Some(sinks) = &p.sinks else { continue };
+            let [q, k, v] = [&q, &k, &v].map(|m| m.data().iter().map(|&x| f64::from(x)).collect::<Vec<_>>());
+            for (h, got) in got.sinks.iter().enumerate() {
+                let moved = |by: f32| -> f64 {
+                    let mut sinks = sinks.to_vec();
+                    sinks[h] += by;
+                    let p = Attention { sinks: Some(sinks.into()), ..p.clone() };
+                    let y = naive::attention(&p, dim, kv_heads, &q, &k, &v);
+                    y.iter().zip(dout.data()).map(|(y, d)| y * f64::from(*d)).sum()
+                };
+                let want = (moved(1e-2) - moved(-1e-2)) / 2e-2;
+                assert!((f64::from(*got) - want).abs() < 1e-3, "sink of head {h}: {got}, exact {want}");
+            }
         }
     }
 
     #[test]
     fn long_sequences_agree_along_a_direction() {
-        let p = Attention { heads: 2, scale: 0.6, window: Some(170), softcap: None, alibi: None };
+        let p = Attention { heads: 2, scale: 0.6, window: Some(170), softcap: None, alibi: None, sinks: None };
         let (tokens, dim) = (300, 4);
         let [q, dout] = [1, 2].map(|seed| random(tokens, 2 * dim, seed));
         let [k, v] = [3, 4].map(|seed| random(tokens, dim, seed));

@@ -3,7 +3,7 @@
 use lacuna_base::Mat;
 use lacuna_format::Weights;
 use lacuna_kernels::{Activations, KvFormat};
-use lacuna_spec::{LayerSpec, Order};
+use lacuna_spec::{Experts, LayerSpec, Order};
 
 use super::recorder::{Gradients, Recorder};
 use super::rows::copy;
@@ -51,13 +51,19 @@ impl Record {
             let post = if a.post_norm { hidden } else { 0 };
             let clipped = if a.clip.is_some() { wide + 2 * narrow } else { 0 };
             let normed = if a.pre_norm && !shared { hidden } else { 0 };
-            normed + before + clipped + 2 * wide + 2 * narrow + post
+            // Of latent attention the narrow rows, and what heads read and write before and after it.
+            let latent = a
+                .latent
+                .map_or(0, |m| 2 * m.q_rank.unwrap_or(0) + m.rank + a.heads * (m.plain + m.rank + m.value) + narrow);
+            normed + before + clipped + 2 * wide + 2 * narrow + post + latent
         });
         let ffn = block.ffn.as_ref().map_or(0, |f| {
             let one = f.width * if f.gated { 3 } else { 2 };
             let post = if f.post_norm { hidden } else { 0 };
             let normed = if f.pre_norm { hidden } else { 0 };
-            normed + post + f.experts.map_or(one, |e| e.count + e.used.min(e.count) * (2 * hidden + one))
+            let shared = |e: &Experts| e.shared.map_or(0, |s| 2 * hidden + 1 + s.width * if f.gated { 3 } else { 2 });
+            let mixture = |e: Experts| e.count + e.used.min(e.count) * (2 * hidden + one) + shared(&e);
+            normed + post + f.experts.map_or(one, mixture)
         });
         // The stream between the parts is that before them where nothing stands in between.
         let reads = (block.ffn.is_some() && !beside) || block.ffn_shortcut;

@@ -33,7 +33,7 @@ mod walk;
 pub use activation::{activation, clip, gated_activation, softcap, xielu};
 pub use attention::{AttentionGradients, attention};
 pub use block::{Record, RecordedBlock};
-pub(crate) use experts::routing;
+pub(crate) use experts::{routing, weigh_rows};
 pub use loss::{RecordedHead, cross_entropy};
 pub use norm::{NormGradients, norm};
 pub use product::{bias, product, product_weight};

@@ -273,6 +273,30 @@ impl Backend for Recorder {
         self.record(Entry::Softcap { x: before, cap, y: x.value.clone(), out });
     }
 
+    fn weigh_rows(&self, x: &mut Node, by: &Node) {
+        let read = x.clone();
+        let (_, out) = self.change(x, |x| Cpu.weigh_rows(x, &by.value));
+        self.record(Entry::WeighRows { x: read, by: by.clone(), out });
+    }
+
+    fn columns(&self, x: &Node, width: usize, which: Range<usize>) -> Node {
+        let out = self.node(Cpu.columns(&x.value, width, which.clone()));
+        self.record(Entry::Columns { x: x.id, width, which, out: out.id });
+        out
+    }
+
+    fn beside(&self, all: [&Node; 2], widths: [usize; 2]) -> Node {
+        let out = self.node(Cpu.beside(all.map(|x| &*x.value), widths));
+        self.record(Entry::Beside { all: all.map(|x| x.id), widths, out: out.id });
+        out
+    }
+
+    fn head_products(&self, all: &Vec<Rc<Matrix>>, x: &Node) -> Node {
+        let out = self.node(backend::heads(all.iter().map(|m| &m.forward), &x.value));
+        self.record(Entry::HeadProducts { heads: all.clone(), x: x.clone(), out: out.id });
+        out
+    }
+
     fn write(&self, pages: &mut RecordedPages, layer: usize, step: &Self::Step, keys: &Node, values: &Node) {
         Cpu.write(&mut pages.pool, layer, step, &keys.value, &values.value);
         pages.written = Some([keys.clone(), values.clone()]);
@@ -282,7 +306,8 @@ impl Backend for Recorder {
         let out = self.node(Cpu.attend(how, &pages.pool, layer, step, &q.value));
         let [k, v] = pages.written.clone().expect("keys and values are written before they are read");
         let head_dim = pages.pool.layout().head_dim;
-        self.record(Entry::Attend { how: *how, head_dim, read: [q.clone(), k, v], y: out.clone() });
+        let read = [q.clone(), k, v];
+        self.record(Entry::Attend { how: how.clone(), layer, head_dim, read, y: out.clone() });
         out
     }
 
@@ -299,9 +324,10 @@ impl Backend for Recorder {
         Cpu.weigh(how, &pages.pool, layer, step, &q.value, mass);
     }
 
-    fn route(&self, logits: &Node, choice: Experts) -> RecordedRoutes {
+    fn route(&self, logits: &Node, choice: Experts, correction: Option<&Node>) -> RecordedRoutes {
         let mut p = Cpu.copy(&logits.value);
-        let routes = Rc::new(backend::route(&mut p, choice));
+        // The correction chooses and weighs nothing: it has no gradient.
+        let routes = Rc::new(backend::route(&mut p, choice, correction.map(|c| c.value.data())));
         let weights = self.node(Lent::new(0, 0)).id;
         self.record(Entry::Route { p: Rc::new(p), routes: routes.clone(), choice, logits: logits.id, weights });
         RecordedRoutes { routes, weights }

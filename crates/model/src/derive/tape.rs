@@ -11,9 +11,11 @@ use super::activation::xielu_numbers;
 use super::recorder::{Gradients, Matrix, PlacedNorm};
 use super::rows::{copy, dot, zeros};
 use super::sink::GradientSink;
-use super::{activation, attention, bias, clip, gated_activation, norm, product, rope, routing, softcap, xielu};
+use super::{
+    activation, attention, bias, clip, gated_activation, norm, product, rope, routing, softcap, weigh_rows, xielu,
+};
 use crate::Lent;
-use crate::backend::{Routes, Xielu};
+use crate::backend::{Backend, Cpu, Routes, Xielu};
 
 /// A value and its number. It does not change while several hold it.
 #[derive(Clone)]
@@ -96,8 +98,33 @@ pub(super) enum Entry {
         y: Rc<Lent>,
         out: usize,
     },
+    /// Rows times sigmoids, and what these are of.
+    WeighRows {
+        x: Node,
+        by: Node,
+        out: usize,
+    },
+    /// Of pieces of `width` columns some.
+    Columns {
+        x: usize,
+        width: usize,
+        which: std::ops::Range<usize>,
+        out: usize,
+    },
+    /// Pieces of two values side by side.
+    Beside {
+        all: [usize; 2],
+        widths: [usize; 2],
+        out: usize,
+    },
+    HeadProducts {
+        heads: Vec<Rc<Matrix>>,
+        x: Node,
+        out: usize,
+    },
     Attend {
         how: Attention,
+        layer: usize,
         head_dim: usize,
         read: [Node; 3],
         y: Node,
@@ -136,7 +163,11 @@ impl Tape {
     pub(super) fn bytes(&self) -> u64 {
         let all = self.0.iter().flat_map(|e| -> Vec<&Rc<Lent>> {
             match e {
-                Entry::Products { x, .. } | Entry::ExpertProducts { x, .. } | Entry::Norm { x, .. } => vec![&x.value],
+                Entry::Products { x, .. }
+                | Entry::ExpertProducts { x, .. }
+                | Entry::HeadProducts { x, .. }
+                | Entry::Norm { x, .. } => vec![&x.value],
+                Entry::WeighRows { x, by, .. } => vec![&x.value, &by.value],
                 Entry::Activate { x, up, .. } => [x].into_iter().chain(up).map(|n| &n.value).collect(),
                 Entry::Attend { read, y, .. } => read.iter().chain([y]).map(|n| &n.value).collect(),
                 Entry::Softcap { y, .. } => vec![y],
@@ -147,6 +178,8 @@ impl Tape {
                 | Entry::Temper { .. }
                 | Entry::Add { .. }
                 | Entry::Scale { .. }
+                | Entry::Columns { .. }
+                | Entry::Beside { .. }
                 | Entry::Pick { .. } => Vec::new(),
             }
         });
@@ -251,9 +284,50 @@ impl Entry {
                 softcap(*cap, y.data(), dy.data_mut());
                 d.add(*x, dy);
             }
-            Entry::Attend { how, head_dim, read, y } => {
+            Entry::WeighRows { x, by, out } => {
+                let Some(dy) = d.take(*out) else { return };
+                let (dx, dby) = weigh_rows(x.view(), by.view(), dy.view());
+                d.add(x.id, dx);
+                d.add(by.id, dby);
+            }
+            Entry::Columns { x, width, which, out } => {
+                let Some(dy) = d.take(*out) else { return };
+                let dx = d.so_far(*x, dy.rows(), dy.cols() / which.len() * width);
+                for r in 0..dy.rows() {
+                    let pieces = dy.row(r).chunks_exact(which.len());
+                    dx.row_mut(r).chunks_exact_mut(*width).zip(pieces).for_each(|(to, from)| {
+                        to[which.clone()].iter_mut().zip(from).for_each(|(x, y)| *x += y);
+                    });
+                }
+            }
+            Entry::Beside { all, widths: [a, b], out } => {
+                let Some(dy) = d.take(*out) else { return };
+                for (x, which) in all.iter().zip([0..*a, *a..a + b]) {
+                    d.add(*x, Cpu.columns(&dy, a + b, which));
+                }
+            }
+            Entry::HeadProducts { heads, x, out } => {
+                let Some(dy) = d.take(*out) else { return };
+                let (inputs, outputs) = (x.value.cols() / heads.len(), dy.cols() / heads.len());
+                let dx = d.so_far(x.id, x.value.rows(), x.value.cols());
+                for (h, m) in heads.iter().enumerate() {
+                    let (from, to) = (h * inputs, (h + 1) * inputs);
+                    let mine = copy(x.view().columns(from, to));
+                    let dy = copy(dy.view().columns(h * outputs, (h + 1) * outputs));
+                    let mut part = zeros(mine.rows(), inputs);
+                    through(m, mine.view(), dy.view(), part.view_mut(), sink);
+                    for r in 0..mine.rows() {
+                        dx.row_mut(r)[from..to].iter_mut().zip(part.row(r)).for_each(|(x, p)| *x += p);
+                    }
+                }
+            }
+            Entry::Attend { how, layer, head_dim, read, y } => {
                 let Some(dy) = d.take(y.id) else { return };
                 let of = attention(how, *head_dim, read.each_ref().map(Node::view), y.view(), dy.view());
+                let place = Place::layer(*layer, Role::Sinks);
+                if !of.sinks.is_empty() && sink.wants(&place) {
+                    sink.vector(&place, &of.sinks);
+                }
                 for (node, dx) in read.iter().zip([of.q, of.k, of.v]) {
                     d.add(node.id, dx);
                 }

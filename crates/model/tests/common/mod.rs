@@ -6,8 +6,8 @@ use std::sync::Arc;
 use lacuna_base::Rng;
 use lacuna_format::{Bytes, Float, Pattern, Piece, Stored, Values, Weights, WeightsError};
 use lacuna_spec::{
-    Activation, AttnSpec, Experts, FfnSpec, LayerSpec, NormKind, NormVectors, Order, Part, Place, Positions, QkNorm,
-    Role, Rope, RopeScaling, RopeStyle, Spec, Temperature,
+    Activation, AttnSpec, ExpertGroups, Experts, FfnSpec, Latent, LayerSpec, NormKind, NormVectors, Order, Part, Place,
+    Positions, QkNorm, Role, Rope, RopeScaling, RopeStyle, RouterScore, SharedExpert, Spec, Temperature,
 };
 
 /// Weights by place.
@@ -102,7 +102,7 @@ pub fn specs() -> Vec<Spec> {
         }
         if let Some(f) = &mut layer.ffn {
             (f.post_norm, f.act) = (true, Activation::GeluTanh);
-            f.experts = Some(Experts { count: 5, used: 2, normalize: l == 0 });
+            f.experts = Some(Experts { count: 5, used: 2, normalize: l == 0, ..Experts::default() });
             f.down_bias = l == 1;
         }
     }
@@ -126,7 +126,7 @@ pub fn specs() -> Vec<Spec> {
             (a.qk_norm, a.post_norm) = (true, l == 2);
         }
         if let Some(f) = &mut layer.ffn {
-            f.experts = (l == 1).then_some(Experts { count: 4, used: 2, normalize: true });
+            f.experts = (l == 1).then_some(Experts { count: 4, used: 2, normalize: true, ..Experts::default() });
             f.post_norm = l == 0;
         }
     }
@@ -167,5 +167,37 @@ pub fn specs() -> Vec<Spec> {
             (rope.dims, rope.style) = (6, RopeStyle::Interleaved);
         }
     }
-    vec![plain, sandwich, learned, turned, behind, beside, bare]
+    vec![plain.clone(), sandwich, learned, turned, behind, beside, bare, routed(plain)]
+}
+
+/// Latent attention with and without a latent of queries, sinks, and all ways to choose experts.
+fn routed(plain: Spec) -> Spec {
+    let mut out = plain;
+    for (l, layer) in out.layers.iter_mut().enumerate() {
+        let mut a = attention(4, 2, 12);
+        if l != 2 {
+            let rope = a.rope.as_mut().expect("set above");
+            (rope.dims, rope.style) = (6, RopeStyle::Interleaved);
+            (a.kv_heads, a.head_dim, a.qkv_bias, a.o_bias) = (1, 6 + 14, true, l == 0);
+            let q_rank = (l == 0).then_some(11);
+            a.latent = Some(Latent { rank: 14, q_rank, plain: 9, value: 7, eps: 1e-3 });
+        }
+        (a.sinks, a.window) = (l != 0, (l == 2).then_some(9));
+        let mut f = ffn(18);
+        let shared = Some(SharedExpert { width: 13, gate: l != 0 });
+        f.experts = Some(Experts {
+            count: 6,
+            used: 2,
+            normalize: l != 1,
+            score: if l == 2 { RouterScore::Softmax } else { RouterScore::Sigmoid },
+            router_bias: l == 2,
+            correction: l != 1,
+            groups: (l < 2).then_some(ExpertGroups { count: 3, used: 2, by: 1 + l }),
+            scale: 1.7,
+            shared: shared.filter(|_| l != 2),
+        });
+        (f.act, f.bias) = if l == 2 { (Activation::SwigluOai, true) } else { (Activation::Silu, false) };
+        (layer.attn, layer.ffn) = (Some(a), Some(f));
+    }
+    out
 }

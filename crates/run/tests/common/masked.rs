@@ -227,8 +227,20 @@ impl Backend for Masked {
     fn weigh(&self, _: &Attention, _: &Written, _: usize, _: &Self::Step, _: &Mat64, _: &mut [Mass]) {
         unreachable!("attention adds up by itself");
     }
-    fn route(&self, logits: &Self::Rows, choice: Experts) -> Self::Routes {
-        Naive.route(logits, choice)
+    fn weigh_rows(&self, x: &mut Self::Rows, by: &Self::Rows) {
+        Naive.weigh_rows(x, by);
+    }
+    fn columns(&self, x: &Self::Rows, width: usize, which: Range<usize>) -> Self::Rows {
+        Naive.columns(x, width, which)
+    }
+    fn beside(&self, all: [&Self::Rows; 2], widths: [usize; 2]) -> Self::Rows {
+        Naive.beside(all, widths)
+    }
+    fn head_products(&self, all: &Self::Experts, x: &Self::Rows) -> Self::Rows {
+        Naive.head_products(all, x)
+    }
+    fn route(&self, logits: &Self::Rows, choice: Experts, correction: Option<&Self::Rows>) -> Self::Routes {
+        Naive.route(logits, choice, correction)
     }
     fn gather(&self, x: &Self::Rows, routes: &Self::Routes) -> Self::Rows {
         Naive.gather(x, routes)

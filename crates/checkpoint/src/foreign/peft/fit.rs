@@ -305,6 +305,11 @@ impl Adapter {
             if names.is_empty() {
                 continue;
             }
+            if source.turned || source.step > 1 || (source.slice.is_some() && source.transposed) {
+                let what =
+                    format!("changes {place}, whose rows lie otherwise in the base; merge the adapter with PEFT");
+                return self.bad(&names[0], what);
+            }
             used.extend(names);
             self.check(spec, place, shape, &change)?;
             return Ok(Some(change));

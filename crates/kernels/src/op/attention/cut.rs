@@ -46,7 +46,18 @@ pub(super) fn give_back(mut parts: Vec<Part<'_>>) {
     FREE.set(parts.into_iter().map(|_| -> Part<'static> { unreachable!("cleared") }).collect());
 }
 
+/// The sum of a query's weights relative to its largest score, with that of a sink.
+pub(super) fn with_sink(sink: Option<f32>, (top, sum): (f32, f32)) -> f32 {
+    // Far above all scores it becomes infinite, and what is divided by it nothing, as it should.
+    sink.map_or(sum, |s| sum + (s - top).exp())
+}
+
 impl Attention {
+    /// The logit that stands beside the keys of head `h`.
+    pub(crate) fn sink(&self, h: usize) -> Option<f32> {
+        self.sinks.as_ref().map(|s| s[h])
+    }
+
     /// The parts of a call.
     #[track_caller]
     pub(super) fn cut<'a>(
@@ -88,7 +99,7 @@ pub(super) unsafe fn gather(
     stride: usize,
     mut segments: impl Iterator<Item = usize>,
     out: *mut f32,
-    layout: KvLayout,
+    (layout, sink): (KvLayout, Option<f32>),
 ) {
     let at = |segment: usize| partial.after(segment * stride).0;
     // SAFETY: as the caller promises.
@@ -101,6 +112,6 @@ pub(super) unsafe fn gather(
             let both = [(top, sum), (*seen, *seen.add(1))];
             (top, sum) = dispatch(isa, Merge { both, total, seen: seen.add(PARTIAL), padded: layout.padded() });
         }
-        dispatch(isa, Finish { total, sum, out, dim: layout.head_dim });
+        dispatch(isa, Finish { total, sum: with_sink(sink, (top, sum)), out, dim: layout.head_dim });
     }
 }

@@ -16,6 +16,7 @@ mod element;
 mod ops;
 
 use std::ops::Range;
+use std::sync::Arc;
 
 use half::f16;
 use lacuna_base::{MatMut, MatRef};
@@ -25,12 +26,12 @@ use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
 pub use chosen::Chosen;
 use chosen::{Bits, runs};
-use cut::{Part, gather};
+use cut::{Part, gather, with_sink};
 use element::{Element, Parts};
 use ops::{Finish, Merge, Mix, Scores, Soften, Tile, Widen};
 
 /// What attention does with scores.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Debug, PartialEq)]
 pub struct Attention {
     /// Query heads; a multiple of the layout's key heads.
     pub heads: usize,
@@ -42,6 +43,9 @@ pub struct Attention {
     pub softcap: Option<f32>,
     /// ALiBi, by the power of 2 that its slopes reach: see [`Attention::slope`].
     pub alibi: Option<f32>,
+    /// A logit for each query head beside those of its keys, as they are after scaling and capping: it takes weight and
+    /// gives nothing.
+    pub sinks: Option<Arc<[f32]>>,
 }
 
 /// Queries a task handles together for one key head, at most.
@@ -123,6 +127,7 @@ impl Attention {
         let (layout, format) = (first.kv.pool.layout(), first.kv.pool.format());
         assert_eq!(q.cols(), self.heads * layout.head_dim, "query heads of another width");
         assert!(self.heads.is_multiple_of(layout.kv_heads), "{} heads over {}", self.heads, layout.kv_heads);
+        assert!(self.sinks.as_ref().is_none_or(|s| s.len() == self.heads), "a sink for each of {} heads", self.heads);
         assert!(chosen.is_none_or(|c| c.count() == (q.rows(), layout.kv_heads)), "chosen blocks of every row and head");
         let group = self.heads / layout.kv_heads;
         let side = group.min(QUERIES);
@@ -206,7 +211,8 @@ impl Attention {
                         let partial = partial.after(begin + i * width);
                         // SAFETY: the jobs above wrote all segments that the query sees; every row and head is met
                         // once.
-                        unsafe { gather(isa, partial, stride, segments, at.at(r, h * layout.head_dim), layout) };
+                        let (out, sink) = (at.at(r, h * layout.head_dim), self.sink(h));
+                        unsafe { gather(isa, partial, stride, segments, out, (layout, sink)) };
                     }
                 });
             }
@@ -420,7 +426,8 @@ impl<'a> Task<'a> {
             let (r, h) = self.query(i);
             match sink {
                 Sink::Out(out) => {
-                    let (total, sum) = (state.total.as_ptr(), state.total_sum);
+                    let sum = with_sink(self.p.sink(h), (state.total_top, state.total_sum));
+                    let total = state.total.as_ptr();
                     dispatch(isa, Finish { total, sum, out: out.at(r, h * dim), dim });
                 }
                 Sink::Partial(parts) => {

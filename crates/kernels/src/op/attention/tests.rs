@@ -57,7 +57,8 @@ fn reference_of(
                 })
                 .collect();
             let top = scores.iter().copied().fold(f64::NEG_INFINITY, f64::max);
-            let total: f64 = scores.iter().map(|x| (x - top).exp()).sum();
+            let sink = a.sink(h).map_or(0.0, |s| (f64::from(s) - top).exp());
+            let total: f64 = sink + scores.iter().map(|x| (x - top).exp()).sum::<f64>();
             for d in 0..dim {
                 let y: f64 = scores
                     .iter()
@@ -84,7 +85,9 @@ fn matches_f64_and_does_not_see_its_company() {
         (100, 1, 4, 600, Some(520), None),
     ] {
         let alibi = (tokens % 20 == 0).then_some(6.0);
-        let a = Attention { heads, scale: 0.3, window, softcap, alibi };
+        // One far above all scores among those of every other case.
+        let sinks = (heads % 2 == 1).then(|| (0..heads).map(|h| [0.5, -3.0, 40.0, 1.5][h % 4]).collect());
+        let a = Attention { heads, scale: 0.3, window, softcap, alibi, sinks };
         let layout = KvLayout { kv_heads, head_dim: dim, page_tokens: 64 };
         let (q, k, v) =
             (random(tokens, heads * dim, 1), random(tokens, kv_heads * dim, 2), random(tokens, kv_heads * dim, 3));
@@ -139,7 +142,8 @@ fn all_sequences_of_a_call_are_as_each_alone() {
     let (heads, kv_heads, dim) = (6, 2, 20);
     let layout = KvLayout { kv_heads, head_dim: dim, page_tokens: 64 };
     for (window, format) in [(None, KvFormat::F32), (Some(600), KvFormat::F16), (None, KvFormat::Q8)] {
-        let a = Attention { heads, scale: 0.3, window, softcap: None, alibi: window.map(|_| 8.0) };
+        let alibi = window.map(|_| 8.0);
+        let a = Attention { heads, scale: 0.3, window, softcap: None, alibi, sinks: None };
         let lengths = [(0..70, 70), (1299..1300, 1300), (40..40, 40), (5..6, 6), (500..530, 530), (699..700, 700)];
         let mut pool = KvPool::new(layout, format);
         let mut tables: Vec<Vec<u32>> = Vec::new();
@@ -178,7 +182,7 @@ fn all_sequences_of_a_call_are_as_each_alone() {
 
 #[test]
 fn later_positions_cannot_leak() {
-    let a = Attention { heads: 2, scale: 1.0, window: None, softcap: None, alibi: None };
+    let a = Attention { heads: 2, scale: 1.0, window: None, softcap: None, alibi: None, sinks: None };
     let layout = KvLayout { kv_heads: 1, head_dim: 16, page_tokens: 32 };
     let (q, k, v) = (random(20, 32, 1), random(20, 16, 2), random(20, 16, 3));
     let (mut k2, mut v2) = (k.clone(), v.clone());
@@ -220,7 +224,9 @@ fn chosen_blocks_are_read_and_no_others() {
         (3, 1, 8, 2200, None, None),
         (2, 2, 64, 200, Some(90), None),
     ] {
-        let a = Attention { heads, scale: 0.3, window, softcap, alibi: (tokens == 200).then_some(8.0) };
+        let alibi = (tokens == 200).then_some(8.0);
+        let sinks = (heads % 2 == 0).then(|| (0..heads).map(|h| h as f32 - 1.0).collect());
+        let a = Attention { heads, scale: 0.3, window, softcap, alibi, sinks };
         let layout = KvLayout { kv_heads, head_dim: dim, page_tokens: 32 };
         let (q, k, v) =
             (random(tokens, heads * dim, 1), random(tokens, kv_heads * dim, 2), random(tokens, kv_heads * dim, 3));
