@@ -521,7 +521,7 @@ fn channels_are_skipped_by_a_flag_or_a_file() {
     let recipe = ["-r", "rtn", "--set", "quantize.bits=8", "--set", "quantize.group=32"];
     object(0, &[&["compress", &tiny(), "-o", int8, "--gate", "off"], &recipe[..]].concat());
     let plan = fresh("skip.toml");
-    std::fs::write(&plan, "version = 1\n[gate]\nmethod = \"wina\"\nkeep = 0.3\ntargets = [\"ffn.*\"]\n").unwrap();
+    std::fs::write(&plan, "version = 1\n[gate]\nmethod = \"wina\"\nkeep = 0.1\ntargets = [\"ffn.*\"]\n").unwrap();
     for model in [tiny().as_str(), int8] {
         let say =
             |more: &[&str]| object(0, &[&["generate", model, "-p", "abc", "-n", "20", "--temp", "0"], more].concat());

@@ -7,7 +7,7 @@ use lacuna_base::{MatMut, MatRef};
 use lacuna_format::{Stored, Term};
 
 use super::prepare::{AsBytes, padded, quantized_room, quantized_row};
-use super::{Activations, Linear, PackedTerm};
+use super::{Activations, Linear};
 use crate::op::columns::{Batch, Block, ByColumns, batches, meet, scratch};
 use crate::panel::columns::{ByteUnit, Columns, FloatUnit, NibbleUnit, UNIT, Unit, Written};
 use crate::panel::float::{Bf16, F16, F32};
@@ -16,8 +16,10 @@ use crate::panel::{BLOCK, SPAN};
 use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch as room};
 
-/// What a byte of single columns costs, in bytes that are read from start to end: as a fraction.
-const COST: (u64, u64) = (5, 4);
+/// What a byte of single columns costs, in quarters of a byte that the whole product reads (`examples/columns.rs`).
+const COST: u64 = 5;
+/// The same where codes meet bytes: the whole product multiplies four of them at once, columns one by one.
+const COST_BYTES: u64 = 16;
 
 impl Linear {
     /// Keeps the matrix by columns as well, for [`Linear::forward_chosen`]: bytes that this takes, none where its form
@@ -52,7 +54,8 @@ impl Linear {
         let less = |l: &Linear| {
             let columns = l.columns.as_deref()?;
             let read = kept.iter().map(|k| k.map(|k| columns.bytes(k))).sum::<Option<u64>>()?;
-            (x.rows() > 0 && read * COST.0 < l.weights_bytes() * COST.1).then_some(read)
+            let cost = if l.meets_bytes(columns) { COST_BYTES } else { COST };
+            (x.rows() > 0 && read * cost < l.weights_bytes() * 4).then_some(read)
         };
         let by: Vec<Option<u64>> = all.iter().map(|l| less(l)).collect();
         let mut bytes = 0;
@@ -91,6 +94,11 @@ impl Linear {
         bytes
     }
 
+    /// Whether rows come as bytes to its columns, as they do to its panels.
+    fn meets_bytes(&self, columns: &Columns) -> bool {
+        columns.groups.is_some() && self.packing.activations == Activations::Int8
+    }
+
     /// The kept channels of a row in the order in which they are multiplied, and whether x comes as bytes.
     fn batches(&self, columns: &Columns, x: &[f32], kept: &[u32]) -> (Vec<Batch>, bool) {
         let none = |_: u32| Block::default();
@@ -98,9 +106,7 @@ impl Linear {
             return (batches(kept, |c| (c / SPAN as u32, 0), |c| x[c as usize], none), false);
         };
         let (run, zero) = (groups.run as u32, groups.zero);
-        let int8 = self.packing.activations == Activations::Int8;
-        let [PackedTerm::Piece(form)] = &self.terms[..] else { unreachable!("columns are of one piece") };
-        if !int8 || !form.body.integer() {
+        if !self.meets_bytes(columns) {
             return (batches(kept, |c| (c / SPAN as u32, c / run), |c| x[c as usize], none), false);
         }
         let kind = AsBytes { zero, sixteens: false, blocks: x.len().div_ceil(BLOCK) };
@@ -109,8 +115,9 @@ impl Linear {
                 // SAFETY: padded to whole blocks.
                 let x = unsafe { std::slice::from_raw_parts(x, kind.blocks * BLOCK) };
                 let row = quantized_row(self.packing.isa, x, kind, room);
-                // SAFETY: the row has a byte for each channel, and four numbers for each block, two of them whole.
+                // SAFETY: the row has a byte for each channel.
                 let byte = |c: u32| f32::from(unsafe { *row.codes.add(c as usize) });
+                // SAFETY: the row has four numbers for each block, the second and the third whole ones.
                 let block = |b: u32| unsafe {
                     let meta = row.meta.add(b as usize * META);
                     let whole = |i: usize| meta.add(i).cast::<i32>().read() as f32;

@@ -988,7 +988,7 @@ fn chosen_channels_of_matrices_together() {
     let f16 = |rows: usize, rng: &mut Rng| {
         dense(rows, cols, Values::Float(Float::F16, floats(&random(rows, cols, rng.u64()), Float::F16)))
     };
-    let mut stored = vec![f16(300, &mut rng), f16(40, &mut rng), ints(40, cols, 4, 64, true, Float::F16, &mut rng)];
+    let mut stored = vec![f16(300, &mut rng), f16(40, &mut rng), ints(640, cols, 4, 64, true, Float::F16, &mut rng)];
     stored.push(f16(70, &mut rng).with_maps(vec![Map::diagonal(&vec![0.5; cols], Float::F32).unwrap()], vec![]));
     let lists = lists(cols, &mut rng);
     for activations in [Activations::Exact, Activations::Int8] {

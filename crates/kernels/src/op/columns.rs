@@ -180,11 +180,10 @@ unsafe fn pass<S: Simd, U: Unit, const MEET: usize>(s: S, p: Pass<'_>, open: *mu
                 if !b.first {
                     sum[v] = s.load(open.add(here + v * S::LANES));
                 }
-                if MEET == meet::CODES || (MEET == meet::BYTES && b.last) {
-                    if let Some(g) = &p.columns.groups {
-                        scale[v] = g.scale(s, group, u, v);
-                        second[v] = g.second(s, group, u, v, p.columns.units());
-                    }
+                let scaled = MEET == meet::CODES || (MEET == meet::BYTES && b.last);
+                if let (true, Some(g)) = (scaled, &p.columns.groups) {
+                    scale[v] = g.scale(s, group, u, v);
+                    second[v] = g.second(s, group, u, v, p.columns.units());
                 }
                 v += 1;
             }
