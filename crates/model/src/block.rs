@@ -393,7 +393,7 @@ impl<B: Backend> AttentionPart<B> {
         let h = normed(backend, &self.norm, x);
         let (q, k, v) = match &self.reads {
             Reads::Plain(read) => {
-                let (q, k, v) = self.plain(read, &h, step, look)?;
+                let [q, k, v] = self.plain(read, &h, step, look)?;
                 (q, k, Some(v))
             }
             Reads::Latent(m) => {
@@ -442,7 +442,7 @@ impl<B: Backend> AttentionPart<B> {
         h: &B::Rows,
         step: &B::Step,
         look: &mut Look<'_, B>,
-    ) -> Result<(B::Rows, B::Rows, B::Rows), ModelError> {
+    ) -> Result<[B::Rows; 3], ModelError> {
         let backend = look.backend;
         look.input(read.each_ref().map(|p| &p.place), h)?;
         let [mut q, mut k, v] = Projection::together(backend, read.each_ref(), h);
@@ -456,7 +456,7 @@ impl<B: Backend> AttentionPart<B> {
         if let Some(rope) = &self.rope {
             span("rope", || backend.rope(rope, self.head_dim, step, [&mut q, &mut k]));
         }
-        Ok((q, k, v))
+        Ok([q, k, v])
     }
 }
 
