@@ -496,7 +496,7 @@ impl<B: Backend> AttentionPart<B> {
         let h = read(backend, self.norm.as_ref(), x, &mut own);
         let (q, k, v) = match &self.reads {
             Reads::Plain(read) => {
-                let (q, k, v) = self.plain(read, h, step, look)?;
+                let [q, k, v] = self.plain(read, h, step, look)?;
                 (q, k, Some(v))
             }
             Reads::Latent(m) => {
@@ -545,7 +545,7 @@ impl<B: Backend> AttentionPart<B> {
         h: &B::Rows,
         step: &B::Step,
         look: &mut Look<'_, B>,
-    ) -> Result<(B::Rows, B::Rows, B::Rows), ModelError> {
+    ) -> Result<[B::Rows; 3], ModelError> {
         let backend = look.backend;
         look.input(read.each_ref().map(|p| &p.place), h)?;
         let [mut q, mut k, mut v] = Projection::gated(backend, read.each_ref(), self.gated[0].as_ref(), h)?;
@@ -569,7 +569,7 @@ impl<B: Backend> AttentionPart<B> {
         if let Some(t) = self.temperature {
             backend.temper(t, step, &mut q);
         }
-        Ok((q, k, v))
+        Ok([q, k, v])
     }
 }
 

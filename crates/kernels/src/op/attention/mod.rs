@@ -209,9 +209,9 @@ impl Attention {
                         let segments = (within(self.low(positions[r]))..within(positions[r]) + 1)
                             .filter(|s| bits.any_in(part.segments.start + s));
                         let partial = partial.after(begin + i * width);
+                        let (out, sink) = (at.at(r, h * layout.head_dim), self.sink(h));
                         // SAFETY: the jobs above wrote all segments that the query sees; every row and head is met
                         // once.
-                        let (out, sink) = (at.at(r, h * layout.head_dim), self.sink(h));
                         unsafe { gather(isa, partial, stride, segments, out, (layout, sink)) };
                     }
                 });
