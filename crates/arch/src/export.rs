@@ -96,7 +96,7 @@ pub fn norm_factor(spec: &Spec, place: &Place) -> f32 {
 }
 
 /// The families whose GGUF files keep the rows of q and k so that RoPE pairs neighbours.
-const NEIGHBOURS: [&str; 7] = ["llama", "mistral", "mixtral", "ministral3", "smollm3", "granite", "olmo"];
+const NEIGHBOURS: [&str; 8] = ["granitemoe", "llama", "mistral", "mixtral", "ministral3", "smollm3", "granite", "olmo"];
 /// The families in which RoPE pairs neighbours in every file.
 pub(super) const INTERLEAVED: [&str; 10] =
     ["glm", "glm4", "cohere", "cohere2", "ernie4_5", "helium", "gptj", "deepseek_v2", "deepseek_v3", "ernie4_5_moe"];

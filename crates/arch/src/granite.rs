@@ -37,7 +37,7 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
 }
 
 /// The divisor of logits by `scale`: a plain number where one gives the same factor.
-fn divisor(scale: f32) -> f64 {
+pub(super) fn divisor(scale: f32) -> f64 {
     let exact = 1.0 / f64::from(scale);
     let plain = (exact * 1e4).round() / 1e4;
     if (1.0 / plain) as f32 == scale { plain } else { exact }

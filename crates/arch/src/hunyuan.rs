@@ -23,7 +23,7 @@ pub(super) const HUNYUAN: Family = Family {
 };
 
 /// What `alpha` makes of the base, once and for all positions; the type of such a set is called dynamic.
-fn stretched(filled: &mut Value) -> Result<(), SpecError> {
+pub(super) fn stretched(filled: &mut Value) -> Result<(), SpecError> {
     for key in ["rope_scaling", "rope_parameters"] {
         let c = Config(filled);
         let Some(set) = c.get(key).map(Config) else { continue };

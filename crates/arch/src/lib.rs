@@ -27,13 +27,17 @@ mod gpt_neox;
 mod gpt_oss;
 mod gptj;
 mod granite;
+mod granitemoe;
 mod helium;
 mod hunyuan;
+mod hunyuan_v1_moe;
 mod llama;
+mod minicpm3;
 mod mixtral;
 mod moe;
 mod nemotron;
 mod olmo;
+mod olmoe;
 mod opt;
 mod phi;
 mod phi3;
@@ -141,6 +145,10 @@ pub const FAMILIES: &[Family] = &[
     glm4_moe::GLM4_MOE,
     deepseek::DEEPSEEK_V2,
     deepseek::DEEPSEEK_V3,
+    olmoe::OLMOE,
+    granitemoe::GRANITEMOE,
+    hunyuan_v1_moe::HUNYUAN_MOE,
+    minicpm3::MINICPM3,
     ernie4_5_moe::ERNIE4_5_MOE,
     gemma::GEMMA2,
     gemma::GEMMA3,
