@@ -158,6 +158,7 @@ pub(super) fn llama_like(c: &Config, arch: &str, act: &str, rope: rope::Reader) 
         qkv_bias: false,
         o_bias: false,
         post_norm: false,
+        gate: false,
     };
     let ffn = FfnSpec {
         width: c.usize("intermediate_size")?,
@@ -238,6 +239,7 @@ pub(super) fn activation_name(act: Activation) -> &'static str {
         Activation::Gelu => "gelu",
         Activation::GeluTanh => "gelu_pytorch_tanh",
         Activation::Relu => "relu",
+        Activation::Sigmoid => "sigmoid",
     }
 }
 
@@ -301,12 +303,12 @@ fn first_difference(path: &str, have: &Value, said: &Value) -> Option<String> {
     }
 }
 
-/// The attention of every layer; an error where one has none.
+/// The attention of every layer but those with a recurrent mixer in its place; an error where another one has none.
 pub(super) fn attn_parts(spec: &Spec) -> Result<Vec<&AttnSpec>, SpecError> {
-    if let Some(l) = spec.layers.iter().position(|l| l.attn.is_none()) {
+    if let Some(l) = spec.layers.iter().position(|l| l.attn.is_none() && l.mixer.is_none()) {
         return Err(SpecError { what: format!("layer {l} has no attention") });
     }
-    if spec.layers.is_empty() {
+    if spec.layers.iter().all(|l| l.attn.is_none()) {
         return Err(SpecError { what: "the network has no layers".into() });
     }
     Ok(spec.layers.iter().filter_map(|l| l.attn.as_ref()).collect())
@@ -357,9 +359,7 @@ pub(super) fn llama_source(_: &Spec, place: &Place) -> Option<Source> {
             };
             return Some(named(place, "model.", "layers", &module));
         }
-        Role::Positions | Role::AttnPostNorm | Role::FfnPostNorm | Role::AttnShortcut | Role::FfnShortcut => {
-            return None;
-        }
+        _ => return None,
     };
     Some(named(place, "model.", "layers", module))
 }

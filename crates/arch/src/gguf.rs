@@ -161,6 +161,7 @@ pub(super) fn standard(head: &GgufHead, arch: &str, style: RopeStyle) -> Result<
         qkv_bias: has(l, "attn_q.bias") || has(l, "attn_qkv.bias"),
         o_bias: has(l, "attn_output.bias"),
         post_norm: false,
+        gate: false,
     };
     let ffn = |l: usize| {
         Ok(FfnSpec {
@@ -252,7 +253,7 @@ pub(super) fn standard_source(_: &Spec, place: &Place) -> Option<Source> {
         Role::Up => "ffn_up",
         Role::Down => "ffn_down",
         Role::FfnPostNorm => "post_ffw_norm",
-        Role::AttnShortcut | Role::FfnShortcut => return None,
+        _ => return None,
     };
     Some(Source { slice: place.expert.map(|e| e as usize), ..named(place, "", "blk", module) })
 }

@@ -50,6 +50,7 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
             qkv_bias: true,
             o_bias: true,
             post_norm: false,
+            gate: false,
         }),
         ..LayerSpec::default()
     };

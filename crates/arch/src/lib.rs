@@ -13,11 +13,15 @@ mod gemma;
 mod gguf;
 mod gguf_out;
 mod gpt2;
+mod lfm2;
 mod llama;
+mod mamba;
+mod mixers;
 mod mixtral;
 mod opt;
 mod phi3;
 mod qwen;
+mod qwen_next;
 mod rope;
 
 use serde_json::{Value, json};
@@ -42,12 +46,18 @@ pub struct Source {
     pub transposed: bool,
     /// Index into the first of three axes (stacked experts of GGUF files).
     pub slice: Option<usize>,
+    /// Instead of `rows`: ranges of the stored tensor's rows, one behind the other.
+    pub order: Vec<(usize, usize)>,
+    /// The stored tensor's axes, slowest first, where they are not the place's own: a convolution's with an axis of 1
+    /// between channels and positions, a vector as a column.
+    pub axes: Vec<usize>,
 }
 
 impl Source {
     /// A tensor stored as the model means it.
     pub fn whole(name: impl Into<String>) -> Source {
-        Source { name: name.into(), rows: None, transposed: false, slice: None }
+        let name = name.into();
+        Source { name, rows: None, transposed: false, slice: None, order: Vec::new(), axes: Vec::new() }
     }
 
     /// Rows `from..from + n` of a tensor.
@@ -94,6 +104,12 @@ pub const FAMILIES: &[Family] = &[
     phi3::PHI3,
     gpt2::GPT2,
     opt::OPT,
+    lfm2::LFM2,
+    qwen_next::QWEN3_NEXT,
+    qwen_next::QWEN3_5,
+    mamba::MAMBA2,
+    mamba::BAMBA,
+    mamba::FALCON_H1,
 ];
 
 fn family(spec: &Spec) -> Result<&'static Family, SpecError> {

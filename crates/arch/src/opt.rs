@@ -49,6 +49,7 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
         qkv_bias: bias,
         o_bias: bias,
         post_norm: false,
+        gate: false,
     };
     let ffn = FfnSpec {
         width: c.usize("ffn_dim")?,

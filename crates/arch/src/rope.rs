@@ -42,7 +42,9 @@ pub(super) type Reader = fn(&Config, usize) -> Result<Rope, SpecError>;
 enum Class {
     /// One set for all layers; every channel of a head turns.
     Common,
-    /// The same, but a part of the channels may turn, and the only scaling is longrope, once called "su" and "yarn".
+    /// The same, but a part of the channels may turn, under any scaling.
+    Part,
+    /// The same, but the only scaling is longrope, once called "su" and "yarn".
     Phi3,
     /// A set for each type of layer. `truncate` is looked for beside the sets.
     ByType {
@@ -57,6 +59,11 @@ static NOTHING: Value = Value::Null;
 /// RoPE of most classes.
 pub(super) fn common(c: &Config, head_dim: usize) -> Result<Rope, SpecError> {
     read(c, one_set(c)?, head_dim, Class::Common)
+}
+
+/// RoPE of classes that turn a part of each head.
+pub(super) fn part(c: &Config, head_dim: usize) -> Result<Rope, SpecError> {
+    read(c, one_set(c)?, head_dim, Class::Part)
 }
 
 /// RoPE of Phi-3.
@@ -139,12 +146,12 @@ fn read(c: &Config, set: &Value, head_dim: usize, class: Class) -> Result<Rope, 
     };
     let part = match (o.opt_f64("partial_rotary_factor")?, class) {
         (Some(p), _) => p,
-        (None, Class::Phi3) => c.f64("partial_rotary_factor")?,
+        (None, Class::Phi3 | Class::Part) => c.f64("partial_rotary_factor")?,
         (None, _) => c.opt_f64("partial_rotary_factor")?.unwrap_or(1.0),
     };
     let turning = (head_dim as f64 * part) as usize;
     let dims = match (kind, class) {
-        (_, Class::Phi3) => turning,
+        (_, Class::Phi3 | Class::Part) => turning,
         // Written and not read: every channel turns.
         ("default", _) => head_dim,
         _ if turning != head_dim => {

@@ -44,7 +44,8 @@ impl<B: Backend> Tap<B> for Watch {
 
     fn input(&mut self, place: &Place, x: Shown<'_, B>) -> Result<(), ModelError> {
         let part = match place.role {
-            Role::Q | Role::K | Role::V | Role::O => "attention",
+            Role::Q | Role::K | Role::V | Role::O | Role::AttnGate => "attention",
+            role if role.is_mixer() => "mixer",
             role if role.is_shortcut() => "shortcut",
             _ => "feed-forward part",
         };

@@ -8,6 +8,10 @@ use lacuna_spec::Activation;
 pub(crate) fn value_and_slope(act: Activation, x: f64) -> (f64, f64) {
     match act {
         Activation::Relu => (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 }),
+        Activation::Sigmoid => {
+            let s = 1.0 / (1.0 + (-x).exp());
+            (s, s * (1.0 - s))
+        }
         Activation::Silu => {
             let s = 1.0 / (1.0 + (-x).exp());
             (x * s, s * (1.0 + x * (1.0 - s)))

@@ -44,6 +44,7 @@ fn spec() -> Spec {
         qkv_bias: false,
         o_bias: false,
         post_norm: false,
+        gate: false,
     };
     let act = Activation::Silu;
     let ffn = FfnSpec { width: 1536, gated: true, act, bias: false, down_bias: false, post_norm: false, experts: None };

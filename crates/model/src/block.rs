@@ -9,6 +9,7 @@ use lacuna_spec::{Activation, AttnSpec, Experts, FfnSpec, Place, Role, Rope};
 
 use crate::backend::{Backend, Cpu, Measure};
 use crate::kv::prepared;
+use crate::mixer::MixerPart;
 use crate::parts::{Grouped, Projection, norm};
 use crate::profile::span;
 use crate::tap::Look;
@@ -20,13 +21,16 @@ pub struct Block<B: Backend = Cpu> {
     backend: B,
     layer: usize,
     attention: Option<AttentionPart<B>>,
+    mixer: Option<MixerPart<B>>,
     ffn: Option<FfnPart<B>>,
     attention_shortcut: Option<Projection<B>>,
     ffn_shortcut: Option<Projection<B>>,
 }
 
 struct AttentionPart<B: Backend> {
-    norm: B::Norm,
+    /// Beside a mixer: that one's.
+    norm: Option<B::Norm>,
+    gate: Option<Projection<B>>,
     q: Projection<B>,
     k: Projection<B>,
     v: Projection<B>,
@@ -61,24 +65,24 @@ struct Mixture<B: Backend> {
 }
 
 /// How a block is loaded.
-struct Loader<'a, B> {
-    backend: &'a B,
-    weights: &'a dyn Weights,
-    layer: usize,
+pub(crate) struct Loader<'a, B> {
+    pub(crate) backend: &'a B,
+    pub(crate) weights: &'a dyn Weights,
+    pub(crate) layer: usize,
     activations: Activations,
 }
 
 impl<B: Backend> Loader<'_, B> {
-    fn norm(&self, role: Role) -> Result<B::Norm, ModelError> {
+    pub(crate) fn norm(&self, role: Role) -> Result<B::Norm, ModelError> {
         norm(self.backend, self.weights, Place::layer(self.layer, role))
     }
 
-    fn matrix(&self, role: Role) -> Result<Projection<B>, ModelError> {
+    pub(crate) fn matrix(&self, role: Role) -> Result<Projection<B>, ModelError> {
         Projection::load(self.backend, self.weights, Place::layer(self.layer, role), self.activations)
     }
 
     /// One whose activations are always met as they are.
-    fn exact(&self, role: Role) -> Result<Projection<B>, ModelError> {
+    pub(crate) fn exact(&self, role: Role) -> Result<Projection<B>, ModelError> {
         Projection::load(self.backend, self.weights, Place::layer(self.layer, role), Activations::Exact)
     }
 
@@ -87,9 +91,10 @@ impl<B: Backend> Loader<'_, B> {
         Grouped::load(self.backend, self.weights, places, self.activations)
     }
 
-    fn attention(&self, a: &AttnSpec) -> Result<AttentionPart<B>, ModelError> {
+    fn attention(&self, a: &AttnSpec, alone: bool) -> Result<AttentionPart<B>, ModelError> {
         Ok(AttentionPart {
-            norm: self.norm(Role::AttnNorm)?,
+            norm: alone.then(|| self.norm(Role::AttnNorm)).transpose()?,
+            gate: a.gate.then(|| self.matrix(Role::AttnGate)).transpose()?,
             q: self.matrix(Role::Q)?,
             k: self.matrix(Role::K)?,
             v: self.matrix(Role::V)?,
@@ -166,12 +171,14 @@ impl<B: Backend> Block<B> {
         let missing = || ModelError::Missing { place: format!("layers.{layer}") };
         let described = weights.spec().layers.get(layer).ok_or_else(missing)?;
         let loader = Loader { backend, weights, layer, activations };
-        let attention = described.attn.as_ref().map(|a| loader.attention(a)).transpose()?;
+        let alone = described.mixer.is_none();
+        let attention = described.attn.as_ref().map(|a| loader.attention(a, alone)).transpose()?;
+        let mixer = described.mixer.as_ref().map(|m| MixerPart::load(&loader, m)).transpose()?;
         let ffn = described.ffn.as_ref().map(|f| loader.ffn(f)).transpose()?;
         let shortcut = |on: bool, role| on.then(|| loader.exact(role)).transpose();
         let attention_shortcut = shortcut(described.attn_shortcut, Role::AttnShortcut)?;
         let ffn_shortcut = shortcut(described.ffn_shortcut, Role::FfnShortcut)?;
-        Ok(Block { backend: backend.clone(), layer, attention, ffn, attention_shortcut, ffn_shortcut })
+        Ok(Block { backend: backend.clone(), layer, attention, mixer, ffn, attention_shortcut, ffn_shortcut })
     }
 
     /// Its number in the model.
@@ -182,6 +189,11 @@ impl<B: Backend> Block<B> {
     /// Whether it has keys and values.
     pub(crate) fn has_attention(&self) -> bool {
         self.attention.is_some()
+    }
+
+    /// Whether it keeps a state.
+    pub(crate) fn has_mixer(&self) -> bool {
+        self.mixer.is_some()
     }
 
     /// Takes over a table of the same rope, or leaves its own to the blocks after it: angles are then worked out once
@@ -240,6 +252,8 @@ impl<B: Backend> Block<B> {
             Body::Dense { gate, up, down } => [gate.as_ref(), Some(up), Some(down)],
             Body::Mixture(m) => [Some(&m.router), None, None],
         });
+        let gate = self.attention.iter().flat_map(|a| &a.gate);
+        let attention = attention.chain(gate).chain(self.mixer.iter().flat_map(MixerPart::matrices));
         attention.chain(ffn.flatten()).chain(&self.attention_shortcut).chain(&self.ffn_shortcut)
     }
 
@@ -253,7 +267,8 @@ impl<B: Backend> Block<B> {
         kv: &mut dyn KvStore<B>,
         tap: &mut dyn Tap<B>,
     ) -> Result<(), ModelError> {
-        let tables = prepared(self.has_attention().then_some(self.layer), batch, kv)?;
+        let (attention, mixer) = (self.has_attention(), self.has_mixer());
+        let tables = prepared(attention.then_some(self.layer), mixer.then_some(self.layer), batch, kv)?;
         self.step(x, &self.backend.begin(batch, tables), kv, tap)
     }
 
@@ -268,12 +283,27 @@ impl<B: Backend> Block<B> {
         let mut look = Look::new(&self.backend, tap);
         let keep = |x: &B::Rows, wanted: bool| wanted.then(|| self.backend.copy(x));
         let start = keep(x, look.wants.residuals);
-        let y = match &self.attention {
-            Some(a) => Some(a.forward(self.layer, x, step, kv, &mut look)?),
-            None => None,
+        let y = match (&self.mixer, &self.attention) {
+            (Some(m), a) => {
+                let h = m.normed(&self.backend, x);
+                let mut y = m.forward(self.layer, &h, step, kv, &mut look)?;
+                if let Some(a) = a {
+                    let beside = a.forward(self.layer, h, step, kv, &mut look)?;
+                    span("add", || self.backend.add(&mut y, &beside));
+                }
+                Some(y)
+            }
+            (None, Some(a)) => {
+                let h = match &a.norm {
+                    Some(n) => normed(&self.backend, n, x),
+                    None => self.backend.copy(x),
+                };
+                Some(a.forward(self.layer, h, step, kv, &mut look)?)
+            }
+            (None, None) => None,
         };
         join(x, self.attention_shortcut.as_ref(), y, &mut look)?;
-        if self.attention.is_some() {
+        if self.attention.is_some() && self.mixer.is_none() {
             look.residual(self.layer, BlockPart::Attention, &start, x)?;
         }
         let middle = keep(x, look.wants.residuals);
@@ -308,7 +338,7 @@ fn join<B: Backend>(
     Ok(())
 }
 
-fn normed<B: Backend>(backend: &B, norm: &B::Norm, x: &B::Rows) -> B::Rows {
+pub(crate) fn normed<B: Backend>(backend: &B, norm: &B::Norm, x: &B::Rows) -> B::Rows {
     span("norm", || backend.norm(norm, x))
 }
 
@@ -316,19 +346,28 @@ impl<B: Backend> AttentionPart<B> {
     fn forward(
         &self,
         layer: usize,
-        x: &B::Rows,
+        h: B::Rows,
         step: &B::Step,
         kv: &mut dyn KvStore<B>,
         look: &mut Look<'_, B>,
     ) -> Result<B::Rows, ModelError> {
         let backend = look.backend;
         let read = [&self.q, &self.k, &self.v];
-        let h = normed(backend, &self.norm, x);
         look.input(read.map(|p| &p.place), &h)?;
         let [mut q, mut k, v] = Projection::together(backend, read, &h);
         for (p, y) in read.into_iter().zip([&q, &k, &v]) {
             look.output(&p.place, y)?;
         }
+        let gate = match &self.gate {
+            Some(p) => {
+                look.input([&p.place], &h)?;
+                let gate = p.apply(backend, &h);
+                look.output(&p.place, &gate)?;
+                Some(gate)
+            }
+            None => None,
+        };
+        drop(h);
         if let Some((qn, kn)) = &self.qk_norm {
             q = normed(backend, qn, &q);
             k = normed(backend, kn, &k);
@@ -355,6 +394,13 @@ impl<B: Backend> AttentionPart<B> {
         if let Some(reads) = reads {
             kv.count_reads(reads);
         }
+        let mixed = match gate {
+            Some(mut gate) => {
+                span("activation", || backend.activate(Activation::Sigmoid, &mut gate, Some(&mixed)));
+                gate
+            }
+            None => mixed,
+        };
         look.input([&self.o.place], &mixed)?;
         let y = self.o.apply(backend, &mixed);
         look.output(&self.o.place, &y)?;

@@ -21,11 +21,12 @@ pub mod derive;
 mod error;
 mod kv;
 mod lent;
+mod mixer;
 mod parts;
 mod profile;
 mod tap;
 
-pub use backend::{Backend, Cpu, Naive, Pages, Reads, Table, Tables};
+pub use backend::{Backend, Cpu, Naive, Pages, Reads, States, Table, Tables};
 pub use batch::Batch;
 pub use block::Block;
 pub use decoder::{Decoder, Embedding, Head, LoadOptions};

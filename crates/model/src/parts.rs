@@ -28,7 +28,7 @@ pub(crate) fn tensor(weights: &dyn Weights, place: Place) -> Result<Arc<Stored>,
 }
 
 /// A vector, decoded.
-fn vector(weights: &dyn Weights, place: Place) -> Result<Vec<f32>, ModelError> {
+pub(crate) fn vector(weights: &dyn Weights, place: Place) -> Result<Vec<f32>, ModelError> {
     let stored = tensor(weights, place)?;
     stored.check().map_err(|e| ModelError::bad(&place, e))?;
     Ok(stored.to_mat().into_vec())
@@ -37,8 +37,12 @@ fn vector(weights: &dyn Weights, place: Place) -> Result<Vec<f32>, ModelError> {
 /// A normalisation with its constants.
 pub(crate) fn norm<B: Backend>(backend: &B, weights: &dyn Weights, place: Place) -> Result<B::Norm, ModelError> {
     let mut norm = weights.spec().norm;
-    if matches!(place.role, Role::QNorm | Role::KNorm) {
+    if matches!(place.role, Role::QNorm | Role::KNorm | Role::MixerOutNorm) {
         norm.divisor = None;
+    }
+    if place.role == Role::MixerOutNorm {
+        // Its scale lies whole where others lie less one, and it is an RMS norm in every network.
+        (norm.offset, norm.kind) = (0.0, NormKind::Rms);
     }
     let bias = (norm.kind == NormKind::Layer).then(|| vector(weights, place.bias())).transpose()?;
     Ok(backend.norm_of(&place, norm, vector(weights, place)?, bias))
@@ -61,6 +65,10 @@ fn name(role: Role) -> &'static str {
     match role {
         Role::Q | Role::K | Role::V => "attn.q, k, v",
         Role::O => "attn.o",
+        Role::AttnGate => "attn.gate",
+        Role::MixerIn | Role::MixerZ => "mixer.in, z",
+        Role::MixerDt | Role::MixerBeta => "mixer.dt, beta",
+        Role::MixerOut => "mixer.out",
         Role::Gate | Role::Up => "ffn.gate, up",
         Role::Down => "ffn.down",
         role if role.is_shortcut() => "shortcuts",

@@ -118,7 +118,14 @@ impl Engine {
         let checked = kept.map_or(Ok(()), |plan| keep::check(plan, &self.model.spec, self.context));
         let read = self.plan.select().map(|select| select.plan());
         let checked = checked.and_then(|()| read.map_or(Ok(()), |plan| select::check(plan, kept.is_some())));
-        checked.map_err(|e| RunError::Request(format!("the run plan: {e}")))
+        checked.map_err(|e| RunError::Request(format!("the run plan: {e}")))?;
+        match (self.plan.draft(), self.model.spec.first_mixer()) {
+            (Some(_), Some(layer)) => Err(RunError::Request(format!(
+                "the run plan: draft: layer {layer} of this model has a recurrent mixer, whose state cannot take a \
+                 refused token back; run it without a draft"
+            ))),
+            _ => Ok(()),
+        }
     }
 
     /// How keys and values are kept.

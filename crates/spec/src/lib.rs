@@ -4,9 +4,11 @@
 //! names one tensor of a model (`layers.3.attn.q`), whatever a file calls it. `lacuna-arch` translates both ways between
 //! a file's own configuration and names and these.
 
+mod mixer;
 mod place;
 mod spec;
 
+pub use mixer::{Delta, GateNorm, Mixer, ShortConv, Ssd};
 pub use place::{Part, Place, Role, Target};
 pub use spec::{
     Activation, AttnSpec, Experts, FfnSpec, LayerSpec, Norm, NormKind, Positions, Rope, RopeScaling, RopeStyle, Spec,

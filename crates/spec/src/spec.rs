@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::mixer::Mixer;
 use crate::place::{Place, Role};
 
 /// A decoder-only language model as data.
@@ -81,6 +82,10 @@ pub enum NormKind {
 pub struct LayerSpec {
     /// Attention.
     pub attn: Option<AttnSpec>,
+    /// A recurrent mixer, in attention's place or beside it: then both read one norm, the mixer's, and their outputs
+    /// are added together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mixer: Option<Mixer>,
     /// Feed-forward.
     pub ffn: Option<FfnSpec>,
     /// A matrix in the shortcut around attention: `x Sᵀ + attention(norm(x))`. It stays where the part goes, since what
@@ -118,6 +123,9 @@ pub struct AttnSpec {
     pub o_bias: bool,
     /// A norm on the output before it is added.
     pub post_norm: bool,
+    /// Whether what is put together from the values is multiplied with `sigmoid(attn.gate h)` before o.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub gate: bool,
 }
 
 /// Feed-forward of one block.
@@ -165,6 +173,8 @@ pub enum Activation {
     GeluTanh,
     /// `max(x, 0)`.
     Relu,
+    /// `1 / (1 + e^-x)`.
+    Sigmoid,
 }
 
 /// Which pairs of a head's channels turn together.
@@ -344,6 +354,12 @@ impl Spec {
                     }
                 }
             }
+            if let Some(what) = layer.mixer.as_ref().and_then(|m| m.fault(self.hidden)) {
+                return fail(format!("layer {l}: mixer: {what}"));
+            }
+            if layer.mixer.is_some() && layer.attn_shortcut {
+                return fail(format!("layer {l}: a matrix in the shortcut around a mixer"));
+            }
             if let Some(f) = &layer.ffn {
                 dim(&format!("layer {l}: FFN width"), f.width)?;
                 if f.bias && f.down_bias {
@@ -391,10 +407,22 @@ impl Spec {
         match place.role {
             Role::AttnShortcut => layer.attn_shortcut.then(|| linear(h, h, false)).flatten(),
             Role::FfnShortcut => layer.ffn_shortcut.then(|| linear(h, h, false)).flatten(),
-            Role::AttnNorm | Role::Q | Role::K | Role::V | Role::O | Role::QNorm | Role::KNorm | Role::AttnPostNorm => {
+            Role::MixerNorm => norm(layer.mixer.is_some(), h),
+            role if layer.mixer.is_some() && role.is_mixer() => layer.mixer.as_ref()?.shape(role, place.part, h),
+            Role::AttnNorm
+            | Role::Q
+            | Role::K
+            | Role::V
+            | Role::O
+            | Role::QNorm
+            | Role::KNorm
+            | Role::AttnGate
+            | Role::AttnPostNorm => {
                 let a = layer.attn.as_ref()?;
                 match place.role {
-                    Role::AttnNorm => norm(true, h),
+                    // Beside a mixer it is the mixer's.
+                    Role::AttnNorm => norm(layer.mixer.is_none(), h),
+                    Role::AttnGate => a.gate.then(|| linear(a.heads * a.head_dim, h, a.qkv_bias)).flatten(),
                     Role::AttnPostNorm => norm(a.post_norm, h),
                     Role::QNorm | Role::KNorm => norm(a.qk_norm, a.head_dim),
                     Role::Q => linear(a.heads * a.head_dim, h, a.qkv_bias),
@@ -453,6 +481,11 @@ impl Spec {
         out.extend([Role::FinalNorm, Role::Head].into_iter().flat_map(global));
         out.retain(|p| self.shape(p).is_some());
         out
+    }
+
+    /// The first recurrent mixer: such a layer keeps a state and cannot go back to an earlier position.
+    pub fn first_mixer(&self) -> Option<usize> {
+        self.layers.iter().position(|l| l.mixer.is_some())
     }
 
     /// The first shortcut that a matrix stands in: only the packed format can say it, and one layer's residual stream

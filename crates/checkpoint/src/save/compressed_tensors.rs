@@ -102,7 +102,8 @@ pub fn save_compressed_tensors(
 fn is_linear(target: &Target) -> bool {
     let first = target.parts[0];
     let table = matches!(first.role, Role::Embed | Role::Positions | Role::Router | Role::Head);
-    target.shape.len() == 2 && first.role.is_linear() && !table
+    // Rows of several matrices by turns stay as they are.
+    target.shape.len() == 2 && first.role.is_linear() && !table && target.order.is_empty()
 }
 
 fn fate(arranged: &Arranged<'_>, target: &Target, how: PackQuantized) -> Result<Fate, SaveError> {

@@ -241,7 +241,7 @@ fn form_of(
     let spec = &arranged.spec;
     let first = target.parts[0];
     let cols = target.shape.last().copied().unwrap_or(0);
-    let f32_always = target.shape.len() == 1 || matches!(first.role, Role::Router | Role::Positions);
+    let f32_always = target.shape.len() == 1 || matches!(first.role, Role::Router | Role::Positions | Role::MixerConv);
     if f32_always || kind == GgufKind::F32 {
         return Ok((Encoding::Float(Float::F32), None));
     }

@@ -79,11 +79,13 @@ struct Running {
     reducers: Vec<(Ask, Box<dyn Reducer>)>,
 }
 
-/// The matrix in whose name the input of `place` is gathered: q for k and v, gate for up.
+/// The matrix in whose name the input of `place` is gathered: q for k, v and attention's gate, gate for up, a mixer's
+/// first projection for its others (time steps apart, whose input may have a factor of its own).
 pub(crate) fn reader(spec: &Spec, place: &Place) -> Place {
     let gated = place.layer.and_then(|l| spec.layers.get(l as usize)?.ffn.as_ref()).is_some_and(|f| f.gated);
     let role = match place.role {
-        Role::K | Role::V => Role::Q,
+        Role::K | Role::V | Role::AttnGate => Role::Q,
+        Role::MixerZ | Role::MixerBeta => Role::MixerIn,
         Role::Up if gated => Role::Gate,
         r => r,
     };

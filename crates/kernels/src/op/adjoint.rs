@@ -39,6 +39,10 @@ fn slope<S: Simd>(s: S, act: Activation, x: S::V) -> S::V {
             s.mul(half, s.fma(x, bell, s.add(one, t)))
         }
         Activation::Relu => s.select_lt(zero, x, one, zero),
+        Activation::Sigmoid => {
+            let p = math::sigmoid(s, x);
+            s.mul(p, s.sub(one, p))
+        }
     }
 }
 
@@ -118,7 +122,8 @@ mod tests {
     use crate::softmax;
     use lacuna_base::Mat;
 
-    const ALL: [Activation; 4] = [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu];
+    const ALL: [Activation; 5] =
+        [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Sigmoid];
 
     /// The error function, by its Maclaurin series: near enough for |x| < 3.2.
     fn erf(x: f64) -> f64 {
@@ -138,6 +143,7 @@ mod tests {
                 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
             }
             Activation::Relu => x.max(0.0),
+            Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
         }
     }
 

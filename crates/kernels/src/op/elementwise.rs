@@ -52,6 +52,7 @@ fn activate<S: Simd>(s: S, act: Activation, x: S::V) -> S::V {
         Activation::GeluTanh => math::gelu_tanh(s, x),
         // Zero first: a NaN passes.
         Activation::Relu => s.max(s.splat(0.0), x),
+        Activation::Sigmoid => math::sigmoid(s, x),
     }
 }
 
@@ -212,13 +213,16 @@ mod tests {
                 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x.powi(3))).tanh())
             }
             Activation::Relu => x.max(0.0),
+            Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
         }
     }
 
     #[test]
     fn activations_stay_within_their_tolerance_on_every_isa() {
         for isa in Isa::here() {
-            for act in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu] {
+            for act in
+                [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Sigmoid]
+            {
                 for cols in [1, 7, 16, 33, 1000] {
                     let x = Mat::from_fn(3, cols, |r, c| {
                         [0.0, -100.0, 100.0, 1e-6][(c + r) % 4] * f32::from(u8::from(c % 5 == 0))
@@ -235,7 +239,9 @@ mod tests {
                 let mut bad = Mat::from_vec(1, 4, vec![f32::NAN, f32::INFINITY, 1.0, f32::NEG_INFINITY]);
                 activation_on(isa, act, bad.view_mut());
                 assert!(
-                    bad[(0, 0)].is_nan() && bad[(0, 1)] == f32::INFINITY && bad[(0, 2)].is_finite(),
+                    bad[(0, 0)].is_nan()
+                        && bad[(0, 1)] == if act == Activation::Sigmoid { 1.0 } else { f32::INFINITY }
+                        && bad[(0, 2)].is_finite(),
                     "{isa} {act:?} {bad:?}"
                 );
             }

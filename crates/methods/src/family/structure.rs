@@ -22,7 +22,7 @@ use lacuna_spec::{Place, Role, Spec};
 use serde::Deserialize;
 
 use super::keys::{Fraction, Whole};
-use super::wrong;
+use super::{plain_blocks, wrong};
 use crate::make;
 
 /// What the methods share.
@@ -226,6 +226,7 @@ impl ModelWide for Structured {
     }
 
     fn check(&self, spec: &Spec) -> Result<(), MethodError> {
+        plain_blocks(spec)?;
         let (sparsity, align, groups) = (self.keys.sparsity.0, self.keys.align.0, self.groups(spec));
         let total = self.total(spec);
         if total == 0 {

@@ -59,10 +59,18 @@ impl Record {
     }
 }
 
+/// Why a block with a recurrent mixer has no gradients.
+pub(super) fn no_way_back(layer: usize) -> ModelError {
+    ModelError::Gradients { layer }
+}
+
 impl RecordedBlock {
     /// Loads block `layer`, for exact activations, with its matrices from both sides; the other side shares the stored
     /// buffers.
     pub fn load(weights: &dyn Weights, layer: usize) -> Result<RecordedBlock, ModelError> {
+        if weights.spec().layers.get(layer).is_some_and(|l| l.mixer.is_some()) {
+            return Err(no_way_back(layer));
+        }
         let recorder = Recorder::default();
         let block = Block::load_on(&recorder, weights, layer, Activations::Exact)?;
         let attention = weights.spec().layers.get(layer).and_then(|l| l.attn.as_ref());
@@ -74,7 +82,7 @@ impl RecordedBlock {
     pub fn forward(&self, x: &mut Mat) -> Result<Record, ModelError> {
         let layer = self.block.layer();
         let heads = (0..=layer).map(|l| self.heads.filter(|_| l == layer));
-        let mut kv = ContiguousKv::of(&self.recorder, heads, 1, KvFormat::F32);
+        let mut kv = ContiguousKv::of(&self.recorder, heads, std::iter::empty(), 1, KvFormat::F32);
         let batch = Batch::one(0, 0..x.rows());
         let mut rows = self.recorder.upload(x.view());
         let start = rows.id;

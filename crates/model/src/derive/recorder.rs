@@ -10,10 +10,10 @@ use std::sync::Arc;
 use lacuna_base::MatRef;
 use lacuna_format::Stored;
 use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, KvPool, Mass, RopeTable, Transposed};
-use lacuna_spec::{Activation, Experts, Norm, Place, Rope};
+use lacuna_spec::{Activation, Experts, Mixer, Norm, Place, Rope};
 
 use super::tape::{Entry, Node, Tape};
-use crate::backend::{self, Backend, Cpu, Host, Measure, NormOf, Pages, Routes, Tables};
+use crate::backend::{self, Backend, Cpu, Host, Measure, MixerVectors, NormOf, Pages, Routes, SlotStates, Tables};
 use crate::{Batch, Lent, ModelError};
 
 /// Records over [`Cpu`]: the same kernels, the same bits. Steps are whole sequences, from their first position on.
@@ -112,6 +112,8 @@ impl Backend for Recorder {
     type Ids = <Cpu as Backend>::Ids;
     type Routes = RecordedRoutes;
     type Pages = RecordedPages;
+    type Mixer = <Cpu as Backend>::Mixer;
+    type States = SlotStates<f32>;
     type Step = <Cpu as Backend>::Step;
 
     fn matrix(
@@ -149,6 +151,14 @@ impl Backend for Recorder {
 
     fn pages(&self, layout: KvLayout, format: KvFormat) -> RecordedPages {
         RecordedPages { pool: Cpu.pages(layout, format), written: None }
+    }
+
+    fn mixer_of(&self, place: &Place, mixer: &Mixer, hidden: usize, vectors: MixerVectors) -> Self::Mixer {
+        Cpu.mixer_of(place, mixer, hidden, vectors)
+    }
+
+    fn states(&self, mixer: &Mixer, hidden: usize) -> SlotStates<f32> {
+        Cpu.states(mixer, hidden)
     }
 
     fn begin(&self, batch: &Batch, tables: Tables) -> Self::Step {
@@ -211,6 +221,35 @@ impl Backend for Recorder {
         let out = self.node(Cpu.norm(&norm.of, &x.value));
         self.record(Entry::Norm { norm: norm.clone(), x: x.clone(), out: out.id });
         out
+    }
+
+    // Blocks with a recurrent mixer are refused before they are recorded (`RecordedBlock::load`): what follows computes
+    // and keeps nothing.
+    fn norm_pieces(&self, norm: &Rc<PlacedNorm>, pieces: usize, x: &Node) -> Node {
+        self.node(Cpu.norm_pieces(&norm.of, pieces, &x.value))
+    }
+
+    fn convolve(
+        &self,
+        mixer: &Self::Mixer,
+        states: &mut SlotStates<f32>,
+        layer: usize,
+        step: &Self::Step,
+        x: &Node,
+    ) -> Node {
+        self.node(Cpu.convolve(mixer, states, layer, step, &x.value))
+    }
+
+    fn scan(
+        &self,
+        mixer: &Self::Mixer,
+        states: &mut SlotStates<f32>,
+        layer: usize,
+        step: &Self::Step,
+        [x, dt]: [&Node; 2],
+        beta: Option<&Node>,
+    ) -> Node {
+        self.node(Cpu.scan(mixer, states, layer, step, [&x.value, &dt.value], beta.map(|b| &*b.value)))
     }
 
     fn rope(&self, rope: &RopeTable, head_dim: usize, step: &Self::Step, x: [&mut Node; 2]) {

@@ -67,6 +67,7 @@ fn attention(heads: usize, kv_heads: usize, head_dim: usize) -> AttnSpec {
         qkv_bias: false,
         o_bias: false,
         post_norm: false,
+        gate: false,
     }
 }
 
