@@ -60,7 +60,8 @@ MODELS = {
     # Two value heads for each key head; a gate on attention; half of each head turns; no experts.
     "qwen3_next_dense": ("Qwen3NextConfig", "Qwen3NextForCausalLM", base(
         num_experts=0, mlp_only_layers=[0, 1, 2], **DELTA)),
-    "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", base(**DELTA)),
+    # Keys as wide as values, as llama.cpp wants them.
+    "qwen3_5": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", base(**{**DELTA, "linear_value_head_dim": 8})),
     # As many value heads as key heads, of the same width: a tied head.
     "qwen3_5_even": ("Qwen3_5TextConfig", "Qwen3_5ForCausalLM", base(
         **{**DELTA, "linear_num_value_heads": 2, "linear_value_head_dim": 8}, tie_word_embeddings=True)),
@@ -75,7 +76,7 @@ MODELS = {
         state_size=8, conv_kernel=3, chunk_size=8, layer_norm_epsilon=1e-4, bos_token_id=1, eos_token_id=2,
         pad_token_id=0, tie_word_embeddings=True, use_conv_bias=False)),
     "bamba": ("BambaConfig", "BambaForCausalLM", base(
-        num_hidden_layers=3, attn_layer_indices=[1], **{**MAMBA, "mamba_n_groups": 1})),
+        num_hidden_layers=3, attn_layer_indices=[1], **MAMBA)),
     "granitemoehybrid_dense": ("GraniteMoeHybridConfig", "GraniteMoeHybridForCausalLM", base(
         num_hidden_layers=3, layer_types=["mamba", "attention", "mamba"], num_local_experts=0,
         num_experts_per_tok=0, shared_intermediate_size=48, position_embedding_type=None, embedding_multiplier=3.0,

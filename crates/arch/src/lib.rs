@@ -109,7 +109,6 @@ pub const FAMILIES: &[Family] = &[
     qwen_next::QWEN3_5,
     mamba::MAMBA2,
     mamba::BAMBA,
-    mamba::FALCON_H1,
 ];
 
 fn family(spec: &Spec) -> Result<&'static Family, SpecError> {

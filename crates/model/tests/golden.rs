@@ -56,7 +56,7 @@ fn tiny<B: Backend>(backend: &B, tolerance: f32) {
 fn apart(dir: &Path) -> f32 {
     let golden: serde_json::Value =
         serde_json::from_slice(&std::fs::read(dir.join("golden.json")).expect("a file")).expect("JSON");
-    golden["f32_against_f64_max_abs"].as_f64().expect("a number") as f32
+    golden["f32_against_f64_max_abs"].as_f64().unwrap_or(0.0) as f32
 }
 
 #[test]

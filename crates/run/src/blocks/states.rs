@@ -35,7 +35,7 @@ pub(super) struct Kept<B: Backend> {
 /// The state of a text at work.
 #[derive(Clone, Copy)]
 pub(super) struct Own {
-    slot: Option<u32>,
+    pub(super) slot: Option<u32>,
     /// Positions behind which it stands.
     at: usize,
 }
