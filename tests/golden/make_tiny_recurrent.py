@@ -2,6 +2,7 @@
 """Tiny random checkpoints of networks with recurrent mixers, and the logits transformers 5 computes from them.
 
     python make_tiny_recurrent.py OUT [NAME ...]
+    python make_tiny_recurrent.py --defaults FILE
 
 As make_tiny.py, in the environment of transformers 5, whose classes these are; without their CUDA kernels, in PyTorch.
 Beside the logits: 64 greedy tokens after the first 20 of the first sequence, each by a pass over the whole text, and the
@@ -123,8 +124,8 @@ def greedy(model, ids):
     return text[0].tolist()
 
 
-def save(name, out):
-    config_name, model_name, fields = MODELS[name]
+def classes(name):
+    config_name, model_name, _ = MODELS[name]
     config_class, model_class = getattr(tf, config_name, None), getattr(tf, model_name, None)
     if config_class is None or model_class is None:
         import importlib
@@ -132,6 +133,12 @@ def save(name, out):
         config_class = getattr(importlib.import_module(f"transformers.models.{module}.configuration_{module}"),
                                config_name)
         model_class = getattr(importlib.import_module(f"transformers.models.{module}.modeling_{module}"), model_name)
+    return config_class, model_class
+
+
+def save(name, out):
+    fields = MODELS[name][2]
+    config_class, model_class = classes(name)
     directory = os.path.join(out, name)
     shutil.rmtree(directory, ignore_errors=True)
     os.makedirs(directory)
@@ -166,11 +173,24 @@ def save(name, out):
     assert size < 250_000, f"{name}: {size} bytes"
 
 
+def defaults(path):
+    """What each class writes when it is told nothing."""
+    out = {"made_with": versions()}
+    for name, (config_name, _, _) in MODELS.items():
+        config = classes(name)[0]()
+        if "_" not in name or name in ("qwen3_5",):
+            out[config.model_type] = json.loads(config.to_json_string(use_diff=False))
+    write_json(path, out)
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out")
     parser.add_argument("names", nargs="*", help="default: all")
+    parser.add_argument("--defaults", action="store_true", help="OUT is a file: the classes' defaults")
     arguments = parser.parse_args()
+    if arguments.defaults:
+        return defaults(arguments.out)
     for name in arguments.names or MODELS:
         save(name, arguments.out)
 
