@@ -62,15 +62,6 @@ pub enum ModelError {
         /// How many there are.
         tokens: usize,
     },
-    /// Derivatives do not go through a recurrent mixer.
-    #[error(
-        "gradients of this model are not computed: block {layer} has a recurrent mixer (mixer.*), through which the way \
-         back is not written yet; methods that ask for no gradients run"
-    )]
-    Gradients {
-        /// The first such block.
-        layer: usize,
-    },
     /// What says which keys a row reads gave no answer, or one that does not fit.
     #[error("the selector of keys: {what}")]
     Select {

@@ -159,8 +159,12 @@ impl<B: Backend> ContiguousKv<B> {
     }
 
     /// Forgets the positions of `sequence` from `len` on. Room beyond the next step is given back. The state of a
-    /// recurrent mixer cannot go back: such a sequence goes on from its end or from its first position.
+    /// recurrent mixer cannot go back: where there is one, and it stands behind `len`, the whole sequence is forgotten,
+    /// as [`ContiguousKv::len`] then tells.
     pub fn truncate(&mut self, sequence: usize, len: usize) {
+        let beyond = self.mixers.iter().flatten().any(|m| m.1[sequence] > len);
+        let len = if beyond { 0 } else { len };
+        self.mixers.iter_mut().flatten().for_each(|m| m.1[sequence] = m.1[sequence].min(len));
         for l in self.layers.iter_mut().flatten() {
             let tokens = &mut l.tokens[sequence];
             *tokens = (*tokens).min(len);

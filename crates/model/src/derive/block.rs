@@ -3,7 +3,7 @@
 use lacuna_base::Mat;
 use lacuna_format::Weights;
 use lacuna_kernels::{Activations, KvFormat};
-use lacuna_spec::LayerSpec;
+use lacuna_spec::{GateNorm, LayerSpec, Mixer};
 
 use super::recorder::{Gradients, Recorder};
 use super::rows::copy;
@@ -18,6 +18,8 @@ pub struct RecordedBlock {
     block: Block<Recorder>,
     /// Key heads and their width, where it has attention.
     heads: Option<(usize, usize)>,
+    /// Its recurrent mixer, where it has one, and the residual stream's channels.
+    mixer: Option<(Mixer, usize)>,
 }
 
 /// What one sequence left behind in a block, for its way back.
@@ -39,13 +41,27 @@ impl Record {
     /// same size beside it.
     pub fn forecast(block: &LayerSpec, hidden: usize, tokens: usize) -> u64 {
         // What went into it: read by a norm or a shortcut.
-        let start = if block.attn.is_some() || block.attn_shortcut { hidden } else { 0 };
+        let start = if block.attn.is_some() || block.mixer.is_some() || block.attn_shortcut { hidden } else { 0 };
         let attention = block.attn.as_ref().map_or(0, |a| {
             let (wide, narrow) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
             // Heads as a norm reads them, and as attention does where something changed them since.
             let before = if a.qk_norm { wide + narrow } else { 0 };
             let post = if a.post_norm { hidden } else { 0 };
-            hidden + before + 2 * wide + 2 * narrow + post
+            let gate = if a.gate { 2 * wide } else { 0 };
+            // Beside a mixer it reads what that one's norm put out.
+            let normed = if block.mixer.is_some() { 0 } else { hidden };
+            normed + before + 2 * wide + 2 * narrow + gate + post
+        });
+        let mixer = block.mixer.as_ref().map_or(0, |m| {
+            let (channels, wide) = (m.channels(hidden), m.width(hidden));
+            let (heads, beta, gate) = match m {
+                Mixer::ShortConv(_) => return hidden + 3 * channels + wide,
+                Mixer::Ssd(m) => (m.heads, 0, if m.gate == GateNorm::Gate { 3 } else { 4 }),
+                Mixer::Delta(m) => (m.value_heads, m.value_heads, 4),
+            };
+            let factor = matches!(m, Mixer::Ssd(m) if m.factors.is_some_and(|f| f[4] != 1.0));
+            let less = if factor { hidden } else { 0 };
+            hidden + less + 3 * channels + heads + beta + gate * wide
         });
         let ffn = block.ffn.as_ref().map_or(0, |f| {
             let one = f.width * if f.gated { 3 } else { 2 };
@@ -55,26 +71,20 @@ impl Record {
         // The stream between the parts is that before them where nothing stands in between.
         let reads = block.ffn.is_some() || block.ffn_shortcut;
         let middle = if reads { hidden } else { 0 };
-        4 * (tokens as u64) * (start + attention + middle + ffn) as u64
+        4 * (tokens as u64) * (start + attention + mixer + middle + ffn) as u64
     }
-}
-
-/// Why a block with a recurrent mixer has no gradients.
-pub(super) fn no_way_back(layer: usize) -> ModelError {
-    ModelError::Gradients { layer }
 }
 
 impl RecordedBlock {
     /// Loads block `layer`, for exact activations, with its matrices from both sides; the other side shares the stored
     /// buffers.
     pub fn load(weights: &dyn Weights, layer: usize) -> Result<RecordedBlock, ModelError> {
-        if weights.spec().layers.get(layer).is_some_and(|l| l.mixer.is_some()) {
-            return Err(no_way_back(layer));
-        }
         let recorder = Recorder::default();
         let block = Block::load_on(&recorder, weights, layer, Activations::Exact)?;
-        let attention = weights.spec().layers.get(layer).and_then(|l| l.attn.as_ref());
-        Ok(RecordedBlock { recorder, block, heads: attention.map(|a| (a.kv_heads, a.head_dim)) })
+        let described = weights.spec().layers.get(layer);
+        let attention = described.and_then(|l| l.attn.as_ref());
+        let mixer = described.and_then(|l| l.mixer.clone()).map(|m| (m, weights.spec().hidden));
+        Ok(RecordedBlock { recorder, block, heads: attention.map(|a| (a.kv_heads, a.head_dim)), mixer })
     }
 
     /// Runs one whole sequence through the block: `x`, `[tokens, hidden]`, becomes the residual stream after it, the
@@ -82,7 +92,8 @@ impl RecordedBlock {
     pub fn forward(&self, x: &mut Mat) -> Result<Record, ModelError> {
         let layer = self.block.layer();
         let heads = (0..=layer).map(|l| self.heads.filter(|_| l == layer));
-        let mut kv = ContiguousKv::of(&self.recorder, heads, std::iter::empty(), 1, KvFormat::F32);
+        let mixers = (0..=layer).map(|l| self.mixer.as_ref().filter(|_| l == layer).map(|(m, hidden)| (m, *hidden)));
+        let mut kv = ContiguousKv::of(&self.recorder, heads, mixers, 1, KvFormat::F32);
         let batch = Batch::one(0, 0..x.rows());
         let mut rows = self.recorder.upload(x.view());
         let start = rows.id;

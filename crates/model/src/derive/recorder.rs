@@ -41,6 +41,15 @@ pub(crate) struct PlacedNorm {
     pub(super) of: NormOf,
 }
 
+/// A recurrent mixer, where its convolution is from, and its vectors as they are stored.
+pub(crate) struct RecordedMixer {
+    pub(super) place: Place,
+    pub(super) mixer: Mixer,
+    pub(super) channels: usize,
+    pub(super) vectors: MixerVectors,
+    forward: <Cpu as Backend>::Mixer,
+}
+
 /// Pages, and the keys and values that were written last.
 pub(crate) struct RecordedPages {
     pool: KvPool,
@@ -112,7 +121,7 @@ impl Backend for Recorder {
     type Ids = <Cpu as Backend>::Ids;
     type Routes = RecordedRoutes;
     type Pages = RecordedPages;
-    type Mixer = <Cpu as Backend>::Mixer;
+    type Mixer = Rc<RecordedMixer>;
     type States = SlotStates<f32>;
     type Step = <Cpu as Backend>::Step;
 
@@ -153,8 +162,10 @@ impl Backend for Recorder {
         RecordedPages { pool: Cpu.pages(layout, format), written: None }
     }
 
-    fn mixer_of(&self, place: &Place, mixer: &Mixer, hidden: usize, vectors: MixerVectors) -> Self::Mixer {
-        Cpu.mixer_of(place, mixer, hidden, vectors)
+    fn mixer_of(&self, place: &Place, mixer: &Mixer, hidden: usize, vectors: MixerVectors) -> Rc<RecordedMixer> {
+        let forward = Cpu.mixer_of(place, mixer, hidden, vectors.clone());
+        let (mixer, channels) = (mixer.clone(), mixer.channels(hidden));
+        Rc::new(RecordedMixer { place: *place, mixer, channels, vectors, forward })
     }
 
     fn states(&self, mixer: &Mixer, hidden: usize) -> SlotStates<f32> {
@@ -223,33 +234,42 @@ impl Backend for Recorder {
         out
     }
 
-    // Blocks with a recurrent mixer are refused before they are recorded (`RecordedBlock::load`): what follows computes
-    // and keeps nothing.
     fn norm_pieces(&self, norm: &Rc<PlacedNorm>, pieces: usize, x: &Node) -> Node {
-        self.node(Cpu.norm_pieces(&norm.of, pieces, &x.value))
+        if pieces == 1 {
+            return self.norm(norm, x);
+        }
+        let out = self.node(Cpu.norm_pieces(&norm.of, pieces, &x.value));
+        self.record(Entry::NormPieces { norm: norm.clone(), pieces, x: x.clone(), out: out.id });
+        out
     }
 
     fn convolve(
         &self,
-        mixer: &Self::Mixer,
+        mixer: &Rc<RecordedMixer>,
         states: &mut SlotStates<f32>,
         layer: usize,
         step: &Self::Step,
         x: &Node,
     ) -> Node {
-        self.node(Cpu.convolve(mixer, states, layer, step, &x.value))
+        let out = self.node(Cpu.convolve(&mixer.forward, states, layer, step, &x.value));
+        self.record(Entry::Convolve { mixer: mixer.clone(), x: x.clone(), out: out.id });
+        out
     }
 
     fn scan(
         &self,
-        mixer: &Self::Mixer,
+        mixer: &Rc<RecordedMixer>,
         states: &mut SlotStates<f32>,
         layer: usize,
         step: &Self::Step,
         [x, dt]: [&Node; 2],
         beta: Option<&Node>,
     ) -> Node {
-        self.node(Cpu.scan(mixer, states, layer, step, [&x.value, &dt.value], beta.map(|b| &*b.value)))
+        let read = [&*x.value, &*dt.value];
+        let out = self.node(Cpu.scan(&mixer.forward, states, layer, step, read, beta.map(|b| &*b.value)));
+        let (kept, x, dt) = (mixer.clone(), x.clone(), dt.clone());
+        self.record(Entry::Scan { mixer: kept, x, dt, beta: beta.cloned(), out: out.id });
+        out
     }
 
     fn rope(&self, rope: &RopeTable, head_dim: usize, step: &Self::Step, x: [&mut Node; 2]) {

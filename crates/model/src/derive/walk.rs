@@ -4,7 +4,7 @@ use lacuna_base::Mat;
 use lacuna_format::Weights;
 use lacuna_spec::{Place, Role};
 
-use super::block::{RecordedBlock, no_way_back};
+use super::block::RecordedBlock;
 use super::loss::RecordedHead;
 use super::sink::GradientSink;
 use crate::{Batch, Block, ContiguousKv, Embedding, ModelError, NoTap};
@@ -62,9 +62,6 @@ pub fn gradients(
 ) -> Result<Vec<f64>, ModelError> {
     let spec = weights.spec();
     spec.check()?;
-    if let Some(layer) = spec.first_mixer() {
-        return Err(no_way_back(layer));
-    }
     if let Some(short) = sequences.iter().find(|s| s.len() < 2) {
         return Err(ModelError::Short { tokens: short.len() });
     }

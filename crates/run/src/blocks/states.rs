@@ -113,9 +113,10 @@ impl<B: Backend> BlockStore<B> {
         self.states.blocks
     }
 
-    /// Blocks that the state of a text of `tokens` counts, and its snapshots.
+    /// Blocks that the state of a text of `tokens` counts, and its snapshots, beside what the text before it left at its
+    /// ends.
     pub fn state_blocks_of(&self, tokens: usize) -> usize {
-        (2 + tokens / SNAPSHOT_TOKENS).saturating_mul(self.states.blocks)
+        (4 + tokens / SNAPSHOT_TOKENS).saturating_mul(self.states.blocks)
     }
 
     /// The next position after `read` at which a text of `tokens` tokens is to leave a snapshot; where there is none,
