@@ -151,7 +151,8 @@ fn hosts(a: &cli::Serve, ip: IpAddr, keyed: bool) -> Vec<String> {
 /// Room for keys and values: as asked, or for a full batch of full texts, but no more than a quarter of the machine's
 /// memory. A text of the whole context holds `held` cached entries at once.
 fn kv_bytes(a: &cli::Serve, store: &BlockStore, context: usize, held: usize) -> anyhow::Result<usize> {
-    let text = held.div_ceil(BLOCK_TOKENS).saturating_mul(store.block_bytes()).max(1);
+    let blocks = held.div_ceil(BLOCK_TOKENS).saturating_add(store.state_blocks_of(held));
+    let text = blocks.saturating_mul(store.unit_bytes()).max(1);
     let bytes = match common::size(a.kv_memory.as_deref())? {
         Some(asked) => asked,
         None => {
@@ -159,10 +160,10 @@ fn kv_bytes(a: &cli::Serve, store: &BlockStore, context: usize, held: usize) -> 
             (text as u64).saturating_mul(a.max_batch as u64).min(quarter)
         }
     };
-    let least = 2 * store.block_bytes() as u64;
+    let least = ((2 + store.state_blocks()) * store.unit_bytes()) as u64;
     if bytes < least {
         return Err(Usage(format!(
-            "--kv-memory {}: two blocks of this model take {}",
+            "--kv-memory {}: two blocks of this model, and the state of a text where it has one, take {}",
             show_bytes(bytes),
             show_bytes(least)
         ))

@@ -57,8 +57,10 @@ fn every_family_there_and_back() {
         for place in a.spec().places() {
             let (x, y) = (a.get(&place).unwrap().unwrap().to_mat(), b.get(&place).unwrap().unwrap().to_mat());
             let off = x.data().iter().zip(y.data()).map(|(x, y)| (x - y).abs()).fold(0.0, f32::max);
-            let less_one = name.starts_with("gemma") || name == "nemotron";
-            assert!(off <= if less_one { 1e-6 } else { 0.0 }, "{name}: {place} lies {off} apart");
+            // Norms less one and logarithms are rounded on their way.
+            let less_one = name.starts_with("gemma") || ["nemotron", "qwen3_5"].contains(&name);
+            let rounded = less_one || place.role == Role::MixerA;
+            assert!(off <= if rounded { 1e-6 } else { 0.0 }, "{name}: {place} lies {off} apart");
         }
         let text = "Hello, world! 123 don't  stop\n\n";
         let ids = |c: &Checkpoint| Tokenizer::open(c).unwrap().encode(text, false).unwrap();

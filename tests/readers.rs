@@ -99,7 +99,8 @@ fn trials(found: Result<PathBuf, String>, required: bool) -> Vec<Trial> {
     let names: Vec<String> = tiny
         .clone()
         .map(|f| format!("llama_cpp::tiny::{f}"))
-        .chain(tiny.map(|f| format!("transformers::tiny::{f}")))
+        // transformers 4 lacks the class.
+        .chain(tiny.filter(|f| *f != "qwen3_5").map(|f| format!("transformers::tiny::{f}")))
         .chain(
             ["dense", "int4_group", "int8", "zero_points", "zero_points_kept"]
                 .map(|n| format!("compressed_tensors::{n}")),

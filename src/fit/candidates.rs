@@ -39,7 +39,7 @@ impl Candidate {
         let (with_inputs, without) = ends(spec);
         let mut solved: Vec<String> = Vec::new();
         if self.ends != Some(true) {
-            solved.extend(["attn.*".to_owned(), "ffn.*".to_owned()]);
+            solved.extend(["attn.*", "mixer.*", "ffn.*"].map(str::to_owned));
         }
         let mut plain = Vec::new();
         if self.ends != Some(false) {

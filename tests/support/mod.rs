@@ -152,6 +152,25 @@ pub fn families() -> Vec<(&'static str, Value)> {
             json!({"model_type": "bloom", "vocab_size": 603, "hidden_size": 256, "n_layer": 2, "n_head": 4, "seq_length": 512,
             "bos_token_id": 1, "eos_token_id": 2}),
         ),
+        (
+            "lfm2",
+            with(json!({"model_type": "lfm2", "norm_eps": 1e-5, "layer_types": ["conv", "full_attention", "conv"],
+            "conv_L_cache": 3, "block_auto_adjust_ff_dim": false})),
+        ),
+        (
+            "qwen3_5",
+            with(
+                json!({"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+            "partial_rotary_factor": 0.5}),
+            ),
+        ),
+        (
+            "mamba2",
+            json!({"model_type": "mamba2", "vocab_size": 603, "hidden_size": 256, "num_hidden_layers": 3, "num_heads": 8,
+            "head_dim": 64, "expand": 2, "n_groups": 2, "state_size": 64, "layer_norm_epsilon": 1e-5, "bos_token_id": 1,
+            "eos_token_id": 2, "tie_word_embeddings": false}),
+        ),
     ]
 }
 

@@ -249,6 +249,7 @@ pub(super) fn activation_name(act: Activation) -> &'static str {
         Activation::Xielu => "xielu",
         // GPT-OSS's configuration calls what it does so.
         Activation::SwigluOai => "silu",
+        Activation::Sigmoid => "sigmoid",
     }
 }
 
@@ -312,12 +313,12 @@ fn first_difference(path: &str, have: &Value, said: &Value) -> Option<String> {
     }
 }
 
-/// The attention of every layer; an error where one has none.
+/// The attention of every layer but those with a recurrent mixer in its place; an error where another one has none.
 pub(super) fn attn_parts(spec: &Spec) -> Result<Vec<&AttnSpec>, SpecError> {
-    if let Some(l) = spec.layers.iter().position(|l| l.attn.is_none()) {
+    if let Some(l) = spec.layers.iter().position(|l| l.attn.is_none() && l.mixer.is_none()) {
         return Err(SpecError { what: format!("layer {l} has no attention") });
     }
-    if spec.layers.is_empty() {
+    if spec.layers.iter().all(|l| l.attn.is_none()) {
         return Err(SpecError { what: "the network has no layers".into() });
     }
     Ok(spec.layers.iter().filter_map(|l| l.attn.as_ref()).collect())

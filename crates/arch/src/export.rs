@@ -4,7 +4,7 @@
 //! and k, a norm's scale less one) shows as a difference between the two [`Spec`]s, from which a writer sees what to
 //! rearrange.
 
-use super::{GgufKeys, Source, SourceOf, family, rope};
+use super::{GgufKeys, Source, SourceOf, family, mixers, rope};
 use lacuna_spec::{LayerSpec, QkNorm, RopeScaling, RopeStyle, Spec, SpecError};
 use lacuna_spec::{Part, Place, Role};
 
@@ -25,6 +25,8 @@ pub struct Target {
     pub step: usize,
     /// For each part, whether the file keeps its transpose within the matrix.
     pub turned: Vec<bool>,
+    /// Where rows of several parts stand by turns: which of the parts, and rows of it; empty where each part is whole.
+    pub order: Vec<(usize, usize, usize)>,
 }
 
 /// A network without holes, and where its layers come from.
@@ -57,20 +59,23 @@ pub fn whole(spec: &Spec) -> Result<Whole, SpecError> {
         (spec.layers.iter().find_map(|l| l.attn.clone()), spec.layers.iter().find_map(|l| l.ffn.clone()));
     let (mut layers, mut from, mut left_out, mut filled) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (l, layer) in spec.layers.iter().enumerate() {
-        if layer.attn.is_none() && layer.ffn.is_none() {
+        if layer.attn.is_none() && layer.ffn.is_none() && layer.mixer.is_none() {
             left_out.push(l);
             continue;
         }
-        let attn = layer.attn.clone().or_else(|| some_attn.clone());
+        // A mixer stands where attention would, and in networks that are mixers alone also where the FFN would.
+        let mixes = layer.mixer.is_some();
+        let attn = layer.attn.clone().or_else(|| some_attn.clone().filter(|_| !mixes));
         let ffn = layer.ffn.clone().or_else(|| some_ffn.clone());
-        if let (None, _) | (_, None) = (&attn, &ffn) {
-            let part = if attn.is_none() { "attention" } else { "a feed-forward part" };
+        let mixer_alone = mixes && some_ffn.is_none();
+        if (attn.is_none() && !mixes) || (ffn.is_none() && !mixer_alone) {
+            let part = if ffn.is_some() || mixer_alone { "attention" } else { "a feed-forward part" };
             return Err(SpecError { what: format!("layer {l} lacks {part}, and so does every other layer") });
         }
-        if layer.attn.is_none() || layer.ffn.is_none() {
+        if (attn.is_some(), ffn.is_some()) != (layer.attn.is_some(), layer.ffn.is_some()) {
             filled.push(l);
         }
-        layers.push(LayerSpec { attn, ffn, order: layer.order, ..LayerSpec::default() });
+        layers.push(LayerSpec { attn, ffn, mixer: layer.mixer.clone(), order: layer.order, ..LayerSpec::default() });
         from.push(l);
     }
     if layers.is_empty() {
@@ -86,9 +91,16 @@ pub fn whole(spec: &Spec) -> Result<Whole, SpecError> {
 /// What the scale of a norm of the residual stream is multiplied with where its divisor becomes its width, with
 /// `eps * divisor / width`: the root of divisor over width.
 pub fn norm_factor(spec: &Spec, place: &Place) -> f32 {
-    let stream =
-        matches!(place.role, Role::AttnNorm | Role::AttnPostNorm | Role::FfnNorm | Role::FfnPostNorm | Role::FinalNorm)
-            || place.role == Role::EmbedNorm;
+    let stream = matches!(
+        place.role,
+        Role::EmbedNorm
+            | Role::AttnNorm
+            | Role::AttnPostNorm
+            | Role::MixerNorm
+            | Role::FfnNorm
+            | Role::FfnPostNorm
+            | Role::FinalNorm
+    );
     match spec.norm.divisor {
         Some(n) if stream && place.part == Part::Weight => (n as f64 / spec.hidden as f64).sqrt() as f32,
         _ => 1.0,
@@ -101,7 +113,7 @@ const NEIGHBOURS: [&str; 8] = ["granitemoe", "llama", "mistral", "mixtral", "min
 pub(super) const INTERLEAVED: [&str; 10] =
     ["glm", "glm4", "cohere", "cohere2", "ernie4_5", "helium", "gptj", "deepseek_v2", "deepseek_v3", "ernie4_5_moe"];
 /// The families whose Hugging Face files keep a norm's scale less one.
-const LESS_ONE: [&str; 4] = ["gemma", "gemma2", "gemma3", "nemotron"];
+const LESS_ONE: [&str; 6] = ["gemma", "gemma2", "gemma3", "nemotron", "qwen3_next", "qwen3_5"];
 /// The families whose embedding is scaled by the root of its width.
 const SCALED: [&str; 3] = ["gemma", "gemma2", "gemma3"];
 /// The families whose config.json has one word for the biases of q, k, v and o of all layers.
@@ -160,6 +172,7 @@ pub fn hf_spec(spec: &Spec) -> Result<Spec, SpecError> {
         out.arch = "mistral".into();
     }
     open_biases(&mut out);
+    out.layers.iter_mut().filter_map(|l| l.mixer.as_mut()).for_each(|m| mixers::set_form(m, true, false));
     Ok(out)
 }
 
@@ -206,6 +219,9 @@ pub fn gguf_spec(spec: &Spec) -> Result<Spec, SpecError> {
             r.scaling = RopeScaling::Factors { factors };
         }
     }
+    // llama.cpp reads Qwen3.5's value heads in the order in which it repeats key heads.
+    let tiled = spec.arch.starts_with("qwen3_5");
+    out.layers.iter_mut().filter_map(|l| l.mixer.as_mut()).for_each(|m| mixers::set_form(m, false, tiled));
     Ok(out)
 }
 
@@ -241,8 +257,8 @@ fn targets(spec: &Spec, source_of: SourceOf) -> Result<Vec<Target>, SpecError> {
         };
         let i = *at.entry(source.name.clone()).or_insert_with(|| {
             let (name, transposed, step, groups) = (source.name.clone(), source.transposed, source.step, source.groups);
-            let (shape, parts, turned) = (Vec::new(), Vec::new(), Vec::new());
-            out.push((Target { name, shape, parts, transposed, groups, step, turned }, Vec::new()));
+            let (shape, parts, turned, order) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
+            out.push((Target { name, shape, parts, transposed, groups, step, turned, order }, Vec::new()));
             out.len() - 1
         });
         out[i].0.parts.push(place);
@@ -257,7 +273,8 @@ fn targets(spec: &Spec, source_of: SourceOf) -> Result<Vec<Target>, SpecError> {
         let shapes = target.parts.iter().filter_map(|p| spec.shape(p));
         let shapes: Vec<(usize, usize)> = shapes.zip(&target.turned).map(|(s, t)| turn(s, *t)).collect();
         let first = target.parts[0];
-        let table = first.role.is_linear() || matches!(first.role, Role::Embed | Role::Positions);
+        let table = first.role.is_table();
+        target.order = by_turns(&order.iter().map(|&i| &sources[i]).collect::<Vec<_>>());
         let (rows, cols) = (shapes.iter().map(|s| s.0).sum::<usize>(), shapes[0].1);
         let slices = sources.iter().filter_map(|s| s.slice).max().map(|most| most + 1);
         target.shape = match (table && first.part == Part::Weight, slices) {
@@ -271,9 +288,28 @@ fn targets(spec: &Spec, source_of: SourceOf) -> Result<Vec<Target>, SpecError> {
             (true, None) if target.transposed => vec![cols, rows],
             (true, None) => vec![rows, cols],
         };
+        if let [one] = sources.as_slice()
+            && !one.axes.is_empty()
+        {
+            target.shape = one.axes.clone();
+        }
         target
     };
     Ok(out.into_iter().map(finish).collect())
+}
+
+/// The order of rows of several parts that stand by turns.
+fn by_turns(sources: &[&Source]) -> Vec<(usize, usize, usize)> {
+    let mut all: Vec<(usize, usize, usize, usize)> = Vec::new();
+    for (part, source) in sources.iter().enumerate() {
+        let mut row = 0;
+        for &(from, to) in &source.order {
+            all.push((from, part, row, row + to - from));
+            row += to - from;
+        }
+    }
+    all.sort_unstable();
+    all.into_iter().map(|(_, part, from, to)| (part, from, to)).collect()
 }
 
 #[cfg(test)]

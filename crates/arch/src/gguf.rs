@@ -308,7 +308,7 @@ pub(super) fn standard_source(spec: &Spec, place: &Place) -> Option<Source> {
         Role::Down => "ffn_down",
         Role::FfnPostNorm => "post_ffw_norm",
         Role::EmbedNorm => "token_embd_norm",
-        Role::AttnShortcut | Role::FfnShortcut | Role::ActAbove | Role::ActBelow => return None,
+        _ => return None,
     };
     Some(Source { slice: place.expert.map(|e| e as usize), ..named(place, "", "blk", module) })
 }

@@ -4,7 +4,7 @@ use serde_json::Value;
 
 use super::config::{attn_parts, difference, ffn_parts};
 use super::{GgufHead, gguf_targets};
-use lacuna_spec::{NormKind, RopeScaling, Spec, SpecError};
+use lacuna_spec::{LayerSpec, NormKind, RopeScaling, Spec, SpecError};
 
 /// A metadata value, of the type that llama.cpp expects at its key.
 #[derive(Clone, Debug, PartialEq)]
@@ -88,6 +88,15 @@ impl GgufKeys {
 
 /// The keys that all families share.
 pub(super) fn standard_keys(spec: &Spec, arch: &str) -> Result<GgufKeys, SpecError> {
+    keys_with(spec, arch, None)
+}
+
+/// The same of a family whose files say elsewhere which layers have attention: `kv_heads` is theirs.
+pub(super) fn hybrid_keys(spec: &Spec, arch: &str, kv_heads: usize) -> Result<GgufKeys, SpecError> {
+    keys_with(spec, arch, Some(kv_heads))
+}
+
+fn keys_with(spec: &Spec, arch: &str, kv_heads: Option<usize>) -> Result<GgufKeys, SpecError> {
     let mut k = GgufKeys::default();
     k.pairs.push(("general.architecture".into(), GgufValue::Str(arch.into())));
     k.number("block_count", spec.layers.len())?;
@@ -99,7 +108,17 @@ pub(super) fn standard_keys(spec: &Spec, arch: &str) -> Result<GgufKeys, SpecErr
     k.each("feed_forward_length", &ffns.iter().map(|f| f.width).collect::<Vec<_>>())?;
     let attns = attn_parts(spec)?;
     k.each("attention.head_count", &attns.iter().map(|a| a.heads).collect::<Vec<_>>())?;
-    k.each("attention.head_count_kv", &attns.iter().map(|a| a.kv_heads).collect::<Vec<_>>())?;
+    if let Some(n) = kv_heads {
+        k.number("attention.head_count_kv", n)?;
+    } else if spec.layers.iter().all(|l| l.attn.is_some()) {
+        k.each("attention.head_count_kv", &attns.iter().map(|a| a.kv_heads).collect::<Vec<_>>())?;
+    } else {
+        // Layers without attention have no key heads: the list says which.
+        let of = |l: &LayerSpec| u32::try_from(l.attn.as_ref().map_or(0, |a| a.kv_heads)).ok();
+        let list: Option<Vec<u32>> = spec.layers.iter().map(of).collect();
+        let what = "attention.head_count_kv is beyond 32 bits";
+        k.set("attention.head_count_kv", GgufValue::U32s(list.ok_or_else(|| SpecError { what: what.into() })?));
+    }
     k.number("attention.key_length", attns[0].head_dim)?;
     k.number("attention.value_length", attns[0].head_dim)?;
     let norm = if spec.norm.kind == NormKind::Rms { "layer_norm_rms_epsilon" } else { "layer_norm_epsilon" };

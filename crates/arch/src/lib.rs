@@ -31,8 +31,11 @@ mod granitemoe;
 mod helium;
 mod hunyuan;
 mod hunyuan_v1_moe;
+mod lfm2;
 mod llama;
+mod mamba;
 mod minicpm3;
+mod mixers;
 mod mixtral;
 mod moe;
 mod nemotron;
@@ -43,6 +46,7 @@ mod phi;
 mod phi3;
 mod qwen;
 mod qwen2_moe;
+mod qwen_next;
 mod rope;
 mod seed_oss;
 mod smollm3;
@@ -80,13 +84,19 @@ pub struct Source {
     /// The stored rows lie in so many groups, each with its share of every part: of the first, of the second and so on.
     /// `rows` counts as if the parts lay whole, one below the other.
     pub groups: usize,
+    /// Instead of `rows`: ranges of the stored tensor's rows, one behind the other.
+    pub order: Vec<(usize, usize)>,
+    /// The stored tensor's axes, slowest first, where they are not the place's own: a convolution's with an axis of 1
+    /// between channels and positions, a vector as a column.
+    pub axes: Vec<usize>,
 }
 
 impl Source {
     /// A tensor stored as the model means it.
     pub fn whole(name: impl Into<String>) -> Source {
         let name = name.into();
-        Source { name, rows: None, step: 1, transposed: false, turned: false, slice: None, groups: 1 }
+        let (order, axes) = (Vec::new(), Vec::new());
+        Source { name, rows: None, step: 1, transposed: false, turned: false, slice: None, groups: 1, order, axes }
     }
 
     /// Rows `from..from + n` of a tensor.
@@ -180,6 +190,11 @@ pub const FAMILIES: &[Family] = &[
     apertus::APERTUS,
     gptj::GPTJ,
     bloom::BLOOM,
+    lfm2::LFM2,
+    qwen_next::QWEN3_NEXT,
+    qwen_next::QWEN3_5,
+    mamba::MAMBA2,
+    mamba::BAMBA,
 ];
 
 fn family(spec: &Spec) -> Result<&'static Family, SpecError> {

@@ -209,3 +209,29 @@ fn what_would_change_every_layer_is_refused() {
     }
     assert!(arch::from_config(&json!({"model_type": "llama", "per_layer_config": {}})).is_ok());
 }
+
+/// Networks with recurrent mixers: every key at its default is as good as absent.
+#[test]
+fn defaults_of_recurrent_classes() {
+    let path = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/defaults_recurrent.json");
+    let all: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
+    let mut keys = 0;
+    for (name, full) in all.as_object().unwrap().iter().filter(|(name, _)| *name != "made_with") {
+        let bare = read(&json!({"model_type": name}));
+        assert_eq!(read(full), bare, "{name} as transformers writes every default");
+        for key in full.as_object().unwrap().keys().filter(|k| *k != "model_type") {
+            let mut less = full.clone();
+            less.as_object_mut().unwrap().remove(key);
+            assert_eq!(read(&less), bare, "{name} without {key}");
+            keys += 1;
+        }
+        assert!(bare.first_mixer().is_some() || name == "lfm2", "{name}");
+        let mut spec = bare.clone();
+        spec.layers.truncate(8);
+        // All layers of a bare LFM2 attend, and none of a bare Bamba: such networks are nobody's.
+        if name != "bamba" {
+            assert_eq!(read(&arch::to_config(&spec).unwrap()), spec, "{name}");
+        }
+    }
+    assert!(keys > 80, "{keys} keys");
+}

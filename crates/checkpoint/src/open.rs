@@ -118,6 +118,14 @@ enum Located {
         /// all groups lay together.
         groups: Option<(usize, usize)>,
     },
+    /// Rows of one tensor, put together when they are asked for.
+    Gathered {
+        tensor: usize,
+        /// Where each run of rows lies in the file, in their order.
+        runs: Vec<Range<usize>>,
+        rows: usize,
+        cols: usize,
+    },
     /// Buffers of a packed matrix by suffix; put together, and checked, when first asked for.
     Packed { desc: Descriptor, buffers: BTreeMap<String, usize>, whole: OnceLock<Arc<Stored>> },
     /// Tensors that another tool compressed.
@@ -506,7 +514,7 @@ impl Checkpoint {
         let mut used = HashSet::new();
         for located in self.places.values() {
             match located {
-                Located::Plain { tensor, .. } => drop(used.insert(*tensor)),
+                Located::Plain { tensor, .. } | Located::Gathered { tensor, .. } => drop(used.insert(*tensor)),
                 Located::Packed { buffers, .. } => used.extend(buffers.values().copied()),
                 Located::Foreign(lazy) => used.extend(lazy.tensors()),
             }
@@ -558,6 +566,18 @@ impl Checkpoint {
             }
             Some(Located::Plain { tensor, bytes, rows, cols, lie, groups: None }) => {
                 Ok(Some(Arc::new(self.plain(*tensor, bytes, *rows, *cols, *lie))))
+            }
+            Some(Located::Gathered { tensor, runs, rows, cols }) => {
+                let (file, t) = &self.tensors[*tensor];
+                let data = self.files[*file].bytes();
+                let rows_of: Vec<u8> = runs.iter().flat_map(|run| &data[run.clone()]).copied().collect();
+                let values = match t.dtype {
+                    TensorType::Float(f) => Values::Float(f, rows_of.into()),
+                    TensorType::Block(b) => Values::Gguf(b, rows_of.into()),
+                    TensorType::Uint(_) | TensorType::Other(_) => unreachable!("refused when the file was opened"),
+                };
+                let piece = Piece { rows: *rows, cols: *cols, pattern: Pattern::Dense, values };
+                Ok(Some(Arc::new(Stored::from_piece(piece))))
             }
             Some(Located::Packed { desc, buffers, whole }) => {
                 let some = |all: &Arc<Stored>| match self.loaded.get(place) {
@@ -631,6 +651,8 @@ impl Weights for Checkpoint {
         let place = self.fitted.as_ref().map_or(*place, |f| f.base_of(place));
         match self.places.get(&place) {
             Some(Located::Plain { tensor, bytes, .. }) => self.files[self.tensors[*tensor].0].release(bytes.clone()),
+            // Its rows stand among those of others, which may not have been taken yet.
+            Some(Located::Gathered { .. }) => {}
             Some(Located::Packed { buffers, .. }) => buffers.values().for_each(|i| self.let_go(*i)),
             Some(Located::Foreign(lazy)) => lazy.tensors().for_each(|i| self.let_go(i)),
             None => {}

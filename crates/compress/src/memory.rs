@@ -139,7 +139,9 @@ fn floor(spec: &Spec, recipe: &Recipe, lens: &[usize]) -> u64 {
         }
         let attn = layer.attn.as_ref().map_or(0, |a| (a.heads + 2 * a.kv_heads) * a.head_dim + a.heads * a.head_dim);
         let ffn = layer.ffn.as_ref().map_or(0, |f| 3 * f.width);
-        let rows = seq_len as u64 * 4 * (5 * spec.hidden + attn.max(ffn) + attn) as u64;
+        let mixer = layer.mixer.as_ref().map_or(0, |m| 3 * m.channels(spec.hidden) + 4 * m.width(spec.hidden));
+        let state = layer.mixer.as_ref().map_or(0, |m| 4 * m.state_values(spec.hidden) as u64);
+        let rows = seq_len as u64 * 4 * (5 * spec.hidden + attn.max(ffn) + attn + mixer) as u64 + state;
         // On the way back a block's gradients stand beside it, with two sums of each, and what its forward kept of one
         // sequence.
         let mine = asked.iter().filter(|(p, _)| p.layer == Some(l as u32));

@@ -405,8 +405,8 @@ fn step(i: usize, v: Value, registry: &Registry) -> Result<RecipeStep, RecipeErr
     t.remove("method");
     t.remove("name");
     let aimed = t.contains_key("targets");
-    let aims =
-        targets(t.remove("targets"), &at)?.unwrap_or_else(|| vec![Target("attn.*".into()), Target("ffn.*".into())]);
+    let all = || ["attn.*", "mixer.*", "ffn.*"].map(|t| Target(t.into())).to_vec();
+    let aims = targets(t.remove("targets"), &at)?.unwrap_or_else(all);
     let mut except = Vec::new();
     match t.remove("except") {
         None => {}

@@ -525,7 +525,10 @@ fn parts_of(
         // A shortcut stays: what comes behind it stands in its axes.
         // So does a norm that both parts share.
         let both = |p: &Place| p.role == Role::AttnNorm && here.order == Order::Shared;
-        let mine = |p: &Place| !p.role.is_shortcut() && !both(p) && attention(p.role) == (role == Role::O);
+        let mine = |p: &Place| {
+            let theirs = p.role.is_shortcut() || p.role.is_mixer() || both(p);
+            !theirs && attention(p.role) == (role == Role::O)
+        };
         for p in overlay.spec.layer_places(layer).into_iter().filter(mine) {
             let stored = need(overlay, &p)?;
             // Else the part would be dropped because it is broken.

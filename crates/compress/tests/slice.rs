@@ -68,6 +68,8 @@ fn architectures() -> Vec<String> {
     let dir = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny");
     let mut names: Vec<String> =
         std::fs::read_dir(dir).unwrap().map(|f| f.unwrap().file_name().to_string_lossy().into_owned()).collect();
+    // Networks with recurrent mixers keep their structure: such steps refuse them by name.
+    names.retain(|name| tiny(name).spec().first_mixer().is_none());
     names.sort();
     names
 }

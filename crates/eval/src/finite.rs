@@ -45,6 +45,7 @@ impl<B: Backend> Tap<B> for Watch {
     fn input(&mut self, place: &Place, x: Shown<'_, B>) -> Result<(), ModelError> {
         let part = match place.role {
             role if role.is_attention() => "attention",
+            role if role.is_mixer() => "mixer",
             role if role.is_shortcut() => "shortcut",
             _ => "feed-forward part",
         };

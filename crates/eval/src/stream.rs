@@ -213,11 +213,16 @@ pub fn floor_bytes(weights: &dyn Weights, sequences: &[Vec<u32>]) -> Result<u64,
         largest = largest.max(bytes);
         let attention = layer.attn.as_ref().map_or(0, |a| (2 * a.heads + 4 * a.kv_heads) * a.head_dim);
         let ffn = layer.ffn.as_ref().map_or(0, |f| 3 * f.width);
-        widest = widest.max(attention.max(ffn));
+        widest = widest.max(attention.max(ffn) + mixer_values(layer, spec.hidden));
     }
     let rows = batches(sequences).iter().map(|b| sequences[b.clone()].iter().map(Vec::len).sum::<usize>()).max();
     let work = rows.unwrap_or(0) as u64 * (4 * spec.hidden + widest) as u64 * 4;
     Ok(largest + work.max(LOGITS_BYTES))
+}
+
+/// Values of a row that a recurrent mixer makes at once.
+fn mixer_values(layer: &lacuna_spec::LayerSpec, hidden: usize) -> usize {
+    layer.mixer.as_ref().map_or(0, |m| 3 * m.channels(hidden) + 4 * m.width(hidden))
 }
 
 /// Bytes of the residual streams of `sequences`.

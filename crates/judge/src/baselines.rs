@@ -145,7 +145,7 @@ fn recipe(bits: u8, ends: u8) -> String {
     };
     format!(
         "version = 1\nrest = \"source\"\n{}{}",
-        step("body", "\"attn.*\", \"ffn.*\"", bits),
+        step("body", "\"attn.*\", \"mixer.*\", \"ffn.*\"", bits),
         step("ends", "\"embed\", \"head\"", ends)
     )
 }

@@ -36,6 +36,7 @@ pub use op::attention::{Attention, Chosen};
 pub use op::elementwise::{Xielu, activation, add, add_scaled, clip, gated_activation, softcap, softmax, xielu};
 pub use op::mass::{HeadMass, Mass};
 pub use op::norm::{norm, norm_in_place};
+pub use op::recurrent::{Recurrence, StateRun};
 pub use op::rope::{RopeRows, RopeTable};
 pub use parallel::{set_threads, tasks, threads};
 pub use simulated::Simulated;

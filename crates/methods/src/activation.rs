@@ -10,6 +10,10 @@ pub(crate) fn value_and_slope(act: Activation, x: f64) -> (f64, f64) {
         Activation::Relu => (x.max(0.0), if x > 0.0 { 1.0 } else { 0.0 }),
         Activation::Relu2 => (x.max(0.0).powi(2), 2.0 * x.max(0.0)),
         Activation::Xielu => panic!("xIELU's numbers are a layer's own: who asks refuses it first"),
+        Activation::Sigmoid => {
+            let s = 1.0 / (1.0 + (-x).exp());
+            (s, s * (1.0 - s))
+        }
         Activation::Silu => {
             let s = 1.0 / (1.0 + (-x).exp());
             (x * s, s * (1.0 + x * (1.0 - s)))

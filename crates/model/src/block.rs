@@ -12,6 +12,7 @@ use crate::backend::{Backend, Cpu, Measure, Xielu};
 use crate::gating::{GateStore, Gated, Gating};
 use crate::kv::prepared;
 use crate::latent::LatentPart;
+use crate::mixer::MixerPart;
 use crate::parts::{Grouped, Projection, gate, norm, vector};
 use crate::profile::span;
 use crate::tap::Look;
@@ -23,6 +24,7 @@ pub struct Block<B: Backend = Cpu> {
     backend: B,
     layer: usize,
     attention: Option<AttentionPart<B>>,
+    mixer: Option<MixerPart<B>>,
     ffn: Option<FfnPart<B>>,
     attention_shortcut: Option<Projection<B>>,
     ffn_shortcut: Option<Projection<B>>,
@@ -34,7 +36,10 @@ pub struct Block<B: Backend = Cpu> {
 }
 
 struct AttentionPart<B: Backend> {
+    /// Beside a mixer: that one's.
     norm: Option<B::Norm>,
+    /// What the mixed values are multiplied with, through a sigmoid.
+    gate: Option<Projection<B>>,
     reads: Reads<B>,
     o: Projection<B>,
     /// What a gate says of q, k and v, and of o.
@@ -100,8 +105,8 @@ struct Shared<B: Backend> {
 /// How a block is loaded.
 pub(crate) struct Loader<'a, B> {
     pub(crate) backend: &'a B,
-    weights: &'a dyn Weights,
-    layer: usize,
+    pub(crate) weights: &'a dyn Weights,
+    pub(crate) layer: usize,
     activations: Activations,
     gating: Option<&'a Arc<Gating>>,
 }
@@ -125,7 +130,7 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     /// One whose activations are always met as they are.
-    fn exact(&self, role: Role) -> Result<Projection<B>, ModelError> {
+    pub(crate) fn exact(&self, role: Role) -> Result<Projection<B>, ModelError> {
         Projection::load(self.backend, self.weights, Place::layer(self.layer, role), Activations::Exact)
     }
 
@@ -152,7 +157,7 @@ impl<B: Backend> Loader<'_, B> {
         gate(self.backend, self.weights, self.gating, all)
     }
 
-    fn attention(&self, a: &AttnSpec, order: Order) -> Result<AttentionPart<B>, ModelError> {
+    fn attention(&self, a: &AttnSpec, order: Order, alone: bool) -> Result<AttentionPart<B>, ModelError> {
         let (reads, first) = match &a.latent {
             None => {
                 let [mut q, mut k, mut v] = [self.matrix(Role::Q)?, self.matrix(Role::K)?, self.matrix(Role::V)?];
@@ -164,7 +169,8 @@ impl<B: Backend> Loader<'_, B> {
         let mut o = self.matrix(Role::O)?;
         let last = self.gate([Some(&mut o)])?;
         Ok(AttentionPart {
-            norm: self.norm_where(a.pre_norm && order != Order::Shared, Role::AttnNorm)?,
+            norm: self.norm_where(a.pre_norm && alone && order != Order::Shared, Role::AttnNorm)?,
+            gate: a.gate.then(|| self.matrix(Role::AttnGate)).transpose()?,
             reads,
             o,
             gated: [first, last],
@@ -270,8 +276,9 @@ impl<B: Backend> Block<B> {
         let missing = || ModelError::Missing { place: format!("layers.{layer}") };
         let described = weights.spec().layers.get(layer).ok_or_else(missing)?;
         let loader = Loader { backend, weights, layer, activations, gating };
-        let order = described.order;
-        let attention = described.attn.as_ref().map(|a| loader.attention(a, order)).transpose()?;
+        let (order, alone) = (described.order, described.mixer.is_none());
+        let attention = described.attn.as_ref().map(|a| loader.attention(a, order, alone)).transpose()?;
+        let mixer = described.mixer.as_ref().map(|m| MixerPart::load(&loader, m)).transpose()?;
         let ffn = described.ffn.as_ref().map(|f| loader.ffn(f)).transpose()?;
         let shortcut = |on: bool, role| on.then(|| loader.exact(role)).transpose();
         let attention_shortcut = shortcut(described.attn_shortcut, Role::AttnShortcut)?;
@@ -280,7 +287,7 @@ impl<B: Backend> Block<B> {
         let shared = loader.norm_where(order == Order::Shared && either, Role::AttnNorm)?;
         let scale = weights.spec().residual_scale;
         let backend = backend.clone();
-        Ok(Block { backend, layer, attention, ffn, attention_shortcut, ffn_shortcut, order, shared, scale })
+        Ok(Block { backend, layer, attention, mixer, ffn, attention_shortcut, ffn_shortcut, order, shared, scale })
     }
 
     /// Its number in the model.
@@ -291,6 +298,11 @@ impl<B: Backend> Block<B> {
     /// Whether it has keys and values.
     pub(crate) fn has_attention(&self) -> bool {
         self.attention.is_some()
+    }
+
+    /// Whether it keeps a state.
+    pub(crate) fn has_mixer(&self) -> bool {
+        self.mixer.is_some()
     }
 
     /// Takes over a table of the same rope, or leaves its own to the blocks after it: angles are then worked out once
@@ -384,7 +396,9 @@ impl<B: Backend> Block<B> {
                 [Some(&m.router), router, gate, of(|s| Some(&s.up)), of(|s| Some(&s.down))]
             }
         });
-        attention.flatten().chain(ffn.flatten()).chain(&self.attention_shortcut).chain(&self.ffn_shortcut)
+        let gate = self.attention.iter().flat_map(|a| &a.gate);
+        let attention = attention.flatten().chain(gate).chain(self.mixer.iter().flat_map(MixerPart::matrices));
+        attention.chain(ffn.flatten()).chain(&self.attention_shortcut).chain(&self.ffn_shortcut)
     }
 
     /// Runs the block on its backend: `x`, `[rows, hidden]`, is the residual stream of the batch's rows and becomes
@@ -397,7 +411,8 @@ impl<B: Backend> Block<B> {
         kv: &mut dyn KvStore<B>,
         tap: &mut dyn Tap<B>,
     ) -> Result<(), ModelError> {
-        let tables = prepared(self.has_attention().then_some(self.layer), batch, kv)?;
+        let (attention, mixer) = (self.has_attention(), self.has_mixer());
+        let tables = prepared(attention.then_some(self.layer), mixer.then_some(self.layer), batch, kv)?;
         self.step(x, &self.backend.begin(batch, tables), kv, tap)
     }
 
@@ -413,9 +428,18 @@ impl<B: Backend> Block<B> {
         let keep = |x: &B::Rows, wanted: bool| wanted.then(|| self.backend.copy(x));
         let start = keep(x, look.wants.residuals);
         let shared = self.shared.as_ref().map(|n| normed(&self.backend, n, x));
-        let y = match &self.attention {
-            Some(a) => Some(a.forward(self.layer, (x, shared.as_ref()), step, kv, &mut look)?),
-            None => None,
+        let y = match (&self.mixer, &self.attention) {
+            (Some(m), a) => {
+                let h = m.normed(&self.backend, x);
+                let mut y = m.forward(self.layer, &h, step, kv, &mut look)?;
+                if let Some(a) = a {
+                    let beside = a.forward(self.layer, (x, Some(&h)), step, kv, &mut look)?;
+                    span("add", || self.backend.add(&mut y, &beside));
+                }
+                Some(y)
+            }
+            (None, Some(a)) => Some(a.forward(self.layer, (x, shared.as_ref()), step, kv, &mut look)?),
+            (None, None) => None,
         };
         // Side by side the FFN reads the stream before attention is added.
         let beside = match &self.ffn {
@@ -423,7 +447,7 @@ impl<B: Backend> Block<B> {
             _ => None,
         };
         join(x, self.attention_shortcut.as_ref(), y, self.scale, &mut look)?;
-        if self.attention.is_some() {
+        if self.attention.is_some() && self.mixer.is_none() {
             look.residual(self.layer, BlockPart::Attention, &start, x)?;
         }
         let middle = keep(x, look.wants.residuals);
@@ -463,7 +487,7 @@ fn join<B: Backend>(
     Ok(())
 }
 
-fn normed<B: Backend>(backend: &B, norm: &B::Norm, x: &B::Rows) -> B::Rows {
+pub(crate) fn normed<B: Backend>(backend: &B, norm: &B::Norm, x: &B::Rows) -> B::Rows {
     span("norm", || backend.norm(norm, x))
 }
 
@@ -504,6 +528,15 @@ impl<B: Backend> AttentionPart<B> {
                 (q, k, None)
             }
         };
+        let gate = match &self.gate {
+            Some(p) => {
+                look.input([&p.place], h)?;
+                let gate = p.apply(backend, h);
+                look.output(&p.place, &gate)?;
+                Some(gate)
+            }
+            None => None,
+        };
         let (mut mass, select) = (kv.lend_mass(layer), kv.selector(layer));
         let pages = kv.pages(layer)?;
         span("keys and values written", || backend.write(pages, layer, step, &k, v.as_ref().unwrap_or(&k)));
@@ -526,6 +559,13 @@ impl<B: Backend> AttentionPart<B> {
         let mixed = match &self.reads {
             Reads::Plain(_) => mixed,
             Reads::Latent(m) => m.mixed(&mixed, look)?,
+        };
+        let mixed = match gate {
+            Some(mut gate) => {
+                span("activation", || backend.activate(Activation::Sigmoid, &mut gate, Some(&mixed)));
+                gate
+            }
+            None => mixed,
         };
         look.input([&self.o.place], &mixed)?;
         let [y] = Projection::gated(backend, [&self.o], self.gated[1].as_ref(), &mixed)?;

@@ -308,7 +308,8 @@ impl<B: Backend> Decoder<B> {
         tap: &mut dyn Tap<B>,
     ) -> Result<B::Rows, ModelError> {
         let layers = self.blocks.iter().filter(|b| b.has_attention()).map(Block::layer);
-        let step = self.embed.backend.begin(batch, prepared(layers, batch, kv)?);
+        let mixers = self.blocks.iter().filter(|b| b.has_mixer()).map(Block::layer);
+        let step = self.embed.backend.begin(batch, prepared(layers, mixers, batch, kv)?);
         let mut x = span("embedding", || self.embed.embed(tokens, batch.positions()));
         for block in &self.blocks {
             block.step(&mut x, &step, kv, tap)?;

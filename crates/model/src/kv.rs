@@ -4,9 +4,9 @@ use std::sync::Arc;
 
 use lacuna_contract::Select;
 use lacuna_kernels::{KvFormat, KvLayout, Mass};
-use lacuna_spec::Spec;
+use lacuna_spec::{Mixer, Spec};
 
-use crate::backend::{Backend, Cpu, Pages, Reads, Table, Tables};
+use crate::backend::{Backend, Cpu, Pages, Reads, States, Table, Tables};
 use crate::{Batch, ModelError};
 
 /// A store of keys and values for several sequences: it owns the pages of a backend and says which of them, by their
@@ -21,6 +21,22 @@ pub trait KvStore<B: Backend = Cpu> {
 
     /// The pages of block `layer`.
     fn pages(&mut self, layer: usize) -> Result<&mut B::Pages, ModelError>;
+
+    /// Makes sure that the states of a batch's sequences in block `layer`, one with a recurrent mixer, stand before their
+    /// first rows (or begin with them); they count as behind the last ones from here on.
+    fn prepare_states(&mut self, layer: usize, _batch: &Batch) -> Result<(), ModelError> {
+        Err(no_states(layer))
+    }
+
+    /// The slot of `sequence`'s state in block `layer`.
+    fn state(&self, layer: usize, _sequence: usize) -> Result<u32, ModelError> {
+        Err(no_states(layer))
+    }
+
+    /// The states of block `layer`.
+    fn states(&mut self, layer: usize) -> Result<&mut B::States, ModelError> {
+        Err(no_states(layer))
+    }
 
     /// Lends, for each run of rows of the batch that was prepared last, what adds up the attention to its sequence's
     /// slots in block `layer`; none where nobody goes by it.
@@ -41,9 +57,10 @@ pub trait KvStore<B: Backend = Cpu> {
     fn count_reads(&mut self, _reads: Reads) {}
 }
 
-/// Prepares a store for a step of some layers with attention, and gives their tables.
+/// Prepares a store for a step of some layers with attention and some with recurrent mixers, and gives their tables.
 pub(crate) fn prepared<B: Backend>(
     layers: impl IntoIterator<Item = usize>,
+    mixers: impl IntoIterator<Item = usize>,
     batch: &Batch,
     kv: &mut dyn KvStore<B>,
 ) -> Result<Tables, ModelError> {
@@ -51,6 +68,10 @@ pub(crate) fn prepared<B: Backend>(
     for layer in layers {
         kv.prepare(layer, batch)?;
         tables.push(layer, batch.runs().map(|(sequence, _)| kv.table(layer, sequence)))?;
+    }
+    for layer in mixers {
+        kv.prepare_states(layer, batch)?;
+        tables.push_states(layer, batch.runs().map(|(sequence, _)| kv.state(layer, sequence)))?;
     }
     tables.place(batch);
     Ok(tables)
@@ -64,6 +85,9 @@ pub const STEP_TOKENS: usize = 128;
 pub struct ContiguousKv<B: Backend = Cpu> {
     /// Of each block; `None` where attention was dropped.
     layers: Vec<Option<Layer<B::Pages>>>,
+    /// Of each block with a recurrent mixer: its states, a slot for each sequence, and the positions behind which they
+    /// stand.
+    mixers: Vec<Option<(B::States, Vec<usize>)>>,
     sequences: usize,
 }
 
@@ -95,13 +119,15 @@ impl<B: Backend> ContiguousKv<B> {
     /// An empty store for `sequences` sequences of a model, in pages of `backend`.
     pub fn on(backend: &B, spec: &Spec, sequences: usize, format: KvFormat) -> ContiguousKv<B> {
         let heads = spec.layers.iter().map(|l| l.attn.as_ref().map(|a| (a.kv_heads, a.head_dim)));
-        ContiguousKv::of(backend, heads, sequences, format)
+        let mixers = spec.layers.iter().map(|l| l.mixer.as_ref().map(|m| (m, spec.hidden)));
+        ContiguousKv::of(backend, heads, mixers, sequences, format)
     }
 
-    /// The same from each block's key heads and their width.
-    pub(crate) fn of(
+    /// The same from each block's key heads and their width, and its mixer and the residual stream's channels.
+    pub(crate) fn of<'m>(
         backend: &B,
         heads: impl Iterator<Item = Option<(usize, usize)>>,
+        mixers: impl Iterator<Item = Option<(&'m Mixer, usize)>>,
         sequences: usize,
         format: KvFormat,
     ) -> ContiguousKv<B> {
@@ -112,12 +138,19 @@ impl<B: Backend> ContiguousKv<B> {
             tables: vec![Vec::new(); sequences],
             tokens: vec![0; sequences],
         };
-        ContiguousKv { layers: heads.map(|h| h.map(layer)).collect(), sequences }
+        let states = |(mixer, hidden): (&Mixer, usize)| {
+            let mut states = backend.states(mixer, hidden);
+            (0..sequences).for_each(|s| states.reserve(s as u32));
+            (states, vec![0; sequences])
+        };
+        let (layers, mixers) = (heads.map(|h| h.map(layer)).collect(), mixers.map(|m| m.map(states)).collect());
+        ContiguousKv { layers, mixers, sequences }
     }
 
     /// Positions of `sequence` that every block has written.
     pub fn len(&self, sequence: usize) -> usize {
-        self.layers.iter().flatten().map(|l| l.tokens[sequence]).min().unwrap_or(0)
+        let written = self.layers.iter().flatten().map(|l| l.tokens[sequence]);
+        written.chain(self.mixers.iter().flatten().map(|m| m.1[sequence])).min().unwrap_or(0)
     }
 
     /// Whether nothing of `sequence` is written.
@@ -125,8 +158,13 @@ impl<B: Backend> ContiguousKv<B> {
         self.len(sequence) == 0
     }
 
-    /// Forgets the positions of `sequence` from `len` on. Room beyond the next step is given back.
+    /// Forgets the positions of `sequence` from `len` on. Room beyond the next step is given back. The state of a
+    /// recurrent mixer cannot go back: where there is one, and it stands behind `len`, the whole sequence is forgotten,
+    /// as [`ContiguousKv::len`] then tells.
     pub fn truncate(&mut self, sequence: usize, len: usize) {
+        let beyond = self.mixers.iter().flatten().any(|m| m.1[sequence] > len);
+        let len = if beyond { 0 } else { len };
+        self.mixers.iter_mut().flatten().for_each(|m| m.1[sequence] = m.1[sequence].min(len));
         for l in self.layers.iter_mut().flatten() {
             let tokens = &mut l.tokens[sequence];
             *tokens = (*tokens).min(len);
@@ -142,7 +180,8 @@ impl<B: Backend> ContiguousKv<B> {
     /// Bytes held.
     pub fn bytes(&self) -> usize {
         let blocks = |l: &Layer<B::Pages>| l.tables.iter().map(Vec::len).sum::<usize>();
-        self.layers.iter().flatten().map(|l| blocks(l) * l.pages.block_bytes()).sum()
+        let pages: usize = self.layers.iter().flatten().map(|l| blocks(l) * l.pages.block_bytes()).sum();
+        pages + self.mixers.iter().flatten().map(|m| self.sequences * m.0.slot_bytes()).sum::<usize>()
     }
 
     fn layer(&self, layer: usize) -> Result<&Layer<B::Pages>, ModelError> {
@@ -159,6 +198,10 @@ impl<B: Backend> ContiguousKv<B> {
         }
         Err(ModelError::Store { what: format!("sequence {sequence} of {}", self.sequences) })
     }
+}
+
+fn no_states(layer: usize) -> ModelError {
+    ModelError::Store { what: format!("no state of a recurrent mixer is kept for block {layer}") }
 }
 
 fn no_attention(layer: usize) -> ModelError {
@@ -197,5 +240,35 @@ impl<B: Backend> KvStore<B> for ContiguousKv<B> {
 
     fn pages(&mut self, layer: usize) -> Result<&mut B::Pages, ModelError> {
         Ok(&mut self.layer_mut(layer)?.pages)
+    }
+
+    fn prepare_states(&mut self, layer: usize, batch: &Batch) -> Result<(), ModelError> {
+        batch.runs().try_for_each(|(sequence, _)| self.known(sequence))?;
+        let (_, at) = self.mixers.get_mut(layer).and_then(Option::as_mut).ok_or_else(|| no_states(layer))?;
+        for (sequence, rows) in batch.runs() {
+            let positions = &batch.positions()[rows];
+            if let (Some(&first), Some(last)) = (positions.first(), positions.last()) {
+                if first != 0 && first != at[sequence] {
+                    return Err(ModelError::Store {
+                        what: format!(
+                            "position {first} of sequence {sequence} in block {layer}, whose state stands behind {}",
+                            at[sequence]
+                        ),
+                    });
+                }
+                at[sequence] = last + 1;
+            }
+        }
+        Ok(())
+    }
+
+    fn state(&self, _: usize, sequence: usize) -> Result<u32, ModelError> {
+        self.known(sequence)?;
+        Ok(sequence as u32)
+    }
+
+    fn states(&mut self, layer: usize) -> Result<&mut B::States, ModelError> {
+        let mixer = self.mixers.get_mut(layer).and_then(Option::as_mut);
+        Ok(&mut mixer.ok_or_else(|| no_states(layer))?.0)
     }
 }

@@ -23,11 +23,12 @@ mod gating;
 mod kv;
 mod latent;
 mod lent;
+mod mixer;
 mod parts;
 mod profile;
 mod tap;
 
-pub use backend::{Backend, Cpu, GateAsk, Naive, Pages, Reads, Table, Tables};
+pub use backend::{Backend, Cpu, GateAsk, Naive, Pages, Reads, States, Table, Tables};
 pub use batch::Batch;
 pub use block::Block;
 pub use decoder::{Decoder, Embedding, Head, LoadOptions};

@@ -5,7 +5,7 @@ use std::sync::Arc;
 use lacuna_base::{Mat, MatRef};
 use lacuna_format::{Stored, Weights};
 use lacuna_kernels::Activations;
-use lacuna_spec::{Place, QkNorm, Role};
+use lacuna_spec::{NormKind, Place, QkNorm, Role};
 
 use crate::ModelError;
 use crate::backend::{Backend, Measure};
@@ -43,10 +43,14 @@ pub(crate) fn norm<B: Backend>(backend: &B, weights: &dyn Weights, place: Place)
     let there = |p: Place| spec.shape(&p).map(|_| vector(weights, p)).transpose();
     let (scale, bias) = (there(place)?, there(place.bias())?);
     let mut width = spec.hidden;
-    if matches!(place.role, Role::QNorm | Role::KNorm | Role::QDownNorm | Role::KvDownNorm) {
+    let layer = place.layer.and_then(|l| spec.layers.get(l as usize)?.attn.as_ref());
+    if matches!(place.role, Role::QDownNorm | Role::KvDownNorm | Role::MixerOutNorm) {
+        norm.divisor = None;
+        width = scale.as_ref().map_or(width, Vec::len);
+    }
+    if matches!(place.role, Role::QNorm | Role::KNorm) {
         norm.divisor = None;
         let missing = || ModelError::Missing { place: place.to_string() };
-        let layer = place.layer.and_then(|l| spec.layers.get(l as usize)?.attn.as_ref());
         let a = layer.ok_or_else(missing)?;
         width = match a.qk_norm_over {
             QkNorm::Head | QkNorm::Heads => a.head_dim,
@@ -54,9 +58,12 @@ pub(crate) fn norm<B: Backend>(backend: &B, weights: &dyn Weights, place: Place)
             QkNorm::Whole => a.kv_heads * a.head_dim,
         };
     }
-    let layer = place.layer.and_then(|l| spec.layers.get(l as usize)?.attn.as_ref());
     if let (Role::QDownNorm | Role::KvDownNorm, Some(m)) = (place.role, layer.and_then(|a| a.latent)) {
         norm.eps = m.eps;
+    }
+    if place.role == Role::MixerOutNorm {
+        // Its scale lies whole where others lie less one, and it is an RMS norm in every network.
+        (norm.offset, norm.kind) = (0.0, NormKind::Rms);
     }
     Ok(backend.norm_of(&place, norm, width, scale, bias))
 }
@@ -83,6 +90,10 @@ fn name(role: Role) -> &'static str {
         Role::SharedGate | Role::SharedUp => "ffn.shared.gate, up",
         Role::SharedDown => "ffn.shared.down",
         Role::O => "attn.o",
+        Role::AttnGate => "attn.gate",
+        Role::MixerIn | Role::MixerZ => "mixer.in, z",
+        Role::MixerDt | Role::MixerBeta => "mixer.dt, beta",
+        Role::MixerOut => "mixer.out",
         Role::Gate | Role::Up => "ffn.gate, up",
         Role::Down => "ffn.down",
         role if role.is_shortcut() => "shortcuts",

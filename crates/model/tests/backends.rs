@@ -13,11 +13,11 @@ use common::{Memory, specs};
 use lacuna_base::MatRef;
 use lacuna_format::{Stored, Weights};
 use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, Mass};
-use lacuna_model::backend::{Host, Measure, NO_CHOICE, Xielu};
+use lacuna_model::backend::{Host, Measure, MixerVectors, NO_CHOICE, Xielu};
 use lacuna_model::{
     Backend, Batch, ContiguousKv, Cpu, Decoder, LoadOptions, ModelError, Naive, NoTap, Shown, Tables, Tap, Wants,
 };
-use lacuna_spec::{Activation, Experts, Norm, Place, Rope, Temperature};
+use lacuna_spec::{Activation, Experts, Mixer, Norm, Place, Rope, Temperature};
 
 /// Counts what crosses the seam, by operation.
 #[derive(Clone, Default)]
@@ -53,6 +53,8 @@ impl<B: Backend> Backend for Counting<B> {
     type Ids = B::Ids;
     type Routes = B::Routes;
     type Pages = B::Pages;
+    type Mixer = B::Mixer;
+    type States = B::States;
     type Step = B::Step;
 
     fn matrix(
@@ -89,6 +91,29 @@ impl<B: Backend> Backend for Counting<B> {
     }
     fn pages(&self, layout: KvLayout, format: KvFormat) -> B::Pages {
         self.count("pages").pages(layout, format)
+    }
+    fn mixer_of(&self, place: &Place, mixer: &Mixer, hidden: usize, vectors: MixerVectors) -> B::Mixer {
+        self.count("mixer_of").mixer_of(place, mixer, hidden, vectors)
+    }
+    fn states(&self, mixer: &Mixer, hidden: usize) -> B::States {
+        self.count("states").states(mixer, hidden)
+    }
+    fn norm_pieces(&self, norm: &B::Norm, pieces: usize, x: &B::Rows) -> B::Rows {
+        self.count("norm_pieces").norm_pieces(norm, pieces, x)
+    }
+    fn convolve(&self, mixer: &B::Mixer, states: &mut B::States, layer: usize, step: &B::Step, x: &B::Rows) -> B::Rows {
+        self.count("convolve").convolve(mixer, states, layer, step, x)
+    }
+    fn scan(
+        &self,
+        mixer: &B::Mixer,
+        states: &mut B::States,
+        layer: usize,
+        step: &B::Step,
+        read: [&B::Rows; 2],
+        beta: Option<&B::Rows>,
+    ) -> B::Rows {
+        self.count("scan").scan(mixer, states, layer, step, read, beta)
     }
     fn begin(&self, batch: &Batch, tables: Tables) -> B::Step {
         self.count("begin").begin(batch, tables)

@@ -45,12 +45,20 @@ fn tiny<B: Backend>(backend: &B, tolerance: f32) {
     for dir in all {
         let name = dir.file_name().expect("a name").to_string_lossy().into_owned();
         match worst(backend, &dir) {
-            Ok(off) if off <= tolerance => {}
+            // A scan's f32 may lie further from its f64 than a product's.
+            Ok(off) if off <= tolerance.max(1.5 * apart(&dir)) => {}
             Ok(off) => wrong.push(format!("{name}: off by {off}")),
             Err(e) => wrong.push(format!("{name}: {e}")),
         }
     }
     assert!(wrong.is_empty(), "{wrong:#?}");
+}
+
+/// How far the twin's f32 lies from its f64.
+fn apart(dir: &Path) -> f32 {
+    let golden: serde_json::Value =
+        serde_json::from_slice(&std::fs::read(dir.join("golden.json")).expect("a file")).expect("JSON");
+    golden["f32_against_f64_max_abs"].as_f64().unwrap_or(0.0) as f32
 }
 
 #[test]

@@ -77,17 +77,19 @@ fn a_cut_store_continues_with_the_same_bits() {
         run(&d, &a, &Batch::one(0, 0..140), &mut kv);
         let full = kv.bytes();
         kv.truncate(0, 37);
-        assert!(kv.len(0) == 37 && kv.bytes() < full, "spec {i}");
+        // A state cannot go back: such a text is read again.
+        let left = if d.spec.first_mixer().is_some() { 0 } else { 37 };
+        assert!(kv.len(0) == left && kv.bytes() < full, "spec {i}");
         let changed = [&a[..37], &b[37..]].concat();
         let want = whole(&d, &changed, KvFormat::F32);
-        let got = run(&d, &changed[37..], &Batch::one(0, 37..140), &mut kv);
-        assert_eq!(bits(&got), bits(&want.view().rows_range(37, 140).to_mat()));
+        let got = run(&d, &changed[left..], &Batch::one(0, left..140), &mut kv);
+        assert_eq!(bits(&got), bits(&want.view().rows_range(left, 140).to_mat()));
     }
 }
 
 #[test]
 fn threads_change_nothing() {
-    for i in [1, 3] {
+    for i in [1, 3, 4, 5] {
         let d = Decoder::load(&Memory::random(specs().remove(i), 7), &LoadOptions::default()).unwrap();
         let a = tokens(90, 1);
         let pool = |n| rayon::ThreadPoolBuilder::new().num_threads(n).build().unwrap();

@@ -233,7 +233,7 @@ impl Timed {
 }
 
 impl Engine {
-    /// Bytes of keys and values that the token at position `at` reads.
+    /// Bytes of keys, values and states that the token at position `at` reads.
     fn kv_bytes_at(&self, at: usize) -> u64 {
         let seen = self.keep_plan().map_or(at + 1, |plan| slots_at(plan, at));
         let attns = self.model().spec.layers.iter().filter_map(|l| l.attn.as_ref());
@@ -242,7 +242,15 @@ impl Engine {
                 let layout = KvLayout { kv_heads: a.kv_heads, head_dim: a.head_dim, page_tokens: BLOCK_TOKENS };
                 (layout.token_bytes(self.kv_format()) * seen.min(a.window.unwrap_or(usize::MAX))) as u64
             })
-            .sum()
+            .sum::<u64>()
+            + self.state_bytes()
+    }
+
+    /// Bytes of a text's state.
+    fn state_bytes(&self) -> u64 {
+        let spec = &self.model().spec;
+        let values = spec.layers.iter().filter_map(|l| l.mixer.as_ref()).map(|m| m.state_values(spec.hidden));
+        4 * values.sum::<usize>() as u64
     }
 }
 

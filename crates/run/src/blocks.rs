@@ -10,6 +10,7 @@
 
 pub(crate) mod keep;
 pub(crate) mod select;
+mod states;
 
 use std::cmp::Reverse;
 use std::collections::{BTreeMap, BTreeSet, HashMap};
@@ -23,9 +24,14 @@ use lacuna_spec::Spec;
 
 use self::keep::{Keeping, Left};
 use self::select::Selecting;
+pub use self::states::SNAPSHOT_TOKENS;
+use self::states::{Kept, Own};
 
 /// Positions of a block.
 pub const BLOCK_TOKENS: usize = KEY_BLOCK;
+
+/// Bytes in which states count where there are no keys and values.
+const STATE_PAGE: usize = 4096;
 
 /// Below this, numbers of published blocks are beginnings: texts that must not share (LongRoPE turns long ones by other
 /// factors).
@@ -45,6 +51,8 @@ struct Published {
     used: u64,
     /// Blocks before it.
     depth: usize,
+    /// Where the state behind its last token is kept.
+    state: Option<u32>,
 }
 
 /// One text's keys and values.
@@ -64,6 +72,7 @@ struct Text {
     /// Of a fork: how many of its blocks are those of the text that it was forked from.
     lent: usize,
     left: Left,
+    own: Own,
 }
 
 impl Text {
@@ -118,6 +127,9 @@ pub struct BlockStore<B: Backend = Cpu> {
     selecting: Option<Selecting>,
     /// The texts of the batch that was prepared last.
     prepared: Vec<usize>,
+    states: Kept<B>,
+    /// Bytes that a block counts.
+    unit: usize,
 }
 
 impl BlockStore {
@@ -139,8 +151,10 @@ impl<B: Backend> BlockStore<B> {
             }));
         }
         let block: usize = pools.iter().map(B::Pages::block_bytes).sum();
-        // A model whose every attention was dropped keeps nothing; its blocks still count tokens.
-        let total = bytes / block.max(1);
+        // A model without attention keeps no keys; its blocks still count tokens, and a state counts pages of memory.
+        let mixes = spec.first_mixer().is_some();
+        let unit = if block == 0 && mixes { STATE_PAGE } else { block.max(1) };
+        let total = bytes / unit;
         BlockStore {
             pools,
             places,
@@ -159,7 +173,14 @@ impl<B: Backend> BlockStore<B> {
             keeping: None,
             selecting: None,
             prepared: Vec::new(),
+            states: Kept::new(backend, spec, unit),
+            unit,
         }
+    }
+
+    /// Bytes that a block counts against the budget: its own, or a page of a state where it has none.
+    pub fn unit_bytes(&self) -> usize {
+        self.unit
     }
 
     /// Bytes of one block.
@@ -175,24 +196,34 @@ impl<B: Backend> BlockStore<B> {
     /// Allows `blocks` from now on, or as many as texts at work hold, if those are more. Room beyond that is given back
     /// to the system, cached blocks thrown away if need be.
     pub fn set_total(&mut self, blocks: usize) {
-        while self.made > blocks {
+        while self.made + self.states.taken() > blocks {
+            if self.states.shrink() {
+                continue;
+            }
             let Some(block) = self.spare.pop().or_else(|| self.evict()) else { break };
-            self.made -= 1;
-            self.gone.push(block);
-            self.pools.iter_mut().for_each(|p| p.release(block));
+            self.give_back(block);
         }
-        self.total = blocks.max(self.made).min(u32::MAX as usize);
+        self.total = blocks.max(self.made + self.states.taken()).min(u32::MAX as usize);
+    }
+
+    /// Gives a block's memory back to the system.
+    fn give_back(&mut self, block: u32) {
+        self.made -= 1;
+        self.gone.push(block);
+        self.pools.iter_mut().for_each(|p| p.release(block));
     }
 
     /// Blocks that could be had now, cached ones thrown away if need be.
     pub fn available(&self) -> usize {
-        self.total - self.made + self.spare.len() + self.idle.len()
+        let [spare, idle] = self.states.free();
+        self.total - self.made - self.states.taken() + self.spare.len() + self.idle.len() + spare + idle
     }
 
     /// How many blocks are in which state.
     pub fn counts(&self) -> BlockCounts {
-        let free = self.total - self.made + self.spare.len();
-        let cached = self.idle.len();
+        let [spare, idle] = self.states.free();
+        let free = self.total - self.made - self.states.taken() + self.spare.len() + spare;
+        let cached = self.idle.len() + idle;
         BlockCounts {
             total: self.total,
             free,
@@ -203,9 +234,9 @@ impl<B: Backend> BlockStore<B> {
         }
     }
 
-    /// Bytes of pages that exist.
+    /// Bytes of pages and states that exist.
     pub fn bytes(&self) -> usize {
-        self.made * self.block_bytes()
+        self.made * self.block_bytes() + self.states.held_bytes()
     }
 
     /// Opens a text and returns its number. Texts of another `class` never share blocks with it.
@@ -219,6 +250,7 @@ impl<B: Backend> BlockStore<B> {
             beginning: u64::from(class),
             lent: 0,
             left: self.nothing_left(),
+            own: self.own_state(),
         };
         self.place_for(text)
     }
@@ -263,6 +295,7 @@ impl<B: Backend> BlockStore<B> {
             beginning: 0,
             lent,
             left: self.nothing_left().after(shift),
+            own: Own::NONE,
         }))
     }
 
@@ -318,11 +351,30 @@ impl<B: Backend> BlockStore<B> {
     }
 
     /// Takes over published blocks that go on with `tokens`, the text's own tokens, where the text stands at the end of
-    /// its published blocks. Returns the positions it has then.
+    /// its published blocks. Returns the positions it has then. A text with a state takes over what lies before the last
+    /// snapshot of it.
     #[track_caller]
     pub fn take_over(&mut self, slot: usize, tokens: &[u32]) -> usize {
+        let t = self.text(slot);
+        if !self.keeps_states() {
+            return self.take_blocks(slot, tokens, usize::MAX);
+        }
+        let aligned = t.tokens == t.shared.len() * BLOCK_TOKENS;
+        let Some(blocks) = self.reach(slot, tokens).filter(|_| aligned) else { return t.tokens };
+        let read = self.take_blocks(slot, tokens, blocks);
+        if let Some(&serial) = self.text(slot).shared.last() {
+            self.go_on(slot, serial);
+        }
+        read
+    }
+
+    /// The same up to so many blocks of the text.
+    fn take_blocks(&mut self, slot: usize, tokens: &[u32], most: usize) -> usize {
         loop {
             let t = self.text(slot);
+            if t.shared.len() == most {
+                return t.tokens;
+            }
             let aligned = t.tokens == t.shared.len() * BLOCK_TOKENS;
             let serial = self.next_key(slot, tokens).filter(|_| aligned).and_then(|key| self.index.get(&key).copied());
             let Some(serial) = serial else { return self.text(slot).tokens };
@@ -344,7 +396,8 @@ impl<B: Backend> BlockStore<B> {
     }
 
     /// As [`BlockStore::take_over`], for positions short of a whole block, for which there must be room already: copies
-    /// those that a published block or tail has in common with `tokens`.
+    /// those that a published block or tail has in common with `tokens`; with a state, those of a tail that has nothing
+    /// else.
     #[track_caller]
     pub fn take_part(&mut self, slot: usize, tokens: &[u32]) -> usize {
         let t = self.text(slot);
@@ -352,7 +405,11 @@ impl<B: Backend> BlockStore<B> {
         let rest = tokens.get(at * BLOCK_TOKENS..).unwrap_or_default();
         let rest = &rest[..rest.len().min(BLOCK_TOKENS)];
         let ready = t.tokens == at * BLOCK_TOKENS && t.blocks.len() > at;
-        let Some((n, serial)) = self.nearest(t.last(), rest).filter(|_| ready) else { return self.text(slot).tokens };
+        let found = match self.keeps_states() {
+            true => self.whole_tail(t.last(), rest).filter(|_| t.own.slot.is_some()),
+            false => self.nearest(t.last(), rest),
+        };
+        let Some((n, serial)) = found.filter(|_| ready) else { return self.text(slot).tokens };
         let clock = self.tick();
         self.touch(serial, clock);
         let (mine, theirs) = (self.text(slot).blocks[at], self.published.get(&serial).map(|p| p.block));
@@ -361,7 +418,8 @@ impl<B: Backend> BlockStore<B> {
         t.tail.extend_from_slice(&rest[..n]);
         t.tokens += n;
         t.written.fill(t.tokens);
-        t.tokens
+        self.go_on(slot, serial);
+        self.text(slot).tokens
     }
 
     /// The published block or tail behind block `parent` that begins with the most of `tokens`, and how many those are.
@@ -381,9 +439,11 @@ impl<B: Backend> BlockStore<B> {
         let t = self.text(slot);
         let slots = self.slots(usize::MAX).min(tokens.saturating_sub(t.left.shift));
         let need = slots.div_ceil(BLOCK_TOKENS).saturating_sub(t.blocks.len());
-        if need > self.available() {
+        let lacks = self.lacks_state(t);
+        if need.saturating_add(lacks) > self.available() {
             return false;
         }
+        self.give_state(slot);
         for _ in 0..need {
             let block = self.fresh();
             self.text_mut(slot).blocks.push(block);
@@ -411,7 +471,7 @@ impl<B: Backend> BlockStore<B> {
                     self.next += 1;
                     let block = self.text(slot).blocks[i];
                     self.index.insert(key.clone(), serial);
-                    self.published.insert(serial, Published { key, block, users: 1, used: clock, depth: i });
+                    self.published.insert(serial, Published::new(key, block, 1, clock, i, None));
                     serial
                 }
             };
@@ -432,6 +492,7 @@ impl<B: Backend> BlockStore<B> {
         t.tokens = t.tokens.min(tokens);
         t.tail.truncate(t.tokens - t.shared.len() * BLOCK_TOKENS);
         t.written.iter_mut().for_each(|w| *w = (*w).min(tokens));
+        t.own.forget(tokens);
     }
 
     /// Closes a text: its published blocks stay for others, and so does its tail; the rest is free.
@@ -440,10 +501,17 @@ impl<B: Backend> BlockStore<B> {
         let clock = self.tick();
         let mut t = self.texts[slot].take().expect("an open text");
         let whole = t.shared.len();
-        let kept = (whole + usize::from(!t.tail.is_empty())).min(t.blocks.len());
+        let state = self.last_state(&t);
+        // Without its state a tail is of no use to a model that has one.
+        let tail = !t.tail.is_empty() && (state.is_some() || !self.keeps_states());
+        let kept = (whole + usize::from(tail)).min(t.blocks.len());
         self.spare.extend(t.blocks.drain(kept..).rev());
-        if let Some(&block) = t.blocks.get(whole) {
-            self.keep_tail((t.last(), t.tail.as_slice().into()), block, clock, whole);
+        match t.blocks.get(whole) {
+            Some(&block) => self.keep_tail((t.last(), t.tail.as_slice().into()), block, clock, whole, state),
+            None => {
+                let here = t.shared.last().copied().filter(|_| t.tokens == whole * BLOCK_TOKENS);
+                self.leave_state(here, state);
+            }
         }
         t.shared.into_iter().for_each(|serial| self.leave(serial, clock));
     }
@@ -456,15 +524,21 @@ impl<B: Backend> BlockStore<B> {
         p.used = clock;
         if p.users == 0 {
             self.idle.insert((clock, Reverse(p.depth), serial));
+            self.states.count_idle(p.state, true);
         }
     }
 
-    /// Publishes a block that is not full, unless another one holds what it holds; one that holds less makes way.
-    fn keep_tail(&mut self, key: Key, block: u32, clock: u64, depth: usize) {
-        let near = self.nearest(key.0, &key.1);
+    /// Publishes a block that is not full, unless another one holds what it holds; one that holds less makes way. Of
+    /// tails with a state each is of use to those that go on from it alone.
+    fn keep_tail(&mut self, key: Key, block: u32, clock: u64, depth: usize, state: Option<u32>) {
+        let near = match self.keeps_states() {
+            true => self.index.get(&key).map(|&serial| (key.1.len(), serial)),
+            false => self.nearest(key.0, &key.1),
+        };
         if let Some((_, serial)) = near.filter(|(n, _)| *n == key.1.len()) {
             self.touch(serial, clock);
             self.spare.push(block);
+            self.states.give_up(state);
             return;
         }
         if let Some((_, serial)) = near.filter(|(n, serial)| self.published[serial].key.1.len() == *n) {
@@ -474,8 +548,9 @@ impl<B: Backend> BlockStore<B> {
         let serial = self.next;
         self.next += 1;
         self.index.insert(key.clone(), serial);
-        self.published.insert(serial, Published { key, block, users: 0, used: clock, depth });
+        self.published.insert(serial, Published::new(key, block, 0, clock, depth, state));
         self.idle.insert((clock, Reverse(depth), serial));
+        self.states.count_idle(state, true);
     }
 
     /// Throws away every cached block that nobody uses.
@@ -496,6 +571,7 @@ impl<B: Backend> BlockStore<B> {
         let p = self.published.get_mut(&serial).expect("an indexed block is published");
         if p.users == 0 {
             self.idle.remove(&(p.used, Reverse(p.depth), serial));
+            self.states.count_idle(p.state, false);
         }
         p.users += 1;
         self.shared += usize::from(p.users == 2);
@@ -516,13 +592,15 @@ impl<B: Backend> BlockStore<B> {
         if let Some(block) = self.spare.pop() {
             return block;
         }
-        if self.made < self.total {
-            let block = self.gone.pop().unwrap_or(self.made as u32);
-            self.made += 1;
-            self.pools.iter_mut().for_each(|p| p.reserve(block));
-            return block;
+        while self.made + self.states.taken() >= self.total {
+            if !self.states.shrink() {
+                return self.evict().expect("a block is available");
+            }
         }
-        self.evict().expect("a block is available")
+        let block = self.gone.pop().unwrap_or(self.made as u32);
+        self.made += 1;
+        self.pools.iter_mut().for_each(|p| p.reserve(block));
+        block
     }
 
     /// Throws away the published block that was not used for longest.
@@ -537,6 +615,8 @@ impl<B: Backend> BlockStore<B> {
         let p = self.published.remove(&serial)?;
         self.idle.remove(&(p.used, Reverse(p.depth), serial));
         self.index.remove(&p.key);
+        self.states.count_idle(p.state, false);
+        self.states.give_up(p.state);
         Some(p.block)
     }
 
@@ -624,5 +704,17 @@ impl<B: Backend> KvStore<B> for BlockStore<B> {
         if let Some(place) = self.places.get(layer).copied().flatten() {
             self.take_back(place, mass);
         }
+    }
+
+    fn prepare_states(&mut self, layer: usize, batch: &Batch) -> Result<(), ModelError> {
+        self.prepare_own(layer, batch)
+    }
+
+    fn state(&self, _: usize, slot: usize) -> Result<u32, ModelError> {
+        self.slot_of(slot)
+    }
+
+    fn states(&mut self, layer: usize) -> Result<&mut B::States, ModelError> {
+        self.states_of(layer)
     }
 }

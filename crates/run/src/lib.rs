@@ -18,7 +18,7 @@ mod score;
 mod session;
 
 pub use bench::{Bench, BenchOptions, Spent, bench};
-pub use blocks::{BLOCK_TOKENS, BlockCounts, BlockStore};
+pub use blocks::{BLOCK_TOKENS, BlockCounts, BlockStore, SNAPSHOT_TOKENS};
 pub use chat::Chat;
 pub use engine::{Engine, RunError};
 pub use generate::{Generation, Stop};

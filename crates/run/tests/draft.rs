@@ -309,6 +309,19 @@ fn what_does_not_pay_is_not_verified() {
     assert_eq!(out.tokens, expected[0].ids);
 }
 
+/// A refused token cannot be taken back from a state.
+#[test]
+fn networks_with_a_state_refuse_drafts() {
+    for (name, layer) in [("lfm2", 0), ("qwen3_5", 0), ("mamba2", 0)] {
+        let e = engine(name).with_plan(plan("oracle", json!({ "texts": [[3, 4]], "wrong": 0 })));
+        let said = e.check_plan().unwrap_err().to_string();
+        assert!(said.contains("draft") && said.contains(&format!("layer {layer}")), "{said}");
+        let mut s = Scheduler::new(e, tokenizer(), limits(1, 512));
+        let g = Generation { prompt: vec![5], ..Generation::default() };
+        assert!(s.submit(0, ask(&g)).is_err());
+    }
+}
+
 #[test]
 fn flags_take_the_place_of_what_a_file_says_and_say_what_is_wrong() {
     let registry = lacuna_methods::registry();

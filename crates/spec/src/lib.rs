@@ -5,11 +5,13 @@
 //! a file's own configuration and names and these.
 
 mod latent;
+mod mixer;
 mod mixture;
 mod place;
 mod spec;
 
 pub use latent::Latent;
+pub use mixer::{Delta, GateNorm, Mixer, ShortConv, Ssd};
 pub use mixture::{ExpertGroups, Experts, RouterScore, SharedExpert};
 pub use place::{Part, Place, Role, Target};
 pub use spec::{

@@ -65,6 +65,39 @@ pub enum Role {
     /// Matrix in the shortcut around attention, `[hidden, hidden]`.
     #[serde(rename = "attn.shortcut")]
     AttnShortcut,
+    /// What a gated attention's output is multiplied with, through a sigmoid, `[heads * head_dim, hidden]`.
+    #[serde(rename = "attn.gate")]
+    AttnGate,
+    /// Norm before a recurrent mixer, and before the attention beside it, `[hidden]`.
+    #[serde(rename = "mixer.norm")]
+    MixerNorm,
+    /// What goes into a mixer's convolution, `[channels, hidden]` (a short convolution's: `[3 * hidden, hidden]`).
+    #[serde(rename = "mixer.in")]
+    MixerIn,
+    /// A mixer's output gate, `[width, hidden]`.
+    #[serde(rename = "mixer.z")]
+    MixerZ,
+    /// A mixer's time steps, `[heads, hidden]`.
+    #[serde(rename = "mixer.dt")]
+    MixerDt,
+    /// How much the delta rule writes, `[heads, hidden]`.
+    #[serde(rename = "mixer.beta")]
+    MixerBeta,
+    /// A mixer's convolution, `[channels, kernel]`, the row's own position last.
+    #[serde(rename = "mixer.conv")]
+    MixerConv,
+    /// How fast each head of a mixer forgets, `[heads]`.
+    #[serde(rename = "mixer.a")]
+    MixerA,
+    /// What each head of a mixer passes by its state, `[heads]`.
+    #[serde(rename = "mixer.d")]
+    MixerD,
+    /// Norm before a mixer's output projection, `[width]` or `[value_dim]`.
+    #[serde(rename = "mixer.out_norm")]
+    MixerOutNorm,
+    /// A mixer's output projection, `[hidden, width]`.
+    #[serde(rename = "mixer.out")]
+    MixerOut,
     /// Norm before the FFN, `[hidden]`.
     #[serde(rename = "ffn.norm")]
     FfnNorm,
@@ -117,7 +150,7 @@ pub enum Role {
 
 impl Role {
     /// Every role, in the order in which a token meets them.
-    pub const ALL: [Role; 35] = [
+    pub const ALL: [Role; 46] = [
         Role::Embed,
         Role::Positions,
         Role::EmbedNorm,
@@ -135,8 +168,19 @@ impl Role {
         Role::O,
         Role::QNorm,
         Role::KNorm,
+        Role::AttnGate,
         Role::AttnPostNorm,
         Role::AttnShortcut,
+        Role::MixerNorm,
+        Role::MixerIn,
+        Role::MixerZ,
+        Role::MixerDt,
+        Role::MixerBeta,
+        Role::MixerConv,
+        Role::MixerA,
+        Role::MixerD,
+        Role::MixerOutNorm,
+        Role::MixerOut,
         Role::FfnNorm,
         Role::Router,
         Role::Correction,
@@ -176,7 +220,18 @@ impl Role {
             Role::QNorm => "attn.q_norm",
             Role::KNorm => "attn.k_norm",
             Role::AttnPostNorm => "attn.post_norm",
+            Role::AttnGate => "attn.gate",
             Role::AttnShortcut => "attn.shortcut",
+            Role::MixerNorm => "mixer.norm",
+            Role::MixerIn => "mixer.in",
+            Role::MixerZ => "mixer.z",
+            Role::MixerDt => "mixer.dt",
+            Role::MixerBeta => "mixer.beta",
+            Role::MixerConv => "mixer.conv",
+            Role::MixerA => "mixer.a",
+            Role::MixerD => "mixer.d",
+            Role::MixerOutNorm => "mixer.out_norm",
+            Role::MixerOut => "mixer.out",
             Role::FfnNorm => "ffn.norm",
             Role::Gate => "ffn.gate",
             Role::Up => "ffn.up",
@@ -200,10 +255,12 @@ impl Role {
     /// positions.
     pub fn is_linear(self) -> bool {
         self.is_shortcut()
+            || self.is_mixer_linear()
             || matches!(
                 self,
                 Role::Q | Role::K | Role::V | Role::O | Role::Gate | Role::Up | Role::Down | Role::Router | Role::Head
             )
+            || self == Role::AttnGate
             || matches!(self, Role::QDown | Role::KvDown | Role::KUp | Role::VUp)
             || matches!(self, Role::SharedRouter | Role::SharedGate | Role::SharedUp | Role::SharedDown)
     }
@@ -221,6 +278,26 @@ impl Role {
     /// Whether it is a router, of experts or of the shared one: tiny, and what tokens become hangs on its last bits.
     pub fn is_router(self) -> bool {
         matches!(self, Role::Router | Role::SharedRouter)
+    }
+
+    fn is_mixer_linear(self) -> bool {
+        matches!(self, Role::MixerIn | Role::MixerZ | Role::MixerDt | Role::MixerBeta | Role::MixerOut)
+    }
+
+    /// Whether the tensor is a recurrent mixer's own, its norm included.
+    pub fn is_mixer(self) -> bool {
+        self.is_mixer_linear()
+            || matches!(self, Role::MixerNorm | Role::MixerConv | Role::MixerA | Role::MixerD | Role::MixerOutNorm)
+    }
+
+    /// Whether the tensor has two axes: a matrix that multiplies activations, a table of rows, or a convolution.
+    pub fn is_table(self) -> bool {
+        self.is_linear() || matches!(self, Role::Embed | Role::Positions | Role::MixerConv)
+    }
+
+    /// Whether the matrix is so small, and what hangs on its last bits so much, that it is meant by its own name only.
+    pub fn is_by_name_only(self) -> bool {
+        self.is_router() || matches!(self, Role::MixerDt | Role::MixerBeta)
     }
 
     /// Whether the matrix stands in the shortcut around a part.
@@ -360,12 +437,13 @@ impl<'de> Deserialize<'de> for Place {
 pub struct Target(pub String);
 
 impl Target {
-    /// Whether `place` (a weight) is meant. Norms, positions and biases never are. A router only by its name: it is
-    /// tiny, and which experts a token gets hangs on its last bits; a shortcut, too: what it loses, every later block
-    /// lacks.
+    /// Whether `place` (a weight) is meant. Norms, positions, convolutions and biases never are. A router only by its
+    /// name: it is tiny, and which experts a token gets hangs on its last bits; a mixer's time steps and a shortcut, too:
+    /// what those lose, every later token or block lacks.
     pub fn matches(&self, place: &Place) -> bool {
         let named = |last: &str| self.0.ends_with(last);
-        if (place.role.is_router() && !named("router")) || (place.role.is_shortcut() && !named("shortcut")) {
+        let last = place.role.name().rsplit('.').next().unwrap_or_default();
+        if (place.role.is_by_name_only() && !named(last)) || (place.role.is_shortcut() && !named("shortcut")) {
             return false;
         }
         if place.part == Part::Bias || !(place.role.is_linear() || place.role == Role::Embed) {
@@ -422,5 +500,8 @@ mod tests {
         let shortcut = Place::layer(3, Role::AttnShortcut);
         assert!(!hit("attn.*", shortcut) && !hit("*", shortcut) && hit("layers.3.attn.shortcut", shortcut));
         assert!(hit("*.shortcut", shortcut) && !hit("ffn.shortcut", shortcut));
+        let (into, dt) = (Place::layer(1, Role::MixerIn), Place::layer(1, Role::MixerDt));
+        assert!(hit("mixer.*", into) && !hit("attn.*", into) && !hit("mixer.*", dt) && hit("mixer.dt", dt));
+        assert!(!hit("mixer.*", Place::layer(1, Role::MixerConv)) && hit("attn.*", Place::layer(1, Role::AttnGate)));
     }
 }

@@ -3,6 +3,7 @@
 use serde::{Deserialize, Serialize};
 
 use crate::latent::Latent;
+use crate::mixer::Mixer;
 use crate::mixture::Experts;
 use crate::place::{Part, Place, Role};
 
@@ -164,6 +165,10 @@ pub enum NormKind {
 pub struct LayerSpec {
     /// Attention.
     pub attn: Option<AttnSpec>,
+    /// A recurrent mixer, in attention's place or beside it: then both read one norm, the mixer's, and their outputs
+    /// are added together.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub mixer: Option<Mixer>,
     /// Feed-forward.
     pub ffn: Option<FfnSpec>,
     /// A matrix in the shortcut around attention: `x Sᵀ + attention(norm(x))`. It stays where the part goes, since what
@@ -243,6 +248,9 @@ pub struct AttnSpec {
     /// Keys and values are made from a latent, which is what is cached.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub latent: Option<Latent>,
+    /// Whether what is put together from the values is multiplied with `sigmoid(attn.gate h)` before o.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub gate: bool,
 }
 
 /// What a norm of queries and keys goes over.
@@ -300,6 +308,7 @@ impl Default for AttnSpec {
             alibi: None,
             sinks: false,
             latent: None,
+            gate: false,
         }
     }
 }
@@ -364,6 +373,8 @@ pub enum Activation {
     /// `m / (1 + e^(-1.702 m))` with `m = min(x, 7)`, beside an up that is cut to `-7 ..= 7` and then one more
     /// (GPT-OSS): of gated parts alone.
     SwigluOai,
+    /// `1 / (1 + e^-x)`.
+    Sigmoid,
 }
 
 /// Which pairs of a head's channels turn together.
@@ -590,6 +601,12 @@ impl Spec {
                     }
                 }
             }
+            if let Some(what) = layer.mixer.as_ref().and_then(|m| m.fault(self.hidden)) {
+                return fail(format!("layer {l}: mixer: {what}"));
+            }
+            if layer.mixer.is_some() && layer.attn_shortcut {
+                return fail(format!("layer {l}: a matrix in the shortcut around a mixer"));
+            }
             if let Some(f) = &layer.ffn {
                 dim(&format!("layer {l}: FFN width"), f.width)?;
                 if f.bias && f.down_bias {
@@ -636,11 +653,15 @@ impl Spec {
         match place.role {
             Role::AttnShortcut => layer.attn_shortcut.then(|| linear(h, h, false)).flatten(),
             Role::FfnShortcut => layer.ffn_shortcut.then(|| linear(h, h, false)).flatten(),
+            Role::MixerNorm => norm(layer.mixer.is_some(), h),
+            role if role.is_mixer() => layer.mixer.as_ref()?.shape(role, place.part, h),
             Role::AttnNorm if layer.order == Order::Shared => norm(layer.attn.is_some() || layer.ffn.is_some(), h),
-            Role::AttnNorm | Role::QNorm | Role::KNorm | Role::AttnPostNorm | Role::Sinks => {
+            Role::AttnNorm | Role::QNorm | Role::KNorm | Role::AttnPostNorm | Role::AttnGate | Role::Sinks => {
                 let a = layer.attn.as_ref()?;
                 match place.role {
-                    Role::AttnNorm => norm(a.pre_norm, h),
+                    // Beside a mixer it is the mixer's.
+                    Role::AttnNorm => norm(a.pre_norm && layer.mixer.is_none(), h),
+                    Role::AttnGate => a.gate.then(|| linear(a.heads * a.head_dim, h, a.qkv_bias)).flatten(),
                     Role::AttnPostNorm => norm(a.post_norm, h),
                     Role::Sinks => (a.sinks && place.part == Weight).then_some((1, a.heads)),
                     role => {
@@ -721,6 +742,11 @@ impl Spec {
         out.extend([Role::FinalNorm, Role::Head].into_iter().flat_map(global));
         out.retain(|p| self.shape(p).is_some());
         out
+    }
+
+    /// The first recurrent mixer: such a layer keeps a state and cannot go back to an earlier position.
+    pub fn first_mixer(&self) -> Option<usize> {
+        self.layers.iter().position(|l| l.mixer.is_some())
     }
 
     /// The first shortcut that a matrix stands in: only the packed format can say it, and one layer's residual stream

@@ -119,8 +119,8 @@ impl Checkpoint {
         };
         let located = self.check_place(place, source, tensor)?;
         let mut of = None;
-        if let Located::Plain { rows, cols, .. } = &located
-            && (source.rows.is_some() || source.slice.is_some())
+        if let Located::Plain { rows, cols, .. } | Located::Gathered { rows, cols, .. } = &located
+            && (source.rows.is_some() || source.slice.is_some() || !source.order.is_empty())
         {
             // What lies the other way round takes as many rows of the tensor as it has columns.
             let rows = if source.turned { cols } else { rows };
@@ -148,8 +148,8 @@ impl Checkpoint {
         let Some((rows, cols)) = self.spec.shape(place) else {
             return Err(self.foreign_fault(Fault { tensor: name.into(), what: format!("the network has no {place}") }));
         };
-        if source.groups > 1 {
-            let what = format!("{place} lies in {} groups of its rows, which are not taken apart", source.groups);
+        if source.groups > 1 || !source.order.is_empty() {
+            let what = format!("rows of {place} stand by turns with others in it, which is not read from such files");
             return Err(self.foreign_fault(Fault { tensor: name.into(), what }));
         }
         let (from, to) = source.rows.unwrap_or((0, high));
@@ -196,11 +196,19 @@ impl Checkpoint {
             TensorType::Block(b) => (b.block(), b.block_bytes()),
             other => return Err(bad(format!("{} cannot be decoded as the weights of {place}", other.name()))),
         };
-        let table = place.role.is_linear() || matches!(place.role, Role::Embed | Role::Positions);
+        let table = place.role.is_table();
         let vector = !table || place.part == Part::Bias;
         let wrong = |want: String| bad(format!("shape {:?}, but {place} is {want}", t.shape));
         // What is stored, as [slices, rows, cols].
-        let (slices, high, wide) = match (t.shape.as_slice(), source.slice) {
+        let flat: Vec<usize>;
+        let shape = if t.shape == source.axes {
+            // Its own axes are as good as the place's.
+            flat = if vector { vec![cols] } else { vec![rows, cols] };
+            flat.as_slice()
+        } else {
+            t.shape.as_slice()
+        };
+        let (slices, high, wide) = match (shape, source.slice) {
             ([n], None) if vector => (1, 1, *n),
             ([1, n], None) if vector => (1, 1, *n),
             // A scale for each head.
@@ -244,6 +252,15 @@ impl Checkpoint {
                 lie: Lie { transposed: None, step: source.step },
                 groups: None,
             });
+        }
+        if !source.order.is_empty() {
+            let rows_here: usize = source.order.iter().map(|(from, to)| to.saturating_sub(*from)).sum();
+            if rows_here != rows || wide != cols || source.order.iter().any(|(from, to)| from > to || *to > high) {
+                return Err(wrong(format!("[{rows}, {cols}], some rows of it")));
+            }
+            let at = |row: usize| t.bytes.start + row_bytes(cols) * row;
+            let runs = source.order.iter().map(|&(from, to)| at(from)..at(to)).collect();
+            return Ok(Located::Gathered { tensor, runs, rows, cols });
         }
         let (high_here, wide_here) = if source.transposed { (wide, high) } else { (high, wide) };
         // Learned positions: the file may have more than the network asks for.

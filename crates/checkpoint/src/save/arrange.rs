@@ -4,9 +4,9 @@
 use std::sync::Arc;
 
 use lacuna_arch::{self as arch, Target, Whole};
-use lacuna_base::Mat;
+use lacuna_base::{Mat, MatMut};
 use lacuna_format::{Float, GgufType, Pattern, Stored, Values, Weights};
-use lacuna_spec::{AttnSpec, Part, Place, Role, RopeStyle, Spec, SpecError};
+use lacuna_spec::{AttnSpec, Delta, Mixer, Part, Place, Role, RopeStyle, Spec, SpecError};
 use rayon::prelude::*;
 
 use super::{Loss, Sink};
@@ -173,12 +173,54 @@ impl<'a> Arranged<'a> {
         Some((0..to.head_dim).map(moved).collect())
     }
 
+    fn mixers(&self, place: &Place) -> Option<[&Mixer; 2]> {
+        let l = place.layer? as usize;
+        let of = |spec: &'_ Spec, l: usize| spec.layers.get(l).map(|layer| layer.mixer.is_some());
+        let from = self.layers[l];
+        of(self.weights.spec(), from).zip(of(&self.spec, l)).filter(|(a, b)| *a && *b)?;
+        Some([self.weights.spec().layers[from].mixer.as_ref()?, self.spec.layers[l].mixer.as_ref()?])
+    }
+
+    /// Where value heads of the delta rule stand in another order: of each row (entry of a vector) of a place the
+    /// source's; of `mixer.out`, of each column.
+    fn heads_moved(&self, place: &Place) -> Option<Vec<usize>> {
+        let [Mixer::Delta(from), Mixer::Delta(to)] = self.mixers(place)? else { return None };
+        if from.tiled == to.tiled {
+            return None;
+        }
+        let Delta { key_heads, value_heads, key_dim, value_dim, .. } = *to;
+        let each = value_heads / key_heads;
+        // Value head `h` here is the source's.
+        let head = |h: usize| {
+            if to.tiled { h % key_heads * each + h / key_heads } else { h % each * key_heads + h / each }
+        };
+        let (before, wide) = match place.role {
+            Role::MixerIn | Role::MixerConv => (2 * key_heads * key_dim, value_dim),
+            Role::MixerZ | Role::MixerOut => (0, value_dim),
+            Role::MixerDt | Role::MixerBeta | Role::MixerA => (0, 1),
+            _ => return None,
+        };
+        let behind = (0..value_heads).flat_map(|h| (0..wide).map(move |i| before + head(h) * wide + i));
+        Some((0..before).chain(behind).collect())
+    }
+
+    /// Whether `ln A` becomes `-A` (true), or the other way round.
+    fn log_taken(&self, place: &Place) -> Option<bool> {
+        let log = |m: &Mixer| match m {
+            Mixer::Ssd(m) => m.log,
+            Mixer::Delta(m) => m.log,
+            Mixer::ShortConv(_) => false,
+        };
+        let [from, to] = self.mixers(place)?.map(log);
+        (place.role == Role::MixerA && from != to).then_some(from)
+    }
+
     /// What a stored value is multiplied with, and what is added to it: norms lie less one in some layouts, and none
     /// has a divisor of its own.
     fn rescale(&self, place: &Place) -> (f32, f32) {
-        let table = place.role.is_linear() || matches!(place.role, Role::Embed | Role::Positions);
-        let table = table || matches!(place.role, Role::ActAbove | Role::ActBelow | Role::Sinks | Role::Correction);
-        if table || place.part == Part::Bias {
+        let own = place.role.is_mixer() && place.role != Role::MixerNorm;
+        let own = own || matches!(place.role, Role::ActAbove | Role::ActBelow | Role::Sinks | Role::Correction);
+        if place.role.is_table() || own || place.part == Part::Bias {
             return (1.0, 0.0);
         }
         let from = self.weights.spec();
@@ -192,7 +234,26 @@ impl<'a> Arranged<'a> {
         let (_, cols) = self.spec.shape(place).unwrap_or_default();
         let mut m = Mat::zeros(to - from, cols);
         let Some(stored) = stored else { return m };
-        stored.decode_rows(from, to, m.view_mut());
+        match self.heads_moved(place) {
+            // Rows come one by one.
+            Some(moved) if is_matrix(place) && place.role != Role::MixerOut => {
+                for (i, r) in (from..to).enumerate() {
+                    stored.decode_rows(moved[r], moved[r] + 1, MatMut::new(1, cols, m.row_mut(i)));
+                }
+            }
+            moved => {
+                stored.decode_rows(from, to, m.view_mut());
+                for r in 0..moved.as_ref().map_or(0, |_| m.rows()) {
+                    let was = m.row(r).to_vec();
+                    m.row_mut(r).iter_mut().zip(moved.iter().flatten()).for_each(|(x, c)| *x = was[*c]);
+                }
+            }
+        }
+        match self.log_taken(place) {
+            Some(true) => m.data_mut().iter_mut().for_each(|a| *a = -a.exp()),
+            Some(false) => m.data_mut().iter_mut().for_each(|a| *a = (-*a).ln()),
+            None => {}
+        }
         let (factor, shift) = self.rescale(place);
         if (factor, shift) != (1.0, 0.0) {
             m.data_mut().iter_mut().for_each(|x| *x = *x * factor + shift);
@@ -213,6 +274,9 @@ impl<'a> Arranged<'a> {
 
     /// The source's row behind row `r`.
     pub fn row_of(&self, place: &Place, r: usize) -> usize {
+        if let Some(moved) = self.heads_moved(place).filter(|_| is_matrix(place) && place.role != Role::MixerOut) {
+            return moved[r];
+        }
         match self.moves(place).filter(|_| place.part == Part::Weight) {
             Some(moves) => r / moves.len() * moves.len() + moves[r % moves.len()],
             None => r,
@@ -250,9 +314,20 @@ impl<'a> Arranged<'a> {
         if target.groups > 1 {
             return self.write_grouped(target, form, sink);
         }
-        for (place, turned) in target.parts.iter().zip(&target.turned) {
-            let stored = self.stored(place)?;
-            if *turned {
+        // Each part after the other, or rows of several by turns.
+        let mut runs: Vec<(usize, Vec<(usize, usize)>)> = Vec::new();
+        match target.order.is_empty() {
+            true => runs.extend(target.parts.iter().map(|p| self.chunks(p)).enumerate()),
+            false => runs.extend(target.order.iter().map(|&(part, from, to)| (part, vec![(from, to)]))),
+        }
+        let mut last = None;
+        for (part, chunks) in runs {
+            let place = &target.parts[part];
+            let stored = match last.take() {
+                Some((same, stored)) if same == place => stored,
+                _ => self.stored(place)?,
+            };
+            if target.turned[part] {
                 let (rows, _) = self.spec.shape(place).unwrap_or_default();
                 let m = self.decode(place, stored.as_deref(), 0, rows).transpose();
                 for r in 0..m.rows() {
@@ -262,7 +337,7 @@ impl<'a> Arranged<'a> {
                 }
                 continue;
             }
-            for (from, to) in self.chunks(place) {
+            for (from, to) in chunks {
                 let cols = self.spec.shape(place).unwrap_or_default().1;
                 if let Some(bytes) = stored.as_deref().and_then(|s| self.as_they_are(place, s, form, from, to)) {
                     loss.values += ((to - from) * cols) as u64;
@@ -281,7 +356,11 @@ impl<'a> Arranged<'a> {
                     sink(&bytes)?;
                 }
             }
-            self.release(place);
+            if target.order.is_empty() {
+                self.release(place);
+            } else {
+                last = Some((place, stored));
+            }
         }
         Ok(loss)
     }
@@ -360,6 +439,10 @@ impl<'a> Arranged<'a> {
         if self.rescale(place) != (1.0, 0.0) || (place.part == Part::Bias && self.moves(place).is_some()) {
             return None;
         }
+        let other = self.heads_moved(place).is_some() && (place.role == Role::MixerOut || !is_matrix(place));
+        if other || self.log_taken(place).is_some() {
+            return None;
+        }
         if let Some(piece) = stored.single()
             && piece.pattern == Pattern::Dense
         {
@@ -380,6 +463,11 @@ impl<'a> Arranged<'a> {
             (from..to).into_par_iter().map(|r| ints.row_as_blocks(self.row_of(place, r), kind)).collect();
         Some(rows?.concat())
     }
+}
+
+/// Whether a place has rows, and is no vector.
+fn is_matrix(place: &Place) -> bool {
+    place.role.is_table() && place.part == Part::Weight
 }
 
 fn encode(form: Encoding, row: &[f32]) -> Result<(Vec<u8>, Loss), String> {

@@ -79,16 +79,18 @@ struct Running {
     reducers: Vec<(Ask, Box<dyn Reducer>)>,
 }
 
-/// The matrix in whose name the input of `place` is gathered: q for k and v, gate for up, the shared expert's with them;
-/// what makes the queries' latent, or the queries, for what makes that of keys and values.
+/// The matrix in whose name the input of `place` is gathered: q for k, v and attention's gate, gate for up, the shared
+/// expert's with them; what makes the queries' latent, or the queries, for what makes that of keys and values; a mixer's
+/// first projection for its others (time steps apart, whose input may have a factor of its own).
 pub(crate) fn reader(spec: &Spec, place: &Place) -> Place {
     let layer = place.layer.and_then(|l| spec.layers.get(l as usize));
     let gated = layer.and_then(|l| l.ffn.as_ref()).is_some_and(|f| f.gated);
     let narrow = layer.and_then(|l| l.attn.as_ref()?.latent?.q_rank).is_some();
     let role = match place.role {
-        Role::K | Role::V => Role::Q,
+        Role::K | Role::V | Role::AttnGate => Role::Q,
         Role::KvDown if narrow => Role::QDown,
         Role::KvDown => Role::Q,
+        Role::MixerZ | Role::MixerBeta => Role::MixerIn,
         Role::Up if gated => Role::Gate,
         Role::SharedUp if gated => Role::SharedGate,
         r => r,

@@ -39,6 +39,10 @@ fn slope<S: Simd>(s: S, act: Activation, x: S::V) -> S::V {
             s.mul(half, s.fma(x, bell, s.add(one, t)))
         }
         Activation::Relu => s.select_lt(zero, x, one, zero),
+        Activation::Sigmoid => {
+            let p = math::sigmoid(s, x);
+            s.mul(p, s.sub(one, p))
+        }
         Activation::Relu2 => s.add(s.max(zero, x), s.max(zero, x)),
         Activation::Xielu => unreachable!("its numbers are a layer's own: `xielu_slope`"),
         // y = x p with p = sigmoid(1.702 x): p + 1.702 x p (1 - p), and 0 beyond the cut.
@@ -147,13 +151,14 @@ mod tests {
     use crate::softmax;
     use lacuna_base::Mat;
 
-    const ALL: [Activation; 6] = [
+    const ALL: [Activation; 7] = [
         Activation::Silu,
         Activation::Gelu,
         Activation::GeluTanh,
         Activation::Relu,
         Activation::Relu2,
         Activation::SwigluOai,
+        Activation::Sigmoid,
     ];
 
     /// The error function, by its Maclaurin series: near enough for |x| < 3.2.
@@ -174,6 +179,7 @@ mod tests {
                 0.5 * x * (1.0 + ((2.0 / std::f64::consts::PI).sqrt() * (x + 0.044715 * x * x * x)).tanh())
             }
             Activation::Relu => x.max(0.0),
+            Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
             Activation::SwigluOai => x.min(7.0) / (1.0 + (-1.702 * x.min(7.0)).exp()),
             Activation::Relu2 => x.max(0.0).powi(2),
             Activation::Xielu => unreachable!(),

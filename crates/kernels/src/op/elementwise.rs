@@ -58,6 +58,7 @@ fn activate<S: Simd>(s: S, act: Activation, x: S::V) -> S::V {
         }
         Activation::Xielu => unreachable!("its numbers are a layer's own: `xielu`"),
         Activation::SwigluOai => math::swiglu_oai(s, x),
+        Activation::Sigmoid => math::sigmoid(s, x),
     }
 }
 
@@ -285,6 +286,7 @@ mod tests {
             Activation::SwigluOai => x.min(7.0) / (1.0 + (-1.702 * x.min(7.0)).exp()),
             Activation::Relu2 => x.max(0.0).powi(2),
             Activation::Xielu => unreachable!(),
+            Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
         }
     }
 
@@ -312,13 +314,14 @@ mod tests {
         }
     }
 
-    const ALL: [Activation; 6] = [
+    const ALL: [Activation; 7] = [
         Activation::Silu,
         Activation::Gelu,
         Activation::GeluTanh,
         Activation::Relu,
         Activation::Relu2,
         Activation::SwigluOai,
+        Activation::Sigmoid,
     ];
 
     #[test]
@@ -354,7 +357,11 @@ mod tests {
                 }
                 let mut bad = Mat::from_vec(1, 4, vec![f32::NAN, f32::INFINITY, 1.0, f32::NEG_INFINITY]);
                 activation_on(isa, act, bad.view_mut());
-                let top = if act == Activation::SwigluOai { exact(act, 7.0) as f32 } else { f32::INFINITY };
+                let top = match act {
+                    Activation::SwigluOai => exact(act, 7.0) as f32,
+                    Activation::Sigmoid => 1.0,
+                    _ => f32::INFINITY,
+                };
                 assert!(bad[(0, 0)].is_nan() && bad[(0, 1)] == top && bad[(0, 2)].is_finite(), "{isa} {act:?} {bad:?}");
             }
         }

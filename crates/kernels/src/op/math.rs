@@ -71,6 +71,13 @@ pub(crate) fn swiglu_oai<S: Simd>(s: S, x: S::V) -> S::V {
     s.div(m, s.add(e, s.splat(1.0)))
 }
 
+/// `1 / (1 + e^-x)`.
+#[inline(always)]
+pub(crate) fn sigmoid<S: Simd>(s: S, x: S::V) -> S::V {
+    let e = exp(s, s.sub(s.splat(0.0), x));
+    s.div(s.splat(1.0), s.add(e, s.splat(1.0)))
+}
+
 /// GELU through the error function.
 #[inline(always)]
 pub(crate) fn gelu<S: Simd>(s: S, x: S::V) -> S::V {

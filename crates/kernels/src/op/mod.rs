@@ -12,6 +12,7 @@ pub(crate) mod math;
 pub(crate) mod matmul;
 pub(crate) mod norm;
 pub(crate) mod quantize;
+pub(crate) mod recurrent;
 pub(crate) mod rope;
 pub(crate) mod rotate;
 pub(crate) mod sparse;

@@ -8,7 +8,7 @@ use lacuna_spec::Spec;
 use serde::Deserialize;
 
 use super::keys::{Fraction, Whole};
-use super::wrong;
+use super::{plain_blocks, wrong};
 use crate::make;
 use std::sync::Arc;
 
@@ -108,6 +108,7 @@ impl ModelWide for DropParts {
     }
 
     fn check(&self, spec: &Spec) -> Result<(), MethodError> {
+        plain_blocks(spec)?;
         let there = there(spec, self.part);
         let count = self.many.of(there);
         if count > there {

@@ -22,6 +22,7 @@ pub(crate) mod vocabulary;
 use lacuna_base::{Mat, Rng};
 use lacuna_contract::{Edit, Left, Made, Making, MethodError, Work};
 use lacuna_format::{Code, Unpacked, UnpackedPiece, UnpackedTerm};
+use lacuna_spec::{Place, Role, Spec};
 
 /// A step whose method answers another question than the family asks.
 fn wrong(making: &Making<'_>, made: &Made) -> MethodError {
@@ -30,6 +31,24 @@ fn wrong(making: &Making<'_>, made: &Made) -> MethodError {
         "{} answers the question {made:?}, which this step cannot use; its own verb is '{}'",
         card.name, card.verb
     ))
+}
+
+/// Refuses networks whose blocks are more than attention of heads and an FFN: what can be cut out of those is not known.
+fn plain_blocks(spec: &Spec) -> Result<(), MethodError> {
+    let gated = |l: &lacuna_spec::LayerSpec| l.attn.as_ref().is_some_and(|a| a.gate);
+    for (l, layer) in spec.layers.iter().enumerate() {
+        let role = match (&layer.mixer, gated(layer)) {
+            (Some(_), _) => Role::MixerIn,
+            (None, true) => Role::AttnGate,
+            (None, false) => continue,
+        };
+        return Err(MethodError::new(format!(
+            "{} is a part that this step does not know: networks with recurrent mixers or gated attention keep their \
+             structure; steps on matrices (prune, quantize, factor) work on them",
+            Place::layer(l, role)
+        )));
+    }
+    Ok(())
 }
 
 /// Refuses a step that `wants` one piece of floats after steps that leave something else.

@@ -167,7 +167,9 @@ impl Searching for Choose {
         work: &dyn LayerWork,
         each: &mut dyn FnMut(AtSize) -> Result<(), MethodError>,
     ) -> Result<(), MethodError> {
-        self.sizes.as_ref().map_or(Ok(()), |s| s.cut(self.by.as_ref(), layer, part, work, each))
+        let Some(sizes) = &self.sizes else { return Ok(()) };
+        super::plain_blocks(work.spec())?;
+        sizes.cut(self.by.as_ref(), layer, part, work, each)
     }
 
     fn scratch_bytes(&self, spec: &Spec) -> u64 {

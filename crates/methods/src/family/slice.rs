@@ -24,7 +24,7 @@ use lacuna_spec::{NormKind, NormVectors, Order, Part, Place, Positions, Role, Sp
 use serde::Deserialize;
 
 use super::keys::{Fraction, Whole};
-use super::wrong;
+use super::{plain_blocks, wrong};
 use crate::make;
 
 /// Who shares a basis.
@@ -125,6 +125,7 @@ impl ModelWide for Slice {
     }
 
     fn check(&self, spec: &Spec) -> Result<(), MethodError> {
+        plain_blocks(spec)?;
         let no =
             |what: &str| Err(MethodError::new(format!("{}: {what}; the residual stream cannot be turned", spec.arch)));
         if spec.norm.kind != NormKind::Rms {

@@ -23,7 +23,7 @@ use serde::Deserialize;
 
 use super::keys::{Fraction, Whole};
 use super::sizes::heads_stand_alone;
-use super::wrong;
+use super::{plain_blocks, wrong};
 use crate::make;
 
 /// What the methods share.
@@ -245,6 +245,7 @@ impl ModelWide for Structured {
     }
 
     fn check(&self, spec: &Spec) -> Result<(), MethodError> {
+        plain_blocks(spec)?;
         if self.keys.parts.contains(&Kind::Heads) {
             heads_stand_alone(spec)?;
         }

@@ -10,13 +10,16 @@ use lacuna_format::Stored;
 use lacuna_kernels as kernels;
 use lacuna_kernels::{
     Activations, Attention, Chosen, Group, KEY_BLOCK, KeyPool, KvFormat, KvLayout, KvPool, KvView, Linear, Mass,
-    Packing, RopeTable,
+    Packing, Recurrence, RopeTable, StateRun,
 };
-use lacuna_spec::{Activation, Experts, Norm, Place, Rope, RouterScore, Temperature};
+use lacuna_spec::{Activation, Experts, Mixer, Norm, Place, Rope, RouterScore, Temperature};
 
+use super::chosen;
 use super::gate::leave;
 use super::select::{Blocks, PooledKeys};
-use super::{Backend, GateAsk, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables, Xielu, chosen};
+use super::{
+    Backend, GateAsk, Host, Measure, MixerVectors, NO_CHOICE, Pages, Reads, Routes, SlotStates, Tables, Xielu,
+};
 use crate::lent::Reused;
 use crate::{Batch, Lent, ModelError};
 
@@ -54,6 +57,24 @@ impl Step {
             .runs()
             .zip(self.tables.of(layer))
             .map(move |((_, rows), t)| (rows, KvView { pool: pages, blocks: t.blocks, tokens: t.tokens - t.shift }))
+    }
+}
+
+impl Step {
+    /// Lends the states of the step's runs of rows.
+    fn with_states(
+        &self,
+        states: &mut SlotStates<f32>,
+        layer: usize,
+        begin: bool,
+        f: impl FnOnce(&mut [StateRun<'_>]),
+    ) {
+        let slots = self.tables.states_of(layer);
+        let fresh = self.batch.runs().map(|(_, rows)| begin && self.batch.positions()[rows.start] == 0);
+        let mut lent = states.take(slots.iter().copied().zip(fresh));
+        let runs = self.batch.runs().zip(&mut lent);
+        f(&mut runs.map(|((_, rows), state)| StateRun { rows, state }).collect::<Vec<_>>());
+        states.put(slots.iter().copied(), lent);
     }
 }
 
@@ -234,6 +255,8 @@ impl Backend for Cpu {
     type Ids = Reused<Vec<u32>>;
     type Routes = Routes;
     type Pages = KvPool;
+    type Mixer = Recurrence;
+    type States = SlotStates<f32>;
     type Step = Step;
 
     fn matrix(
@@ -277,6 +300,14 @@ impl Backend for Cpu {
 
     fn pages(&self, layout: KvLayout, format: KvFormat) -> KvPool {
         KvPool::new(layout, format)
+    }
+
+    fn mixer_of(&self, _: &Place, mixer: &Mixer, hidden: usize, v: MixerVectors) -> Recurrence {
+        Recurrence::new(mixer, hidden, &v.conv, v.bias, v.a, v.d)
+    }
+
+    fn states(&self, mixer: &Mixer, hidden: usize) -> SlotStates<f32> {
+        SlotStates::new(mixer, hidden)
     }
 
     fn begin(&self, batch: &Batch, tables: Tables) -> Step {
@@ -380,6 +411,22 @@ impl Backend for Cpu {
         let from = pieces(x, norm.width);
         let to = MatMut::new(from.rows(), from.cols(), out.data_mut());
         kernels::norm(norm.norm, &norm.scale, norm.bias.as_deref(), from, to);
+        out
+    }
+
+    fn norm_pieces(&self, norm: &NormOf, pieces: usize, x: &Lent) -> Lent {
+        if pieces == 1 {
+            return self.norm(norm, x);
+        }
+        let (rows, cols) = (x.rows(), x.cols());
+        let mut out = Lent::new(rows, cols);
+        let wide = cols / pieces;
+        for from in (0..cols).step_by(wide.max(1)).filter(|_| rows > 0) {
+            let scale = &norm.scale[from..from + wide];
+            let bias = norm.bias.as_ref().map(|b| &b[from..from + wide]);
+            let to = MatMut::with_stride(rows, wide, cols, &mut out.data_mut()[from..]);
+            kernels::norm(norm.norm, scale, bias, x.view().columns(from, from + wide), to);
+        }
         out
     }
 
@@ -526,6 +573,29 @@ impl Backend for Cpu {
         let views = step.views(pages, layer).zip(mass);
         let mut sequences: Vec<_> = views.map(|((rows, kv), mass)| (rows, kv, mass)).collect();
         how.weigh(q.view(), step.tables.slots(), &mut sequences);
+    }
+
+    fn convolve(&self, mixer: &Recurrence, states: &mut SlotStates<f32>, layer: usize, step: &Step, x: &Lent) -> Lent {
+        let gates = if matches!(mixer.mixer(), Mixer::ShortConv(_)) { 3 } else { 1 };
+        let mut out = Lent::new(x.rows(), x.cols() / gates);
+        step.with_states(states, layer, true, |runs| mixer.convolve(runs, x.view(), out.view_mut()));
+        out
+    }
+
+    fn scan(
+        &self,
+        mixer: &Recurrence,
+        states: &mut SlotStates<f32>,
+        layer: usize,
+        step: &Step,
+        [x, dt]: [&Lent; 2],
+        beta: Option<&Lent>,
+    ) -> Lent {
+        let (heads, _, wide) = mixer.mixer().heads().unwrap_or_default();
+        let mut out = Lent::new(x.rows(), heads * wide);
+        let read = [x.view(), dt.view(), beta.unwrap_or(dt).view()];
+        step.with_states(states, layer, false, |runs| mixer.scan(runs, read, out.view_mut()));
+        out
     }
 
     fn route(&self, logits: &Lent, choice: Experts, correction: Option<&Lent>) -> Routes {

@@ -16,7 +16,9 @@ mod cpu;
 mod frequencies;
 mod gate;
 pub mod naive;
+mod naive_mixer;
 mod select;
+mod states;
 mod tables;
 
 use std::ops::Range;
@@ -26,13 +28,14 @@ use lacuna_base::{Mat, MatRef};
 use lacuna_contract::{Pool, Select};
 use lacuna_format::Stored;
 use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, Mass};
-use lacuna_spec::{Activation, Experts, Norm, Place, Rope, Temperature};
+use lacuna_spec::{Activation, Experts, Mixer, Norm, Place, Rope, Temperature};
 
 pub use cpu::Cpu;
 pub(crate) use cpu::{Matrix, NormOf, factors, grouped, heads, route};
 pub use gate::GateAsk;
 pub use naive::Naive;
 pub use select::Reads;
+pub use states::{SlotStates, States};
 pub use tables::{Table, Tables};
 
 use crate::{Batch, ModelError};
@@ -57,6 +60,10 @@ pub trait Backend: Clone {
     type Routes;
     /// The pages of keys and values of one layer.
     type Pages: Pages;
+    /// A recurrent mixer's own vectors.
+    type Mixer;
+    /// The states of the mixer of one layer.
+    type States: States;
     /// What a step reads from the host.
     type Step;
 
@@ -102,6 +109,12 @@ pub trait Backend: Clone {
 
     /// No pages yet, for one layer.
     fn pages(&self, layout: KvLayout, format: KvFormat) -> Self::Pages;
+
+    /// A recurrent mixer with its vectors, in a network of `hidden` channels; `place`: its convolution's.
+    fn mixer_of(&self, place: &Place, mixer: &Mixer, hidden: usize, vectors: MixerVectors) -> Self::Mixer;
+
+    /// No states yet, for the mixer of one layer.
+    fn states(&self, mixer: &Mixer, hidden: usize) -> Self::States;
 
     /// Begins a step: its rows' places, and the block tables of every layer that it runs.
     fn begin(&self, batch: &Batch, tables: Tables) -> Self::Step;
@@ -157,6 +170,10 @@ pub trait Backend: Clone {
 
     /// Each piece of as many columns as the norm has, normalised on its own: whole rows, or every head of a row.
     fn norm(&self, norm: &Self::Norm, x: &Self::Rows) -> Self::Rows;
+
+    /// As [`Backend::norm`] with a scale of whole rows, of which each of `pieces` equal parts is normalised on its own;
+    /// one piece: the same as [`Backend::norm`].
+    fn norm_pieces(&self, norm: &Self::Norm, pieces: usize, x: &Self::Rows) -> Self::Rows;
 
     /// Turns heads of `head_dim` columns by their rows' positions.
     fn rope(&self, rope: &Self::Rope, head_dim: usize, step: &Self::Step, x: [&mut Self::Rows; 2]);
@@ -239,6 +256,30 @@ pub trait Backend: Clone {
         mass: &mut [Mass],
     );
 
+    /// A mixer's convolution of the step's rows over its sequences' states in block `layer`, `[rows, channels]`: of a
+    /// short convolution with both its gates. A run of rows that begins its sequence finds a state of zeros.
+    fn convolve(
+        &self,
+        mixer: &Self::Mixer,
+        states: &mut Self::States,
+        layer: usize,
+        step: &Self::Step,
+        x: &Self::Rows,
+    ) -> Self::Rows;
+
+    /// The heads of a mixer over the same states, `[rows, heads * columns of a state]`, from what the convolution put
+    /// out (its activation applied), time steps, `[rows, heads]`, their bias added, and the delta rule's `beta`.
+    /// Comes after [`Backend::convolve`] of the same rows.
+    fn scan(
+        &self,
+        mixer: &Self::Mixer,
+        states: &mut Self::States,
+        layer: usize,
+        step: &Self::Step,
+        x_dt: [&Self::Rows; 2],
+        beta: Option<&Self::Rows>,
+    ) -> Self::Rows;
+
     /// Chooses experts by the router's logits, `[rows, experts]`: their scores, the largest `used` of a row where
     /// `correction`, `[1, experts]`, is added, from its best groups where there are some, ties to the lower number.
     fn route(&self, logits: &Self::Rows, choice: Experts, correction: Option<&Self::Rows>) -> Self::Routes;
@@ -307,6 +348,19 @@ impl Xielu {
 
 /// In place of a row number: there was nothing to choose by.
 pub const NO_CHOICE: u32 = u32::MAX;
+
+/// A recurrent mixer's vectors as they are stored; empty where it has none.
+#[derive(Clone, Debug, Default)]
+pub struct MixerVectors {
+    /// The convolution, `[channels, kernel]`.
+    pub conv: Vec<f32>,
+    /// Its bias, `[channels]`.
+    pub bias: Vec<f32>,
+    /// `mixer.a`, `[heads]`.
+    pub a: Vec<f32>,
+    /// `mixer.d`, `[heads]`.
+    pub d: Vec<f32>,
+}
 
 /// What one row's product takes.
 #[derive(Clone, Copy, Debug, Default, PartialEq, Eq)]

@@ -9,12 +9,15 @@ use lacuna_base::{Mat, Mat64, MatRef};
 use lacuna_contract::{Pool, Select};
 use lacuna_format::Stored;
 use lacuna_kernels::{Activations, Attention, KEY_BLOCK, KvFormat, KvLayout, Mass};
-use lacuna_spec::{Activation, Experts, Norm, NormKind, Place, Rope, RopeStyle, RouterScore, Temperature};
+use lacuna_spec::{Activation, Experts, Mixer, Norm, NormKind, Place, Rope, RopeStyle, RouterScore, Temperature};
 
 use super::frequencies::frequencies;
 use super::gate::leave;
+pub use super::naive_mixer::NaiveMixer;
 use super::select::PooledKeys;
-use super::{Backend, GateAsk, Host, Measure, NO_CHOICE, Pages, Reads, Routes, Tables, Xielu};
+use super::{
+    Backend, GateAsk, Host, Measure, MixerVectors, NO_CHOICE, Pages, Reads, Routes, SlotStates, Tables, Xielu,
+};
 use crate::{Batch, ModelError};
 
 /// f64 and loops.
@@ -40,6 +43,26 @@ pub struct NormOf {
 pub struct Step {
     batch: Batch,
     tables: Tables,
+}
+
+impl Step {
+    /// What each run of rows gives, row by row, from its state.
+    fn mixed(
+        &self,
+        states: &mut SlotStates<f64>,
+        layer: usize,
+        begin: bool,
+        f: impl Fn(Range<usize>, &mut [f64]) -> Vec<Vec<f64>>,
+    ) -> Mat64 {
+        let slots = self.tables.states_of(layer);
+        let fresh = self.batch.runs().map(|(_, rows)| begin && self.batch.positions()[rows.start] == 0);
+        let mut lent = states.take(slots.iter().copied().zip(fresh));
+        let runs = self.batch.runs().zip(&mut lent);
+        let rows: Vec<Vec<f64>> = runs.flat_map(|((_, rows), state)| f(rows, state)).collect();
+        states.put(slots.iter().copied(), lent);
+        let cols = rows.first().map_or(0, Vec::len);
+        Mat64::from_vec(rows.len(), cols, rows.concat())
+    }
 }
 
 /// Keys and values of each block, `[page_tokens][kv_heads * head_dim]` each.
@@ -142,6 +165,7 @@ pub(crate) fn activation(act: Activation, x: f64) -> f64 {
         Activation::SwigluOai => x.min(7.0) / (1.0 + (-1.702 * x.min(7.0)).exp()),
         Activation::Relu2 => x.max(0.0).powi(2),
         Activation::Xielu => unreachable!("its numbers are a layer's own: `xielu`"),
+        Activation::Sigmoid => 1.0 / (1.0 + (-x).exp()),
     }
 }
 
@@ -267,6 +291,8 @@ impl Backend for Naive {
     type Ids = Vec<u32>;
     type Routes = Routes<f64>;
     type Pages = NaivePages;
+    type Mixer = NaiveMixer;
+    type States = SlotStates<f64>;
     type Step = Step;
 
     fn matrix(
@@ -307,6 +333,14 @@ impl Backend for Naive {
 
     fn pages(&self, layout: KvLayout, _: KvFormat) -> NaivePages {
         NaivePages { layout, blocks: HashMap::new() }
+    }
+
+    fn mixer_of(&self, _: &Place, mixer: &Mixer, hidden: usize, vectors: MixerVectors) -> NaiveMixer {
+        NaiveMixer::new(mixer, hidden, vectors)
+    }
+
+    fn states(&self, mixer: &Mixer, hidden: usize) -> SlotStates<f64> {
+        SlotStates::new(mixer, hidden)
     }
 
     fn begin(&self, batch: &Batch, tables: Tables) -> Step {
@@ -381,6 +415,47 @@ impl Backend for Naive {
 
     fn norm(&self, n: &NormOf, x: &Mat64) -> Mat64 {
         Mat64::from_vec(x.rows(), x.cols(), norm(n.norm, n.width, &n.scale, &n.bias, x.data()))
+    }
+
+    fn norm_pieces(&self, n: &NormOf, pieces: usize, x: &Mat64) -> Mat64 {
+        if pieces == 1 {
+            return self.norm(n, x);
+        }
+        let wide = x.cols() / pieces;
+        let mut out = Mat64::zeros(x.rows(), x.cols());
+        for r in 0..x.rows() {
+            for from in (0..x.cols()).step_by(wide) {
+                let bias = n.bias.get(from..from + wide).unwrap_or_default();
+                let piece = norm(n.norm, wide, &n.scale[from..from + wide], bias, &x.row(r)[from..from + wide]);
+                out.row_mut(r)[from..from + wide].copy_from_slice(&piece);
+            }
+        }
+        out
+    }
+
+    fn convolve(
+        &self,
+        mixer: &NaiveMixer,
+        states: &mut SlotStates<f64>,
+        layer: usize,
+        step: &Step,
+        x: &Mat64,
+    ) -> Mat64 {
+        step.mixed(states, layer, true, |rows, state| rows.map(|r| mixer.convolve(state, x.row(r))).collect())
+    }
+
+    fn scan(
+        &self,
+        mixer: &NaiveMixer,
+        states: &mut SlotStates<f64>,
+        layer: usize,
+        step: &Step,
+        [x, dt]: [&Mat64; 2],
+        beta: Option<&Mat64>,
+    ) -> Mat64 {
+        step.mixed(states, layer, false, |rows, state| {
+            rows.map(|r| mixer.heads(state, x.row(r), dt.row(r), beta.map(|b| b.row(r)))).collect()
+        })
     }
 
     fn rope(&self, rope: &Rope, head_dim: usize, step: &Step, x: [&mut Mat64; 2]) {

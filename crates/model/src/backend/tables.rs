@@ -36,6 +36,10 @@ pub struct Lists {
     layers: Vec<(usize, usize)>,
     /// The slot of each row.
     slots: Vec<usize>,
+    /// The slots of states, one for each run of rows, of a group of layers after the other.
+    states: Vec<u32>,
+    /// Where those of each layer with a recurrent mixer lie, by its number.
+    state_layers: Vec<(usize, Range<usize>)>,
 }
 
 impl Reuse for Lists {
@@ -44,12 +48,14 @@ impl Reuse for Lists {
         &FREE
     }
     fn clear(&mut self) {
-        let Lists { blocks, spans, groups, layers, slots } = self;
+        let Lists { blocks, spans, groups, layers, slots, states, state_layers } = self;
         blocks.clear();
         spans.clear();
         groups.clear();
         layers.clear();
         slots.clear();
+        states.clear();
+        state_layers.clear();
     }
 }
 
@@ -89,6 +95,36 @@ impl Tables {
         }
         all.layers.push((layer, all.groups.len() - 1));
         Ok(())
+    }
+
+    /// Adds the slots of the states of a layer with a recurrent mixer, in the order of the runs. Layers come in their
+    /// order.
+    pub fn push_states(
+        &mut self,
+        layer: usize,
+        slots: impl IntoIterator<Item = Result<u32, ModelError>>,
+    ) -> Result<(), ModelError> {
+        let all = &mut *self.0;
+        let first = all.states.len();
+        for slot in slots {
+            all.states.push(slot?);
+        }
+        let mut mine = first..all.states.len();
+        if let Some((_, last)) = all.state_layers.last()
+            && all.states[last.clone()] == all.states[mine.clone()]
+        {
+            mine = last.clone();
+            all.states.truncate(first);
+        }
+        all.state_layers.push((layer, mine));
+        Ok(())
+    }
+
+    /// The slots of states of `layer`, one for each run. Panics where the step does not run it.
+    #[track_caller]
+    pub fn states_of(&self, layer: usize) -> &[u32] {
+        let found = self.0.state_layers.binary_search_by_key(&layer, |l| l.0);
+        &self.0.states[self.0.state_layers[found.expect("a layer of the step")].1.clone()]
     }
 
     /// Works out the slot of every row of the tables' batch, the same in all layers, once those are there.
@@ -150,6 +186,12 @@ mod tests {
         let mut none = Tables::default();
         none.place(&batch);
         assert_eq!(none.slots(), [39, 5, 6], "a model without attention");
+        let mut states = |layer, slots: &[u32]| all.push_states(layer, slots.iter().map(|&s| Ok(s))).expect("slots");
+        states(1, &[4, 2]);
+        states(2, &[4, 2]);
+        states(4, &[4, 3]);
+        assert_eq!([1, 2, 4].map(|l| all.states_of(l).to_vec()), [[4, 2], [4, 2], [4, 3]]);
+        assert_eq!(all.0.states.len(), 4);
         assert!(all.of(2).eq([a, b]) && all.of(3).eq([a, Table { tokens: 8, ..b }]) && all.of(6).len() == 0);
     }
 }

@@ -3,7 +3,7 @@
 use lacuna_base::Mat;
 use lacuna_format::Weights;
 use lacuna_kernels::{Activations, KvFormat};
-use lacuna_spec::{Experts, LayerSpec, Order};
+use lacuna_spec::{Experts, GateNorm, LayerSpec, Mixer, Order};
 
 use super::recorder::{Gradients, Recorder};
 use super::rows::copy;
@@ -18,6 +18,8 @@ pub struct RecordedBlock {
     block: Block<Recorder>,
     /// Key heads and their width, where it has attention.
     heads: Option<(usize, usize)>,
+    /// Its recurrent mixer, where it has one, and the residual stream's channels.
+    mixer: Option<(Mixer, usize)>,
 }
 
 /// What one sequence left behind in a block, for its way back.
@@ -40,8 +42,8 @@ impl Record {
     pub fn forecast(block: &LayerSpec, hidden: usize, tokens: usize) -> u64 {
         let beside = block.order != Order::Sequential;
         // What went into it: read by a norm, by matrices or by a shortcut.
-        let starts = block.attn.is_some() || block.attn_shortcut || (beside && block.ffn.is_some());
-        let start = if starts { hidden } else { 0 };
+        let first = block.attn.is_some() || block.mixer.is_some() || block.attn_shortcut;
+        let start = if first || (beside && block.ffn.is_some()) { hidden } else { 0 };
         // Behind one norm the parts read the same rows.
         let shared = block.order == Order::Shared && (block.attn.is_some() || block.ffn.is_some());
         let attention = block.attn.as_ref().map_or(0, |a| {
@@ -50,12 +52,25 @@ impl Record {
             let before = if a.qk_norm { wide + narrow } else { 0 };
             let post = if a.post_norm { hidden } else { 0 };
             let clipped = if a.clip.is_some() { wide + 2 * narrow } else { 0 };
-            let normed = if a.pre_norm && !shared { hidden } else { 0 };
+            // Beside a mixer it reads what that one's norm put out.
+            let normed = if a.pre_norm && !shared && block.mixer.is_none() { hidden } else { 0 };
             // Of latent attention the narrow rows, and what heads read and write before and after it.
             let latent = a
                 .latent
                 .map_or(0, |m| 2 * m.q_rank.unwrap_or(0) + m.rank + a.heads * (m.plain + m.rank + m.value) + narrow);
-            normed + before + clipped + 2 * wide + 2 * narrow + post + latent
+            let gate = if a.gate { 2 * wide } else { 0 };
+            normed + before + clipped + 2 * wide + 2 * narrow + gate + post + latent
+        });
+        let mixer = block.mixer.as_ref().map_or(0, |m| {
+            let (channels, wide) = (m.channels(hidden), m.width(hidden));
+            let (heads, beta, gate) = match m {
+                Mixer::ShortConv(_) => return hidden + 3 * channels + wide,
+                Mixer::Ssd(m) => (m.heads, 0, if m.gate == GateNorm::Gate { 3 } else { 4 }),
+                Mixer::Delta(m) => (m.value_heads, m.value_heads, 4),
+            };
+            let factor = matches!(m, Mixer::Ssd(m) if m.factors.is_some_and(|f| f[4] != 1.0));
+            let less = if factor { hidden } else { 0 };
+            hidden + less + 3 * channels + heads + beta + gate * wide
         });
         let ffn = block.ffn.as_ref().map_or(0, |f| {
             let one = f.width * if f.gated { 3 } else { 2 };
@@ -69,7 +84,7 @@ impl Record {
         let reads = (block.ffn.is_some() && !beside) || block.ffn_shortcut;
         let middle = if reads { hidden } else { 0 };
         let normed = if shared { hidden } else { 0 };
-        4 * (tokens as u64) * (start + normed + attention + middle + ffn) as u64
+        4 * (tokens as u64) * (start + normed + attention + mixer + middle + ffn) as u64
     }
 }
 
@@ -79,8 +94,10 @@ impl RecordedBlock {
     pub fn load(weights: &dyn Weights, layer: usize) -> Result<RecordedBlock, ModelError> {
         let recorder = Recorder::default();
         let block = Block::load_on(&recorder, weights, layer, Activations::Exact)?;
-        let attention = weights.spec().layers.get(layer).and_then(|l| l.attn.as_ref());
-        Ok(RecordedBlock { recorder, block, heads: attention.map(|a| (a.kv_heads, a.head_dim)) })
+        let described = weights.spec().layers.get(layer);
+        let attention = described.and_then(|l| l.attn.as_ref());
+        let mixer = described.and_then(|l| l.mixer.clone()).map(|m| (m, weights.spec().hidden));
+        Ok(RecordedBlock { recorder, block, heads: attention.map(|a| (a.kv_heads, a.head_dim)), mixer })
     }
 
     /// Runs one whole sequence through the block: `x`, `[tokens, hidden]`, becomes the residual stream after it, the
@@ -88,7 +105,8 @@ impl RecordedBlock {
     pub fn forward(&self, x: &mut Mat) -> Result<Record, ModelError> {
         let layer = self.block.layer();
         let heads = (0..=layer).map(|l| self.heads.filter(|_| l == layer));
-        let mut kv = ContiguousKv::of(&self.recorder, heads, 1, KvFormat::F32);
+        let mixers = (0..=layer).map(|l| self.mixer.as_ref().filter(|_| l == layer).map(|(m, hidden)| (m, *hidden)));
+        let mut kv = ContiguousKv::of(&self.recorder, heads, mixers, 1, KvFormat::F32);
         let batch = Batch::one(0, 0..x.rows());
         let mut rows = self.recorder.upload(x.view());
         let start = rows.id;

@@ -23,6 +23,7 @@ mod loss;
 mod norm;
 mod product;
 mod recorder;
+mod recurrent;
 mod rope;
 mod rows;
 mod sink;

@@ -10,10 +10,12 @@ use std::sync::Arc;
 use lacuna_base::MatRef;
 use lacuna_format::Stored;
 use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, KvPool, Mass, RopeTable, Transposed};
-use lacuna_spec::{Activation, Experts, Norm, Place, Rope, Temperature};
+use lacuna_spec::{Activation, Experts, Mixer, Norm, Place, Rope, Temperature};
 
 use super::tape::{Entry, Node, Tape};
-use crate::backend::{self, Backend, Cpu, Host, Measure, NormOf, Pages, Routes, Tables, Xielu};
+use crate::backend::{
+    self, Backend, Cpu, Host, Measure, MixerVectors, NormOf, Pages, Routes, SlotStates, Tables, Xielu,
+};
 use crate::{Batch, Lent, ModelError};
 
 /// Records over [`Cpu`]: the same kernels, the same bits. Steps are whole sequences, from their first position on.
@@ -41,6 +43,15 @@ pub(crate) struct PlacedNorm {
     /// Whether its scale is a tensor.
     pub(super) scaled: bool,
     pub(super) of: NormOf,
+}
+
+/// A recurrent mixer, where its convolution is from, and its vectors as they are stored.
+pub(crate) struct RecordedMixer {
+    pub(super) place: Place,
+    pub(super) mixer: Mixer,
+    pub(super) channels: usize,
+    pub(super) vectors: MixerVectors,
+    forward: <Cpu as Backend>::Mixer,
 }
 
 /// Pages, and the keys and values that were written last.
@@ -114,6 +125,8 @@ impl Backend for Recorder {
     type Ids = <Cpu as Backend>::Ids;
     type Routes = RecordedRoutes;
     type Pages = RecordedPages;
+    type Mixer = Rc<RecordedMixer>;
+    type States = SlotStates<f32>;
     type Step = <Cpu as Backend>::Step;
 
     fn matrix(
@@ -159,6 +172,16 @@ impl Backend for Recorder {
 
     fn pages(&self, layout: KvLayout, format: KvFormat) -> RecordedPages {
         RecordedPages { pool: Cpu.pages(layout, format), written: None }
+    }
+
+    fn mixer_of(&self, place: &Place, mixer: &Mixer, hidden: usize, vectors: MixerVectors) -> Rc<RecordedMixer> {
+        let forward = Cpu.mixer_of(place, mixer, hidden, vectors.clone());
+        let (mixer, channels) = (mixer.clone(), mixer.channels(hidden));
+        Rc::new(RecordedMixer { place: *place, mixer, channels, vectors, forward })
+    }
+
+    fn states(&self, mixer: &Mixer, hidden: usize) -> SlotStates<f32> {
+        Cpu.states(mixer, hidden)
     }
 
     fn begin(&self, batch: &Batch, tables: Tables) -> Self::Step {
@@ -220,6 +243,44 @@ impl Backend for Recorder {
     fn norm(&self, norm: &Rc<PlacedNorm>, x: &Node) -> Node {
         let out = self.node(Cpu.norm(&norm.of, &x.value));
         self.record(Entry::Norm { norm: norm.clone(), x: x.clone(), out: out.id });
+        out
+    }
+
+    fn norm_pieces(&self, norm: &Rc<PlacedNorm>, pieces: usize, x: &Node) -> Node {
+        if pieces == 1 {
+            return self.norm(norm, x);
+        }
+        let out = self.node(Cpu.norm_pieces(&norm.of, pieces, &x.value));
+        self.record(Entry::NormPieces { norm: norm.clone(), pieces, x: x.clone(), out: out.id });
+        out
+    }
+
+    fn convolve(
+        &self,
+        mixer: &Rc<RecordedMixer>,
+        states: &mut SlotStates<f32>,
+        layer: usize,
+        step: &Self::Step,
+        x: &Node,
+    ) -> Node {
+        let out = self.node(Cpu.convolve(&mixer.forward, states, layer, step, &x.value));
+        self.record(Entry::Convolve { mixer: mixer.clone(), x: x.clone(), out: out.id });
+        out
+    }
+
+    fn scan(
+        &self,
+        mixer: &Rc<RecordedMixer>,
+        states: &mut SlotStates<f32>,
+        layer: usize,
+        step: &Self::Step,
+        [x, dt]: [&Node; 2],
+        beta: Option<&Node>,
+    ) -> Node {
+        let read = [&*x.value, &*dt.value];
+        let out = self.node(Cpu.scan(&mixer.forward, states, layer, step, read, beta.map(|b| &*b.value)));
+        let (kept, x, dt) = (mixer.clone(), x.clone(), dt.clone());
+        self.record(Entry::Scan { mixer: kept, x, dt, beta: beta.cloned(), out: out.id });
         out
     }
 

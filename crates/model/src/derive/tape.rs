@@ -8,7 +8,8 @@ use lacuna_kernels::{Attention, RopeTable};
 use lacuna_spec::{Activation, Experts, Place, Role};
 
 use super::activation::xielu_numbers;
-use super::recorder::{Gradients, Matrix, PlacedNorm};
+use super::recorder::{Gradients, Matrix, PlacedNorm, RecordedMixer};
+use super::recurrent::{Scanned, convolution, scan};
 use super::rows::{copy, dot, zeros};
 use super::sink::GradientSink;
 use super::{
@@ -51,6 +52,24 @@ pub(super) enum Entry {
     Norm {
         norm: Rc<PlacedNorm>,
         x: Node,
+        out: usize,
+    },
+    NormPieces {
+        norm: Rc<PlacedNorm>,
+        pieces: usize,
+        x: Node,
+        out: usize,
+    },
+    Convolve {
+        mixer: Rc<RecordedMixer>,
+        x: Node,
+        out: usize,
+    },
+    Scan {
+        mixer: Rc<RecordedMixer>,
+        x: Node,
+        dt: Node,
+        beta: Option<Node>,
         out: usize,
     },
     Rope {
@@ -168,6 +187,8 @@ impl Tape {
                 | Entry::HeadProducts { x, .. }
                 | Entry::Norm { x, .. } => vec![&x.value],
                 Entry::WeighRows { x, by, .. } => vec![&x.value, &by.value],
+                Entry::NormPieces { x, .. } | Entry::Convolve { x, .. } => vec![&x.value],
+                Entry::Scan { x, dt, beta, .. } => [x, dt].into_iter().chain(beta).map(|n| &n.value).collect(),
                 Entry::Activate { x, up, .. } => [x].into_iter().chain(up).map(|n| &n.value).collect(),
                 Entry::Attend { read, y, .. } => read.iter().chain([y]).map(|n| &n.value).collect(),
                 Entry::Softcap { y, .. } => vec![y],
@@ -229,6 +250,32 @@ impl Entry {
                     MatMut::new(heads, dim, dx.data_mut()),
                     sink,
                 );
+            }
+            Entry::NormPieces { norm, pieces, x, out } => {
+                let Some(dy) = d.take(*out) else { return };
+                let (rows, cols) = (x.value.rows(), x.value.cols());
+                let dx = d.so_far(x.id, rows, cols);
+                through_pieces(norm, *pieces, x.view(), dy.view(), dx.view_mut(), sink);
+            }
+            Entry::Convolve { mixer, x, out } => {
+                let Some(dy) = d.take(*out) else { return };
+                let of = convolution(&mixer.mixer, mixer.channels, &mixer.vectors, x.view(), dy.view());
+                d.add(x.id, of.x);
+                show(sink, &mixer.place, &of.conv);
+                show(sink, &mixer.place.bias(), &of.bias);
+            }
+            Entry::Scan { mixer, x, dt, beta, out } => {
+                let Some(dy) = d.take(*out) else { return };
+                let beta_view = beta.as_ref().map(Node::view);
+                let read = Scanned { x: x.view(), dt: dt.view(), beta: beta_view, dy: dy.view() };
+                let of = scan(&mixer.mixer, &mixer.vectors, read);
+                d.add(x.id, of.x);
+                d.add(dt.id, of.dt);
+                if let (Some(beta), Some(db)) = (beta, of.beta) {
+                    d.add(beta.id, db);
+                }
+                show(sink, &Place { role: Role::MixerA, ..mixer.place }, &of.a);
+                show(sink, &Place { role: Role::MixerD, ..mixer.place }, &of.d);
             }
             Entry::Rope { table, head_dim, at, x, out } => {
                 let Some(mut dy) = d.take(*out) else { return };
@@ -356,6 +403,37 @@ impl Entry {
             }
         }
     }
+}
+
+/// Shows a gradient, where there is one and it is wanted.
+fn show(sink: &mut dyn GradientSink, place: &Place, gradient: &[f32]) {
+    if !gradient.is_empty() && sink.wants(place) {
+        sink.vector(place, gradient);
+    }
+}
+
+/// The adjoint of a norm of equal pieces of each row, whose scale goes over the whole row.
+fn through_pieces(
+    n: &PlacedNorm,
+    pieces: usize,
+    x: MatRef<'_>,
+    dy: MatRef<'_>,
+    mut dx: MatMut<'_>,
+    sink: &mut dyn GradientSink,
+) {
+    let (rows, cols, stride) = (x.rows(), x.cols(), dx.stride());
+    let wide = cols / pieces;
+    let wanted = sink.wants(&n.place);
+    let mut all = Vec::with_capacity(cols);
+    for from in (0..cols).step_by(wide.max(1)).filter(|_| rows > 0) {
+        let scale = &n.of.scale[from..from + wide];
+        let part = MatMut::with_stride(rows, wide, stride, &mut dx.raw_mut()[from..]);
+        let (x, dy) = (x.columns(from, from + wide), dy.columns(from, from + wide));
+        if let Some(vectors) = norm(n.of.norm, scale, x, dy, part, wanted) {
+            all.extend(vectors.scale);
+        }
+    }
+    show(sink, &n.place, &all);
 }
 
 /// The adjoint of one matrix and its bias: shows both, and adds to the gradient of the input.

@@ -6,8 +6,9 @@ use std::sync::Arc;
 use lacuna_base::Rng;
 use lacuna_format::{Bytes, Float, Pattern, Piece, Stored, Values, Weights, WeightsError};
 use lacuna_spec::{
-    Activation, AttnSpec, ExpertGroups, Experts, FfnSpec, Latent, LayerSpec, NormKind, NormVectors, Order, Part, Place,
-    Positions, QkNorm, Role, Rope, RopeScaling, RopeStyle, RouterScore, SharedExpert, Spec, Temperature,
+    Activation, AttnSpec, Delta, ExpertGroups, Experts, FfnSpec, GateNorm, Latent, LayerSpec, Mixer, NormKind,
+    NormVectors, Order, Part, Place, Positions, QkNorm, Role, Rope, RopeScaling, RopeStyle, RouterScore, SharedExpert,
+    ShortConv, Spec, Ssd, Temperature,
 };
 
 /// Weights by place.
@@ -41,7 +42,12 @@ impl Memory {
             let (rows, cols) = spec.shape(&place).expect("one of its places");
             let vector =
                 rows == 1 && place.part == Part::Weight && !place.role.is_linear() && place.role != Role::Embed;
-            let (center, spread) = if vector { (1.0, 0.3) } else { (0.0, 1.3 / (cols as f32).sqrt()) };
+            let (center, spread) = match place.role {
+                // Below 0, as it is or its logarithm: what is above would grow without end.
+                Role::MixerA => (-1.0, 0.2),
+                _ if vector => (1.0, 0.3),
+                _ => (0.0, 1.3 / (cols as f32).sqrt()),
+            };
             let values: Vec<f32> = (0..rows * cols).map(|_| center + spread * rng.normal()).collect();
             tensors.insert(place, Arc::new(stored(rows, cols, &values)));
         }
@@ -67,6 +73,11 @@ fn attention(heads: usize, kv_heads: usize, head_dim: usize) -> AttnSpec {
 
 fn ffn(width: usize) -> FfnSpec {
     FfnSpec { width, ..FfnSpec::default() }
+}
+
+fn ssd(heads: usize, head_dim: usize, groups: usize, gate: GateNorm) -> Ssd {
+    let (state, kernel, dt_limit) = (5, 3, (0.0, None));
+    Ssd { heads, head_dim, state, groups, kernel, conv_bias: true, dt_limit, gate, log: true, factors: None }
 }
 
 /// Descriptions that use everything a description can say, with uneven layers.
@@ -167,7 +178,37 @@ pub fn specs() -> Vec<Spec> {
             (rope.dims, rope.style) = (6, RopeStyle::Interleaved);
         }
     }
-    vec![plain.clone(), sandwich, learned, turned, behind, beside, bare, routed(plain)]
+    // Recurrent mixers of every kind, alone and beside attention; gated attention.
+    let mut mixed = plain.clone();
+    mixed.norm.offset = 1.0;
+    let delta = Delta { key_heads: 2, value_heads: 4, key_dim: 6, value_dim: 19, kernel: 4, log: true, tiled: true };
+    let factors = Some([0.7, 1.1, 0.9, 1.2, 0.8, 1.3]);
+    let near = Ssd { dt_limit: (0.01, Some(4.0)), factors, ..ssd(4, 9, 2, GateNorm::NormFirst { groups: 3 }) };
+    let gated = |mut a: AttnSpec| {
+        a.gate = true;
+        Some(a)
+    };
+    mixed.layers = vec![
+        LayerSpec { attn: gated(attention(4, 2, 10)), ffn: Some(ffn(50)), ..LayerSpec::default() },
+        LayerSpec {
+            mixer: Some(Mixer::ShortConv(ShortConv { kernel: 3, bias: true })),
+            ffn: Some(ffn(33)),
+            ..LayerSpec::default()
+        },
+        LayerSpec { mixer: Some(Mixer::Delta(delta)), ..LayerSpec::default() },
+        LayerSpec { mixer: Some(Mixer::Ssd(near)), attn: gated(attention(2, 1, 8)), ..LayerSpec::default() },
+    ];
+    let mut others = plain.clone();
+    let stored = Ssd { log: false, conv_bias: false, ..ssd(3, 8, 1, GateNorm::Gate) };
+    let delta = Delta { log: false, tiled: false, ..delta };
+    let with = |m: Mixer| LayerSpec { mixer: Some(m), ..LayerSpec::default() };
+    others.layers = vec![
+        LayerSpec { attn: Some(attention(4, 2, 10)), ..LayerSpec::default() },
+        with(Mixer::Ssd(ssd(6, 4, 3, GateNorm::GateFirst { groups: 2 }))),
+        LayerSpec { ffn: Some(ffn(33)), ..with(Mixer::Ssd(stored)) },
+        with(Mixer::Delta(delta)),
+    ];
+    vec![plain.clone(), sandwich, learned, turned, behind, beside, bare, mixed, others, routed(plain)]
 }
 
 /// Latent attention with and without a latent of queries, sinks, and all ways to choose experts.

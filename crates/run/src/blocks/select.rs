@@ -56,7 +56,8 @@ impl<B: Backend> BlockStore<B> {
         for (pool, _) in self.pools.iter_mut().zip(&asked).filter(|(_, asked)| **asked) {
             pool.pool_keys(by.plan().pool);
         }
-        self.total = (bytes / self.block_bytes().max(1)).min(u32::MAX as usize);
+        self.unit = self.unit.max(self.block_bytes());
+        self.total = (bytes / self.unit).min(u32::MAX as usize);
         self.selecting = Some(Selecting { by, asked, reads: Reads::default() });
         self
     }

@@ -29,7 +29,8 @@ impl Scheduler {
     /// Most tokens that a text may have: the context, or what the blocks hold. Where a keeper holds the number of slots
     /// down, blocks for those and another one to move them are enough for the whole context.
     pub fn most_tokens(&self) -> usize {
-        let (context, blocks) = (self.engine.context(), self.store.total());
+        let context = self.engine.context();
+        let blocks = self.store.total().saturating_sub(self.store.state_blocks());
         let held = context.min(blocks.saturating_mul(BLOCK_TOKENS));
         match self.engine.keep_plan() {
             None => held,
@@ -39,9 +40,10 @@ impl Scheduler {
         }
     }
 
-    /// How far a text may be read before its keeper decides again.
-    pub(super) fn until_cut(&self, read: usize) -> usize {
-        self.engine.keep_plan().map_or(usize::MAX, |plan| next_cut(plan, read))
+    /// How far a text of `tokens` may be read before its keeper decides again, or its state is to be kept.
+    pub(super) fn until_cut(&self, read: usize, tokens: usize) -> usize {
+        let keeper = self.engine.keep_plan().map_or(usize::MAX, |plan| next_cut(plan, read));
+        keeper.min(if self.limits.reuse { self.store.until_snapshot(read, tokens) } else { usize::MAX })
     }
 
     /// Lets the keeper decide about the texts that have come to where it does. Where room is short, the text admitted

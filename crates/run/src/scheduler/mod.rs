@@ -188,7 +188,8 @@ impl Scheduler {
     pub(crate) fn set_room(&mut self, tokens: usize) {
         let drafts = if self.engine.plan().draft().is_some() { draft::BLOCKS } else { 0 };
         let blocks = self.store.slots(tokens).div_ceil(BLOCK_TOKENS).saturating_add(1 + drafts);
-        self.limits.kv_bytes = blocks.saturating_mul(self.store.block_bytes());
+        let blocks = blocks.saturating_add(self.store.state_blocks_of(tokens));
+        self.limits.kv_bytes = blocks.saturating_mul(self.store.unit_bytes());
         self.store.set_total(blocks);
     }
 
@@ -346,13 +347,17 @@ impl Scheduler {
                 return 0;
             }
         };
-        let mut row = 0;
+        let (mut row, texts) = (0, self.running.len());
         for p in parts.iter() {
             let a = &mut self.running[p.index];
             let rows = row..row + (p.to - p.from) + p.drafted;
             row = rows.end;
             a.read = p.to;
             self.store.publish(a.slot(), &a.tokens[..p.to]);
+            if self.limits.reuse {
+                // A block is left for each text at work.
+                self.store.snapshot(a.slot(), a.tokens.len(), texts);
+            }
             if p.wants > 0 {
                 wanted.push((p.index, rows.end - p.wants..rows.end));
             }

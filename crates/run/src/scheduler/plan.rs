@@ -129,12 +129,13 @@ impl Scheduler {
                     continue;
                 }
             }
-            let to = (a.read + share.min(left)).min(a.tokens.len()).min(self.until_cut(a.read));
+            let to = (a.read + share.min(left)).min(a.tokens.len()).min(self.until_cut(a.read, a.tokens.len()));
             left -= to - a.read;
             asked.push((index, a.read, to));
         }
         for (index, from, mut to) in asked {
-            let end = self.running[index].tokens.len().min(self.until_cut(from));
+            let tokens = self.running[index].tokens.len();
+            let end = tokens.min(self.until_cut(from, tokens));
             let more = left.min(end - to);
             (to, left) = (to + more, left - more);
             // Room for whole prompts was made when they were admitted.

@@ -7,9 +7,9 @@ use std::sync::Arc;
 use lacuna_base::{Mat64, MatRef};
 use lacuna_format::Stored;
 use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, Mass};
-use lacuna_model::backend::{Host, Measure, Xielu};
+use lacuna_model::backend::{Host, Measure, MixerVectors, Xielu};
 use lacuna_model::{Backend, Batch, ModelError, Naive, Pages, Tables};
-use lacuna_spec::{Activation, Experts, Norm, Place, Rope, Temperature};
+use lacuna_spec::{Activation, Experts, Mixer, Norm, Place, Rope, Temperature};
 
 /// Which positions stay, whenever the text's length is a multiple of `every` and more than `budget`.
 #[derive(Clone, Copy, Debug)]
@@ -86,6 +86,8 @@ impl Backend for Masked {
     type Ids = Vec<u32>;
     type Routes = <Naive as Backend>::Routes;
     type Pages = Written;
+    type Mixer = <Naive as Backend>::Mixer;
+    type States = <Naive as Backend>::States;
     type Step = (<Naive as Backend>::Step, Batch);
 
     fn matrix(
@@ -122,6 +124,36 @@ impl Backend for Masked {
     }
     fn pages(&self, layout: KvLayout, _: KvFormat) -> Written {
         Written { layout, both: None }
+    }
+    fn mixer_of(&self, place: &Place, mixer: &Mixer, hidden: usize, vectors: MixerVectors) -> Self::Mixer {
+        Naive.mixer_of(place, mixer, hidden, vectors)
+    }
+    fn states(&self, mixer: &Mixer, hidden: usize) -> Self::States {
+        Naive.states(mixer, hidden)
+    }
+    fn norm_pieces(&self, norm: &Self::Norm, pieces: usize, x: &Self::Rows) -> Self::Rows {
+        Naive.norm_pieces(norm, pieces, x)
+    }
+    fn convolve(
+        &self,
+        mixer: &Self::Mixer,
+        states: &mut Self::States,
+        layer: usize,
+        step: &Self::Step,
+        x: &Self::Rows,
+    ) -> Self::Rows {
+        Naive.convolve(mixer, states, layer, &step.0, x)
+    }
+    fn scan(
+        &self,
+        mixer: &Self::Mixer,
+        states: &mut Self::States,
+        layer: usize,
+        step: &Self::Step,
+        read: [&Self::Rows; 2],
+        beta: Option<&Self::Rows>,
+    ) -> Self::Rows {
+        Naive.scan(mixer, states, layer, &step.0, read, beta)
     }
     fn begin(&self, batch: &Batch, tables: Tables) -> (<Naive as Backend>::Step, Batch) {
         (Naive.begin(batch, tables), batch.clone())

@@ -392,7 +392,7 @@ impl Adapter {
             if !good {
                 return self.bad(name, format!("shape {have:?}, but {place} is {shape:?}"));
             }
-            let norm = !place.role.is_linear() && !matches!(place.role, Role::Embed | Role::Positions);
+            let norm = !place.role.is_table();
             if norm && arch::hf_spec(spec).is_ok_and(|hf| hf.norm != spec.norm) {
                 return self
                     .bad(name, format!("{place} is kept in another way by this base; use the base in safetensors"));
