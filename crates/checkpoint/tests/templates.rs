@@ -28,8 +28,14 @@ fn pieces_render_as_in_transformers() {
     let mut wrong = Vec::new();
     for piece in g["pieces"].as_array().unwrap() {
         let (source, wanted) = (piece[0].as_str().unwrap(), piece[1].as_str());
-        let with =
-            Setting { add_generation_prompt: true, bos: "<s>", eos: "</s>", tools: Some(&g["data"]), now: now(&g) };
+        let with = Setting {
+            add_generation_prompt: true,
+            bos: "<s>",
+            eos: "</s>",
+            tools: Some(&g["data"]),
+            now: now(&g),
+            args: None,
+        };
         let found = ChatTemplate::new(source).and_then(|t| t.render_with(&json!([]), &with));
         if found.as_deref().ok() != wanted {
             wrong.push(format!("{source}\n  wanted {wanted:?}\n  found  {found:?}"));
@@ -54,6 +60,7 @@ fn templates_of_families_render_as_in_transformers() {
             eos: "</s>",
             tools: (case["tools"] == true).then_some(&g["tools"]),
             now: now(&g),
+            args: None,
         };
         let wanted = case["rendered"].as_str();
         let found = template.render_with(messages, &with);

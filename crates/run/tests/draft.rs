@@ -314,13 +314,16 @@ fn flags_take_the_place_of_what_a_file_says_and_say_what_is_wrong() {
     let registry = lacuna_methods::registry();
     let file = "version = 1\nseed = 3\n[draft]\nmethod = \"copyspec\"\ngamma = 4\n";
     let mut plan = RunPlan::parse(file, &registry).unwrap();
-    assert_eq!((plan.names(), plan.is_lossless(), plan.hash()), (vec![["draft", "copyspec", ""].map(String::from)], true, 0));
+    assert_eq!(
+        (plan.names(), plan.is_lossless(), plan.hash()),
+        (vec![["draft", "copyspec", "gamma=4"].map(String::from)], true, 0)
+    );
     plan.flag("draft", "token-recycling:k=4", &registry).unwrap();
     plan.flag("keep", "h2o:budget=64", &registry).unwrap();
-    assert_eq!(plan.names(), [("draft", "token-recycling"), ("keep", "h2o")]);
+    assert_eq!(plan.names(), [["draft", "token-recycling", "k=4"], ["keep", "h2o", "budget=64"]]);
     assert!(!plan.is_lossless() && plan.hash() != 0);
     plan.flag("draft", "none", &registry).unwrap();
-    assert_eq!(plan.names(), [("keep", "h2o")]);
+    assert_eq!(plan.names(), [["keep", "h2o", "budget=64"]]);
     let mut refused = |said: &str| plan.flag("draft", said, &registry).unwrap_err().what;
     assert!(refused("copyspec:gamma").contains("'gamma' is not KEY=VALUE"));
     assert!(refused("copyspec:gamma=3,gamma=4").contains("gamma is given twice"));

@@ -513,7 +513,10 @@ fn a_run_plan_is_told_and_drafts_change_nothing() {
         );
     }
     let metrics = drafting.get("/metrics").body;
-    assert!(metrics.contains("lacuna_run_plan_info{question=\"draft\",method=\"copyspec\",keys=\"\"} 1\n"), "{metrics}");
+    assert!(
+        metrics.contains("lacuna_run_plan_info{question=\"draft\",method=\"copyspec\",keys=\"\"} 1\n"),
+        "{metrics}"
+    );
     assert!(metrics.contains("lacuna_draft_tokens_total{kind=\"verified\"}"));
 }
 

@@ -97,6 +97,8 @@ impl App {
         let text = String::from_utf8(body).map_err(|e| no_json(e.to_string()))?;
         let mut value: Value = serde_json::from_str(&text).map_err(|e| no_json(e.to_string()))?;
         if let Some(model) = value["model"].as_str() {
+            // Ollama's clients say which one of a model's kinds they mean; there is one.
+            let model = model.strip_suffix(":latest").filter(|_| name.starts_with("Ollama")).unwrap_or(model);
             self.known_model(model)?;
         }
         self.schema.check(name, &value)?;
