@@ -158,7 +158,10 @@ impl Schema {
             let Err(e) = self.visit(choice, value, path) else { return Ok(()) };
             let of_its_kind = |s: &Map<String, Value>| self.kind(s, value, path).is_ok();
             let meant = self.target(choice).as_object().is_some_and(of_its_kind)
-                && tag.is_none_or(|tag| value.get(tag).is_some_and(|v| self.tags(choice, tag).any(|t| t == v)));
+                && tag.is_none_or(|tag| match value.get(tag) {
+                    Some(v) => self.tags(choice, tag).any(|t| t == v),
+                    None => self.tags(choice, tag).next().is_none(),
+                });
             if meant {
                 first.get_or_insert(e);
             }
