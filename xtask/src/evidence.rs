@@ -48,6 +48,11 @@ pub struct Row {
     samples: Option<usize>,
     /// Of a stacked model as much as these bytes hold is evaluated.
     pub load_bytes: Option<u64>,
+    /// Of nested codes so many bits are evaluated.
+    load_bits: Option<u8>,
+    /// Overrides of the recipe.
+    #[serde(default)]
+    set: Vec<String>,
     /// Whether the claim is a lower perplexity than the row beside it.
     #[serde(default)]
     pub below: bool,
@@ -182,6 +187,7 @@ fn measure(tree: &Tree, list: &List, row: &Row, a: &Args) -> Result<Value> {
         if let Some(n) = row.samples {
             args.extend(["--samples".into(), n.to_string()]);
         }
+        row.set.iter().for_each(|set| args.extend(["--set".into(), set.clone()]));
         compressed = json_of(&a.lacuna, &args)?;
         // A line for every tensor is for the saved model's own report.
         compressed
@@ -198,6 +204,9 @@ fn measure(tree: &Tree, list: &List, row: &Row, a: &Args) -> Result<Value> {
     }
     if let Some(bytes) = row.load_bytes {
         args.extend(["--load-bytes".into(), bytes.to_string()]);
+    }
+    if let Some(bits) = row.load_bits {
+        args.extend(["--load-bits".into(), bits.to_string()]);
     }
     let mut eval = json_of(&a.lacuna, &args)?;
     eval.as_object_mut().context("eval printed no object")?.remove("model");

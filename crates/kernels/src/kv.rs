@@ -481,7 +481,8 @@ impl KvPool {
     }
 
     /// Fills page `to` from the pages of a table: slot `i` of each key head becomes what slot `kept[head][i]` of the
-    /// table is, one after the other. Where `to` is a page of the table itself, no slot may move to a later one.
+    /// table is, one after the other; key blocks that are whole behind it are pooled anew. Where `to` is a page of the
+    /// table itself, no slot may move to a later one.
     /// Panics where a page is not there or a head is missing.
     #[track_caller]
     pub fn gather(&mut self, table: &[u32], to: u32, kept: &[&[usize]]) {
@@ -495,6 +496,8 @@ impl KvPool {
                 page.take_slot(head, i, (from, slot % n));
             }
         }
+        let whole = kept.iter().map(|kept| kept.len() / KEY_BLOCK).min().unwrap_or(0);
+        (0..whole).for_each(|block| page.pool(block));
         self.pages[to as usize] = Some(page);
     }
 

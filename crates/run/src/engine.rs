@@ -117,7 +117,7 @@ impl Engine {
         let kept = self.keep_plan();
         let checked = kept.map_or(Ok(()), |plan| keep::check(plan, &self.model.spec, self.context));
         let read = self.plan.select().map(|select| select.plan());
-        let checked = checked.and_then(|()| read.map_or(Ok(()), |plan| select::check(plan, kept.is_some())));
+        let checked = checked.and_then(|()| read.map_or(Ok(()), |plan| select::check(plan, kept)));
         checked.map_err(|e| RunError::Request(format!("the run plan: {e}")))
     }
 

@@ -332,12 +332,40 @@ fn pooled_keys_are_counted() {
 }
 
 #[test]
+fn beside_a_keeper_blocks_are_those_of_what_stays() {
+    let keep = ("keep", "streaming-llm:budget=100,every=8");
+    for name in ["llama", "qwen3_moe"] {
+        let all = requests(6, 5);
+        let (kept, _) = alone(name, &[keep], KvFormat::F16, &all);
+        let (got, reads) =
+            alone(name, &[keep, ("select", "pooled-blocks:budget=400,dense_layers=0")], KvFormat::F16, &all);
+        assert!(got == kept && reads.read == reads.all, "{name}: all that stays is read");
+        let both = [keep, ("select", SELECTORS[0])];
+        let (expected, reads) = alone(name, &both, KvFormat::F16, &all);
+        assert!(expected != kept && reads.read * 10 < reads.all * 9, "{name}: {reads:?}");
+        for (batch, rows, blocks, reuse) in [(1, 7, 99, true), (6, 33, 999, true), (3, 16, 14, true)] {
+            for draft in ["none", "copyspec"] {
+                let e = engine(name, &[both[0], both[1], ("draft", draft)], KvFormat::F16);
+                let mut s = scheduler(e, batch, rows, blocks, reuse);
+                all.iter().enumerate().for_each(|(i, g)| s.submit(i as u64, ask(g)).unwrap());
+                let got = drain(&mut s).into_values().collect::<Vec<_>>();
+                assert_eq!(got, expected, "{name}, {draft}: {batch} x {rows} in {blocks} blocks");
+                assert!(s.gauges().evicted > 0);
+            }
+        }
+    }
+}
+
+#[test]
 fn what_cannot_run_is_refused_with_its_numbers() {
     for (flags, words) in [
         (vec![("select", "pooled-blocks:block=48")], vec!["blocks of 48", "multiple", "32"]),
         (vec![("select", "pooled-blocks:block=16")], vec!["blocks of 16"]),
         (vec![("select", "pooled-blocks:tile=8")], vec!["tiles of 8", "tile of 1"]),
-        (vec![("select", "pooled-blocks"), ("keep", "h2o:budget=50")], vec!["keeper", "leave one"]),
+        (
+            vec![("select", "pooled-blocks"), ("keep", "h2o:budget=50")],
+            vec!["keeper that goes by the attention", "leave one"],
+        ),
     ] {
         let e = engine("llama", &flags, KvFormat::F16);
         let said = e.check_plan().unwrap_err().to_string();

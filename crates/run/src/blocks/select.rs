@@ -1,11 +1,12 @@
 //! Texts whose rows read some blocks of keys only: who is asked, in which layers, and what was read.
 //!
 //! Pooled keys lie in the pages, beside the keys that they are of: they are worked out once, shared, copied and given
-//! back with them. Layers whose queries see a window that is smaller than the context read that, and nobody is asked.
+//! back with them; where a keeper moves slots, those of the whole key blocks that come of it are worked out anew, and a
+//! selector's blocks are blocks of slots. Layers whose queries see a window that is smaller than the context read that, and nobody is asked.
 
 use std::sync::Arc;
 
-use lacuna_contract::{MethodError, Select, SelectPlan, SelectScope};
+use lacuna_contract::{KeepPlan, MethodError, Select, SelectPlan, SelectScope};
 use lacuna_model::{Backend, Pages, Reads};
 use lacuna_spec::Spec;
 
@@ -19,11 +20,13 @@ pub(super) struct Selecting {
     reads: Reads,
 }
 
-/// Says why a plan's selector cannot run; `keeps`: whether the plan has a keeper, too.
-pub(crate) fn check(plan: SelectPlan, keeps: bool) -> Result<(), MethodError> {
+/// Says why a plan's selector cannot run; `kept`: the plan of the keeper beside it.
+pub(crate) fn check(plan: SelectPlan, kept: Option<KeepPlan>) -> Result<(), MethodError> {
     let error = |what: String| Err(MethodError::new(format!("select: {what}")));
-    if keeps {
-        return error("beside a keeper: what it evicts has no pooled keys; leave one of the two out".into());
+    if kept.is_some_and(|k| k.mass) {
+        let what =
+            "beside a keeper that goes by the attention to every key: some are not read; leave one of the two out";
+        return error(what.into());
     }
     if plan.block == 0 || !plan.block.is_multiple_of(BLOCK_TOKENS) {
         let block = plan.block;

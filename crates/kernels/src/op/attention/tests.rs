@@ -290,11 +290,11 @@ fn pooled_keys_are_those_of_the_keys_that_are_read() {
                 pages.page_bytes(),
                 layout.page_bytes(format) + 4 * 2 * 15 * (1 + usize::from(pool == KeyPool::Bounds))
             );
-            let (mut held, mut value) = (Mat::zeros(128, 15), vec![0.0; 15]);
-            (0..128).for_each(|p| pages.page(table[p / 64]).read(p % 64, held.row_mut(p), &mut value));
-            for table in [[7, 2], [7, 4]] {
-                let view = KvView { pool: &pages, blocks: &table, tokens: 128 };
-                for (head, block) in (0..3).flat_map(|h| (0..4).map(move |b| (h, b))) {
+            let check = |pages: &KvPool, table: [u32; 2], tokens: usize| {
+                let (mut held, mut value) = (Mat::zeros(128, 15), vec![0.0; 15]);
+                (0..tokens).for_each(|p| pages.page(table[p / 64]).read(p % 64, held.row_mut(p), &mut value));
+                let view = KvView { pool: pages, blocks: &table, tokens };
+                for (head, block) in (0..3).flat_map(|h| (0..tokens / 32).map(move |b| (h, b))) {
                     let keys = |d: usize| (block * 32..block * 32 + 32).map(move |p| (p, head * 5 + d));
                     let pooled = view.pooled(head, block).unwrap();
                     for d in 0..5 {
@@ -308,7 +308,18 @@ fn pooled_keys_are_those_of_the_keys_that_are_read() {
                     }
                     assert_eq!(pooled.len(), if pool == KeyPool::Mean { 5 } else { 10 });
                 }
+            };
+            check(&pages, [7, 2], 128);
+            check(&pages, [7, 4], 128);
+            // Slots that move, each head's own ones: what is whole behind it is pooled anew, the rest once it is.
+            let kept = [0, 1, 2].map(|h| (0..128).filter(|p| (p * 7 + h) % 3 != 0).take(75).collect::<Vec<usize>>());
+            for (i, &block) in table.iter().enumerate() {
+                let part = [0, 1, 2].map(|h| &kept[h][i * 64..75.min((i + 1) * 64)]);
+                pages.gather(&table, block, &part);
             }
+            check(&pages, [7, 2], 75);
+            (75..128).for_each(|p| pages.page_mut(table[p / 64]).write(p % 64, v.row(p), k.row(p)));
+            check(&pages, [7, 2], 128);
         }
     }
 }
