@@ -103,91 +103,37 @@ fn continues_editor() {
     taken(&s, "/api/chat", editor, &chat);
 }
 
+/// What LangChain's clients of all four interfaces, LiteLLM and the clients of Anthropic and Ollama sent, byte for byte:
+/// langchain-openai 1.7.4, langchain-anthropic 1.7.10, langchain-ollama 1.1.0, litellm 1.110.2, anthropic 2.14.0, ollama
+/// 0.6.3, pointed at a program that writes down what comes.
 #[test]
-fn langchain() {
-    let s = server(TOOLS);
-    let base =
-        json!({"model": "tiny", "messages": [{"content": "hello", "role": "user"}], "max_completion_tokens": 60});
-    let with = |more: Value| {
-        let mut body = base.clone();
-        body.as_object_mut().unwrap().extend(more.as_object().unwrap().clone());
-        body
-    };
-    json_of(&taken(&s, CHAT, OPENAI, &with(json!({}))));
-    let all = chunks(&taken(
-        &s,
-        CHAT,
-        OPENAI,
-        &with(json!({"stream": true, "stream_options": {"include_usage": true}, "seed": 1,
-        "stop": ["x"], "temperature": 0.5})),
-    ));
-    assert_eq!(all[all.len() - 1]["choices"], json!([]));
-    let schema = json!({"properties": {"a": {"type": "integer"}, "b": {"type": "integer"}}, "required": ["a", "b"], "type": "object"});
-    let tool = json!({"type": "function", "function": {"name": "add", "description": "Adds two numbers.", "parameters": schema}});
-    taken(&s, CHAT, OPENAI, &with(json!({"tools": [tool]})));
-    taken(&s, CHAT, OPENAI, &with(json!({"tools": [tool], "tool_choice": "required"})));
-    let mut strict = tool.clone();
-    strict["function"]["strict"] = true.into();
-    strict["function"]["parameters"]["additionalProperties"] = false.into();
-    let named = json!({"type": "function", "function": {"name": "add"}});
-    taken(&s, CHAT, OPENAI, &with(json!({"tools": [strict], "tool_choice": named, "parallel_tool_calls": false})));
-    let form = json!({"type": "json_schema", "json_schema": {"name": "X", "strict": true, "schema": {"properties": {"x": {"title": "X",
-        "type": "integer"}}, "required": ["x"], "title": "X", "type": "object", "additionalProperties": false}}});
-    taken(&s, CHAT, OPENAI, &with(json!({"response_format": form})));
-    taken(&s, CHAT, OPENAI, &with(json!({"response_format": {"type": "json_object"}})));
-    let history = json!([
-        {"content": "Be brief.", "role": "system"}, {"content": "hello", "role": "user"},
-        {"content": null, "role": "assistant", "tool_calls": [{"type": "function", "id": "c1", "function": {"name": "add", "arguments": "{\"a\": 1, \"b\": 2}"}}]},
-        {"content": "3", "role": "tool", "tool_call_id": "c1"}, {"content": [{"type": "text", "text": "and?"}], "role": "user"},
-    ]);
-    taken(&s, CHAT, OPENAI, &with(json!({ "messages": history })));
-    let text = json!({"model": "tiny", "prompt": ["hello"], "frequency_penalty": 0, "logit_bias": {}, "max_tokens": 8, "n": 1,
-        "presence_penalty": 0, "temperature": 0.7, "top_p": 1});
-    taken(&s, "/v1/completions", OPENAI, &text);
-    let vectors = json!({"model": "tiny", "input": ["a", "b"], "encoding_format": "base64"});
-    taken(&s, "/v1/embeddings", OPENAI, &vectors);
-    let responses = json!({"model": "tiny", "max_output_tokens": 60, "stream": false, "tool_choice": "required",
-        "input": [{"content": "hello", "role": "user", "type": "message"}],
-        "tools": [{"type": "function", "name": "add", "description": "Adds two numbers.", "parameters": schema}]});
-    taken(&s, "/v1/responses", OPENAI, &responses);
-    // Its clients of the other two.
-    let claude = "x-api-key: none\r\nanthropic-version: 2023-06-01\r\nuser-agent: langchain-anthropic/1.1.0\r\n";
-    let messages = json!({"max_tokens": 8, "model": "tiny", "system": "Be brief.", "temperature": 0.5, "messages": [
-        {"role": "user", "content": "hello"},
-        {"role": "assistant", "content": [{"type": "tool_use", "name": "add", "input": {"a": 1, "b": 2}, "id": "c1"}]},
-        {"role": "user", "content": [{"type": "tool_result", "content": "3", "tool_use_id": "c1", "is_error": false}, {"type": "text", "text": "and?"}]},
-    ], "tools": [{"name": "add", "input_schema": schema, "description": "Adds two numbers."}], "tool_choice": {"type": "auto"}});
-    taken(&s, "/v1/messages", claude, &messages);
-    let ollama = "authorization: Bearer none\r\nuser-agent: ollama-python/0.6.1\r\n";
-    let body = json!({"model": "tiny", "stream": true, "options": {"num_ctx": 4096, "num_predict": 8}, "keep_alive": "5m",
-        "messages": [{"role": "user", "content": "hello", "images": []}, {"role": "assistant", "content": "", "images": [],
-            "tool_calls": [{"function": {"name": "add", "arguments": {"a": 1, "b": 2}}, "type": "function", "id": "c1"}]},
-            {"role": "tool", "content": "3", "images": [], "tool_call_id": "c1"}], "tools": [tool], "think": null, "format": ""});
-    taken(&s, "/api/chat", ollama, &body);
-}
-
-#[test]
-fn litellm() {
-    let s = server(TOOLS);
-    let body = json!({"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 8, "user": "u",
-        "metadata": {"trace": "t"}, "extra_body": null, "stream": true, "stream_options": {"include_usage": true}, "temperature": 0.2,
-        "parallel_tool_calls": true});
-    chunks(&taken(&s, CHAT, OPENAI, &body));
-    let tools =
-        json!([{"type": "function", "function": {"name": "add", "parameters": {"type": "object", "properties": {}}}}]);
-    let body = json!({"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "max_tokens": 60, "tools": tools,
-        "tool_choice": "required", "parallel_tool_calls": true});
-    taken(&s, CHAT, OPENAI, &body);
-    let claude = "x-api-key: none\r\nanthropic-version: 2023-06-01\r\naccept: application/json\r\n";
-    let body = json!({"model": "tiny", "messages": [{"role": "user", "content": [{"type": "text", "text": "hello"}]}], "max_tokens": 8});
-    taken(&s, "/v1/messages", claude, &body);
-    let body = json!({"model": "tiny", "input": "hello", "max_output_tokens": 20, "metadata": {}});
-    taken(&s, "/v1/responses", OPENAI, &body);
-    let ollama = "authorization: Bearer none\r\n";
-    let body = json!({"model": "tiny", "messages": [{"role": "user", "content": "hello"}], "options": {"num_predict": 8}, "stream": false});
-    taken(&s, "/api/chat", ollama, &body);
-    let body = json!({"model": "tiny", "prompt": "### User:\nhello\n\n", "options": {"num_predict": 8}, "stream": false, "images": []});
-    taken(&s, "/api/generate", ollama, &body);
+fn what_was_recorded() {
+    let recorded = json_of(include_str!("recorded.json"));
+    // Ollama's clients know no keys.
+    let s = Server::start(Some(TOOLS), Options { ollama: true, ..Options::default() });
+    let mut streams = 0;
+    for one in recorded.as_array().unwrap() {
+        let (path, body) = (one["path"].as_str().unwrap(), &one["body"]);
+        let headers = one["headers"].as_object().unwrap().iter();
+        let headers: String = headers.map(|(name, v)| format!("{name}: {}\r\n", v.as_str().unwrap())).collect();
+        let text = taken(&s, path, &headers, body);
+        let ollamas = path == "/api/chat" || path == "/api/generate";
+        if !(body["stream"] == true || ollamas && body["stream"].is_null()) {
+            json_of(&text);
+            continue;
+        }
+        streams += 1;
+        match path {
+            "/v1/messages" => assert!(text.contains("event: message_stop\n"), "{text}"),
+            _ if ollamas => assert_eq!(json_of(text.lines().last().unwrap())["done"], true),
+            _ => {
+                let all = chunks(&text);
+                let told = all.iter().any(|c| c["usage"]["completion_tokens"].is_u64());
+                assert_eq!(told, body["stream_options"]["include_usage"] == true, "{body}");
+            }
+        }
+    }
+    assert!(streams > 10, "{streams}");
 }
 
 /// What would change an answer and is not known is refused still.
