@@ -232,3 +232,27 @@ fn random_templates_never_panic() {
         }
     });
 }
+
+/// Arguments are variables of the template: given once for all, or with a rendering, which goes before.
+#[test]
+fn arguments_are_variables() {
+    let source = "{% if enable_thinking is defined %}{{ enable_thinking }}{% else %}-{% endif %} {{ note }}";
+    let args = |v: Value| v.as_object().unwrap().clone();
+    let render = |t: &ChatTemplate, own: Value| {
+        let (own, now) = (args(own), std::time::SystemTime::UNIX_EPOCH);
+        let with = Setting { add_generation_prompt: true, bos: "", eos: "", tools: None, now, args: Some(&own) };
+        t.render_with(&json!([]), &with).unwrap()
+    };
+    let plain = ChatTemplate::new(source).unwrap();
+    assert_eq!(render(&plain, json!({})), "- ");
+    assert_eq!(render(&plain, json!({"enable_thinking": false, "note": "x"})), "False x");
+    let given =
+        ChatTemplate::new(source).unwrap().with_args(args(json!({"enable_thinking": true, "note": [1]}))).unwrap();
+    assert_eq!(given.render(&[], true, "", "", None).unwrap(), "True [1]");
+    assert_eq!(render(&given, json!({"note": "y"})), "True y");
+    assert!(plain.takes("note") && !plain.takes("thinking") && !plain.takes("not") && !plain.takes(""));
+    for (name, why) in [("messages", "says itself"), ("thinking", "nothing that this template"), ("", "nothing")] {
+        let e = plain.check_args(&args(json!({ name: 1 }))).unwrap_err();
+        assert!(matches!(e, TemplateError::Argument { .. }) && e.to_string().contains(why), "{e}");
+    }
+}

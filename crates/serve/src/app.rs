@@ -49,8 +49,8 @@ impl Keys {
         if keys.is_empty() { Err("there is no key in it".to_owned()) } else { Ok(Keys(keys)) }
     }
 
-    /// Whether the headers show a key, as OpenAI's clients do or as Anthropic's do. Takes the same time whichever key is
-    /// wrong in whichever place.
+    /// Whether the headers show a key, as OpenAI's clients do or as Anthropic's do. Takes the same time whichever key
+    /// is wrong in whichever place.
     fn admit(&self, headers: &HeaderMap) -> bool {
         let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
         let shown = match text(header::AUTHORIZATION.as_str()) {

@@ -55,7 +55,8 @@ fn thoughts_are_told_apart_whole_and_streamed() {
     let (marked, plain) = (server(&open), server(&hidden));
     let (mut parted, mut cut) = (0, 0);
     for seed in 0..12 {
-        let ask = json!({"logit_bias": {"67": 1, "66": -100, "2": -100}, "max_tokens": 40, "temperature": 1, "seed": seed});
+        let ask =
+            json!({"logit_bias": {"67": 1, "66": -100, "2": -100}, "max_tokens": 40, "temperature": 1, "seed": seed});
         let text = message(&plain, &ask)["content"].as_str().unwrap().to_owned();
         let whole = marked.post(CHAT, &chat(ask.clone())).json();
         let told = &whole["choices"][0]["message"];

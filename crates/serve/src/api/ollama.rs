@@ -48,11 +48,12 @@ fn version() -> Value {
 
 fn details(app: &App) -> Value {
     let bits = app.card["bits_per_weight"].as_f64().map_or_else(|| "unknown".to_owned(), |b| format!("{b:.2} bits"));
+    let family = &app.card["architecture"];
     let size = app.card["parameters"].as_f64().unwrap_or(0.0);
     let size = if size < 1e9 { format!("{:.2}M", size / 1e6) } else { format!("{:.1}B", size / 1e9) };
     json!({
-        "parent_model": "", "format": "lacuna", "family": app.card["architecture"], "families": [app.card["architecture"]],
-        "parameter_size": size, "quantization_level": bits,
+        "parent_model": "", "format": "lacuna", "family": family, "families": [family], "parameter_size": size,
+        "quantization_level": bits,
     })
 }
 

@@ -1,5 +1,5 @@
-//! `/tokenize`, `/detokenize` and `/tokenizer_info`, for llama.cpp's clients and vLLM's at once: the fields of both are taken, and what
-//! both look for is in the answer.
+//! `/tokenize`, `/detokenize` and `/tokenizer_info`, for llama.cpp's clients and vLLM's at once: the fields of both are
+//! taken, and what both look for is in the answer.
 
 use std::sync::Arc;
 
