@@ -28,6 +28,9 @@ pub fn run(g: &Global, a: &cli::Serve) -> anyhow::Result<ExitCode> {
     logging(g.verbose, a.log_format);
     let keys = a.api_key_file.as_deref().map(keys).transpose()?;
     let origins = Origins::parse(&a.cors).map_err(|e| Usage(format!("--cors {e}")))?;
+    if keys.is_none() && a.cors.iter().any(|o| o == "*") {
+        common::say("any page that a browser shows may use this model: --api-key-file asks for a key");
+    }
     // The address first: a port that is taken should not cost the time of loading.
     let listener = listen(a)?;
     let address = listener.local_addr()?;

@@ -3,7 +3,7 @@
 
 mod common;
 
-use common::{PLAIN, Server, TOOLS};
+use common::{PLAIN, Server, TOOLS, request};
 use lacuna_serve::{Keys, Options};
 use serde_json::{Value, json};
 
@@ -116,7 +116,10 @@ fn what_was_recorded() {
         let (path, body) = (one["path"].as_str().unwrap(), &one["body"]);
         let headers = one["headers"].as_object().unwrap().iter();
         let headers: String = headers.map(|(name, v)| format!("{name}: {}\r\n", v.as_str().unwrap())).collect();
-        let text = taken(&s, path, &headers, body);
+        let ask = request(path, body).replacen("content-type: application/json\r\n", &headers, 1);
+        let a = s.raw(&ask);
+        assert_eq!(a.status, 200, "{ask}\n{}", a.body);
+        let text = a.body;
         let ollamas = path == "/api/chat" || path == "/api/generate";
         if !(body["stream"] == true || ollamas && body["stream"].is_null()) {
             json_of(&text);

@@ -2,7 +2,7 @@
 
 mod common;
 
-use common::{PLAIN, Server, TOOLS, chat, engine, tokenizer};
+use common::{PLAIN, Server, TOOLS, chat, engine, request, tokenizer};
 use lacuna_serve::{Keys, Options, Origins};
 use serde_json::{Value, json};
 
@@ -397,6 +397,20 @@ fn heads_and_slashes() {
     assert_eq!(s.post("/v1/chat/completions/", &chat(json!({}))).status, 200);
     assert_eq!(s.get("//").status, 404);
     assert!(s.get("/metrics").body.contains("endpoint=\"/v1/chat/completions\",status=\"200\"} 1"));
+}
+
+/// Some clients of Ollama say no type; a page of another origin, which could do so without asking first, is refused.
+#[test]
+fn bodies_without_a_type() {
+    let s = ollama();
+    let body = json!({"model": "tiny", "prompt": "hello", "stream": false, "options": {"num_predict": 2}});
+    let ask = |path: &str, headers: &str, body: &Value| {
+        s.raw(&request(path, body).replacen("content-type: application/json\r\n", headers, 1)).status
+    };
+    assert_eq!(ask("/api/generate", "", &body), 200);
+    assert_eq!(ask("/api/generate", "origin: https://a.org\r\n", &body), 415);
+    assert_eq!(ask("/api/generate", "content-type: text/plain\r\n", &body), 415);
+    assert_eq!(ask(CHAT, "", &chat(json!({}))), 415);
 }
 
 /// Thoughts have a place in each interface.
