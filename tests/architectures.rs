@@ -9,6 +9,7 @@ use std::path::{Path, PathBuf};
 use std::process::{Command, Stdio};
 
 use lacuna_arch::FAMILIES;
+use lacuna_format::Weights;
 use serde_json::{Value, json};
 use support::{apart, golden, logits_of};
 use tempfile::TempDir;
@@ -44,9 +45,10 @@ fn with_text(from: &Path, to: &Path) {
         json!({"id": id, "content": text, "single_word": false, "lstrip": false, "rstrip": false, "normalized": false,
                "special": true})
     };
+    let specials: Vec<Value> = ["<|begin|>", "<|pad|>", "<|end|>"].into_iter().enumerate().map(special).collect();
     let tokenizer = json!({
         "version": "1.0", "truncation": null, "padding": null, "normalizer": null, "post_processor": null,
-        "added_tokens": ["<|begin|>", "<|pad|>", "<|end|>"].into_iter().enumerate().map(special).collect::<Vec<_>>(),
+        "added_tokens": specials,
         "pre_tokenizer": {"type": "ByteLevel", "add_prefix_space": false, "trim_offsets": true, "use_regex": true},
         "decoder": {"type": "ByteLevel", "add_prefix_space": true, "trim_offsets": true, "use_regex": true},
         "model": {"type": "BPE", "dropout": null, "unk_token": null, "continuing_subword_prefix": null,
