@@ -13,7 +13,7 @@ use crate::{common, out};
 /// Runs the verb.
 pub fn run(g: &Global, a: &cli::Chat) -> anyhow::Result<ExitCode> {
     let m = common::open(g, &a.model)?;
-    let (tokenizer, template, engine) = (m.tokenizer()?, m.template()?, m.engine(&a.running)?);
+    let (tokenizer, template, engine) = (m.tokenizer()?, m.template_with(&a.template)?, m.engine(&a.running)?);
     let mut chat = Chat::new(Session::new(engine, tokenizer), &template);
     if let Some(s) = &a.system {
         chat.system(s);

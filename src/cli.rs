@@ -593,6 +593,21 @@ pub struct Sampling {
     pub stop: Vec<String>,
 }
 
+/// What a chat template is told besides the conversation.
+#[derive(Debug, Args)]
+pub struct TemplateArgs {
+    /// A variable of the chat template, such as enable_thinking=false: a number, true, false or null, or else a text.
+    /// May be given several times.
+    #[arg(long = "template-arg", value_name = "KEY=VALUE", value_parser = template_arg)]
+    pub args: Vec<(String, serde_json::Value)>,
+}
+
+fn template_arg(text: &str) -> Result<(String, serde_json::Value), String> {
+    let (key, value) = text.split_once('=').filter(|(key, _)| !key.is_empty()).ok_or("write it as KEY=VALUE")?;
+    let value = serde_json::from_str(value).unwrap_or_else(|_| value.into());
+    Ok((key.to_owned(), value))
+}
+
 /// `generate`
 #[derive(Debug, Args)]
 pub struct Generate {
@@ -607,6 +622,9 @@ pub struct Generate {
     /// Put the prompt into the model's chat template as a user's message.
     #[arg(long)]
     pub chat: bool,
+    /// What the chat template is told.
+    #[command(flatten)]
+    pub template: TemplateArgs,
     /// How the next token is drawn.
     #[command(flatten)]
     pub sampling: Sampling,
@@ -626,6 +644,9 @@ pub struct Chat {
     /// Tokens of an answer at the most.
     #[arg(short, long, default_value_t = 512)]
     pub n: usize,
+    /// What the chat template is told.
+    #[command(flatten)]
+    pub template: TemplateArgs,
     /// How the next token is drawn.
     #[command(flatten)]
     pub sampling: Sampling,
@@ -738,6 +759,16 @@ pub struct Serve {
     /// names only.
     #[arg(long, value_name = "NAME")]
     pub allow_host: Vec<String>,
+    /// An origin, such as https://example.org, whose pages may use this server from a browser; * for all. May be given
+    /// several times.
+    #[arg(long, value_name = "ORIGIN")]
+    pub cors: Vec<String>,
+    /// Speak Ollama's interface, too: /api/chat, /api/generate, /api/tags, /api/show, /api/ps, /api/version.
+    #[arg(long)]
+    pub ollama: bool,
+    /// What the chat template is told, unless a request says.
+    #[command(flatten)]
+    pub template: TemplateArgs,
     /// Size of a request.
     #[arg(long, value_name = "SIZE", default_value = "4MiB")]
     pub max_body: String,

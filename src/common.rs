@@ -112,6 +112,12 @@ impl Model {
         ChatTemplate::open(&self.checkpoint).with_context(|| format!("the chat template of {}", self.name))
     }
 
+    /// Its chat template with arguments from the command line.
+    pub fn template_with(&self, args: &crate::cli::TemplateArgs) -> Result<ChatTemplate> {
+        let template = self.template()?.with_args(args.args.iter().cloned().collect());
+        template.map_err(|e| Usage(format!("--template-arg: {e}")).into())
+    }
+
     /// The engine that runs it. What it rounds to be fast is said.
     pub fn engine(&self, running: &crate::cli::Running) -> Result<Engine> {
         engine(&self.checkpoint, running)

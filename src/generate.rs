@@ -6,17 +6,20 @@ use std::process::ExitCode;
 
 use anyhow::Context;
 use lacuna_base::units::show_bytes;
-use lacuna_checkpoint::{Message, Tokenizer};
+use lacuna_checkpoint::{ChatTemplate, Message, Tokenizer};
 use lacuna_compress::memory;
 use lacuna_run::{Generated, Generation, Session};
 use serde_json::json;
 
 use crate::cli::{Generate, Global};
-use crate::common::{self, Model};
+use crate::common::{self, Usage};
 use crate::out::{self, Closed};
 
 /// Runs the verb.
 pub fn run(g: &Global, a: &Generate) -> anyhow::Result<ExitCode> {
+    if !a.chat && !a.template.args.is_empty() {
+        return Err(Usage("--template-arg is for --chat".into()).into());
+    }
     let m = common::open(g, &a.model)?;
     let before = memory::resident().unwrap_or_default();
     let tokenizer = m.tokenizer()?;
@@ -27,7 +30,8 @@ pub fn run(g: &Global, a: &Generate) -> anyhow::Result<ExitCode> {
         std::io::stdin().read_to_string(&mut prompt).context("standard input")?;
     }
     let engine = m.engine(&a.running)?;
-    let tokens = prompt_tokens(&m, &tokenizer, &prompt, a.chat)?;
+    let template = a.chat.then(|| m.template_with(&a.template)).transpose()?;
+    let tokens = prompt_tokens(&tokenizer, &prompt, template.as_ref())?;
     let mut session = Session::new(engine, tokenizer);
     let generation = Generation {
         prompt: tokens,
@@ -65,11 +69,11 @@ pub fn run(g: &Global, a: &Generate) -> anyhow::Result<ExitCode> {
 }
 
 /// The prompt's tokens: the text, behind BOS where the model wants one; or the chat template's rendering of it.
-pub fn prompt_tokens(m: &Model, tokenizer: &Tokenizer, prompt: &str, chat: bool) -> anyhow::Result<Vec<u32>> {
-    if chat {
+pub fn prompt_tokens(tokenizer: &Tokenizer, prompt: &str, template: Option<&ChatTemplate>) -> anyhow::Result<Vec<u32>> {
+    if let Some(template) = template {
         let text = |id: Option<u32>| id.and_then(|i| tokenizer.token_text(i)).unwrap_or_default().to_owned();
         let messages = [Message::new("user", prompt)];
-        let rendered = m.template()?.render(&messages, true, &text(tokenizer.bos()), &text(tokenizer.eos()), None)?;
+        let rendered = template.render(&messages, true, &text(tokenizer.bos()), &text(tokenizer.eos()), None)?;
         return Ok(tokenizer.encode(&rendered, false)?);
     }
     Ok(tokenizer.encode(prompt, true)?)

@@ -44,9 +44,10 @@ pub fn run(g: &Global, a: &Quickstart) -> anyhow::Result<ExitCode> {
     };
     for (who, model) in [("dense", &source), ("compressed", &result)] {
         let (tokenizer, engine) = (model.tokenizer()?, model.engine(&RUNNING)?);
-        let chat = model.template().is_ok();
+        let template = model.template().ok();
+        let chat = template.is_some();
         let generation = Generation {
-            prompt: generate::prompt_tokens(model, &tokenizer, PROMPT, chat)?,
+            prompt: generate::prompt_tokens(&tokenizer, PROMPT, template.as_ref())?,
             max_tokens: 64,
             stop: Vec::new(),
             sampling: Sampling::default(),

@@ -10,7 +10,7 @@ use clap::CommandFactory;
 use lacuna_base::units::show_bytes;
 use lacuna_kernels::KvFormat;
 use lacuna_run::{BLOCK_TOKENS, BlockStore, Pooling};
-use lacuna_serve::{Keys, Options, Served, Stop};
+use lacuna_serve::{Keys, Options, Origins, Served, Stop};
 use serde_json::{Value, json};
 
 use crate::cli::{self, Cli, Global, LogFormat};
@@ -27,12 +27,20 @@ const UNKNOWN_MEMORY: u64 = 4 << 30;
 pub fn run(g: &Global, a: &cli::Serve) -> anyhow::Result<ExitCode> {
     logging(g.verbose, a.log_format);
     let keys = a.api_key_file.as_deref().map(keys).transpose()?;
+    let origins = Origins::parse(&a.cors).map_err(|e| Usage(format!("--cors {e}")))?;
+    if keys.is_none() && a.cors.iter().any(|o| o == "*") {
+        common::say("any page that a browser shows may use this model: --api-key-file asks for a key");
+    }
     // The address first: a port that is taken should not cost the time of loading.
     let listener = listen(a)?;
     let address = listener.local_addr()?;
     let m = common::open(g, &a.model)?;
     let tokenizer = m.tokenizer()?;
-    let template = m.template().ok();
+    let template = match m.template() {
+        Ok(_) => Some(m.template_with(&a.template)?),
+        Err(e) if !a.template.args.is_empty() => return Err(e),
+        Err(_) => None,
+    };
     if template.is_none() {
         common::say(format!(
             "{} has no chat template: /v1/chat/completions will refuse, /v1/completions works",
@@ -72,6 +80,8 @@ pub fn run(g: &Global, a: &cli::Serve) -> anyhow::Result<ExitCode> {
         },
         hosts: hosts(a, address.ip(), keys.is_some()),
         keys,
+        origins,
+        ollama: a.ollama,
         body_bytes: common::size(Some(&a.max_body))?.map_or(usize::MAX, |n| n as usize),
         connections: a.max_connections,
         head_timeout: seconds(a.client_timeout)?,

@@ -225,6 +225,11 @@ fn wrong_usage_is_status_2_and_says_what_to_do() {
     assert!(compress(&["-r", "rtn", "--max-ram", "lots"]).contains("lots"));
     assert!(refusal(2, &["eval", &tiny(), "--ctx", "4096"]).contains("2048"));
     assert!(refusal(2, &["frobnicate"]).contains("frobnicate"));
+    let generate = |more: &[&str]| refusal(2, &[&["generate", &tiny(), "-p", "x", "--template-arg"], more].concat());
+    assert!(generate(&["a=1"]).contains("--chat"));
+    assert!(generate(&["zzz=1", "--chat"]).contains("'zzz'"));
+    assert!(generate(&["a", "--chat"]).contains("KEY=VALUE"));
+    assert!(refusal(2, &["serve", &tiny(), "--port", "0", "--cors", "example.org"]).contains("example.org"));
     assert!(!Path::new(out).exists());
 }
 

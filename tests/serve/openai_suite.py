@@ -172,6 +172,45 @@ def completions(r):
 
 
 @test
+def echo(r):
+    ask = lambda **more: r.client.completions.create(model=r.model, prompt=["One, two, three,", "The sky"], temperature=0, echo=True, logprobs=1, **more)
+    read = ask(max_tokens=0).choices
+    assert [c.text for c in read] == ["One, two, three,", "The sky"]
+    for c in read:
+        l = c.logprobs
+        assert l.token_logprobs[0] is None and all(p <= 0 for p in l.token_logprobs[1:]) and l.top_logprobs[0] is None
+        assert all(c.text[at:].startswith(t) for t, at in zip(l.tokens, l.text_offset)) and "".join(l.tokens) == c.text
+    more = ask(max_tokens=4).choices
+    for a, b in zip(read, more):
+        n = len(a.logprobs.tokens)
+        assert b.text.startswith(a.text) and b.logprobs.token_logprobs[:n] == a.logprobs.token_logprobs
+
+
+@test
+def responses(r):
+    settings = dict(model=r.model, temperature=0, max_output_tokens=24, store=False)
+    a = r.client.responses.create(input="Name three colours.", **settings)
+    assert a.output_text == r.chat().choices[0].message.content and a.usage.output_tokens <= 24
+    parts = [{"role": "user", "content": [{"type": "input_text", "text": "Name three colours."}]}]
+    assert r.client.responses.create(input=parts, **settings).output_text == a.output_text
+    text, kinds = "", []
+    for event in r.client.responses.create(input="Name three colours.", stream=True, **settings):
+        kinds.append(event.type)
+        text += event.delta if event.type == "response.output_text.delta" else ""
+    assert text == a.output_text and kinds[0] == "response.created" and kinds[-1] in ("response.completed", "response.incomplete")
+    more = [{"role": "user", "content": "Name three colours."}, *a.output, {"role": "user", "content": "And three more."}]
+    assert r.client.responses.create(input=more, **settings).output_text
+    tool = {"type": "function", **WEATHER["function"], "strict": True}
+    called = r.client.responses.create(model=r.model, input="How warm is it in Paris?", tools=[tool], tool_choice="required", max_output_tokens=120).output[0]
+    assert called.type == "function_call" and set(json.loads(called.arguments)) == {"city", "unit"}
+    back = [{"role": "user", "content": "How warm is it in Paris?"}, called, {"type": "function_call_output", "call_id": called.call_id, "output": "21 degrees"}]
+    assert r.client.responses.create(input=back, **settings).output_text
+    with r.client.responses.stream(input="Name three colours.", model=r.model, temperature=0, max_output_tokens=24) as events:
+        for _ in events:
+            pass
+
+
+@test
 def json_object(r):
     a = r.chat([{"role": "user", "content": "A cat as a JSON object."}], response_format={"type": "json_object"}, max_tokens=200, temperature=0.7, seed=1)
     text = a.choices[0].message.content
@@ -362,7 +401,7 @@ def errors(r):
     r.refused(bad, lambda: r.chat([{"role": "user", "content": [{"type": "image_url", "image_url": {"url": "data:,"}}]}]), param="messages.0.content.0.type")
     r.refused(bad, lambda: r.chat([{"role": "user", "content": "word " * 40000}]), code="context_length_exceeded")
     r.refused(bad, lambda: r.chat(max_tokens=10_000_000), param="max_tokens")
-    r.refused(bad, lambda: r.client.completions.create(model=r.model, prompt="x", echo=True), param="echo")
+    r.refused(bad, lambda: r.client.responses.create(model=r.model, input="x", store=True), param="store")
     r.refused(bad, lambda: r.client.embeddings.create(model=r.model, input="x", dimensions=4), param="dimensions")
     big = [{"role": "user", "content": "x" * (5 << 20)}]
     e = r.refused(r.openai.APIStatusError, lambda: r.chat(big))

@@ -28,8 +28,14 @@ fn pieces_render_as_in_transformers() {
     let mut wrong = Vec::new();
     for piece in g["pieces"].as_array().unwrap() {
         let (source, wanted) = (piece[0].as_str().unwrap(), piece[1].as_str());
-        let with =
-            Setting { add_generation_prompt: true, bos: "<s>", eos: "</s>", tools: Some(&g["data"]), now: now(&g) };
+        let with = Setting {
+            add_generation_prompt: true,
+            bos: "<s>",
+            eos: "</s>",
+            tools: Some(&g["data"]),
+            now: now(&g),
+            args: None,
+        };
         let found = ChatTemplate::new(source).and_then(|t| t.render_with(&json!([]), &with));
         if found.as_deref().ok() != wanted {
             wrong.push(format!("{source}\n  wanted {wanted:?}\n  found  {found:?}"));
@@ -54,6 +60,7 @@ fn templates_of_families_render_as_in_transformers() {
             eos: "</s>",
             tools: (case["tools"] == true).then_some(&g["tools"]),
             now: now(&g),
+            args: None,
         };
         let wanted = case["rendered"].as_str();
         let found = template.render_with(messages, &with);
@@ -224,4 +231,28 @@ fn random_templates_never_panic() {
             }
         }
     });
+}
+
+/// Arguments are variables of the template: given once for all, or with a rendering, which goes before.
+#[test]
+fn arguments_are_variables() {
+    let source = "{% if enable_thinking is defined %}{{ enable_thinking }}{% else %}-{% endif %} {{ note }}";
+    let args = |v: Value| v.as_object().unwrap().clone();
+    let render = |t: &ChatTemplate, own: Value| {
+        let (own, now) = (args(own), std::time::SystemTime::UNIX_EPOCH);
+        let with = Setting { add_generation_prompt: true, bos: "", eos: "", tools: None, now, args: Some(&own) };
+        t.render_with(&json!([]), &with).unwrap()
+    };
+    let plain = ChatTemplate::new(source).unwrap();
+    assert_eq!(render(&plain, json!({})), "- ");
+    assert_eq!(render(&plain, json!({"enable_thinking": false, "note": "x"})), "False x");
+    let given =
+        ChatTemplate::new(source).unwrap().with_args(args(json!({"enable_thinking": true, "note": [1]}))).unwrap();
+    assert_eq!(given.render(&[], true, "", "", None).unwrap(), "True [1]");
+    assert_eq!(render(&given, json!({"note": "y"})), "True y");
+    assert!(plain.takes("note") && !plain.takes("thinking") && !plain.takes("not") && !plain.takes(""));
+    for (name, why) in [("messages", "says itself"), ("thinking", "nothing that this template"), ("", "nothing")] {
+        let e = plain.check_args(&args(json!({ name: 1 }))).unwrap_err();
+        assert!(matches!(e, TemplateError::Argument { .. }) && e.to_string().contains(why), "{e}");
+    }
 }

@@ -91,6 +91,8 @@ pub struct Finished {
     pub tokens: usize,
     /// These. After a stop text they may hold a little more than the answer.
     pub ids: Vec<u32>,
+    /// The token by which the model ended its answer, where probabilities were asked for.
+    pub end: Option<Picked>,
 }
 
 /// What becomes of a request. [`Event::Finished`], [`Event::Embedding`] and [`Event::Failed`] come last, one of them

@@ -154,7 +154,7 @@ impl Session {
         };
         let decode_s = start.elapsed().as_secs_f64();
         let after = self.scheduler.gauges();
-        let Finished { stop, prompt_tokens, reused_tokens, tokens, ids } = finished;
+        let Finished { stop, prompt_tokens, reused_tokens, tokens, ids, end: _ } = finished;
         let stats = Stats {
             prompt_tokens,
             reused_tokens,

@@ -10,14 +10,15 @@ use axum::extract::State;
 use axum::http::{HeaderMap, HeaderValue, Request, Response, header};
 use axum::middleware::{Next, from_fn_with_state};
 use axum::response::IntoResponse;
-use axum::routing::{get, post};
+use axum::routing::get;
 use lacuna_checkpoint::{ChatTemplate, Tokenizer};
 use lacuna_run::Pooling;
 use serde_json::{Value, json};
 use sha2::{Digest, Sha256};
 use subtle::ConstantTimeEq;
 
-use crate::error::{ApiError, json_response};
+use crate::cors::Origins;
+use crate::error::{ApiError, Form, json_response};
 use crate::grammar::Grammars;
 use crate::metrics::Metrics;
 use crate::schema::Schema;
@@ -48,10 +49,14 @@ impl Keys {
         if keys.is_empty() { Err("there is no key in it".to_owned()) } else { Ok(Keys(keys)) }
     }
 
-    /// Whether the headers show a key. Takes the same time whichever key is wrong in whichever place.
+    /// Whether the headers show a key, as OpenAI's clients do or as Anthropic's do. Takes the same time whichever key
+    /// is wrong in whichever place.
     fn admit(&self, headers: &HeaderMap) -> bool {
-        let shown = headers.get(header::AUTHORIZATION).and_then(|v| v.to_str().ok()).unwrap_or_default();
-        let shown = shown.get(..7).filter(|b| b.eq_ignore_ascii_case("bearer ")).map_or("", |_| shown[7..].trim());
+        let text = |name: &str| headers.get(name).and_then(|v| v.to_str().ok());
+        let shown = match text(header::AUTHORIZATION.as_str()) {
+            Some(v) => v.get(..7).filter(|b| b.eq_ignore_ascii_case("bearer ")).map_or("", |_| v[7..].trim()),
+            None => text("x-api-key").unwrap_or_default().trim(),
+        };
         let shown: [u8; 32] = Sha256::digest(shown.as_bytes()).into();
         let same = self.0.iter().fold(subtle::Choice::from(0), |same, key| same | key.ct_eq(&shown));
         same.into()
@@ -84,6 +89,12 @@ pub struct App {
     pub keys: Option<Keys>,
     /// Names by which a request may call this server; any where there are none.
     pub hosts: Vec<String>,
+    /// Origins whose pages may use this server.
+    pub origins: Origins,
+    /// Whether Ollama's interface is there.
+    pub ollama: bool,
+    /// Numbers of a row of the model.
+    pub width: usize,
     /// The published document.
     pub schema: Schema,
     /// What the model is.
@@ -126,6 +137,18 @@ fn endpoint(path: &str) -> &'static str {
         "/v1/chat/completions",
         "/v1/completions",
         "/v1/embeddings",
+        "/v1/responses",
+        "/v1/messages",
+        "/v1/messages/count_tokens",
+        "/tokenize",
+        "/detokenize",
+        "/tokenizer_info",
+        "/api/version",
+        "/api/tags",
+        "/api/ps",
+        "/api/show",
+        "/api/chat",
+        "/api/generate",
         "/health",
         "/health/live",
         "/health/ready",
@@ -142,14 +165,27 @@ fn endpoint(path: &str) -> &'static str {
     }
 }
 
+/// In whose form errors at a path are told.
+fn form(path: &str) -> Form {
+    match endpoint(path) {
+        "/v1/messages" | "/v1/messages/count_tokens" => Form::Anthropic,
+        "/api/version" | "/api/tags" | "/api/ps" | "/api/show" | "/api/chat" | "/api/generate" => Form::Ollama,
+        _ => Form::OpenAi,
+    }
+}
+
 async fn watch(State(app): State<Arc<App>>, request: Request<Body>, next: Next) -> Response<Body> {
     let began = Instant::now();
     let (method, path) = (request.method().clone(), request.uri().path().to_owned());
     let open =
         matches!(endpoint(&path), "/" | "/assets" | "/health" | "/health/live" | "/health/ready" | "/openapi.json");
+    let origin = app.origins.admit(request.headers());
+    let preflight = app.origins.preflight(&request);
     let mut response = if !app.host_is_known(&request) {
         let text = "this server is not known by the name in the Host header; --allow-host makes a name known";
         ApiError::new(403, text).code("unknown_host").into_response()
+    } else if let Some(preflight) = preflight {
+        preflight
     } else if !open && app.keys.as_ref().is_some_and(|k| !k.admit(request.headers())) {
         ApiError::new(401, "send a valid key in the header Authorization: Bearer KEY")
             .code("invalid_api_key")
@@ -157,7 +193,14 @@ async fn watch(State(app): State<Arc<App>>, request: Request<Body>, next: Next) 
     } else {
         next.run(request).await
     };
+    if let Some(e) = response.extensions_mut().remove::<ApiError>()
+        && form(&path) != Form::OpenAi
+    {
+        *response.body_mut() = Body::from(e.body_for(form(&path)).to_string());
+        response.headers_mut().remove(header::CONTENT_LENGTH);
+    }
     let headers = response.headers_mut();
+    app.origins.show(origin, headers);
     headers.insert(header::X_CONTENT_TYPE_OPTIONS, HeaderValue::from_static("nosniff"));
     headers.insert(header::REFERRER_POLICY, HeaderValue::from_static("no-referrer"));
     let status = response.status().as_u16();
@@ -170,12 +213,7 @@ async fn watch(State(app): State<Arc<App>>, request: Request<Body>, next: Next) 
 
 /// Every page of the server.
 pub fn router(app: Arc<App>) -> Router {
-    Router::new()
-        .route("/v1/models", get(api::models))
-        .route("/v1/models/{*model}", get(api::model))
-        .route("/v1/chat/completions", post(api::chat))
-        .route("/v1/completions", post(api::completions))
-        .route("/v1/embeddings", post(api::embeddings))
+    api::routes(app.ollama)
         .route("/health", get(|| async { json_response(200, &json!({ "status": "ok" })) }))
         .route("/health/live", get(|| async { json_response(200, &json!({ "status": "live" })) }))
         .route("/health/ready", get(ready))

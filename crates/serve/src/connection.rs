@@ -8,7 +8,10 @@ use std::task::{Context, Poll};
 use std::time::Duration;
 
 use axum::Router;
+use axum::http::{Request, Uri};
+use hyper::body::Incoming;
 use hyper::server::conn::http1;
+use hyper::service::{Service, service_fn};
 use hyper_util::rt::{TokioIo, TokioTimer};
 use hyper_util::service::TowerToHyperService;
 use tokio::io::{AsyncRead, AsyncReadExt, AsyncWrite, AsyncWriteExt, ReadBuf};
@@ -89,12 +92,28 @@ pub async fn accept(
     cut
 }
 
+/// An address without the slashes that its path ends with, where it has some.
+fn bare(uri: &Uri) -> Option<Uri> {
+    let path = uri.path();
+    let short = path.trim_end_matches('/');
+    if short.len() == path.len() || short.is_empty() {
+        return None;
+    }
+    let query = uri.query().map_or_else(String::new, |q| format!("?{q}"));
+    format!("{short}{query}").parse().ok()
+}
+
 async fn hold(stream: TcpStream, router: Router, patience: Patience, mut drained: watch::Receiver<bool>) {
+    let router = TowerToHyperService::new(router);
+    let pages = service_fn(move |mut request: Request<Incoming>| {
+        if let Some(bare) = bare(request.uri()) {
+            *request.uri_mut() = bare;
+        }
+        router.call(request)
+    });
     let io = TokioIo::new(Timed { stream, limit: patience.write, waiting: None });
-    let connection = http1::Builder::new()
-        .timer(TokioTimer::new())
-        .header_read_timeout(patience.head)
-        .serve_connection(io, TowerToHyperService::new(router));
+    let connection =
+        http1::Builder::new().timer(TokioTimer::new()).header_read_timeout(patience.head).serve_connection(io, pages);
     let mut connection = std::pin::pin!(connection);
     let told = async move {
         let _ = drained.wait_for(|d| *d).await;

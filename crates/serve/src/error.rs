@@ -1,4 +1,4 @@
-//! Errors as OpenAI's clients expect them: `{"error": {"message", "type", "param", "code"}}`.
+//! Errors as clients expect them: OpenAI's `{"error": {"message", "type", "param", "code"}}`, or another interface's.
 
 use axum::body::Body;
 use axum::http::{HeaderValue, Response, StatusCode, header};
@@ -19,6 +19,14 @@ pub struct ApiError {
     pub code: Option<&'static str>,
     /// Seconds after which asking again makes sense.
     pub retry_after_s: Option<u64>,
+}
+
+/// The interface in whose form an error is told.
+#[derive(Clone, Copy, Debug, PartialEq, Eq)]
+pub enum Form {
+    OpenAi,
+    Anthropic,
+    Ollama,
 }
 
 impl ApiError {
@@ -70,6 +78,39 @@ impl ApiError {
     pub fn body(&self) -> Value {
         json!({ "error": { "message": self.message, "type": self.kind(), "param": self.param, "code": self.code } })
     }
+
+    /// The body in the form of an interface.
+    pub fn body_for(&self, form: Form) -> Value {
+        match form {
+            Form::OpenAi => self.body(),
+            Form::Ollama => json!({ "error": self.message }),
+            Form::Anthropic => {
+                let kind = match self.status {
+                    413 => "request_too_large",
+                    503 => "overloaded_error",
+                    504 => "timeout_error",
+                    500.. => "api_error",
+                    _ => self.kind(),
+                };
+                json!({ "type": "error", "error": { "type": kind, "message": self.message } })
+            }
+        }
+    }
+
+    /// The same about fields of another interface: each pair is a field here and its name there.
+    #[must_use]
+    pub fn renamed(mut self, names: &[(&str, &str)]) -> ApiError {
+        for (here, there) in names {
+            let behind =
+                |text: &str| text.strip_prefix(here).filter(|r| r.is_empty() || r.starts_with('.')).map(str::to_owned);
+            if let Some(rest) = self.param.as_deref().and_then(behind) {
+                self.param = Some(format!("{there}{rest}"));
+                self.message = self.message.replace(&format!("'{here}"), &format!("'{there}"));
+                break;
+            }
+        }
+        self
+    }
 }
 
 impl IntoResponse for ApiError {
@@ -82,6 +123,8 @@ impl IntoResponse for ApiError {
         if self.status == 401 {
             headers.insert(header::WWW_AUTHENTICATE, HeaderValue::from_static("Bearer"));
         }
+        // Whoever knows by which path it goes out puts it into that interface's form.
+        response.extensions_mut().insert(self);
         response
     }
 }

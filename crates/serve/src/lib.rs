@@ -1,4 +1,4 @@
-//! A model behind OpenAI's interface: HTTP, streaming, limits, metrics, a web page.
+//! A model behind OpenAI's interface, and others': HTTP, streaming, limits, metrics, a web page.
 //!
 //! One thread runs the model ([`lacuna_run::Scheduler`]), another talks with everybody; they share channels. A request
 //! takes a place in the queue first, is held against the published OpenAPI document, becomes tokens and a grammar, and
@@ -7,11 +7,13 @@
 mod api;
 mod app;
 mod connection;
+mod cors;
 mod error;
 mod exact;
 mod grammar;
 mod metrics;
 mod page;
+mod reasoning;
 mod schema;
 mod tools;
 mod worker;
@@ -28,6 +30,7 @@ use serde_json::Value;
 use tokio::sync::watch;
 
 pub use app::Keys;
+pub use cors::Origins;
 
 /// A model to serve.
 pub struct Served {
@@ -63,6 +66,10 @@ pub struct Options {
     pub keys: Option<Keys>,
     /// Names by which a request may call this server; any where there are none.
     pub hosts: Vec<String>,
+    /// Origins whose pages may use this server.
+    pub origins: Origins,
+    /// Whether Ollama's interface is there, too.
+    pub ollama: bool,
     /// Bytes of a request's body.
     pub body_bytes: usize,
     /// Connections at once.
@@ -90,6 +97,8 @@ impl Default for Options {
             pooling: Pooling::Mean,
             keys: None,
             hosts: Vec::new(),
+            origins: Origins::default(),
+            ollama: false,
             body_bytes: 4 << 20,
             connections: 1024,
             head_timeout: Duration::from_secs(30),
@@ -173,7 +182,7 @@ pub fn serve(served: Served, options: Options, listener: TcpListener, stop: &Sto
     let (worker, thread) = worker::Worker::start(scheduler, limits.batch, options.queue, Arc::clone(&metrics))
         .context("the engine's thread")?;
     let app = Arc::new(app::App {
-        schema: schema::Schema::new(&name, width),
+        schema: schema::Schema::new(&name, width, options.ollama),
         grammars: grammar::Grammars::new(&tokenizer).map_err(|e| e.to_string()),
         limits: app::Bounds {
             body_bytes: options.body_bytes,
@@ -191,6 +200,9 @@ pub fn serve(served: Served, options: Options, listener: TcpListener, stop: &Sto
         pooling: options.pooling,
         keys: options.keys,
         hosts: options.hosts,
+        origins: options.origins,
+        ollama: options.ollama,
+        width,
         card,
         run,
         metrics,

@@ -13,8 +13,9 @@ use serde_json::{Map, Number, Value};
 
 use crate::error::ApiError;
 
-/// Fields that hold a JSON schema of the client's own, in which null is a value like others.
-const FOREIGN: &[&str] = &["parameters", "schema"];
+/// Fields that hold JSON of the client's own, in which null is a value like others.
+const FOREIGN: &[&str] =
+    &["arguments", "chat_template_kwargs", "format", "input", "input_schema", "parameters", "schema"];
 
 /// Takes the fields that are null out of a request: they count as absent. A message's content may be null and still be
 /// said.
@@ -35,13 +36,22 @@ pub struct Schema {
 }
 
 impl Schema {
-    /// The document of this server, which serves `model`, whose vectors have `width` numbers.
-    pub fn new(model: &str, width: usize) -> Schema {
+    /// The document of this server, which serves `model`, whose vectors have `width` numbers. `ollama`: whether it has
+    /// Ollama's interface.
+    pub fn new(model: &str, width: usize, ollama: bool) -> Schema {
         let mut document: Value = serde_json::from_str(include_str!("openapi.json")).unwrap_or_default();
         document["info"]["version"] = env!("CARGO_PKG_VERSION").into();
         let schemas = &mut document["components"]["schemas"];
         schemas["ModelName"]["enum"] = Value::from(vec![model]);
+        schemas["OllamaModelName"]["enum"] = Value::from(vec![model.to_owned(), format!("{model}:latest")]);
         schemas["EmbeddingRequest"]["properties"]["dimensions"]["enum"] = Value::from(vec![width.into(), Value::Null]);
+        let theirs = |page: &Value| {
+            let mut pages = page.as_object().into_iter().flat_map(|p| p.values());
+            pages.any(|p| p["tags"].as_array().is_some_and(|t| t.iter().any(|t| t == "Ollama")))
+        };
+        if let Some(paths) = document["paths"].as_object_mut().filter(|_| !ollama) {
+            paths.retain(|_, page| !theirs(page));
+        }
         Schema { document }
     }
 
@@ -148,7 +158,10 @@ impl Schema {
             let Err(e) = self.visit(choice, value, path) else { return Ok(()) };
             let of_its_kind = |s: &Map<String, Value>| self.kind(s, value, path).is_ok();
             let meant = self.target(choice).as_object().is_some_and(of_its_kind)
-                && tag.is_none_or(|tag| value.get(tag).is_some_and(|v| self.tags(choice, tag).any(|t| t == v)));
+                && tag.is_none_or(|tag| match value.get(tag) {
+                    Some(v) => self.tags(choice, tag).any(|t| t == v),
+                    None => self.tags(choice, tag).next().is_none(),
+                });
             if meant {
                 first.get_or_insert(e);
             }
@@ -279,7 +292,7 @@ mod tests {
     use serde_json::json;
 
     fn wrong(name: &str, value: Value) -> (String, &'static str) {
-        let e = Schema::new("m", 64).check(name, &value).unwrap_err();
+        let e = Schema::new("m", 64, true).check(name, &value).unwrap_err();
         assert_eq!(e.status, 400, "{e:?}");
         (e.param.unwrap_or_default(), e.code.unwrap_or_default())
     }
@@ -325,7 +338,7 @@ mod tests {
                 }
             }
         }
-        let schema = Schema::new("m", 64);
+        let schema = Schema::new("m", 64, true);
         let all = schema.document()["components"]["schemas"].as_object().unwrap();
         assert!(all.len() > 10);
         all.iter().for_each(|(name, s)| walk(s, name));
@@ -350,7 +363,7 @@ mod tests {
     /// What the document says of fields that may be left out: they may be null as well.
     #[test]
     fn null_is_allowed_wherever_nothing_is() {
-        let s = Schema::new("m", 64);
+        let s = Schema::new("m", 64, true);
         let mut todo = ["ChatCompletionRequest", "CompletionRequest", "EmbeddingRequest"]
             .map(|n| (n.to_owned(), &s.document["components"]["schemas"][n]))
             .to_vec();
@@ -403,25 +416,29 @@ mod tests {
         };
         let name = "ChatCompletionRequest";
         assert!(
-            Schema::new("m", 64).check(name, &chat(json!({"temperature": 0.5, "n": 2.0, "stop": ["a", "b"]}))).is_ok()
+            Schema::new("m", 64, true)
+                .check(name, &chat(json!({"temperature": 0.5, "n": 2.0, "stop": ["a", "b"]})))
+                .is_ok()
         );
         // Null counts as absent, whatever it is said of.
         let null = json!({"zzz": null, "logit_bias": {"5": null}, "stream_options": {"zzz": null},
             "messages": [{"role": "user", "content": "hi", "zzz": null}]});
-        assert!(Schema::new("m", 64).check(name, &chat(null)).is_ok());
+        assert!(Schema::new("m", 64, true).check(name, &chat(null)).is_ok());
         for (more, param, code) in [
             (json!({"temperature": 3}), "temperature", "invalid_value"),
             (json!({"temperature": "hot"}), "temperature", "invalid_type"),
             (json!({"n": 1.5}), "n", "invalid_type"),
             (json!({"n": 0}), "n", "invalid_value"),
             (json!({"top_p": 0}), "top_p", "invalid_value"),
-            (json!({"stop": ["a", "b", "c", "d", "e"]}), "stop", "invalid_value"),
+            (json!({"stop": vec!["a"; 33]}), "stop", "invalid_value"),
             (json!({"zzz": 1}), "zzz", "unknown_parameter"),
             (json!({"seed": 9_223_372_036_854_775_808_u64}), "seed", "invalid_value"),
             (json!({"store": true}), "store", "unsupported_parameter"),
             (json!({"audio": {"voice": "x", "format": "wav"}}), "audio", "unsupported_parameter"),
             (json!({"modalities": ["text", "audio"]}), "modalities", "unsupported_parameter"),
-            (json!({"metadata": {"a": "b"}}), "metadata", "unsupported_parameter"),
+            (json!({"metadata": {"a": 1}}), "metadata.a", "invalid_type"),
+            (json!({"reasoning_effort": "some"}), "reasoning_effort", "invalid_value"),
+            (json!({"chat_template_kwargs": {"messages": 1}, "enable_thinking": 1}), "enable_thinking", "invalid_type"),
             (json!({"prompt_cache_options": {"ttl": "30m"}}), "prompt_cache_options", "unsupported_parameter"),
             (
                 json!({"stream_options": {"include_obfuscation": true}}),

@@ -460,7 +460,7 @@ fn whatever_is_wrong_is_said_in_openais_shape() {
         (json!({"model": "tiny", "prompt": []}), "prompt"),
         (json!({"model": "tiny", "prompt": [96]}), "prompt"),
         (json!({"model": "tiny", "prompt": ["a", 1]}), "prompt"),
-        (json!({"model": "tiny", "prompt": "a", "echo": true}), "echo"),
+        (json!({"model": "tiny", "prompt": "a", "echo": 1}), "echo"),
         (json!({"model": "tiny", "prompt": "a", "suffix": "b"}), "suffix"),
         (json!({"model": "tiny", "prompt": "a", "best_of": 2}), "best_of"),
         (json!({"model": "tiny", "prompt": "a", "best_of": 1, "n": 2}), "best_of"),

@@ -5,7 +5,7 @@
 use std::borrow::Cow;
 use std::time::UNIX_EPOCH;
 
-use serde_json::{Value, json};
+use serde_json::{Map, Value, json};
 
 use super::jinja::Program;
 use super::{Setting, TemplateError, run};
@@ -115,9 +115,15 @@ fn fitted(content: &Value, form: Accepts, role: &str) -> Result<Option<Value>, T
 fn form(program: &Program, tools: bool, trial: impl Fn(Value) -> Vec<Value>) -> Option<Accepts> {
     let tool = json!([{"type": "function", "function": {"name": "look", "description": "Looks.",
         "parameters": {"type": "object", "properties": {"at": {"type": "string", "description": "What."}}}}}]);
-    let with =
-        Setting { add_generation_prompt: true, bos: "", eos: "", tools: tools.then_some(&tool), now: UNIX_EPOCH };
-    let rendered = |content: Value| run(program, &trial(content).into(), &with).ok();
+    let with = Setting {
+        add_generation_prompt: true,
+        bos: "",
+        eos: "",
+        tools: tools.then_some(&tool),
+        now: UNIX_EPOCH,
+        args: None,
+    };
+    let rendered = |content: Value| run(program, &trial(content).into(), &with, &Map::new()).ok();
     let text = rendered(json!(WORD));
     let parts = rendered(json!([{"type": "text", "text": WORD}]));
     if text.is_none() && parts.is_none() {

@@ -13,6 +13,7 @@ use std::path::Path;
 use std::time::SystemTime;
 
 use serde::Serialize;
+use serde_json::{Map, Value};
 
 use crate::Checkpoint;
 use crate::gguf::Metadata;
@@ -66,6 +67,14 @@ pub enum TemplateError {
     /// The template failed.
     #[error("the chat template failed: {0}")]
     Failed(String),
+    /// An argument that the template cannot take.
+    #[error("the chat template's argument '{name}' {why}")]
+    Argument {
+        /// Its name.
+        name: String,
+        /// What is wrong with it.
+        why: String,
+    },
 }
 
 /// The chat templates of one model: one, or several by name.
@@ -74,7 +83,12 @@ pub struct ChatTemplate {
     default: Named,
     /// The one that conversations with tools go to, where it is another.
     tool_use: Option<Named>,
+    /// Arguments of every rendering, unless it brings its own.
+    args: Map<String, Value>,
 }
+
+/// What every template is told; arguments have other names.
+const TOLD: [&str; 6] = ["messages", "add_generation_prompt", "bos_token", "eos_token", "tools", "documents"];
 
 /// A template with its name.
 #[derive(Debug)]
@@ -112,9 +126,12 @@ pub struct Setting<'a> {
     /// The written form of the model's last token.
     pub eos: &'a str,
     /// What the model may call.
-    pub tools: Option<&'a serde_json::Value>,
+    pub tools: Option<&'a Value>,
     /// The time that the template is told.
     pub now: SystemTime,
+    /// Further variables, such as `enable_thinking`, that [`ChatTemplate::check_args`] let through; they go before
+    /// those of [`ChatTemplate::with_args`].
+    pub args: Option<&'a Map<String, Value>>,
 }
 
 impl ChatTemplate {
@@ -150,7 +167,7 @@ impl ChatTemplate {
     }
 
     /// The `chat_template` of a `tokenizer_config.json`: a string, or a list of `{name, template}`.
-    pub fn from_config(config: &serde_json::Value) -> Result<ChatTemplate, TemplateError> {
+    pub fn from_config(config: &Value) -> Result<ChatTemplate, TemplateError> {
         let found = sources::of_config(config)?;
         if found.is_empty() {
             return Err(TemplateError::Missing("tokenizer_config.json has none".into()));
@@ -175,7 +192,8 @@ impl ChatTemplate {
         let default = default.ok_or_else(|| {
             TemplateError::Missing(format!("it has templates named {}, but none named default", names.join(", ")))
         })?;
-        Ok(ChatTemplate { default: Named::new(default)?, tool_use: tool_use.map(Named::new).transpose()? })
+        let tool_use = tool_use.map(Named::new).transpose()?;
+        Ok(ChatTemplate { default: Named::new(default)?, tool_use, args: Map::new() })
     }
 
     fn told_tools(&self) -> &Named {
@@ -189,11 +207,34 @@ impl ChatTemplate {
 
     /// Whether the template looks at tools. One that does not would leave them out in silence.
     pub fn takes_tools(&self) -> bool {
-        let source = self.source();
-        let word = |c: char| c.is_alphanumeric() || c == '_';
-        source
-            .match_indices("tools")
-            .any(|(at, t)| !source[..at].ends_with(word) && !source[at + t.len()..].starts_with(word))
+        names(self.source(), "tools")
+    }
+
+    /// Whether the template names `name`, so that an argument of it may say something.
+    pub fn takes(&self, name: &str) -> bool {
+        names(&self.default.source, name) || names(self.source(), name)
+    }
+
+    /// Refuses arguments that the template does not look at, and those that would take the place of what it is told.
+    pub fn check_args(&self, args: &Map<String, Value>) -> Result<(), TemplateError> {
+        for name in args.keys() {
+            let why = if TOLD.contains(&name.as_str()) {
+                "is what the conversation says itself"
+            } else if !self.takes(name) {
+                "is nothing that this template looks at"
+            } else {
+                continue;
+            };
+            let name = name.chars().take(64).collect();
+            return Err(TemplateError::Argument { name, why: why.into() });
+        }
+        Ok(())
+    }
+
+    /// The template with arguments for every rendering.
+    pub fn with_args(self, args: Map<String, Value>) -> Result<ChatTemplate, TemplateError> {
+        self.check_args(&args)?;
+        Ok(ChatTemplate { args, ..self })
     }
 
     /// The conversation as text. `add_generation_prompt`: end with the opening of the assistant's turn. `bos` and `eos`
@@ -205,10 +246,10 @@ impl ChatTemplate {
         add_generation_prompt: bool,
         bos: &str,
         eos: &str,
-        tools: Option<&serde_json::Value>,
+        tools: Option<&Value>,
     ) -> Result<String, TemplateError> {
         let message = |m: &Message| serde_json::json!({"role": m.role, "content": m.content});
-        let messages = serde_json::Value::Array(messages.iter().map(message).collect());
+        let messages = Value::Array(messages.iter().map(message).collect());
         self.render_json(&messages, add_generation_prompt, bos, eos, tools)
     }
 
@@ -216,37 +257,42 @@ impl ChatTemplate {
     /// results. A content is a text, null, or a list of parts (`{"type": "text", "text": ...}`).
     pub fn render_json(
         &self,
-        messages: &serde_json::Value,
+        messages: &Value,
         add_generation_prompt: bool,
         bos: &str,
         eos: &str,
-        tools: Option<&serde_json::Value>,
+        tools: Option<&Value>,
     ) -> Result<String, TemplateError> {
-        self.render_with(messages, &Setting { add_generation_prompt, bos, eos, tools, now: SystemTime::now() })
+        let now = SystemTime::now();
+        self.render_with(messages, &Setting { add_generation_prompt, bos, eos, tools, now, args: None })
     }
 
     /// As [`ChatTemplate::render_json`], at a moment of the caller's.
-    pub fn render_with(&self, messages: &serde_json::Value, with: &Setting<'_>) -> Result<String, TemplateError> {
+    pub fn render_with(&self, messages: &Value, with: &Setting<'_>) -> Result<String, TemplateError> {
         let named = if with.tools.is_some() { self.told_tools() } else { &self.default };
         let messages = named.taste.fit(messages)?;
-        run(&named.program, &messages, with).map_err(|fault| match fault.kind {
+        run(&named.program, &messages, with, &self.args).map_err(|fault| match fault.kind {
             FaultKind::Raised => TemplateError::Refused(fault.what),
             _ => TemplateError::Failed(told(&named.name, &fault)),
         })
     }
 }
 
-fn run(program: &Program, messages: &serde_json::Value, with: &Setting<'_>) -> Result<String, Fault> {
+/// Whether a program names `name`: a word of it, wherever it stands.
+fn names(source: &str, name: &str) -> bool {
+    let word = |c: char| c.is_alphanumeric() || c == '_';
+    let mut found = source.match_indices(name).filter(|_| !name.is_empty());
+    found.any(|(at, t)| !source[..at].ends_with(word) && !source[at + t.len()..].starts_with(word))
+}
+
+fn run(program: &Program, messages: &Value, with: &Setting<'_>, args: &Map<String, Value>) -> Result<String, Fault> {
     // Templates ask `tools is not none`: absent means none, not undefined.
-    let none = serde_json::Value::Null;
-    let context = [
-        ("messages", messages),
-        ("add_generation_prompt", &with.add_generation_prompt.into()),
-        ("bos_token", &with.bos.into()),
-        ("eos_token", &with.eos.into()),
-        ("tools", with.tools.unwrap_or(&none)),
-        ("documents", &none),
-    ];
+    let none = Value::Null;
+    let (opens, bos, eos) = (with.add_generation_prompt.into(), with.bos.into(), with.eos.into());
+    let told = [messages, &opens, &bos, &eos, with.tools.unwrap_or(&none), &none];
+    let args = args.iter().chain(with.args.into_iter().flatten()).map(|(name, value)| (name.as_str(), value));
+    // What is set later counts.
+    let context: Vec<(&str, &Value)> = args.chain(TOLD.into_iter().zip(told)).collect();
     program.render(&context, with.now)
 }
 

@@ -145,7 +145,9 @@ impl Tokenizer {
         let moment = |month: u32| SystemTime::UNIX_EPOCH + day * (20468 + month * 61 / 2);
         let at = |messages: &Value, month: u32| {
             let now = moment(month);
-            template.render_with(messages, &Setting { add_generation_prompt: true, bos, eos, tools: None, now }).ok()
+            template
+                .render_with(messages, &Setting { add_generation_prompt: true, bos, eos, tools: None, now, args: None })
+                .ok()
         };
         let months = (0..12).map(|m| at(&plain, m));
         months.chain(more.iter().map(|m| at(m, 0))).flatten().collect()

@@ -94,6 +94,8 @@ pub(super) struct Writing {
     certain: usize,
     /// Tokens that were not told yet, with the byte at which their text begins.
     held: VecDeque<(usize, Picked)>,
+    /// The token that ended it, where it has a probability.
+    end: Option<Picked>,
 }
 
 /// How a text goes on.
@@ -105,7 +107,7 @@ pub(super) enum Choice {
         complete: bool,
     },
     /// The model ends it with this token.
-    End(u32),
+    End(Picked),
     /// Nothing is left to go on with.
     Nothing,
 }
@@ -225,7 +227,10 @@ impl Active {
         let mut stop = None;
         match choice {
             Choice::Nothing => stop = Some(Stop::MaxTokens),
-            Choice::End(id) => stop = Some(Stop::EndToken(id)),
+            Choice::End(picked) => {
+                stop = Some(Stop::EndToken(picked.id));
+                w.end = Some(picked).filter(|p| p.probability.is_some());
+            }
             Choice::Token { picked, complete } => {
                 let id = picked.id;
                 self.tokens.push(id);
@@ -261,6 +266,7 @@ impl Active {
             reused_tokens: self.reused.unwrap_or(0),
             tokens: self.tokens.len() - self.prompt_tokens,
             ids: self.tokens[self.prompt_tokens..].to_vec(),
+            end: if let Work::Generate(w) = &self.work { w.end.clone() } else { None },
         }
     }
 }
@@ -285,6 +291,7 @@ impl Writing {
             decoded: 0,
             certain: 0,
             held: VecDeque::new(),
+            end: None,
         })
     }
 
@@ -296,10 +303,10 @@ impl Writing {
     fn choose(&mut self, logits: &[f32], text: &[u32], prompt_tokens: usize) -> Result<Choice, RunError> {
         let allowed = self.grammar.as_mut().map(|g| g.allowed()).transpose()?;
         let id = self.sampler.pick(logits, text, prompt_tokens, allowed)?;
-        if !self.generation.ignore_end && self.tokenizer.eos_set().contains(&id) {
-            return Ok(Choice::End(id));
-        }
         let probability = self.logprobs.map(|top| Probability::of(logits, id, top));
+        if !self.generation.ignore_end && self.tokenizer.eos_set().contains(&id) {
+            return Ok(Choice::End(Picked { id, probability }));
+        }
         let complete = match &mut self.grammar {
             Some(g) => g.accept(id)?,
             None => false,

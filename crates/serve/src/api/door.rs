@@ -57,7 +57,7 @@ impl App {
         request: Request<Body>,
         work: impl FnOnce(&App, Value, &mut Ticket) -> Result<T, ApiError> + Send + 'static,
     ) -> Result<(T, Ticket), ApiError> {
-        let body = self.body(request).await?;
+        let body = self.body(name, request).await?;
         let mut ticket = self.worker.ticket().ok_or_else(|| self.full())?;
         let app = Arc::clone(self);
         let done = tokio::task::spawn_blocking(move || {
@@ -69,10 +69,12 @@ impl App {
     }
 
     /// The body of a request that there is room for.
-    async fn body(&self, request: Request<Body>) -> Result<Vec<u8>, ApiError> {
+    async fn body(&self, name: &str, request: Request<Body>) -> Result<Vec<u8>, ApiError> {
         let kind = request.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
         let kind = kind.split(';').next().unwrap_or_default().trim();
-        if !kind.eq_ignore_ascii_case("application/json") {
+        // Some of Ollama's clients say nothing. A page from elsewhere could do that unasked, but says where it is from.
+        let silent = kind.is_empty() && name.starts_with("Ollama") && !request.headers().contains_key(header::ORIGIN);
+        if !silent && !kind.eq_ignore_ascii_case("application/json") {
             return Err(ApiError::new(415, "send JSON with the header Content-Type: application/json"));
         }
         let most = self.limits.body_bytes;
@@ -97,6 +99,8 @@ impl App {
         let text = String::from_utf8(body).map_err(|e| no_json(e.to_string()))?;
         let mut value: Value = serde_json::from_str(&text).map_err(|e| no_json(e.to_string()))?;
         if let Some(model) = value["model"].as_str() {
+            // Ollama's clients say which one of a model's kinds they mean; there is one.
+            let model = model.strip_suffix(":latest").filter(|_| name.starts_with("Ollama")).unwrap_or(model);
             self.known_model(model)?;
         }
         self.schema.check(name, &value)?;

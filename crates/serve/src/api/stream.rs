@@ -1,6 +1,5 @@
-//! Server-sent events: an answer as it comes.
+//! An answer as it comes.
 
-use std::collections::VecDeque;
 use std::convert::Infallible;
 use std::future::Future;
 use std::pin::Pin;
@@ -12,44 +11,53 @@ use http_body::{Body, Frame};
 use serde_json::Value;
 use tokio::time::{Instant, Sleep, sleep_until};
 
+use crate::api::dialect::Dialect;
 use crate::api::reply::Reply;
 use crate::error::ApiError;
 use crate::worker::Answers;
 
-/// After so long without a word a comment is sent, so that nothing on the way takes the connection for dead.
+/// After so long without a word a sign of life is sent, so that nothing on the way takes the connection for dead.
 const SILENCE: Duration = Duration::from_secs(10);
 
 /// The body of a streamed answer. Dropping it gives the answer up.
 pub struct Events {
     reply: Reply,
+    dialect: Box<dyn Dialect>,
     answers: Option<Answers>,
-    ready: VecDeque<Bytes>,
+    /// What is to be sent.
+    ready: Vec<u8>,
     deadline: Pin<Box<Sleep>>,
     silence: Pin<Box<Sleep>>,
 }
 
 impl Events {
     /// A stream of `answers`, which must be over after `limit`.
-    pub fn new(reply: Reply, answers: Answers, limit: Duration) -> Events {
+    pub fn new(reply: Reply, mut dialect: Box<dyn Dialect>, answers: Answers, limit: Duration) -> Events {
         let now = Instant::now();
-        let ready = reply.opening().iter().map(event).collect();
+        let mut ready = dialect.begin(reply.prompt_tokens());
+        reply.opening().iter().for_each(|chunk| ready += &dialect.chunk(chunk));
         Events {
             reply,
+            dialect,
             answers: Some(answers),
-            ready,
+            ready: ready.into_bytes(),
             deadline: Box::pin(sleep_until(now + limit)),
             silence: Box::pin(sleep_until(now + SILENCE)),
         }
     }
 
     fn fail(&mut self, e: &ApiError) {
-        self.ready.push_back(event(&e.body()));
+        let told = self.dialect.error(e);
+        self.ready.extend_from_slice(told.as_bytes());
         self.answers = None;
     }
-}
 
-fn event(v: &Value) -> Bytes {
-    Bytes::from(format!("data: {v}\n\n"))
+    fn tell(&mut self, chunks: &[Value]) {
+        for chunk in chunks {
+            let told = self.dialect.chunk(chunk);
+            self.ready.extend_from_slice(told.as_bytes());
+        }
+    }
 }
 
 impl Body for Events {
@@ -59,26 +67,22 @@ impl Body for Events {
     fn poll_frame(mut self: Pin<&mut Self>, cx: &mut Context<'_>) -> Poll<Option<Result<Frame<Bytes>, Infallible>>> {
         let this = &mut *self;
         loop {
-            if let Some(first) = this.ready.pop_front() {
+            if !this.ready.is_empty() {
                 this.silence.as_mut().reset(Instant::now() + SILENCE);
-                if this.ready.is_empty() {
-                    return Poll::Ready(Some(Ok(Frame::data(first))));
-                }
-                let mut all = first.to_vec();
-                this.ready.drain(..).for_each(|more| all.extend_from_slice(&more));
-                return Poll::Ready(Some(Ok(Frame::data(all.into()))));
+                return Poll::Ready(Some(Ok(Frame::data(Bytes::from(std::mem::take(&mut this.ready))))));
             }
             let Some(answers) = &mut this.answers else { return Poll::Ready(None) };
             match answers.poll_next(cx) {
                 Poll::Ready(Some((choice, told))) => match this.reply.take(choice, told) {
-                    Ok(chunks) => this.ready.extend(chunks.iter().map(event)),
+                    Ok(chunks) => this.tell(&chunks),
                     Err(e) => this.fail(&e),
                 },
                 Poll::Ready(None) => {
                     this.answers = None;
                     if this.reply.is_whole() {
-                        this.ready.extend(this.reply.closing().as_ref().map(event));
-                        this.ready.push_back(Bytes::from_static(b"data: [DONE]\n\n"));
+                        this.tell(this.reply.closing().as_slice());
+                        let end = this.dialect.end();
+                        this.ready.extend_from_slice(end.as_bytes());
                     } else {
                         this.fail(&ApiError::going_down());
                     }
@@ -89,7 +93,9 @@ impl Body for Events {
                         continue;
                     }
                     if this.silence.as_mut().poll(cx).is_ready() {
-                        this.ready.push_back(Bytes::from_static(b": still at work\n\n"));
+                        // One that is not sent leaves the clock to be set again.
+                        this.silence.as_mut().reset(Instant::now() + SILENCE);
+                        this.ready.extend_from_slice(this.dialect.alive().unwrap_or_default().as_bytes());
                         continue;
                     }
                     return Poll::Pending;

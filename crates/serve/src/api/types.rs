@@ -4,7 +4,7 @@ use std::collections::BTreeMap;
 
 use lacuna_run::{Generation, Sampler, Sampling};
 use serde::Deserialize;
-use serde_json::Value;
+use serde_json::{Map, Value};
 
 use crate::error::ApiError;
 
@@ -87,6 +87,11 @@ pub struct Chat {
     pub tool_choice: Option<Value>,
     pub parallel_tool_calls: Option<bool>,
     pub safety_identifier: Option<String>,
+    pub chat_template_kwargs: Option<Map<String, Value>>,
+    pub enable_thinking: Option<bool>,
+    pub reasoning_effort: Option<String>,
+    /// For counting tokens; an answer always has one.
+    pub add_generation_prompt: Option<bool>,
 }
 
 /// `/v1/completions`
@@ -97,6 +102,7 @@ pub struct Completion {
     pub prompt: Input,
     pub logprobs: Option<usize>,
     pub best_of: Option<usize>,
+    pub echo: Option<bool>,
 }
 
 /// `/v1/embeddings`
@@ -109,7 +115,7 @@ pub struct Embedding {
 }
 
 /// Fields that are handed on as they came.
-const HANDED_ON: &[&str] = &["messages", "response_format", "tool_choice", "tools"];
+const HANDED_ON: &[&str] = &["chat_template_kwargs", "messages", "response_format", "tool_choice", "tools"];
 
 /// Reads a request that the schema let through. Whole numbers may be written as 5.0.
 pub fn read<T: for<'de> Deserialize<'de>>(mut value: Value) -> Result<T, ApiError> {

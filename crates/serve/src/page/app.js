@@ -28,8 +28,10 @@ function complain(text) {
 function show(role, text) {
   const item = element("li", undefined, role);
   item.append(element("span", role === "user" ? "You" : "Model", "who"));
+  const thought = element("div", "", "thought");
+  thought.hidden = true;
   const said = element("div", text, "said");
-  item.append(said);
+  item.append(thought, said);
   at("turns").append(item);
   follow();
   return said;
@@ -94,8 +96,14 @@ async function send(text) {
     }
     for await (const chunk of events(response.body)) {
       if (chunk.error) throw new Error(chunk.error.message);
-      answer += chunk.choices?.[0]?.delta?.content ?? "";
+      const delta = chunk.choices?.[0]?.delta;
+      answer += delta?.content ?? "";
       said.textContent = answer;
+      if (delta?.reasoning_content) {
+        const thought = said.previousElementSibling;
+        thought.hidden = false;
+        thought.textContent += delta.reasoning_content;
+      }
       follow();
     }
   } catch (e) {

@@ -119,6 +119,27 @@ impl Server {
         talk.answer()
     }
 
+    /// A request with further headers, each ended by a line's end.
+    pub fn ask(&self, path: &str, headers: &str, body: &Value) -> Answer {
+        self.raw(&request(path, body).replacen("host: localhost\r\n", &format!("host: localhost\r\n{headers}"), 1))
+    }
+
+    /// The named events of a stream.
+    pub fn events(&self, path: &str, body: &Value) -> Vec<(String, Value)> {
+        let mut body = body.clone();
+        body["stream"] = true.into();
+        let answer = self.post(path, &body);
+        assert_eq!(answer.status, 200, "{}", answer.body);
+        let event = |e: &str| {
+            let (name, data) = e.split_once('\n').unwrap();
+            let data: Value = serde_json::from_str(data.strip_prefix("data: ").unwrap()).unwrap();
+            let name = name.strip_prefix("event: ").unwrap().to_owned();
+            assert_eq!(data["type"], name.as_str());
+            (name, data)
+        };
+        answer.body.split("\n\n").filter(|e| !e.is_empty() && !e.starts_with(':')).map(event).collect()
+    }
+
     pub fn post(&self, path: &str, body: &Value) -> Answer {
         self.raw(&request(path, body))
     }
