@@ -97,14 +97,6 @@ pub fn families() -> Vec<(&'static str, Value)> {
             behind("layer_norm_eps", json!({"model_type": "cohere", "tie_word_embeddings": true, "logit_scale": 0.5})),
         ),
         (
-            "cohere_norms",
-            behind(
-                "layer_norm_eps",
-                json!({"model_type": "cohere", "tie_word_embeddings": true, "logit_scale": 0.5,
-            "use_qk_norm": true}),
-            ),
-        ),
-        (
             "cohere2",
             behind(
                 "layer_norm_eps",
