@@ -86,7 +86,7 @@ pub fn families() -> Vec<(&'static str, Value)> {
         ),
         ("smollm3", with(json!({"model_type": "smollm3", "num_hidden_layers": 5}))),
         ("glm", with(json!({"model_type": "glm", "partial_rotary_factor": 0.5}))),
-        ("glm4", with(json!({"model_type": "glm4", "partial_rotary_factor": 0.5}))),
+        ("glm4", with(json!({"model_type": "glm4", "partial_rotary_factor": 0.5, "num_hidden_layers": 2}))),
         (
             "granite",
             with(json!({"model_type": "granite", "embedding_multiplier": 6.0, "residual_multiplier": 0.4,
@@ -95,14 +95,6 @@ pub fn families() -> Vec<(&'static str, Value)> {
         (
             "cohere",
             behind("layer_norm_eps", json!({"model_type": "cohere", "tie_word_embeddings": true, "logit_scale": 0.5})),
-        ),
-        (
-            "cohere_norms",
-            behind(
-                "layer_norm_eps",
-                json!({"model_type": "cohere", "tie_word_embeddings": true, "logit_scale": 0.5,
-            "use_qk_norm": true}),
-            ),
         ),
         (
             "cohere2",

@@ -125,6 +125,10 @@ fn gguf_cohere(head: &GgufHead) -> Result<Spec, SpecError> {
 }
 
 fn to_gguf_cohere(spec: &Spec) -> Result<GgufKeys, SpecError> {
+    if first(spec)?.0.qk_norm && spec.layers.len() < 64 {
+        let what = "llama.cpp reads norms of q and k in command-r files of 64 layers and more alone";
+        return Err(SpecError { what: what.into() });
+    }
     gguf_out::verified(spec, gguf_out::standard_keys(spec, "command-r")?, gguf_cohere)
 }
 

@@ -240,8 +240,13 @@ pub fn nearest_to(config: &Value) -> Option<&'static str> {
     (!FAMILIES.iter().any(|f| f.model_types.contains(&name))).then(|| nearest(name))
 }
 
-/// Names that begin alike first (qwen4 is a qwen), then the fewest letters to change; of equals the later one.
+/// The longest that the name begins with (qwen3_omni is a qwen3); else names that begin alike first (qwen4 is a qwen),
+/// then the fewest letters to change; of equals the later one.
 fn nearest(name: &str) -> &'static str {
+    let begun = FAMILIES.iter().flat_map(|f| f.model_types).filter(|k| name.starts_with(**k));
+    if let Some(whole) = begun.max_by_key(|k| k.len()) {
+        return whole;
+    }
     let alike = |k: &str| k.bytes().zip(name.bytes()).take_while(|(a, b)| a.eq_ignore_ascii_case(b)).count();
     let all = FAMILIES.iter().flat_map(|f| f.model_types).copied();
     let best = all.max_by_key(|k| {

@@ -494,10 +494,15 @@ struct AtLevel {
     lost: f64,
 }
 
-/// Bytes at 16 bits that a token is multiplied with outside the layers.
+/// Bytes at 16 bits that a token is multiplied with outside the layers' parts: the head, and norms that two parts share.
 fn beside(spec: &Spec) -> u64 {
     let head = if spec.tied { Role::Embed } else { Role::Head };
-    let ends = spec.places().into_iter().filter(|p| p.layer.is_none() && p.role == head && p.part == Part::Weight);
+    let shared = |p: &Place| {
+        let order = p.layer.and_then(|l| spec.layers.get(l as usize)).map(|l| l.order);
+        p.role == Role::AttnNorm && order == Some(Order::Shared)
+    };
+    let last = |p: &Place| p.layer.is_none() && p.role == head;
+    let ends = spec.places().into_iter().filter(|p| last(p) || shared(p));
     ends.filter_map(|p| spec.shape(&p)).map(|(r, c)| 2 * (r * c) as u64).sum()
 }
 

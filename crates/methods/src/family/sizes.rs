@@ -9,7 +9,7 @@ use lacuna_contract::{
     Ask, AtSize, Cut, Edit, Lab, LayerWork, MethodError, Search, Shrink, Shrinking, Site, Stats, StructureAsk, Unit,
 };
 use lacuna_format::Unpacked;
-use lacuna_spec::{LayerSpec, Place, QkNorm, Spec};
+use lacuna_spec::{LayerSpec, Order, Place, QkNorm, Spec};
 use serde::Deserialize;
 
 use super::structure::{Group, Kind, first_uncuttable, spread};
@@ -111,7 +111,11 @@ impl Sizes {
             None => {
                 let mut spec = spec.clone();
                 let described = sized(&spec.layers[layer], kind, units);
-                // Of this part alone.
+                // Of this part alone: a norm that both share stays with neither.
+                let mut described = described;
+                if std::mem::take(&mut described.order) == Order::Shared {
+                    described.attn.iter_mut().for_each(|a| a.pre_norm = false);
+                }
                 spec.layers[layer] = match kind {
                     Kind::Heads => LayerSpec { ffn: None, ffn_shortcut: false, attn_shortcut: false, ..described },
                     Kind::Channels => LayerSpec { attn: None, ffn_shortcut: false, attn_shortcut: false, ..described },
