@@ -87,12 +87,7 @@ pub fn whole(spec: &Spec) -> Result<Whole, SpecError> {
 pub fn norm_factor(spec: &Spec, place: &Place) -> f32 {
     let stream = matches!(
         place.role,
-        Role::AttnNorm
-            | Role::AttnPostNorm
-            | Role::MixerNorm
-            | Role::FfnNorm
-            | Role::FfnPostNorm
-            | Role::FinalNorm
+        Role::AttnNorm | Role::AttnPostNorm | Role::MixerNorm | Role::FfnNorm | Role::FfnPostNorm | Role::FinalNorm
     );
     match spec.norm.divisor {
         Some(n) if stream && place.part == Part::Weight => (n as f64 / spec.hidden as f64).sqrt() as f32,

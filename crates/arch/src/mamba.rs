@@ -64,10 +64,20 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
     };
     let width = c.f64("expand")? * hidden as f64;
     if width != (ssd.heads as f64) * (ssd.head_dim as f64) {
-        return bad(format!("num_heads {} times head_dim {} is not expand * hidden_size, {width}", ssd.heads, ssd.head_dim));
+        return bad(format!(
+            "num_heads {} times head_dim {} is not expand * hidden_size, {width}",
+            ssd.heads, ssd.head_dim
+        ));
     }
     let layer = LayerSpec { mixer: Some(Mixer::Ssd(ssd)), ..LayerSpec::default() };
-    Ok(network("mamba2", hidden, c.usize("vocab_size")?, c.bool("tie_word_embeddings")?, c.f64("layer_norm_epsilon")? as f32, vec![layer; layers]))
+    Ok(network(
+        "mamba2",
+        hidden,
+        c.usize("vocab_size")?,
+        c.bool("tie_word_embeddings")?,
+        c.f64("layer_norm_epsilon")? as f32,
+        vec![layer; layers],
+    ))
 }
 
 /// A network without positions, of layers with mixers.
@@ -108,7 +118,10 @@ fn to_config(spec: &Spec) -> Result<Value, SpecError> {
     set("conv_kernel", json!(m.kernel));
     set("use_conv_bias", json!(m.conv_bias));
     set("use_bias", json!(false));
-    set("time_step_limit", mixers::of_dt_limit(m.dt_limit));
+    // transformers 4 cannot read how transformers 5 writes what is unbounded, the class's default.
+    if m.dt_limit != (0.0, None) {
+        set("time_step_limit", mixers::of_dt_limit(m.dt_limit));
+    }
     let (width, hidden) = (m.heads * m.head_dim, spec.hidden.max(1));
     let whole = width.is_multiple_of(hidden);
     set("expand", if whole { json!(width / hidden) } else { json!(width as f64 / hidden as f64) });

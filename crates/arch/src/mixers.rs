@@ -80,9 +80,8 @@ pub(super) fn mamba(spec: &Spec, place: &Place, prefix: &str, layers: &str, modu
 pub(super) fn gguf_mamba(spec: &Spec, place: &Place) -> Option<Source> {
     let mixer = of(spec, place)?;
     let (width, channels, heads) = (mixer.width(spec.hidden), mixer.channels(spec.hidden), mixer.heads()?.0);
-    let of_input = |from: usize, n: usize| {
-        Some(Source { rows: Some((from, from + n)), ..named(place, "", "blk", "ssm_in") })
-    };
+    let of_input =
+        |from: usize, n: usize| Some(Source { rows: Some((from, from + n)), ..named(place, "", "blk", "ssm_in") });
     let groups = match mixer {
         Mixer::Ssd(Ssd { gate: GateNorm::GateFirst { groups } | GateNorm::NormFirst { groups }, .. }) => *groups,
         _ => 1,
@@ -160,7 +159,9 @@ pub(super) fn of_ssd(m: &Ssd, out: &mut Map<String, Value>) {
     set("mamba_d_conv", json!(m.kernel));
     set("mamba_conv_bias", json!(m.conv_bias));
     set("mamba_proj_bias", json!(false));
-    set("time_step_limit", of_dt_limit(m.dt_limit));
+    if m.dt_limit != (0.0, None) {
+        set("time_step_limit", of_dt_limit(m.dt_limit));
+    }
 }
 
 /// The first mixer that is Mamba-2.

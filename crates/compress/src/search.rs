@@ -524,9 +524,7 @@ fn parts_of(
         }
         let (mut bytes, mut parameters) = (0, 0);
         // A shortcut stays: what comes behind it stands in its axes.
-        let mine = |p: &Place| {
-            !p.role.is_shortcut() && !p.role.is_mixer() && attention(p.role) == (role == Role::O)
-        };
+        let mine = |p: &Place| !p.role.is_shortcut() && !p.role.is_mixer() && attention(p.role) == (role == Role::O);
         for p in overlay.spec.layer_places(layer).into_iter().filter(mine) {
             let stored = need(overlay, &p)?;
             // Else the part would be dropped because it is broken.

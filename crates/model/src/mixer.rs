@@ -82,7 +82,9 @@ impl<B: Backend> MixerPart<B> {
         let y = match &self.heads {
             None => {
                 let x = project(&self.into, h, look)?;
-                span("convolution", || Ok::<_, ModelError>(backend.convolve(&self.own, kv.states(layer)?, layer, step, &x)))?
+                span("convolution", || {
+                    Ok::<_, ModelError>(backend.convolve(&self.own, kv.states(layer)?, layer, step, &x))
+                })?
             }
             Some(heads) => self.heads(heads, layer, h, step, kv, look)?,
         };

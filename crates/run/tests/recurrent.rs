@@ -132,7 +132,8 @@ fn little_room_changes_no_answer() {
 fn company_changes_nothing() {
     for name in MODELS {
         let e = engine(name);
-        let prompts: Vec<Vec<u32>> = (0..8).map(|i| [text(60 * i + 1), vec![5 + i as u32; 3 * i + 1]].concat()).collect();
+        let prompts: Vec<Vec<u32>> =
+            (0..8).map(|i| [text(60 * i + 1), vec![5 + i as u32; 3 * i + 1]].concat()).collect();
         let ask = |prompt: &Vec<u32>| {
             let prompt = prompt.clone();
             Request::generate(Generation { prompt, max_tokens: 12, ignore_end: true, ..Generation::default() })

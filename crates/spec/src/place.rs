@@ -195,10 +195,7 @@ impl Role {
     /// Whether the tensor is a recurrent mixer's own, its norm included.
     pub fn is_mixer(self) -> bool {
         self.is_mixer_linear()
-            || matches!(
-                self,
-                Role::MixerNorm | Role::MixerConv | Role::MixerA | Role::MixerD | Role::MixerOutNorm
-            )
+            || matches!(self, Role::MixerNorm | Role::MixerConv | Role::MixerA | Role::MixerD | Role::MixerOutNorm)
     }
 
     /// Whether the tensor has two axes: a matrix that multiplies activations, a table of rows, or a convolution.

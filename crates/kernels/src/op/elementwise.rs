@@ -220,8 +220,7 @@ mod tests {
     #[test]
     fn activations_stay_within_their_tolerance_on_every_isa() {
         for isa in Isa::here() {
-            for act in
-                [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Sigmoid]
+            for act in [Activation::Silu, Activation::Gelu, Activation::GeluTanh, Activation::Relu, Activation::Sigmoid]
             {
                 for cols in [1, 7, 16, 33, 1000] {
                     let x = Mat::from_fn(3, cols, |r, c| {

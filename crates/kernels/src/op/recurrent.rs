@@ -91,12 +91,7 @@ impl Recurrence {
     /// The heads: `x` is what came out of the convolution, its activation applied; `dt` has a column for each head, its
     /// bias added, and so has `beta` (the delta rule's).
     #[track_caller]
-    pub fn scan(
-        &self,
-        runs: &mut [StateRun<'_>],
-        [x, dt, beta]: [MatRef<'_>; 3],
-        mut out: MatMut<'_>,
-    ) {
+    pub fn scan(&self, runs: &mut [StateRun<'_>], [x, dt, beta]: [MatRef<'_>; 3], mut out: MatMut<'_>) {
         let (heads, high, wide) = self.mixer.heads().expect("a mixer with heads");
         assert_eq!((x.cols(), dt.cols(), out.cols()), (self.channels, heads, heads * wide), "the columns of a scan");
         assert!(beta.cols() == heads || matches!(self.mixer, Mixer::Ssd(_)), "{} columns of beta", beta.cols());
@@ -110,9 +105,8 @@ impl Recurrence {
             assert!(run.rows.end <= height, "rows {:?} of {height}", run.rows);
             // SAFETY: a task has its own head of its own run: nobody else touches that part of the state, whose length
             // was checked.
-            let state = unsafe {
-                std::slice::from_raw_parts_mut(run.state.add(before + head * high * wide), high * wide)
-            };
+            let state =
+                unsafe { std::slice::from_raw_parts_mut(run.state.add(before + head * high * wide), high * wide) };
             match &self.mixer {
                 Mixer::Ssd(m) => {
                     let skip = self.skip.get(head).copied().unwrap_or(0.0);
@@ -122,10 +116,7 @@ impl Recurrence {
                 }
                 Mixer::Delta(m) => {
                     let (rows, decay) = (run.rows.clone(), self.decay[head]);
-                    dispatch(
-                        Isa::best(),
-                        DeltaHead { m, head, rows, x, dt, beta, decay, state, out: &out, stride },
-                    );
+                    dispatch(Isa::best(), DeltaHead { m, head, rows, x, dt, beta, decay, state, out: &out, stride });
                 }
                 Mixer::ShortConv(_) => {}
             }
@@ -409,8 +400,19 @@ mod tests {
     fn made(mixer: &Mixer, hidden: usize) -> Recurrence {
         let (channels, heads) = (mixer.channels(hidden), mixer.heads().map_or(0, |h| h.0));
         let conv = random(channels, mixer.kernel(), 3);
-        let a = random(1, heads, 4).data().iter().map(|a| if matches!(mixer, Mixer::Ssd(_)) { *a } else { -a.abs() }).collect();
-        Recurrence::new(mixer, hidden, conv.data(), random(1, channels, 5).into_vec(), a, random(1, heads, 6).into_vec())
+        let a = random(1, heads, 4)
+            .data()
+            .iter()
+            .map(|a| if matches!(mixer, Mixer::Ssd(_)) { *a } else { -a.abs() })
+            .collect();
+        Recurrence::new(
+            mixer,
+            hidden,
+            conv.data(),
+            random(1, channels, 5).into_vec(),
+            a,
+            random(1, heads, 6).into_vec(),
+        )
     }
 
     /// All rows at once, or cut into pieces, of two sequences side by side.
@@ -511,7 +513,10 @@ mod tests {
                     }
                     for (i, want) in want.iter().enumerate() {
                         let have = f64::from(out[(r, h * wide + i)]);
-                        assert!((have - want).abs() < 1e-4 * (1.0 + want.abs()), "{mixer:?} {r} {h} {i}: {have} {want}");
+                        assert!(
+                            (have - want).abs() < 1e-4 * (1.0 + want.abs()),
+                            "{mixer:?} {r} {h} {i}: {have} {want}"
+                        );
                     }
                 }
             }

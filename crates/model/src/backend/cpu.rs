@@ -57,7 +57,13 @@ impl Step {
 
 impl Step {
     /// Lends the states of the step's runs of rows.
-    fn with_states(&self, states: &mut SlotStates<f32>, layer: usize, begin: bool, f: impl FnOnce(&mut [StateRun<'_>])) {
+    fn with_states(
+        &self,
+        states: &mut SlotStates<f32>,
+        layer: usize,
+        begin: bool,
+        f: impl FnOnce(&mut [StateRun<'_>]),
+    ) {
         let slots = self.tables.states_of(layer);
         let fresh = self.batch.runs().map(|(_, rows)| begin && self.batch.positions()[rows.start] == 0);
         let mut lent = states.take(slots.iter().copied().zip(fresh));
@@ -441,14 +447,7 @@ impl Backend for Cpu {
         how.weigh(q.view(), step.tables.slots(), &mut sequences);
     }
 
-    fn convolve(
-        &self,
-        mixer: &Recurrence,
-        states: &mut SlotStates<f32>,
-        layer: usize,
-        step: &Step,
-        x: &Lent,
-    ) -> Lent {
+    fn convolve(&self, mixer: &Recurrence, states: &mut SlotStates<f32>, layer: usize, step: &Step, x: &Lent) -> Lent {
         let gates = if matches!(mixer.mixer(), Mixer::ShortConv(_)) { 3 } else { 1 };
         let mut out = Lent::new(x.rows(), x.cols() / gates);
         step.with_states(states, layer, true, |runs| mixer.convolve(runs, x.view(), out.view_mut()));

@@ -269,8 +269,7 @@ fn delta(m: &Delta, v: &MixerVectors, head: usize, s: Scanned<'_>) -> Head {
         let decayed: Vec<f64> = before.iter().map(|s| s * decay).collect();
         let k = unit(&part(r, keys + key * high, high));
         let told = times_back(&decayed, &k.0);
-        let off: Vec<f64> =
-            part(r, 2 * keys + head * cols, cols).iter().zip(&told).map(|(v, told)| v - told).collect();
+        let off: Vec<f64> = part(r, 2 * keys + head * cols, cols).iter().zip(&told).map(|(v, told)| v - told).collect();
         (decay, decayed, k, off)
     };
     let step = |r: usize, state: &mut Vec<f64>| {
@@ -280,7 +279,8 @@ fn delta(m: &Delta, v: &MixerVectors, head: usize, s: Scanned<'_>) -> Head {
         outer(state, &k.0, &off.iter().map(|o| by * o).collect::<Vec<_>>());
     };
     let zero = |n: usize| vec![0.0; rows * n];
-    let mut out = Head { own: zero(cols), shared: [zero(high), zero(high)], dt: zero(1), beta: zero(1), a: 0.0, d: 0.0 };
+    let mut out =
+        Head { own: zero(cols), shared: [zero(high), zero(high)], dt: zero(1), beta: zero(1), a: 0.0, d: 0.0 };
     let mut z = vec![0.0; high * cols];
     backward(rows, high * cols, step, |r, before, after| {
         let (decay, decayed, k, off) = parts(r, before);

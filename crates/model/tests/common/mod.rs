@@ -6,8 +6,8 @@ use std::sync::Arc;
 use lacuna_base::Rng;
 use lacuna_format::{Bytes, Float, Pattern, Piece, Stored, Values, Weights, WeightsError};
 use lacuna_spec::{
-    Activation, AttnSpec, Delta, Experts, FfnSpec, GateNorm, LayerSpec, Mixer, Norm, NormKind, Part, Place, Positions, Role, Rope, RopeScaling,
-    RopeStyle, ShortConv, Spec, Ssd,
+    Activation, AttnSpec, Delta, Experts, FfnSpec, GateNorm, LayerSpec, Mixer, Norm, NormKind, Part, Place, Positions,
+    Role, Rope, RopeScaling, RopeStyle, ShortConv, Spec, Ssd,
 };
 
 /// Weights by place.
