@@ -114,7 +114,10 @@ fn to_config(spec: &Spec) -> Result<Value, SpecError> {
     set("conv_kernel", json!(m.kernel));
     set("use_conv_bias", json!(m.conv_bias));
     set("use_bias", json!(false));
-    set("time_step_limit", mixers::of_dt_limit(m.dt_limit));
+    // transformers 4 cannot read how transformers 5 writes what is unbounded, the class's default.
+    if m.dt_limit != (0.0, None) {
+        set("time_step_limit", mixers::of_dt_limit(m.dt_limit));
+    }
     let (width, hidden) = (m.heads * m.head_dim, spec.hidden.max(1));
     let whole = width.is_multiple_of(hidden);
     set("expand", if whole { json!(width / hidden) } else { json!(width as f64 / hidden as f64) });

@@ -159,7 +159,9 @@ pub(super) fn of_ssd(m: &Ssd, out: &mut Map<String, Value>) {
     set("mamba_d_conv", json!(m.kernel));
     set("mamba_conv_bias", json!(m.conv_bias));
     set("mamba_proj_bias", json!(false));
-    set("time_step_limit", of_dt_limit(m.dt_limit));
+    if m.dt_limit != (0.0, None) {
+        set("time_step_limit", of_dt_limit(m.dt_limit));
+    }
 }
 
 /// The first mixer that is Mamba-2.

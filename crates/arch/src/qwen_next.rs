@@ -279,7 +279,7 @@ fn to_gguf_35(spec: &Spec) -> Result<GgufKeys, SpecError> {
     // What the classes split positions into; text has one.
     keys.set("rope.dimension_sections", GgufValue::U32s(vec![11, 11, 10, 0]));
     let mixes = |l: usize| spec.layers[l].mixer.is_some();
-    let fits = |n: &usize| (0..spec.layers.len()).all(|l| mixes(l) == !(l + 1).is_multiple_of(*n));
+    let fits = |n: &usize| (0..spec.layers.len()).all(|l| mixes(l) != (l + 1).is_multiple_of(*n));
     match (2..=spec.layers.len() + 1).find(fits) {
         Some(interval) => keys.number("full_attention_interval", interval)?,
         None => {

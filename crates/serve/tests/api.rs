@@ -599,3 +599,39 @@ fn models_page_document_health_and_metrics() {
         assert_eq!(talk.answer().status, 200);
     }
 }
+
+/// Networks with recurrent mixers: the same answers alone, in company, and from a snapshot of an earlier text.
+#[test]
+fn networks_with_a_state_are_served_like_others() {
+    for name in ["lfm2", "qwen3_5", "mamba2"] {
+        let of = |options: Options| Server::with(common::engine(name), Some(PLAIN), options);
+        let ask = |i: usize| {
+            let prompt = format!("{}{}", "so it goes on and on, ".repeat(4), "abcdefgh".split_at(i).0);
+            json!({ "model": "tiny", "prompt": prompt, "max_tokens": 9, "temperature": 0, "seed": 1 })
+        };
+        let (alone, s) = (
+            of(Options { batch: 1, ..Options::default() }),
+            of(Options { batch: 8, prefill_rows: 11, ..Options::default() }),
+        );
+        let text = |v: &Value| v["choices"][0]["text"].as_str().unwrap().to_owned();
+        let want: Vec<String> = (0..8).map(|i| text(&alone.post("/v1/completions", &ask(i)).json())).collect();
+        for round in 0..2 {
+            let said: Vec<Value> = std::thread::scope(|scope| {
+                let asked: Vec<_> = (0..8)
+                    .map(|i| {
+                        scope.spawn({
+                            let s = &s;
+                            move || s.post("/v1/completions", &ask(i)).json()
+                        })
+                    })
+                    .collect();
+                asked.into_iter().map(|a| a.join().unwrap()).collect()
+            });
+            assert_eq!(said.iter().map(text).collect::<Vec<_>>(), want, "{name}");
+            let cached = |v: &Value| v["usage"]["prompt_tokens_details"]["cached_tokens"].as_u64().unwrap();
+            assert!(round == 0 || said.iter().all(|v| cached(v) >= 64), "{name}: {said:?}");
+        }
+        alone.end();
+        s.end();
+    }
+}
