@@ -71,7 +71,7 @@ impl OpenError {
 pub enum Kind {
     /// Hugging Face: config.json and safetensors.
     HuggingFace,
-    /// One GGUF file.
+    /// A GGUF file, or the parts of one.
     Gguf,
     /// Lacuna's packed model.
     Packed,
@@ -254,44 +254,80 @@ fn open_packed(
 }
 
 fn open_gguf(path: &Path, problems: Option<Vec<Problem>>) -> Result<Checkpoint, OpenError> {
-    let map = Mapped::open(path)?;
-    let parsed = gguf::parse(map.bytes()).map_err(|e| OpenError::bad(path, e.what))?;
-    let splits = parsed.metadata.get_u64("split.count").map_err(|e| OpenError::bad(path, e.what))?;
-    if let Some(n) = splits.filter(|n| *n > 1) {
-        return Err(OpenError::bad(path, format!("one of {n} parts of a split GGUF file; join them first")));
-    }
-    open_parsed(path, map, parsed, problems)
+    let files = open_parts(path)?;
+    // Whichever part was given: the first holds the metadata.
+    let path = files.first().map_or_else(|| path.to_owned(), |f| f.0.path.clone());
+    open_parsed(&path, files, problems)
 }
 
-/// Opens a GGUF file whose header has been read.
+/// A GGUF file and its header; all of its parts where it is one of several.
+pub(crate) fn open_parts(path: &Path) -> Result<Vec<(Mapped, gguf::Gguf)>, OpenError> {
+    let one = |path: &Path| -> Result<(Mapped, gguf::Gguf), OpenError> {
+        let bad = |e: gguf::GgufError| OpenError::bad(path, e.what);
+        let mut map = Mapped::open(path)?;
+        let mut parsed = gguf::parse(map.bytes()).map_err(bad)?;
+        if parsed.turned.is_some() {
+            let only = gguf::metadata_only(map.bytes(), &parsed, |_| true);
+            parsed.metadata = gguf::parse(&only).map_err(bad)?.metadata;
+            map.turned = Some(only.into());
+        }
+        Ok((map, parsed))
+    };
+    let bad = |e: gguf::GgufError| OpenError::bad(path, e.what);
+    let given = one(path)?;
+    let Some(part) = gguf::Part::of(&given.1.metadata).map_err(bad)? else { return Ok(vec![given]) };
+    let paths = gguf::siblings(path, part).map_err(bad)?;
+    if let Some(i) = paths.iter().position(|p| !p.is_file()) {
+        let (name, count) = (paths[i].file_name().unwrap_or_default().to_string_lossy(), part.count);
+        let what = format!("part {} of {count} of this model is missing: {name} should lie beside it", i + 1);
+        return Err(OpenError::bad(path, what));
+    }
+    let mut files = Vec::with_capacity(paths.len());
+    for (i, path) in paths.iter().enumerate() {
+        let file = one(path)?;
+        file.1.must_be(i, part).map_err(|e| OpenError::bad(path, e.what))?;
+        files.push(file);
+    }
+    let tensors: usize = files.iter().map(|f| f.1.tensors.len()).sum();
+    if tensors as u64 != part.tensors {
+        let what = format!("{tensors} tensors in {} parts, but split.tensors.count is {}", part.count, part.tensors);
+        return Err(OpenError::bad(path, what));
+    }
+    Ok(files)
+}
+
+/// Opens a GGUF file whose headers, of all parts, have been read; the metadata are the first part's.
 pub(crate) fn open_parsed(
     path: &Path,
-    map: Mapped,
-    parsed: gguf::Gguf,
+    files: Vec<(Mapped, gguf::Gguf)>,
     problems: Option<Vec<Problem>>,
 ) -> Result<Checkpoint, OpenError> {
-    let head = gguf_head(&parsed, map.bytes());
+    let head = gguf_head(&files);
     let file = path.display().to_string();
     let spec = arch::from_gguf(&head).map_err(|source| OpenError::Spec { file, source })?;
     let mut c = Checkpoint::new(path, Kind::Gguf, spec);
-    c.files.push(map);
-    c.tensors = parsed.tensors.into_iter().map(|t| (0, t)).collect();
-    (c.metadata, c.problems) = (Some(parsed.metadata), problems);
+    for (i, (map, parsed)) in files.into_iter().enumerate() {
+        c.files.push(map);
+        c.tensors.extend(parsed.tensors.into_iter().map(|t| (i, t)));
+        c.metadata.get_or_insert(parsed.metadata);
+    }
+    c.problems = problems;
     c.locate(arch::gguf_sources)?;
     Ok(c)
 }
 
-fn gguf_head(parsed: &gguf::Gguf, file: &[u8]) -> GgufHead {
+fn gguf_head(files: &[(Mapped, gguf::Gguf)]) -> GgufHead {
     let mut head = GgufHead::default();
-    for (key, value) in parsed.metadata.iter().filter(|(k, _)| !k.starts_with("tokenizer.")) {
+    let keys = files.iter().take(1).flat_map(|f| f.1.metadata.iter());
+    for (key, value) in keys.filter(|(k, _)| !k.starts_with("tokenizer.") && !k.starts_with("split.")) {
         head.keys.insert(key.to_owned(), json_of(value));
     }
-    for t in &parsed.tensors {
+    for (file, t) in files.iter().flat_map(|(m, p)| p.tensors.iter().map(move |t| (m, t))) {
         if t.name == "token_embd.weight" && t.shape.len() == 2 {
             head.vocab = t.shape[0];
         }
         if t.name.starts_with("rope_f") && t.dtype == TensorType::Float(Float::F32) {
-            let values = file[t.bytes.clone()].as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
+            let values = file.part(t.dtype, t.bytes.clone()).as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
             head.rope_lists.insert(t.name.clone(), values);
         }
         head.tensors.insert(t.name.clone());
@@ -378,7 +414,7 @@ impl Checkpoint {
     /// The bytes of a tensor.
     pub(crate) fn data(&self, tensor: usize) -> Bytes {
         let (file, t) = &self.tensors[tensor];
-        self.files[*file].bytes().slice(t.bytes.clone())
+        self.files[*file].part(t.dtype, t.bytes.clone())
     }
 
     /// Where the checkpoint was opened.
@@ -494,7 +530,7 @@ impl Checkpoint {
     /// `tokenizer.gguf`.
     pub(crate) fn gguf_file(&self) -> Result<Option<Bytes>, OpenError> {
         match self.kind {
-            Kind::Gguf => Ok(self.files.first().map(|f| f.bytes().clone())),
+            Kind::Gguf => Ok(self.files.first().map(|f| f.turned.as_ref().unwrap_or(f.bytes()).clone())),
             Kind::Packed if self.metadata.is_some() => {
                 Ok(Some(Mapped::open(&self.path.join("tokenizer.gguf"))?.bytes().clone()))
             }
@@ -502,10 +538,15 @@ impl Checkpoint {
         }
     }
 
+    /// A tensor of the files by its name.
+    pub(crate) fn tensor(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.iter().map(|t| &t.1).find(|t| t.name == name)
+    }
+
     /// The bytes of a tensor of the files by its name, and how its values are written.
     pub(crate) fn raw(&self, name: &str) -> Option<(&TensorInfo, Bytes)> {
         let (file, t) = self.tensors.iter().find(|t| t.1.name == name)?;
-        Some((t, self.files[*file].bytes().slice(t.bytes.clone())))
+        Some((t, self.files[*file].part(t.dtype, t.bytes.clone())))
     }
 
     /// The bytes of a GGUF file that holds nothing but this checkpoint's tokenizer, where that lies in GGUF metadata.
@@ -566,14 +607,12 @@ impl Checkpoint {
 
     fn plain(&self, tensor: usize, bytes: &Range<usize>, rows: usize, cols: usize, from: Option<usize>) -> Stored {
         let (file, t) = &self.tensors[tensor];
-        let data = self.files[*file].bytes();
+        let data = self.files[*file].part(t.dtype, bytes.clone());
         let values = match (t.dtype, from) {
-            (TensorType::Float(f), None) => Values::Float(f, data.slice(bytes.clone())),
-            (TensorType::Float(f), Some(from)) => {
-                Values::Float(f, transpose(&data[bytes.clone()], rows, cols, from, f.bytes()))
-            }
-            (TensorType::Block(b), _) => Values::Gguf(b, data.slice(bytes.clone())),
-            (TensorType::Uint(_) | TensorType::Other(_), _) => unreachable!("refused when the file was opened"),
+            (TensorType::Float(f), None) => Values::Float(f, data),
+            (TensorType::Float(f), Some(from)) => Values::Float(f, transpose(&data, rows, cols, from, f.bytes())),
+            (TensorType::Block(b), _) => Values::Gguf(b, data),
+            (TensorType::Uint(_) | TensorType::Grid(_) | TensorType::Other(_), _) => unreachable!("refused when the file was opened"),
         };
         Stored::from_piece(Piece { rows, cols, pattern: Pattern::Dense, values })
     }

@@ -92,6 +92,33 @@ fn values_are_those_of_their_own_tools() {
         ("gptq8", &[("ffn.down", "int8 g16 zero")]),
         ("awq_gemm", &[("ffn.down", "int4 g16 zero")]),
         ("awq_gemv", &[("ffn.down", "int4 g32 zero")]),
+        ("fp8_blocks", &[("attn.q", "table8 g16"), ("attn.o", "bf16")]),
+        ("modelopt_fp8", &[("ffn.down", "table8 row")]),
+        ("fbgemm_fp8", &[("ffn.down", "table8 row")]),
+        ("ct_nvfp4", &[("ffn.down", "table4 g16")]),
+        ("modelopt_nvfp4", &[("ffn.down", "table4 g16")]),
+        ("ct_mxfp4", &[("attn.q", "table4 row"), ("ffn.up", "table4 row"), ("ffn.down", "table4 g32")]),
+        // Blocks of 64 over rows of 32: one scale a row of each two.
+        ("bnb_nf4", &[("attn.q", "table4 row"), ("attn.v", "f16"), ("ffn.down", "table4 row")]),
+        ("bnb_fp4", &[("ffn.down", "table4 row")]),
+        ("bnb_int8", &[("ffn.down", "int8 row")]),
+        (
+            "mlx_mixed",
+            &[
+                ("attn.q", "int2 row min f16"),
+                ("attn.k", "int3 row min f16"),
+                ("attn.v", "bf16"),
+                ("attn.o", "int6 row min f16"),
+                ("ffn.gate", "int8 row min f16"),
+                ("ffn.up", "int5 row min f16"),
+                ("ffn.down", "int4 g32 min f16"),
+            ],
+        ),
+        ("mlx_f16", &[("ffn.down", "int4 g32 min f16")]),
+        ("mlx_mxfp4", &[("ffn.down", "table4 g32")]),
+        ("auto_round_gptq", &[("attn.k", "int8 row zero"), ("attn.v", "f16"), ("ffn.down", "int4 g16 zero")]),
+        ("auto_round_awq", &[("ffn.down", "int4 g16 zero")]),
+        ("auto_round_own", &[("attn.k", "int8 row zero"), ("ffn.down", "int4 g16 zero")]),
     ];
     for (name, stored) in all {
         let c = open(foreign(name)).unwrap_or_else(|e| panic!("{e}"));

@@ -6,11 +6,15 @@
 //! divisions fit).
 
 mod awq;
+mod bitsandbytes;
 mod compressed_tensors;
 mod config;
+mod fp4;
 mod gptq;
 mod marlin24;
+mod mlx;
 mod peft;
+mod scaled;
 mod scales;
 mod sparse;
 
@@ -155,6 +159,11 @@ impl Lazy {
         Lazy { module, rows, held: Mutex::default() }
     }
 
+    /// How many rows.
+    pub fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
     /// The tensors behind it.
     pub fn tensors(&self) -> impl Iterator<Item = usize> + '_ {
         self.module.tensors().into_iter().map(|t| t.0)
@@ -189,6 +198,9 @@ pub(crate) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
             Some(m) => Arc::new(m),
             None => return Ok(None),
         },
+        Method::Scaled => return scaled::find(q, t, module),
+        Method::Bitsandbytes => return bitsandbytes::find(q, t, module),
+        Method::Mlx => return mlx::find(q, t, module),
     }))
 }
 
