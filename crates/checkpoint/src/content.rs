@@ -86,7 +86,9 @@ pub(crate) fn only(dir: &Path, content: Content) -> Result<Option<PathBuf>, Open
             }
             let first = found[0].file_name().unwrap_or_default().to_string_lossy();
             let help = match (first.contains("-of-"), content) {
-                (true, Content::Safetensors) => "model.safetensors.index.json, which says what lies in which, is missing",
+                (true, Content::Safetensors) => {
+                    "model.safetensors.index.json, which says what lies in which, is missing"
+                }
                 _ => "name the one that is meant",
             };
             Err(OpenError::bad(dir, format!("{n} files here are each {content}, {first} the first; {help}")))

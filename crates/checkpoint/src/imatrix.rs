@@ -33,7 +33,11 @@ impl Imatrix {
     pub fn open(path: &Path, spec: &Spec) -> Result<Imatrix, OpenError> {
         let file = Mapped::open(path)?;
         let bad = |what: String| OpenError::Bad { file: path.display().to_string(), what };
-        let entries = if [b"GGUF", b"FUGG"].iter().any(|magic| file.bytes().starts_with(*magic)) { of_gguf(file.bytes()) } else { of_dat(file.bytes()) };
+        let entries = if [b"GGUF", b"FUGG"].iter().any(|magic| file.bytes().starts_with(*magic)) {
+            of_gguf(file.bytes())
+        } else {
+            of_dat(file.bytes())
+        };
         let entries = entries.map_err(&bad)?;
         let targets = arch::gguf_spec(spec).and_then(|s| arch::gguf_targets(&s)).map_err(|e| bad(e.what))?;
         let names: HashMap<&str, &Vec<Place>> = targets.iter().map(|t| (t.name.as_str(), &t.parts)).collect();

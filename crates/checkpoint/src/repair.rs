@@ -91,8 +91,8 @@ impl Broken {
             let parsed = gguf::parse(map.bytes()).map_err(|e| OpenError::bad(path, e.what))?;
             let split = parsed.metadata.get_u64("split.count").ok().flatten().is_some_and(|n| n > 1);
             if split || parsed.turned.is_some() {
-                let what = "repair takes whole, little-endian GGUF files; convert MODEL --to gguf makes one of parts and \
-                            of a big-endian one";
+                let what = "repair takes whole, little-endian GGUF files; convert MODEL --to gguf makes one of parts \
+                            and of a big-endian one";
                 return Err(OpenError::bad(path, what));
             }
             return Ok(Some(Broken::Gguf(Box::new(Gguf { path: path.to_owned(), map, parsed }))));

@@ -52,12 +52,10 @@ pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
     if weight.dtype != U8 {
         return Ok(None);
     }
-    let state = ["nf4", "fp4"].iter().find_map(|kind| t.get(module, &format!("weight.quant_state.bitsandbytes__{kind}")));
+    let state =
+        ["nf4", "fp4"].iter().find_map(|kind| t.get(module, &format!("weight.quant_state.bitsandbytes__{kind}")));
     let Some(state) = state else {
-        return weight.bad(format!(
-            "U8, and no {module}.weight.quant_state.bitsandbytes__{} lies beside it",
-            q.format
-        ));
+        return weight.bad(format!("U8, and no {module}.weight.quant_state.bitsandbytes__{} lies beside it", q.format));
     };
     let text = (t.data)(state.index);
     if state.dtype != U8 || text.len() > MAX_STATE {
@@ -65,9 +63,9 @@ pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
     }
     let says: Value = json::parse(&text).or_else(|e| state.bad(e))?;
     let whole = |key: &str| says[key].as_u64().and_then(|n| usize::try_from(n).ok());
-    let sizes: Option<Vec<usize>> = says["shape"].as_array().and_then(|l| {
-        l.iter().map(|n| n.as_u64().and_then(|n| usize::try_from(n).ok())).collect()
-    });
+    let sizes: Option<Vec<usize>> = says["shape"]
+        .as_array()
+        .and_then(|l| l.iter().map(|n| n.as_u64().and_then(|n| usize::try_from(n).ok())).collect());
     let count = |s: &[usize]| s.iter().try_fold(1usize, |n, d| n.checked_mul(*d));
     let shape = match sizes.as_deref() {
         Some(&[rows, cols]) if rows > 0 && cols > 0 && count(&[rows, cols]).is_some() => (rows, cols),

@@ -109,11 +109,9 @@ pub(crate) fn read(dir: &Path, config_path: &Path, config: &Value) -> Result<Opt
             return Ok(Some(made));
         }
     }
-    for (file, method) in [
-        ("quantize_config.json", "gptq"),
-        ("quant_config.json", "awq"),
-        ("hf_quant_config.json", "modelopt"),
-    ] {
+    for (file, method) in
+        [("quantize_config.json", "gptq"), ("quant_config.json", "awq"), ("hf_quant_config.json", "modelopt")]
+    {
         let path = dir.join(file);
         if path.is_file() {
             let mut q = crate::json::read(&path)?;
@@ -179,8 +177,8 @@ fn parse(q: &Value) -> Result<Quantized, String> {
         "auto-round" | "intel/auto-round" | "auto_round" => others::auto_round(q),
         "" => Err("no quant_method is named; use the original model or a GGUF file".into()),
         other => Err(format!(
-            "quant_method \"{other}\" is not read (compressed-tensors, gptq, awq, auto-round, fp8, fbgemm_fp8, modelopt, \
-             bitsandbytes and MLX's are); use the original model or a GGUF file"
+            "quant_method \"{other}\" is not read (compressed-tensors, gptq, awq, auto-round, fp8, fbgemm_fp8, \
+             modelopt, bitsandbytes and MLX's are); use the original model or a GGUF file"
         )),
     }
 }

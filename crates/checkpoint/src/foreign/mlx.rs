@@ -42,7 +42,9 @@ pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
     let (high, groups) = scales.two()?;
     let bits = args.bits;
     let cols = match words.checked_mul(32) {
-        Some(n) if n > 0 && rows > 0 && (2..=8).contains(&bits) && n.is_multiple_of(bits.into()) => n / usize::from(bits),
+        Some(n) if n > 0 && rows > 0 && (2..=8).contains(&bits) && n.is_multiple_of(bits.into()) => {
+            n / usize::from(bits)
+        }
         _ => return weight.bad(format!("{words} words of a row of {bits}-bit codes")),
     };
     let run = match args.group {

@@ -206,8 +206,9 @@ pub(crate) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
 
 /// Whether a tensor only tells how activations or keys and values were to be rounded, which Lacuna does not do.
 pub(crate) fn about_activations(name: &str) -> bool {
-    const ENDS: [&str; 11] = [
+    const ENDS: [&str; 12] = [
         ".input_scale",
+        ".input_scale_ub",
         ".input_zero_point",
         ".input_global_scale",
         ".output_scale",

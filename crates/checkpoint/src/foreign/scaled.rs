@@ -27,6 +27,9 @@ pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
             let over = t.get(module, "weight_scale_2").map(Over::Multiply);
             Ok(Some(Arc::new(Fp4::new(weight, scale, over)?)))
         }
+        (TensorType::Float(Float::F8E4m3 | Float::F8E5m2), None) => {
+            weight.bad(format!("{}, and {module}.weight_scale_inv or weight_scale is missing", weight.dtype.name()))
+        }
         (TensorType::Uint(Elem::U8), None) => weight.bad(format!("U8, and {module}.weight_scale is missing")),
         _ => Ok(None),
     }

@@ -507,7 +507,9 @@ mod tests {
 
     #[test]
     fn powers_of_two_stay_what_they_are() {
-        for exponents in [vec![-128, -127, -126, -120], vec![127, 100, 90], vec![-1, 0, 3], vec![-128, 127], vec![-40, -20]] {
+        for exponents in
+            [vec![-128, -127, -126, -120], vec![127, 100, 90], vec![-1, 0, 3], vec![-128, 127], vec![-40, -20]]
+        {
             let (scales, shift) = powers_of_two(&exponents.iter().map(|e| Some(*e)).collect::<Vec<_>>());
             let mut out = vec![0.0; exponents.len()];
             scales.row(0, &mut out);

@@ -29,7 +29,9 @@ impl Part {
         };
         let (number, tensors) = (need("split.no")?, need("split.tensors.count")?);
         if count > MOST || number >= count {
-            return fail(format!("split.no is {number} and split.count {count}; parts are counted from 0, at most {MOST}"));
+            return fail(format!(
+                "split.no is {number} and split.count {count}; parts are counted from 0, at most {MOST}"
+            ));
         }
         Ok(Some(Part { number: number as usize, count: count as usize, tensors }))
     }
@@ -67,8 +69,8 @@ impl Gguf {
         match Part::of(&self.metadata)? {
             Some(p) if p == (Part { number, ..first }) => Ok(()),
             Some(p) => fail(format!(
-                "split.no {}, split.count {} and split.tensors.count {}, where {number}, {} and {} are expected: a part \
-                 of something else",
+                "split.no {}, split.count {} and split.tensors.count {}, where {number}, {} and {} are expected: a \
+                 part of something else",
                 p.number, p.count, p.tensors, first.count, first.tensors
             )),
             None => fail(format!("no split.count in part {} of {}", number + 1, first.count)),

@@ -112,9 +112,8 @@ pub fn save_gguf(
                 let of = name.strip_suffix(".scale").map(|n| format!("{n}.weight"));
                 of.is_some_and(|of| blocks.contains(&of))
             };
-            let beside = |t: &&TensorInfo| {
-                t.name.starts_with("rope_f") && !used.contains(t.name.as_str()) || factors(&t.name)
-            };
+            let beside =
+                |t: &&TensorInfo| t.name.starts_with("rope_f") && !used.contains(t.name.as_str()) || factors(&t.name);
             source.tensors().filter(beside).map(|t| t.name.clone()).chain(blocks.iter().cloned()).collect()
         }
         false => Vec::new(),

@@ -185,7 +185,8 @@ impl Tokenizer {
             // The first of equal texts is the one the encoder produces.
             vocab.entry(text.clone()).or_insert(id as u32);
         }
-        let merges = if v.merges.is_empty() && spaced { merges_by_score(&v, &vocab) } else { listed_merges(&v)? };
+        let merges =
+            if v.merges.is_empty() && v.model == "llama" { merges_by_score(&v, &vocab) } else { listed_merges(&v)? };
         let mut model = BPE::builder().vocab_and_merges(vocab, merges);
         if spaced {
             model = model.byte_fallback(true).fuse_unk(true);

@@ -122,7 +122,14 @@ const ALL: &[Words] = &[
     ),
     plain(
         &["deepseek-llm"],
-        &[r"[\r\n]", CASED, "\\s?[!-/:-~\u{ff01}-\u{ff0f}\u{ff1a}-\u{ff5e}\u{2018}-\u{201f}\u{3000}-\u{3002}]+", r"\s+$", CHINESE_KOREAN, r"\p{N}+"],
+        &[
+            r"[\r\n]",
+            CASED,
+            "\\s?[!-/:-~\u{ff01}-\u{ff0f}\u{ff1a}-\u{ff5e}\u{2018}-\u{201f}\u{3000}-\u{3002}]+",
+            r"\s+$",
+            CHINESE_KOREAN,
+            r"\p{N}+",
+        ],
     ),
     plain(&["deepseek-coder"], &[r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", CHINESE_KOREAN, DIGIT]),
     plain(&["deepseek-v3", "hunyuan-dense", "joyai-llm", "hy_v4"], &[r"\p{N}{1,3}", CHINESE_JAPANESE, DEEPSEEK3]),
@@ -179,9 +186,7 @@ const ALL: &[Words] = &[
     plain(&["superbpe"], &[r"\p{N}+", r"(?=(\d{3})+(?!\d))"]),
     plain(
         &["bailingmoe", "bailingmoe2", "llada-moe"],
-        &[
-            r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+",
-        ],
+        &[r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"],
     ),
     plain(
         &["seed-coder"],
@@ -189,10 +194,7 @@ const ALL: &[Words] = &[
             r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1}| ?[^\s\p{L}\p{N}\r\n]+|\s*[\r\n]+|\s+(?!\S)|\s+",
         ],
     ),
-    plain(
-        &["ufakzeka"],
-        &[r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"],
-    ),
+    plain(&["ufakzeka"], &[r"[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"]),
     plain(
         &["afmoe"],
         &[
@@ -250,14 +252,9 @@ pub(super) fn isolated(pattern: &str) -> Result<PreTokenizerWrapper, TokenizerEr
         .map_err(TokenizerError::Broken)
 }
 
-/// Both ways in which tokenizer.json files write English endings, as one.
+/// The two ways in which tokenizer.json files write English endings, as one.
 fn spelled(pattern: &str) -> String {
-    const ONE: &str = "(?i:'s|'t|'re|'ve|'m|'ll|'d)";
-    const OTHER: [&str; 2] = [
-        "(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])",
-        "(?i:'s|'t|'re|'ve|'m|'ll|'d)",
-    ];
-    OTHER.iter().fold(pattern.to_owned(), |p, other| p.replace(other, ONE))
+    pattern.replace("(?:'[sS]|'[tT]|'[rR][eE]|'[vV][eE]|'[mM]|'[lL][lL]|'[dD])", "(?i:'s|'t|'re|'ve|'m|'ll|'d)")
 }
 
 /// llama.cpp's name for the steps of a tokenizer.json, where it has one.
@@ -270,8 +267,7 @@ pub(super) fn name_of(steps: &[&Value], whole_words: bool, nfc: bool) -> Option<
     for step in before {
         patterns.push(match step["type"].as_str()? {
             "Split" if step["behavior"] == "Isolated" && step["invert"] != true => {
-                let pattern = &step["pattern"];
-                spelled(pattern["Regex"].as_str().or_else(|| pattern["String"].as_str().filter(|s| *s == " "))?)
+                spelled(step["pattern"]["Regex"].as_str()?)
             }
             "Digits" if step["individual_digits"] == true => DIGIT.to_owned(),
             "Digits" => r"\p{N}+".to_owned(),

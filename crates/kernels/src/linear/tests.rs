@@ -91,7 +91,8 @@ fn tables(rows: usize, cols: usize, run: usize, rng: &mut Rng) -> Vec<(String, S
     }
     // Scales that are integers under one f16 for 256 columns, and scales for 16 columns, as GGUF's types below 4 bits
     // and 4-bit floats have them.
-    for (bits, run, float) in [(3u8, 16, None), (3, 32, None), (4, 32, None), (4, 16, None), (4, 16, Some(Float::F32))] {
+    for (bits, run, float) in [(3u8, 16, None), (3, 32, None), (4, 32, None), (4, 16, None), (4, 16, Some(Float::F32))]
+    {
         let n = cols.div_ceil(run);
         let codes: Vec<u8> = (0..rows * cols).map(|_| rng.u64() as u8 >> (8 - bits)).collect();
         let table: Vec<f32> = (0..1 << bits).map(|_| rng.normal()).collect();

@@ -542,7 +542,9 @@ pub(crate) fn put_scale(panel: &mut [u8], grid: &GroupLayout, lane: usize, g: us
     let two = |x: f32| f16::from_f32(x).to_le_bytes();
     match grid.kind {
         Kind::F16 | Kind::F16Zeros | Kind::F16Min => entry[2 * lane..][..2].copy_from_slice(&two(scale)),
-        Kind::F32 | Kind::F32Zeros | Kind::F32Off | Kind::F32Min | Kind::F32Two => entry[4 * lane..][..4].copy_from_slice(&scale.to_le_bytes()),
+        Kind::F32 | Kind::F32Zeros | Kind::F32Off | Kind::F32Min | Kind::F32Two => {
+            entry[4 * lane..][..4].copy_from_slice(&scale.to_le_bytes())
+        }
         Kind::Super => entry[lane] = scale as u8,
         Kind::Sixteens => entry[lane] = scale as i8 as u8,
     }

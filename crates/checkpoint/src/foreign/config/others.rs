@@ -2,7 +2,7 @@
 
 use serde_json::{Map, Value};
 
-use super::{Args, MAX_TARGETS, Method, Quantized, Target, awq, base, bits, flag, gptq, group, text};
+use super::{Args, MAX_TARGETS, Method, Pattern, Quantized, Target, awq, base, bits, flag, gptq, group, text};
 
 /// What is said of rounding that is not done here.
 const ACTIVATIONS: &str = "rounding of activations is recorded, which is not done here";
@@ -22,7 +22,9 @@ pub(super) fn fp8(q: &Map<String, Value>, method: &str) -> Result<Quantized, Str
         Some(b) => {
             let sizes = b.as_array().map(|l| l.iter().filter_map(Value::as_u64).collect::<Vec<u64>>());
             match sizes.as_deref() {
-                Some([r, c]) if (1..=1 << 24).contains(r) && (1..=1 << 24).contains(c) => Some((*r as usize, *c as usize)),
+                Some([r, c]) if (1..=1 << 24).contains(r) && (1..=1 << 24).contains(c) => {
+                    Some((*r as usize, *c as usize))
+                }
                 _ => return Err(format!("weight_block_size is {b}, expected two sizes")),
             }
         }
@@ -102,7 +104,8 @@ pub(super) fn mlx(q: &Map<String, Value>) -> Result<Quantized, String> {
     for (name, own) in q {
         let Some(own) = own.as_object().filter(|o| o.contains_key("bits")) else { continue };
         let mode = text(own, "mode")?.unwrap_or(mode);
-        out.groups.push(args(own, vec![Target::Name(name.clone())], mode != "affine").map_err(|e| format!("{name}: {e}"))?);
+        out.groups
+            .push(args(own, vec![Target::Name(name.clone())], mode != "affine").map_err(|e| format!("{name}: {e}"))?);
         if out.groups.len() > MAX_TARGETS {
             return Err(format!("more than {MAX_TARGETS} modules of their own"));
         }
@@ -156,8 +159,9 @@ pub(super) fn auto_round(q: &Map<String, Value>) -> Result<Quantized, String> {
             false => first.group,
         };
         let symmetric = flag(own, "sym", first.symmetric).map_err(inside)?;
-        let targets = vec![Target::Name(name.clone())];
-        out.groups.push(Args { bits, group, symmetric, targets, ..first.clone() });
+        let pattern = name.contains(['*', '\\', '(', '[', '|', '^', '$']);
+        let target = if pattern { Target::Pattern(Pattern::new(name)) } else { Target::Name(name.clone()) };
+        out.groups.push(Args { bits, group, symmetric, targets: vec![target], ..first.clone() });
         if out.groups.len() > MAX_TARGETS {
             return Err(format!("more than {MAX_TARGETS} modules of their own"));
         }
