@@ -494,7 +494,7 @@ fn floats_and_blocks_that_lie() {
     refused("bnb_fp4", &|d| d.fill(&q("weight.absmax"), &[0, 0, 0xc0, 0x7f]), &["q_proj.weight"]);
     refused("bnb_int8", &|d| d.drop(&q("SCB")), &["q_proj.weight", "SCB"]);
     refused("bnb_int8", &|d| d.fill(&q("weight_format"), &[2]), &["q_proj.weight_format"]);
-    refused("bnb_int8", &config("load_in_8bit", json!(false)), &["load_in_4bit"]);
+    refused("bnb_int8", &config("load_in_4bit", json!(true)), &["load_in_4bit"]);
     refused("mlx_mixed", &|d| d.drop(&q("biases")), &["q_proj.weight", "biases"]);
     refused("mlx_mixed", &|d| d.drop(&q("scales")), &["q_proj.weight", "scales"]);
     refused("mlx_mixed", &config("group_size", json!(48)), &["scales", "48"]);

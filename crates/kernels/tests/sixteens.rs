@@ -58,7 +58,7 @@ fn products_are_those_of_the_decoded_matrix() {
             stored.check().unwrap();
             let w = stored.to_mat();
             let biggest = w.data().iter().fold(0.0f32, |m, v| m.max(v.abs()));
-            let (mut exact, mut int8): (Option<Vec<u32>>, Option<Vec<u32>>) = (None, None);
+            let mut first: Option<Vec<u32>> = None;
             for (isa, activations) in
                 Isa::here().into_iter().flat_map(|i| [(i, Activations::Exact), (i, Activations::Int8)])
             {
@@ -85,9 +85,11 @@ fn products_are_those_of_the_decoded_matrix() {
                     let bits = |row: &[f32]| row.iter().map(|v| v.to_bits()).collect::<Vec<u32>>();
                     assert_eq!(bits(alone.row(0)), bits(y.row(r)), "{name} {isa}: row {r} alone");
                 }
-                let all: Vec<u32> = y.data().iter().map(|v| v.to_bits()).collect();
-                let first = if activations == Activations::Int8 { &mut int8 } else { &mut exact };
-                assert!(*first.get_or_insert(all.clone()) == all, "{name} {isa}: other bits");
+                // Whole numbers are summed exactly, whatever the vectors; floats are not.
+                if name.starts_with("int") && activations == Activations::Int8 {
+                    let all: Vec<u32> = y.data().iter().map(|v| v.to_bits()).collect();
+                    assert!(*first.get_or_insert(all.clone()) == all, "{name} {isa}: other bits");
+                }
             }
         }
     }
