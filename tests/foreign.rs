@@ -34,16 +34,19 @@ fn floats(rng: &mut Rng, n: usize, spread: f32) -> Vec<u8> {
     (0..n).flat_map(|_| (spread * rng.normal()).to_le_bytes()).collect()
 }
 
-/// A Llama of one layer whose matrices are GPTQ's, of 4 bits with an order of columns.
-fn make_gptq(dir: &Path) {
+/// Tensors of one matrix by suffix: `(outputs, inputs)`.
+type Matrix = fn(&mut Rng, usize, usize) -> Vec<(&'static str, Dtype, Vec<usize>, Vec<u8>)>;
+
+/// A Llama of one layer whose matrices are as another tool stores them.
+fn make(dir: &Path, (key, quantization): (&str, Value), matrix: Matrix) {
     std::fs::create_dir_all(dir).unwrap();
     add_tokenizer(dir);
-    let config = json!({
+    let mut config = json!({
         "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_act": "silu", "hidden_size": HIDDEN, "intermediate_size": FFN,
         "max_position_embeddings": 512, "num_attention_heads": 4, "num_key_value_heads": 2, "num_hidden_layers": 1, "rms_norm_eps": 1e-5,
         "rope_theta": 10000.0, "tie_word_embeddings": true, "vocab_size": VOCAB, "torch_dtype": "float16",
-        "quantization_config": {"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": true, "sym": true},
     });
+    config[key] = quantization;
     std::fs::write(dir.join("config.json"), config.to_string()).unwrap();
     let mut rng = Rng::new(5);
     let mut tensors: Tensors = vec![];
@@ -66,20 +69,55 @@ fn make_gptq(dir: &Path) {
         ("mlp.up_proj", FFN, HIDDEN),
         ("mlp.down_proj", HIDDEN, FFN),
     ] {
-        let module = format!("model.layers.0.{name}");
-        let mut add = |suffix: &str, dtype, shape: Vec<usize>, bytes| {
-            tensors.push((format!("{module}.{suffix}"), dtype, shape, bytes));
-        };
-        let groups = inputs / 16;
-        let words: Vec<u8> = (0..inputs * outputs / 2).map(|_| rng.below(256) as u8).collect();
-        add("qweight", Dtype::I32, vec![inputs / 8, outputs], words);
-        add("qzeros", Dtype::I32, vec![groups, outputs / 8], vec![0x77; groups * outputs / 2]);
-        // 0.0391 in f16.
-        add("scales", Dtype::F16, vec![groups, outputs], [0x01, 0x29].repeat(groups * outputs));
-        let order = (0..inputs).flat_map(|c| ((c % groups) as i32).to_le_bytes()).collect();
-        add("g_idx", Dtype::I32, vec![inputs], order);
+        for (suffix, dtype, shape, bytes) in matrix(&mut rng, outputs, inputs) {
+            tensors.push((format!("model.layers.0.{name}.{suffix}"), dtype, shape, bytes));
+        }
     }
     save(&dir.join("model.safetensors"), &tensors);
+}
+
+fn bytes(rng: &mut Rng, n: usize) -> Vec<u8> {
+    (0..n).map(|_| rng.below(256) as u8).collect()
+}
+
+/// GPTQ's, of 4 bits with an order of columns.
+fn make_gptq(dir: &Path) {
+    let q = json!({"quant_method": "gptq", "bits": 4, "group_size": 16, "desc_act": true, "sym": true});
+    make(dir, ("quantization_config", q), |rng, outputs, inputs| {
+        let groups = inputs / 16;
+        let order = (0..inputs).flat_map(|c| ((c % groups) as i32).to_le_bytes()).collect();
+        vec![
+            ("qweight", Dtype::I32, vec![inputs / 8, outputs], bytes(rng, inputs * outputs / 2)),
+            ("qzeros", Dtype::I32, vec![groups, outputs / 8], vec![0x77; groups * outputs / 2]),
+            // 0.0391 in f16.
+            ("scales", Dtype::F16, vec![groups, outputs], [0x01, 0x29].repeat(groups * outputs)),
+            ("g_idx", Dtype::I32, vec![inputs], order),
+        ]
+    });
+}
+
+/// MLX's, of 4 bits in groups of 32, and ModelOpt's nvfp4.
+fn make_mlx(dir: &Path) {
+    make(dir, ("quantization", json!({"group_size": 32, "bits": 4})), |rng, outputs, inputs| {
+        let groups = outputs * inputs / 32;
+        vec![
+            ("weight", Dtype::U32, vec![outputs, inputs / 8], bytes(rng, outputs * inputs / 2)),
+            ("scales", Dtype::BF16, vec![outputs, inputs / 32], [0x20, 0x3d].repeat(groups)),
+            // -0.3 and its neighbours.
+            ("biases", Dtype::BF16, vec![outputs, inputs / 32], [0x9a, 0xbe].repeat(groups)),
+        ]
+    });
+}
+
+fn make_nvfp4(dir: &Path) {
+    let q = json!({"quant_method": "modelopt", "quant_algo": "NVFP4", "group_size": 16});
+    make(dir, ("quantization_config", q), |rng, outputs, inputs| {
+        vec![
+            ("weight", Dtype::U8, vec![outputs, inputs / 2], bytes(rng, outputs * inputs / 2)),
+            ("weight_scale", Dtype::F8_E4M3, vec![outputs, inputs / 16], vec![0x38; outputs * inputs / 16]),
+            ("weight_scale_2", Dtype::F32, vec![], 0.1f32.to_le_bytes().to_vec()),
+        ]
+    });
 }
 
 /// An adapter of rank 2 for q and down.
@@ -174,6 +212,31 @@ fn every_verb_takes_a_gptq_model() {
     let after = home.object(0, &["inspect", &out]);
     assert_eq!(after["roles"]["attn.q"]["codecs"], json!({"int4 g16 by index": 1}));
     assert!((ppl(&[&out]) / dense - 1.0).abs() < 0.05);
+}
+
+#[test]
+fn models_of_other_tools_run_and_convert() {
+    let home = Home::new();
+    for (name, make, codec) in [("mlx", make_mlx as fn(&Path), "int4 row min f16"), ("nvfp4", make_nvfp4, "table4 g16")]
+    {
+        let (dir, out) = (home.path(name), home.path(&format!("{name}.gguf")));
+        make(Path::new(&dir));
+        let seen = home.object(0, &["inspect", &dir]);
+        assert_eq!((&seen["broken"], &seen["problems"]), (&json!([]), &json!([])), "{name}");
+        assert_eq!(seen["roles"]["attn.q"]["codecs"], json!({codec: 1}), "{name}");
+        let text = home.object(0, &["generate", &dir, "-p", "a", "-n", "4", "--temp", "0"]);
+        assert!(text["tokens"].as_u64().unwrap() > 0, "{name}");
+        let ppl =
+            |model: &str| home.object(0, &["eval", model, "--ctx", "64", "--windows", "2"])["ppl"].as_f64().unwrap();
+        home.object(0, &["convert", &dir, "--to", "gguf", "--type", "f32", "-o", &out, "--no-kl"]);
+        assert!((ppl(&out) / ppl(&dir) - 1.0).abs() < 1e-3, "{name}");
+    }
+    // A model in parts becomes one.
+    let (parts, one) = (golden("gguf/parts-00002-of-00003.gguf").display().to_string(), home.path("one.gguf"));
+    home.object(0, &["convert", &parts, "--to", "gguf", "-o", &one, "--no-kl"]);
+    let seen = home.object(0, &["inspect", &one]);
+    assert_eq!(seen["roles"]["ffn.up"]["codecs"], json!({"table4 row": 2}));
+    assert_eq!(seen["roles"]["ffn.down"]["codecs"], json!({"q4_k": 1, "q6_k": 1}));
 }
 
 #[test]

@@ -50,15 +50,28 @@ fn main() -> Result<()> {
         }
         let config: Value = serde_json::from_slice(&fs::read(dir.join("config.json"))?)?;
         let beside = fs::read(dir.join("quantize_config.json")).ok().and_then(|b| serde_json::from_slice(&b).ok());
-        let said = [config.get("quantization_config").cloned(), config.get("compression_config").cloned(), beside];
+        let flat = fs::read(dir.join("hf_quant_config.json")).ok().and_then(|b| serde_json::from_slice(&b).ok());
+        let flat = flat.map(|q: Value| {
+            let mut q = q["quantization"].clone();
+            q["quant_method"] = json!("modelopt");
+            q
+        });
+        let of = |key: &str| config.get(key).cloned();
+        let said = [of("quantization_config"), of("compression_config"), of("quantization"), beside, flat];
         if let Some(mut q) = said.into_iter().flatten().next() {
-            if q.get("bits").is_some() && q.get("quant_method").is_none() {
+            let mlx = config.get("quantization").is_some();
+            if q.get("bits").is_some() && q.get("quant_method").is_none() && !mlx {
                 q["quant_method"] = json!("gptq");
             }
             put("foreign", &name, &joined(&[q.to_string().into_bytes(), fs::read(dir.join("model.safetensors"))?])?)?;
         }
     }
     put("safetensors", "index", &fs::read(tiny.join("llama_sharded/model.safetensors.index.json"))?)?;
+    for name in ["whole", "big", "parts-00001-of-00003"] {
+        let bytes = fs::read(here.join("../tests/golden/gguf").join(format!("{name}.gguf")))?;
+        put("gguf", name, &bytes)?;
+        put("gguf_model", name, &bytes)?;
+    }
     for model in ["gpt2", "llama"] {
         let bytes = gguf(model);
         put("gguf", model, &bytes)?;

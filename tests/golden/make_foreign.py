@@ -4,6 +4,7 @@
     python make_foreign.py legacy OUT     # needs compressed-tensors 0.11.0: the old packing, and the sparse forms that later releases dropped
     python make_foreign.py gptq OUT       # GPTQ and AWQ, packed slowly from the formats' definitions
     python make_foreign.py peft OUT       # needs peft 0.21.2
+    python make_foreign.py others OUT     # fp8 in blocks, ModelOpt, nvfp4 and mxfp4, bitsandbytes, MLX, auto-round, from the formats' definitions
 
 The two releases exclude each other: each needs an environment of its own beside requirements.txt.
 
@@ -475,6 +476,10 @@ def peft(out):
 def main():
     kind, out = sys.argv[1:]
     torch.set_num_threads(1)
+    if kind == "others":
+        from foreign_others import others
+
+        return others(out, sys.modules[__name__])
     {"stream": stream, "legacy": legacy, "gptq": gptq, "peft": peft}[kind](out)
 
 

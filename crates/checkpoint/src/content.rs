@@ -5,6 +5,7 @@ use std::fs::File;
 use std::io::Read;
 use std::path::{Path, PathBuf};
 
+use crate::gguf;
 use crate::json::without_mark;
 use crate::safetensors::{self, MAX_HEADER};
 use crate::{OpenError, TensorInfo};
@@ -78,11 +79,17 @@ pub(crate) fn only(dir: &Path, content: Content) -> Result<Option<PathBuf>, Open
     match found.len() {
         0 | 1 => Ok(found.pop()),
         n => {
+            if content == Content::Gguf
+                && let Some(first) = gguf::first_of(&found)
+            {
+                return Ok(Some(first.clone()));
+            }
             let first = found[0].file_name().unwrap_or_default().to_string_lossy();
             let help = match (first.contains("-of-"), content) {
-                (true, Content::Gguf) => "join the parts first",
-                (true, _) => "model.safetensors.index.json, which says what lies in which, is missing",
-                (false, _) => "name the one that is meant",
+                (true, Content::Safetensors) => {
+                    "model.safetensors.index.json, which says what lies in which, is missing"
+                }
+                _ => "name the one that is meant",
             };
             Err(OpenError::bad(dir, format!("{n} files here are each {content}, {first} the first; {help}")))
         }
@@ -145,7 +152,8 @@ const OLD: Content = Content::Other("a GGML file from before GGUF; convert the m
 /// How files begin.
 const MAGIC: &[(&[u8], Content)] = &[
     (b"GGUF", Content::Gguf),
-    (b"FUGG", Content::Other("a GGUF file of a big-endian machine, which is not read")),
+    // Of a big-endian machine.
+    (b"FUGG", Content::Gguf),
     (b"lmgg", OLD),
     (b"fmgg", OLD),
     (b"tjgg", OLD),

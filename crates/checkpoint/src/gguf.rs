@@ -1,12 +1,23 @@
 //! GGUF v2 and v3: metadata and the table of tensors, parsed from untrusted bytes.
 //!
 //! Every count is checked against the bytes that are left before anything is allocated, so a small file can never ask
-//! for a lot of memory.
+//! for a lot of memory. A big-endian file is read as its little-endian twin: numbers are turned as they are met, data
+//! when they are asked for.
+
+mod grid;
+mod order;
+mod parts;
 
 use std::collections::HashMap;
 use std::ops::Range;
 
+use bytes::Bytes;
 use lacuna_format::{Float, GgufType};
+
+pub use grid::GridType;
+pub(crate) use grid::{FP4, GridMatrix, powers_of_two, shifted};
+pub(crate) use order::little;
+pub(crate) use parts::{Part, first_of, siblings};
 
 use crate::tensor::{TensorInfo, TensorType};
 
@@ -173,6 +184,15 @@ pub struct Gguf {
     pub metadata: Metadata,
     /// The tensors, in the file's order.
     pub tensors: Vec<TensorInfo>,
+    /// Of a big-endian file the header with its numbers turned: everything lies where it lies in the file.
+    pub turned: Option<Bytes>,
+}
+
+impl Gguf {
+    /// The header in little-endian order, of the `file` that was parsed.
+    fn header<'a>(&'a self, file: &'a [u8]) -> &'a [u8] {
+        self.turned.as_deref().unwrap_or(file)
+    }
 }
 
 /// (id, name, values a block, bytes a block) of every tensor type that `ggml.h` knows and has not withdrawn.
@@ -209,6 +229,8 @@ const TYPES: &[(u32, &str, usize, usize)] = &[
     (34, "TQ1_0", 256, 54),
     (35, "TQ2_0", 256, 66),
     (39, "MXFP4", 32, 17),
+    (40, "NVFP4", 64, 36),
+    (41, "Q1_0", 128, 18),
 ];
 
 /// The number of a tensor type by its name.
@@ -227,16 +249,15 @@ pub(crate) fn put_info(header: &mut Vec<u8>, name: &str, shape: &[usize], id: u3
 }
 
 fn tensor_type(name: &'static str) -> TensorType {
-    use GgufType::*;
     match name {
-        "F32" => TensorType::Float(Float::F32),
-        "F16" => TensorType::Float(Float::F16),
-        "BF16" => TensorType::Float(Float::Bf16),
-        _ => [Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, Q2_K, Q3_K, Q4_K, Q5_K, Q6_K, IQ4_NL, IQ4_XS]
-            .into_iter()
-            .find(|t| format!("{t:?}") == name)
-            .map_or(TensorType::Other(name), TensorType::Block),
+        "F32" => return TensorType::Float(Float::F32),
+        "F16" => return TensorType::Float(Float::F16),
+        "BF16" => return TensorType::Float(Float::Bf16),
+        _ => {}
     }
+    let block = lacuna_format::gguf::ALL.into_iter().find(|t: &GgufType| format!("{t:?}") == name);
+    let grid = || grid::ALL.into_iter().find(|t| format!("{t:?}") == name);
+    block.map(TensorType::Block).or_else(|| grid().map(TensorType::Grid)).unwrap_or(TensorType::Other(name))
 }
 
 /// Longest accepted key or tensor name; the format itself says 65535 and 64.
@@ -244,14 +265,17 @@ const MAX_NAME: usize = 65535;
 
 /// Parses a whole file's bytes (mapped, usually): only the header is read.
 pub fn parse(file: &[u8]) -> Result<Gguf, GgufError> {
-    let mut r = Reader { file, at: 0 };
-    if r.take(4, "the magic number")? != b"GGUF" {
+    let mut r = Reader { file, at: 0, turned: None };
+    let magic = r.take(4, "the magic number")?;
+    // Older writers keep the magic number in big-endian files and turn what follows it, newer ones turn it, too.
+    if magic != b"GGUF" && magic != b"FUGG" {
         return fail("no GGUF file: it does not begin with 'GGUF'");
     }
-    let version = r.u32("the version")?;
-    if version.swap_bytes() < 16 && version > 16 {
-        return fail("a big-endian GGUF file; only little-endian ones are read");
+    if magic == b"FUGG" || file.get(4..8).is_some_and(|v| v[0] == 0 && v[1] == 0 && v[3] != 0) {
+        r.turned = Some(b"GGUF".to_vec());
     }
+    let big = r.turned.is_some();
+    let version = r.u32("the version")?;
     if version != 2 && version != 3 {
         return fail(format!("GGUF version {version}; 2 and 3 are read"));
     }
@@ -296,6 +320,12 @@ pub fn parse(file: &[u8]) -> Result<Gguf, GgufError> {
         let Some(&(_, type_name, block, block_bytes)) = TYPES.iter().find(|t| t.0 == id) else {
             return fail(format!("tensor {name} has the unknown type {id}"));
         };
+        if big && !order::known(type_name) {
+            return fail(format!(
+                "tensor {name} is {type_name} in a big-endian file; of such, {} are read",
+                order::KNOWN.join(", ")
+            ));
+        }
         let offset = r.u64(&name)?;
         let row = shape.last().copied().unwrap_or(1);
         if !row.is_multiple_of(block) {
@@ -337,12 +367,13 @@ pub fn parse(file: &[u8]) -> Result<Gguf, GgufError> {
             return fail(format!("tensors {} and {} overlap", pair[0].name, pair[1].name));
         }
     }
-    Ok(Gguf { version, metadata, tensors })
+    Ok(Gguf { version, metadata, tensors, turned: r.turned.map(Bytes::from) })
 }
 
 /// A GGUF file without tensors that holds the pairs of `file` (whose parsed header is `of`) that `keep` names, byte for
 /// byte.
 pub fn metadata_only(file: &[u8], of: &Gguf, keep: impl Fn(&str) -> bool) -> Vec<u8> {
+    let file = of.header(file);
     let kept: Vec<&Entry> = of.metadata.entries.iter().filter(|e| keep(&e.key)).collect();
     let mut out = b"GGUF".to_vec();
     out.extend(of.version.to_le_bytes());
@@ -357,6 +388,8 @@ pub fn metadata_only(file: &[u8], of: &Gguf, keep: impl Fn(&str) -> bool) -> Vec
 struct Reader<'a> {
     file: &'a [u8],
     at: usize,
+    /// Of a big-endian file what has been read so far, its numbers turned.
+    turned: Option<Vec<u8>>,
 }
 
 impl<'a> Reader<'a> {
@@ -373,12 +406,21 @@ impl<'a> Reader<'a> {
             ));
         }
         self.at += n;
-        Ok(&self.file[self.at - n..self.at])
+        let taken = &self.file[self.at - n..self.at];
+        if let Some(turned) = &mut self.turned {
+            turned.extend_from_slice(taken);
+        }
+        Ok(taken)
     }
 
     fn array<const N: usize>(&mut self, of: &str) -> Result<[u8; N], GgufError> {
         let mut a = [0; N];
         a.copy_from_slice(self.take(N, of)?);
+        if let Some(turned) = &mut self.turned {
+            a.reverse();
+            let from = turned.len() - N;
+            turned[from..].copy_from_slice(&a);
+        }
         Ok(a)
     }
 
@@ -483,8 +525,12 @@ impl<'a> Reader<'a> {
         key: &str,
         read: impl Fn([u8; N]) -> T,
     ) -> Result<Vec<T>, GgufError> {
-        let bytes = self.take(n * N, key)?;
-        Ok(bytes.as_chunks::<N>().0.iter().map(|&b| read(b)).collect())
+        let numbers = self.take(n * N, key)?.as_chunks::<N>().0;
+        let Some(turned) = &mut self.turned else { return Ok(numbers.iter().map(|&b| read(b)).collect()) };
+        let from = turned.len() - n * N;
+        let numbers = turned[from..].as_chunks_mut::<N>().0;
+        numbers.iter_mut().for_each(|b| b.reverse());
+        Ok(numbers.iter().map(|&b| read(b)).collect())
     }
 }
 

@@ -4,6 +4,7 @@
 use std::collections::HashMap;
 use std::path::Path;
 
+use bytes::Bytes;
 use lacuna_arch as arch;
 use lacuna_spec::{Part, Place, Spec};
 
@@ -32,7 +33,11 @@ impl Imatrix {
     pub fn open(path: &Path, spec: &Spec) -> Result<Imatrix, OpenError> {
         let file = Mapped::open(path)?;
         let bad = |what: String| OpenError::Bad { file: path.display().to_string(), what };
-        let entries = if file.bytes().starts_with(b"GGUF") { of_gguf(file.bytes()) } else { of_dat(file.bytes()) };
+        let entries = if [b"GGUF", b"FUGG"].iter().any(|magic| file.bytes().starts_with(*magic)) {
+            of_gguf(file.bytes())
+        } else {
+            of_dat(file.bytes())
+        };
         let entries = entries.map_err(&bad)?;
         let targets = arch::gguf_spec(spec).and_then(|s| arch::gguf_targets(&s)).map_err(|e| bad(e.what))?;
         let names: HashMap<&str, &Vec<Place>> = targets.iter().map(|t| (t.name.as_str(), &t.parts)).collect();
@@ -98,6 +103,10 @@ fn of_gguf(file: &[u8]) -> Result<Vec<Entry>, String> {
             return Err(format!("{name}: {:?}, where f32 is expected", t.dtype));
         }
         let bytes = file.get(t.bytes.clone()).ok_or(format!("{name} lies outside the file"))?;
+        let bytes = match parsed.turned {
+            Some(_) => gguf::little(t.dtype, &Bytes::copy_from_slice(bytes)),
+            None => Bytes::copy_from_slice(bytes),
+        };
         Ok(bytes.as_chunks::<4>().0.iter().map(|b| f64::from(f32::from_le_bytes(*b))).collect())
     };
     let mut out = Vec::new();

@@ -8,7 +8,8 @@ use std::sync::Arc;
 use bytes::Bytes;
 use memmap2::Mmap;
 
-use crate::OpenError;
+use crate::tensor::TensorType;
+use crate::{OpenError, gguf};
 
 /// A whole file, mapped for reading.
 ///
@@ -18,6 +19,8 @@ pub(crate) struct Mapped {
     pub path: PathBuf,
     map: Arc<Mmap>,
     bytes: Bytes,
+    /// Of a big-endian GGUF file its metadata as a little-endian file without tensors.
+    pub turned: Option<Bytes>,
 }
 
 struct Owner(Arc<Mmap>);
@@ -39,12 +42,18 @@ impl Mapped {
         // written by this process.
         let map = Arc::new(unsafe { Mmap::map(&file) }.map_err(io)?);
         let bytes = Bytes::from_owner(Owner(map.clone()));
-        Ok(Mapped { path: path.to_owned(), map, bytes })
+        Ok(Mapped { path: path.to_owned(), map, bytes, turned: None })
     }
 
     /// The file's bytes; slices of them keep the map alive.
     pub fn bytes(&self) -> &Bytes {
         &self.bytes
+    }
+
+    /// The bytes of values of `dtype` at `range`, whole ones, in little-endian order.
+    pub fn part(&self, dtype: TensorType, range: Range<usize>) -> Bytes {
+        let bytes = self.bytes.slice(range);
+        if self.turned.is_some() { gguf::little(dtype, &bytes) } else { bytes }
     }
 
     /// Lets the pages that lie wholly within `range` leave memory. They come back from the file when touched again.

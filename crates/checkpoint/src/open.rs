@@ -1,5 +1,6 @@
 //! Opening a checkpoint of any format.
 
+mod gguf_file;
 mod head;
 mod index;
 mod lie;
@@ -13,8 +14,8 @@ use std::path::{Path, PathBuf};
 use std::sync::{Arc, OnceLock};
 
 use bytes::Bytes;
-use lacuna_arch::{self as arch, GgufHead};
-use lacuna_format::{Descriptor, Float, Pattern, Piece, Stored, Values, Weights, WeightsError};
+use lacuna_arch as arch;
+use lacuna_format::{Descriptor, Pattern, Piece, Stored, Values, Weights, WeightsError};
 use lacuna_spec::{Place, Spec, SpecError};
 use serde_json::Value;
 
@@ -29,6 +30,8 @@ use crate::packed::{self, PackedConfig};
 use crate::repair::mendable;
 use crate::tensor::{TensorInfo, TensorType};
 use crate::{Tokenizer, gguf, json};
+use gguf_file::open_gguf;
+pub(crate) use gguf_file::open_parsed;
 pub use like::open_like;
 
 /// Why a checkpoint cannot be opened.
@@ -77,7 +80,7 @@ impl OpenError {
 pub enum Kind {
     /// Hugging Face: config.json and safetensors.
     HuggingFace,
-    /// One GGUF file.
+    /// A GGUF file, or the parts of one.
     Gguf,
     /// Lacuna's packed model.
     Packed,
@@ -277,68 +280,6 @@ fn open_packed(
     Ok(c)
 }
 
-fn open_gguf(path: &Path, problems: Option<Vec<Problem>>) -> Result<Checkpoint, OpenError> {
-    let map = Mapped::open(path)?;
-    let parsed = gguf::parse(map.bytes()).map_err(|e| OpenError::bad(path, e.what))?;
-    let splits = parsed.metadata.get_u64("split.count").map_err(|e| OpenError::bad(path, e.what))?;
-    if let Some(n) = splits.filter(|n| *n > 1) {
-        return Err(OpenError::bad(path, format!("one of {n} parts of a split GGUF file; join them first")));
-    }
-    open_parsed(path, map, parsed, problems)
-}
-
-/// Opens a GGUF file whose header has been read.
-pub(crate) fn open_parsed(
-    path: &Path,
-    map: Mapped,
-    parsed: gguf::Gguf,
-    problems: Option<Vec<Problem>>,
-) -> Result<Checkpoint, OpenError> {
-    let head = gguf_head(&parsed, map.bytes());
-    let file = path.display().to_string();
-    let spec = arch::from_gguf(&head).map_err(|source| OpenError::Spec { file, source })?;
-    let mut c = Checkpoint::new(path, Kind::Gguf, spec);
-    c.files.push(map);
-    c.tensors = parsed.tensors.into_iter().map(|t| (0, t)).collect();
-    (c.metadata, c.problems) = (Some(parsed.metadata), problems);
-    c.locate(arch::gguf_sources)?;
-    Ok(c)
-}
-
-fn gguf_head(parsed: &gguf::Gguf, file: &[u8]) -> GgufHead {
-    let mut head = GgufHead::default();
-    for (key, value) in parsed.metadata.iter().filter(|(k, _)| !k.starts_with("tokenizer.")) {
-        head.keys.insert(key.to_owned(), json_of(value));
-    }
-    for t in &parsed.tensors {
-        if t.name == "token_embd.weight" && t.shape.len() == 2 {
-            head.vocab = t.shape[0];
-        }
-        if t.name.starts_with("rope_f") && t.dtype == TensorType::Float(Float::F32) {
-            let values = file[t.bytes.clone()].as_chunks::<4>().0.iter().map(|b| f32::from_le_bytes(*b)).collect();
-            head.rope_lists.insert(t.name.clone(), values);
-        }
-        head.tensors.insert(t.name.clone());
-    }
-    head
-}
-
-fn json_of(v: &gguf::Value) -> Value {
-    match v {
-        gguf::Value::Uint(x) => (*x).into(),
-        gguf::Value::Int(x) => (*x).into(),
-        gguf::Value::Float(x) => (*x).into(),
-        gguf::Value::Bool(x) => (*x).into(),
-        gguf::Value::Str(x) => x.as_str().into(),
-        gguf::Value::Uints(x) => x.clone().into(),
-        gguf::Value::Ints(x) => x.clone().into(),
-        gguf::Value::Floats(x) => x.clone().into(),
-        gguf::Value::Bools(x) => x.clone().into(),
-        gguf::Value::Strs(x) => x.clone().into(),
-        gguf::Value::Arrays(x) => x.iter().map(json_of).collect(),
-    }
-}
-
 impl std::fmt::Debug for Checkpoint {
     fn fmt(&self, f: &mut std::fmt::Formatter<'_>) -> std::fmt::Result {
         f.debug_struct("Checkpoint").field("path", &self.path).field("kind", &self.kind).finish_non_exhaustive()
@@ -402,7 +343,7 @@ impl Checkpoint {
     /// The bytes of a tensor.
     pub(crate) fn data(&self, tensor: usize) -> Bytes {
         let (file, t) = &self.tensors[tensor];
-        self.files[*file].bytes().slice(t.bytes.clone())
+        self.files[*file].part(t.dtype, t.bytes.clone())
     }
 
     /// Where the checkpoint was opened.
@@ -526,7 +467,7 @@ impl Checkpoint {
     /// `tokenizer.gguf`.
     pub(crate) fn gguf_file(&self) -> Result<Option<Bytes>, OpenError> {
         match self.kind {
-            Kind::Gguf => Ok(self.files.first().map(|f| f.bytes().clone())),
+            Kind::Gguf => Ok(self.files.first().map(|f| f.turned.as_ref().unwrap_or(f.bytes()).clone())),
             Kind::Packed if self.metadata.is_some() => {
                 Ok(Some(Mapped::open(&self.path.join("tokenizer.gguf"))?.bytes().clone()))
             }
@@ -534,10 +475,15 @@ impl Checkpoint {
         }
     }
 
+    /// A tensor of the files by its name.
+    pub(crate) fn tensor(&self, name: &str) -> Option<&TensorInfo> {
+        self.tensors.iter().map(|t| &t.1).find(|t| t.name == name)
+    }
+
     /// The bytes of a tensor of the files by its name, and how its values are written.
     pub(crate) fn raw(&self, name: &str) -> Option<(&TensorInfo, Bytes)> {
         let (file, t) = self.tensors.iter().find(|t| t.1.name == name)?;
-        Some((t, self.files[*file].bytes().slice(t.bytes.clone())))
+        Some((t, self.files[*file].part(t.dtype, t.bytes.clone())))
     }
 
     /// The bytes of a GGUF file that holds nothing but this checkpoint's tokenizer, where that lies in GGUF metadata.
@@ -569,12 +515,14 @@ impl Checkpoint {
             }
             Some(Located::Gathered { tensor, runs, rows, cols }) => {
                 let (file, t) = &self.tensors[*tensor];
-                let data = self.files[*file].bytes();
-                let rows_of: Vec<u8> = runs.iter().flat_map(|run| &data[run.clone()]).copied().collect();
+                let parts = runs.iter().map(|run| self.files[*file].part(t.dtype, run.clone()));
+                let rows_of: Vec<u8> = parts.flat_map(|part| part.to_vec()).collect();
                 let values = match t.dtype {
                     TensorType::Float(f) => Values::Float(f, rows_of.into()),
                     TensorType::Block(b) => Values::Gguf(b, rows_of.into()),
-                    TensorType::Uint(_) | TensorType::Other(_) => unreachable!("refused when the file was opened"),
+                    TensorType::Uint(_) | TensorType::Grid(_) | TensorType::Other(_) => {
+                        unreachable!("refused when the file was opened")
+                    }
                 };
                 let piece = Piece { rows: *rows, cols: *cols, pattern: Pattern::Dense, values };
                 Ok(Some(Arc::new(Stored::from_piece(piece))))
@@ -613,24 +561,26 @@ impl Checkpoint {
 
     fn plain(&self, tensor: usize, bytes: &Range<usize>, rows: usize, cols: usize, lie: Lie) -> Stored {
         let (file, t) = &self.tensors[tensor];
-        let data = self.files[*file].bytes();
+        let data = self.files[*file].part(t.dtype, bytes.clone());
         let Lie { transposed, step } = lie;
         let values = match (t.dtype, transposed) {
-            (TensorType::Float(f), None) if step == 1 => Values::Float(f, data.slice(bytes.clone())),
+            (TensorType::Float(f), None) if step == 1 => Values::Float(f, data),
             (TensorType::Float(f), None) => {
                 let size = if rows == 1 { f.bytes() } else { cols * f.bytes() };
-                Values::Float(f, every(&data[bytes.clone()], size, step))
+                Values::Float(f, every(&data, size, step))
             }
             (TensorType::Float(f), Some(from)) => {
-                let all = transpose(&data[bytes.clone()], (rows - 1) * step + 1, cols, from, f.bytes());
+                let all = transpose(&data, (rows - 1) * step + 1, cols, from, f.bytes());
                 Values::Float(f, if step == 1 { all } else { every(&all, cols * f.bytes(), step) })
             }
             (TensorType::Block(b), _) if step > 1 => {
                 let size = cols / b.block() * b.block_bytes();
-                Values::Gguf(b, every(&data[bytes.clone()], size, step))
+                Values::Gguf(b, every(&data, size, step))
             }
-            (TensorType::Block(b), _) => Values::Gguf(b, data.slice(bytes.clone())),
-            (TensorType::Uint(_) | TensorType::Other(_), _) => unreachable!("refused when the file was opened"),
+            (TensorType::Block(b), _) => Values::Gguf(b, data),
+            (TensorType::Uint(_) | TensorType::Grid(_) | TensorType::Other(_), _) => {
+                unreachable!("refused when the file was opened")
+            }
         };
         Stored::from_piece(Piece { rows, cols, pattern: Pattern::Dense, values })
     }

@@ -89,6 +89,12 @@ impl Broken {
         if content::look(path)? == Content::Gguf {
             let map = Mapped::open(path)?;
             let parsed = gguf::parse(map.bytes()).map_err(|e| OpenError::bad(path, e.what))?;
+            let split = parsed.metadata.get_u64("split.count").ok().flatten().is_some_and(|n| n > 1);
+            if split || parsed.turned.is_some() {
+                let what = "repair takes whole, little-endian GGUF files; convert MODEL --to gguf makes one of parts \
+                            and of a big-endian one";
+                return Err(OpenError::bad(path, what));
+            }
             return Ok(Some(Broken::Gguf(Box::new(Gguf { path: path.to_owned(), map, parsed }))));
         }
         Ok(None)
@@ -437,7 +443,7 @@ impl Gguf {
             parsed.metadata = gguf::parse(&head).map_err(|e| OpenError::bad(&self.path, e.what))?.metadata;
             parsed.tensors.iter_mut().for_each(|t| t.name = r.rename(&t.name));
         }
-        Ok(open_parsed(&self.path, Mapped::open(&self.path)?, parsed, None))
+        Ok(open_parsed(&self.path, vec![(Mapped::open(&self.path)?, parsed)], None))
     }
 
     fn mend(&self, out: &Path, overwrite: bool, progress: Progress<'_>) -> Result<Vec<Fault>, SaveError> {

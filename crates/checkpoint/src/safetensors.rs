@@ -116,6 +116,7 @@ fn tensor(name: String, entry: Entry, data: usize, at: usize) -> Result<TensorIn
         Dtype::I64 => TensorType::Other("I64"),
         Dtype::U64 => TensorType::Other("U64"),
         Dtype::F64 => TensorType::Other("F64"),
+        Dtype::F8_E8M0 => TensorType::Other("F8_E8M0"),
         _ => TensorType::Other("an exotic type"),
     };
     Ok(TensorInfo { name, shape: entry.shape, dtype, bytes: at + from..at + to })

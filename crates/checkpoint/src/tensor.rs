@@ -4,6 +4,8 @@ use std::ops::Range;
 
 use lacuna_format::{Elem, Float, GgufType};
 
+use crate::gguf::GridType;
+
 /// How a stored tensor's values are written.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum TensorType {
@@ -13,6 +15,8 @@ pub enum TensorType {
     Uint(Elem),
     /// A block type of GGUF.
     Block(GgufType),
+    /// A block type of GGUF that is read as codes into a table.
+    Grid(GridType),
     /// Known to the format and of no use as a weight: only its name.
     Other(&'static str),
 }
@@ -24,6 +28,7 @@ impl TensorType {
             TensorType::Float(f) => format!("{:?}", Elem::from(f)),
             TensorType::Uint(e) => format!("{e:?}"),
             TensorType::Block(t) => format!("{t:?}"),
+            TensorType::Grid(t) => format!("{t:?}"),
             TensorType::Other(name) => name.into(),
         }
     }

@@ -14,6 +14,7 @@ mod pair;
 mod shorten;
 mod stream;
 mod vocabulary;
+mod words;
 
 use std::collections::HashSet;
 use std::panic::{AssertUnwindSafe, catch_unwind};

@@ -92,6 +92,33 @@ fn values_are_those_of_their_own_tools() {
         ("gptq8", &[("ffn.down", "int8 g16 zero")]),
         ("awq_gemm", &[("ffn.down", "int4 g16 zero")]),
         ("awq_gemv", &[("ffn.down", "int4 g32 zero")]),
+        ("fp8_blocks", &[("attn.q", "table8 g16"), ("attn.o", "bf16")]),
+        ("modelopt_fp8", &[("ffn.down", "table8 row")]),
+        ("fbgemm_fp8", &[("ffn.down", "table8 row")]),
+        ("ct_nvfp4", &[("ffn.down", "table4 g16")]),
+        ("modelopt_nvfp4", &[("ffn.down", "table4 g16")]),
+        ("ct_mxfp4", &[("attn.q", "table4 row"), ("ffn.up", "table4 row"), ("ffn.down", "table4 g32")]),
+        // Blocks of 64 over rows of 32: one scale a row of each two.
+        ("bnb_nf4", &[("attn.q", "table4 row"), ("attn.v", "f16"), ("ffn.down", "table4 row")]),
+        ("bnb_fp4", &[("ffn.down", "table4 row")]),
+        ("bnb_int8", &[("ffn.down", "int8 row")]),
+        (
+            "mlx_mixed",
+            &[
+                ("attn.q", "int2 row min f16"),
+                ("attn.k", "int3 row min f16"),
+                ("attn.v", "bf16"),
+                ("attn.o", "int6 row min f16"),
+                ("ffn.gate", "int8 row min f16"),
+                ("ffn.up", "int5 row min f16"),
+                ("ffn.down", "int4 g32 min f16"),
+            ],
+        ),
+        ("mlx_f16", &[("ffn.down", "int4 g32 min f16")]),
+        ("mlx_mxfp4", &[("ffn.down", "table4 g32")]),
+        ("auto_round_gptq", &[("attn.k", "int8 row zero"), ("attn.v", "f16"), ("ffn.down", "int4 g16 zero")]),
+        ("auto_round_awq", &[("ffn.down", "int4 g16 zero")]),
+        ("auto_round_own", &[("attn.k", "int8 row zero"), ("ffn.down", "int4 g16 zero")]),
     ];
     for (name, stored) in all {
         let c = open(foreign(name)).unwrap_or_else(|e| panic!("{e}"));
@@ -418,14 +445,68 @@ fn gptq_and_awq_tensors_that_lie() {
     refused("gptq4", &config("checkpoint_format", json!("bitblas")), &["config.json", "bitblas"]);
     refused("gptq4", &config("quant_method", json!("bitsandbytes")), &["config.json", "bitsandbytes"]);
     refused("gptq4", &config("group_size", json!(0)), &["group_size is 0"]);
-    refused("pack_stream", &config("format", json!("nvfp4-pack-quantized")), &["nvfp4-pack-quantized"]);
+    refused("pack_stream", &config("format", json!("mxfp8-quantized")), &["mxfp8-quantized"]);
     let rotated = json!({"config_groups": {"u": {"type": "hadamard"}}});
     refused("pack_stream", &config("transform_config", rotated), &["transform_config"]);
 }
 
 #[test]
+fn floats_and_blocks_that_lie() {
+    let q = |suffix: &str| format!("{Q}.{suffix}");
+    let shape = |suffix: &str, shape: Value| {
+        let name = q(suffix);
+        move |d: &Damaged| d.header(|h| h[&name]["shape"] = shape.clone())
+    };
+    let config = |key: &'static str, value: Value| {
+        move |d: &Damaged| {
+            d.config("config.json", |c| {
+                let at = if c["quantization"].is_object() { "quantization" } else { "quantization_config" };
+                c[at][key] = value.clone();
+            });
+        }
+    };
+    refused("fp8_blocks", &shape("weight_scale_inv", json!([4, 1])), &["q_proj.weight_scale_inv", "[4, 1]"]);
+    refused("fp8_blocks", &|d| d.drop(&q("weight_scale_inv")), &["q_proj.weight", "weight_scale_inv"]);
+    refused("fp8_blocks", &config("weight_block_size", json!([0, 16])), &["weight_block_size"]);
+    refused("fp8_blocks", &config("fmt", json!("e5m2")), &["fmt"]);
+    refused("modelopt_fp8", &config("quant_algo", json!("W4A8_AWQ")), &["W4A8_AWQ"]);
+    let awq = |d: &Damaged| {
+        d.header(|h| {
+            let entry = h.as_object_mut().unwrap().remove(&q("input_scale")).unwrap();
+            h[q("pre_quant_scale")] = entry;
+        });
+    };
+    refused("modelopt_fp8", &awq, &["q_proj.pre_quant_scale"]);
+    refused(
+        "modelopt_nvfp4",
+        &|d| d.fill(&q("weight_scale_2"), &[0, 0, 0xc0, 0x7f]),
+        &["q_proj.weight_scale_2", "NaN"],
+    );
+    refused("modelopt_nvfp4", &|d| d.fill(&q("weight_scale"), &[0x7f]), &["q_proj.weight"]);
+    refused("modelopt_nvfp4", &shape("weight_scale", json!([16, 4])), &["q_proj.weight_scale", "[32, 2]"]);
+    refused("ct_nvfp4", &|d| d.fill(&q("weight_global_scale"), &[0]), &["q_proj.weight_global_scale", "0"]);
+    refused("ct_nvfp4", &|d| d.drop(&q("weight_scale")), &["q_proj.weight_packed", "weight_scale"]);
+    refused("ct_mxfp4", &|d| d.fill(&q("weight_scale"), &[255]), &["q_proj.weight_scale", "255"]);
+    let state = "weight.quant_state.bitsandbytes__nf4";
+    refused("bnb_nf4", &|d| d.drop(&q(state)), &["q_proj.weight", "quant_state"]);
+    refused("bnb_nf4", &|d| d.fill(&q(state), b"{"), &["q_proj.weight.quant_state"]);
+    refused("bnb_nf4", &|d| d.drop(&q("weight.nested_quant_map")), &["nested_quant_map"]);
+    refused("bnb_fp4", &|d| d.fill(&q("weight.absmax"), &[0, 0, 0xc0, 0x7f]), &["q_proj.weight"]);
+    refused("bnb_int8", &|d| d.drop(&q("SCB")), &["q_proj.weight", "SCB"]);
+    refused("bnb_int8", &|d| d.fill(&q("weight_format"), &[2]), &["q_proj.weight_format"]);
+    refused("bnb_int8", &config("load_in_4bit", json!(true)), &["load_in_4bit"]);
+    refused("mlx_mixed", &|d| d.drop(&q("biases")), &["q_proj.weight", "biases"]);
+    refused("mlx_mixed", &|d| d.drop(&q("scales")), &["q_proj.weight", "scales"]);
+    refused("mlx_mixed", &config("group_size", json!(48)), &["scales", "48"]);
+    refused("mlx_mixed", &config("mode", json!("round")), &["mode", "round"]);
+    refused("mlx_mxfp4", &|d| d.fill(&q("scales"), &[255]), &["q_proj.scales", "255"]);
+    refused("auto_round_gptq", &config("packing_format", json!("auto_round:fp8")), &["auto_round:fp8"]);
+    refused("auto_round_gptq", &config("data_type", json!("nv_fp")), &["nv_fp"]);
+}
+
+#[test]
 fn cut_short_anywhere_is_refused() {
-    for name in ["pack_stream", "sparse_bitmask", "marlin24", "gptq4", "awq_gemm"] {
+    for name in ["pack_stream", "sparse_bitmask", "marlin24", "gptq4", "awq_gemm", "ct_nvfp4", "bnb_nf4", "mlx_mixed"] {
         let d = Damaged::copy(&foreign(name));
         let path = d.path().join("model.safetensors");
         let file = std::fs::read(&path).unwrap();

@@ -445,3 +445,122 @@ fn damaged_files_name_themselves() {
     fs::write(&path, gguf(&keys, &tensors)).unwrap();
     assert!(open(&path).unwrap_err().to_string().contains("llama.attention.clamp_kqv"));
 }
+
+fn golden(name: &str) -> PathBuf {
+    PathBuf::from(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/gguf").join(name)
+}
+
+fn same_weights(a: &Checkpoint, b: &Checkpoint) {
+    assert_eq!(a.spec(), b.spec());
+    for place in a.spec().places() {
+        let (a, b) = (a.get(&place).unwrap().unwrap(), b.get(&place).unwrap().unwrap());
+        assert_eq!(a, b, "{place}");
+    }
+}
+
+fn saved(c: &Checkpoint, kind: GgufKind) -> Vec<u8> {
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("out.gguf");
+    save_gguf(c, &path, kind, false, &mut |_, _| {}).unwrap();
+    fs::read(path).unwrap()
+}
+
+/// The whole file holds what the `gguf` package reads from it.
+#[test]
+fn types_are_read_as_the_package_reads_them() {
+    let c = open(golden("whole.gguf")).unwrap();
+    all_there(&c);
+    let want: serde_json::Value = serde_json::from_slice(&fs::read(golden("golden.json")).unwrap()).unwrap();
+    let mut compared = 0;
+    for place in c.spec().places() {
+        let sources = lacuna_arch::gguf_sources(c.spec(), &place);
+        let Some(first) = sources.iter().find_map(|s| want["first"].get(&s.name)) else { continue };
+        let have = c.get(&place).unwrap().unwrap().to_mat().into_vec();
+        for (have, first) in have.iter().zip(first.as_array().unwrap()) {
+            assert_eq!(*have, first.as_f64().unwrap() as f32, "{place}");
+        }
+        compared += 1;
+    }
+    assert_eq!(compared, want["first"].as_object().unwrap().len());
+    let up = c.get(&Place::layer(0, Role::Up)).unwrap().unwrap();
+    assert_eq!(up.codec_name(), "table4 row");
+    // Blocks go along as they are, where they may.
+    let same = saved(&c, GgufKind::Source);
+    let again = tempfile::tempdir().unwrap();
+    fs::write(again.path().join("again.gguf"), &same).unwrap();
+    same_weights(&c, &open(again.path()).unwrap());
+    assert_eq!(same.len() / 1024, fs::read(golden("whole.gguf")).unwrap().len() / 1024);
+    // And are made into others.
+    assert!(saved(&c, GgufKind::Q8_0).len() > same.len());
+}
+
+#[test]
+fn a_big_endian_file_is_its_little_endian_twin() {
+    let (little, big) = (open(golden("whole.gguf")).unwrap(), open(golden("big.gguf")).unwrap());
+    all_there(&big);
+    same_weights(&little, &big);
+    let text = |c: &Checkpoint| lacuna_checkpoint::Tokenizer::open(c).unwrap().to_json().unwrap();
+    assert_eq!(text(&little), text(&big));
+    assert_eq!(saved(&little, GgufKind::Source), saved(&big, GgufKind::Source));
+    // Older writers leave the first word as it is.
+    let dir = tempfile::tempdir().unwrap();
+    let path = dir.path().join("old.gguf");
+    let mut bytes = fs::read(golden("big.gguf")).unwrap();
+    bytes[..4].copy_from_slice(b"GGUF");
+    fs::write(&path, &bytes).unwrap();
+    same_weights(&little, &open(&path).unwrap());
+    // A type whose order nobody has settled: Q5_K (13) in the place of the last Q6_K (14).
+    let at = bytes.windows(4).rposition(|w| w == 14u32.to_be_bytes()).unwrap();
+    bytes[at..at + 4].copy_from_slice(&13u32.to_be_bytes());
+    fs::write(&path, &bytes).unwrap();
+    let said = open(&path).unwrap_err().to_string();
+    assert!(said.contains("Q5_K in a big-endian file") && said.contains("ffn_down"), "{said}");
+    // Cut anywhere, it is refused and no more.
+    for n in (0..bytes.len()).step_by(97) {
+        assert!(lacuna_checkpoint::gguf::parse(&fs::read(golden("big.gguf")).unwrap()[..n]).is_err());
+    }
+}
+
+#[test]
+fn parts_of_a_file_are_one_model() {
+    let whole = open(golden("whole.gguf")).unwrap();
+    let name = |i: usize| format!("parts-{i:05}-of-00003.gguf");
+    let dir = tempfile::tempdir().unwrap();
+    for i in 1..=3 {
+        fs::copy(golden(&name(i)), dir.path().join(name(i))).unwrap();
+    }
+    for path in [dir.path().to_path_buf(), dir.path().join(name(1)), dir.path().join(name(3))] {
+        let c = open(&path).unwrap();
+        all_there(&c);
+        same_weights(&whole, &c);
+        assert_eq!(c.path(), dir.path().join(name(1)));
+        // Together again, without a word of parts.
+        assert_eq!(saved(&whole, GgufKind::Source), saved(&c, GgufKind::Source));
+    }
+    let says = |path: &std::path::Path, what: &str| {
+        let said = open(path).unwrap_err().to_string();
+        assert!(said.contains(what), "{said}");
+    };
+    let at = dir.path().join(name(1));
+    // Under another name nobody finds the others.
+    let lone = tempfile::tempdir().unwrap();
+    fs::copy(&at, lone.path().join("model.gguf")).unwrap();
+    says(&lone.path().join("model.gguf"), "-00001-of-00003.gguf");
+    // One that is missing is named, and so is one of something else.
+    fs::rename(dir.path().join(name(2)), dir.path().join("aside")).unwrap();
+    says(&at, "part 2 of 3");
+    says(&at, &name(2));
+    fs::copy(&at, dir.path().join(name(2))).unwrap();
+    says(&at, "split.no 0");
+    // Keys that do not fit: one tensor more is counted.
+    fs::rename(dir.path().join("aside"), dir.path().join(name(2))).unwrap();
+    for i in 1..=3 {
+        let path = dir.path().join(name(i));
+        let mut bytes = fs::read(&path).unwrap();
+        let key = b"split.tensors.count";
+        let from = bytes.windows(key.len()).position(|w| w == key).unwrap() + key.len() + 4;
+        bytes[from] += 1;
+        fs::write(&path, bytes).unwrap();
+    }
+    says(&at, "split.tensors.count is 21");
+}

@@ -128,6 +128,15 @@ fn both_kinds_from_gguf_lists() {
     let t = Tokenizer::from_vocabulary(as_vocabulary("metaspace", "llama", "default")).unwrap();
     let g = page(&golden("metaspace/golden.json"));
     agree(&t, &g);
+    // The same pieces with their merges, as Gemma 4 has them.
+    let v = as_vocabulary("metaspace", "gemma4", "gemma4");
+    let id = |text: &str| v.tokens.iter().position(|t| t == text).map(|id| id as u32);
+    let (bos, eos, unknown) = (id("<bos>"), id("<eos>"), id("<unk>"));
+    let listed = Vocabulary { bos, eos, unknown, add_bos: None, add_space_prefix: Some(true), ..v.clone() };
+    agree(&Tokenizer::from_vocabulary(listed).unwrap(), &g);
+    // Without lists of either kind nothing is joined, and nothing breaks.
+    let bare = Vocabulary { merges: vec![], ..v };
+    assert!(Tokenizer::from_vocabulary(bare).unwrap().encode("the", false).unwrap().len() >= 3);
     let written = HfFiles { tokenizer: Some(t.to_json().unwrap().into_bytes()), ..HfFiles::default() };
     agree(&Tokenizer::from_hf(&written).unwrap(), &g);
 }

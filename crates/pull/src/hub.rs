@@ -29,6 +29,7 @@ const COMPANIONS: &[&str] = &[
     "chat_template.json",
     "quantize_config.json",
     "quant_config.json",
+    "hf_quant_config.json",
 ];
 /// What an adapter is made of: its configuration and one of these, the first that is there.
 const ADAPTER: &str = "adapter_config.json";
@@ -72,7 +73,9 @@ impl Hub {
         }
         let dir = repo.join("snapshots").join(commit);
         if let Some(file) = &model.file {
-            return dir.join(file).is_file().then(|| (dir, vec![file.clone()]));
+            // One part of a model stands for all, where all are there.
+            let whole = parts(file).unwrap_or_else(|| vec![file.clone()]);
+            return whole.iter().all(|file| dir.join(file).is_file()).then(|| (dir, vec![file.clone()]));
         }
         // A link whose target is gone, or not there yet, is not a file.
         let entries = fs::read_dir(&dir).ok()?.flatten().filter(|entry| entry.path().is_file());
@@ -174,7 +177,7 @@ fn select(
     if let Some(file) = file {
         let models = [ggufs, ending(".safetensors")].concat();
         return match names.contains(file) {
-            true => Ok(vec![file.into()]),
+            true => all_parts(names, file),
             false => Err(format!("there is no file {file}; the model files there: {}", some_of(&models))),
         };
     }
@@ -208,8 +211,30 @@ fn select(
     }
     match ggufs.as_slice() {
         [one] => Ok(vec![one.clone()]),
+        [first, rest @ ..] if parts(first).is_some_and(|all| rest.iter().all(|file| all.contains(file))) => {
+            all_parts(names, first)
+        }
         [] => Err("there is neither a config.json with *.safetensors nor a .gguf file".into()),
         many => Err(format!("there are {} GGUF files; name one, as hf:org/repo:FILE: {}", many.len(), some_of(many))),
+    }
+}
+
+/// All parts of a model of which `file` is one by its name, `NAME-00001-of-00003.gguf`.
+fn parts(file: &str) -> Option<Vec<String>> {
+    let rest = file.strip_suffix(".gguf")?;
+    let (rest, count) = rest.rsplit_once("-of-")?;
+    let (start, number) = rest.rsplit_once('-')?;
+    let five = |text: &str| text.len() == 5 && text.bytes().all(|c| c.is_ascii_digit());
+    let all = count.parse::<u32>().ok().filter(|_| five(count) && five(number))?;
+    Some((1..=all).map(|i| format!("{start}-{i:05}-of-{count}.gguf")).collect())
+}
+
+/// The file, or all parts of the model of which it is one.
+fn all_parts(names: &BTreeSet<String>, file: &str) -> Result<Vec<String>, String> {
+    let all = parts(file).unwrap_or_else(|| vec![file.into()]);
+    match all.iter().find(|part| !names.contains(*part)) {
+        None => Ok(all),
+        Some(missing) => Err(format!("{missing} is not there, and the model is in {} parts", all.len())),
     }
 }
 
@@ -248,6 +273,21 @@ mod tests {
         // A pickle of a whole model is nothing to fetch.
         assert!(of(&["config.json", "pytorch_model.bin"]).is_err());
         assert!(of(&["config.json", "adapter_model.bin"]).is_err());
+    }
+
+    #[test]
+    fn one_part_of_a_model_stands_for_all() {
+        let part = |i: usize| format!("a/m-{i:05}-of-00002.gguf");
+        let of = |names: &[String], file: Option<&str>| {
+            select(&names.iter().cloned().collect(), file, || Err("there is no index".into()))
+        };
+        let both = [part(1), part(2)];
+        assert_eq!(of(&both, Some(&part(2))).as_deref(), Ok(&both[..]));
+        assert_eq!(of(&both, None).as_deref(), Ok(&both[..]));
+        let more = [part(1), part(2), "other.gguf".into()];
+        assert!(of(&more, None).unwrap_err().contains("name one"));
+        assert_eq!(of(&more, Some("other.gguf")).as_deref(), Ok(&more[2..]));
+        assert!(of(&both[..1], Some(&part(1))).unwrap_err().contains("m-00002-of-00002.gguf"));
     }
 
     #[test]

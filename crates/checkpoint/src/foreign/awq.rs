@@ -39,7 +39,7 @@ pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
     let along = q.layout == "gemv";
     let wide = words.saturating_mul(8);
     let (inputs, outputs) = if along { (wide, high) } else { (high, wide) };
-    let args = q.groups.first();
+    let args = q.args(module).or(q.groups.first());
     let run = args.and_then(|g| g.group).unwrap_or(inputs).max(1);
     let groups = inputs.div_ceil(run);
     let wrong = |want: [usize; 2]| {

@@ -5,11 +5,11 @@ use std::sync::Arc;
 
 use bytes::Bytes;
 use lacuna_format::bits::pack;
-use lacuna_format::{Float, Group, Pattern, Piece, Stored, Tables, Values};
+use lacuna_format::{Elem, Float, Group, Pattern, Piece, Stored, Tables, Values};
 
 use super::config::Quantized;
 use super::scales::{ScaleTensor, unsigned};
-use super::{Args, Data, Fault, Module, Tensor, Tensors, i32s, marlin24, sparse, unpack_row};
+use super::{Args, Data, Fault, Module, Tensor, Tensors, fp4, i32s, marlin24, sparse, unpack_row};
 use crate::tensor::TensorType;
 
 /// Largest matrix accepted: as everywhere, a bound against sizes that only a lie has.
@@ -17,16 +17,19 @@ const MAX_ENTRIES: usize = 1 << 40;
 
 /// The matrix of `module`, by the tensors that lie under its name.
 pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Option<Arc<dyn Module>>, Fault> {
-    for strange in ["weight_global_scale", "weight_scale_inv"] {
-        if let Some(s) = t.get(module, strange) {
-            return s.bad(format!("format {:?} with {strange} is not read", q.format));
-        }
+    if let Some(s) = t.get(module, "weight_scale_inv") {
+        return s.bad(format!("format {:?} with weight_scale_inv is not read", q.format));
     }
     // Before "mask" lost its last word, names kept `.weight`.
     for prefix in [module.to_owned(), format!("{module}.weight")] {
         if let Some(mask) = t.get(&prefix, "bitmask") {
             return Ok(Some(Arc::new(sparse::find(q, t, module, &prefix, mask)?)));
         }
+    }
+    if let Some(packed) = t.get(module, "weight_packed").filter(|p| p.dtype == TensorType::Uint(Elem::U8)) {
+        let scale = t.need(module, "weight_scale", &packed)?;
+        let over = t.get(module, "weight_global_scale").map(fp4::Over::Divide);
+        return Ok(Some(Arc::new(fp4::Fp4::new(packed, scale, over)?)));
     }
     if let Some(packed) = t.get(module, "weight_packed") {
         return Ok(Some(match t.get(module, "meta") {
@@ -407,10 +410,10 @@ impl Coded {
 }
 
 /// int-, float- and naive-quantized: a `weight` of bytes.
-struct Plain {
-    weight: Tensor,
-    shape: (usize, usize),
-    bytes: Coded,
+pub(super) struct Plain {
+    pub weight: Tensor,
+    pub shape: (usize, usize),
+    pub bytes: Coded,
 }
 
 impl Module for Plain {

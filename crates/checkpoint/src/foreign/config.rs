@@ -1,5 +1,7 @@
 //! What config.json, or a file beside it, says about a checkpoint that another tool compressed.
 
+mod others;
+
 use std::path::Path;
 
 use serde_json::{Map, Value};
@@ -17,6 +19,12 @@ pub(super) enum Method {
     Awq,
     /// GPT-OSS's experts: MXFP4 blocks beside their scales.
     Mxfp4,
+    /// Floats of 8 or 4 bits with scales beside them: fp8 of DeepSeek and Qwen, FBGEMM, ModelOpt.
+    Scaled,
+    /// bitsandbytes.
+    Bitsandbytes,
+    /// Apple's MLX.
+    Mlx,
 }
 
 /// How one group of modules was quantized, as the configuration says it.
@@ -62,7 +70,7 @@ impl Pattern {
 #[derive(Debug, Clone)]
 pub struct Quantized {
     pub(super) method: Method,
-    /// The producer's name for the method: `compressed-tensors`, `gptq` or `awq`.
+    /// The producer's name for the method: `compressed-tensors`, `gptq`, `awq` or another.
     pub producer: String,
     /// The format named, `pack-quantized` or the like.
     pub format: String,
@@ -87,8 +95,15 @@ const MAX_GROUPS: usize = 4096;
 const MAX_TARGETS: usize = 1 << 16;
 
 /// Reads what a checkpoint says about its compression: `quantization_config` or the older `compression_config` in
-/// config.json, else the files that GPTQ and AWQ tools write beside it. `None`: a plain checkpoint.
+/// config.json, MLX's `quantization`, else the files that GPTQ, AWQ and ModelOpt write beside it. `None`: a plain
+/// checkpoint.
 pub(crate) fn read(dir: &Path, config_path: &Path, config: &Value) -> Result<Option<Quantized>, OpenError> {
+    // MLX says the same again under the name that others use, where their readers find no method.
+    let unnamed = config.get("quantization_config").is_none_or(|q| q.get("quant_method").is_none());
+    if let Some(q) = config.get("quantization").and_then(Value::as_object).filter(|_| unnamed) {
+        let bad = |e| OpenError::bad(config_path, format!("quantization (MLX): {e}"));
+        return Ok(Some(others::mlx(q).map_err(bad)?));
+    }
     for key in ["quantization_config", "compression_config"] {
         if let Some(q) = config.get(key).filter(|q| !q.is_null()) {
             let method = q.get("quant_method").and_then(Value::as_str).unwrap_or("of no named method");
@@ -96,7 +111,9 @@ pub(crate) fn read(dir: &Path, config_path: &Path, config: &Value) -> Result<Opt
             return Ok(Some(made));
         }
     }
-    for (file, method) in [("quantize_config.json", "gptq"), ("quant_config.json", "awq")] {
+    for (file, method) in
+        [("quantize_config.json", "gptq"), ("quant_config.json", "awq"), ("hf_quant_config.json", "modelopt")]
+    {
         let path = dir.join(file);
         if path.is_file() {
             let mut q = crate::json::read(&path)?;
@@ -157,10 +174,14 @@ fn parse(q: &Value) -> Result<Quantized, String> {
         "gptq" => gptq(q),
         "awq" => awq(q),
         "mxfp4" => Ok(base(Method::Mxfp4, "MXFP4", "mxfp4".into())),
+        method @ ("fp8" | "fbgemm_fp8") => others::fp8(q, method),
+        "modelopt" | "modelopt_fp4" | "nvfp4" => others::modelopt(q),
+        "bitsandbytes" => others::bitsandbytes(q),
+        "auto-round" | "intel/auto-round" | "auto_round" => others::auto_round(q),
         "" => Err("no quant_method is named; use the original model or a GGUF file".into()),
         other => Err(format!(
-            "quant_method \"{other}\" is not read (compressed-tensors, gptq, awq and mxfp4 are); use the original model or a \
-             GGUF file"
+            "quant_method \"{other}\" is not read (compressed-tensors, gptq, awq, auto-round, fp8, fbgemm_fp8, \
+             mxfp4, modelopt, bitsandbytes and MLX's are); use the original model or a GGUF file"
         )),
     }
 }
@@ -189,7 +210,7 @@ fn spelled(format: &str) -> String {
 }
 
 fn compressed_tensors(q: &Map<String, Value>) -> Result<Quantized, String> {
-    const KNOWN: [&str; 10] = [
+    const KNOWN: [&str; 12] = [
         "dense",
         "sparse-bitmask",
         "sparse-24-bitmask",
@@ -199,11 +220,13 @@ fn compressed_tensors(q: &Map<String, Value>) -> Result<Quantized, String> {
         "pack-quantized",
         "marlin-24",
         "mixed-precision",
+        "nvfp4-pack-quantized",
+        "mxfp4-pack-quantized",
         "",
     ];
     let format = text(q, "format")?.map(spelled).unwrap_or_default();
     if !KNOWN.contains(&format.as_str()) {
-        return Err(format!("format \"{format}\" is not read; known are {}", KNOWN[..9].join(", ")));
+        return Err(format!("format \"{format}\" is not read; known are {}", KNOWN[..11].join(", ")));
     }
     let mut out = base(Method::CompressedTensors, "compressed-tensors", format);
     out.version = text(q, "version")?.and_then(|v| {

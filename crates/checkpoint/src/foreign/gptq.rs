@@ -33,7 +33,7 @@ pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
     let scales = t.need(module, "scales", &weight)?;
     let float = scale_type(&scales)?;
     let (groups, wide) = scales.two()?;
-    let args = q.groups.first();
+    let args = q.args(module).or(q.groups.first());
     let told = args.map_or(4, |a| a.bits);
     // How many inputs there are is told by the order; else by the bits of the configuration.
     let order = t.get(module, "g_idx").filter(|o| o.shape != [0]);

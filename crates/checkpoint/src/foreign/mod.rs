@@ -6,12 +6,16 @@
 //! divisions fit).
 
 mod awq;
+mod bitsandbytes;
 mod compressed_tensors;
 mod config;
+mod fp4;
 mod gptq;
 mod marlin24;
+mod mlx;
 pub(crate) mod mxfp4;
 mod peft;
+mod scaled;
 mod scales;
 mod sparse;
 
@@ -156,6 +160,11 @@ impl Lazy {
         Lazy { module, rows, held: Mutex::default() }
     }
 
+    /// How many rows.
+    pub fn rows(&self) -> usize {
+        self.rows.len()
+    }
+
     /// The tensors behind it.
     pub fn tensors(&self) -> impl Iterator<Item = usize> + '_ {
         self.module.tensors().into_iter().map(|t| t.0)
@@ -192,13 +201,17 @@ pub(crate) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
         },
         // Found by the expert: see `mxfp4`.
         Method::Mxfp4 => return Ok(None),
+        Method::Scaled => return scaled::find(q, t, module),
+        Method::Bitsandbytes => return bitsandbytes::find(q, t, module),
+        Method::Mlx => return mlx::find(q, t, module),
     }))
 }
 
 /// Whether a tensor only tells how activations or keys and values were to be rounded, which Lacuna does not do.
 pub(crate) fn about_activations(name: &str) -> bool {
-    const ENDS: [&str; 11] = [
+    const ENDS: [&str; 12] = [
         ".input_scale",
+        ".input_scale_ub",
         ".input_zero_point",
         ".input_global_scale",
         ".output_scale",

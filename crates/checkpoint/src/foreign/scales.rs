@@ -36,13 +36,15 @@ impl ScaleTensor {
     pub fn new(tensor: Tensor, (rows, cols): (usize, usize), args: Option<&Args>) -> Result<ScaleTensor, Fault> {
         let float = match tensor.dtype {
             TensorType::Float(f @ (Float::F32 | Float::F16 | Float::Bf16)) => f,
+            // Powers of two, a byte each.
+            TensorType::Other("F8_E8M0") => Float::Bf16,
             other => return tensor.bad(format!("{} cannot be scales; F32, F16 and BF16 can", other.name())),
         };
         let wrong = || tensor.bad(format!("shape {:?} does not fit a matrix of {rows} x {cols}", tensor.shape));
         let (high, groups) = match tensor.shape[..] {
             [] | [1] => (1, 1),
             [n] => (n, 1),
-            [a, b] => (a, b),
+            [a, b] | [a, 1, b, 1] => (a, b),
             _ => return wrong(),
         };
         let block = args.and_then(|a| a.block);
@@ -63,7 +65,11 @@ impl ScaleTensor {
 
     /// Scales of some rows.
     pub fn read(&self, rows: Range<usize>, data: Data<'_>) -> Scales {
-        let (bytes, size) = (data(self.tensor.index), self.groups * self.float.bytes());
+        let mut bytes = data(self.tensor.index);
+        if self.tensor.is("F8_E8M0") {
+            bytes = bytes.iter().flat_map(|e| power_of_two(*e).to_le_bytes()).collect::<Vec<u8>>().into();
+        }
+        let size = self.groups * self.float.bytes();
         let chosen = match self.spread {
             Spread::Rows => bytes.slice(rows.start * size..rows.end * size),
             Spread::One => Bytes::from(bytes.repeat(rows.len())),
@@ -92,6 +98,15 @@ impl ScaleTensor {
     /// Which columns share a scale.
     pub fn group(&self) -> Group {
         Group::Run(self.run)
+    }
+}
+
+/// `2^(e - 127)` as bf16; 255 is no number.
+fn power_of_two(e: u8) -> u16 {
+    match e {
+        0 => 1 << 6,
+        255 => 0x7fc0,
+        e => u16::from(e) << 7,
     }
 }
 

@@ -50,7 +50,7 @@ impl Checkpoint {
     /// Rows (or the entries of a vector) that lie in groups, each with its share of them.
     pub(super) fn grouped(&self, tensor: usize, rows: usize, cols: usize, (groups, from): (usize, usize)) -> Stored {
         let (file, t) = &self.tensors[tensor];
-        let data = &self.files[*file].bytes()[t.bytes.clone()];
+        let data = self.files[*file].part(t.dtype, t.bytes.clone());
         let of_one = if t.shape.len() == 1 { cols } else { rows };
         let (share, at) = (of_one / groups, from / groups);
         let (all, unit) = (t.shape[0] / groups, data.len() / t.shape[0].max(1));
@@ -59,7 +59,9 @@ impl Checkpoint {
         let values = match t.dtype {
             TensorType::Float(f) => Values::Float(f, bytes.into()),
             TensorType::Block(b) => Values::Gguf(b, bytes.into()),
-            TensorType::Uint(_) | TensorType::Other(_) => unreachable!("refused when the file was opened"),
+            TensorType::Uint(_) | TensorType::Grid(_) | TensorType::Other(_) => {
+                unreachable!("refused when the file was opened")
+            }
         };
         Stored::from_piece(Piece { rows, cols, pattern: Pattern::Dense, values })
     }

@@ -4,12 +4,13 @@ use std::collections::{HashMap, HashSet};
 use std::sync::Arc;
 
 use lacuna_arch::Source;
-use lacuna_format::{FormatError, WeightsError};
+use lacuna_format::{Float, FormatError, WeightsError};
 use lacuna_spec::{Part, Place, Role, Spec};
 
 use super::{Checkpoint, Kind, Lie, Located, OpenError};
 use crate::examine::{REPAIR, layers_differ};
 use crate::foreign::{self, Fault, Lazy, Module, Tensors};
+use crate::gguf::{GridMatrix, GridType};
 use crate::tensor::TensorType;
 
 /// Rows of a tensor that holds several matrices.
@@ -117,9 +118,14 @@ impl Checkpoint {
             let file = self.path.display().to_string();
             return Err(WeightsError::Missing { file, place: place.to_string(), hint });
         };
-        let located = self.check_place(place, source, tensor)?;
+        let located = self.check_place(place, source, tensor, by_name)?;
         let mut of = None;
-        if let Located::Plain { rows, cols, .. } | Located::Gathered { rows, cols, .. } = &located
+        let taken = match &located {
+            Located::Plain { rows, cols, .. } | Located::Gathered { rows, cols, .. } => Some((*rows, *cols)),
+            Located::Foreign(lazy) => Some((lazy.rows(), 0)),
+            Located::Packed { .. } => None,
+        };
+        if let Some((rows, cols)) = taken
             && (source.rows.is_some() || source.slice.is_some() || !source.order.is_empty())
         {
             // What lies the other way round takes as many rows of the tensor as it has columns.
@@ -132,7 +138,7 @@ impl Checkpoint {
                 (shape, _) => shape[..shape.len() - 1].iter().product(),
             };
             let vector = shape.len() == 1 || place.part == Part::Bias;
-            of = Some(Share { tensor, rows: if vector { *cols } else { *rows }, all });
+            of = Some(Share { tensor, rows: if vector { cols } else { rows }, all });
         }
         Ok((located, of))
     }
@@ -185,7 +191,30 @@ impl Checkpoint {
         Ok(())
     }
 
-    fn check_place(&self, place: &Place, source: &Source, tensor: usize) -> Result<Located, WeightsError> {
+    /// The tensor of factors beside a tensor of NVFP4 in a GGUF file, one for each of its matrices, and how many.
+    fn factors(
+        &self,
+        name: &str,
+        matrices: usize,
+        by_name: &HashMap<String, usize>,
+    ) -> Result<Option<(usize, usize)>, WeightsError> {
+        let beside = name.strip_suffix(".weight").and_then(|n| by_name.get(&format!("{n}.scale")));
+        let Some(&i) = beside else { return Ok(None) };
+        let t = &self.tensors[i].1;
+        if t.dtype != TensorType::Float(Float::F32) || t.shape != [matrices] {
+            let what = format!("{} {:?}, expected F32 factors of {matrices} matrices", t.dtype.name(), t.shape);
+            return Err(self.foreign_fault(Fault { tensor: t.name.clone(), what }));
+        }
+        Ok(Some((i, matrices)))
+    }
+
+    fn check_place(
+        &self,
+        place: &Place,
+        source: &Source,
+        tensor: usize,
+        by_name: &HashMap<String, usize>,
+    ) -> Result<Located, WeightsError> {
         let t = &self.tensors[tensor].1;
         let bad = |what: String| WeightsError::bad(self.file_of(tensor), t.name.clone(), FormatError::new(what));
         let Some((rows, cols)) = self.spec.shape(place) else {
@@ -194,6 +223,7 @@ impl Checkpoint {
         let (block, block_bytes) = match t.dtype {
             TensorType::Float(f) => (1, f.bytes()),
             TensorType::Block(b) => (b.block(), b.block_bytes()),
+            TensorType::Grid(g) => (g.block(), g.block_bytes()),
             other => return Err(bad(format!("{} cannot be decoded as the weights of {place}", other.name()))),
         };
         let table = place.role.is_table();
@@ -275,6 +305,15 @@ impl Checkpoint {
         }
         if (source.transposed || source.turned) && block != 1 {
             return Err(bad(format!("{} in a matrix stored the other way round", t.dtype.name())));
+        }
+        if let TensorType::Grid(kind) = t.dtype {
+            let factors = match kind {
+                GridType::NVFP4 => self.factors(&t.name, slices, by_name)?,
+                _ => None,
+            };
+            let module = GridMatrix { tensor, name: t.name.clone(), kind, shape: (slices * high, cols), factors };
+            let from = slice * high + from;
+            return Ok(Located::Foreign(Lazy::new(Arc::new(module), from..from + rows)));
         }
         if source.groups > 1 {
             return grouped(high, (from, to), rows);

@@ -14,9 +14,9 @@ use lacuna_spec::{Place, Role, Spec};
 
 use super::arrange::{Arranged, Encoding};
 use super::gguf_pairs::Pairs;
-use super::{OutFile, Progress, Saved, Written};
+use super::{Loss, OutFile, Progress, Saved, Written};
 use crate::tokenizer::{Export, general_name};
-use crate::{Checkpoint, Kind, SaveError, Vocabulary, gguf};
+use crate::{Checkpoint, Kind, SaveError, TensorInfo, TensorType, Vocabulary, gguf};
 
 /// Where data begin: every tensor at a multiple of this.
 const ALIGNMENT: u64 = 32;
@@ -91,20 +91,30 @@ pub fn save_gguf(
     }
     pairs.u32("general.quantization_version", 2);
 
-    let mut planned = Vec::new();
+    let (mut planned, mut blocks) = (Vec::new(), Vec::new());
     for target in targets {
-        let (form, wanted) = form_of(&arranged, &target, kind)?;
-        planned.push((target, form, wanted));
+        // What is read as codes into a table goes along as its blocks are.
+        let same = |t: &&TensorInfo| matches!(t.dtype, TensorType::Grid(_)) && t.shape == target.shape;
+        let whole = source.tensor(&target.name).filter(|_| from_gguf && kind == GgufKind::Source).filter(same);
+        match whole {
+            Some(t) => blocks.push(t.name.clone()),
+            None => {
+                let (form, wanted) = form_of(&arranged, &target, kind)?;
+                planned.push((target, form, wanted));
+            }
+        }
     }
     // What describes RoPE is small, f32 and no weight; a GGUF source may carry more that no place of the network uses.
     let extra: Vec<String> = match from_gguf {
         true => {
             let used: std::collections::HashSet<&str> = planned.iter().map(|p| p.0.name.as_str()).collect();
-            source
-                .tensors()
-                .filter(|t| t.name.starts_with("rope_f") && !used.contains(t.name.as_str()))
-                .map(|t| t.name.clone())
-                .collect()
+            let factors = |name: &str| {
+                let of = name.strip_suffix(".scale").map(|n| format!("{n}.weight"));
+                of.is_some_and(|of| blocks.contains(&of))
+            };
+            let beside =
+                |t: &&TensorInfo| t.name.starts_with("rope_f") && !used.contains(t.name.as_str()) || factors(&t.name);
+            source.tensors().filter(beside).map(|t| t.name.clone()).chain(blocks.iter().cloned()).collect()
         }
         false => Vec::new(),
     };
@@ -153,7 +163,13 @@ pub fn save_gguf(
             file.pad(ALIGNMENT)?;
         }
     }
-    let mut tensors = Vec::with_capacity(planned.len());
+    let mut tensors = Vec::with_capacity(planned.len() + blocks.len());
+    for name in &blocks {
+        let Some(t) = source.tensor(name) else { continue };
+        let loss = Loss { values: t.shape.iter().product::<usize>() as u64, ..Loss::default() };
+        let kind = t.dtype.name();
+        tensors.push(Written { name: name.clone(), from: kind.clone(), to: kind, instead_of: None, loss });
+    }
     for (i, (target, form, wanted)) in planned.iter().enumerate() {
         let from = arranged.codec(target)?;
         let loss = arranged.write(target, *form, &mut |bytes| file.write(bytes))?;

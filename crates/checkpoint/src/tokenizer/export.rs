@@ -8,7 +8,8 @@ use serde_json::{Map, Value, json};
 
 use super::compare::Compared;
 use super::stream::{Pieces, fallback_byte};
-use super::vocabulary::{GPT2_WORDS, LLAMA3_WORDS, PHI3_NAMES, QWEN2_WORDS, is_phi3, named_phi3};
+use super::vocabulary::{PHI3_NAMES, is_phi3, named_phi3};
+use super::words::{Words, name_of};
 use super::{HfFiles, TokenKind, Tokenizer, TokenizerError, Vocabulary};
 use crate::template::{templates_in, templates_of};
 use crate::{ChatTemplate, Checkpoint};
@@ -50,7 +51,7 @@ impl Export {
         };
         let lists = vocabulary(&tokenizer, &json, rows, named("unk_token"))?;
         let (vocabulary, mut notes) = closest(&tokenizer, &json, lists, ChatTemplate::from_dir(dir).ok().as_ref())?;
-        if vocabulary.pre.as_deref() == Some("qwen2") {
+        if vocabulary.pre.as_deref().and_then(|p| Words::named(p).ok()).is_some_and(|w| w.nfc) {
             notes.push(
                 "the source composes accents before it looks for tokens (NFC); llama.cpp does not: letters written \
                  with separate accents have other ids there"
@@ -225,34 +226,18 @@ fn pre(json: &Value) -> Result<&'static str, TokenizerError> {
     flatten(&json["pre_tokenizer"], "pretokenizers", &mut steps);
     let mut normalizers = Vec::new();
     flatten(&json["normalizer"], "normalizers", &mut normalizers);
+    let nfc = match normalizers.as_slice() {
+        [] => false,
+        [n] if n["type"] == "NFC" => true,
+        _ => return unsupported(format!("the normalizer {}", json["normalizer"])),
+    };
     let whole_words = json["model"]["ignore_merges"] == true;
-    let kinds: Vec<&str> = steps.iter().map(|s| s["type"].as_str().unwrap_or("")).collect();
-    let last = steps.last().copied().unwrap_or(&Value::Null);
-    if kinds.last() != Some(&"ByteLevel") || last["add_prefix_space"] == true {
-        return unsupported(format!("the pre-tokenizer is {kinds:?}"));
+    if let Some(name) = name_of(&steps, whole_words, nfc) {
+        return Ok(name);
     }
-    let words = last["use_regex"] != false;
-    let split = |i: usize| steps[i]["pattern"]["Regex"].as_str().filter(|_| steps[i]["behavior"] == "Isolated");
-    let digits = |i: usize| steps[i]["individual_digits"] == true;
-    let name = match (kinds.as_slice(), words) {
-        (["ByteLevel"], true) => Some("gpt-2"),
-        (["Digits", "ByteLevel"], true) if digits(0) => Some("smollm"),
-        (["Split", "ByteLevel"], false) => match split(0) {
-            Some(GPT2_WORDS) => Some("gpt-2"),
-            Some(LLAMA3_WORDS) => Some(if whole_words { "llama-bpe" } else { "smaug-bpe" }),
-            Some(QWEN2_WORDS) => Some("qwen2"),
-            _ => None,
-        },
-        (["Digits", "Split", "ByteLevel"], false) if digits(0) && split(1) == Some(GPT2_WORDS) => Some("smollm"),
-        _ => None,
-    };
-    let Some(name) = name.filter(|n| whole_words == (*n == "llama-bpe")) else {
-        return unsupported(format!("the pre-tokenizer {}", json["pre_tokenizer"]));
-    };
-    match normalizers.as_slice() {
-        [] if name != "qwen2" => Ok(name),
-        [n] if name == "qwen2" && n["type"] == "NFC" => Ok(name),
-        _ => unsupported(format!("the normalizer {}", json["normalizer"])),
+    match name_of(&steps, whole_words, !nfc) {
+        Some(_) => unsupported(format!("the normalizer {} before these words", json["normalizer"])),
+        None => unsupported(format!("the pre-tokenizer {}", json["pre_tokenizer"])),
     }
 }
 

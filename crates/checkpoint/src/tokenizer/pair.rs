@@ -12,7 +12,7 @@ use tokenizers::pre_tokenizers::byte_level::ByteLevel;
 use tokenizers::pre_tokenizers::sequence::Sequence;
 
 use super::hf::{flagged, token_name};
-use super::vocabulary::{QWEN2_WORDS, isolated};
+use super::words::{QWEN2, isolated};
 use super::{MAX_VOCAB, TokenizerError, guarded};
 
 /// What to do where this pair cannot be read.
@@ -158,7 +158,7 @@ fn encoder(class: Class, vocab: Vocab, merges: Merges, prefix: bool) -> Result<t
         Class::Qwen2 => {
             encoder.with_normalizer(Some(NFC));
             let bytes = ByteLevel::new(prefix, true, false);
-            encoder.with_pre_tokenizer(Some(Sequence::new(vec![isolated(QWEN2_WORDS)?, bytes.into()])));
+            encoder.with_pre_tokenizer(Some(Sequence::new(vec![isolated(QWEN2)?, bytes.into()])));
         }
     }
     encoder.with_decoder(Some(ByteLevel::new(false, true, true)));

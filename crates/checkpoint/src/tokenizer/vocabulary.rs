@@ -10,24 +10,17 @@ use tokenizers::normalizers::replace::Replace;
 use tokenizers::normalizers::unicode::NFC;
 use tokenizers::normalizers::utils::Sequence as Normalizers;
 use tokenizers::pre_tokenizers::byte_level::ByteLevel;
-use tokenizers::pre_tokenizers::digits::Digits;
-use tokenizers::pre_tokenizers::sequence::Sequence as PreTokenizers;
-use tokenizers::pre_tokenizers::split::{Split, SplitPattern};
 use tokenizers::processors::template::{SpecialToken, TemplateProcessing};
-use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper, PreTokenizerWrapper, SplitDelimiterBehavior};
+use tokenizers::{AddedToken, DecoderWrapper, NormalizerWrapper};
 
 use crate::gguf::{GgufError, Metadata};
 
 use super::stream::{Pieces, fallback_byte};
+use super::words::{SPACED, Words};
 use super::{MAX_VOCAB, Marks, Tokenizer, TokenizerError, guarded};
 
 /// Longest piece whose splits are tried: deriving merges costs the square of a piece's length.
 const MAX_PIECE_BYTES: usize = 1024;
-
-pub(super) const GPT2_WORDS: &str = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+";
-pub(super) const LLAMA3_WORDS: &str = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
-pub(super) const QWEN2_WORDS: &str =
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+";
 
 /// What a token is for: `tokenizer.ggml.token_type`.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
@@ -62,7 +55,8 @@ impl TokenKind {
 /// The lists that make a tokenizer, as a GGUF file's `tokenizer.ggml.*` keys hold them.
 #[derive(Clone, Debug, Default)]
 pub struct Vocabulary {
-    /// `model`: `gpt2` (byte-level pair encoding) or `llama` (SentencePiece with scores).
+    /// `model`: `gpt2` (byte-level pair encoding), `llama` (SentencePiece with scores) or `gemma4` (its pieces, with
+    /// merges).
     pub model: String,
     /// `pre`: how a byte-level model cuts words. Absent means `default`.
     pub pre: Option<String>,
@@ -168,12 +162,13 @@ impl Tokenizer {
     pub fn from_vocabulary(mut v: Vocabulary) -> Result<Tokenizer, TokenizerError> {
         check(&v)?;
         let kind = |v: &Vocabulary, id: usize| v.kinds.get(id).copied().unwrap_or(TokenKind::Normal);
+        let listed = v.model == "gemma4" || v.pre.as_deref().is_some_and(|p| SPACED.contains(&p));
         let spaced = match v.model.as_str() {
-            "gpt2" => false,
+            "gpt2" | "gemma4" => listed,
             "llama" => true,
             other => {
                 return Err(TokenizerError::Unsupported(format!(
-                    "tokenizer.ggml.model is `{other}`; known are `gpt2` and `llama`"
+                    "tokenizer.ggml.model is `{other}`; known are `gpt2`, `llama` and `gemma4`"
                 )));
             }
         };
@@ -190,7 +185,8 @@ impl Tokenizer {
             // The first of equal texts is the one the encoder produces.
             vocab.entry(text.clone()).or_insert(id as u32);
         }
-        let merges = if v.merges.is_empty() && spaced { merges_by_score(&v, &vocab) } else { listed_merges(&v)? };
+        let merges =
+            if v.merges.is_empty() && v.model == "llama" { merges_by_score(&v, &vocab) } else { listed_merges(&v)? };
         let mut model = BPE::builder().vocab_and_merges(vocab, merges);
         if spaced {
             model = model.byte_fallback(true).fuse_unk(true);
@@ -199,15 +195,15 @@ impl Tokenizer {
             }
         }
         let pre = v.pre.as_deref().unwrap_or("default");
-        let cut = if spaced { None } else { Some(words(pre)?) };
+        let cut = if spaced { None } else { Some(Words::named(pre)?) };
         model = model.ignore_merges(cut.as_ref().is_some_and(|c| c.whole_words));
         let model = guarded(|| model.build())
             .map_err(|e| TokenizerError::Broken(format!("its merges do not fit its vocabulary: {e}")))?;
         let mut encoder = tokenizers::Tokenizer::new(model);
-        let add_bos = v.add_bos.unwrap_or(spaced || cut.as_ref().is_some_and(|c| c.whole_words));
-        let strip = v.add_space_prefix.unwrap_or(true);
+        let add_bos = v.add_bos.unwrap_or(spaced || cut.as_ref().is_some_and(|c| c.add_bos));
+        let strip = v.add_space_prefix.unwrap_or(!listed);
         let pieces = if let Some(cut) = cut {
-            encoder.with_pre_tokenizer(Some(cut.steps));
+            encoder.with_pre_tokenizer(Some(cut.steps()?));
             if cut.nfc {
                 encoder.with_normalizer(Some(NFC));
             }
@@ -308,54 +304,6 @@ fn merges_by_score(v: &Vocabulary, vocab: &Vocab) -> Vec<(String, String)> {
         merges.extend(cuts.into_iter().map(|(_, _, at)| (piece[..at].to_owned(), piece[at..].to_owned())));
     }
     merges
-}
-
-/// How a byte-level model cuts a text before merging.
-struct Words {
-    steps: PreTokenizerWrapper,
-    /// A word that is a token as it stands is taken without merging.
-    whole_words: bool,
-    nfc: bool,
-}
-
-/// Cuts a text where the pattern matches, and keeps the matches.
-pub(super) fn isolated(pattern: &str) -> Result<PreTokenizerWrapper, TokenizerError> {
-    guarded(|| Split::new(SplitPattern::Regex(pattern.to_owned()), SplitDelimiterBehavior::Isolated, false))
-        .map(PreTokenizerWrapper::Split)
-        .map_err(TokenizerError::Broken)
-}
-
-/// The known values of `tokenizer.ggml.pre`.
-fn words(pre: &str) -> Result<Words, TokenizerError> {
-    let bytes = || PreTokenizerWrapper::ByteLevel(ByteLevel::new(false, true, false));
-    let (mut steps, whole_words, nfc) = match pre {
-        "gpt-2" | "phi-2" | "mpt" | "olmo" | "jais" => (vec![isolated(GPT2_WORDS)?], false, false),
-        "smollm" | "starcoder" | "refact" | "command-r" | "codeshell" => {
-            (vec![PreTokenizerWrapper::Digits(Digits::new(true)), isolated(GPT2_WORDS)?], false, false)
-        }
-        "llama-bpe" | "llama3" | "llama-v3" => (vec![isolated(LLAMA3_WORDS)?], true, false),
-        "smaug-bpe" | "dbrx" => (vec![isolated(LLAMA3_WORDS)?], false, false),
-        "qwen2" | "deepseek-r1-qwen" => (vec![isolated(QWEN2_WORDS)?], false, true),
-        "default" => (
-            vec![
-                isolated(r"[\p{P}\$\+<=>\^~\|]+")?,
-                isolated(GPT2_WORDS)?,
-                isolated(r"\p{N}+")?,
-                isolated("[0-9][0-9][0-9]")?,
-            ],
-            false,
-            false,
-        ),
-        other => {
-            return Err(TokenizerError::Unsupported(format!(
-                "tokenizer.ggml.pre is `{other}`, and how that cuts words is not known here; known are gpt-2, smollm, \
-                 llama-bpe, smaug-bpe, qwen2 and default; take the model in the Hugging Face layout, with its \
-                 tokenizer.json"
-            )));
-        }
-    };
-    steps.push(bytes());
-    Ok(Words { steps: PreTokenizerWrapper::Sequence(PreTokenizers::new(steps)), whole_words, nfc })
 }
 
 /// SentencePiece's normalization: spaces become `▁`, and one is put in front where the model was trained so.

@@ -276,9 +276,11 @@ pub(super) fn dense_codes(piece: &Piece, _: bool, read: &dyn Fn()) -> Option<Arc
 
 fn codes(piece: &Piece, source: &source::Source<'_>, read: &dyn Fn()) -> Option<Arc<dyn Body>> {
     let (panels, grid) = ints::dense(piece.rows, piece.cols, source, read);
+    let halves = matches!(grid.kind, Kind::Sixteens | Kind::F32Two);
     match source.bits {
-        3 if grid.kind == Kind::Sixteens => body(Codes(panels, Halves::<3>(grid))),
-        6 if grid.kind == Kind::Sixteens => body(Codes(panels, Halves::<6>(grid))),
+        3 if halves => body(Codes(panels, Halves::<3>(grid))),
+        4 if halves => body(Codes(panels, Halves::<4>(grid))),
+        6 if halves => body(Codes(panels, Halves::<6>(grid))),
         2 => body(Codes(panels, Ints::<2>(grid))),
         3 => body(Codes(panels, Ints::<3>(grid))),
         4 => body(Codes(panels, Ints::<4>(grid))),

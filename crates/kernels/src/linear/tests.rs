@@ -89,6 +89,31 @@ fn tables(rows: usize, cols: usize, run: usize, rng: &mut Rng) -> Vec<(String, S
             out.push((format!("codebook {bits} {owner:?} {float:?}"), dense(rows, cols, values)));
         }
     }
+    // Scales that are integers under one f16 for 256 columns, and scales for 16 columns, as GGUF's types below 4 bits
+    // and 4-bit floats have them.
+    for (bits, run, float) in [(3u8, 16, None), (3, 32, None), (4, 32, None), (4, 16, None), (4, 16, Some(Float::F32))]
+    {
+        let n = cols.div_ceil(run);
+        let codes: Vec<u8> = (0..rows * cols).map(|_| rng.u64() as u8 >> (8 - bits)).collect();
+        let table: Vec<f32> = (0..1 << bits).map(|_| rng.normal()).collect();
+        let per = 256 / run;
+        let supers = Mat::from_fn(rows, n.div_ceil(per), |_, _| rng.normal());
+        let five: Vec<u8> = (0..rows * n).map(|_| (rng.u64() % 32) as u8).collect();
+        let plain = Mat::from_fn(rows, n, |_, _| rng.normal());
+        let scales = match float {
+            Some(float) => Scales::Float(float, floats(&plain, float)),
+            None => Scales::Int {
+                bits: 5,
+                per,
+                codes: pack(&five, 5).into(),
+                super_scales: floats(&supers, Float::F16),
+                super_mins: None,
+            },
+        };
+        let scales = Some((scales, Group::Run(run)));
+        let values = Values::Codebook { bits, codes: pack(&codes, bits).into(), tables: Tables::one(&table), scales };
+        out.push((format!("codebook {bits} run {run} {float:?}"), dense(rows, cols, values)));
+    }
     let trits: Vec<i8> = (0..rows * cols).map(|_| (rng.u64() % 3) as i8 - 1).collect();
     let codes = Bytes::from(pack_trits(&trits));
     out.push(("ternary".into(), dense(rows, cols, Values::Ternary { codes, scales: scales(), group: group() })));

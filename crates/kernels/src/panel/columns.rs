@@ -5,8 +5,8 @@
 //! (the outputs of a unit from the 16th on in the upper ones), others in bytes. What a group of columns shares, scales
 //! and then zeros or minima, lies apart, group by group.
 //!
-//! Single columns are read, however short: which come next is known long before, so that they are prefetched as fast as
-//! what lies together (`examples/columns.rs` has strips of 16 KB beside them), and a strip reads what nobody needs.
+//! Single columns are read, however short: which come next is known long before, so that they are prefetched, and a strip
+//! reads what nobody needs. Whether strips would be faster still is open: `examples/columns.rs` has them beside these.
 
 use std::sync::Arc;
 
@@ -195,7 +195,7 @@ fn codes(rows: usize, cols: usize, source: &Source<'_>) -> Option<Columns> {
         Kind::F16Zeros => (true, Second::Zeros),
         Kind::F32Zeros => (false, Second::Zeros),
         Kind::F16Min => (true, Second::Minima),
-        Kind::F32Off | Kind::Super | Kind::Sixteens => return None,
+        Kind::F32Off | Kind::F32Min | Kind::F32Two | Kind::Super | Kind::Sixteens => return None,
     };
     if source.table.is_some() {
         return None;

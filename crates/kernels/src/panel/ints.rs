@@ -29,10 +29,14 @@ pub(crate) enum Kind {
     F32Off,
     /// f16 scales and minima: `scale * code + min`.
     F16Min,
+    /// The same with both f32.
+    F32Min,
     /// 8-bit scales and minima under an f16 scale and minimum for 8 blocks: `d * s * code - m * t`.
     Super,
     /// Two signed 8-bit scales, for 16 columns each, under an f16 scale for 8 blocks: `d * s * (code - zero)`.
     Sixteens,
+    /// Two f32 scales, for 16 columns each: of codes into a table.
+    F32Two,
 }
 
 impl Kind {
@@ -43,12 +47,12 @@ impl Kind {
             Kind::F32 | Kind::F16Min => 4 * ROWS,
             Kind::F16Zeros => 3 * ROWS,
             Kind::F32Zeros => 5 * ROWS,
-            Kind::F32Off => 8 * ROWS,
+            Kind::F32Off | Kind::F32Min | Kind::F32Two => 8 * ROWS,
         }
     }
     /// Whether something is added to the scaled code: a group's second number, or what its zero comes to.
     pub(crate) fn minima(self) -> bool {
-        matches!(self, Kind::F16Min | Kind::Super | Kind::F32Off)
+        matches!(self, Kind::F16Min | Kind::F32Min | Kind::Super | Kind::F32Off)
     }
     /// Whether groups lie under others, eight blocks each.
     pub(crate) fn supers(self) -> bool {
@@ -152,23 +156,26 @@ impl GroupLayout {
             let entry = panel.add(self.entry(self.group(b)));
             match self.kind {
                 Kind::F16 | Kind::F16Zeros | Kind::F16Min => s.load_f16(entry.add(2 * h * S::LANES)),
-                Kind::F32 | Kind::F32Zeros | Kind::F32Off => s.load(entry.add(4 * h * S::LANES).cast()),
+                Kind::F32 | Kind::F32Zeros | Kind::F32Off | Kind::F32Min => s.load(entry.add(4 * h * S::LANES).cast()),
                 Kind::Super => {
                     let d = s.load_f16(panel.add(self.above(b) + 2 * h * S::LANES));
                     s.mul(d, s.float(s.widen(entry.add(h * S::LANES))))
                 }
-                Kind::Sixteens => self.sixteen(s, panel, b, 0, h),
+                Kind::Sixteens | Kind::F32Two => self.sixteen(s, panel, b, 0, h),
             }
         }
     }
 
-    /// Scales of the first or second (`part`) sixteen columns of block `b`, for the kind that has them.
+    /// Scales of the first or second (`part`) sixteen columns of block `b`, for the kinds that have them.
     /// # Safety
     /// As for `scale`.
     #[inline(always)]
     unsafe fn sixteen<S: Simd>(&self, s: S, panel: *const u8, b: usize, part: usize, h: usize) -> S::V {
         // SAFETY: as the caller promises.
         unsafe {
+            if self.kind == Kind::F32Two {
+                return s.load(panel.add(self.entry(b) + 4 * (part * ROWS + h * S::LANES)).cast());
+            }
             let entry = panel.add(self.entry(b) + part * ROWS + h * S::LANES);
             s.mul(s.load_f16(panel.add(self.above(b) + 2 * h * S::LANES)), s.load_i8(entry.cast()))
         }
@@ -206,6 +213,9 @@ impl GroupLayout {
             let entry = panel.add(self.entry(self.group(b)));
             if self.kind == Kind::F32Off {
                 return s.mul(s.sub(s.splat(0.0), self.off(s, panel, b, h)), self.scale(s, panel, b, h));
+            }
+            if self.kind == Kind::F32Min {
+                return s.load(entry.add(4 * ROWS + 4 * h * S::LANES).cast());
             }
             if self.kind == Kind::F16Min {
                 return s.load_f16(entry.add(2 * ROWS + 2 * h * S::LANES));
@@ -508,7 +518,8 @@ impl<T: Bytes> Codec for T {
                 let code = s.byte(codes[j / 4], j % 4);
                 // The same roundings as the format's decoder has, kind by kind.
                 out[j] = if let Some(table) = &grid.table {
-                    s.mul(s.lookup(table.as_ptr(), 1 << T::BITS, code), block.scale)
+                    let scale = if T::SIXTEENS && o >= 2 { block.second } else { block.scale };
+                    s.mul(s.lookup(table.as_ptr(), 1 << T::BITS, code), scale)
                 } else if T::SIXTEENS {
                     let scale = if o < 2 { block.scale } else { block.second };
                     s.mul(s.sub(s.float(code), s.splat(f32::from(grid.zero))), scale)
@@ -531,7 +542,9 @@ pub(crate) fn put_scale(panel: &mut [u8], grid: &GroupLayout, lane: usize, g: us
     let two = |x: f32| f16::from_f32(x).to_le_bytes();
     match grid.kind {
         Kind::F16 | Kind::F16Zeros | Kind::F16Min => entry[2 * lane..][..2].copy_from_slice(&two(scale)),
-        Kind::F32 | Kind::F32Zeros | Kind::F32Off => entry[4 * lane..][..4].copy_from_slice(&scale.to_le_bytes()),
+        Kind::F32 | Kind::F32Zeros | Kind::F32Off | Kind::F32Min | Kind::F32Two => {
+            entry[4 * lane..][..4].copy_from_slice(&scale.to_le_bytes())
+        }
         Kind::Super => entry[lane] = scale as u8,
         Kind::Sixteens => entry[lane] = scale as i8 as u8,
     }
@@ -539,7 +552,9 @@ pub(crate) fn put_scale(panel: &mut [u8], grid: &GroupLayout, lane: usize, g: us
         Kind::F16 | Kind::F32 => {}
         Kind::F16Zeros => entry[2 * ROWS + lane] = line.seconds[from] as u8,
         Kind::F32Zeros => entry[4 * ROWS + lane] = line.seconds[from] as u8,
-        Kind::F32Off => entry[4 * ROWS + 4 * lane..][..4].copy_from_slice(&line.seconds[from].to_le_bytes()),
+        Kind::F32Off | Kind::F32Min | Kind::F32Two => {
+            entry[4 * ROWS + 4 * lane..][..4].copy_from_slice(&line.seconds[from].to_le_bytes());
+        }
         Kind::F16Min => entry[2 * ROWS + 2 * lane..][..2].copy_from_slice(&two(line.seconds[from])),
         Kind::Super => entry[ROWS + lane] = line.seconds[from] as u8,
         Kind::Sixteens => entry[ROWS + lane] = line.seconds[from] as i8 as u8,

@@ -1,7 +1,7 @@
 //! Reading codes and scales out of what is stored, row by row, for panels to be made of them.
 
 use lacuna_format::bits::{unpack, unpack_trits};
-use lacuna_format::{Bytes, Float, GgufType, Group, Owner, Piece, Scales, Values, Zeros};
+use lacuna_format::{Bytes, Float, GgufType, Group, Owner, Pattern, Piece, Scales, Values, Zeros};
 
 use super::BLOCK;
 use super::ints::Kind;
@@ -137,6 +137,11 @@ pub(crate) fn of(piece: &Piece) -> Option<Source<'_>> {
             let mut table = Vec::new();
             tables.row(0, cols, *bits, &mut table);
             table.resize(1 << wide, 0.0);
+            if let (Pattern::Dense, Some((s, Group::Run(run)))) = (&piece.pattern, scales)
+                && let (3 | 4, Some(kind)) = (wide, halves(s, *run))
+            {
+                return Some(tabled(piece, wide, codes, (table, kind), (s, *run)));
+            }
             let (run, kind) = match scales {
                 None => (cols.next_multiple_of(BLOCK).max(BLOCK), Kind::F16),
                 Some((s, g)) => (whole(g, cols)?, if is_f16(s) { Kind::F16 } else { Kind::F32 }),
@@ -172,7 +177,58 @@ pub(crate) fn of(piece: &Piece) -> Option<Source<'_>> {
     }
 }
 
-/// Codes beside scales and minima: both f16, or both integers as panels keep them. Others have no panel.
+/// How blocks keep scales of which they have two, or integer ones that are worth keeping as such.
+fn halves(scales: &Scales, run: usize) -> Option<Kind> {
+    match scales {
+        Scales::Int { bits: ..=7, per, super_mins: None, .. }
+            if matches!(run, 16 | BLOCK) && (per * run).is_multiple_of(8 * BLOCK) =>
+        {
+            Some(Kind::Sixteens)
+        }
+        _ => (run == 16).then_some(Kind::F32Two),
+    }
+}
+
+/// Dense codes of 3 or 4 bits into a table, with two scales a block.
+fn tabled<'a>(
+    piece: &'a Piece,
+    bits: u8,
+    codes: &'a Bytes,
+    (table, kind): (Vec<f32>, Kind),
+    (scales, run): (&'a Scales, usize),
+) -> Source<'a> {
+    let (cols, n) = (piece.cols, piece.cols.div_ceil(run));
+    let read = move |r: usize, line: &mut Line| {
+        line.codes.resize(cols, 0);
+        unpack(codes, bits, r * cols, &mut line.codes);
+        let mut all = vec![0.0; n];
+        match scales {
+            Scales::Int { bits, per, codes, super_scales, .. } if kind == Kind::Sixteens => {
+                let mut room = vec![0; n];
+                unpack(codes, *bits, r * n, &mut room);
+                all.iter_mut().zip(&room).for_each(|(s, c)| *s = f32::from(*c));
+                let first = r * n.div_ceil(*per);
+                let over = (0..cols.div_ceil(8 * BLOCK)).map(|i| first + i * (8 * BLOCK / run) / per);
+                line.supers.clear();
+                line.supers.extend(over.map(|i| f16_at(super_scales, 2 * i)));
+                line.super_seconds.clear();
+                line.super_seconds.resize(line.supers.len(), 0.0);
+            }
+            _ => scales.row(r, &mut all),
+        }
+        let halves = |half: usize| {
+            let all = &all;
+            (0..cols.div_ceil(BLOCK)).map(move |b| all.get((b * BLOCK + 16 * half) / run).copied().unwrap_or(0.0))
+        };
+        line.scales.clear();
+        line.scales.extend(halves(0));
+        line.seconds.clear();
+        line.seconds.extend(halves(1));
+    };
+    Source { bits, kind, zero: 0, run: BLOCK, table: Some(table), read: Box::new(read) }
+}
+
+/// Codes beside scales and minima: both floats, or both integers as panels keep them. Others have no panel.
 fn with_minima<'a>(
     piece: &'a Piece,
     bits: u8,
@@ -187,7 +243,8 @@ fn with_minima<'a>(
         line.codes.resize(span.len(), 0);
         unpack(codes, bits, span.start, &mut line.codes);
     };
-    if is_f16(scales) && is_f16(minima) {
+    if let (Scales::Float(..), Scales::Float(..)) = (scales, minima) {
+        let kind = if is_f16(scales) && is_f16(minima) { Kind::F16Min } else { Kind::F32Min };
         let read = move |r: usize, line: &mut Line| {
             of(r, line);
             line.scales.resize(n, 0.0);
@@ -196,7 +253,7 @@ fn with_minima<'a>(
             minima.row(r, &mut line.seconds);
             line.seconds.iter_mut().for_each(|m| *m = -*m);
         };
-        return Some(Source { bits, kind: Kind::F16Min, zero: 0, run, table: None, read: Box::new(read) });
+        return Some(Source { bits, kind, zero: 0, run, table: None, read: Box::new(read) });
     }
     let (scales, minima) = (Coded::of(scales)?, Coded::of(minima)?);
     if run != BLOCK {
