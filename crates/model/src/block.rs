@@ -3,12 +3,13 @@
 use std::mem;
 use std::sync::Arc;
 
-use lacuna_base::{Mat, MatRef};
+use lacuna_base::Mat;
 use lacuna_format::Weights;
 use lacuna_kernels::{Activations, Attention};
-use lacuna_spec::{Activation, AttnSpec, Experts, FfnSpec, Order, Place, Role, Rope, SharedExpert, Temperature};
+use lacuna_spec::{Activation, AttnSpec, Order, Place, Role, Rope, Temperature};
 
-use crate::backend::{Backend, Cpu, Measure, Xielu};
+use crate::backend::{Backend, Cpu, Measure};
+use crate::ffn::{FfnPart, Mixture};
 use crate::gating::{GateStore, Gated, Gating};
 use crate::kv::prepared;
 use crate::latent::LatentPart;
@@ -62,46 +63,6 @@ enum Reads<B: Backend> {
     Latent(LatentPart<B>),
 }
 
-struct FfnPart<B: Backend> {
-    norm: Option<B::Norm>,
-    act: Activation,
-    /// What it learned, where the activation is xIELU.
-    xielu: Option<Xielu>,
-    body: Body<B>,
-    post_norm: Option<B::Norm>,
-}
-
-// One a block: its size does not matter.
-#[allow(clippy::large_enum_variant)]
-enum Body<B: Backend> {
-    /// `gated`: what a gate says of the first two, and of `down`.
-    Dense {
-        gate: Option<Projection<B>>,
-        up: Projection<B>,
-        down: Projection<B>,
-        gated: [Option<Gated>; 2],
-    },
-    Mixture(Mixture<B>),
-}
-
-struct Mixture<B: Backend> {
-    router: Projection<B>,
-    choice: Experts,
-    correction: Option<B::Rows>,
-    gate: Option<Grouped<B>>,
-    up: Grouped<B>,
-    down: Grouped<B>,
-    shared: Option<Shared<B>>,
-}
-
-/// The expert of every token, and what its output is weighed by.
-struct Shared<B: Backend> {
-    router: Option<Projection<B>>,
-    gate: Option<Projection<B>>,
-    up: Projection<B>,
-    down: Projection<B>,
-}
-
 /// How a block is loaded.
 pub(crate) struct Loader<'a, B> {
     pub(crate) backend: &'a B,
@@ -116,13 +77,8 @@ impl<B: Backend> Loader<'_, B> {
         norm(self.backend, self.weights, Place::layer(self.layer, role))
     }
 
-    fn norm_where(&self, on: bool, role: Role) -> Result<Option<B::Norm>, ModelError> {
+    pub(crate) fn norm_where(&self, on: bool, role: Role) -> Result<Option<B::Norm>, ModelError> {
         on.then(|| self.norm(role)).transpose()
-    }
-
-    fn xielu(&self) -> Result<Xielu, ModelError> {
-        let number = |role| vector(self.weights, Place::layer(self.layer, role)).map(|v| v[0]);
-        Ok(Xielu { layer: self.layer, above: number(Role::ActAbove)?, below: number(Role::ActBelow)? })
     }
 
     pub(crate) fn matrix(&self, role: Role) -> Result<Projection<B>, ModelError> {
@@ -134,17 +90,8 @@ impl<B: Backend> Loader<'_, B> {
         Projection::load(self.backend, self.weights, Place::layer(self.layer, role), Activations::Exact)
     }
 
-    fn vector(&self, role: Role) -> Result<Vec<f32>, ModelError> {
+    pub(crate) fn vector(&self, role: Role) -> Result<Vec<f32>, ModelError> {
         vector(self.weights, Place::layer(self.layer, role))
-    }
-
-    fn shared(&self, f: &FfnSpec, s: SharedExpert) -> Result<Shared<B>, ModelError> {
-        Ok(Shared {
-            router: s.gate.then(|| self.exact(Role::SharedRouter)).transpose()?,
-            gate: f.gated.then(|| self.matrix(Role::SharedGate)).transpose()?,
-            up: self.matrix(Role::SharedUp)?,
-            down: self.matrix(Role::SharedDown)?,
-        })
     }
 
     pub(crate) fn grouped(&self, role: Role, experts: usize) -> Result<Grouped<B>, ModelError> {
@@ -153,7 +100,10 @@ impl<B: Backend> Loader<'_, B> {
     }
 
     /// See [`gate`].
-    fn gate<const N: usize>(&self, all: [Option<&mut Projection<B>>; N]) -> Result<Option<Gated>, ModelError> {
+    pub(crate) fn gate<const N: usize>(
+        &self,
+        all: [Option<&mut Projection<B>>; N],
+    ) -> Result<Option<Gated>, ModelError> {
         gate(self.backend, self.weights, self.gating, all)
     }
 
@@ -190,34 +140,6 @@ impl<B: Backend> Loader<'_, B> {
             },
             post_norm: self.norm_where(a.post_norm, Role::AttnPostNorm)?,
         })
-    }
-
-    fn ffn(&self, f: &FfnSpec) -> Result<FfnPart<B>, ModelError> {
-        let body = match f.experts {
-            None => {
-                let mut gate = f.gated.then(|| self.matrix(Role::Gate)).transpose()?;
-                let (mut up, mut down) = (self.matrix(Role::Up)?, self.matrix(Role::Down)?);
-                let gated = [self.gate([gate.as_mut(), Some(&mut up)])?, self.gate([Some(&mut down)])?];
-                Body::Dense { gate, up, down, gated }
-            }
-            Some(choice) => Body::Mixture(Mixture {
-                router: self.exact(Role::Router)?,
-                choice,
-                correction: choice
-                    .correction
-                    .then(|| self.vector(Role::Correction))
-                    .transpose()?
-                    .map(|c| self.backend.upload(MatRef::new(1, c.len(), &c))),
-                shared: choice.shared.map(|s| self.shared(f, s)).transpose()?,
-                gate: f.gated.then(|| self.grouped(Role::Gate, choice.count)).transpose()?,
-                up: self.grouped(Role::Up, choice.count)?,
-                down: self.grouped(Role::Down, choice.count)?,
-            }),
-        };
-        let norm = self.norm_where(f.pre_norm, Role::FfnNorm)?;
-        let post_norm = self.norm_where(f.post_norm, Role::FfnPostNorm)?;
-        let xielu = (f.act == Activation::Xielu).then(|| self.xielu()).transpose()?;
-        Ok(FfnPart { norm, act: f.act, xielu, body, post_norm })
     }
 }
 
@@ -353,18 +275,15 @@ impl<B: Backend> Block<B> {
     /// How the matrices that a gate stands at are kept.
     pub(crate) fn gate_store(&self) -> GateStore {
         let attention = self.attention.iter().flat_map(|a| &a.gated);
-        let ffn = self.ffn.iter().flat_map(|f| match &f.body {
-            Body::Dense { gated, .. } => &gated[..],
-            Body::Mixture(_) => &[],
-        });
-        attention.chain(ffn).flatten().map(|g| g.store).fold(GateStore::default(), GateStore::join)
+        attention
+            .chain(self.ffn.iter().flat_map(FfnPart::gated))
+            .flatten()
+            .map(|g| g.store)
+            .fold(GateStore::default(), GateStore::join)
     }
 
     fn mixture(&self) -> Option<&Mixture<B>> {
-        match &self.ffn.as_ref()?.body {
-            Body::Dense { .. } => None,
-            Body::Mixture(m) => Some(m),
-        }
+        self.ffn.as_ref()?.mixture()
     }
 
     /// The matrices that every head has of its own.
@@ -387,18 +306,10 @@ impl<B: Backend> Block<B> {
                 [down, q, kv, Some(&a.o)]
             }
         });
-        let ffn = self.ffn.iter().flat_map(|f| match &f.body {
-            Body::Dense { gate, up, down, .. } => [gate.as_ref(), Some(up), Some(down), None, None],
-            Body::Mixture(m) => {
-                let s = m.shared.as_ref();
-                let of = |f: fn(&Shared<B>) -> Option<&Projection<B>>| s.and_then(f);
-                let (router, gate) = (of(|s| s.router.as_ref()), of(|s| s.gate.as_ref()));
-                [Some(&m.router), router, gate, of(|s| Some(&s.up)), of(|s| Some(&s.down))]
-            }
-        });
+        let ffn = self.ffn.iter().flat_map(FfnPart::alone);
         let gate = self.attention.iter().flat_map(|a| &a.gate);
         let attention = attention.flatten().chain(gate).chain(self.mixer.iter().flat_map(MixerPart::matrices));
-        attention.chain(ffn.flatten()).chain(&self.attention_shortcut).chain(&self.ffn_shortcut)
+        attention.chain(ffn).chain(&self.attention_shortcut).chain(&self.ffn_shortcut)
     }
 
     /// Runs the block on its backend: `x`, `[rows, hidden]`, is the residual stream of the batch's rows and becomes
@@ -493,7 +404,7 @@ pub(crate) fn normed<B: Backend>(backend: &B, norm: &B::Norm, x: &B::Rows) -> B:
 
 /// What a part's matrices read: rows that are normalised already, or the stream through the part's norm, where it has
 /// one.
-fn read<'a, B: Backend>(
+pub(crate) fn read<'a, B: Backend>(
     backend: &B,
     norm: Option<&B::Norm>,
     (x, shared): (&'a B::Rows, Option<&'a B::Rows>),
@@ -610,127 +521,5 @@ impl<B: Backend> AttentionPart<B> {
             backend.temper(t, step, &mut q);
         }
         Ok([q, k, v])
-    }
-}
-
-impl<B: Backend> FfnPart<B> {
-    fn forward(&self, x: (&B::Rows, Option<&B::Rows>), look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
-        let backend = look.backend;
-        let mut own = None;
-        let h = read(backend, self.norm.as_ref(), x, &mut own);
-        let y = match &self.body {
-            Body::Dense { gate, up, down, gated: [first, last] } => {
-                let gated = [first.as_ref(), last.as_ref()];
-                Net { act: self.act, xielu: self.xielu, gate: gate.as_ref(), up, down, gated }.forward(h, look)?
-            }
-            Body::Mixture(m) => m.forward(self.act, h, look)?,
-        };
-        Ok(match &self.post_norm {
-            Some(n) => normed(backend, n, &y),
-            None => y,
-        })
-    }
-}
-
-/// One feed-forward network, not chosen from several.
-struct Net<'a, B: Backend> {
-    act: Activation,
-    xielu: Option<Xielu>,
-    gate: Option<&'a Projection<B>>,
-    up: &'a Projection<B>,
-    down: &'a Projection<B>,
-    /// What a gate says of the first two, and of `down`.
-    gated: [Option<&'a Gated>; 2],
-}
-
-impl<B: Backend> Net<'_, B> {
-    fn forward(&self, h: &B::Rows, look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
-        let Net { act, xielu, gate, up, down, gated: [first, last] } = *self;
-        look.input(gate.into_iter().chain([up]).map(|p| &p.place), h)?;
-        let (mut inner, beside) = match gate {
-            Some(gate) => {
-                let [g, y] = Projection::gated(look.backend, [gate, up], first, h)?;
-                look.output(&gate.place, &g)?;
-                look.output(&up.place, &y)?;
-                (g, Some(y))
-            }
-            None => {
-                let [y] = Projection::gated(look.backend, [up], first, h)?;
-                look.output(&up.place, &y)?;
-                (y, None)
-            }
-        };
-        span("activation", || match xielu {
-            Some(of) => look.backend.xielu(of, &mut inner),
-            None => look.backend.activate(act, &mut inner, beside.as_ref()),
-        });
-        look.input([&down.place], &inner)?;
-        let [y] = Projection::gated(look.backend, [down], last, &inner)?;
-        look.output(&down.place, &y)?;
-        Ok(y)
-    }
-}
-
-impl<B: Backend> Shared<B> {
-    fn forward(&self, act: Activation, h: &B::Rows, look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
-        let Shared { router, gate, up, down } = self;
-        let mut y = Net { act, xielu: None, gate: gate.as_ref(), up, down, gated: [None, None] }.forward(h, look)?;
-        if let Some(router) = router {
-            look.input([&router.place], h)?;
-            let by = router.apply(look.backend, h);
-            look.output(&router.place, &by)?;
-            span("routing", || look.backend.weigh_rows(&mut y, &by));
-        }
-        Ok(y)
-    }
-}
-
-impl<B: Backend> Mixture<B> {
-    fn matrices(&self) -> impl Iterator<Item = &Grouped<B>> {
-        self.gate.iter().chain([&self.up, &self.down])
-    }
-
-    fn forward(&self, act: Activation, h: &B::Rows, look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
-        let backend = look.backend;
-        look.input([&self.router.place], h)?;
-        let logits = self.router.apply(backend, h);
-        look.output(&self.router.place, &logits)?;
-        let routes = span("routing", || backend.route(&logits, self.choice, self.correction.as_ref()));
-        let mine = span("routing", || backend.gather(h, &routes));
-        // Which rows are whose is known on the host only where somebody looks.
-        let starts =
-            if look.wants.inputs || look.wants.outputs { backend.download_starts(&routes)? } else { Vec::new() };
-        let each = |look: &mut Look<'_, B>, of: &Grouped<B>, rows: &B::Rows, inputs: bool| {
-            starts.windows(2).zip(&of.places).filter(|(w, _)| w[0] < w[1]).try_for_each(|(w, place)| {
-                let which = w[0]..w[1];
-                if inputs { look.input_of(place, rows, which) } else { look.output_of(place, rows, which) }
-            })
-        };
-        for g in self.gate.iter().chain([&self.up]) {
-            each(look, g, &mine, true)?;
-        }
-        let (mut inner, beside) = match &self.gate {
-            Some(gate) => {
-                let [g, y] = Grouped::together(backend, [gate, &self.up], &mine, &routes);
-                each(look, gate, &g, false)?;
-                each(look, &self.up, &y, false)?;
-                (g, Some(y))
-            }
-            None => {
-                let y = self.up.apply(backend, &mine, &routes);
-                each(look, &self.up, &y, false)?;
-                (y, None)
-            }
-        };
-        span("activation", || backend.activate(act, &mut inner, beside.as_ref()));
-        each(look, &self.down, &inner, true)?;
-        let out = self.down.apply(backend, &inner, &routes);
-        each(look, &self.down, &out, false)?;
-        let mut out = span("routing", || backend.scatter(&out, &routes));
-        if let Some(shared) = &self.shared {
-            let y = shared.forward(act, h, look)?;
-            span("add", || backend.add(&mut out, &y));
-        }
-        Ok(out)
     }
 }

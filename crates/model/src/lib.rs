@@ -19,6 +19,7 @@ mod block;
 mod decoder;
 pub mod derive;
 mod error;
+mod ffn;
 mod gating;
 mod kv;
 mod latent;
