@@ -277,7 +277,7 @@ fn trits(kind: GridType, b: &[u8], codes: &mut [u8]) {
         for digit in 0..digits {
             let power = 3u8.pow(digit);
             for (byte, c) in bytes.iter().zip(&mut codes) {
-                *c = (u16::from(byte.wrapping_mul(power)) * 3 >> 8) as u8;
+                *c = ((u16::from(byte.wrapping_mul(power)) * 3) >> 8) as u8;
             }
         }
     }

@@ -125,7 +125,7 @@ mod tests {
     fn sinks_leave_room() {
         let make = |sinks: usize| (method().make)(serde_json::json!({ "budget": 8, "sinks": sinks }), 0);
         assert!(make(7).is_ok());
-        let said = make(8).err().expect("refused").what;
+        let said = make(8).expect_err("refused").what;
         assert!(said.contains("sinks 8") && said.contains("budget of 8"), "{said}");
     }
 
