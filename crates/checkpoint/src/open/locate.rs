@@ -1,10 +1,11 @@
 //! Finding the tensor of every place: named as the network names it, or in the way of another tool.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use lacuna_arch::Source;
-use lacuna_format::{FormatError, WeightsError};
+use lacuna_format::{FormatError, Pattern, Piece, Stored, Values, WeightsError};
 use lacuna_spec::{Part, Place, Role, Spec};
 
 use super::{Checkpoint, Kind, Located, OpenError};
@@ -173,6 +174,19 @@ impl Checkpoint {
             }
         }
         Ok(())
+    }
+
+    /// Rows of a tensor, put together.
+    pub(super) fn gathered(&self, tensor: usize, runs: &[Range<usize>], (rows, cols): (usize, usize)) -> Stored {
+        let (file, t) = &self.tensors[tensor];
+        let data = self.files[*file].bytes();
+        let all: Vec<u8> = runs.iter().flat_map(|run| &data[run.clone()]).copied().collect();
+        let values = match t.dtype {
+            TensorType::Float(f) => Values::Float(f, all.into()),
+            TensorType::Block(b) => Values::Gguf(b, all.into()),
+            TensorType::Uint(_) | TensorType::Other(_) => unreachable!("refused when the file was opened"),
+        };
+        Stored::from_piece(Piece { rows, cols, pattern: Pattern::Dense, values })
     }
 
     fn check_place(&self, place: &Place, source: &Source, tensor: usize) -> Result<Located, WeightsError> {
