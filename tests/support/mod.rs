@@ -154,7 +154,7 @@ pub fn families() -> Vec<(&'static str, Value)> {
             with(
                 json!({"model_type": "qwen3_5_text", "layer_types": ["linear_attention", "full_attention", "linear_attention"],
             "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
-            "partial_rotary_factor": 0.5}),
+            "partial_rotary_factor": 0.25}),
             ),
         ),
         (

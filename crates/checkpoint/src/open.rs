@@ -514,18 +514,7 @@ impl Checkpoint {
                 Ok(Some(Arc::new(self.plain(*tensor, bytes, *rows, *cols, *lie))))
             }
             Some(Located::Gathered { tensor, runs, rows, cols }) => {
-                let (file, t) = &self.tensors[*tensor];
-                let parts = runs.iter().map(|run| self.files[*file].part(t.dtype, run.clone()));
-                let rows_of: Vec<u8> = parts.flat_map(|part| part.to_vec()).collect();
-                let values = match t.dtype {
-                    TensorType::Float(f) => Values::Float(f, rows_of.into()),
-                    TensorType::Block(b) => Values::Gguf(b, rows_of.into()),
-                    TensorType::Uint(_) | TensorType::Grid(_) | TensorType::Other(_) => {
-                        unreachable!("refused when the file was opened")
-                    }
-                };
-                let piece = Piece { rows: *rows, cols: *cols, pattern: Pattern::Dense, values };
-                Ok(Some(Arc::new(Stored::from_piece(piece))))
+                Ok(Some(Arc::new(self.gathered(*tensor, runs, (*rows, *cols)))))
             }
             Some(Located::Packed { desc, buffers, whole }) => {
                 let some = |all: &Arc<Stored>| match self.loaded.get(place) {

@@ -1,10 +1,11 @@
 //! Finding the tensor of every place: named as the network names it, or in the way of another tool.
 
 use std::collections::{HashMap, HashSet};
+use std::ops::Range;
 use std::sync::Arc;
 
 use lacuna_arch::Source;
-use lacuna_format::{Float, FormatError, WeightsError};
+use lacuna_format::{Float, FormatError, Pattern, Piece, Stored, Values, WeightsError};
 use lacuna_spec::{Part, Place, Role, Spec};
 
 use super::{Checkpoint, Kind, Lie, Located, OpenError};
@@ -189,6 +190,21 @@ impl Checkpoint {
             }
         }
         Ok(())
+    }
+
+    /// Rows of a tensor, put together.
+    pub(super) fn gathered(&self, tensor: usize, runs: &[Range<usize>], (rows, cols): (usize, usize)) -> Stored {
+        let (file, t) = &self.tensors[tensor];
+        let parts = runs.iter().map(|run| self.files[*file].part(t.dtype, run.clone()));
+        let all: Vec<u8> = parts.flat_map(|part| part.to_vec()).collect();
+        let values = match t.dtype {
+            TensorType::Float(f) => Values::Float(f, all.into()),
+            TensorType::Block(b) => Values::Gguf(b, all.into()),
+            TensorType::Uint(_) | TensorType::Grid(_) | TensorType::Other(_) => {
+                unreachable!("refused when the file was opened")
+            }
+        };
+        Stored::from_piece(Piece { rows, cols, pattern: Pattern::Dense, values })
     }
 
     /// The tensor of factors beside a tensor of NVFP4 in a GGUF file, one for each of its matrices, and how many.

@@ -257,8 +257,9 @@ fn form_of(
     let spec = &arranged.spec;
     let first = target.parts[0];
     let cols = target.shape.last().copied().unwrap_or(0);
-    let kept = matches!(first.role, Role::Positions | Role::QNorm | Role::KNorm | Role::MixerConv);
-    let f32_always = target.shape.len() == 1 || first.role.is_router() || kept;
+    // What is no matrix stays so in any shape: llama.cpp's operations on such tensors know 32 bits alone.
+    let matrix = (first.role.is_linear() && !first.role.is_router()) || first.role == Role::Embed;
+    let f32_always = target.shape.len() == 1 || !matrix;
     if f32_always || kind == GgufKind::F32 {
         return Ok((Encoding::Float(Float::F32), None));
     }
