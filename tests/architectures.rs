@@ -174,7 +174,7 @@ fn every_architecture_goes_through_the_whole_product() {
     let text: String = (0..3000).map(|i| char::from(b'!' + (i * i * 7 + i * 3) as u8 % 50)).collect();
     std::fs::write(home.path().join("text.txt"), text).unwrap();
     let recipe = "version = 1\ncalibration = { samples = 2, seq_len = 32, seed = 0 }\nrest = \"source\"\n[[step]]\nname = \
-                  \"quantize\"\nmethod = \"gptq\"\ntargets = [\"attn.*\", \"ffn.*\"]\nbits = 8\ngroup = 0\n";
+                  \"quantize\"\nmethod = \"gptq\"\nbits = 8\ngroup = 0\n";
     std::fs::write(home.path().join("recipe.toml"), recipe).unwrap();
     let found = checkpoints();
     let mut page = String::from(
