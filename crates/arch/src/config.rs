@@ -26,10 +26,21 @@ impl<'a> Config<'a> {
         self.0.get(key).filter(|v| !v.is_null())
     }
 
+    /// What the file calls a key: see [`renamed`].
+    fn said<'k>(&self, key: &'k str) -> &'k str
+    where
+        'a: 'k,
+    {
+        self.0.get(FILE_NAMES).and_then(|names| names.get(key)?.as_str()).unwrap_or(key)
+    }
+
     fn typed<T>(&self, key: &str, want: &str, read: impl Fn(&'a Value) -> Option<T>) -> Result<Option<T>, SpecError> {
         match self.get(key) {
             None => Ok(None),
-            Some(v) => read(v).map_or_else(|| bad(format!("{key} is {v}, not {want}")), |t| Ok(Some(t))),
+            Some(v) => {
+                let said = self.said(key);
+                read(v).map_or_else(|| bad(format!("{said} is {v}, not {want}")), |t| Ok(Some(t)))
+            }
         }
     }
 
@@ -51,7 +62,7 @@ impl<'a> Config<'a> {
 
     fn must<T>(&self, key: &str, read: impl Fn(&Self) -> Result<Option<T>, SpecError>) -> Result<T, SpecError> {
         let why = if self.0.get(key).is_some() { "null" } else { "missing" };
-        read(self)?.map_or_else(|| bad(format!("{key} is {why}")), Ok)
+        read(self)?.map_or_else(|| bad(format!("{} is {why}", self.said(key))), Ok)
     }
 
     pub fn usize(&self, key: &str) -> Result<usize, SpecError> {
@@ -99,6 +110,7 @@ impl<'a> Config<'a> {
             "relu" => Ok(Activation::Relu),
             "relu2" => Ok(Activation::Relu2),
             other => {
+                let key = self.said(key);
                 bad(format!("{key} is \"{other}\"; supported are silu, gelu, gelu_new, gelu_pytorch_tanh, relu, relu2"))
             }
         }
@@ -170,10 +182,14 @@ pub(super) fn llama_like(c: &Config, arch: &str, act: &str, rope: rope::Reader) 
     })
 }
 
-/// Gives a key the name that [`llama_like`] reads it by.
+/// Among the keys of a configuration: what the file calls those that were renamed.
+const FILE_NAMES: &str = "\0names";
+
+/// Gives a key the name that [`llama_like`] reads it by. Errors still tell the file's.
 pub(super) fn renamed(config: &mut Value, from: &str, to: &str) {
     if let Some(v) = config.as_object_mut().and_then(|o| o.shift_remove(from)) {
         config[to] = v;
+        config[FILE_NAMES][to] = from.into();
     }
 }
 

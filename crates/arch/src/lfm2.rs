@@ -2,7 +2,9 @@
 
 use serde_json::{Value, json};
 
-use super::config::{Config, attns, bad, first, llama_like, llama_source, named, num, to_llama_like, verified};
+use super::config::{
+    Config, attns, bad, first, llama_like, llama_source, named, num, renamed, to_llama_like, verified,
+};
 use super::defaults::filled;
 use super::gguf::{self, GgufHead};
 use super::gguf_out::{self, GgufKeys};
@@ -54,10 +56,10 @@ fn convolves(c: &Config, layers: usize) -> Result<Vec<bool>, SpecError> {
 fn from_config(config: &Value) -> Result<Spec, SpecError> {
     let mut filled = filled(config, "lfm2")?;
     // The class's own names.
-    filled["rms_norm_eps"] = filled["norm_eps"].take();
+    renamed(&mut filled, "norm_eps", "rms_norm_eps");
     filled["hidden_act"] = json!("silu");
-    if let Some(tied) = config.get("tie_embedding").filter(|t| !t.is_null()) {
-        filled["tie_word_embeddings"] = tied.clone();
+    if config.get("tie_embedding").is_some_and(|t| !t.is_null()) {
+        renamed(&mut filled, "tie_embedding", "tie_word_embeddings");
     }
     let c = Config(&filled);
     let width = width(&c)?;
