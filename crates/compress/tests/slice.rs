@@ -92,7 +92,7 @@ fn turned_and_not_cut_every_model_says_the_same() {
                     assert_eq!(spec.first_shortcut().is_some(), basis == "layer", "{name}");
                     let worst = off(&logits(&source), &logits(&packed));
                     // Granite's factors on embedding and logits stand before and behind what was rounded.
-                    let most = if name.starts_with("granite") { 4.0 * TOLERANCE } else { TOLERANCE };
+                    let most = if name.starts_with("granite") { 8.0 * TOLERANCE } else { TOLERANCE };
                     assert!(worst < most, "{name}, {basis}: {worst}");
                     if basis == "layer" {
                         assert!(spec.layers.iter().all(|l| l.attn_shortcut && l.ffn_shortcut));
