@@ -342,7 +342,7 @@ fn flags_take_the_place_of_what_a_file_says_and_say_what_is_wrong() {
     assert!(refused("copyspec:gamma=3,gamma=4").contains("gamma is given twice"));
     assert!(refused("copyspec:gama=3").contains("did you mean 'gamma'"));
     assert!(refused("nothing").contains("no method 'nothing'"));
-    for wrong in ["version = 2", "[gate]\nmethod = \"wina\"", "[draft]\ngamma = 3", "seed = -1", "x = ["] {
+    for wrong in ["version = 2", "[gates]\nmethod = \"wina\"", "[draft]\ngamma = 3", "seed = -1", "x = ["] {
         assert!(RunPlan::parse(wrong, &registry).is_err(), "{wrong}");
     }
 }

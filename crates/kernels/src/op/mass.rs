@@ -190,7 +190,8 @@ mod tests {
                             let (q, k) = (&q.row(p)[h * dim..], &k.row(t)[h / group * dim..]);
                             let dot: f64 = (0..dim).map(|d| f64::from(q[d]) * f64::from(k[d])).sum();
                             let x = dot * f64::from(a.scale);
-                            softcap.map_or(x, |c| f64::from(c) * (x / f64::from(c)).tanh()).exp()
+                            let x = softcap.map_or(x, |c| f64::from(c) * (x / f64::from(c)).tanh());
+                            (x - f64::from(a.slope(h)) * (p - t) as f64).exp()
                         };
                         let sink = a.sink(h).map_or(0.0, |s| f64::from(s).exp());
                         let total: f64 = sink + (low..=p).map(score).sum::<f64>();

@@ -208,7 +208,7 @@ pub fn specs() -> Vec<Spec> {
         LayerSpec { ffn: Some(ffn(33)), ..with(Mixer::Ssd(stored)) },
         with(Mixer::Delta(delta)),
     ];
-    vec![plain.clone(), sandwich, learned, turned, behind, beside, bare, mixed, others, routed(plain)]
+    vec![plain.clone(), sandwich, learned, turned, routed(plain), behind, beside, bare, mixed, others]
 }
 
 /// Latent attention with and without a latent of queries, sinks, and all ways to choose experts.
