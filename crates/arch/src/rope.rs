@@ -130,7 +130,10 @@ fn read(c: &Config, set: &Value, head_dim: usize, class: Class) -> Result<Rope, 
     }
     // How a number that is none reaches us.
     if let Some(number) = set.get("__float__") {
-        return bad(format!("rope_parameters, or rope_scaling, is {number}, not an object"));
+        return bad(format!(
+            "rope_parameters, or rope_scaling (of full_attention or sliding_attention where layers \
+                             differ), is {number}, not an object"
+        ));
     }
     let mut keys = set.as_object().into_iter().flat_map(Map::keys);
     if let Some(key) = keys.find(|k| !KEYS.contains(&k.as_str()) && !BY_TYPE.contains(&k.as_str())) {

@@ -76,7 +76,9 @@ impl Record {
             let one = f.width * if f.gated { 3 } else { 2 };
             let post = if f.post_norm { hidden } else { 0 };
             let normed = if f.pre_norm { hidden } else { 0 };
-            let shared = |e: &Experts| e.shared.map_or(0, |s| 2 * hidden + 1 + s.width * if f.gated { 3 } else { 2 });
+            // What weighs a shared expert is recorded with what it weighs.
+            let weighed = |on: bool| if on { 2 * hidden + 1 } else { 0 };
+            let shared = |e: &Experts| e.shared.map_or(0, |s| weighed(s.gate) + s.width * if f.gated { 3 } else { 2 });
             let mixture = |e: Experts| e.count + e.used.min(e.count) * (2 * hidden + one) + shared(&e);
             normed + post + f.experts.map_or(one, mixture)
         });
