@@ -8,7 +8,7 @@ use lacuna_checkpoint::save::{GgufKind, PackQuantized, save_compressed_tensors, 
 use lacuna_checkpoint::{Checkpoint, open};
 use lacuna_compress::{CompressError, Options, Outcomes, Quiet, Recipe, compress};
 use lacuna_format::{Float, Weights};
-use lacuna_model::{Batch, ContiguousKv, Decoder, LoadOptions, NoTap};
+use lacuna_model::{Batch, ContiguousKv, Decoder, LoadOptions, ModelError, NoTap, Shown, Tap};
 use lacuna_spec::{Place, Role, Spec};
 use serde_json::{Value, json};
 
@@ -42,6 +42,37 @@ fn run(model: &Checkpoint, keys: &str, out: &Path) -> Result<Outcomes, CompressE
         source,
     };
     compress(model, &text(model.spec().vocab), &recipe, &options, &mut Quiet)
+}
+
+/// Which two experts each row went to, router by router.
+#[derive(Default)]
+struct Chosen(Vec<Vec<Vec<usize>>>);
+
+impl Tap for Chosen {
+    fn output(&mut self, place: &Place, y: Shown<'_>) -> Result<(), ModelError> {
+        if place.role == Role::Router {
+            let y = y.download()?;
+            let y = y.view();
+            let two = |r: usize| {
+                let mut order: Vec<usize> = (0..y.cols()).collect();
+                order.sort_by(|&a, &b| y.at(r, b).total_cmp(&y.at(r, a)));
+                order.truncate(2);
+                order.sort_unstable();
+                order
+            };
+            self.0.push((0..y.rows()).map(two).collect());
+        }
+        Ok(())
+    }
+}
+
+/// The experts of each of the same 24 tokens, in all layers.
+fn experts(model: &Checkpoint) -> Vec<Vec<Vec<usize>>> {
+    let decoder = Decoder::load(model, &LoadOptions::default()).unwrap();
+    let ids = asked(model.spec().vocab);
+    let (mut kv, mut chosen) = (ContiguousKv::new(model.spec(), 1), Chosen::default());
+    decoder.forward(&ids, &Batch::one(0, 0..ids.len()), &mut kv, &mut chosen).unwrap();
+    (0..ids.len()).map(|r| chosen.0.iter().map(|rows| rows[r].clone()).collect()).collect()
 }
 
 /// Logits of 24 tokens.
@@ -90,10 +121,17 @@ fn turned_and_not_cut_every_model_says_the_same() {
                     let spec = packed.spec();
                     assert_eq!((spec.hidden, spec.norm), (source.spec().hidden, source.spec().norm));
                     assert_eq!(spec.first_shortcut().is_some(), basis == "layer", "{name}");
-                    let worst = off(&logits(&source), &logits(&packed));
-                    // Granite's factors on embedding and logits stand before and behind what was rounded.
-                    let most = if name.starts_with("granite") { 8.0 * TOLERANCE } else { TOLERANCE };
-                    assert!(worst < most, "{name}, {basis}: {worst}");
+                    // A row on the edge between two experts may go to the other one, and says another thing then.
+                    let (before, after) = (experts(&source), experts(&packed));
+                    let stays: Vec<bool> = before.iter().zip(&after).map(|(a, b)| a == b).collect();
+                    let gone = stays.iter().filter(|stays| !**stays).count();
+                    assert!(gone <= 1, "{name}, {basis}: {gone} rows of {} change their experts", stays.len());
+                    let of = |logits: Vec<f64>| -> Vec<f64> {
+                        let rows = logits.chunks(spec.vocab).zip(&stays).filter(|(_, stays)| **stays);
+                        rows.flat_map(|(row, _)| row.to_vec()).collect()
+                    };
+                    let worst = off(&of(logits(&source)), &of(logits(&packed)));
+                    assert!(worst < TOLERANCE, "{name}, {basis}: {worst}");
                     if basis == "layer" {
                         assert!(spec.layers.iter().all(|l| l.attn_shortcut && l.ffn_shortcut));
                         turns(&packed, &name);

@@ -54,12 +54,12 @@ impl Record {
             let clipped = if a.clip.is_some() { wide + 2 * narrow } else { 0 };
             // Beside a mixer it reads what that one's norm put out.
             let normed = if a.pre_norm && !shared && block.mixer.is_none() { hidden } else { 0 };
-            // Of latent attention the narrow rows, and what heads read and write before and after it.
-            let latent = a
-                .latent
-                .map_or(0, |m| 2 * m.q_rank.unwrap_or(0) + m.rank + a.heads * (m.plain + m.rank + m.value) + narrow);
+            // Of latent attention the narrow rows, and what heads read and write before and after it; its keys are its
+            // values.
+            let latent = a.latent.map(|m| 2 * m.q_rank.unwrap_or(0) + m.rank + a.heads * (m.plain + m.rank + m.value));
+            let cached = latent.map_or(2 * narrow, |more| narrow + more);
             let gate = if a.gate { 2 * wide } else { 0 };
-            normed + before + clipped + 2 * wide + 2 * narrow + gate + post + latent
+            normed + before + clipped + 2 * wide + cached + gate + post
         });
         let mixer = block.mixer.as_ref().map_or(0, |m| {
             let (channels, wide) = (m.channels(hidden), m.width(hidden));
@@ -77,7 +77,7 @@ impl Record {
             let post = if f.post_norm { hidden } else { 0 };
             let normed = if f.pre_norm { hidden } else { 0 };
             // What weighs a shared expert is recorded with what it weighs.
-            let weighed = |on: bool| if on { 2 * hidden + 1 } else { 0 };
+            let weighed = |on: bool| if on { hidden + 1 } else { 0 };
             let shared = |e: &Experts| e.shared.map_or(0, |s| weighed(s.gate) + s.width * if f.gated { 3 } else { 2 });
             let mixture = |e: Experts| e.count + e.used.min(e.count) * (2 * hidden + one) + shared(&e);
             normed + post + f.experts.map_or(one, mixture)
