@@ -224,12 +224,6 @@ pub fn from_config(config: &Value) -> Result<Spec, SpecError> {
         if let Some(v) = part.get("is_causal").filter(|v| **v != json!(true)) {
             return bad(format!("is_causal is {v}; only true is supported"));
         }
-        // What json.rs makes of a NaN is an object, too.
-        for key in ["rope_parameters", "rope_scaling"] {
-            if part.get(key).is_some_and(|v| v.get("__float__").is_some()) {
-                return bad(format!("{key} is a number, not an object"));
-            }
-        }
         let differ = Config(part).get("per_layer_config");
         if differ.is_some_and(|v| v.as_object().is_none_or(|o| !o.is_empty())) {
             return bad("per_layer_config makes layers differ in ways that Lacuna does not read");

@@ -79,16 +79,15 @@ pub(super) fn phi3(c: &Config, head_dim: usize) -> Result<Rope, SpecError> {
 pub(super) fn of_full_layers(c: &Config, head_dim: usize) -> Result<Rope, SpecError> {
     let given = c.get("rope_parameters");
     let mut set = set_of(c, "full_attention")?.cloned();
-    if let Some(more) = c.get("rope_scaling") {
+    if let Some(more) = object(c.get("rope_scaling"), "rope_scaling")? {
         // Without sets the class begins with this one, whose rope_type an older `type` does not replace.
         let set = match (&mut set, given) {
             (Some(set), _) => set,
             (none, None) => none.insert(json!({"rope_type": "default"})),
             _ => return bad("rope_scaling is for full_attention, which rope_parameters lacks"),
         };
-        match (set.as_object_mut(), more.as_object()) {
-            (Some(set), Some(more)) => set.extend(more.clone()),
-            _ => return bad(format!("rope_scaling is {more}, not an object")),
+        if let (Some(set), Some(more)) = (set.as_object_mut(), more.as_object()) {
+            set.extend(more.clone());
         }
     }
     read(c, set.as_ref().unwrap_or(&NOTHING), head_dim, by_type(c, "rope_theta"))
@@ -107,16 +106,27 @@ fn by_type(c: &Config, theta: &'static str) -> Class {
 
 /// The set for one type of layer.
 fn set_of<'a>(c: &Config<'a>, kind: &str) -> Result<Option<&'a Value>, SpecError> {
-    match c.get("rope_parameters") {
-        Some(p) if !p.is_object() => bad(format!("rope_parameters is {p}, not an object")),
-        sets => Ok(sets.and_then(|p| p.get(kind)).filter(|s| !s.is_null())),
+    let Some(sets) = object(c.get("rope_parameters"), "rope_parameters")? else { return Ok(None) };
+    object(sets.get(kind).filter(|s| !s.is_null()), kind)
+}
+
+/// What stands at `key`, where it is an object. A number that is none reaches us as one with a key of its own.
+fn object<'a>(v: Option<&'a Value>, key: &str) -> Result<Option<&'a Value>, SpecError> {
+    match v {
+        Some(v) if !v.is_object() => bad(format!("{key} is {v}, not an object")),
+        Some(v) if v.get("__float__").is_some() => bad(format!("{key} is {}, not an object", v["__float__"])),
+        v => Ok(v),
     }
 }
 
 /// The one set. transformers 4 knows `rope_scaling` alone; transformers 5 reads both names, and the old one wins.
 fn one_set<'a>(c: &Config<'a>) -> Result<&'a Value, SpecError> {
-    let given = |key| c.get(key).filter(|v| v.as_object().is_none_or(|o| !o.is_empty()));
-    let set = given("rope_scaling").or(given("rope_parameters")).unwrap_or(&NOTHING);
+    let given = |key| {
+        let set = object(c.get(key), key)?;
+        Ok(set.filter(|v| v.as_object().is_none_or(|o| !o.is_empty())))
+    };
+    let (older, newer) = (given("rope_scaling")?, given("rope_parameters")?);
+    let set = older.or(newer).unwrap_or(&NOTHING);
     // Classes that know types of layers take such keys for sets, and then miss the one. The others pass them over.
     if c.0.get("layer_types").is_some() && BY_TYPE.iter().any(|k| set.get(k).is_some()) {
         return bad("rope_parameters differ by type of layer, which this family does not");
@@ -125,16 +135,6 @@ fn one_set<'a>(c: &Config<'a>) -> Result<&'a Value, SpecError> {
 }
 
 fn read(c: &Config, set: &Value, head_dim: usize, class: Class) -> Result<Rope, SpecError> {
-    if !(set.is_object() || set.is_null()) {
-        return bad(format!("rope_scaling is {set}, not an object"));
-    }
-    // How a number that is none reaches us.
-    if let Some(number) = set.get("__float__") {
-        return bad(format!(
-            "rope_parameters, or rope_scaling (of full_attention or sliding_attention where layers \
-                             differ), is {number}, not an object"
-        ));
-    }
     let mut keys = set.as_object().into_iter().flat_map(Map::keys);
     if let Some(key) = keys.find(|k| !KEYS.contains(&k.as_str()) && !BY_TYPE.contains(&k.as_str())) {
         return bad(format!("rope_scaling has {key}, which Lacuna does not know"));
