@@ -20,8 +20,6 @@ struct Question {
     step: &'static str,
 }
 
-const TARGETS: &str = "targets = [\"attn.*\", \"ffn.*\"]\n";
-
 const QUESTIONS: [Question; 6] = [
     Question {
         name: "score",
@@ -360,7 +358,6 @@ impl Local for {kind} {{
 
 fn recipe_text(family: &Question, name: &str) -> String {
     let verb = family.verb;
-    let targets = if ["structure", "search"].contains(&family.name) { "" } else { TARGETS };
     format!(
         "# One sentence: what the result is.
 version = 1
@@ -370,7 +367,7 @@ rest = \"source\"
 [[step]]
 name = \"{verb}\"
 method = \"{name}\"
-{targets}{}",
+{}",
         family.step
     )
 }
