@@ -50,6 +50,8 @@ pub struct Row {
     pub load_bytes: Option<u64>,
     /// Of nested codes so many bits are evaluated.
     load_bits: Option<u8>,
+    /// How activations meet matrices in the evaluation, where not exactly: what `eval --activations` takes.
+    activations: Option<String>,
     /// Overrides of the recipe.
     #[serde(default)]
     set: Vec<String>,
@@ -207,6 +209,9 @@ fn measure(tree: &Tree, list: &List, row: &Row, a: &Args) -> Result<Value> {
     }
     if let Some(bits) = row.load_bits {
         args.extend(["--load-bits".into(), bits.to_string()]);
+    }
+    if let Some(activations) = &row.activations {
+        args.extend(["--activations".into(), activations.clone()]);
     }
     let mut eval = json_of(&a.lacuna, &args)?;
     eval.as_object_mut().context("eval printed no object")?.remove("model");
