@@ -148,14 +148,45 @@ pub struct Inspect {
 }
 
 /// How far the gate goes.
-#[derive(Clone, Copy, Debug, PartialEq, Eq, ValueEnum)]
+#[derive(Clone, Copy, Debug, Default, PartialEq, Eq, ValueEnum)]
 pub enum Gate {
     /// Bytes, loss and speed against every baseline.
+    #[default]
     Full,
     /// Bytes and loss; nothing is timed.
     Size,
     /// No judging.
     Off,
+}
+
+/// How a result is judged, and what is told of it.
+#[derive(Clone, Debug, Default, Args)]
+pub struct Judging {
+    /// Held-out text to judge on, read once the result is there; by default a small one that Lacuna carries.
+    #[arg(long, value_name = "FILE")]
+    pub eval: Option<PathBuf>,
+    /// Another text to judge on, of another domain: shown beside the result, it decides nothing. May be given several
+    /// times.
+    #[arg(long = "domain", value_name = "FILE")]
+    pub domains: Vec<PathBuf>,
+    /// Tokens of a judging window; by default 512, where model and text have as many.
+    #[arg(long)]
+    pub ctx: Option<usize>,
+    /// Judging windows; by default 16, where the text has as many.
+    #[arg(long)]
+    pub windows: Option<usize>,
+    /// How far the judging goes.
+    #[arg(long, value_enum, default_value_t = Gate::Full)]
+    pub gate: Gate,
+    /// Another model to judge beside the result: somebody else's file of the same source. May be given several times.
+    #[arg(long, value_name = "MODEL")]
+    pub beside: Vec<String>,
+    /// Exit with 0 even where the result does not pay.
+    #[arg(long)]
+    pub accept: bool,
+    /// Write a report with plots.
+    #[arg(long, value_name = "FILE.html")]
+    pub report: Option<PathBuf>,
 }
 
 /// `compress`
@@ -189,25 +220,6 @@ pub struct Compress {
     /// Where calibration sequences are cut: 0 from the start of the text, else from random places drawn from this seed.
     #[arg(long)]
     pub seed: Option<u64>,
-    /// Held-out text to judge on; by default a small one that Lacuna carries.
-    #[arg(long, value_name = "FILE")]
-    pub eval: Option<PathBuf>,
-    /// Another text to judge on, of another domain: shown beside the result, it decides nothing. May be given several
-    /// times.
-    #[arg(long = "domain", value_name = "FILE")]
-    pub domains: Vec<PathBuf>,
-    /// Tokens of a judging window; by default 512, where model and text have as many.
-    #[arg(long)]
-    pub ctx: Option<usize>,
-    /// Judging windows; by default 16, where the text has as many.
-    #[arg(long)]
-    pub windows: Option<usize>,
-    /// How far the judging goes.
-    #[arg(long, value_enum, default_value_t = Gate::Full)]
-    pub gate: Gate,
-    /// Another model to judge beside the result: somebody else's file of the same source. May be given several times.
-    #[arg(long, value_name = "MODEL")]
-    pub beside: Vec<String>,
     /// Where scratch files go: activations, gradients, levels of a search; beside the output by default.
     #[arg(long, value_name = "DIR")]
     pub scratch: Option<PathBuf>,
@@ -220,12 +232,9 @@ pub struct Compress {
     /// Replace what is at OUT.
     #[arg(long)]
     pub overwrite: bool,
-    /// Exit with 0 even where the result does not pay.
-    #[arg(long)]
-    pub accept: bool,
-    /// Write a report with plots.
-    #[arg(long, value_name = "FILE.html")]
-    pub report: Option<PathBuf>,
+    /// How the result is judged.
+    #[command(flatten)]
+    pub judging: Judging,
 }
 
 /// How long a search may take.
@@ -335,25 +344,6 @@ pub struct Fit {
     /// Another text to search on.
     #[arg(long, value_name = "FILE")]
     pub search: Option<PathBuf>,
-    /// Held-out text to judge on, read once the search is over; by default a small one that Lacuna carries.
-    #[arg(long, value_name = "FILE")]
-    pub eval: Option<PathBuf>,
-    /// Another text to judge on, of another domain: shown beside the result, it decides nothing. May be given several
-    /// times.
-    #[arg(long = "domain", value_name = "FILE")]
-    pub domains: Vec<PathBuf>,
-    /// Tokens of a judging window; by default 512, where model and text have as many.
-    #[arg(long)]
-    pub ctx: Option<usize>,
-    /// Judging windows; by default 16, where the text has as many.
-    #[arg(long)]
-    pub windows: Option<usize>,
-    /// How far the judging goes.
-    #[arg(long, value_enum, default_value_t = Gate::Full)]
-    pub gate: Gate,
-    /// Another model to judge beside the result: somebody else's file of the same source. May be given several times.
-    #[arg(long, value_name = "MODEL")]
-    pub beside: Vec<String>,
     /// Where randomness comes from.
     #[arg(long, default_value_t = 0)]
     pub seed: u64,
@@ -369,12 +359,9 @@ pub struct Fit {
     /// Replace what is at OUT.
     #[arg(long)]
     pub overwrite: bool,
-    /// Exit with 0 even where the result does not pay.
-    #[arg(long)]
-    pub accept: bool,
-    /// Write a report with plots.
-    #[arg(long, value_name = "FILE.html")]
-    pub report: Option<PathBuf>,
+    /// How the result is judged.
+    #[command(flatten)]
+    pub judging: Judging,
 }
 
 /// How a model is run.

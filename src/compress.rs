@@ -81,12 +81,12 @@ pub fn run(g: &Global, a: &cli::Compress) -> anyhow::Result<ExitCode> {
     let done = work(g, a, &source)?;
     let json = json_of(&a.model, &a.recipe, &done);
     common::print(g, &json, || words(&done))?;
-    if let Some(path) = &a.report {
+    if let Some(path) = &a.judging.report {
         report::write(path, &a.model, &a.recipe, &done, &[], &[])?;
         common::say(format!("report: {}", path.display()));
     }
     let pays = done.verdict.as_ref().is_none_or(|v| v.pays);
-    Ok(if pays || a.accept { ExitCode::SUCCESS } else { ExitCode::from(3) })
+    Ok(if pays || a.judging.accept { ExitCode::SUCCESS } else { ExitCode::from(3) })
 }
 
 /// Keeps what was measured beside the model, for whoever opens it later; without the list of tensors, which its own
@@ -117,18 +117,22 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
     let tokenizer = source.tokenizer()?;
     // A model made with BOS in front of every text is calibrated and judged so, too.
     let bos = wants_bos(&tokenizer)?;
-    let beside = besides(g, &a.beside, a.gate, source)?;
-    writable(a.report.as_deref())?;
+    let beside = besides(g, &a.judging.beside, a.judging.gate, source)?;
+    writable(a.judging.report.as_deref())?;
     let imatrix = imatrix(a.imatrix.as_deref(), source)?;
     let calibration =
         texts::tokens(source, &tokenizer, &a.calibration, CALIBRATION, recipe.calibration.seq_len.min(context))?;
-    let held_out = match &a.eval {
+    let held_out = match &a.judging.eval {
         Some(file) => texts::read(source, &tokenizer, file)?,
         None => tokenizer.encode(HELD_OUT, false)?,
     };
-    let domains = domains(&a.domains, a.gate, source, &tokenizer)?;
+    let domains = domains(&a.judging.domains, a.judging.gate, source, &tokenizer)?;
     let had = held_out.len() + usize::from(bos.is_some());
-    let ctx = if a.gate == Gate::Off && a.ctx.is_none() { 0 } else { common::window(a.ctx, JUDGED.0, context, had)? };
+    let ctx = if a.judging.gate == Gate::Off && a.judging.ctx.is_none() {
+        0
+    } else {
+        common::window(a.judging.ctx, JUDGED.0, context, had)?
+    };
     let options = Options {
         out: &a.out,
         overwrite: a.overwrite,
@@ -165,7 +169,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         parameters,
         seconds: 0.0,
     };
-    if a.gate != Gate::Off {
+    if a.judging.gate != Gate::Off {
         let bars = common::bar(0, "judging");
         let progress = |at: usize, all: usize| {
             bars.set_length(all as u64);
@@ -174,7 +178,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         let room = Means { max_ram, ..Means::default() };
         let there = held_out.len() / (ctx - usize::from(bos.is_some())).max(1);
         let few = || common::fitting("judging windows", JUDGED.1, there, "the text has no more");
-        let windows = Some(a.windows.unwrap_or_else(few));
+        let windows = Some(a.judging.windows.unwrap_or_else(few));
         let eval = Eval { ctx, windows, bos, room, progress: Some(&progress) };
         let result = lacuna_checkpoint::open(&done.outcomes.path)?;
         let (mut judged, mut told, mut reference) = (None, None, None);
@@ -193,7 +197,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         if judged.is_some() {
             for (name, text) in &domains {
                 let there = text.len() / (ctx - usize::from(bos.is_some())).max(1);
-                let eval = Eval { windows: Some(a.windows.unwrap_or(JUDGED.1).min(there)), ..eval.clone() };
+                let eval = Eval { windows: Some(a.judging.windows.unwrap_or(JUDGED.1).min(there)), ..eval.clone() };
                 let judged = eval.reference(text, &source.checkpoint).and_then(|mut r| eval.against(&result, &mut r));
                 done.domains.push((name.clone(), judged.with_context(|| format!("judging on --domain {name}"))?));
             }
@@ -238,7 +242,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         if let Some(x) = &told {
             across::in_bytes(x, &mut measured, others.all.iter_mut().map(|b| &mut b.measured));
         }
-        if a.gate == Gate::Full && (judged.is_some() || told.is_some()) {
+        if a.judging.gate == Gate::Full && (judged.is_some() || told.is_some()) {
             time(&mut measured, &result, &mut others.all, max_ram)?;
         }
         let list: Vec<Measured> = others.all.into_iter().map(|b| b.measured).collect();

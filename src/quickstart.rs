@@ -8,7 +8,7 @@ use lacuna_run::{Generation, Sampling, Session};
 use serde_json::json;
 
 use crate::cli::{
-    Activations, Cache, Compress, Effort, Fit, Gate, Global, Plan, Quickstart, Reader, Running, Strategy,
+    Activations, Cache, Compress, Effort, Fit, Global, Judging, Plan, Quickstart, Reader, Running, Strategy,
 };
 use crate::common::{self, Model};
 use crate::{compress, fit, generate, out, report};
@@ -105,19 +105,12 @@ fn by_search(g: &Global, a: &Quickstart, source: &Model) -> anyhow::Result<Made>
         imatrix: None,
         samples: Some(8),
         search: None,
-        eval: None,
-        domains: Vec::new(),
-        ctx: None,
-        windows: Some(WINDOWS),
-        gate: Gate::Full,
-        beside: Vec::new(),
         seed: 0,
         dry_run: false,
         scratch: None,
         resume: false,
         overwrite: true,
-        accept: true,
-        report: None,
+        judging: Judging { windows: Some(WINDOWS), accept: true, ..Judging::default() },
     };
     let fitted = fit::work(g, &args, source)?;
     let (words, json, front) = (fit::words(&args, &fitted), fit::to_json(&args, &fitted), fit::marks(&fitted));
@@ -142,17 +135,10 @@ fn by_recipe(g: &Global, a: &Quickstart, recipe: &str, source: &Model) -> anyhow
         samples: Some(8),
         seq_len: None,
         seed: None,
-        eval: None,
-        domains: Vec::new(),
-        ctx: None,
-        windows: Some(WINDOWS),
-        gate: Gate::Full,
-        beside: Vec::new(),
         max_ram: None,
         resume: false,
         overwrite: true,
-        accept: true,
-        report: None,
+        judging: Judging { windows: Some(WINDOWS), accept: true, ..Judging::default() },
     };
     let done = compress::work(g, &args, source)?;
     let (words, json) = (compress::words(&done), compress::json_of(&a.model, recipe, &done));

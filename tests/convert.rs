@@ -115,6 +115,44 @@ fn packed(dir: &Path, out: &Path, change: impl Fn(&mut Spec), form: impl Fn(&Pla
     w.finish(spec, json!({}), json!({}), Vec::new(), Some(&source)).unwrap();
 }
 
+/// Layers that share weights compute as copies do, and copies are what other programs' files get.
+#[test]
+fn shared_layers_are_copies_elsewhere() {
+    let home = TempDir::new().unwrap();
+    let at = |name: &str| home.path().join(name);
+    let (_, config) = families().into_iter().find(|(name, _)| *name == "llama").unwrap();
+    make(&at("llama"), &config);
+    let source = open(&at("llama")).unwrap();
+    packed(&at("llama"), &at("shared"), |spec| spec.layers[1].like = Some(0), |_, s| s.clone());
+    let first = |p: &Place, s: &Stored| match p.layer {
+        Some(1) => source.get(&Place { layer: Some(0), ..*p }).unwrap().unwrap().as_ref().clone(),
+        _ => s.clone(),
+    };
+    packed(&at("llama"), &at("copies"), |_| (), first);
+    let ids = ids(40, 603);
+    let want = logits_of(&at("copies"), &ids);
+    assert!(apart(&logits_of(&at("llama"), &ids), &want) > 0.1, "sharing changes something");
+    let shared = open(&at("shared")).unwrap();
+    assert_eq!(shared.packed().unwrap().version, 6);
+    assert!(shared.spec().parameters() < source.spec().parameters());
+    assert_eq!(apart(&logits_of(&at("shared"), &ids), &want), 0.0);
+    hf(&at("shared"), &at("hf"), Some(Float::F32));
+    assert_eq!(apart(&logits_of(&at("hf"), &ids), &want), 0.0);
+    gguf(&at("shared"), &at("model.gguf"), GgufKind::F32);
+    let off = apart(&logits_of(&at("model.gguf"), &ids), &want);
+    assert!(off < 2e-3, "{off}");
+    for (layer, like) in [(0, 0), (0, 1), (1, 1), (1, 7)] {
+        let mut spec = source.spec().clone();
+        spec.layers[layer].like = Some(like);
+        let said = spec.check().unwrap_err().what;
+        assert!(said.contains(&format!("layer {layer} uses the weights of layer {like}")), "{said}");
+    }
+    let mut spec = source.spec().clone();
+    spec.layers[1].like = Some(0);
+    spec.layers[1].ffn.as_mut().unwrap().width += 8;
+    assert!(spec.check().unwrap_err().what.contains("made otherwise"));
+}
+
 /// Random grouped integers in a matrix's shape.
 fn integers(s: &Stored, bits: u8, group: usize, zeros: bool) -> Stored {
     let mut rng = Rng::new(s.rows as u64 * 31 + s.cols as u64);

@@ -60,12 +60,12 @@ pub fn run(g: &Global, a: &cli::Fit) -> anyhow::Result<ExitCode> {
     let source = common::open(g, &a.model)?;
     let fitted = work(g, a, &source)?;
     common::print(g, &to_json(a, &fitted), || words(a, &fitted))?;
-    if let (Some(path), Some(done)) = (&a.report, &fitted.done) {
+    if let (Some(path), Some(done)) = (&a.judging.report, &fitted.done) {
         report::write(path, &a.model, "fit", done, &[], &marks(&fitted))?;
         common::say(format!("report: {}", path.display()));
     }
     let pays = fitted.done.as_ref().and_then(|d| d.verdict.as_ref()).is_none_or(|v| v.pays);
-    Ok(if pays || a.accept { ExitCode::SUCCESS } else { ExitCode::from(3) })
+    Ok(if pays || a.judging.accept { ExitCode::SUCCESS } else { ExitCode::from(3) })
 }
 
 fn effort(e: Effort, strategy: cli::Strategy, seed: u64) -> fit::Effort {
@@ -270,13 +270,13 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
         anyhow::bail!("{} exists; --overwrite replaces it", there.display());
     }
     // What the end reads and writes is looked at before the search: an hour is long for a misspelt name.
-    compress::writable(a.report.as_deref())?;
-    drop(compress::besides(g, &a.beside, a.gate, source)?);
+    compress::writable(a.judging.report.as_deref())?;
+    drop(compress::besides(g, &a.judging.beside, a.judging.gate, source)?);
     overwritable(a)?;
-    for file in a.eval.iter().chain(&a.domains) {
+    for file in a.judging.eval.iter().chain(&a.judging.domains) {
         common::read_text(file)?;
     }
-    if let (Some(ctx), true) = (a.ctx, a.gate != cli::Gate::Off) {
+    if let (Some(ctx), true) = (a.judging.ctx, a.judging.gate != cli::Gate::Off) {
         common::window(Some(ctx), ctx, spec.context, ctx)?;
     }
     let max_ram = common::size(a.max_ram.as_deref())?;
@@ -440,17 +440,10 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
         samples: None,
         seq_len: None,
         seed: None,
-        eval: a.eval.clone(),
-        domains: a.domains.clone(),
-        ctx: a.ctx,
-        windows: a.windows,
-        gate: a.gate,
-        beside: a.beside.clone(),
         max_ram: a.max_ram.clone(),
         resume: a.resume,
         overwrite: a.overwrite || a.resume || a.reader != Reader::Lacuna,
-        accept: true,
-        report: None,
+        judging: cli::Judging { accept: true, report: None, ..a.judging.clone() },
     };
     let done = compress::work(g, &args, source)?;
     unfinished::replace(&new, &fitted.recipe)

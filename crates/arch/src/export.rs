@@ -34,7 +34,7 @@ pub struct Target {
 pub struct Whole {
     /// The network: every layer has both parts.
     pub spec: Spec,
-    /// For each of its layers the layer of the network it was made from.
+    /// For each of its layers the layer of the network whose weights it has.
     pub layers: Vec<usize>,
     /// Layers (of the network it was made from) that are left out: both their parts were missing.
     pub left_out: Vec<usize>,
@@ -76,7 +76,8 @@ pub fn whole(spec: &Spec) -> Result<Whole, SpecError> {
             filled.push(l);
         }
         layers.push(LayerSpec { attn, ffn, mixer: layer.mixer.clone(), order: layer.order, ..LayerSpec::default() });
-        from.push(l);
+        // No other program's layers share weights: each gets a copy.
+        from.push(spec.weights_of(l));
     }
     if layers.is_empty() {
         return Err(SpecError { what: "no layer is left".into() });

@@ -18,11 +18,16 @@ pub const FORMAT: &str = "lacuna-packed";
 
 /// The last version; later ones are refused. A model is written with the first version that has all that its matrices
 /// are made of ([`Descriptor::version`]) and its network says, so that older programs read it where they can.
-pub const VERSION: u32 = 5;
+pub const VERSION: u32 = 6;
 
-/// The first version that can say all of a model: 3 for shortcuts with a matrix and for a norm's divisor.
+/// The first version that can say all of a model: 3 for shortcuts with a matrix and for a norm's divisor, 6 for layers
+/// that share weights.
 pub(crate) fn version_of(spec: &Spec, weights: &BTreeMap<Place, Descriptor>) -> u32 {
-    let of_spec = if spec.first_shortcut().is_some() || spec.norm.divisor.is_some() { 3 } else { 1 };
+    let of_spec = match (spec.first_like(), spec.first_shortcut().is_some() || spec.norm.divisor.is_some()) {
+        (Some(_), _) => 6,
+        (None, true) => 3,
+        (None, false) => 1,
+    };
     weights.values().map(Descriptor::version).max().unwrap_or(1).max(of_spec)
 }
 

@@ -67,6 +67,7 @@ enum Reads<B: Backend> {
 pub(crate) struct Loader<'a, B> {
     pub(crate) backend: &'a B,
     pub(crate) weights: &'a dyn Weights,
+    /// The layer whose weights are loaded.
     pub(crate) layer: usize,
     activations: Activations,
     gating: Option<&'a Arc<Gating>>,
@@ -197,7 +198,7 @@ impl<B: Backend> Block<B> {
     ) -> Result<Block<B>, ModelError> {
         let missing = || ModelError::Missing { place: format!("layers.{layer}") };
         let described = weights.spec().layers.get(layer).ok_or_else(missing)?;
-        let loader = Loader { backend, weights, layer, activations, gating };
+        let loader = Loader { backend, weights, layer: weights.spec().weights_of(layer), activations, gating };
         let (order, alone) = (described.order, described.mixer.is_none());
         let attention = described.attn.as_ref().map(|a| loader.attention(a, order, alone)).transpose()?;
         let mixer = described.mixer.as_ref().map(|m| MixerPart::load(&loader, m)).transpose()?;

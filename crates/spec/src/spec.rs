@@ -181,6 +181,10 @@ pub struct LayerSpec {
     /// What the FFN reads.
     #[serde(default, skip_serializing_if = "is_default")]
     pub order: Order,
+    /// The layer, before this one and with weights of its own, whose weights this one uses. Keys, values and states are
+    /// its own all the same.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub like: Option<usize>,
 }
 
 /// How attention and the FFN of a block stand to each other.
@@ -526,6 +530,15 @@ impl Spec {
         let finite = |name: &str, x: f32| {
             if x.is_finite() { Ok(()) } else { Err(SpecError { what: format!("{name} is {x}") }) }
         };
+        for (l, layer) in self.layers.iter().enumerate() {
+            let Some(n) = layer.like else { continue };
+            let Some(other) = self.layers[..l].get(n).filter(|other| other.like.is_none()) else {
+                return fail(format!("layer {l} uses the weights of layer {n}, which is none before it with its own"));
+            };
+            if *other != (LayerSpec { like: None, ..layer.clone() }) {
+                return fail(format!("layer {l} uses the weights of layer {n}, which is made otherwise"));
+            }
+        }
         finite("embed_scale", self.embed_scale)?;
         finite("logit_scale", self.logit_scale)?;
         finite("residual_scale", self.residual_scale)?;
@@ -742,6 +755,16 @@ impl Spec {
         out.extend([Role::FinalNorm, Role::Head].into_iter().flat_map(global));
         out.retain(|p| self.shape(p).is_some());
         out
+    }
+
+    /// The layer whose weights a layer uses: itself, for most.
+    pub fn weights_of(&self, layer: usize) -> usize {
+        self.layers.get(layer).and_then(|l| l.like).unwrap_or(layer)
+    }
+
+    /// The first layer that uses another one's weights.
+    pub fn first_like(&self) -> Option<usize> {
+        self.layers.iter().position(|l| l.like.is_some())
     }
 
     /// The first recurrent mixer: such a layer keeps a state and cannot go back to an earlier position.

@@ -1,4 +1,4 @@
-//! `drop`: whole attentions, FFNs or decoder blocks go.
+//! `drop`: whole attentions, FFNs or decoder blocks go; of the blocks that stay, neighbours may share their weights.
 
 use lacuna_contract::{
     Ask, Card, Compete, Edit, Family, Finished, LayerWork, Made, Making, MethodError, ModelWide, Site, Step, Structure,
@@ -22,11 +22,14 @@ struct Keys {
     count: Option<Whole<0, 4096>>,
     /// Which fraction of those there are goes, 0 to 1, rounded to the nearest number of them.
     fraction: Option<Fraction>,
+    /// With blocks: so many neighbours of those that stay use the weights of the first of them, 1 to 64. The file gets
+    /// smaller, time stays.
+    share: Whole<1, 64>,
 }
 
 impl Default for Keys {
     fn default() -> Keys {
-        Keys { part: Unit::Block, count: None, fraction: None }
+        Keys { part: Unit::Block, count: None, fraction: None, share: Whole(1) }
     }
 }
 
@@ -54,6 +57,7 @@ impl HowMany {
 struct DropParts {
     part: Unit,
     many: HowMany,
+    share: usize,
     by: Arc<dyn Structure>,
     card: Card,
 }
@@ -64,6 +68,12 @@ fn drop_parts(making: &Making<'_>) -> Result<Step, MethodError> {
     if matches!(keys.part, Unit::Head | Unit::Channel) {
         return Err(MethodError::new("part: write \"block\", \"attention\" or \"ffn\""));
     }
+    let share = keys.share.0;
+    if share > 1 && keys.part != Unit::Block {
+        return Err(MethodError::new(format!(
+            "share = {share}: only whole blocks share weights; write part = \"block\""
+        )));
+    }
     let many = match (keys.count, keys.fraction) {
         (Some(n), Some(x)) => {
             return Err(MethodError::new(format!("count = {} and fraction = {}: give one of them", n.0, x.0)));
@@ -73,7 +83,7 @@ fn drop_parts(making: &Making<'_>) -> Result<Step, MethodError> {
         (None, None) => HowMany::Count(1),
     };
     let card = making.method.card.clone();
-    Ok(Step::Model(Box::new(DropParts { part: keys.part, many, by: by.into(), card })))
+    Ok(Step::Model(Box::new(DropParts { part: keys.part, many, share, by: by.into(), card })))
 }
 
 /// How many layers have the part.
@@ -126,13 +136,41 @@ impl ModelWide for DropParts {
 
     fn begin(&self, spec: &Spec) -> Result<Box<dyn Walker>, MethodError> {
         let count = self.many.of(there(spec, self.part));
-        Ok(Box::new(Walk { part: self.part, count, by: self.by.clone(), scores: Vec::new() }))
+        Ok(Box::new(Walk { part: self.part, count, share: self.share, by: self.by.clone(), scores: Vec::new() }))
     }
+}
+
+/// Lets groups of `share` neighbours among the whole blocks use the weights of the first of them, where they are made
+/// alike; says which.
+fn shared(spec: &mut Spec, share: usize) -> String {
+    let whole: Vec<usize> = (0..spec.layers.len()).filter(|&l| has_all(spec, l)).collect();
+    let (mut groups, mut apart) = (Vec::new(), Vec::new());
+    for group in whole.chunks(share) {
+        let (first, rest) = (group[0], &group[1..]);
+        let (alike, other): (Vec<usize>, Vec<usize>) =
+            rest.iter().partition(|&&l| spec.layers[l] == spec.layers[first]);
+        alike.iter().for_each(|&l| spec.layers[l].like = Some(first));
+        apart.extend(other);
+        if !alike.is_empty() {
+            groups.push(format!("{alike:?} use those of {first}"));
+        }
+    }
+    let mut note = format!("; layers share weights: {}", groups.join(", "));
+    if !apart.is_empty() {
+        note += &format!("; layers {apart:?} are made otherwise than the first of their group and keep their own");
+    }
+    note
+}
+
+/// Whether a layer has both parts.
+fn has_all(spec: &Spec, layer: usize) -> bool {
+    spec.layers[layer].attn.is_some() && spec.layers[layer].ffn.is_some()
 }
 
 struct Walk {
     part: Unit,
     count: usize,
+    share: usize,
     by: Arc<dyn Structure>,
     /// Layer and score.
     scores: Vec<(usize, f64)>,
@@ -188,6 +226,9 @@ impl Walker for Walk {
                 4 * saved
             );
         }
+        if self.share > 1 {
+            note += &shared(&mut spec, self.share);
+        }
         Ok(Finished { edits: vec![Edit::Spec(Box::new(spec))], note, again: None })
     }
 }
@@ -195,12 +236,33 @@ impl Walker for Walk {
 #[cfg(test)]
 mod tests {
     use super::*;
+    use lacuna_spec::{AttnSpec, FfnSpec, LayerSpec};
 
     #[test]
     fn a_fraction_goes_to_the_nearest_number_of_parts() {
         let of = |x: f64, n: usize| HowMany::Fraction(x).of(n);
         assert_eq!((of(0.1, 30), of(0.25, 30), of(0.5, 30), of(0.0, 30), of(1.0, 30)), (3, 8, 15, 0, 30));
         assert_eq!((HowMany::Count(7).of(3), of(0.3, 1), of(0.7, 1), of(0.4, 0)), (7, 0, 1, 0));
+    }
+
+    #[test]
+    fn neighbours_share_the_first_ones_weights_where_they_are_alike() {
+        let layer =
+            || LayerSpec { attn: Some(AttnSpec::default()), ffn: Some(FfnSpec::default()), ..Default::default() };
+        let mut spec = Spec { layers: (0..6).map(|_| layer()).collect(), ..Spec::default() };
+        spec.layers[1] = LayerSpec::default();
+        spec.layers[5].ffn = Some(FfnSpec { width: 7, ..FfnSpec::default() });
+        let note = shared(&mut spec, 2);
+        let like: Vec<Option<usize>> = spec.layers.iter().map(|l| l.like).collect();
+        assert_eq!(like, [None, None, Some(0), None, Some(3), None], "{note}");
+        assert!(note.contains("[2] use those of 0") && note.contains("[4] use those of 3"), "{note}");
+        let mut spec = Spec { layers: vec![layer(), layer(), layer()], ..Spec::default() };
+        spec.layers[2].ffn = Some(FfnSpec { width: 7, ..FfnSpec::default() });
+        let note = shared(&mut spec, 3);
+        assert!(
+            spec.layers[1].like == Some(0) && spec.layers[2].like.is_none() && note.contains("[2] are made"),
+            "{note}"
+        );
     }
 
     #[test]
@@ -214,6 +276,8 @@ mod tests {
         let said = made(serde_json::json!({ "count": 2, "fraction": 0.5 })).expect_err("refused").what;
         assert!(said.contains("count = 2") && said.contains("fraction = 0.5"), "{said}");
         assert!(made(serde_json::json!({ "fraction": 1.5 })).is_err());
+        let said = made(serde_json::json!({ "part": "ffn", "share": 2 })).expect_err("refused").what;
+        assert!(said.contains("share = 2"), "{said}");
         assert!(made(serde_json::json!({ "part": "attention", "fraction": 0.25 })).is_ok());
     }
 }

@@ -36,6 +36,7 @@ fn wrong(making: &Making<'_>, made: &Made) -> MethodError {
 /// Refuses networks whose blocks are more than attention of heads and an FFN: what can be cut out of those is not known.
 fn plain_blocks(spec: &Spec) -> Result<(), MethodError> {
     let gated = |l: &lacuna_spec::LayerSpec| l.attn.as_ref().is_some_and(|a| a.gate);
+    own_weights(spec)?;
     for (l, layer) in spec.layers.iter().enumerate() {
         let role = match (&layer.mixer, gated(layer)) {
             (Some(_), _) => Role::MixerIn,
@@ -49,6 +50,17 @@ fn plain_blocks(spec: &Spec) -> Result<(), MethodError> {
         )));
     }
     Ok(())
+}
+
+/// Refuses a network with layers that share weights: what changes one layer would change another.
+fn own_weights(spec: &Spec) -> Result<(), MethodError> {
+    match spec.first_like() {
+        None => Ok(()),
+        Some(l) => Err(MethodError::new(format!(
+            "layer {l} uses the weights of layer {}: steps on a network's structure come before layers share weights",
+            spec.weights_of(l)
+        ))),
+    }
 }
 
 /// Refuses a step that `wants` one piece of floats after steps that leave something else.

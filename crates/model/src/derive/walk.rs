@@ -2,7 +2,7 @@
 
 use lacuna_base::Mat;
 use lacuna_format::Weights;
-use lacuna_spec::{Place, Role};
+use lacuna_spec::{Place, Role, SpecError};
 
 use super::block::RecordedBlock;
 use super::loss::RecordedHead;
@@ -62,6 +62,10 @@ pub fn gradients(
 ) -> Result<Vec<f64>, ModelError> {
     let spec = weights.spec();
     spec.check()?;
+    if let Some(l) = spec.first_like() {
+        let what = format!("layer {l} uses the weights of layer {}: gradients are of layers alone", spec.weights_of(l));
+        return Err(SpecError { what }.into());
+    }
     if let Some(short) = sequences.iter().find(|s| s.len() < 2) {
         return Err(ModelError::Short { tokens: short.len() });
     }
