@@ -235,7 +235,10 @@ fn judge(m: &Model, a: &Convert, max_ram: Option<u64>, saved: &mut Saved) -> any
         eval.reference(&tokens, &m.checkpoint).and_then(|mut reference| eval.against(&written, &mut reference));
     bar.finish_and_clear();
     let judged = match judged {
-        Err(e) if e.not_finite => return Ok(json!({"not_measured": e.what})),
+        Err(e) if e.not_finite => {
+            remove(&saved.path);
+            bail!("{}: {} was taken away again (--no-kl keeps such a model)", e.what, saved.path.display());
+        }
         judged => judged?,
     };
     let Some(x) = judged.against else { return Ok(Value::Null) };

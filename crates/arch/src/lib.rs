@@ -208,15 +208,18 @@ fn known(names: fn(&Family) -> &'static [&'static str]) -> String {
     FAMILIES.iter().flat_map(names).copied().collect::<Vec<_>>().join(", ")
 }
 
+/// Every known `model_type`, in words.
+pub fn known_types() -> String {
+    known(|f| f.model_types)
+}
+
 /// The network that a config.json describes.
 pub fn from_config(config: &Value) -> Result<Spec, SpecError> {
     let Some(name) = config.get("model_type").and_then(Value::as_str) else {
         return Err(SpecError { what: "config.json has no model_type".into() });
     };
     let Some(family) = FAMILIES.iter().find(|f| f.model_types.contains(&name)) else {
-        let (near, known) = (nearest(name), known(|f| f.model_types));
-        let what =
-            format!("config.json: model_type is \"{name}\"; the nearest known one is \"{near}\" (known are {known})");
+        let what = format!("config.json: model_type is \"{name}\"; the nearest known one is \"{}\"", nearest(name));
         return Err(SpecError { what });
     };
     for part in [Some(config), config.get("text_config")].into_iter().flatten() {

@@ -3,6 +3,7 @@
 mod gguf_file;
 mod head;
 mod index;
+mod left_out;
 mod lie;
 mod like;
 mod locate;
@@ -216,6 +217,7 @@ pub(crate) fn open_as(
         Err(mut source) => {
             if let Some(near) = arch::nearest_to(config).filter(|_| only.is_none()) {
                 source.what += &like::would_fit(path, near);
+                source.what += &format!(" (known are {})", arch::known_types());
             }
             return Err(OpenError::Spec { file, source });
         }
@@ -224,6 +226,7 @@ pub(crate) fn open_as(
     c.add_safetensors(dir, only, rename)?;
     c.untie();
     c.locate(arch::sources)?;
+    c.left_out()?;
     Ok(c)
 }
 

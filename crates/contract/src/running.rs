@@ -171,6 +171,9 @@ pub enum GateSide {
 pub struct GatePlan {
     /// The matrices, as recipes write them. Those that read the same input share one answer.
     pub targets: Vec<Target>,
+    /// Whether they were named by the user: where a gate cannot stand at one of them, that is an error. Else it stands
+    /// where it can.
+    pub named: bool,
     /// On which side.
     pub side: GateSide,
 }

@@ -13,6 +13,8 @@ use crate::backend::{GateAsk, Reads};
 pub(crate) struct Gating {
     pub(crate) gate: Arc<dyn Gate>,
     targets: Vec<Target>,
+    /// Whether the user named them: see [`lacuna_contract::GatePlan::named`].
+    named: bool,
     read: AtomicU64,
     all: AtomicU64,
 }
@@ -62,6 +64,12 @@ pub(crate) fn refused(place: &Place, e: &MethodError) -> ModelError {
     ModelError::Gate { what: format!("{place}: {e}") }
 }
 
+/// Whether a gate can stand at the matrix at `place`.
+fn gateable(place: &Place) -> bool {
+    let plain = matches!(place.role, Role::Q | Role::K | Role::V | Role::O | Role::Gate | Role::Up | Role::Down);
+    plain && place.expert.is_none()
+}
+
 impl Gating {
     /// Says by name what of the network a gate cannot stand at.
     pub(crate) fn new(gate: &Arc<dyn Gate>, spec: &Spec) -> Result<Arc<Gating>, ModelError> {
@@ -71,25 +79,38 @@ impl Gating {
             return refuse("it leaves out outputs of matrices; only inputs can be left out".into());
         }
         let places: Vec<Place> = spec.places().into_iter().filter(|p| p.part == Part::Weight).collect();
-        if let Some(Target(none)) = plan.targets.iter().find(|t| !places.iter().any(|p| t.matches(p))) {
+        let gating =
+            Gating { gate: Arc::clone(gate), targets: plan.targets, named: plan.named, read: 0.into(), all: 0.into() };
+        if !plan.named {
+            return match places.iter().any(|p| gating.stands_at(p)) {
+                true => Ok(Arc::new(gating)),
+                false => refuse(
+                    "none of the model's matrices can have one; attn.q, k, v and o and ffn.gate, up and \
+                                 down could, where they are no experts'"
+                        .into(),
+                ),
+            };
+        }
+        if let Some(Target(none)) = gating.targets.iter().find(|t| !places.iter().any(|p| t.matches(p))) {
             return refuse(format!("the model has no matrix '{none}'"));
         }
-        let gating = Gating { gate: Arc::clone(gate), targets: plan.targets, read: 0.into(), all: 0.into() };
-        for p in places.iter().filter(|p| gating.stands_at(p)) {
-            let plain = matches!(p.role, Role::Q | Role::K | Role::V | Role::O | Role::Gate | Role::Up | Role::Down);
+        for p in places.iter().filter(|p| gating.targets.iter().any(|t| t.matches(p))) {
             if p.expert.is_some() {
-                return refuse(format!("{p} is an expert's, of which a row reads few anyway; name others as targets"));
+                return refuse(format!(
+                    "{p} is an expert's or a head's own, of which a row reads few anyway; name others as targets \
+                     (targets=attn.*)"
+                ));
             }
-            if !plain {
+            if !gateable(p) {
                 return refuse(format!("{p}: it can stand at attn.q, k, v and o and at ffn.gate, up and down"));
             }
         }
         Ok(Arc::new(gating))
     }
 
-    /// Whether the matrix at `place` is one of its targets.
+    /// Whether it stands at the matrix at `place`.
     pub(crate) fn stands_at(&self, place: &Place) -> bool {
-        self.targets.iter().any(|t| t.matches(place))
+        (self.named || gateable(place)) && self.targets.iter().any(|t| t.matches(place))
     }
 
     /// Counts what rows read.

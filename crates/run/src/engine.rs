@@ -48,6 +48,14 @@ pub enum RunError {
         /// Tokens before.
         tokens: usize,
     },
+    /// The model computed no numbers for an embedding.
+    #[error("the embedding of {tokens} tokens holds {value}: the model is broken or its weights were damaged")]
+    Embedding {
+        /// The value.
+        value: f64,
+        /// Tokens of the text.
+        tokens: usize,
+    },
     /// A sampling setting out of its range.
     #[error("{setting} is {value}; it must be {range}")]
     Setting {

@@ -207,6 +207,11 @@ fn all_below_infinity(logits: &[f32]) -> bool {
     logits.iter().fold(true, |all, l| all & (*l < f32::INFINITY))
 }
 
+/// The token of the first logit that is NaN or +infinity.
+pub(crate) fn broken(logits: &[f32]) -> Option<usize> {
+    (!all_below_infinity(logits)).then(|| first_broken(logits))
+}
+
 /// The first logit that is NaN or +infinity, where there is one.
 fn first_broken(logits: &[f32]) -> usize {
     logits.iter().position(|l| l.is_nan() || *l == f32::INFINITY).unwrap_or_default()

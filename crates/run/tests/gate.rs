@@ -230,7 +230,8 @@ struct Says {
 
 impl Gate for Says {
     fn plan(&self) -> GatePlan {
-        GatePlan { targets: self.targets.iter().map(|t| Target((*t).into())).collect(), side: self.side }
+        let targets = self.targets.iter().map(|t| Target((*t).into())).collect();
+        GatePlan { targets, named: true, side: self.side }
     }
     fn norms(&self, weights: &[MatRef<'_>]) -> Result<Vec<f32>, MethodError> {
         Ok(vec![weights.len() as f32; weights[0].cols()])

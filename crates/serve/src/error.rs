@@ -58,7 +58,9 @@ impl ApiError {
             RunError::Context { .. } => ApiError::bad(param, e.to_string()).code("context_length_exceeded"),
             RunError::Setting { setting, .. } => ApiError::bad(*setting, e.to_string()),
             RunError::Empty | RunError::Template(_) | RunError::Tokenizer(_) => ApiError::bad(param, e.to_string()),
-            RunError::Model(_) | RunError::Logits { .. } | RunError::Request(_) => ApiError::new(500, e.to_string()),
+            RunError::Model(_) | RunError::Logits { .. } | RunError::Embedding { .. } | RunError::Request(_) => {
+                ApiError::new(500, e.to_string())
+            }
         }
     }
 

@@ -539,8 +539,14 @@ impl Spec {
                 return fail(format!("layer {l} uses the weights of layer {n}, which is made otherwise"));
             }
         }
-        finite("embed_scale", self.embed_scale)?;
-        finite("logit_scale", self.logit_scale)?;
+        let factor = |name: &str, x: f32| {
+            if x.is_finite() && x != 0.0 { Ok(()) } else { Err(SpecError { what: format!("{name} is {x}") }) }
+        };
+        factor("embed_scale", self.embed_scale)?;
+        factor("logit_scale", self.logit_scale)?;
+        if let Some(cap) = self.logit_softcap.filter(|c| !(c.is_finite() && *c > 0.0)) {
+            return fail(format!("logits are capped at {cap}"));
+        }
         finite("residual_scale", self.residual_scale)?;
         finite("norm.offset", self.norm.offset)?;
         if !(self.norm.eps >= 0.0 && self.norm.eps < 1.0) {
@@ -574,6 +580,9 @@ impl Spec {
                 dim(&format!("layer {l}: head_dim"), a.head_dim)?;
                 dim(&format!("layer {l}: heads * head_dim"), a.heads.saturating_mul(a.head_dim))?;
                 finite(&format!("layer {l}: attention scale"), a.scale)?;
+                if let Some(cap) = a.softcap.filter(|c| !(c.is_finite() && *c > 0.0)) {
+                    return fail(format!("layer {l}: attention scores are capped at {cap}"));
+                }
                 if !a.heads.is_multiple_of(a.kv_heads) {
                     return fail(format!(
                         "layer {l}: {} query heads do not divide into {} groups",

@@ -28,7 +28,12 @@ pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
     }
     if let Some(packed) = t.get(module, "weight_packed").filter(|p| p.dtype == TensorType::Uint(Elem::U8)) {
         let scale = t.need(module, "weight_scale", &packed)?;
-        let over = t.get(module, "weight_global_scale").map(fp4::Over::Divide);
+        // nvfp4's scales of 8 bits are those of a matrix under one scale more.
+        let over = match scale.dtype {
+            TensorType::Float(Float::F8E4m3) => Some(t.need(module, "weight_global_scale", &packed)?),
+            _ => t.get(module, "weight_global_scale"),
+        };
+        let over = over.map(fp4::Over::Divide);
         return Ok(Some(Arc::new(fp4::Fp4::new(packed, scale, over)?)));
     }
     if let Some(packed) = t.get(module, "weight_packed") {
@@ -40,7 +45,9 @@ pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
     let Some(weight) = t.get(module, "weight") else { return Ok(None) };
     let scale = t.get(module, "weight_scale");
     match (weight.dtype, scale) {
-        (TensorType::Other("I8"), None) => weight.bad(format!("I8, and {module}.weight_scale is missing")),
+        (TensorType::Float(Float::F8E4m3 | Float::F8E5m2) | TensorType::Other("I8"), None) => {
+            weight.bad(format!("{}, and {module}.weight_scale is missing", weight.dtype.name()))
+        }
         (TensorType::Float(Float::F8E4m3 | Float::F8E5m2) | TensorType::Other("I8"), Some(scale)) => {
             let shape = weight.two()?;
             Ok(Some(Arc::new(Plain { bytes: Coded::find(q, t, module, shape, weight.dtype, scale)?, weight, shape })))
@@ -153,6 +160,10 @@ impl Packed {
             }
         };
         let order = t.get(module, "weight_g_idx");
+        if order.is_none() && args.is_some_and(|a| a.ordered) && grid.groups > 1 {
+            return packed
+                .bad(format!("ordered by its configuration (actorder), and {module}.weight_g_idx is missing"));
+        }
         if let Some(o) = &order {
             o.must_be("I32")?;
             o.must_have(&[cols])?;

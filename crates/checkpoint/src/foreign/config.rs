@@ -37,6 +37,8 @@ pub(super) struct Args {
     pub group: Option<usize>,
     /// Rows and columns that share a scale.
     pub block: Option<(usize, usize)>,
+    /// Whether columns were put in an order that a tensor beside the codes tells.
+    pub ordered: bool,
     pub targets: Vec<Target>,
 }
 
@@ -330,6 +332,8 @@ fn weights(w: &Map<String, Value>) -> Result<Args, String> {
         symmetric: flag(w, "symmetric", true)?,
         group: group(w, &["group_size"])?,
         block,
+        // "group": the order is kept; "weight" (or "static") leaves columns where they are. Older files say true.
+        ordered: matches!(w.get("actorder"), Some(Value::Bool(true))) || w.get("actorder") == Some(&"group".into()),
         targets: Vec::new(),
     })
 }
@@ -357,6 +361,7 @@ fn gptq(q: &Map<String, Value>) -> Result<Quantized, String> {
         symmetric: flag(q, "sym", true)?,
         group: group(q, &["group_size"])?,
         block: None,
+        ordered: flag(q, "desc_act", false)?,
         targets: Vec::new(),
     });
     Ok(out)
@@ -379,6 +384,7 @@ fn awq(q: &Map<String, Value>) -> Result<Quantized, String> {
         symmetric: !flag(q, "zero_point", true)?,
         group: group(q, &["group_size", "q_group_size"])?,
         block: None,
+        ordered: false,
         targets: Vec::new(),
     });
     Ok(out)

@@ -37,6 +37,9 @@ pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
     let told = args.map_or(4, |a| a.bits);
     // How many inputs there are is told by the order; else by the bits of the configuration.
     let order = t.get(module, "g_idx").filter(|o| o.shape != [0]);
+    if order.is_none() && args.is_some_and(|a| a.ordered) && groups > 1 {
+        return weight.bad(format!("ordered by its configuration (desc_act), and {module}.g_idx is missing"));
+    }
     let inputs = match &order {
         Some(o) => {
             o.must_be("I32")?;

@@ -24,7 +24,12 @@ pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
             Ok(Some(Arc::new(Plain { bytes: Coded::find(q, t, module, shape, weight.dtype, scale)?, weight, shape })))
         }
         (TensorType::Uint(Elem::U8), Some(scale)) => {
-            let over = t.get(module, "weight_scale_2").map(Over::Multiply);
+            // nvfp4's scales of 8 bits are those of a matrix under one scale more.
+            let over = match scale.dtype {
+                TensorType::Float(Float::F8E4m3) => Some(t.need(module, "weight_scale_2", &weight)?),
+                _ => t.get(module, "weight_scale_2"),
+            };
+            let over = over.map(Over::Multiply);
             Ok(Some(Arc::new(Fp4::new(weight, scale, over)?)))
         }
         (TensorType::Float(Float::F8E4m3 | Float::F8E5m2), None) => {

@@ -72,6 +72,7 @@ pub(crate) fn open_parsed(
     }
     c.problems = problems;
     c.locate(arch::gguf_sources)?;
+    c.left_out()?;
     Ok(c)
 }
 

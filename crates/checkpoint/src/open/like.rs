@@ -2,8 +2,9 @@
 
 use std::path::Path;
 
+use lacuna_arch as arch;
 use lacuna_format::{Pattern, Piece, Stored, Values};
-use serde_json::Value;
+use serde_json::{Value, json};
 
 use super::{Checkpoint, OpenError, open_as};
 use crate::tensor::TensorType;
@@ -21,6 +22,11 @@ pub fn open_like(path: impl AsRef<Path>, family: &str) -> Result<Checkpoint, Ope
     if !config.is_object() || config.get("format").and_then(Value::as_str) == Some(packed::FORMAT) {
         return Err(OpenError::bad(&config_path, "no configuration of a family; it cannot be read as another's"));
     }
+    let known = json!({ "model_type": family });
+    if let Some(near) = arch::nearest_to(&known) {
+        let what = format!("--as {family}: no architecture has that model_type; the nearest known one is {near}");
+        return Err(OpenError::bad(path, what));
+    }
     let said = config["model_type"].as_str().unwrap_or("none").to_owned();
     config["model_type"] = family.into();
     let mut c = open_as(path, path, None, &config, &str::to_owned, None)?;
@@ -31,18 +37,31 @@ pub fn open_like(path: impl AsRef<Path>, family: &str) -> Result<Checkpoint, Ope
             format!("as {family} it would leave tensor {name} unused: it is another network"),
         ));
     }
-    c.notes.push(format!("read as {family}; its configuration calls it {said}, which may mean another computation"));
+    if said != family {
+        c.notes
+            .push(format!("read as {family}; its configuration calls it {said}, which may mean another computation"));
+    }
     Ok(c)
 }
 
-/// Whether a directory of an unknown family could be read as another one, in words.
-pub(super) fn would_fit(path: &Path, family: &str) -> String {
-    match open_like(path, family) {
-        Ok(c) => format!(
-            "; --as {family} would read it: all {} tensors of that family are there with their shapes, and no others",
+/// Whether a directory of an unknown family could be read as another one, in words: the one whose name is `nearest`, or
+/// else the first that fits.
+pub(super) fn would_fit(path: &Path, nearest: &str) -> String {
+    let fits = |family: &str, c: &Checkpoint| {
+        format!(
+            "; --as {family} would read it: all {} tensors of that architecture are there with their shapes, and no \
+             others",
             c.spec.places().len()
-        ),
-        Err(e) => format!("; --as {family} would not fit: {e}"),
+        )
+    };
+    let why = match open_like(path, nearest) {
+        Ok(c) => return fits(nearest, &c),
+        Err(e) => e,
+    };
+    let other = arch::FAMILIES.iter().flat_map(|f| f.model_types).find_map(|f| Some((f, open_like(path, f).ok()?)));
+    match other {
+        Some((family, c)) => fits(family, &c),
+        None => format!("; --as {nearest} would not fit: {why}"),
     }
 }
 

@@ -92,6 +92,16 @@ impl Tokenizer {
                 if let Some(x) = json::not_finite(&v[key]) {
                     return Err(TokenizerError::Broken(format!("{file}: {key} is {x}, not a token's number")));
                 }
+                let number = |x: &Value| x.as_u64().is_some_and(|n| u32::try_from(n).is_ok());
+                let sound = match &v[key] {
+                    Value::Null => true,
+                    Value::Array(all) => all.iter().all(number),
+                    one => number(one),
+                };
+                if !sound {
+                    let what = format!("{file}: {key} is {}, neither a token's number nor a list of such", v[key]);
+                    return Err(TokenizerError::Broken(what));
+                }
             }
         }
 

@@ -28,14 +28,15 @@ use serde::de::{Deserializer, Error};
 use crate::make;
 
 /// What is gated, and how much.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Default, Deserialize)]
 #[serde(deny_unknown_fields, default)]
 struct Wina {
-    /// The matrices whose inputs are gated, as recipes write them.
-    targets: Vec<Target>,
-    /// Fraction of the channels kept, above 0 and up to 1.
-    keep: Kept,
-    /// Where given, channels are kept by this instead: those with a larger product, in units of the output.
+    /// The matrices whose inputs are gated, as recipes write them, or one text with `+` between them; by default
+    /// those of `attn.*` and `ffn.*` that can be.
+    targets: Option<Targets>,
+    /// Fraction of the channels kept, above 0 and up to 1; 0.5 unless `threshold` is given.
+    keep: Option<Kept>,
+    /// In its place: channels are kept whose product is larger than this, in units of the output.
     threshold: Option<Least>,
 }
 
@@ -65,9 +66,27 @@ impl<'de> Deserialize<'de> for Least {
     }
 }
 
-impl Default for Wina {
-    fn default() -> Wina {
-        Wina { targets: ["attn.*", "ffn.*"].map(|t| Target(t.into())).into(), keep: Kept(0.5), threshold: None }
+/// See [`Wina::targets`].
+#[derive(Clone, Debug)]
+struct Targets(Vec<Target>);
+
+impl<'de> Deserialize<'de> for Targets {
+    fn deserialize<D: Deserializer<'de>>(d: D) -> Result<Targets, D::Error> {
+        #[derive(Deserialize)]
+        #[serde(untagged)]
+        enum Said {
+            One(String),
+            Many(Vec<Target>),
+        }
+        let list = match Said::deserialize(d) {
+            Ok(Said::One(text)) => text.split('+').map(|t| Target(t.into())).collect(),
+            Ok(Said::Many(list)) => list,
+            Err(_) => Vec::new(),
+        };
+        match list.iter().all(|t| !t.0.is_empty()) && !list.is_empty() {
+            true => Ok(Targets(list)),
+            false => Err(D::Error::custom("write targets with + between them, such as attn.*+ffn.down, or a list")),
+        }
     }
 }
 
@@ -85,13 +104,21 @@ pub(crate) fn method() -> RunMethod {
             abilities: &[],
         },
         keys: make::keys::<Wina>,
-        make: |given, _| Ok(MadeRunning::Gate(Arc::new(make::parameters::<Wina>("wina", given)?))),
+        make: |given, _| {
+            let wina = make::parameters::<Wina>("wina", given)?;
+            if wina.keep.is_some() && wina.threshold.is_some() {
+                return Err(MethodError::new("keep and threshold: give one of them"));
+            }
+            Ok(MadeRunning::Gate(Arc::new(wina)))
+        },
     }
 }
 
 impl Gate for Wina {
     fn plan(&self) -> GatePlan {
-        GatePlan { targets: self.targets.clone(), side: GateSide::Inputs }
+        let all = || Targets(["attn.*", "ffn.*"].map(|t| Target(t.into())).into());
+        let targets = self.targets.clone().unwrap_or_else(all).0;
+        GatePlan { targets, named: self.targets.is_some(), side: GateSide::Inputs }
     }
 
     fn norms(&self, weights: &[MatRef<'_>]) -> Result<Vec<f32>, MethodError> {
@@ -126,7 +153,8 @@ impl Gate for Wina {
         if let Some(Least(t)) = self.threshold {
             return Ok(above(t).collect());
         }
-        let keep = ((self.keep.0 * n as f64).round() as usize).clamp(1, n.max(1));
+        let keep = self.keep.map_or(0.5, |k| k.0);
+        let keep = ((keep * n as f64).round() as usize).clamp(1, n.max(1));
         if keep >= n {
             return Ok((0..n as u32).collect());
         }
@@ -154,7 +182,7 @@ mod tests {
     use lacuna_base::{Mat, Rng};
 
     fn keeping(keep: f64) -> Wina {
-        Wina { keep: Kept(keep), ..Wina::default() }
+        Wina { keep: Some(Kept(keep)), ..Wina::default() }
     }
 
     /// The squared change of `W x` where only `kept` is read.
@@ -250,5 +278,15 @@ mod tests {
             let said = make::parameters::<Wina>("wina", given).expect_err("refused").what;
             assert!(said.contains("write a"), "{said}");
         }
+        let made = |keys: serde_json::Value| (method().make)(keys, 0).map(|_| ());
+        let said = made(serde_json::json!({ "keep": 0.5, "threshold": 1.0 })).expect_err("refused").what;
+        assert!(said.contains("give one of them"), "{said}");
+        for none in [serde_json::json!([]), serde_json::json!(""), serde_json::json!("attn.*+")] {
+            let said = made(serde_json::json!({ "targets": none })).expect_err("refused").what;
+            assert!(said.contains("attn.*+ffn.down"), "{said}");
+        }
+        let given = serde_json::json!({ "targets": "attn.o+ffn.*" });
+        let plan = make::parameters::<Wina>("wina", given).expect("keys").plan();
+        assert!(plan.named && plan.targets.len() == 2 && plan.targets[1].0 == "ffn.*", "{plan:?}");
     }
 }

@@ -358,17 +358,22 @@ impl Scheduler {
                 // A block is left for each text at work.
                 self.store.snapshot(a.slot(), a.tokens.len(), texts);
             }
-            if p.wants > 0 {
-                wanted.push((p.index, rows.end - p.wants..rows.end));
-            }
             if let Some(s) = a.score.as_mut().filter(|s| s.done < a.prompt_tokens) {
                 // The row at a position says what comes behind it.
                 let prompt = &a.tokens[..a.prompt_tokens];
                 let read = hidden.view().rows_range(rows.start, rows.end - p.drafted);
-                let known = s.score(&self.engine.model().head, prompt, p.from, read);
-                if !known.is_empty() {
-                    on(a.id, Event::Read(known));
+                match s.score(&self.engine.model().head, prompt, p.from, read) {
+                    Ok(known) if known.is_empty() => {}
+                    Ok(known) => on(a.id, Event::Read(known)),
+                    Err(e) => {
+                        on(a.id, Event::Failed(e));
+                        over.push(p.index);
+                        continue;
+                    }
                 }
+            }
+            if p.wants > 0 {
+                wanted.push((p.index, rows.end - p.wants..rows.end));
             }
             if a.is_answered() && p.to == a.tokens.len() {
                 on(a.id, Event::Finished(a.finished(Stop::MaxTokens)));
@@ -382,7 +387,14 @@ impl Scheduler {
                     Pooling::Mean => add_rows(sum, x.view()),
                 }
                 if p.to == a.tokens.len() {
-                    on(a.id, Event::Embedding { vector: unit(sum), tokens: a.tokens.len() });
+                    let broken = sum.iter().find(|x| !x.is_finite()).copied();
+                    on(
+                        a.id,
+                        match broken {
+                            Some(value) => Event::Failed(RunError::Embedding { value, tokens: a.tokens.len() }),
+                            None => Event::Embedding { vector: unit(sum), tokens: a.tokens.len() },
+                        },
+                    );
                     over.push(p.index);
                 }
             }

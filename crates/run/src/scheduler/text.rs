@@ -11,6 +11,7 @@ use super::HEAD_ROWS;
 use super::draft::Drafter;
 use crate::generate::StopFilter;
 use crate::request::{Event, Finished, Grammar, Picked, Pooling};
+use crate::sampler::broken;
 use crate::{Generation, Probability, RunError, Sampler, Stop};
 
 /// A text and where it stands.
@@ -50,8 +51,14 @@ pub(super) struct Scoring {
 
 impl Scoring {
     /// The tokens of `prompt` that the rows of positions from `from` on predict and that were not told before. A text
-    /// that is read again tells nothing twice.
-    pub fn score(&mut self, head: &Head, prompt: &[u32], from: usize, rows: MatRef<'_>) -> Vec<Picked> {
+    /// that is read again tells nothing twice. An error where the model computed no numbers.
+    pub fn score(
+        &mut self,
+        head: &Head,
+        prompt: &[u32],
+        from: usize,
+        rows: MatRef<'_>,
+    ) -> Result<Vec<Picked>, RunError> {
         // The row of the last token predicts what is no part of the prompt.
         let to = (from + rows.rows()).min(prompt.len() - 1);
         let mut out = Vec::new();
@@ -59,13 +66,18 @@ impl Scoring {
             let (first, next) = (self.done - 1, to.min(self.done - 1 + HEAD_ROWS));
             let logits = head.logits(rows.rows_range(first - from, next - from));
             let (logits, top) = (logits.view(), self.top);
+            for r in 0..next - first {
+                if let Some(token) = broken(logits.row(r)) {
+                    return Err(RunError::Logits { token, value: logits.row(r)[token], tokens: first + r + 1 });
+                }
+            }
             out.par_extend((0..next - first).into_par_iter().map(|r| {
                 let id = prompt[first + r + 1];
                 Picked { id, probability: Some(Probability::of(logits.row(r), id, top)) }
             }));
             self.done = next + 1;
         }
-        out
+        Ok(out)
     }
 }
 

@@ -33,6 +33,9 @@ pub trait Dialect: Send {
         Some(": still at work\n\n")
     }
 
+    /// The first of a whole answer has come.
+    fn came(&mut self) {}
+
     /// A whole answer.
     fn whole(&mut self, answer: Value) -> Result<Value, ApiError>;
 }

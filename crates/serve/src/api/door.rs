@@ -80,6 +80,10 @@ impl App {
         let most = self.limits.body_bytes;
         let told = request.headers().get(header::CONTENT_LENGTH).and_then(|v| v.to_str().ok()?.parse::<usize>().ok());
         let too_long = told.is_some_and(|n| n > most);
+        // Nobody takes in so much to be polite.
+        if told.is_some_and(|n| n > DROPPED.max(most)) {
+            return Err(too_large(most));
+        }
         let refused = self.closed().or_else(|| self.worker.is_full().then(|| self.full()));
         if request.headers().contains_key(header::EXPECT)
             && let Some(why) = too_long.then(|| too_large(most)).or_else(|| refused.clone())

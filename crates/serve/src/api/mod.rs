@@ -113,6 +113,7 @@ async fn run(app: &App, prepared: Prepared, ticket: Ticket) -> Answer {
     let all = async {
         while let Some((choice, event)) = answers.next().await {
             reply.take(choice, event)?;
+            dialect.came();
         }
         Ok::<(), ApiError>(())
     };

@@ -400,6 +400,10 @@ impl Dialect for Told {
         None
     }
 
+    fn came(&mut self) {
+        self.first.get_or_insert_with(Instant::now);
+    }
+
     fn whole(&mut self, answer: Value) -> Result<Value, ApiError> {
         let choice = &answer["choices"][0];
         let message = &choice["message"];

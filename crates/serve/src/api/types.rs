@@ -203,7 +203,7 @@ pub fn answer_tokens(
     most: usize,
 ) -> Result<usize, ApiError> {
     let room = context.saturating_sub(prompt);
-    if room == 0 {
+    if room == 0 && (prompt > context || asked.is_none_or(|(_, n)| n > 0)) {
         let text = format!("the prompt has {prompt} tokens; the context of {context} leaves no room for an answer");
         return Err(ApiError::bad("messages", text).code("context_length_exceeded"));
     }

@@ -9,7 +9,7 @@ const ACTIVATIONS: &str = "rounding of activations is recorded, which is not don
 
 fn floats(bits: u8, group: Option<usize>, block: Option<(usize, usize)>) -> Args {
     let targets = vec![Target::Name("Linear".into())];
-    Args { bits, float: true, symmetric: true, group, block, targets }
+    Args { bits, float: true, symmetric: true, group, block, ordered: false, targets }
 }
 
 /// DeepSeek's and Qwen's fp8 (`fp8`) and FBGEMM's: bytes of e4m3 with scales of blocks, rows or a tensor.
@@ -92,7 +92,7 @@ pub(super) fn mlx(q: &Map<String, Value>) -> Result<Quantized, String> {
     let args = |q: &Map<String, Value>, targets: Vec<Target>, float: bool| -> Result<Args, String> {
         let bits = bits(q, &["bits"], None)?;
         let group = group(q, &["group_size"])?;
-        Ok(Args { bits, float, symmetric: float, group, block: None, targets })
+        Ok(Args { bits, float, symmetric: float, group, block: None, ordered: false, targets })
     };
     let float = match mode {
         "affine" => false,
