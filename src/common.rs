@@ -1,8 +1,9 @@
 //! What every verb shares: pulling, opening, printing, progress.
 
+use std::io::IsTerminal;
 use std::path::{Path, PathBuf};
-use std::sync::{Arc, Mutex, Once};
-use std::time::Duration;
+use std::sync::{Arc, Mutex, Once, PoisonError};
+use std::time::{Duration, Instant};
 
 use anyhow::{Context, Result};
 use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
@@ -271,7 +272,7 @@ pub fn read_text(path: &Path) -> Result<String> {
     if std::fs::metadata(path).is_ok_and(|m| !m.is_file()) {
         anyhow::bail!("{}: no file, where a text file is expected", path.display());
     }
-    let bytes = std::fs::read(path).with_context(|| format!("the text file '{}'", path.display()))?;
+    let bytes = std::fs::read(path).with_context(|| format!("the file '{}'", path.display()))?;
     let text = String::from_utf8(bytes).with_context(|| format!("{}: this is no UTF-8 text", path.display()))?;
     // Line ends as everywhere else in this field: perplexities of a file must not depend on the system that wrote it.
     Ok(lacuna_eval::normal_lines(&text))
@@ -354,6 +355,21 @@ impl lacuna_pull::Progress for PullBar {
     }
 }
 
+/// Says how far long work is where no bar is drawn: every half minute, the first half of one in silence.
+pub fn tell_slowly(name: &str, done: u64, total: Option<u64>, what: &str) {
+    static LAST: Mutex<Option<Instant>> = Mutex::new(None);
+    if std::io::stderr().is_terminal() {
+        return;
+    }
+    let mut last = LAST.lock().unwrap_or_else(PoisonError::into_inner);
+    if last.get_or_insert_with(Instant::now).elapsed() < Duration::from_secs(30) {
+        return;
+    }
+    *last = Some(Instant::now());
+    let of = total.map_or_else(String::new, |n| format!(" of {n}"));
+    say(format!("{name}: {done}{of}{}{what}", if what.is_empty() { "" } else { ", " }));
+}
+
 /// Draws what a compression does.
 #[derive(Default)]
 pub struct CompressBar(Option<ProgressBar>);
@@ -370,6 +386,7 @@ impl lacuna_compress::Progress for CompressBar {
         if let Some(b) = &self.0 {
             b.set_position(done);
             b.set_message(what.to_owned());
+            tell_slowly(&b.prefix(), done, b.length(), what);
             if b.length() == Some(done) {
                 b.finish_and_clear();
             }

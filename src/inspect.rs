@@ -8,7 +8,7 @@ use lacuna_base::units::show_bytes;
 use lacuna_checkpoint::{Adapter, Checkpoint, Found, OpenError, Problem, Tokenizer, TokenizerError};
 use lacuna_eval::Table;
 use lacuna_format::Weights;
-use lacuna_spec::{Part, Place};
+use lacuna_spec::{Mixer, Part, Place, Spec};
 use serde_json::{Value, json};
 
 use crate::cli::{Global, Inspect};
@@ -147,6 +147,31 @@ fn closed(g: &Global, a: &Inspect, path: &Path, e: OpenError) -> anyhow::Result<
 }
 
 /// Runs the verb.
+/// What else makes the network what it is: latents, mixers, experts.
+fn beyond(spec: &Spec) -> String {
+    let mut page = String::new();
+    if let Some(m) = spec.layers.iter().find_map(|l| l.attn.as_ref()?.latent.as_ref()) {
+        page += &format!(" over a latent of {}", m.rank);
+    }
+    let mixers: Vec<&str> = (spec.layers.iter().filter_map(|l| l.mixer.as_ref()))
+        .map(|m| match m {
+            Mixer::ShortConv(_) => "short convolutions",
+            Mixer::Ssd(_) => "Mamba-2 mixers",
+            Mixer::Delta(_) => "gated delta rules",
+        })
+        .collect();
+    if let Some(name) = mixers.first() {
+        let attention = spec.layers.iter().filter(|l| l.attn.is_some()).count();
+        page += &format!(", {name} in {} layers and attention in {attention}", mixers.len());
+    }
+    let experts: Vec<_> = spec.layers.iter().filter_map(|l| l.ffn.as_ref()?.experts).collect();
+    if let Some(e) = experts.first() {
+        let shared = if e.shared.is_some() { " beside a shared one" } else { "" };
+        page += &format!(", {} experts in {} layers, a token uses {}{shared}", e.count, experts.len(), e.used);
+    }
+    page
+}
+
 pub fn run(g: &Global, a: &Inspect) -> anyhow::Result<ExitCode> {
     let (path, adapter) = common::find(g, &a.model)?;
     let examined = match &g.read_as {
@@ -198,6 +223,7 @@ pub fn run(g: &Global, a: &Inspect) -> anyhow::Result<ExitCode> {
     common::print(g, &out, || {
         let one = spec.layers.iter().find_map(|l| l.attn.as_ref());
         let heads = one.map_or_else(String::new, |x| format!(", {}/{} heads of {}", x.heads, x.kv_heads, x.head_dim));
+        let heads = heads + &beyond(spec);
         let mut page = format!(
             "{} ({:?}): {} layers, hidden {}{heads}, vocabulary {}, context {}{}\n",
             spec.arch,

@@ -120,10 +120,11 @@ pub fn card(a: &cli::Fit, f: &Fitted, d: &compress::Done) -> String {
     }
     let _ = writeln!(
         c,
-        "\nCalibrated on {} sequences of {} tokens of {} (sha256 of the tokens {}). Made again by `lacuna compress {} \
-         --recipe {}{} --out DIR`, Lacuna {}.",
-        d.outcomes.calibration.0,
-        d.outcomes.calibration.1,
+        "\n{} {} (sha256 of the tokens {}). Made again by `lacuna compress {} --recipe {}{} --out DIR`, Lacuna {}.",
+        match d.outcomes.calibration {
+            (0, _) => "No step of the recipe reads calibration text; levels were chosen on".to_owned(),
+            (n, len) => format!("Calibrated on {n} sequences of {len} tokens of"),
+        },
         match &a.calibration[..] {
             [] => "the text that Lacuna carries".to_owned(),
             texts => texts.iter().map(|t| t.path.display().to_string()).collect::<Vec<_>>().join(", "),

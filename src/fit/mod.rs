@@ -198,7 +198,9 @@ impl Measure for Trials<'_> {
 
     fn tell(&mut self, trial: usize, bytes: u64, kl: f64) {
         self.bar.set_position(trial as u64);
-        self.bar.set_message(format!("{}, KL {kl:.4}", show_bytes(bytes)));
+        let what = format!("{}, KL {kl:.4}", show_bytes(bytes));
+        common::tell_slowly(&self.bar.prefix(), trial as u64, self.bar.length(), &what);
+        self.bar.set_message(what);
     }
 }
 

@@ -21,7 +21,8 @@ impl Table {
         self
     }
 
-    /// The table as text, columns aligned, two spaces between them, a rule under the head; a newline behind every line.
+    /// The table as text, columns aligned, two spaces between them, a rule under the head (neither where no column has
+    /// a name); a newline behind every line.
     pub fn text(&self) -> String {
         let columns = self.rows.iter().map(Vec::len).chain([self.head.len()]).max().unwrap_or(0);
         let cell = |row: &'_ [String], c: usize| row.get(c).cloned().unwrap_or_default();
@@ -38,7 +39,8 @@ impl Table {
             (0..columns).map(pad).collect::<Vec<_>>().join("  ").trim_end().to_string() + "\n"
         };
         let rule: Vec<String> = widths.iter().map(|&w| "-".repeat(w)).collect();
-        line(&self.head) + &line(&rule) + &self.rows.iter().map(|r| line(r)).collect::<String>()
+        let head = if self.head.iter().all(String::is_empty) { String::new() } else { line(&self.head) + &line(&rule) };
+        head + &self.rows.iter().map(|r| line(r)).collect::<String>()
     }
 }
 
@@ -54,5 +56,6 @@ mod tests {
             t.text(),
             "model     ppl     bytes\n------  -----  --------\nf16     12.31  269.0 MB\ngrößer    9.8\n"
         );
+        assert_eq!(Table::new(["", ""]).row(["loss", "3.1"]).text(), "loss  3.1\n");
     }
 }

@@ -170,6 +170,7 @@ fn form(path: &str) -> Form {
     match endpoint(path) {
         "/v1/messages" | "/v1/messages/count_tokens" => Form::Anthropic,
         "/api/version" | "/api/tags" | "/api/ps" | "/api/show" | "/api/chat" | "/api/generate" => Form::Ollama,
+        "other" if path.starts_with("/api/") => Form::Ollama,
         _ => Form::OpenAi,
     }
 }

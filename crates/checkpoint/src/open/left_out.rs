@@ -62,7 +62,10 @@ impl Checkpoint {
         let (n, named) = (unused.len(), unused.iter().take(NAMED).map(|t| t.name.as_str()).collect::<Vec<_>>());
         let more = if n > NAMED { format!(" and {} more (`inspect` lists them)", n - NAMED) } else { String::new() };
         let what = format!("not part of the network as {says} describes it: {}{more}", named.join(", "));
-        self.notes.push(what);
+        // Who examines a model is shown all of them.
+        if self.problems.is_none() {
+            self.notes.push(what);
+        }
         Ok(())
     }
 }

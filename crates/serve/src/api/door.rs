@@ -73,8 +73,9 @@ impl App {
         let kind = request.headers().get(header::CONTENT_TYPE).and_then(|v| v.to_str().ok()).unwrap_or_default();
         let kind = kind.split(';').next().unwrap_or_default().trim();
         // Some of Ollama's clients say nothing. A page from elsewhere could do that unasked, but says where it is from.
-        let silent = kind.is_empty() && name.starts_with("Ollama") && !request.headers().contains_key(header::ORIGIN);
-        if !silent && !kind.eq_ignore_ascii_case("application/json") {
+        // curl says a form unless told, and Ollama takes that.
+        let any = name.starts_with("Ollama") && !request.headers().contains_key(header::ORIGIN);
+        if !any && !kind.eq_ignore_ascii_case("application/json") {
             return Err(ApiError::new(415, "send JSON with the header Content-Type: application/json"));
         }
         let most = self.limits.body_bytes;
