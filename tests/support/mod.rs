@@ -158,6 +158,24 @@ pub fn families() -> Vec<(&'static str, Value)> {
             ),
         ),
         (
+            "qwen3_next",
+            with(
+                json!({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+            "partial_rotary_factor": 0.25, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+            "shared_expert_intermediate_size": 256}),
+            ),
+        ),
+        (
+            "qwen3_5_moe",
+            with(
+                json!({"model_type": "qwen3_5_moe_text", "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+            "partial_rotary_factor": 0.25, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+            "shared_expert_intermediate_size": 256}),
+            ),
+        ),
+        (
             "mamba2",
             json!({"model_type": "mamba2", "vocab_size": 603, "hidden_size": 256, "num_hidden_layers": 3, "num_heads": 8,
             "head_dim": 64, "expand": 2, "n_groups": 2, "state_size": 64, "layer_norm_epsilon": 1e-5, "bos_token_id": 1,

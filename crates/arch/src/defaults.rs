@@ -380,6 +380,15 @@ fn defaults(class: &str) -> Value {
             "linear_key_head_dim": 128, "linear_value_head_dim": 128, "linear_num_key_heads": 16,
             "linear_num_value_heads": 32, "layer_types": null,
         }),
+        "qwen3_5_moe" => json!({
+            "vocab_size": 248_320, "hidden_size": 2048, "num_hidden_layers": 40, "num_attention_heads": 16,
+            "num_key_value_heads": 2, "head_dim": 256, "hidden_act": "silu", "max_position_embeddings": 32768,
+            "rms_norm_eps": 1e-6, "tie_word_embeddings": false, "rope_theta": 1e4, "partial_rotary_factor": 0.25,
+            "attention_bias": false, "linear_conv_kernel_dim": 4, "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128, "linear_num_key_heads": 16, "linear_num_value_heads": 32,
+            "moe_intermediate_size": 512, "shared_expert_intermediate_size": 512, "num_experts_per_tok": 8,
+            "num_experts": 256, "layer_types": null,
+        }),
         "mamba2" => json!({
             "num_heads": 128, "head_dim": 64, "vocab_size": 32768, "hidden_size": 4096, "state_size": 128,
             "num_hidden_layers": 64, "layer_norm_epsilon": 1e-5, "expand": 2, "conv_kernel": 4, "n_groups": 8,

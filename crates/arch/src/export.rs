@@ -108,12 +108,21 @@ pub fn norm_factor(spec: &Spec, place: &Place) -> f32 {
 }
 
 /// The families whose GGUF files keep the rows of q and k so that RoPE pairs neighbours.
-const NEIGHBOURS: [&str; 8] = ["granitemoe", "llama", "mistral", "mixtral", "ministral3", "smollm3", "granite", "olmo"];
+const NEIGHBOURS: [&str; 8] = [
+    "granitemoe",
+    "llama",
+    "mistral",
+    "mixtral",
+    "ministral3",
+    "smollm3",
+    "granite",
+    "olmo",
+];
 /// The families in which RoPE pairs neighbours in every file.
 pub(super) const INTERLEAVED: [&str; 10] =
     ["glm", "glm4", "cohere", "cohere2", "ernie4_5", "helium", "gptj", "deepseek_v2", "deepseek_v3", "ernie4_5_moe"];
 /// The families whose Hugging Face files keep a norm's scale less one.
-const LESS_ONE: [&str; 6] = ["gemma", "gemma2", "gemma3", "nemotron", "qwen3_next", "qwen3_5"];
+const LESS_ONE: [&str; 7] = ["gemma", "gemma2", "gemma3", "nemotron", "qwen3_next", "qwen3_5", "qwen3_5_moe"];
 /// The families whose embedding is scaled by the root of its width.
 const SCALED: [&str; 3] = ["gemma", "gemma2", "gemma3"];
 /// The families whose config.json has one word for the biases of q, k, v and o of all layers.

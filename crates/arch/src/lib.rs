@@ -193,6 +193,7 @@ pub const FAMILIES: &[Family] = &[
     lfm2::LFM2,
     qwen_next::QWEN3_NEXT,
     qwen_next::QWEN3_5,
+    qwen_next::QWEN3_5_MOE,
     mamba::MAMBA2,
     mamba::BAMBA,
 ];
