@@ -86,6 +86,11 @@ MODELS = {
         pad_token_id=0, tie_word_embeddings=True, use_conv_bias=False)),
     "bamba": ("BambaConfig", "BambaForCausalLM", base(
         num_hidden_layers=3, attn_layer_indices=[1], **MAMBA)),
+    # Experts and one beside them, no positions; every multiplier is something else than 1.
+    "granitemoehybrid": ("GraniteMoeHybridConfig", "GraniteMoeHybridForCausalLM", base(
+        num_hidden_layers=3, layer_types=["mamba", "attention", "mamba"], num_local_experts=4, num_experts_per_tok=2,
+        intermediate_size=12, shared_intermediate_size=20, position_embedding_type=None, embedding_multiplier=3.0,
+        logits_scaling=0.5, residual_multiplier=0.7, attention_multiplier=0.2, **MAMBA)),
     # What is shared alone; attention turns.
     "granitemoehybrid_dense": ("GraniteMoeHybridConfig", "GraniteMoeHybridForCausalLM", base(
         num_hidden_layers=3, layer_types=["mamba", "attention", "mamba"], num_local_experts=0,

@@ -176,6 +176,19 @@ pub fn families() -> Vec<(&'static str, Value)> {
             ),
         ),
         (
+            "bamba",
+            with(json!({"model_type": "bamba", "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 64,
+            "mamba_n_groups": 2, "mamba_d_state": 64, "mamba_expand": 2})),
+        ),
+        (
+            "granitemoehybrid",
+            with(json!({"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention", "mamba"],
+            "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_n_groups": 2, "mamba_d_state": 64, "mamba_expand": 2,
+            "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256, "shared_intermediate_size": 256,
+            "embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.0625,
+            "logits_scaling": 2.0})),
+        ),
+        (
             "mamba2",
             json!({"model_type": "mamba2", "vocab_size": 603, "hidden_size": 256, "num_hidden_layers": 3, "num_heads": 8,
             "head_dim": 64, "expand": 2, "n_groups": 2, "state_size": 64, "layer_norm_epsilon": 1e-5, "bos_token_id": 1,

@@ -402,6 +402,16 @@ fn defaults(class: &str) -> Value {
             "mamba_d_conv": 4, "mamba_expand": 2, "mamba_conv_bias": true, "mamba_proj_bias": false,
             "attention_bias": false, "mlp_bias": false,
         }),
+        "granitemoehybrid" => json!({
+            "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 11008, "num_hidden_layers": 32,
+            "num_attention_heads": 32, "num_key_value_heads": null, "hidden_act": "silu",
+            "max_position_embeddings": 2048, "rms_norm_eps": 1e-6, "tie_word_embeddings": false, "rope_theta": 1e4,
+            "attention_bias": false, "embedding_multiplier": 1.0, "logits_scaling": 1.0, "residual_multiplier": 1.0,
+            "attention_multiplier": 1.0, "num_local_experts": 8, "num_experts_per_tok": 2,
+            "shared_intermediate_size": 1024, "position_embedding_type": null, "layer_types": null,
+            "mamba_n_heads": 128, "mamba_d_head": "auto", "mamba_n_groups": 1, "mamba_d_state": 256,
+            "mamba_d_conv": 4, "mamba_expand": 2, "mamba_conv_bias": true, "mamba_proj_bias": false,
+        }),
         _ => Value::Null,
     }
 }

@@ -108,8 +108,10 @@ pub fn norm_factor(spec: &Spec, place: &Place) -> f32 {
 }
 
 /// The families whose GGUF files keep the rows of q and k so that RoPE pairs neighbours.
-const NEIGHBOURS: [&str; 8] = [
+const NEIGHBOURS: [&str; 10] = [
     "granitemoe",
+    "granitemoehybrid",
+    "bamba",
     "llama",
     "mistral",
     "mixtral",
@@ -126,7 +128,8 @@ const LESS_ONE: [&str; 7] = ["gemma", "gemma2", "gemma3", "nemotron", "qwen3_nex
 /// The families whose embedding is scaled by the root of its width.
 const SCALED: [&str; 3] = ["gemma", "gemma2", "gemma3"];
 /// The families whose config.json has one word for the biases of q, k, v and o of all layers.
-const ATTENTION_BIAS: [&str; 17] = [
+const ATTENTION_BIAS: [&str; 18] = [
+    "granitemoehybrid",
     "llama",
     "qwen3",
     "qwen3_moe",
@@ -180,6 +183,11 @@ pub fn hf_spec(spec: &Spec) -> Result<Spec, SpecError> {
     if out.arch == "llama" && attns.clone().next().is_some() && attns.all(|a| a.window.is_some()) {
         out.arch = "mistral".into();
     }
+    // Half of each head turns in Bamba, all of it or nothing in Granite 4.
+    let turns = |l: &LayerSpec| l.attn.as_ref().and_then(|a| Some(a.rope.as_ref()?.dims < a.head_dim));
+    if out.arch == "granitemoehybrid" && out.layers.iter().any(|l| turns(l) == Some(true)) {
+        out.arch = "bamba".into();
+    }
     open_biases(&mut out);
     out.layers.iter_mut().filter_map(|l| l.mixer.as_mut()).for_each(|m| mixers::set_form(m, true, false));
     Ok(out)
@@ -206,6 +214,17 @@ fn open_biases(spec: &mut Spec) {
     }
 }
 
+/// llama.cpp has one name for Granite 4 and Bamba; where no layer of Granite 4 has a mixer, its files are Granite 3's.
+fn hybrid_as_gguf(spec: &mut Spec) {
+    if spec.arch == "bamba" {
+        spec.arch = "granitemoehybrid".into();
+    }
+    if spec.arch == "granitemoehybrid" && spec.first_mixer().is_none() {
+        let mixture = spec.layers.iter().any(|l| l.ffn.as_ref().is_some_and(|f| f.experts.is_some()));
+        spec.arch = if mixture { "granitemoe" } else { "granite" }.into();
+    }
+}
+
 /// The network as a GGUF file holds it.
 pub fn gguf_spec(spec: &Spec) -> Result<Spec, SpecError> {
     let mut out = spec.clone();
@@ -213,6 +232,7 @@ pub fn gguf_spec(spec: &Spec) -> Result<Spec, SpecError> {
     if spec.arch == "mistral" {
         out.arch = "llama".into();
     }
+    hybrid_as_gguf(&mut out);
     if LESS_ONE.contains(&spec.arch.as_str()) {
         out.norm.offset = 0.0;
     }

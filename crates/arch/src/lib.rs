@@ -28,6 +28,7 @@ mod gpt_oss;
 mod gptj;
 mod granite;
 mod granitemoe;
+mod granitemoehybrid;
 mod helium;
 mod hunyuan;
 mod hunyuan_v1_moe;
@@ -196,6 +197,7 @@ pub const FAMILIES: &[Family] = &[
     qwen_next::QWEN3_5_MOE,
     mamba::MAMBA2,
     mamba::BAMBA,
+    granitemoehybrid::GRANITEMOEHYBRID,
 ];
 
 fn family(spec: &Spec) -> Result<&'static Family, SpecError> {
