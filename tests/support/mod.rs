@@ -189,6 +189,14 @@ pub fn families() -> Vec<(&'static str, Value)> {
             "logits_scaling": 2.0})),
         ),
         (
+            "falcon_h1",
+            with(json!({"model_type": "falcon_h1", "mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64,
+            "mamba_n_groups": 2, "mamba_d_state": 64, "mamba_rms_norm": true, "mamba_norm_before_gate": false,
+            "lm_head_multiplier": 0.5, "embedding_multiplier": 2.0, "mlp_multipliers": [0.8, 1.25], "key_multiplier": 0.7,
+            "attention_out_multiplier": 0.9, "ssm_multipliers": [0.7, 1.1, 0.9, 1.2, 0.8], "ssm_in_multiplier": 1.25,
+            "ssm_out_multiplier": 0.75})),
+        ),
+        (
             "mamba2",
             json!({"model_type": "mamba2", "vocab_size": 603, "hidden_size": 256, "num_hidden_layers": 3, "num_heads": 8,
             "head_dim": 64, "expand": 2, "n_groups": 2, "state_size": 64, "layer_norm_epsilon": 1e-5, "bos_token_id": 1,

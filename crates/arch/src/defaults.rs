@@ -412,6 +412,17 @@ fn defaults(class: &str) -> Value {
             "mamba_n_heads": 128, "mamba_d_head": "auto", "mamba_n_groups": 1, "mamba_d_state": 256,
             "mamba_d_conv": 4, "mamba_expand": 2, "mamba_conv_bias": true, "mamba_proj_bias": false,
         }),
+        "falcon_h1" => json!({
+            "vocab_size": 128_000, "tie_word_embeddings": false, "hidden_size": 4096, "intermediate_size": 14336,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_act": "silu",
+            "rms_norm_eps": 1e-5, "max_position_embeddings": 8192, "rope_theta": 1e4, "mamba_d_ssm": 1024,
+            "mamba_n_heads": 128, "mamba_d_head": "auto", "mamba_n_groups": 1, "mamba_d_state": 256,
+            "mamba_d_conv": 4, "mamba_expand": 2, "mamba_conv_bias": true, "mamba_proj_bias": false,
+            "mamba_norm_before_gate": true, "mamba_rms_norm": false, "projectors_bias": false,
+            "lm_head_multiplier": 1.0, "embedding_multiplier": 1.0, "mlp_multipliers": null, "key_multiplier": 1.0,
+            "attention_out_multiplier": 1.0, "attention_in_multiplier": 1.0, "ssm_multipliers": null,
+            "ssm_in_multiplier": 1.0, "ssm_out_multiplier": 1.0, "attention_bias": false, "mlp_bias": false,
+        }),
         _ => Value::Null,
     }
 }

@@ -4,7 +4,7 @@
 //! and k, a norm's scale less one) shows as a difference between the two [`Spec`]s, from which a writer sees what to
 //! rearrange.
 
-use super::{GgufKeys, Source, SourceOf, family, mixers, rope};
+use super::{GgufKeys, Source, SourceOf, falcon_h1, family, mixers, rope};
 use lacuna_spec::{LayerSpec, QkNorm, RopeScaling, RopeStyle, Spec, SpecError};
 use lacuna_spec::{Part, Place, Role};
 
@@ -105,6 +105,17 @@ pub fn norm_factor(spec: &Spec, place: &Place) -> f32 {
         Some(n) if stream && place.part == Part::Weight => (n as f64 / spec.hidden as f64).sqrt() as f32,
         _ => 1.0,
     }
+}
+
+/// What the values of row `row` of a place are multiplied with where a layout has its factors in the weights: `from` is
+/// the network as it is stored, its layer `layer` that of the place; `to` the network as the layout holds it.
+pub fn fold(from: &Spec, layer: Option<usize>, to: &Spec, place: &Place, row: usize) -> f32 {
+    if from.arch != "falcon_h1" {
+        return 1.0;
+    }
+    let layers = layer.zip(place.layer);
+    let layers = layers.and_then(|(l, at)| Some([from.layers.get(l)?, to.layers.get(at as usize)?]));
+    falcon_h1::fold(place, row, [from, to], layers)
 }
 
 /// The families whose GGUF files keep the rows of q and k so that RoPE pairs neighbours.
@@ -233,6 +244,9 @@ pub fn gguf_spec(spec: &Spec) -> Result<Spec, SpecError> {
         out.arch = "llama".into();
     }
     hybrid_as_gguf(&mut out);
+    if spec.arch == "falcon_h1" {
+        falcon_h1::folded(&mut out);
+    }
     if LESS_ONE.contains(&spec.arch.as_str()) {
         out.norm.offset = 0.0;
     }

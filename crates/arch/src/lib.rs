@@ -17,6 +17,7 @@ mod ernie4_5_moe;
 mod exaone4;
 mod export;
 mod falcon;
+mod falcon_h1;
 mod gemma;
 mod gguf;
 mod gguf_out;
@@ -57,7 +58,7 @@ mod starcoder2;
 use serde_json::{Value, json};
 
 pub use export::{
-    Target, Whole, gguf_spec, gguf_targets, hf_rope_style, hf_spec, hf_targets, norm_factor, to_gguf, whole,
+    Target, Whole, fold, gguf_spec, gguf_targets, hf_rope_style, hf_spec, hf_targets, norm_factor, to_gguf, whole,
 };
 pub use gguf::GgufHead;
 pub use gguf_out::{GgufKeys, GgufValue};
@@ -198,6 +199,7 @@ pub const FAMILIES: &[Family] = &[
     mamba::MAMBA2,
     mamba::BAMBA,
     granitemoehybrid::GRANITEMOEHYBRID,
+    falcon_h1::FALCON_H1,
 ];
 
 fn family(spec: &Spec) -> Result<&'static Family, SpecError> {

@@ -188,15 +188,20 @@ pub fn specs() -> Vec<Spec> {
         a.gate = true;
         Some(a)
     };
+    let factored = FfnSpec { gate_scale: 0.8, down_scale: 1.2, ..ffn(50) };
     mixed.layers = vec![
-        LayerSpec { attn: gated(attention(4, 2, 10)), ffn: Some(ffn(50)), ..LayerSpec::default() },
+        LayerSpec { attn: gated(attention(4, 2, 10)), ffn: Some(factored), ..LayerSpec::default() },
         LayerSpec {
             mixer: Some(Mixer::ShortConv(ShortConv { kernel: 3, bias: true })),
             ffn: Some(ffn(33)),
             ..LayerSpec::default()
         },
         LayerSpec { mixer: Some(Mixer::Delta(delta)), ..LayerSpec::default() },
-        LayerSpec { mixer: Some(Mixer::Ssd(near)), attn: gated(attention(2, 1, 8)), ..LayerSpec::default() },
+        LayerSpec {
+            mixer: Some(Mixer::Ssd(near)),
+            attn: gated(AttnSpec { out_scale: 1.3, ..attention(2, 1, 8) }),
+            ..LayerSpec::default()
+        },
     ];
     let mut others = plain.clone();
     let stored = Ssd { log: false, conv_bias: false, ..ssd(3, 8, 1, GateNorm::Gate) };
