@@ -106,6 +106,11 @@ MODELS = {
     "falcon_h1_plain": ("FalconH1Config", "FalconH1ForCausalLM", base(
         num_hidden_layers=2, mamba_d_ssm=48, **{**MAMBA, "mamba_n_heads": 6, "mamba_n_groups": 1},
         mamba_rms_norm=False)),
+    # A mixer with and without experts behind it, attention with; weights of experts do not sum to 1.
+    "jamba": ("JambaConfig", "JambaForCausalLM", base(
+        num_hidden_layers=4, attn_layer_period=3, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
+        num_experts=4, num_experts_per_tok=2, intermediate_size=16, mamba_d_state=6, mamba_d_conv=3, mamba_expand=2,
+        mamba_dt_rank=5, tie_word_embeddings=False)),
 }
 # Saved as the classes of transformers 5 hold their tensors.
 AS_HELD = ["qwen3_5_moe"]

@@ -197,6 +197,12 @@ pub fn families() -> Vec<(&'static str, Value)> {
             "ssm_out_multiplier": 0.75})),
         ),
         (
+            "jamba",
+            with(json!({"model_type": "jamba", "num_hidden_layers": 4, "attn_layer_period": 3, "attn_layer_offset": 1,
+            "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2,
+            "mamba_d_state": 16, "mamba_dt_rank": 256, "mamba_expand": 2})),
+        ),
+        (
             "mamba2",
             json!({"model_type": "mamba2", "vocab_size": 603, "hidden_size": 256, "num_hidden_layers": 3, "num_heads": 8,
             "head_dim": 64, "expand": 2, "n_groups": 2, "state_size": 64, "layer_norm_epsilon": 1e-5, "bos_token_id": 1,

@@ -46,6 +46,7 @@ fn second_names(class: &str) -> &'static [(&'static str, &'static str)] {
             ("n_head", "num_attention_heads"),
             ("n_layer", "num_hidden_layers"),
         ],
+        "jamba" => &[("num_experts", "num_local_experts")],
         "bloom" => &[("n_head", "num_attention_heads"), ("n_layer", "num_hidden_layers")],
         "gpt2" => &[
             ("n_embd", "hidden_size"),
@@ -422,6 +423,14 @@ fn defaults(class: &str) -> Value {
             "lm_head_multiplier": 1.0, "embedding_multiplier": 1.0, "mlp_multipliers": null, "key_multiplier": 1.0,
             "attention_out_multiplier": 1.0, "attention_in_multiplier": 1.0, "ssm_multipliers": null,
             "ssm_in_multiplier": 1.0, "ssm_out_multiplier": 1.0, "attention_bias": false, "mlp_bias": false,
+        }),
+        "jamba" => json!({
+            "vocab_size": 65536, "tie_word_embeddings": false, "hidden_size": 4096, "intermediate_size": 14336,
+            "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "hidden_act": "silu",
+            "rms_norm_eps": 1e-6, "max_position_embeddings": 262_144, "rope_theta": 1e4, "num_experts_per_tok": 2,
+            "num_experts": 16, "expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 8,
+            "attn_layer_offset": 4, "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_dt_rank": "auto",
+            "mamba_conv_bias": true, "mamba_proj_bias": false,
         }),
         _ => Value::Null,
     }

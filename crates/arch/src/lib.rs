@@ -33,6 +33,7 @@ mod granitemoehybrid;
 mod helium;
 mod hunyuan;
 mod hunyuan_v1_moe;
+mod jamba;
 mod lfm2;
 mod llama;
 mod mamba;
@@ -200,6 +201,7 @@ pub const FAMILIES: &[Family] = &[
     mamba::BAMBA,
     granitemoehybrid::GRANITEMOEHYBRID,
     falcon_h1::FALCON_H1,
+    jamba::JAMBA,
 ];
 
 fn family(spec: &Spec) -> Result<&'static Family, SpecError> {
@@ -328,7 +330,8 @@ fn stacked(spec: &Spec, place: &Place) -> Option<Source> {
         _ => return None,
     };
     let slice = place.expert.map(|e| e as usize);
-    let name = format!("model.layers.{l}.mlp.{module}");
+    let part = if spec.arch == "jamba" { "feed_forward" } else { "mlp" };
+    let name = format!("model.layers.{l}.{part}.{module}");
     (place.part == Part::Weight).then_some(Source { rows, slice, ..Source::whole(name) })
 }
 

@@ -213,6 +213,7 @@ impl<'a> Arranged<'a> {
         let log = |m: &Mixer| match m {
             Mixer::Ssd(m) => m.log,
             Mixer::Delta(m) => m.log,
+            Mixer::Mamba(m) => m.log,
             Mixer::ShortConv(_) => false,
         };
         let [from, to] = self.mixers(place)?.map(log);
