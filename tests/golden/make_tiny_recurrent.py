@@ -111,6 +111,10 @@ MODELS = {
         num_hidden_layers=4, attn_layer_period=3, attn_layer_offset=1, expert_layer_period=2, expert_layer_offset=1,
         num_experts=4, num_experts_per_tok=2, intermediate_size=16, mamba_d_state=6, mamba_d_conv=3, mamba_expand=2,
         mamba_dt_rank=5, tie_word_embeddings=False)),
+    # Not recurrent, but by transformers 5, too: slopes of heads that are no power of 2, a clip that cuts, a scale.
+    "mpt": ("MptConfig", "MptForCausalLM", dict(
+        vocab_size=96, d_model=36, n_heads=6, n_layers=2, max_seq_len=128, layer_norm_epsilon=1e-4, bos_token_id=1,
+        eos_token_id=2, pad_token_id=0, attn_config=dict(clip_qkv=1.5, softmax_scale=0.3))),
 }
 # Saved as the classes of transformers 5 hold their tensors.
 AS_HELD = ["qwen3_5_moe"]

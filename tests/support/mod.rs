@@ -203,6 +203,11 @@ pub fn families() -> Vec<(&'static str, Value)> {
             "mamba_d_state": 16, "mamba_dt_rank": 256, "mamba_expand": 2})),
         ),
         (
+            "mpt",
+            json!({"model_type": "mpt", "vocab_size": 603, "d_model": 256, "n_layers": 2, "n_heads": 4, "max_seq_len": 512,
+            "attn_config": {"clip_qkv": 4.0}, "bos_token_id": 1, "eos_token_id": 2}),
+        ),
+        (
             "mamba2",
             json!({"model_type": "mamba2", "vocab_size": 603, "hidden_size": 256, "num_hidden_layers": 3, "num_heads": 8,
             "head_dim": 64, "expand": 2, "n_groups": 2, "state_size": 64, "layer_norm_epsilon": 1e-5, "bos_token_id": 1,

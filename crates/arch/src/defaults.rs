@@ -47,6 +47,7 @@ fn second_names(class: &str) -> &'static [(&'static str, &'static str)] {
             ("n_layer", "num_hidden_layers"),
         ],
         "jamba" => &[("num_experts", "num_local_experts")],
+        "mpt" => &[("d_model", "hidden_size"), ("n_heads", "num_attention_heads"), ("n_layers", "num_hidden_layers")],
         "bloom" => &[("n_head", "num_attention_heads"), ("n_layer", "num_hidden_layers")],
         "gpt2" => &[
             ("n_embd", "hidden_size"),
@@ -431,6 +432,11 @@ fn defaults(class: &str) -> Value {
             "num_experts": 16, "expert_layer_period": 2, "expert_layer_offset": 1, "attn_layer_period": 8,
             "attn_layer_offset": 4, "mamba_d_state": 16, "mamba_d_conv": 4, "mamba_expand": 2, "mamba_dt_rank": "auto",
             "mamba_conv_bias": true, "mamba_proj_bias": false,
+        }),
+        "mpt" => json!({
+            "vocab_size": 50368, "d_model": 2048, "n_layers": 24, "n_heads": 16, "expansion_ratio": 4,
+            "max_seq_len": 2048, "layer_norm_epsilon": 1e-5, "no_bias": true, "logit_scale": null,
+            "attn_config": null, "tie_word_embeddings": true,
         }),
         _ => Value::Null,
     }

@@ -41,6 +41,7 @@ mod minicpm3;
 mod mixers;
 mod mixtral;
 mod moe;
+mod mpt;
 mod nemotron;
 mod olmo;
 mod olmoe;
@@ -202,6 +203,7 @@ pub const FAMILIES: &[Family] = &[
     granitemoehybrid::GRANITEMOEHYBRID,
     falcon_h1::FALCON_H1,
     jamba::JAMBA,
+    mpt::MPT,
 ];
 
 fn family(spec: &Spec) -> Result<&'static Family, SpecError> {
