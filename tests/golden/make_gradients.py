@@ -1,12 +1,13 @@
 #!/usr/bin/env python3
 """Gradients of the tiny models' loss, by autograd in f64.
 
-    python make_gradients.py TINY OUT.json [later]    with transformers 5
+    python make_gradients.py TINY OUT.json [later | recurrent]    with transformers 5
 
 For each TINY/NAME and each of its two sequences alone: the mean next-token loss, and of its gradient with respect to every matrix, norm
 and bias of the blocks, the last norm and the head its 2-norm and four entries: those at `(7919 i + 5) mod n` of the n values, row by
 row, of the tensor as Lacuna names and cuts it (`layers.0.attn.q`; matrices `[outputs, inputs]`). `residual`: the gradient of what
-goes into the first block. `later`: of the models that make_tiny_v5.py made, else of the others. A tied head is untied first: its gradient is that of the head alone. A tensor that no token reached is null.
+goes into the first block. `later`: of the models that make_tiny_v5.py made; `recurrent`: of some that make_tiny_recurrent.py
+made; else of the others. A tied head is untied first: its gradient is that of the head alone. A tensor that no token reached is null.
 """
 
 import json
@@ -46,6 +47,14 @@ ROLES = {
     "self_attention.dense": "attn.o", "mlp.dense_h_to_4h": "ffn.up", "mlp.dense_4h_to_h": "ffn.down", "ln_attn": "attn.norm",
     "ln_mlp": "ffn.norm", "attn.q_proj": "attn.q", "attn.k_proj": "attn.k", "attn.v_proj": "attn.v", "attn.out_proj": "attn.o",
     "mlp.fc_in": "ffn.up", "mlp.fc_out": "ffn.down",
+}
+# Of make_tiny_recurrent.py; what no other model there has.
+RECURRENT = ["falcon_h1", "granitemoehybrid", "jamba", "mpt", "qwen3_5_moe", "qwen3_next"]
+RECURRENT_ROLES = {
+    "A_log": "mixer.a", "D": "mixer.d", "dt_bias": "mixer.dt.bias", "conv1d": "mixer.conv", "norm": "mixer.out_norm",
+    "out_proj": "mixer.out", "dt_proj": "mixer.dt", "dt_layernorm": "mixer.dt_norm", "b_layernorm": "mixer.b_norm",
+    "c_layernorm": "mixer.c_norm", "in_proj_qkv": "mixer.in", "in_proj_z": "mixer.z", "in_proj_a": "mixer.dt",
+    "in_proj_b": "mixer.beta",
 }
 # Norms behind the parts only.
 BEHIND = {"post_attention_layernorm": "attn.post_norm", "post_feedforward_layernorm": "ffn.post_norm"}
@@ -124,6 +133,71 @@ def places(name, gradient, config):
         yield layer + (sandwich or ROLES[stem]) + bias, gradient
 
 
+def recurrent(name, gradient, config):
+    """The same of networks with recurrent mixers, and of MPT."""
+    found = re.search(r"\b(?:layers|blocks)\.(\d+)\.(.*)$", name)
+    if not found:
+        yield from places(name, gradient, config)
+        return
+    layer, rest = f"layers.{found[1]}.", found[2]
+    stem = re.sub(r"\.(weight|bias)$", "", rest)
+    bias = ".bias" if rest.endswith(".bias") else ""
+    mixes = getattr(config, "layer_types", None) or getattr(config, "layers_block_type", None) or []
+    mixes = mixes and mixes[int(found[1])] not in ("attention", "full_attention")
+    module, _, inner = stem.partition(".")
+    cut = lambda roles, sizes, of=gradient: zip(roles, of.split(sizes))
+    if module in ("mamba", "linear_attn"):
+        if inner == "in_proj" and config.model_type == "jamba":
+            parts = cut(("in", "z"), [gradient.shape[0] // 2] * 2)
+        elif inner == "in_proj":
+            wide, heads = config.mamba_n_heads * config.mamba_d_head, config.mamba_n_heads
+            inside = wide + 2 * config.mamba_n_groups * config.mamba_d_state
+            parts = cut(("z", "in", "dt"), [wide, inside, heads])
+        elif inner == "x_proj":
+            parts = cut(("dt_down", "b", "c"), [config.mamba_dt_rank, config.mamba_d_state, config.mamba_d_state])
+        elif inner in ("in_proj_qkvz", "in_proj_ba"):
+            heads, each = config.linear_num_key_heads, config.linear_num_value_heads // config.linear_num_key_heads
+            values, keys = each * config.linear_value_head_dim, config.linear_key_head_dim
+            by_head = gradient.reshape(heads, -1, gradient.shape[-1])
+            flat = lambda x: x.reshape(-1, gradient.shape[-1])
+            if inner == "in_proj_ba":
+                parts = [(r, flat(p)) for r, p in zip(("beta", "dt"), by_head.split([each, each], 1))]
+            else:
+                q, k, v, z = map(flat, by_head.split([keys, keys, values, values], 1))
+                parts = [("in", torch.cat([q, k, v])), ("z", z)]
+        else:
+            yield layer + RECURRENT_ROLES[inner] + bias, gradient
+            return
+        for role, part in parts:
+            yield f"{layer}mixer.{role}", part
+    elif stem == "input_layernorm" and mixes:
+        yield layer + "mixer.norm" + bias, gradient
+    elif stem in ("pre_ff_layernorm", "norm_2"):
+        yield layer + "ffn.norm" + bias, gradient
+    elif stem == "norm_1":
+        yield layer + "attn.norm" + bias, gradient
+    elif stem == "self_attn.q_proj" and config.model_type.startswith("qwen3"):
+        by_head = gradient.reshape(config.num_attention_heads, 2, config.head_dim, -1)
+        for i, role in enumerate(("q", "gate")):
+            yield f"{layer}attn.{role}", by_head[:, i].reshape(-1, gradient.shape[-1])
+    elif stem == "attn.out_proj":
+        yield layer + "attn.o", gradient
+    elif stem == "attn.Wqkv":
+        for role, part in zip("qkv", gradient.chunk(3)):
+            yield f"{layer}attn.{role}", part
+    elif stem in ("block_sparse_moe.router", "feed_forward.router"):
+        yield layer + "ffn.router", gradient
+    elif stem == "shared_mlp.input_linear":
+        for role, part in zip(("gate", "up"), gradient.chunk(2)):
+            yield f"{layer}ffn.shared.{role}", part
+    elif stem == "shared_mlp.output_linear":
+        yield layer + "ffn.shared.down", gradient
+    elif re.fullmatch(r"(feed_forward|ffn)\.\w+_proj", stem):
+        yield f"{layer}ffn.{stem.split('.')[1].removesuffix('_proj')}", gradient
+    else:
+        yield from places(name, gradient, config)
+
+
 def sample(gradient):
     flat = gradient.reshape(-1)
     if not bool(flat.any()):
@@ -131,11 +205,12 @@ def sample(gradient):
     return [number(flat.norm()), *numbers(flat[[(7919 * i + 5) % len(flat) for i in range(ENTRIES)]])]
 
 
-def of_model(directory):
+def of_model(directory, places=places):
     with open(os.path.join(directory, "golden.json")) as f:
         ids = json.load(f)["input_ids"]
+    experts = {} if directory.endswith("mpt") else {"experts_implementation": "eager"}
     model = tf.AutoModelForCausalLM.from_pretrained(directory, dtype=torch.float32, attn_implementation="eager",
-                                                    experts_implementation="eager")
+                                                    **experts)
     model = model.to(torch.float64).eval()
     model.lm_head.weight = torch.nn.Parameter(model.lm_head.weight.detach().clone())
     kept = {}
@@ -146,7 +221,8 @@ def of_model(directory):
 
     inner = model.model.decoder if hasattr(model.model if hasattr(model, "model") else model, "decoder") else (
         model.model if hasattr(model, "model") else getattr(model, "transformer", None) or model.gpt_neox)
-    (inner.layers if hasattr(inner, "layers") else inner.h)[0].register_forward_pre_hook(keep, with_kwargs=True)
+    blocks = next(getattr(inner, name) for name in ("layers", "h", "blocks") if hasattr(inner, name))
+    blocks[0].register_forward_pre_hook(keep, with_kwargs=True)
     out = []
     for sequence in ids:
         model.zero_grad(set_to_none=True)
@@ -167,7 +243,9 @@ def of_model(directory):
 def main():
     (tiny, path), later = sys.argv[1:3], sys.argv[3:] == ["later"]
     models = {}
-    for name in sorted(os.listdir(tiny)):
+    if sys.argv[3:] == ["recurrent"]:
+        models = {name: of_model(os.path.join(tiny, name), recurrent) for name in RECURRENT}
+    for name in [] if models else sorted(os.listdir(tiny)):
         if not os.path.exists(golden := os.path.join(tiny, name, "golden.json")):
             continue
         with open(golden) as f:

@@ -158,6 +158,56 @@ pub fn families() -> Vec<(&'static str, Value)> {
             ),
         ),
         (
+            "qwen3_next",
+            with(
+                json!({"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+            "partial_rotary_factor": 0.25, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+            "shared_expert_intermediate_size": 256}),
+            ),
+        ),
+        (
+            "qwen3_5_moe",
+            with(
+                json!({"model_type": "qwen3_5_moe_text", "layer_types": ["linear_attention", "full_attention", "linear_attention"],
+            "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 64, "linear_value_head_dim": 64,
+            "partial_rotary_factor": 0.25, "num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 256,
+            "shared_expert_intermediate_size": 256}),
+            ),
+        ),
+        (
+            "bamba",
+            with(json!({"model_type": "bamba", "attn_layer_indices": [1], "mamba_n_heads": 8, "mamba_d_head": 64,
+            "mamba_n_groups": 2, "mamba_d_state": 64, "mamba_expand": 2})),
+        ),
+        (
+            "granitemoehybrid",
+            with(json!({"model_type": "granitemoehybrid", "layer_types": ["mamba", "attention", "mamba"],
+            "mamba_n_heads": 8, "mamba_d_head": 64, "mamba_n_groups": 2, "mamba_d_state": 64, "mamba_expand": 2,
+            "num_local_experts": 4, "num_experts_per_tok": 2, "intermediate_size": 256, "shared_intermediate_size": 256,
+            "embedding_multiplier": 6.0, "residual_multiplier": 0.4, "attention_multiplier": 0.0625,
+            "logits_scaling": 2.0})),
+        ),
+        (
+            "falcon_h1",
+            with(json!({"model_type": "falcon_h1", "mamba_d_ssm": 512, "mamba_n_heads": 8, "mamba_d_head": 64,
+            "mamba_n_groups": 2, "mamba_d_state": 64, "mamba_rms_norm": true, "mamba_norm_before_gate": false,
+            "lm_head_multiplier": 0.5, "embedding_multiplier": 2.0, "mlp_multipliers": [0.8, 1.25], "key_multiplier": 0.7,
+            "attention_out_multiplier": 0.9, "ssm_multipliers": [0.7, 1.1, 0.9, 1.2, 0.8], "ssm_in_multiplier": 1.25,
+            "ssm_out_multiplier": 0.75})),
+        ),
+        (
+            "jamba",
+            with(json!({"model_type": "jamba", "num_hidden_layers": 4, "attn_layer_period": 3, "attn_layer_offset": 1,
+            "expert_layer_period": 2, "expert_layer_offset": 1, "num_experts": 4, "num_experts_per_tok": 2,
+            "mamba_d_state": 16, "mamba_dt_rank": 256, "mamba_expand": 2})),
+        ),
+        (
+            "mpt",
+            json!({"model_type": "mpt", "vocab_size": 603, "d_model": 256, "n_layers": 2, "n_heads": 4, "max_seq_len": 512,
+            "attn_config": {"clip_qkv": 4.0}, "bos_token_id": 1, "eos_token_id": 2}),
+        ),
+        (
             "mamba2",
             json!({"model_type": "mamba2", "vocab_size": 603, "hidden_size": 256, "num_hidden_layers": 3, "num_heads": 8,
             "head_dim": 64, "expand": 2, "n_groups": 2, "state_size": 64, "layer_norm_epsilon": 1e-5, "bos_token_id": 1,

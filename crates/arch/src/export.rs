@@ -4,7 +4,7 @@
 //! and k, a norm's scale less one) shows as a difference between the two [`Spec`]s, from which a writer sees what to
 //! rearrange.
 
-use super::{GgufKeys, Source, SourceOf, family, mixers, rope};
+use super::{GgufKeys, Source, SourceOf, falcon_h1, family, mixers, rope};
 use lacuna_spec::{LayerSpec, QkNorm, RopeScaling, RopeStyle, Spec, SpecError};
 use lacuna_spec::{Part, Place, Role};
 
@@ -108,17 +108,40 @@ pub fn norm_factor(spec: &Spec, place: &Place) -> f32 {
     }
 }
 
+/// What the values of row `row` of a place are multiplied with where a layout has its factors in the weights: `from` is
+/// the network as it is stored, its layer `layer` that of the place; `to` the network as the layout holds it.
+pub fn fold(from: &Spec, layer: Option<usize>, to: &Spec, place: &Place, row: usize) -> f32 {
+    if from.arch != "falcon_h1" {
+        return 1.0;
+    }
+    let layers = layer.zip(place.layer);
+    let layers = layers.and_then(|(l, at)| Some([from.layers.get(l)?, to.layers.get(at as usize)?]));
+    falcon_h1::fold(place, row, [from, to], layers)
+}
+
 /// The families whose GGUF files keep the rows of q and k so that RoPE pairs neighbours.
-const NEIGHBOURS: [&str; 8] = ["granitemoe", "llama", "mistral", "mixtral", "ministral3", "smollm3", "granite", "olmo"];
+const NEIGHBOURS: [&str; 10] = [
+    "granitemoe",
+    "granitemoehybrid",
+    "bamba",
+    "llama",
+    "mistral",
+    "mixtral",
+    "ministral3",
+    "smollm3",
+    "granite",
+    "olmo",
+];
 /// The families in which RoPE pairs neighbours in every file.
 pub(super) const INTERLEAVED: [&str; 10] =
     ["glm", "glm4", "cohere", "cohere2", "ernie4_5", "helium", "gptj", "deepseek_v2", "deepseek_v3", "ernie4_5_moe"];
 /// The families whose Hugging Face files keep a norm's scale less one.
-const LESS_ONE: [&str; 6] = ["gemma", "gemma2", "gemma3", "nemotron", "qwen3_next", "qwen3_5"];
+const LESS_ONE: [&str; 7] = ["gemma", "gemma2", "gemma3", "nemotron", "qwen3_next", "qwen3_5", "qwen3_5_moe"];
 /// The families whose embedding is scaled by the root of its width.
 const SCALED: [&str; 3] = ["gemma", "gemma2", "gemma3"];
 /// The families whose config.json has one word for the biases of q, k, v and o of all layers.
-const ATTENTION_BIAS: [&str; 17] = [
+const ATTENTION_BIAS: [&str; 18] = [
+    "granitemoehybrid",
     "llama",
     "qwen3",
     "qwen3_moe",
@@ -172,6 +195,11 @@ pub fn hf_spec(spec: &Spec) -> Result<Spec, SpecError> {
     if out.arch == "llama" && attns.clone().next().is_some() && attns.all(|a| a.window.is_some()) {
         out.arch = "mistral".into();
     }
+    // Half of each head turns in Bamba, all of it or nothing in Granite 4.
+    let turns = |l: &LayerSpec| l.attn.as_ref().and_then(|a| Some(a.rope.as_ref()?.dims < a.head_dim));
+    if out.arch == "granitemoehybrid" && out.layers.iter().any(|l| turns(l) == Some(true)) {
+        out.arch = "bamba".into();
+    }
     open_biases(&mut out);
     out.layers.iter_mut().filter_map(|l| l.mixer.as_mut()).for_each(|m| mixers::set_form(m, true, false));
     Ok(out)
@@ -198,12 +226,27 @@ fn open_biases(spec: &mut Spec) {
     }
 }
 
+/// llama.cpp has one name for Granite 4 and Bamba; where no layer of Granite 4 has a mixer, its files are Granite 3's.
+fn hybrid_as_gguf(spec: &mut Spec) {
+    if spec.arch == "bamba" {
+        spec.arch = "granitemoehybrid".into();
+    }
+    if spec.arch == "granitemoehybrid" && spec.first_mixer().is_none() {
+        let mixture = spec.layers.iter().any(|l| l.ffn.as_ref().is_some_and(|f| f.experts.is_some()));
+        spec.arch = if mixture { "granitemoe" } else { "granite" }.into();
+    }
+}
+
 /// The network as a GGUF file holds it.
 pub fn gguf_spec(spec: &Spec) -> Result<Spec, SpecError> {
     let mut out = spec.clone();
     let neighbours = NEIGHBOURS.contains(&spec.arch.as_str());
     if spec.arch == "mistral" {
         out.arch = "llama".into();
+    }
+    hybrid_as_gguf(&mut out);
+    if spec.arch == "falcon_h1" {
+        falcon_h1::folded(&mut out);
     }
     if LESS_ONE.contains(&spec.arch.as_str()) {
         out.norm.offset = 0.0;

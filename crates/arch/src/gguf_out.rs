@@ -165,7 +165,7 @@ pub(super) fn pattern(k: &mut GgufKeys, spec: &Spec, usual: usize) -> Result<(),
 fn known_biases(arch: &str) -> Option<[bool; 3]> {
     match arch {
         "llama" | "qwen2" | "qwen3" | "qwen3moe" | "gemma2" | "gemma3" | "phi3" | "gpt2" => None,
-        "granite" | "phi2" | "starcoder2" | "nemotron" | "gptneox" | "bloom" => Some([true; 3]),
+        "granite" | "granitehybrid" | "phi2" | "starcoder2" | "nemotron" | "gptneox" | "bloom" => Some([true; 3]),
         "gpt-oss" => Some([true; 3]),
         "glm4" | "chatglm" | "seed_oss" | "stablelm" | "qwen2moe" | "glm4moe" => Some([true, false, false]),
         "ernie4_5" => Some([true, true, false]),

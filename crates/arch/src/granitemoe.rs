@@ -55,7 +55,8 @@ fn to_config(spec: &Spec) -> Result<Value, SpecError> {
     verified(spec, out, from_config)
 }
 
-fn source(spec: &Spec, place: &Place) -> Option<Source> {
+/// Experts of a layer in two tensors, gate above up.
+pub(super) fn source(spec: &Spec, place: &Place) -> Option<Source> {
     let l = place.layer;
     let width = l.and_then(|l| spec.layers.get(l as usize)?.ffn.as_ref()).map_or(0, |f| f.width);
     let (module, rows) = match place.role {

@@ -17,6 +17,7 @@ mod ernie4_5_moe;
 mod exaone4;
 mod export;
 mod falcon;
+mod falcon_h1;
 mod gemma;
 mod gguf;
 mod gguf_out;
@@ -28,9 +29,11 @@ mod gpt_oss;
 mod gptj;
 mod granite;
 mod granitemoe;
+mod granitemoehybrid;
 mod helium;
 mod hunyuan;
 mod hunyuan_v1_moe;
+mod jamba;
 mod lfm2;
 mod llama;
 mod mamba;
@@ -38,6 +41,7 @@ mod minicpm3;
 mod mixers;
 mod mixtral;
 mod moe;
+mod mpt;
 mod nemotron;
 mod olmo;
 mod olmoe;
@@ -56,7 +60,7 @@ mod starcoder2;
 use serde_json::{Value, json};
 
 pub use export::{
-    Target, Whole, gguf_spec, gguf_targets, hf_rope_style, hf_spec, hf_targets, norm_factor, to_gguf, whole,
+    Target, Whole, fold, gguf_spec, gguf_targets, hf_rope_style, hf_spec, hf_targets, norm_factor, to_gguf, whole,
 };
 pub use gguf::GgufHead;
 pub use gguf_out::{GgufKeys, GgufValue};
@@ -193,8 +197,13 @@ pub const FAMILIES: &[Family] = &[
     lfm2::LFM2,
     qwen_next::QWEN3_NEXT,
     qwen_next::QWEN3_5,
+    qwen_next::QWEN3_5_MOE,
     mamba::MAMBA2,
     mamba::BAMBA,
+    granitemoehybrid::GRANITEMOEHYBRID,
+    falcon_h1::FALCON_H1,
+    jamba::JAMBA,
+    mpt::MPT,
 ];
 
 fn family(spec: &Spec) -> Result<&'static Family, SpecError> {
@@ -326,7 +335,8 @@ fn stacked(spec: &Spec, place: &Place) -> Option<Source> {
         _ => return None,
     };
     let slice = place.expert.map(|e| e as usize);
-    let name = format!("model.layers.{l}.mlp.{module}");
+    let part = if spec.arch == "jamba" { "feed_forward" } else { "mlp" };
+    let name = format!("model.layers.{l}.{part}.{module}");
     (place.part == Part::Weight).then_some(Source { rows, slice, ..Source::whole(name) })
 }
 

@@ -32,9 +32,10 @@ pub(super) const BAMBA: Family = Family {
     from_config: from_bamba,
     to_config: to_bamba,
     source: bamba_source,
-    from_gguf: |_| Err(SpecError { what: "granitehybrid files are not read yet".into() }),
+    // llama.cpp reads it as Granite 4, and so do we: `gguf_spec` gives it that name.
+    from_gguf: |_| Err(SpecError { what: "GGUF files of Bamba call themselves granitehybrid".into() }),
     gguf_source: |_, _| None,
-    to_gguf: |_| Err(SpecError { what: "Bamba is not written as a GGUF file (granitehybrid) yet".into() }),
+    to_gguf: |_| Err(SpecError { what: "GGUF files of Bamba call themselves granitehybrid".into() }),
 };
 
 /// Such a network has no longest text; files of others say this much (as llama.cpp's converter does).

@@ -12,6 +12,7 @@ pub(super) fn set_form(mixer: &mut Mixer, log: bool, tiled: bool) {
     match mixer {
         Mixer::ShortConv(_) => {}
         Mixer::Ssd(m) => m.log = log,
+        Mixer::Mamba(m) => m.log = log,
         Mixer::Delta(m) => (m.log, m.tiled) = (log, tiled && m.key_heads != m.value_heads),
     }
 }

@@ -81,7 +81,13 @@ pub(super) const KEYS: [&str; 4] =
 /// file does not say.
 pub(super) fn from_gguf(head: &GgufHead, spec: &mut Spec, normalize: bool) -> Result<(), SpecError> {
     let dense = head.usize("leading_dense_block_count")?.unwrap_or(0);
-    let (width, dense_width) = (head.must("expert_feed_forward_length")?, head.must("feed_forward_length")?);
+    // Of files whose parts are all as wide, or which have experts alone, each may stand for the other.
+    let (width, dense_width) =
+        match (head.usize("expert_feed_forward_length")?.filter(|n| *n > 0), head.usize("feed_forward_length")?) {
+            (Some(width), Some(dense)) => (width, dense),
+            (Some(one), None) | (None, Some(one)) => (one, one),
+            (None, None) => (head.must("expert_feed_forward_length")?, 0),
+        };
     let score = match head.usize("expert_gating_func")?.unwrap_or(0) {
         0 | 1 => RouterScore::Softmax,
         2 => RouterScore::Sigmoid,

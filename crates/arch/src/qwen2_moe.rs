@@ -69,7 +69,8 @@ fn to_config(spec: &Spec) -> Result<Value, SpecError> {
     verified(spec, out, from_config)
 }
 
-fn source(spec: &Spec, place: &Place) -> Option<Source> {
+/// Qwen's name of the expert of every token, and Llama's of the rest.
+pub(super) fn source(spec: &Spec, place: &Place) -> Option<Source> {
     let module = match place.role {
         Role::SharedGate => "mlp.shared_expert.gate_proj",
         Role::SharedUp => "mlp.shared_expert.up_proj",

@@ -731,7 +731,7 @@ fn sparse_four_bits_are_smaller_by_what_arithmetic_says() {
 #[test]
 fn recurrent_mixers_are_compressed_by_matrix() {
     let dir = tempfile::tempdir().unwrap();
-    for model in ["lfm2", "qwen3_5", "mamba2", "bamba"] {
+    for model in ["lfm2", "qwen3_5", "mamba2", "bamba", "falcon_h1", "jamba"] {
         let source = tiny(model);
         let mut errors = Vec::new();
         for method in ["rtn", "gptq"] {
@@ -742,7 +742,7 @@ fn recurrent_mixers_are_compressed_by_matrix() {
             assert_eq!(packed.spec(), source.spec());
             for place in source.spec().places() {
                 let (s, was) = (packed.get(&place).unwrap().unwrap(), source.get(&place).unwrap().unwrap());
-                let tiny = matches!(place.role, Role::MixerDt | Role::MixerBeta);
+                let tiny = place.role.is_by_name_only();
                 let aimed = place.part == Part::Weight && place.role.is_linear() && place.layer.is_some() && !tiny;
                 assert_eq!(s.codec_name().contains("int8"), aimed, "{model}: {place} is {}", s.codec_name());
                 assert!(aimed || s.to_mat().data() == was.to_mat().data(), "{model}: {place} is as it was");

@@ -52,6 +52,8 @@ struct AttentionPart<B: Backend> {
     rope: Option<B::Rope>,
     head_dim: usize,
     scores: Attention,
+    /// Factor on what o puts out.
+    out_scale: f32,
     post_norm: Option<B::Norm>,
 }
 
@@ -139,6 +141,7 @@ impl<B: Backend> Loader<'_, B> {
                 alibi: a.alibi,
                 sinks: a.sinks.then(|| self.vector(Role::Sinks)).transpose()?.map(Into::into),
             },
+            out_scale: a.out_scale,
             post_norm: self.norm_where(a.post_norm, Role::AttnPostNorm)?,
         })
     }
@@ -480,8 +483,11 @@ impl<B: Backend> AttentionPart<B> {
             None => mixed,
         };
         look.input([&self.o.place], &mixed)?;
-        let [y] = Projection::gated(backend, [&self.o], self.gated[1].as_ref(), &mixed)?;
+        let [mut y] = Projection::gated(backend, [&self.o], self.gated[1].as_ref(), &mixed)?;
         look.output(&self.o.place, &y)?;
+        if self.out_scale != 1.0 {
+            backend.scale(&mut y, self.out_scale);
+        }
         Ok(match &self.post_norm {
             Some(n) => normed(backend, n, &y),
             None => y,

@@ -18,6 +18,8 @@ pub(crate) struct FfnPart<B: Backend> {
     /// What it learned, where the activation is xIELU.
     xielu: Option<Xielu>,
     body: Body<B>,
+    /// Factors on what gate and down put out.
+    scales: [f32; 2],
     post_norm: Option<B::Norm>,
 }
 
@@ -93,7 +95,7 @@ impl<B: Backend> Loader<'_, B> {
         let norm = self.norm_where(f.pre_norm, Role::FfnNorm)?;
         let post_norm = self.norm_where(f.post_norm, Role::FfnPostNorm)?;
         let xielu = (f.act == Activation::Xielu).then(|| self.xielu()).transpose()?;
-        Ok(FfnPart { norm, act: f.act, xielu, body, post_norm })
+        Ok(FfnPart { norm, act: f.act, xielu, body, scales: [f.gate_scale, f.down_scale], post_norm })
     }
 }
 
@@ -138,8 +140,9 @@ impl<B: Backend> FfnPart<B> {
         let h = read(backend, self.norm.as_ref(), x, &mut own);
         let y = match &self.body {
             Body::Dense { gate, up, down, gated: [first, last] } => {
-                let gated = [first.as_ref(), last.as_ref()];
-                Net { act: self.act, xielu: self.xielu, gate: gate.as_ref(), up, down, gated }.forward(h, look)?
+                let (gated, scales) = ([first.as_ref(), last.as_ref()], self.scales);
+                Net { act: self.act, xielu: self.xielu, gate: gate.as_ref(), up, down, gated, scales }
+                    .forward(h, look)?
             }
             Body::Mixture(m) => m.forward(self.act, h, look)?,
         };
@@ -159,17 +162,25 @@ struct Net<'a, B: Backend> {
     down: &'a Projection<B>,
     /// What a gate says of the first two, and of `down`.
     gated: [Option<&'a Gated>; 2],
+    /// Factors on what `gate` and `down` put out.
+    scales: [f32; 2],
 }
 
 impl<B: Backend> Net<'_, B> {
     fn forward(&self, h: &B::Rows, look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
-        let Net { act, xielu, gate, up, down, gated: [first, last] } = *self;
+        let Net { act, xielu, gate, up, down, gated: [first, last], scales } = *self;
+        let scaled = |y: &mut B::Rows, by: f32, look: &Look<'_, B>| {
+            if by != 1.0 {
+                look.backend.scale(y, by);
+            }
+        };
         look.input(gate.into_iter().chain([up]).map(|p| &p.place), h)?;
         let (mut inner, beside) = match gate {
             Some(gate) => {
-                let [g, y] = Projection::gated(look.backend, [gate, up], first, h)?;
+                let [mut g, y] = Projection::gated(look.backend, [gate, up], first, h)?;
                 look.output(&gate.place, &g)?;
                 look.output(&up.place, &y)?;
+                scaled(&mut g, scales[0], look);
                 (g, Some(y))
             }
             None => {
@@ -183,8 +194,9 @@ impl<B: Backend> Net<'_, B> {
             None => look.backend.activate(act, &mut inner, beside.as_ref()),
         });
         look.input([&down.place], &inner)?;
-        let [y] = Projection::gated(look.backend, [down], last, &inner)?;
+        let [mut y] = Projection::gated(look.backend, [down], last, &inner)?;
         look.output(&down.place, &y)?;
+        scaled(&mut y, scales[1], look);
         Ok(y)
     }
 }
@@ -192,7 +204,8 @@ impl<B: Backend> Net<'_, B> {
 impl<B: Backend> Shared<B> {
     fn forward(&self, act: Activation, h: &B::Rows, look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
         let Shared { router, gate, up, down } = self;
-        let mut y = Net { act, xielu: None, gate: gate.as_ref(), up, down, gated: [None, None] }.forward(h, look)?;
+        let (gated, scales) = ([None, None], [1.0, 1.0]);
+        let mut y = Net { act, xielu: None, gate: gate.as_ref(), up, down, gated, scales }.forward(h, look)?;
         if let Some(router) = router {
             look.input([&router.place], h)?;
             let by = router.apply(look.backend, h);

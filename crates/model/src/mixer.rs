@@ -1,6 +1,6 @@
 //! The recurrent mixer of a block.
 
-use lacuna_spec::{Activation, GateNorm, Mixer, Place, Role};
+use lacuna_spec::{Activation, GateNorm, Mamba, Mixer, Place, Role};
 
 use crate::backend::{Backend, MixerVectors};
 use crate::block::{Loader, normed};
@@ -25,6 +25,36 @@ struct Heads<B: Backend> {
     dt: Projection<B>,
     beta: Option<Projection<B>>,
     norm: Option<B::Norm>,
+    inner: Option<Inner<B>>,
+}
+
+/// What Mamba makes of what its convolution put out: what time steps are made of, `b` and `c`, each with its norm.
+struct Inner<B: Backend> {
+    all: [Projection<B>; 3],
+    norms: [B::Norm; 3],
+    /// Columns of x, and of b or c.
+    widths: [usize; 2],
+}
+
+impl<B: Backend> Inner<B> {
+    fn load(loader: &Loader<'_, B>, m: &Mamba) -> Result<Inner<B>, ModelError> {
+        let [down, b, c] = [Role::MixerDtDown, Role::MixerB, Role::MixerC].map(|role| loader.exact(role));
+        let norms = [Role::MixerDtNorm, Role::MixerBNorm, Role::MixerCNorm].map(|role| loader.norm(role));
+        let [dt, of_b, of_c] = norms;
+        Ok(Inner { all: [down?, b?, c?], norms: [dt?, of_b?, of_c?], widths: [m.channels, m.state] })
+    }
+
+    /// What time steps are made of, and `[x, b, c]`.
+    fn forward(&self, x: &B::Rows, look: &mut Look<'_, B>) -> Result<[B::Rows; 2], ModelError> {
+        let backend = look.backend;
+        look.input(self.all.each_ref().map(|p| &p.place), x)?;
+        let made = Projection::together(backend, self.all.each_ref(), x);
+        self.all.iter().zip(&made).try_for_each(|(p, y)| look.output(&p.place, y))?;
+        let [down, b, c] = [0, 1, 2].map(|i| normed(backend, &self.norms[i], &made[i]));
+        let [channels, state] = self.widths;
+        let beside = backend.beside([&b, &c], [state, state]);
+        Ok([down, backend.beside([x, &beside], [channels, 2 * state])])
+    }
 }
 
 impl<B: Backend> MixerPart<B> {
@@ -51,6 +81,10 @@ impl<B: Backend> MixerPart<B> {
                 dt: loader.exact(Role::MixerDt)?,
                 beta: has(Role::MixerBeta).then(|| loader.exact(Role::MixerBeta)).transpose()?,
                 norm: has(Role::MixerOutNorm).then(|| loader.norm(Role::MixerOutNorm)).transpose()?,
+                inner: match mixer {
+                    Mixer::Mamba(m) => Some(Inner::load(loader, m)?),
+                    _ => None,
+                },
             }),
         };
         Ok(MixerPart {
@@ -66,7 +100,8 @@ impl<B: Backend> MixerPart<B> {
     /// Every matrix.
     pub(crate) fn matrices(&self) -> impl Iterator<Item = &Projection<B>> {
         let heads = self.heads.iter().flat_map(|h| [Some(&h.z), Some(&h.dt), h.beta.as_ref()]).flatten();
-        [&self.into, &self.out].into_iter().chain(heads)
+        let inner = self.heads.iter().filter_map(|h| h.inner.as_ref()).flat_map(|i| &i.all);
+        [&self.into, &self.out].into_iter().chain(heads).chain(inner)
     }
 
     /// `h`: the rows that the norm put out.
@@ -120,19 +155,29 @@ impl<B: Backend> MixerPart<B> {
         if let Some(factor) = self.factor(0) {
             backend.scale(&mut z, factor);
         }
-        let dt = match self.factor(4) {
-            None => project(&heads.dt, h, look)?,
-            Some(factor) => {
+        let dt = match (&heads.inner, self.factor(4)) {
+            (Some(_), _) => None,
+            (None, None) => Some(project(&heads.dt, h, look)?),
+            (None, Some(factor)) => {
                 // Before the bias that the product adds.
                 let mut less = backend.copy(h);
                 backend.scale(&mut less, factor);
-                project(&heads.dt, &less, look)?
+                Some(project(&heads.dt, &less, look)?)
             }
         };
         let beta = heads.beta.as_ref().map(|p| project(p, h, look)).transpose()?;
         let states = kv.states(layer)?;
         let mut x = span("convolution", || backend.convolve(&self.own, states, layer, step, &x));
         span("activation", || backend.activate(Activation::Silu, &mut x, None));
+        let dt = match (&heads.inner, dt) {
+            (Some(inner), _) => {
+                let [down, all] = inner.forward(&x, look)?;
+                x = all;
+                project(&heads.dt, &down, look)?
+            }
+            (None, Some(dt)) => dt,
+            (None, None) => unreachable!("time steps are made of the stream where nothing is made of x"),
+        };
         let mut y = span("state", || backend.scan(&self.own, states, layer, step, [&x, &dt], beta.as_ref()));
         let (norm, order) = match (&heads.norm, &self.mixer) {
             (Some(norm), Mixer::Ssd(m)) => (Some(norm), m.gate),

@@ -44,7 +44,7 @@ pub(crate) fn norm<B: Backend>(backend: &B, weights: &dyn Weights, place: Place)
     let (scale, bias) = (there(place)?, there(place.bias())?);
     let mut width = spec.hidden;
     let layer = place.layer.and_then(|l| spec.layers.get(l as usize)?.attn.as_ref());
-    if matches!(place.role, Role::QDownNorm | Role::KvDownNorm | Role::MixerOutNorm) {
+    if matches!(place.role, Role::QDownNorm | Role::KvDownNorm) || place.role.is_mixer_own_norm() {
         norm.divisor = None;
         width = scale.as_ref().map_or(width, Vec::len);
     }
@@ -61,7 +61,7 @@ pub(crate) fn norm<B: Backend>(backend: &B, weights: &dyn Weights, place: Place)
     if let (Role::QDownNorm | Role::KvDownNorm, Some(m)) = (place.role, layer.and_then(|a| a.latent)) {
         norm.eps = m.eps;
     }
-    if place.role == Role::MixerOutNorm {
+    if place.role.is_mixer_own_norm() {
         // Its scale lies whole where others lie less one, and it is an RMS norm in every network.
         (norm.offset, norm.kind) = (0.0, NormKind::Rms);
     }
@@ -93,6 +93,7 @@ fn name(role: Role) -> &'static str {
         Role::AttnGate => "attn.gate",
         Role::MixerIn | Role::MixerZ => "mixer.in, z",
         Role::MixerDt | Role::MixerBeta => "mixer.dt, beta",
+        Role::MixerDtDown | Role::MixerB | Role::MixerC => "mixer.dt_down, b, c",
         Role::MixerOut => "mixer.out",
         Role::Gate | Role::Up => "ffn.gate, up",
         Role::Down => "ffn.down",

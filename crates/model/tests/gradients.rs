@@ -92,8 +92,10 @@ fn wrong(want: &Value, got: Option<&[f64]>) -> Option<String> {
 #[test]
 fn gradients_equal_those_of_autograd() {
     let mut all = json_of(&golden().join("gradients.json"));
-    for (name, later) in json_of(&golden().join("gradients_v5.json")).as_object().unwrap() {
-        all[name] = later.clone();
+    for file in ["gradients_v5.json", "gradients_recurrent.json"] {
+        for (name, later) in json_of(&golden().join(file)).as_object().unwrap() {
+            all[name] = later.clone();
+        }
     }
     let mut bad = Vec::new();
     let mut compared = 0;

@@ -13,7 +13,8 @@ use lacuna_run::{
     Sampling, Scheduler, Session, Stop,
 };
 
-const MODELS: [&str; 8] = ["llama", "gemma3", "gpt2", "llama_rope_longrope", "qwen3_moe", "lfm2", "qwen3_5", "mamba2"];
+const MODELS: [&str; 9] =
+    ["llama", "gemma3", "gpt2", "llama_rope_longrope", "qwen3_moe", "lfm2", "qwen3_5", "mamba2", "jamba"];
 
 /// Beyond what the tiny models were made for, but for learned positions, of which there are no more.
 fn engine(name: &str) -> Engine {

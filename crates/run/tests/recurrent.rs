@@ -10,8 +10,9 @@ use std::sync::Arc;
 use common::{after, scheduler, tokenizer};
 use lacuna_run::{BlockStore, Engine, Generation, Job, Limits, Request, SNAPSHOT_TOKENS, Scheduler, Session};
 
-/// Convolutions with attention; the delta rule with gated attention; mixers alone; Mamba-2 with attention.
-const MODELS: [&str; 4] = ["lfm2", "qwen3_5", "mamba2", "bamba"];
+/// Convolutions with attention; the delta rule with gated attention; mixers alone; Mamba-2 with attention, and side by
+/// side with it; Mamba with experts.
+const MODELS: [&str; 6] = ["lfm2", "qwen3_5", "mamba2", "bamba", "falcon_h1", "jamba"];
 
 fn engine(name: &str) -> Arc<Engine> {
     Arc::new(common::engine(name).with_context(4096))

@@ -11,7 +11,7 @@ mod place;
 mod spec;
 
 pub use latent::Latent;
-pub use mixer::{Delta, GateNorm, Mixer, ShortConv, Ssd};
+pub use mixer::{Delta, GateNorm, Mamba, Mixer, ShortConv, Ssd};
 pub use mixture::{ExpertGroups, Experts, RouterScore, SharedExpert};
 pub use place::{Part, Place, Role, Target};
 pub use spec::{

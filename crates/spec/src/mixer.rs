@@ -18,6 +18,11 @@ pub enum Mixer {
     /// each value head's state `S`, `[key_dim, value_dim]`, becomes `a S + b k (v - a kᵀ S)ᵀ`, and `y = qᵀ S / sqrt(key_dim)`;
     /// `a = exp(-A softplus(mixer.dt h))`, `b = sigmoid(mixer.beta h)`.
     Delta(Delta),
+    /// Mamba's selective state space (Gu and Dao, 2023) with norms inside (Jamba): with `x = silu(conv(in h))` and a
+    /// norm behind each of `mixer.b x`, `mixer.c x` and `mixer.dt_down x`, and `dt = softplus(mixer.dt` of the last`)`,
+    /// each channel's state `s`, `[state]`, becomes `exp(-A dt) s + dt x b`, and `y = c·s + D x`; what `mixer.out`
+    /// multiplies is `y * silu(z)`.
+    Mamba(Mamba),
 }
 
 /// See [`Mixer::ShortConv`].
@@ -55,6 +60,24 @@ pub struct Ssd {
     /// Factors of what the projections put out (Falcon-H1): of z, x, b, c and dt, before any bias, and of `mixer.out`.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub factors: Option<[f32; 6]>,
+}
+
+/// See [`Mixer::Mamba`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Serialize, Deserialize)]
+#[serde(deny_unknown_fields)]
+pub struct Mamba {
+    /// Channels of x, each with a state.
+    pub channels: usize,
+    /// Rows of a channel's state.
+    pub state: usize,
+    /// Width of what time steps are made of.
+    pub rank: usize,
+    /// Positions that the convolution reads, the row's own among them.
+    pub kernel: usize,
+    /// A bias on the convolution.
+    pub conv_bias: bool,
+    /// Whether the file keeps `ln A`, and not `-A`.
+    pub log: bool,
 }
 
 /// How the output gate and the norm before `mixer.out` stand to each other.
@@ -103,6 +126,7 @@ impl Mixer {
             Mixer::ShortConv(m) => m.kernel,
             Mixer::Ssd(m) => m.kernel,
             Mixer::Delta(m) => m.kernel,
+            Mixer::Mamba(m) => m.kernel,
         }
     }
 
@@ -112,15 +136,31 @@ impl Mixer {
             Mixer::ShortConv(_) => hidden,
             Mixer::Ssd(m) => m.heads * m.head_dim + 2 * m.groups * m.state,
             Mixer::Delta(m) => 2 * m.key_heads * m.key_dim + m.value_heads * m.value_dim,
+            Mixer::Mamba(m) => m.channels,
+        }
+    }
+
+    /// Columns that the heads read: what comes out of the convolution, and what stands beside that.
+    pub fn scanned(&self, hidden: usize) -> usize {
+        self.channels(hidden) + if let Mixer::Mamba(m) = self { 2 * m.state } else { 0 }
+    }
+
+    /// Time steps of a row.
+    pub fn steps(&self) -> usize {
+        match self {
+            Mixer::Mamba(m) => m.channels,
+            other => other.heads().map_or(0, |h| h.0),
         }
     }
 
     /// Heads with a state of their own, the state's rows and its columns; none where the convolution is all there is.
+    /// Mamba's channels are the columns of one head.
     pub fn heads(&self) -> Option<(usize, usize, usize)> {
         match self {
             Mixer::ShortConv(_) => None,
             Mixer::Ssd(m) => Some((m.heads, m.state, m.head_dim)),
             Mixer::Delta(m) => Some((m.value_heads, m.key_dim, m.value_dim)),
+            Mixer::Mamba(m) => Some((1, m.state, m.channels)),
         }
     }
 
@@ -149,10 +189,18 @@ impl Mixer {
             (Role::MixerConv, Mixer::ShortConv(m)) => linear(channels, m.kernel, m.bias),
             (Role::MixerConv, Mixer::Ssd(m)) => linear(channels, m.kernel, m.conv_bias),
             (Role::MixerConv, Mixer::Delta(m)) => linear(channels, m.kernel, false),
+            (Role::MixerConv, Mixer::Mamba(m)) => linear(channels, m.kernel, m.conv_bias),
             (Role::MixerOut, Mixer::ShortConv(m)) => linear(hidden, width, m.bias),
             (Role::MixerOut, _) => linear(hidden, width, false),
             (_, Mixer::ShortConv(_)) => None,
             (Role::MixerZ, _) => linear(width, hidden, false),
+            (Role::MixerDtDown, Mixer::Mamba(m)) => linear(m.rank, channels, false),
+            (Role::MixerB | Role::MixerC, Mixer::Mamba(m)) => linear(m.state, channels, false),
+            (Role::MixerDtNorm, Mixer::Mamba(m)) => vector(m.rank),
+            (Role::MixerBNorm | Role::MixerCNorm, Mixer::Mamba(m)) => vector(m.state),
+            (Role::MixerDt, Mixer::Mamba(m)) => linear(m.channels, m.rank, true),
+            (Role::MixerA, Mixer::Mamba(m)) => vector(m.channels * m.state),
+            (Role::MixerD, Mixer::Mamba(m)) => vector(m.channels),
             (Role::MixerDt, _) => linear(self.heads()?.0, hidden, true),
             (Role::MixerA, _) => vector(self.heads()?.0),
             (Role::MixerD, Mixer::Ssd(m)) => vector(m.heads),
@@ -182,6 +230,9 @@ impl Mixer {
                 ("key_dim", m.key_dim),
                 ("value_dim", m.value_dim),
             ],
+            Mixer::Mamba(m) => {
+                vec![("kernel", m.kernel), ("channels", m.channels), ("state", m.state), ("rank", m.rank)]
+            }
         };
         if let Some((name, n)) = dims.iter().find(|(_, n)| *n == 0 || *n > MOST) {
             return Some(format!("{name} is {n}; it must be 1 to {MOST}"));
@@ -198,6 +249,7 @@ impl Mixer {
                 ("key_heads * key_dim", [m.key_heads, m.key_dim, 4]),
                 ("value_heads * value_dim", [m.value_heads, m.value_dim, 2]),
             ],
+            Mixer::Mamba(m) => [("channels * state", [m.channels, m.state, 1]), ("rank", [m.rank, 1, 1])],
         };
         for (name, factors) in products {
             let n = factors.iter().fold(1usize, |n, f| n.saturating_mul(*f));

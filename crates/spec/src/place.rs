@@ -77,19 +77,37 @@ pub enum Role {
     /// A mixer's output gate, `[width, hidden]`.
     #[serde(rename = "mixer.z")]
     MixerZ,
-    /// A mixer's time steps, `[heads, hidden]`.
+    /// A mixer's time steps, `[heads, hidden]`; Mamba's, `[channels, rank]`.
     #[serde(rename = "mixer.dt")]
     MixerDt,
     /// How much the delta rule writes, `[heads, hidden]`.
     #[serde(rename = "mixer.beta")]
     MixerBeta,
+    /// What Mamba's time steps are made of, `[rank, channels]`.
+    #[serde(rename = "mixer.dt_down")]
+    MixerDtDown,
+    /// Norm of that, `[rank]`.
+    #[serde(rename = "mixer.dt_norm")]
+    MixerDtNorm,
+    /// What Mamba writes into its states by, `[state, channels]`.
+    #[serde(rename = "mixer.b")]
+    MixerB,
+    /// Norm of that, `[state]`.
+    #[serde(rename = "mixer.b_norm")]
+    MixerBNorm,
+    /// What Mamba reads its states by, `[state, channels]`.
+    #[serde(rename = "mixer.c")]
+    MixerC,
+    /// Norm of that, `[state]`.
+    #[serde(rename = "mixer.c_norm")]
+    MixerCNorm,
     /// A mixer's convolution, `[channels, kernel]`, the row's own position last.
     #[serde(rename = "mixer.conv")]
     MixerConv,
-    /// How fast each head of a mixer forgets, `[heads]`.
+    /// How fast each head of a mixer forgets, `[heads]`; Mamba's, `[channels * state]`.
     #[serde(rename = "mixer.a")]
     MixerA,
-    /// What each head of a mixer passes by its state, `[heads]`.
+    /// What each head of a mixer passes by its state, `[heads]`; Mamba's, `[channels]`.
     #[serde(rename = "mixer.d")]
     MixerD,
     /// Norm before a mixer's output projection, `[width]` or `[value_dim]`.
@@ -150,7 +168,7 @@ pub enum Role {
 
 impl Role {
     /// Every role, in the order in which a token meets them.
-    pub const ALL: [Role; 46] = [
+    pub const ALL: [Role; 52] = [
         Role::Embed,
         Role::Positions,
         Role::EmbedNorm,
@@ -177,6 +195,12 @@ impl Role {
         Role::MixerDt,
         Role::MixerBeta,
         Role::MixerConv,
+        Role::MixerDtDown,
+        Role::MixerDtNorm,
+        Role::MixerB,
+        Role::MixerBNorm,
+        Role::MixerC,
+        Role::MixerCNorm,
         Role::MixerA,
         Role::MixerD,
         Role::MixerOutNorm,
@@ -227,6 +251,12 @@ impl Role {
             Role::MixerZ => "mixer.z",
             Role::MixerDt => "mixer.dt",
             Role::MixerBeta => "mixer.beta",
+            Role::MixerDtDown => "mixer.dt_down",
+            Role::MixerDtNorm => "mixer.dt_norm",
+            Role::MixerB => "mixer.b",
+            Role::MixerBNorm => "mixer.b_norm",
+            Role::MixerC => "mixer.c",
+            Role::MixerCNorm => "mixer.c_norm",
             Role::MixerConv => "mixer.conv",
             Role::MixerA => "mixer.a",
             Role::MixerD => "mixer.d",
@@ -281,13 +311,25 @@ impl Role {
     }
 
     fn is_mixer_linear(self) -> bool {
-        matches!(self, Role::MixerIn | Role::MixerZ | Role::MixerDt | Role::MixerBeta | Role::MixerOut)
+        self.is_mixer_inner()
+            || matches!(self, Role::MixerIn | Role::MixerZ | Role::MixerDt | Role::MixerBeta | Role::MixerOut)
+    }
+
+    /// Whether the matrix reads what a mixer's convolution put out.
+    fn is_mixer_inner(self) -> bool {
+        matches!(self, Role::MixerDtDown | Role::MixerB | Role::MixerC)
+    }
+
+    /// Whether the tensor is a norm within a mixer, of an RMS norm's scale that lies whole in every layout.
+    pub fn is_mixer_own_norm(self) -> bool {
+        matches!(self, Role::MixerOutNorm | Role::MixerDtNorm | Role::MixerBNorm | Role::MixerCNorm)
     }
 
     /// Whether the tensor is a recurrent mixer's own, its norm included.
     pub fn is_mixer(self) -> bool {
         self.is_mixer_linear()
-            || matches!(self, Role::MixerNorm | Role::MixerConv | Role::MixerA | Role::MixerD | Role::MixerOutNorm)
+            || self.is_mixer_own_norm()
+            || matches!(self, Role::MixerNorm | Role::MixerConv | Role::MixerA | Role::MixerD)
     }
 
     /// Whether the tensor has two axes: a matrix that multiplies activations, a table of rows, or a convolution.
@@ -297,7 +339,7 @@ impl Role {
 
     /// Whether the matrix is so small, and what hangs on its last bits so much, that it is meant by its own name only.
     pub fn is_by_name_only(self) -> bool {
-        self.is_router() || matches!(self, Role::MixerDt | Role::MixerBeta)
+        self.is_router() || self.is_mixer_inner() || matches!(self, Role::MixerDt | Role::MixerBeta)
     }
 
     /// Whether the matrix stands in the shortcut around a part.

@@ -255,6 +255,9 @@ pub struct AttnSpec {
     /// Whether what is put together from the values is multiplied with `sigmoid(attn.gate h)` before o.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub gate: bool,
+    /// Factor on what o puts out (1 for most).
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub out_scale: f32,
 }
 
 /// What a norm of queries and keys goes over.
@@ -313,6 +316,7 @@ impl Default for AttnSpec {
             sinks: false,
             latent: None,
             gate: false,
+            out_scale: 1.0,
         }
     }
 }
@@ -339,6 +343,12 @@ pub struct FfnSpec {
     /// A norm on the residual stream before the part; never where it shares attention's ([`Order::Shared`]).
     #[serde(default = "yes", skip_serializing_if = "Clone::clone")]
     pub pre_norm: bool,
+    /// Factor on what gate puts out, before the non-linearity (1 for most); never of experts.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub gate_scale: f32,
+    /// Factor on what down puts out (1 for most); never of experts.
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub down_scale: f32,
 }
 
 /// A gated part of no width: for the fields that a mapping does not name.
@@ -353,6 +363,8 @@ impl Default for FfnSpec {
             post_norm: false,
             experts: None,
             pre_norm: true,
+            gate_scale: 1.0,
+            down_scale: 1.0,
         }
     }
 }
@@ -482,6 +494,9 @@ impl LayerSpec {
             if self.order == Order::Shared && !a.pre_norm {
                 return fail("attention and FFN share a norm that is not there".into());
             }
+            if !a.out_scale.is_finite() {
+                return fail(format!("attention's output is multiplied by {}", a.out_scale));
+            }
             let form = a.qk_norm_over != QkNorm::Head || a.qk_norm_after_rope;
             if form && !a.qk_norm {
                 return fail("the form of a norm of queries and keys that is not there".into());
@@ -490,6 +505,12 @@ impl LayerSpec {
         if let Some(f) = &self.ffn {
             if f.act == Activation::Xielu && (f.gated || f.experts.is_some()) {
                 return fail("xIELU in a gated FFN or in experts".into());
+            }
+            if !(f.gate_scale.is_finite() && f.down_scale.is_finite()) {
+                return fail(format!("the FFN's matrices have factors of {} and {}", f.gate_scale, f.down_scale));
+            }
+            if (f.gate_scale, f.down_scale) != (1.0, 1.0) && (!f.gated || f.experts.is_some()) {
+                return fail("factors of an FFN's matrices in one without a gate or in experts".into());
             }
             if self.order == Order::Shared && f.pre_norm {
                 return fail("an FFN that shares attention's norm has one of its own".into());

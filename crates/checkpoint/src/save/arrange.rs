@@ -139,6 +139,10 @@ impl<'a> Arranged<'a> {
 
     /// The source's name for a place.
     fn source(&self, place: &Place) -> Place {
+        // A head that a layout wants apart from the embedding.
+        if place.role == Role::Head && self.weights.spec().tied {
+            return Place { role: Role::Embed, ..*place };
+        }
         Place { layer: place.layer.map(|l| self.layers[l as usize] as u32), ..*place }
     }
 
@@ -209,6 +213,7 @@ impl<'a> Arranged<'a> {
         let log = |m: &Mixer| match m {
             Mixer::Ssd(m) => m.log,
             Mixer::Delta(m) => m.log,
+            Mixer::Mamba(m) => m.log,
             Mixer::ShortConv(_) => false,
         };
         let [from, to] = self.mixers(place)?.map(log);
@@ -226,6 +231,13 @@ impl<'a> Arranged<'a> {
         let from = self.weights.spec();
         let factor = if self.spec.norm.divisor.is_none() { arch::norm_factor(from, place) } else { 1.0 };
         (factor, from.norm.offset * factor - self.spec.norm.offset)
+    }
+
+    /// What a row is multiplied with where the layout has factors in the weights that stand beside them here, or the
+    /// other way round.
+    fn fold(&self, place: &Place, row: usize) -> f32 {
+        let layer = place.layer.map(|l| self.layers[l as usize]);
+        arch::fold(self.weights.spec(), layer, &self.spec, place, row)
     }
 
     /// Rows `from..to` of a place, decoded, in the layout's order. Where rows move, `from` and `to` are at the bounds
@@ -257,6 +269,12 @@ impl<'a> Arranged<'a> {
         let (factor, shift) = self.rescale(place);
         if (factor, shift) != (1.0, 0.0) {
             m.data_mut().iter_mut().for_each(|x| *x = *x * factor + shift);
+        }
+        for r in 0..m.rows() {
+            let by = self.fold(place, from + r);
+            if by != 1.0 {
+                m.row_mut(r).iter_mut().for_each(|x| *x *= by);
+            }
         }
         let Some(moves) = self.moves(place) else { return m };
         if place.part == Part::Bias {
@@ -440,7 +458,7 @@ impl<'a> Arranged<'a> {
             return None;
         }
         let other = self.heads_moved(place).is_some() && (place.role == Role::MixerOut || !is_matrix(place));
-        if other || self.log_taken(place).is_some() {
+        if other || self.log_taken(place).is_some() || (from..to).any(|r| self.fold(place, r) != 1.0) {
             return None;
         }
         if let Some(piece) = stored.single()

@@ -91,6 +91,7 @@ pub(crate) fn reader(spec: &Spec, place: &Place) -> Place {
         Role::KvDown if narrow => Role::QDown,
         Role::KvDown => Role::Q,
         Role::MixerZ | Role::MixerBeta => Role::MixerIn,
+        Role::MixerB | Role::MixerC => Role::MixerDtDown,
         Role::Up if gated => Role::Gate,
         Role::SharedUp if gated => Role::SharedGate,
         r => r,

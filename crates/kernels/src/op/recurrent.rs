@@ -9,7 +9,9 @@
 use std::ops::Range;
 
 use lacuna_base::{MatMut, MatRef};
-use lacuna_spec::{Delta, Mixer, Ssd};
+use lacuna_spec::{Delta, Mamba, Mixer, Ssd};
+
+use super::math;
 
 use crate::simd::{Op, Simd, dispatch};
 use crate::{Isa, parallel};
@@ -35,14 +37,14 @@ pub struct Recurrence {
     /// `[kernel, channels]`, the row's own position last.
     taps: Vec<f32>,
     bias: Vec<f32>,
-    /// Of each head: what a time step is multiplied with in the exponent, below 0.
+    /// Of each head: what a time step is multiplied with in the exponent, below 0. Mamba's, `[state, channels]`.
     decay: Vec<f32>,
     skip: Vec<f32>,
 }
 
 impl Recurrence {
-    /// From the tensors as they are stored: `conv`, `[channels, kernel]`, its bias, `a` and `d`, `[heads]`; empty where
-    /// the mixer has none. `hidden`: channels of the residual stream.
+    /// From the tensors as they are stored: `conv`, `[channels, kernel]`, its bias, `a` and `d`, `[heads]` (Mamba's
+    /// `[channels, state]` and `[channels]`); empty where the mixer has none. `hidden`: channels of the residual stream.
     #[track_caller]
     pub fn new(mixer: &Mixer, hidden: usize, conv: &[f32], bias: Vec<f32>, a: Vec<f32>, d: Vec<f32>) -> Recurrence {
         let (channels, kernel) = (mixer.channels(hidden), mixer.kernel());
@@ -57,8 +59,14 @@ impl Recurrence {
             Mixer::ShortConv(_) => false,
             Mixer::Ssd(m) => m.log,
             Mixer::Delta(m) => m.log,
+            Mixer::Mamba(m) => m.log,
         };
-        let decay = if log { a.into_iter().map(|a| -a.exp()).collect() } else { a };
+        let mut decay: Vec<f32> = if log { a.into_iter().map(|a| -a.exp()).collect() } else { a };
+        if let Mixer::Mamba(m) = mixer {
+            assert_eq!(decay.len(), m.channels * m.state, "decays of {} channels", m.channels);
+            let by_channel = std::mem::take(&mut decay);
+            decay.extend((0..m.state).flat_map(|k| by_channel[k..].iter().step_by(m.state)));
+        }
         Recurrence { mixer: mixer.clone(), channels, taps, bias, decay, skip: d }
     }
 
@@ -88,18 +96,29 @@ impl Recurrence {
         });
     }
 
-    /// The heads: `x` is what came out of the convolution, its activation applied; `dt` has a column for each head, its
-    /// bias added, and so has `beta` (the delta rule's).
+    /// The heads: `x` is what came out of the convolution, its activation applied, with Mamba's b and c beside it; `dt`
+    /// has a column for each head (Mamba's: for each channel), its bias added, and so has `beta` (the delta rule's).
     #[track_caller]
     pub fn scan(&self, runs: &mut [StateRun<'_>], [x, dt, beta]: [MatRef<'_>; 3], mut out: MatMut<'_>) {
         let (heads, high, wide) = self.mixer.heads().expect("a mixer with heads");
-        assert_eq!((x.cols(), dt.cols(), out.cols()), (self.channels, heads, heads * wide), "the columns of a scan");
-        assert!(beta.cols() == heads || matches!(self.mixer, Mixer::Ssd(_)), "{} columns of beta", beta.cols());
+        let beside = if let Mixer::Mamba(m) = self.mixer { 2 * m.state } else { 0 };
+        let read = (self.channels + beside, self.mixer.steps());
+        assert_eq!((x.cols(), dt.cols(), out.cols()), (read.0, read.1, heads * wide), "the columns of a scan");
+        assert!(beta.cols() == heads || !matches!(self.mixer, Mixer::Delta(_)), "{} columns of beta", beta.cols());
         let longest = runs.iter().map(|r| r.rows.len()).max().unwrap_or(0);
         let before = (self.mixer.kernel() - 1) * self.channels;
         let runs = shared(runs, before + heads * high * wide);
         let (stride, height) = (out.stride(), out.rows());
         let out = Shared(out.raw_mut().as_mut_ptr());
+        if let Mixer::Mamba(m) = &self.mixer {
+            let pieces = wide.div_ceil(CHANNELS);
+            return parallel::tasks(runs.len() * pieces, longest * high * CHANNELS * 4, |i| {
+                let (run, from) = (&runs[i / pieces], i % pieces * CHANNELS);
+                assert!(run.rows.end <= height, "rows {:?} of {height}", run.rows);
+                let channels = from..(from + CHANNELS).min(wide);
+                dispatch(Isa::best(), MambaChannels { of: self, m, x, dt, run, before, channels, out: &out, stride });
+            });
+        }
         parallel::tasks(runs.len() * heads, longest * high * wide * 2, |i| {
             let (run, head) = (&runs[i / heads], i % heads);
             assert!(run.rows.end <= height, "rows {:?} of {height}", run.rows);
@@ -118,7 +137,7 @@ impl Recurrence {
                     let (rows, decay) = (run.rows.clone(), self.decay[head]);
                     dispatch(Isa::best(), DeltaHead { m, head, rows, x, dt, beta, decay, state, out: &out, stride });
                 }
-                Mixer::ShortConv(_) => {}
+                Mixer::ShortConv(_) | Mixer::Mamba(_) => {}
             }
         });
     }
@@ -226,6 +245,76 @@ impl Op for Convolve<'_> {
             // SAFETY: as above.
             let now = unsafe { std::slice::from_raw_parts_mut(self.run.state.add(j * all + from), n) };
             now.copy_from_slice(&seen[j * n..][..n]);
+        }
+    }
+}
+
+/// Some channels of Mamba over one run.
+struct MambaChannels<'a> {
+    of: &'a Recurrence,
+    m: &'a Mamba,
+    x: MatRef<'a>,
+    dt: MatRef<'a>,
+    run: &'a Part,
+    /// Where the channels' states begin in the run's, `[state, channels]`.
+    before: usize,
+    channels: Range<usize>,
+    out: &'a Shared,
+    stride: usize,
+}
+
+/// Channels of Mamba that are worked on at once, whole vectors on every instruction set.
+const BLOCK: usize = 32;
+
+impl Op for MambaChannels<'_> {
+    type Out = ();
+    #[inline(always)]
+    fn run<S: Simd>(self, s: S) {
+        let (all, high) = (self.m.channels, self.m.state);
+        // Lanes beyond the last channel count with zeros.
+        let (mut states, mut decays) = (vec![[0.0f32; BLOCK]; high], vec![[0.0f32; BLOCK]; high]);
+        for from in self.channels.clone().step_by(BLOCK) {
+            let n = BLOCK.min(self.channels.end - from);
+            for k in 0..high {
+                // SAFETY: these channels of the state are this task's alone, and its length was checked.
+                let was = unsafe { std::slice::from_raw_parts(self.run.state.add(self.before + k * all + from), n) };
+                states[k] = [0.0; BLOCK];
+                states[k][..n].copy_from_slice(was);
+                decays[k] = [0.0; BLOCK];
+                decays[k][..n].copy_from_slice(&self.of.decay[k * all + from..][..n]);
+            }
+            for r in self.run.rows.clone() {
+                let (row, steps) = (self.x.row(r), &self.dt.row(r)[from..][..n]);
+                let (b, c) = (&row[all..][..high], &row[all + high..][..high]);
+                let (mut dt, mut dx, mut sum) = ([0.0f32; BLOCK], [0.0f32; BLOCK], [0.0f32; BLOCK]);
+                dt.iter_mut().zip(steps).for_each(|(dt, step)| *dt = softplus(*step));
+                dx.iter_mut().zip(&dt).zip(&row[from..][..n]).for_each(|((dx, dt), x)| *dx = dt * x);
+                for (k, (state, decay)) in states.iter_mut().zip(&decays).enumerate() {
+                    let (b, c) = (s.splat(b[k]), s.splat(c[k]));
+                    for at in (0..BLOCK).step_by(S::LANES) {
+                        // SAFETY: all of these have BLOCK values, and LANES divides that.
+                        unsafe {
+                            let forget = s.mul(s.load(decay.as_ptr().add(at)), s.load(dt.as_ptr().add(at)));
+                            let write = s.mul(b, s.load(dx.as_ptr().add(at)));
+                            let to = state.as_mut_ptr().add(at);
+                            let now = s.add(s.mul(s.load(to), math::exp(s, forget)), write);
+                            s.store(to, now);
+                            let total = sum.as_mut_ptr().add(at);
+                            s.store(total, s.add(s.load(total), s.mul(c, now)));
+                        }
+                    }
+                }
+                // SAFETY: these columns of these rows are this task's alone, and lie in the matrix.
+                let y = unsafe { self.out.columns(r, self.stride, from, n) };
+                let skip = &self.of.skip[from..][..n];
+                y.iter_mut().zip(&sum).zip(skip).zip(&row[from..]).for_each(|(((y, s), d), x)| *y = s + d * x);
+            }
+            for (k, state) in states.iter().enumerate() {
+                // SAFETY: as above.
+                let now =
+                    unsafe { std::slice::from_raw_parts_mut(self.run.state.add(self.before + k * all + from), n) };
+                now.copy_from_slice(&state[..n]);
+            }
         }
     }
 }
@@ -397,13 +486,19 @@ mod tests {
         Mixer::Delta(Delta { key_heads, value_heads, key_dim: 7, value_dim: 37, kernel: 3, log: false, tiled })
     }
 
+    /// Channels that fill neither a task nor what a processor takes at once.
+    fn mamba() -> Mixer {
+        Mixer::Mamba(Mamba { channels: CHANNELS + 45, state: 5, rank: 3, kernel: 4, conv_bias: true, log: true })
+    }
+
     fn made(mixer: &Mixer, hidden: usize) -> Recurrence {
-        let (channels, heads) = (mixer.channels(hidden), mixer.heads().map_or(0, |h| h.0));
+        let (channels, heads) = (mixer.channels(hidden), mixer.steps());
+        let states = if let Mixer::Mamba(m) = mixer { m.state } else { 1 };
         let conv = random(channels, mixer.kernel(), 3);
-        let a = random(1, heads, 4)
+        let a = random(1, heads * states, 4)
             .data()
             .iter()
-            .map(|a| if matches!(mixer, Mixer::Ssd(_)) { *a } else { -a.abs() })
+            .map(|a| if matches!(mixer, Mixer::Delta(_)) { -a.abs() } else { *a })
             .collect();
         Recurrence::new(
             mixer,
@@ -419,9 +514,9 @@ mod tests {
     fn ran(of: &Recurrence, hidden: usize, cuts: &[usize]) -> [Mat; 2] {
         let (channels, heads) = (of.mixer().channels(hidden), of.mixer().heads());
         let wide = if heads.is_none() { 3 * hidden } else { channels };
-        let n = heads.map_or(0, |h| h.0);
+        let n = of.mixer().steps();
         let x = [1, 2].map(|seed| random(ROWS, wide, seed));
-        let z = [7, 8].map(|seed| random(ROWS, channels, seed));
+        let z = [7, 8].map(|seed| random(ROWS, of.mixer().scanned(hidden), seed));
         let dt = [9, 10].map(|seed| random(ROWS, 2 * n, seed));
         let mut states = [1, 2].map(|_| vec![0.0; of.mixer().state_values(hidden)]);
         let mut conv = Mat::zeros(2 * ROWS, channels);
@@ -453,7 +548,8 @@ mod tests {
 
     #[test]
     fn rows_do_not_depend_on_how_a_sequence_is_cut() {
-        for mixer in [ssd(), delta(true), delta(false), Mixer::ShortConv(ShortConv { kernel: 3, bias: true })] {
+        for mixer in [ssd(), delta(true), delta(false), mamba(), Mixer::ShortConv(ShortConv { kernel: 3, bias: true })]
+        {
             let of = made(&mixer, 300);
             let whole = ran(&of, 300, &[]);
             for cuts in [&[1usize, 2, 3, 4, 5, 6, 7][..], &[11], &[20, 21, 22]] {
@@ -461,6 +557,32 @@ mod tests {
                 assert!(whole.iter().zip(&again).all(|(a, b)| a.data() == b.data()), "{mixer:?} {cuts:?}");
             }
             assert!(whole[0].data().iter().any(|x| *x != 0.0));
+        }
+    }
+
+    #[test]
+    fn a_channel_is_what_its_definition_says() {
+        let soft = |x: f64| (1.0 + x.exp()).ln();
+        let mixer = mamba();
+        let Mixer::Mamba(m) = &mixer else { unreachable!() };
+        let of = made(&mixer, 16);
+        let [_, out] = ran(&of, 16, &[]);
+        let (z, dt) = (random(ROWS, mixer.scanned(16), 7), random(ROWS, 2 * m.channels, 9));
+        let a = random(1, m.channels * m.state, 4);
+        let at = |r: usize, c: usize| f64::from(z[(r, c)]);
+        for i in 0..m.channels {
+            let mut state = vec![0.0f64; m.state];
+            for r in 0..ROWS {
+                let step = soft(f64::from(dt[(r, i)]));
+                let mut want = f64::from(of.skip[i]) * at(r, i);
+                for (k, s) in state.iter_mut().enumerate() {
+                    let decay = (-f64::from(a[(0, i * m.state + k)]).exp() * step).exp();
+                    *s = decay * *s + step * at(r, i) * at(r, m.channels + k);
+                    want += at(r, m.channels + m.state + k) * *s;
+                }
+                let have = f64::from(out[(r, i)]);
+                assert!((have - want).abs() < 1e-4 * (1.0 + want.abs()), "{r} {i}: {have} {want}");
+            }
         }
     }
 
@@ -509,7 +631,7 @@ mod tests {
                                 }
                             }
                         }
-                        Mixer::ShortConv(_) => unreachable!(),
+                        Mixer::ShortConv(_) | Mixer::Mamba(_) => unreachable!(),
                     }
                     for (i, want) in want.iter().enumerate() {
                         let have = f64::from(out[(r, h * wide + i)]);

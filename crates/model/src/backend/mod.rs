@@ -268,7 +268,8 @@ pub trait Backend: Clone {
     ) -> Self::Rows;
 
     /// The heads of a mixer over the same states, `[rows, heads * columns of a state]`, from what the convolution put
-    /// out (its activation applied), time steps, `[rows, heads]`, their bias added, and the delta rule's `beta`.
+    /// out (its activation applied; Mamba's b and c beside it), time steps, `[rows, steps]`, their bias added, and the
+    /// delta rule's `beta`.
     /// Comes after [`Backend::convolve`] of the same rows.
     fn scan(
         &self,
@@ -356,9 +357,9 @@ pub struct MixerVectors {
     pub conv: Vec<f32>,
     /// Its bias, `[channels]`.
     pub bias: Vec<f32>,
-    /// `mixer.a`, `[heads]`.
+    /// `mixer.a`, `[heads]`, or `[channels * state]`.
     pub a: Vec<f32>,
-    /// `mixer.d`, `[heads]`.
+    /// `mixer.d`, `[heads]`, or `[channels]`.
     pub d: Vec<f32>,
 }
 

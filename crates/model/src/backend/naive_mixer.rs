@@ -1,6 +1,6 @@
 //! Recurrent mixers in f64, straight from their definitions ([`Mixer`]).
 
-use lacuna_spec::{Delta, Mixer, Ssd};
+use lacuna_spec::{Delta, Mamba, Mixer, Ssd};
 
 use super::MixerVectors;
 
@@ -59,15 +59,35 @@ impl NaiveMixer {
     pub(super) fn heads(&self, state: &mut [f64], x: &[f64], dt: &[f64], beta: Option<&[f64]>) -> Vec<f64> {
         let Some((heads, high, wide)) = self.mixer.heads() else { return Vec::new() };
         let state = &mut state[(self.mixer.kernel() - 1) * self.channels..];
+        if let Mixer::Mamba(m) = &self.mixer {
+            return self.mamba(m, state, x, dt);
+        }
         let head = |h: usize| {
             let state = &mut state[h * high * wide..][..high * wide];
             match &self.mixer {
                 Mixer::Ssd(m) => self.ssd(m, h, state, x, dt[h]),
                 Mixer::Delta(m) => self.delta(m, h, state, x, dt[h], beta.map_or(0.0, |b| b[h])),
-                Mixer::ShortConv(_) => Vec::new(),
+                Mixer::ShortConv(_) | Mixer::Mamba(_) => Vec::new(),
             }
         };
         (0..heads).flat_map(head).collect()
+    }
+
+    /// Channel by channel; a state lies as `[state, channels]`.
+    fn mamba(&self, m: &Mamba, state: &mut [f64], row: &[f64], dt: &[f64]) -> Vec<f64> {
+        let (x, rest) = row.split_at(m.channels);
+        let (b, c) = rest.split_at(m.state);
+        let channel = |i: usize| {
+            let dt = softplus(dt[i]);
+            let mut y = self.vectors[3][i] * x[i];
+            for k in 0..m.state {
+                let s = &mut state[k * m.channels + i];
+                *s = self.decay(m.log, i * m.state + k, dt) * *s + dt * x[i] * b[k];
+                y += c[k] * *s;
+            }
+            y
+        };
+        (0..m.channels).map(channel).collect()
     }
 
     /// `exp(a dt)`.

@@ -67,6 +67,8 @@ impl Record {
                 Mixer::ShortConv(_) => return hidden + 3 * channels + wide,
                 Mixer::Ssd(m) => (m.heads, 0, if m.gate == GateNorm::Gate { 3 } else { 4 }),
                 Mixer::Delta(m) => (m.value_heads, m.value_heads, 4),
+                // What the norms inside read, what time steps are made of, and x once more beside b and c.
+                Mixer::Mamba(m) => (2 * channels + 2 * m.rank + 4 * m.state, 0, 3),
             };
             let factor = matches!(m, Mixer::Ssd(m) if m.factors.is_some_and(|f| f[4] != 1.0));
             let less = if factor { hidden } else { 0 };

@@ -5,7 +5,7 @@
 //! little memory. Sums are in f64, head by head, and do not depend on threads.
 
 use lacuna_base::MatRef;
-use lacuna_spec::{Delta, Mixer, Ssd};
+use lacuna_spec::{Delta, Mamba, Mixer, Ssd};
 use rayon::prelude::*;
 
 use super::rows::zeros;
@@ -14,6 +14,8 @@ use crate::backend::MixerVectors;
 
 /// Rows between two states that are kept.
 const CHUNK: usize = 64;
+/// Channels of Mamba in one task.
+const CHANNELS: usize = 64;
 
 /// Gradients of a mixer's convolution.
 pub(super) struct ConvolutionGradients {
@@ -305,17 +307,106 @@ fn delta(m: &Delta, v: &MixerVectors, head: usize, s: Scanned<'_>) -> Head {
     out
 }
 
+/// What some of Mamba's channels give.
+struct Channels {
+    /// Of x and of time steps, channel by channel and then row by row.
+    own: Vec<f64>,
+    dt: Vec<f64>,
+    /// Of b and c, `[rows, state]`, of these channels alone.
+    shared: [Vec<f64>; 2],
+    a: Vec<f32>,
+    d: Vec<f32>,
+}
+
+/// The channels `from..to` of Mamba.
+fn channels(m: &Mamba, v: &MixerVectors, (from, to): (usize, usize), s: Scanned<'_>) -> Channels {
+    let (rows, high) = (s.x.rows(), m.state);
+    let empty = || vec![0.0; rows * high];
+    let (a, d) = (Vec::new(), Vec::new());
+    let mut out = Channels { own: Vec::new(), dt: Vec::new(), shared: [empty(), empty()], a, d };
+    for i in from..to {
+        let x = |r: usize| f64::from(s.x.at(r, i));
+        let b = |r: usize, k: usize| f64::from(s.x.at(r, m.channels + k));
+        let c = |r: usize, k: usize| f64::from(s.x.at(r, m.channels + high + k));
+        let time = |r: usize| softplus(f64::from(s.dt.at(r, i)));
+        let a: Vec<(f64, f64)> = (0..high).map(|k| exponent(m.log, v.a[i * high + k])).collect();
+        let step = |r: usize, state: &mut Vec<f64>| {
+            let dt = time(r);
+            state.iter_mut().enumerate().for_each(|(k, s)| *s = (a[k].0 * dt).exp() * *s + dt * x(r) * b(r, k));
+        };
+        let (mut own, mut of_dt) = (vec![0.0; rows], vec![0.0; rows]);
+        let (mut of_a, mut of_d, skip) = (vec![0.0; high], 0.0, f64::from(v.d[i]));
+        let mut z = vec![0.0; high];
+        backward(rows, high, step, |r, before, after| {
+            let (dy, dt) = (f64::from(s.dy.at(r, i)), time(r));
+            let mut written = 0.0;
+            for k in 0..high {
+                z[k] += c(r, k) * dy;
+                out.shared[1][r * high + k] += dy * after[k];
+                out.shared[0][r * high + k] += dt * x(r) * z[k];
+                written += z[k] * b(r, k);
+                let decay = (a[k].0 * dt).exp();
+                let of_decay = z[k] * before[k] * decay;
+                of_a[k] += of_decay * dt * a[k].1;
+                of_dt[r] += of_decay * a[k].0;
+                z[k] *= decay;
+            }
+            own[r] = dt * written + skip * dy;
+            of_d += x(r) * dy;
+            of_dt[r] = (of_dt[r] + written * x(r)) * sigmoid(f64::from(s.dt.at(r, i)));
+        });
+        out.own.extend(own);
+        out.dt.extend(of_dt);
+        out.a.extend(of_a.into_iter().map(|a| a as f32));
+        out.d.push(of_d as f32);
+    }
+    out
+}
+
+/// Mamba's channels, as many at once as a task has: what b and c get is summed task after task.
+fn mamba(m: &Mamba, v: &MixerVectors, s: Scanned<'_>) -> ScanGradients {
+    let (rows, high) = (s.x.rows(), m.state);
+    let ends: Vec<(usize, usize)> =
+        (0..m.channels).step_by(CHANNELS).map(|from| (from, (from + CHANNELS).min(m.channels))).collect();
+    let all: Vec<Channels> = ends.par_iter().map(|&ends| channels(m, v, ends, s)).collect();
+    let (mut x, mut dt) = (zeros(rows, s.x.cols()), zeros(rows, m.channels));
+    let mut shared = vec![0.0f64; rows * 2 * high];
+    let (mut a, mut d) = (Vec::new(), Vec::new());
+    for (of, (from, to)) in all.into_iter().zip(ends) {
+        for r in 0..rows {
+            for i in from..to {
+                x.row_mut(r)[i] = of.own[(i - from) * rows + r] as f32;
+                dt.row_mut(r)[i] = of.dt[(i - from) * rows + r] as f32;
+            }
+            for (part, sums) in of.shared.iter().enumerate() {
+                let to = &mut shared[(2 * r + part) * high..][..high];
+                to.iter_mut().zip(&sums[r * high..]).for_each(|(o, d)| *o += d);
+            }
+        }
+        a.extend(of.a);
+        d.extend(of.d);
+    }
+    for r in 0..rows {
+        let beside = &mut x.row_mut(r)[m.channels..];
+        beside.iter_mut().zip(&shared[r * 2 * high..]).for_each(|(o, d)| *o = *d as f32);
+    }
+    ScanGradients { x, dt, beta: None, a, d }
+}
+
 fn key_head(m: &Delta, head: usize) -> usize {
     if m.tiled { head % m.key_heads } else { head / (m.value_heads / m.key_heads) }
 }
 
 /// The gradients of everything that a mixer's heads read of a whole sequence.
 pub(super) fn scan(mixer: &Mixer, v: &MixerVectors, s: Scanned<'_>) -> ScanGradients {
+    if let Mixer::Mamba(m) = mixer {
+        return mamba(m, v, s);
+    }
     let (heads, high, cols) = mixer.heads().unwrap_or_default();
     let one = |head: usize| match mixer {
         Mixer::Ssd(m) => Some(ssd(m, v, head, s)),
         Mixer::Delta(m) => Some(delta(m, v, head, s)),
-        Mixer::ShortConv(_) => None,
+        Mixer::ShortConv(_) | Mixer::Mamba(_) => None,
     };
     let all: Vec<Option<Head>> = (0..heads).into_par_iter().map(one).collect();
     // Where the shared columns of a head begin: those of b or k, and of c or q.
@@ -328,7 +419,7 @@ pub(super) fn scan(mixer: &Mixer, v: &MixerVectors, s: Scanned<'_>) -> ScanGradi
             let (key, keys) = (key_head(m, head) * high, m.key_heads * high);
             (2 * keys + head * cols, [keys + key, key])
         }
-        Mixer::ShortConv(_) => (0, [0, 0]),
+        Mixer::ShortConv(_) | Mixer::Mamba(_) => (0, [0, 0]),
     };
     let rows = s.x.rows();
     let mut sums = vec![0.0f64; rows * s.x.cols()];

@@ -6,7 +6,7 @@ use std::sync::Arc;
 use lacuna_base::Rng;
 use lacuna_format::{Bytes, Float, Pattern, Piece, Stored, Values, Weights, WeightsError};
 use lacuna_spec::{
-    Activation, AttnSpec, Delta, ExpertGroups, Experts, FfnSpec, GateNorm, Latent, LayerSpec, Mixer, NormKind,
+    Activation, AttnSpec, Delta, ExpertGroups, Experts, FfnSpec, GateNorm, Latent, LayerSpec, Mamba, Mixer, NormKind,
     NormVectors, Order, Part, Place, Positions, QkNorm, Role, Rope, RopeScaling, RopeStyle, RouterScore, SharedExpert,
     ShortConv, Spec, Ssd, Temperature,
 };
@@ -188,15 +188,20 @@ pub fn specs() -> Vec<Spec> {
         a.gate = true;
         Some(a)
     };
+    let factored = FfnSpec { gate_scale: 0.8, down_scale: 1.2, ..ffn(50) };
     mixed.layers = vec![
-        LayerSpec { attn: gated(attention(4, 2, 10)), ffn: Some(ffn(50)), ..LayerSpec::default() },
+        LayerSpec { attn: gated(attention(4, 2, 10)), ffn: Some(factored), ..LayerSpec::default() },
         LayerSpec {
             mixer: Some(Mixer::ShortConv(ShortConv { kernel: 3, bias: true })),
             ffn: Some(ffn(33)),
             ..LayerSpec::default()
         },
         LayerSpec { mixer: Some(Mixer::Delta(delta)), ..LayerSpec::default() },
-        LayerSpec { mixer: Some(Mixer::Ssd(near)), attn: gated(attention(2, 1, 8)), ..LayerSpec::default() },
+        LayerSpec {
+            mixer: Some(Mixer::Ssd(near)),
+            attn: gated(AttnSpec { out_scale: 1.3, ..attention(2, 1, 8) }),
+            ..LayerSpec::default()
+        },
     ];
     let mut others = plain.clone();
     let stored = Ssd { log: false, conv_bias: false, ..ssd(3, 8, 1, GateNorm::Gate) };
@@ -208,7 +213,18 @@ pub fn specs() -> Vec<Spec> {
         LayerSpec { ffn: Some(ffn(33)), ..with(Mixer::Ssd(stored)) },
         with(Mixer::Delta(delta)),
     ];
-    vec![plain.clone(), sandwich, learned, turned, routed(plain), behind, beside, bare, mixed, others]
+    // Mamba, whose channels are no multiple of what a processor takes at once; experts behind it.
+    let mut channels = plain.clone();
+    let mamba = Mamba { channels: 75, state: 5, rank: 3, kernel: 3, conv_bias: true, log: true };
+    let stored = Mamba { log: false, conv_bias: false, channels: 33, ..mamba };
+    let mut mixture = ffn(21);
+    mixture.experts = Some(Experts { count: 4, used: 2, ..Experts::default() });
+    channels.layers = vec![
+        LayerSpec { attn: Some(attention(4, 2, 10)), ..LayerSpec::default() },
+        LayerSpec { ffn: Some(mixture), ..with(Mixer::Mamba(mamba)) },
+        with(Mixer::Mamba(stored)),
+    ];
+    vec![plain.clone(), sandwich, learned, turned, routed(plain), behind, beside, bare, mixed, others, channels]
 }
 
 /// Latent attention with and without a latent of queries, sinks, and all ways to choose experts.
