@@ -85,8 +85,8 @@ fn effort(e: Effort, strategy: cli::Strategy, seed: u64) -> fit::Effort {
 /// Bytes that keys and values of `context` positions take, in 16 bits.
 fn cache_bytes(spec: &Spec, context: usize) -> u64 {
     let one = |l: &lacuna_spec::LayerSpec| {
-        l.attn.as_ref().map_or(0, |a| {
-            let seen = a.window.map_or(context, |w| w.min(context));
+        l.attn.as_ref().filter(|a| a.kv_from.is_none()).map_or(0, |a| {
+            let seen = a.window.or(a.chunk).map_or(context, |w| w.min(context));
             4 * (seen * a.kv_heads * a.head_dim) as u64
         })
     };

@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
 """What transformers 5 assumes where a config.json of the later architectures says nothing.
 
-    python make_defaults_v5.py OUT.json
+    python make_defaults_v5.py OUT.json [NAME ...]
 
 For each class `values`, its configuration with every default written out, those keys apart that change no result of a forward pass;
-`layers`, and `tensors`: names and shapes of what lies outside the blocks and in the first one, built on no device.
+`layers`, and `tensors`: names and shapes of what lies outside the blocks and in the first one, built on no device. With names these
+classes alone, put to what OUT.json has.
 """
 
 import json
@@ -27,9 +28,16 @@ IDLE = {
 }
 
 
+# Classes whose golden checkpoints make_tiny_moe.py makes.
+MORE = ("gemma3n_text", "gemma4_text", "llama4_text")
+
+
 def main():
     out = {"made_with": versions()}
-    for name in sorted({kind for kind, _ in MODELS.values()}):
+    if names := sys.argv[2:]:
+        with open(sys.argv[1]) as f:
+            out = {**json.load(f), **out}
+    for name in names or sorted({*(kind for kind, _ in MODELS.values()), *MORE}):
         # Without a word for it these classes fail.
         more = {"head_dim": 128} if name in ("hunyuan_v1_dense", "ministral") else {}
         more = {"num_key_value_heads": 8} if name == "nemotron" else more
@@ -49,7 +57,8 @@ def main():
         inside = lambda k: ".layers." in k or ".h." in k
         first = {k: v for k, v in tensors.items() if not inside(k) or ".0." in k}
         out[name] = {"values": values, "layers": config.num_hidden_layers, "tensors": first}
-    write_json(sys.argv[1], out)
+    made = out.pop("made_with")
+    write_json(sys.argv[1], {"made_with": made, **{name: out[name] for name in sorted(out)}})
 
 
 if __name__ == "__main__":

@@ -1,13 +1,14 @@
 #!/usr/bin/env python3
 """Gradients of the tiny models' loss, by autograd in f64.
 
-    python make_gradients.py TINY OUT.json [later | recurrent]    with transformers 5
+    python make_gradients.py TINY OUT.json [later [NAME ...] | recurrent]    with transformers 5
 
 For each TINY/NAME and each of its two sequences alone: the mean next-token loss, and of its gradient with respect to every matrix, norm
 and bias of the blocks, the last norm and the head its 2-norm and four entries: those at `(7919 i + 5) mod n` of the n values, row by
 row, of the tensor as Lacuna names and cuts it (`layers.0.attn.q`; matrices `[outputs, inputs]`). `residual`: the gradient of what
-goes into the first block. `later`: of the models that make_tiny_v5.py made; `recurrent`: of some that make_tiny_recurrent.py
-made; else of the others. A tied head is untied first: its gradient is that of the head alone. A tensor that no token reached is null.
+goes into the first block. `later`: of the models that make_tiny_v5.py and make_tiny_moe.py made (with names these alone, put to what OUT.json
+has); `recurrent`: of some that make_tiny_recurrent.py made; else of the others. A tied head is untied first: its gradient is that of the head
+alone. A tensor that no token reached is null.
 """
 
 import json
@@ -46,7 +47,15 @@ ROLES = {
     "mlp.act_fn.alpha_p": "ffn.act_above", "mlp.act_fn.alpha_n": "ffn.act_below", "attention.dense": "attn.o",
     "self_attention.dense": "attn.o", "mlp.dense_h_to_4h": "ffn.up", "mlp.dense_4h_to_h": "ffn.down", "ln_attn": "attn.norm",
     "ln_mlp": "ffn.norm", "attn.q_proj": "attn.q", "attn.k_proj": "attn.k", "attn.v_proj": "attn.v", "attn.out_proj": "attn.o",
-    "mlp.fc_in": "ffn.up", "mlp.fc_out": "ffn.down",
+    "mlp.fc_in": "ffn.up", "mlp.fc_out": "ffn.down", "feed_forward.router": "ffn.router",
+    **{f"feed_forward.{role}_proj": f"ffn.{role}" for role in ("gate", "up", "down")},
+    **{f"feed_forward.shared_expert.{role}_proj": f"ffn.shared.{role}" for role in ("gate", "up", "down")},
+    "per_layer_input_gate": "ffn.input.gate", "per_layer_projection": "ffn.input.out", "post_per_layer_input_norm": "ffn.input.norm",
+    "router.proj": "ffn.router", "router.scale": "ffn.router_norm", "pre_feedforward_layernorm_2": "ffn.experts_norm",
+    "altup.correct_output_scale": "altup.scale", "altup.correction_coefs": "altup.correct",
+    "altup.prediction_coefs": "altup.predict", "altup.modality_router": "altup.router", "altup.router_norm": "altup.router_norm",
+    "laurel.linear_left": "attn.laurel.in", "laurel.linear_right": "attn.laurel.out", "laurel.post_laurel_norm": "attn.laurel.norm",
+    "post_feedforward_layernorm_1": "ffn.shared.post_norm", "post_feedforward_layernorm_2": "ffn.experts_post_norm",
 }
 # Of make_tiny_recurrent.py; what no other model there has.
 RECURRENT = ["falcon_h1", "granitemoehybrid", "jamba", "mpt", "qwen3_5_moe", "qwen3_next"]
@@ -66,16 +75,22 @@ SANDWICH = {
 
 def places(name, gradient, config):
     """The places of a parameter with their parts of its gradient."""
-    if name.endswith("e_score_correction_bias"):
-        # It chooses and weighs nothing.
+    if name.endswith(("e_score_correction_bias", "router.per_expert_scale")):
+        # The one chooses and weighs nothing; of the other nobody asks.
         return
-    if "embed" in name or re.search(r"\bwte\b|\bwpe\b", name):
+    if ("embed" in name and "unembed" not in name) or re.search(r"\bwte\b|\bwpe\b", name):
         return
     if name in ("lm_head.weight", "lm_head.bias"):
         yield "head" + name.removeprefix("lm_head").replace(".weight", ""), gradient
         return
     found = re.search(r"\b(?:layers|h)\.(\d+)\.(.*)$", name)
     bias = ".bias" if name.endswith(".bias") else ""
+    if not found and ("per_layer" in name or "altup_projections" in name):
+        # What makes the inputs of all layers, or all streams, stands before the blocks.
+        return
+    if not found and (stream := re.search(r"altup_unembed_projections\.(\d+)", name)):
+        yield f"altup.streams.{int(stream[1]) + 1}.out", gradient
+        return
     if not found:
         assert re.search(r"norm|ln_f", name), name
         yield "norm" + bias, gradient
@@ -92,6 +107,12 @@ def places(name, gradient, config):
             parts = [("gate", one[::2]), ("up", one[1::2])] if "gate_up" in stem else [("down", one)]
             for role, part in parts:
                 yield f"{layer}ffn.experts.{e}.{role}{bias}", part
+    elif config.model_type == "llama4_text" and ".experts." in stem:
+        # [experts, inputs, outputs], gates before ups.
+        for e, one in enumerate(gradient):
+            parts = zip(("gate", "up"), one.T.chunk(2)) if "gate_up" in stem else [("down", one.T)]
+            for role, part in parts:
+                yield f"{layer}ffn.experts.{e}.{role}", part
     elif stem.endswith("self_attn.kv_b_proj"):
         # A head's rows that make keys, the other way round, and those that make values.
         cuts = [config.qk_nope_head_dim, config.v_head_dim]
@@ -99,11 +120,11 @@ def places(name, gradient, config):
             k, v = both.split(cuts)
             yield f"{layer}attn.heads.{h}.k_up", k.T
             yield f"{layer}attn.heads.{h}.v_up", v
-    elif stem.endswith(".experts.gate_up_proj"):
+    elif f".{stem}".endswith(".experts.gate_up_proj"):
         for e, both in enumerate(gradient):
             for role, part in zip(("gate", "up"), both.chunk(2)):
                 yield f"{layer}ffn.experts.{e}.{role}", part
-    elif stem.endswith(".experts.down_proj"):
+    elif f".{stem}".endswith(".experts.down_proj"):
         for e, part in enumerate(gradient):
             yield f"{layer}ffn.experts.{e}.down", part
     elif stem.endswith("gate_up_proj"):
@@ -127,7 +148,9 @@ def places(name, gradient, config):
         for role, part in zip("qkv", gradient.split(cuts)):
             yield f"{layer}attn.{role}{bias}", part
     else:
-        sandwich = config.model_type in ("gemma2", "gemma3", "gemma3_text") and SANDWICH.get(stem)
+        sandwich = config.model_type in ("gemma2", "gemma3", "gemma3_text", "gemma3n_text", "gemma4_text") and SANDWICH.get(stem)
+        if config.model_type == "gemma4_text" and config.enable_moe_block and stem.startswith("mlp."):
+            sandwich = f"ffn.shared.{stem[4:].removesuffix('_proj')}"
         if config.model_type in ("olmo2", "olmo3", "exaone4"):
             sandwich = BEHIND.get(stem)
         yield layer + (sandwich or ROLES[stem]) + bias, gradient
@@ -205,6 +228,10 @@ def sample(gradient):
     return [number(flat.norm()), *numbers(flat[[(7919 * i + 5) % len(flat) for i in range(ENTRIES)]])]
 
 
+def side_by_side(residual):
+    return residual.permute(1, 2, 0, 3) if residual.ndim == 4 else residual
+
+
 def of_model(directory, places=places):
     with open(os.path.join(directory, "golden.json")) as f:
         ids = json.load(f)["input_ids"]
@@ -216,8 +243,12 @@ def of_model(directory, places=places):
     kept = {}
 
     def keep(_, args, kwargs):
-        kept["residual"] = args[0] if args else kwargs["hidden_states"]
-        kept["residual"].retain_grad()
+        # A copy: what else is made of the embedding has gradients of its own.
+        given = (args[0] if args else kwargs["hidden_states"]) * 1.0
+        # Of several streams all, side by side, as they lie: [streams, 1, tokens, hidden].
+        given.retain_grad()
+        kept["residual"] = given
+        return ((given, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": given})
 
     inner = model.model.decoder if hasattr(model.model if hasattr(model, "model") else model, "decoder") else (
         model.model if hasattr(model, "model") else getattr(model, "transformer", None) or model.gpt_neox)
@@ -230,7 +261,7 @@ def of_model(directory, places=places):
         scores = model(input_ids=tokens, use_cache=False).logits[0]
         loss = torch.nn.functional.cross_entropy(scores[:-1], tokens[0, 1:])
         loss.backward()
-        found = {"residual": sample(kept["residual"].grad)}
+        found = {"residual": sample(side_by_side(kept["residual"].grad))}
         for name, p in model.named_parameters():
             gradient = torch.zeros_like(p) if p.grad is None else p.grad
             for place, part in places(name, gradient, model.config):
@@ -241,22 +272,26 @@ def of_model(directory, places=places):
 
 
 def main():
-    (tiny, path), later = sys.argv[1:3], sys.argv[3:] == ["later"]
+    (tiny, path), later, names = sys.argv[1:3], sys.argv[3:4] == ["later"], sys.argv[4:]
     models = {}
     if sys.argv[3:] == ["recurrent"]:
         models = {name: of_model(os.path.join(tiny, name), recurrent) for name in RECURRENT}
-    for name in [] if models else sorted(os.listdir(tiny)):
+    if names:
+        with open(path) as f:
+            models = json.load(f)
+        del models["made_with"]
+    for name in [] if sys.argv[3:] == ["recurrent"] else sorted(os.listdir(tiny)):
         if not os.path.exists(golden := os.path.join(tiny, name, "golden.json")):
             continue
         with open(golden) as f:
             made_later = "greedy" in json.load(f)
-        if made_later == later:
+        if made_later == later and (not names or name in names):
             models[name] = of_model(os.path.join(tiny, name))
             print(name, [len(s["gradients"]) for s in models[name]], [s["loss"] for s in models[name]])
     write_json(path, {"made_with": versions(), **{name: models[name] for name in sorted(models)}})
     size = os.path.getsize(path)
     print(f"{size / 1000:.0f} kB")
-    assert size < 300_000
+    assert size < 500_000
 
 
 if __name__ == "__main__":

@@ -38,6 +38,28 @@ def moe(**changes):
     return fields
 
 
+def gemma4(**changes):
+    """Two sets of RoPE, one for each type of layer: of heads of layers that see everything the first pairs turn. Bases of
+    which every frequency is a power of 2: f32 holds it, and what is left is the rounding of arithmetic."""
+    fields = base(**{"hidden_size": 24, "intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 1,
+                     "head_dim": 8, "global_head_dim": 16, "sliding_window": 7, "tie_word_embeddings": True,
+                     "hidden_activation": "gelu_pytorch_tanh", "pad_token_id": 0, **changes})
+    del fields["rope_theta"]
+    fields["rope_parameters"] = {
+        "full_attention": {"rope_type": "proportional", "partial_rotary_factor": 0.25, "rope_theta": 256.0},
+        "sliding_attention": {"rope_type": "default", "rope_theta": 4096.0}}
+    return fields
+
+
+def gemma3n(**changes):
+    fields = gemma4(**changes)
+    del fields["global_head_dim"]
+    for kind, theta in (("full_attention", 256.0), ("sliding_attention", 16.0)):
+        fields["rope_parameters"][kind] = {"rope_type": "default", "rope_theta": theta}
+    return fields
+
+
+FULL, SLIDING = "full_attention", "sliding_attention"
 YARN = {"rope_type": "yarn", "factor": 4.0, "beta_fast": 4.0, "beta_slow": 1.0, "original_max_position_embeddings": 32}
 
 MODELS = {
@@ -84,6 +106,35 @@ MODELS = {
     "minicpm3": (tf.MiniCPM3Config, tf.MiniCPM3ForCausalLM, moe(
         num_key_value_heads=4, q_lora_rank=14, kv_lora_rank=16, qk_rope_head_dim=8, qk_nope_head_dim=12, v_head_dim=10,
         scale_emb=1.7, scale_depth=1.1, dim_model_base=24)),
+    # Chunks shorter than both sequences, a layer without positions whose queries grow, a dense layer, one expert a token.
+    "llama4": (tf.Llama4TextConfig, tf.Llama4ForCausalLM, moe(
+        vocab_size=80, num_hidden_layers=3, head_dim=16, num_attention_heads=2, num_key_value_heads=1, intermediate_size=14,
+        intermediate_size_mlp=40, num_local_experts=4, num_experts_per_tok=1, moe_layers=[1, 2],
+        no_rope_layers=[1, 0, 1], attention_chunk_size=10, floor_scale=6, attn_scale=0.3)),
+    # As llama.cpp's files say it: what is known by the name alone is as published; every second layer dense.
+    "llama4_plain": (tf.Llama4TextConfig, tf.Llama4ForCausalLM, moe(
+        vocab_size=64, hidden_size=16, num_hidden_layers=4, head_dim=8, num_attention_heads=2, num_key_value_heads=1,
+        intermediate_size=10, intermediate_size_mlp=24, num_local_experts=4, num_experts_per_tok=2,
+        interleave_moe_layer_step=2, rope_parameters={
+            "rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+            "original_max_position_embeddings": 32})),
+    # Inputs of single layers, heads of two widths, last layers that read keys and values of earlier ones and are wider.
+    "gemma4": (tf.Gemma4TextConfig, tf.Gemma4ForCausalLM, gemma4(
+        vocab_size=80, num_hidden_layers=5, layer_types=[SLIDING, FULL, SLIDING, SLIDING, FULL], num_kv_shared_layers=2,
+        use_double_wide_mlp=True, hidden_size_per_layer_input=6, vocab_size_per_layer_input=80,
+        final_logit_softcapping=6.0)),
+    # Values that are keys on layers that see everything; experts beside the dense part, each behind norms of its own.
+    "gemma4_moe": (tf.Gemma4TextConfig, tf.Gemma4ForCausalLM, gemma4(
+        num_hidden_layers=3, layer_types=[SLIDING, FULL, FULL], num_attention_heads=4, num_key_value_heads=2,
+        attention_k_eq_v=True, num_global_key_value_heads=1, hidden_size_per_layer_input=0, enable_moe_block=True,
+        num_experts=4, top_k_experts=2, moe_intermediate_size=12)),
+    # Three streams, of which the second is computed on; layers of several widths, some cut off; more tokens than rows of
+    # the table of inputs; two layers that read the keys of earlier ones.
+    "gemma3n": (tf.Gemma3nTextConfig, tf.Gemma3nForCausalLM, gemma3n(
+        num_hidden_layers=5, layer_types=[SLIDING, FULL, SLIDING, SLIDING, FULL], num_kv_shared_layers=2,
+        intermediate_size=[32, 28, 32, 28, 24], hidden_size_per_layer_input=6, vocab_size_per_layer_input=VOCAB - 6,
+        final_logit_softcapping=6.0, altup_num_inputs=3, altup_active_idx=1, laurel_rank=6,
+        activation_sparsity_pattern=[0.7, 0.0, 0.4, 0.0, 0.0])),
 }
 
 # Smaller, for files with stacked experts and for MXFP4, whose blocks have 32 columns.
@@ -100,7 +151,7 @@ STACKED = ("qwen2_moe", "glm4_moe", "deepseek_v2", "deepseek_v3", "olmoe", "erni
 
 
 def shake(model, seed):
-    """Buffers of corrections, sinks and vectors too: all that make_tiny.randomise does not know."""
+    """Buffers of corrections and scalars, sinks and vectors too: all that make_tiny.randomise does not know."""
     g = torch.Generator().manual_seed(seed)
     randomise(model, g)
     with torch.no_grad():
@@ -116,6 +167,24 @@ def shake(model, seed):
                 p.copy_(5.0 * noise)
             elif name.endswith("down_proj_bias"):
                 p.copy_(0.3 * noise)
+            elif name.endswith("layer_scalar"):
+                p.copy_(0.7 + 0.6 * torch.rand(p.shape, generator=g))
+            elif name.endswith(("router.scale", "router.per_expert_scale", "correct_output_scale")):
+                p.copy_(1.0 + 0.3 * noise)
+            elif name.endswith(("altup.prediction_coefs.weight", "altup.correction_coefs.weight")):
+                # Streams neither grow nor cancel beyond what f32 holds.
+                p.copy_(0.2 * noise)
+            elif name.endswith("altup.modality_router.weight"):
+                # What it reads is divided by the width.
+                p.copy_(noise * p.shape[-1] ** 0.5)
+            elif name.endswith("embed_tokens_per_layer.weight"):
+                p.copy_(0.5 * noise)
+            elif type(model).__name__.startswith(("Gemma4", "Gemma3n")) and "norm" in name:
+                # Here the scale itself is kept; scores are not divided by the root of a head's width.
+                p.copy_((1.0 + 0.3 * noise) * (0.5 if "q_norm" in name else 1.0))
+            elif type(model).__name__.startswith("Llama4") and name.endswith(("gate_up_proj", "down_proj")):
+                # [experts, inputs, outputs]
+                p.copy_(noise * (1.3 / p.shape[1] ** 0.5))
             elif type(model).__name__.startswith("GptOss") and name.endswith(("gate_up_proj", "down_proj")):
                 # [experts, inputs, outputs]
                 p.copy_(noise * (1.3 / p.shape[1] ** 0.5) * (3.0 if "gate_up" in name else 0.5))
@@ -191,7 +260,7 @@ def made(name, out, fields, config_class, model_class, **options):
 def save(name, out):
     config_class, model_class, fields = MODELS[name]
     directory = made(name, out, fields, config_class, model_class)
-    golden(name, directory, model_class, sequences(name))
+    golden(name, directory, model_class, [ids % fields["vocab_size"] for ids in sequences(name)])
 
 
 def stacked(name, out):

@@ -71,6 +71,36 @@ pub fn families() -> Vec<(&'static str, Value)> {
         ("qwen3", with(json!({"model_type": "qwen3"}))),
         ("gemma2", with(gemma2)),
         ("gemma3", with(gemma)),
+        (
+            "gemma4",
+            with(
+                json!({"model_type": "gemma4_text", "num_hidden_layers": 6, "tie_word_embeddings": true, "sliding_window": 16,
+            "global_head_dim": 128, "num_kv_shared_layers": 2, "use_double_wide_mlp": true, "hidden_size_per_layer_input": 64,
+            "vocab_size_per_layer_input": 603, "layer_types": [sliding, sliding, full, sliding, sliding, full]}),
+            ),
+        ),
+        (
+            "gemma4_moe",
+            with(
+                json!({"model_type": "gemma4_text", "num_hidden_layers": 3, "tie_word_embeddings": true, "sliding_window": 16,
+            "global_head_dim": 128, "hidden_size_per_layer_input": 0, "attention_k_eq_v": true,
+            "num_global_key_value_heads": 1, "enable_moe_block": true, "num_experts": 4, "top_k_experts": 2,
+            "moe_intermediate_size": 256, "layer_types": [sliding, sliding, full]}),
+            ),
+        ),
+        (
+            "gemma3n",
+            with(
+                json!({"model_type": "gemma3n_text", "num_hidden_layers": 5, "tie_word_embeddings": true, "sliding_window": 16,
+            "num_kv_shared_layers": 0, "vocab_size_per_layer_input": 603,
+            "activation_sparsity_pattern": [0.95, 0.95, 0.95, 0.95, 0.95]}),
+            ),
+        ),
+        (
+            "llama4",
+            with(json!({"model_type": "llama4_text", "num_hidden_layers": 4, "intermediate_size": 256,
+            "intermediate_size_mlp": 512, "num_local_experts": 4, "interleave_moe_layer_step": 2})),
+        ),
         ("phi3", with(json!({"model_type": "phi3", "pad_token_id": 0}))),
         (
             "gpt2",

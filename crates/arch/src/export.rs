@@ -60,6 +60,13 @@ pub fn whole(spec: &Spec) -> Result<Whole, SpecError> {
     let (mut layers, mut from, mut left_out, mut filled) = (Vec::new(), Vec::new(), Vec::new(), Vec::new());
     for (l, layer) in spec.layers.iter().enumerate() {
         if layer.attn.is_none() && layer.ffn.is_none() && layer.mixer.is_none() {
+            if spec.layer_inputs.is_some() || layer.output_scale || !spec.shared_keys().is_empty() {
+                let what = format!(
+                    "layer {l} has neither attention nor a feed-forward part, and cannot be left out of a network whose \
+                     layers do more, or read each other's keys: such a model is kept in the packed format only"
+                );
+                return Err(SpecError { what });
+            }
             left_out.push(l);
             continue;
         }
@@ -75,7 +82,8 @@ pub fn whole(spec: &Spec) -> Result<Whole, SpecError> {
         if (attn.is_some(), ffn.is_some()) != (layer.attn.is_some(), layer.ffn.is_some()) {
             filled.push(l);
         }
-        layers.push(LayerSpec { attn, ffn, mixer: layer.mixer.clone(), order: layer.order, ..LayerSpec::default() });
+        let (mixer, order, output_scale, laurel) = (layer.mixer.clone(), layer.order, layer.output_scale, layer.laurel);
+        layers.push(LayerSpec { attn, ffn, mixer, order, output_scale, laurel, ..LayerSpec::default() });
         // No other program's layers share weights: each gets a copy.
         from.push(spec.weights_of(l));
     }
@@ -133,15 +141,29 @@ const NEIGHBOURS: [&str; 10] = [
     "olmo",
 ];
 /// The families in which RoPE pairs neighbours in every file.
-pub(super) const INTERLEAVED: [&str; 10] =
-    ["glm", "glm4", "cohere", "cohere2", "ernie4_5", "helium", "gptj", "deepseek_v2", "deepseek_v3", "ernie4_5_moe"];
+pub(super) const INTERLEAVED: [&str; 11] = [
+    "glm",
+    "glm4",
+    "cohere",
+    "cohere2",
+    "ernie4_5",
+    "helium",
+    "gptj",
+    "deepseek_v2",
+    "deepseek_v3",
+    "ernie4_5_moe",
+    "llama4",
+];
 /// The families whose Hugging Face files keep a norm's scale less one.
 const LESS_ONE: [&str; 7] = ["gemma", "gemma2", "gemma3", "nemotron", "qwen3_next", "qwen3_5", "qwen3_5_moe"];
 /// The families whose embedding is scaled by the root of its width.
-const SCALED: [&str; 3] = ["gemma", "gemma2", "gemma3"];
+const SCALED: [&str; 5] = ["gemma", "gemma2", "gemma3", "gemma4", "gemma3n"];
 /// The families whose config.json has one word for the biases of q, k, v and o of all layers.
-const ATTENTION_BIAS: [&str; 18] = [
+const ATTENTION_BIAS: [&str; 21] = [
     "granitemoehybrid",
+    "gemma3n",
+    "llama4",
+    "gemma4",
     "llama",
     "qwen3",
     "qwen3_moe",
@@ -253,6 +275,9 @@ pub fn gguf_spec(spec: &Spec) -> Result<Spec, SpecError> {
     }
     if SCALED.contains(&spec.arch.as_str()) {
         out.embed_scale = (spec.hidden as f64).sqrt() as f32;
+        if let Some(i) = &mut out.layer_inputs {
+            i.embed_scale = (i.width as f64).sqrt() as f32;
+        }
     }
     for layer in &mut out.layers {
         let Some(r) = layer.attn.as_mut().and_then(|a| a.rope.as_mut()) else { continue };

@@ -58,7 +58,7 @@ pub(super) const GEMMA3: Family = Family {
 };
 
 /// `sqrt(hidden)` rounded to a dtype by its name.
-fn embed_scale(hidden: usize, dtype: &str) -> f32 {
+pub(super) fn embed_scale(hidden: usize, dtype: &str) -> f32 {
     let x = (hidden as f64).sqrt() as f32;
     match dtype {
         "bfloat16" => lacuna_base::float::round_bf16(x),
@@ -117,7 +117,7 @@ fn from_gguf1(head: &GgufHead) -> Result<Spec, SpecError> {
 }
 
 /// The dtype that a configuration names.
-fn dtype_of<'a>(c: &Config<'a>) -> Result<&'a str, SpecError> {
+pub(super) fn dtype_of<'a>(c: &Config<'a>) -> Result<&'a str, SpecError> {
     let dtype = c.opt_str("dtype")?.map_or_else(|| c.opt_str("torch_dtype"), |d| Ok(Some(d)))?;
     Ok(dtype.unwrap_or("float32"))
 }
@@ -210,7 +210,7 @@ fn to_gemma3(spec: &Spec) -> Result<Value, SpecError> {
     verified(spec, out, from_gemma3)
 }
 
-fn source(spec: &Spec, place: &Place) -> Option<Source> {
+pub(super) fn source(spec: &Spec, place: &Place) -> Option<Source> {
     let module = match place.role {
         Role::AttnPostNorm => "post_attention_layernorm",
         Role::FfnNorm => "pre_feedforward_layernorm",

@@ -229,6 +229,9 @@ fn scaling(k: &mut GgufKeys, scaling: &RopeScaling) -> Result<(), SpecError> {
             k.rope_lists.push(("rope_factors_short.weight".into(), short.clone()));
         }
         RopeScaling::Factors { factors } => k.rope_lists.push(("rope_freqs.weight".into(), factors.clone())),
+        RopeScaling::Proportional { .. } => {
+            return Err(SpecError { what: "a GGUF file says still pairs as a list of factors".into() });
+        }
         RopeScaling::Llama3 { .. } => {
             return Err(SpecError { what: "a GGUF file says llama3 scaling as a list of factors".into() });
         }

@@ -19,6 +19,8 @@ mod export;
 mod falcon;
 mod falcon_h1;
 mod gemma;
+mod gemma3n;
+mod gemma4;
 mod gguf;
 mod gguf_out;
 mod glm;
@@ -36,6 +38,7 @@ mod hunyuan_v1_moe;
 mod jamba;
 mod lfm2;
 mod llama;
+mod llama4;
 mod mamba;
 mod minicpm3;
 mod mixers;
@@ -204,6 +207,9 @@ pub const FAMILIES: &[Family] = &[
     falcon_h1::FALCON_H1,
     jamba::JAMBA,
     mpt::MPT,
+    llama4::LLAMA4,
+    gemma4::GEMMA4,
+    gemma3n::GEMMA3N,
 ];
 
 fn family(spec: &Spec) -> Result<&'static Family, SpecError> {
@@ -236,7 +242,8 @@ pub fn from_config(config: &Value) -> Result<Spec, SpecError> {
         if let Some(v) = part.get("is_causal").filter(|v| **v != json!(true)) {
             return bad(format!("is_causal is {v}; only true is supported"));
         }
-        let differ = Config(part).get("per_layer_config");
+        // Read where a class writes it.
+        let differ = Config(part).get("per_layer_config").filter(|_| family.name != "gemma4");
         if differ.is_some_and(|v| v.as_object().is_none_or(|o| !o.is_empty())) {
             return bad("per_layer_config makes layers differ in ways that Lacuna does not read");
         }

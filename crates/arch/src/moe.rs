@@ -119,6 +119,7 @@ pub(super) fn from_gguf(head: &GgufHead, spec: &mut Spec, normalize: bool) -> Re
             groups,
             scale: scale.unwrap_or(1.0),
             shared: (shared > 0).then_some(SharedExpert { width: shared, gate: has(l, "ffn_gate_inp_shexp.weight") }),
+            ..Experts::default()
         });
         f.bias = has(l, "ffn_up_exps.bias");
         f.down_bias = false;

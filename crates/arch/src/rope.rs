@@ -99,6 +99,46 @@ pub(super) fn of_sliding_layers(c: &Config, head_dim: usize, theta: &'static str
     read(c, set, head_dim, by_type(c, theta))
 }
 
+/// RoPE of Gemma 4's layers that see everything: a part of the pairs turns, at the pace of all.
+pub(super) fn proportional_layers(c: &Config, head_dim: usize) -> Result<Rope, SpecError> {
+    let set = set_of(c, "full_attention")?.unwrap_or(&NOTHING);
+    let o = Config(set);
+    if o.opt_str("rope_type")? != Some("proportional") {
+        return of_full_layers(c, head_dim);
+    }
+    let known = ["rope_type", "rope_theta", "partial_rotary_factor", "factor"];
+    if let Some(key) = set.as_object().into_iter().flat_map(Map::keys).find(|k| !known.contains(&k.as_str())) {
+        return bad(format!("rope_parameters of full_attention has {key}, which Lacuna does not know"));
+    }
+    let part = o.opt_f64("partial_rotary_factor")?.unwrap_or(1.0);
+    let pairs = (part * head_dim as f64 / 2.0).floor() as usize;
+    let factor = o.opt_f32("factor")?.unwrap_or(1.0);
+    let theta = o.f64("rope_theta")? as f32;
+    let scaling = RopeScaling::Proportional { pairs, factor };
+    Ok(Rope { theta, dims: head_dim, style: RopeStyle::Half, scaling })
+}
+
+/// What [`proportional_layers`] and [`of_sliding_layers`] read, of one type of layer.
+pub(super) fn set_for(rope: Option<&Rope>, spec: &lacuna_spec::Spec) -> Result<Value, SpecError> {
+    let Some(r) = rope else { return Err(SpecError { what: "a layer knows no positions".into() }) };
+    if let RopeScaling::Proportional { pairs, factor } = r.scaling {
+        let part = 2.0 * pairs as f64 / r.dims as f64;
+        let mut set = json!({"rope_type": "proportional", "partial_rotary_factor": part, "rope_theta": num(r.theta)});
+        if factor != 1.0 {
+            set["factor"] = num(factor);
+        }
+        return Ok(set);
+    }
+    let mut all = Map::new();
+    to_config(r, (r.dims, false), spec.context, &mut all)?;
+    let mut set = match all.shift_remove("rope_scaling") {
+        Some(set) => set,
+        None => json!({"rope_type": "default"}),
+    };
+    set["rope_theta"] = num(r.theta);
+    Ok(set)
+}
+
 fn by_type(c: &Config, theta: &'static str) -> Class {
     let said = c.get("rope_parameters").and_then(|p| p.get("truncate"));
     Class::ByType { theta, truncate: said.is_none_or(|t| *t == json!(true)) }
@@ -358,6 +398,10 @@ pub(super) fn to_config(
                 set("attention_factor", num(*attention_factor));
             }
             out.insert("original_max_position_embeddings".into(), json!(original));
+        }
+        RopeScaling::Proportional { .. } => {
+            let what = "a part of RoPE's pairs turns at the pace of all, which this family's config.json cannot say";
+            return Err(SpecError { what: what.into() });
         }
         RopeScaling::Factors { .. } => {
             let what = "RoPE has a list of factors as GGUF files carry, which no config.json can say";

@@ -52,10 +52,12 @@ fn each_key_at_its_default_is_as_good_as_absent() {
 #[test]
 fn tensors_have_the_names_and_shapes_of_the_classes() {
     for (name, said) in &golden() {
-        let mut spec = read(&bare(name));
-        spec.layers.truncate(1);
+        let spec = read(&bare(name));
+        // What lies outside the blocks, and in the first one.
+        let first = |name: &str| !(name.contains(".layers.") || name.contains(".h.")) || name.contains(".0.");
+        let targets = arch::hf_targets(&spec).unwrap().into_iter();
         let ours: BTreeMap<String, Vec<usize>> =
-            arch::hf_targets(&spec).unwrap().into_iter().map(|t| (t.name, t.shape)).collect();
+            targets.filter(|t| first(&t.name)).map(|t| (t.name, t.shape)).collect();
         let mut theirs: BTreeMap<String, Vec<usize>> = BTreeMap::new();
         for (tensor, shape) in said["tensors"].as_object().unwrap() {
             // Constants of xIELU; a head that the files name otherwise than the class.
@@ -74,7 +76,8 @@ fn tensors_have_the_names_and_shapes_of_the_classes() {
 fn what_a_family_writes_says_all_that_it_reads() {
     for name in golden().keys() {
         let mut spec = read(&bare(name));
-        spec.layers.truncate(8);
+        // Of Gemma 4 the last layer sees everything.
+        spec.layers.truncate(if name == "gemma4_text" { 6 } else { 8 });
         let written = arch::to_config(&spec).unwrap_or_else(|e| panic!("{name}: {e}"));
         assert_eq!(read(&written), spec, "{name}");
     }

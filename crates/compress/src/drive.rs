@@ -65,9 +65,18 @@ pub fn compress(
         notes.push("the output projection is calibrated on what the source's blocks put out".into());
     }
     let mut tensors = Vec::new();
-    walk.globals(&mut overlay, &mut writer, &[Role::Embed, Role::Positions, Role::EmbedNorm], &head, &mut tensors)?;
+    let first = [
+        Role::Embed,
+        Role::Positions,
+        Role::EmbedNorm,
+        Role::LayerInputs,
+        Role::InputsIn,
+        Role::InputsNorm,
+        Role::AltupIn,
+    ];
+    walk.globals(&mut overlay, &mut writer, &first, &head, &mut tensors)?;
     walk.blocks(&mut overlay, &mut writer, &mut tensors)?;
-    walk.globals(&mut overlay, &mut writer, &[Role::FinalNorm, Role::Head], &head, &mut tensors)?;
+    walk.globals(&mut overlay, &mut writer, &[Role::AltupOut, Role::FinalNorm, Role::Head], &head, &mut tensors)?;
     if let Some(first) = walk.unreached.first() {
         let n = walk.unreached.len();
         notes.push(format!("{n} matrices, {first} the first, keep what they were: no calibration token reached them"));
@@ -194,7 +203,7 @@ impl Walk<'_> {
     pub(crate) fn embedded(&self, weights: &dyn Weights) -> Result<Activations, CompressError> {
         let dir = self.scratch_dir();
         let lens = self.sequences.iter().map(Vec::len).collect();
-        let mut x = Activations::new(lens, weights.spec().hidden, self.spill.then_some(dir.as_path()))
+        let mut x = Activations::new(lens, weights.spec().carried(), self.spill.then_some(dir.as_path()))
             .map_err(self.scratch_error())?;
         if self.sequences.is_empty() {
             return Ok(x);

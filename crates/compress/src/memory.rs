@@ -4,7 +4,7 @@ use std::collections::BTreeSet;
 
 use lacuna_base::units::show_bytes;
 use lacuna_contract::{Ask, Site, Step};
-use lacuna_spec::{Part, Place, Spec};
+use lacuna_spec::{Part, Place, Role, Spec};
 
 use crate::account::CompressError;
 use crate::activations::{Activations, SpilledInputs};
@@ -51,10 +51,10 @@ pub fn plan(spec: &Spec, recipe: &Recipe, sequences: &[Vec<u32>], max_ram: Optio
     let lens: Vec<usize> = sequences.iter().map(Vec::len).collect();
     // A search keeps what goes into the first block and what comes out of the last; a pass back what goes into each.
     let copies = if recipe.steps.iter().any(|s| s.is_model_wide()) { 3 } else { 1 };
-    let one = Activations::bytes(&lens, spec.hidden);
+    let one = Activations::bytes(&lens, spec.carried());
     let asked = gradients_asked(spec, recipe);
     let shapes = asked.iter().filter_map(|(p, ask)| Some((*ask, spec.shape(p)?)));
-    let inputs = SpilledInputs::bytes(spec.layers.len(), &lens, spec.hidden);
+    let inputs = SpilledInputs::bytes(spec.layers.len(), &lens, spec.carried());
     let back = if asked.is_empty() { 0 } else { inputs + gradients::given_bytes(shapes, lens.len()) };
     let all = (copies * one).max(back);
     let floor = floor(spec, recipe, &lens) + in_use();
@@ -141,7 +141,8 @@ fn floor(spec: &Spec, recipe: &Recipe, lens: &[usize]) -> u64 {
         let ffn = layer.ffn.as_ref().map_or(0, |f| 3 * f.width);
         let mixer = layer.mixer.as_ref().map_or(0, |m| 3 * m.channels(spec.hidden) + 4 * m.width(spec.hidden));
         let state = layer.mixer.as_ref().map_or(0, |m| 4 * m.state_values(spec.hidden) as u64);
-        let rows = seq_len as u64 * 4 * (5 * spec.hidden + attn.max(ffn) + attn + mixer) as u64 + state;
+        let rows =
+            seq_len as u64 * 4 * (3 * spec.hidden + 2 * spec.carried() + attn.max(ffn) + attn + mixer) as u64 + state;
         // On the way back a block's gradients stand beside it, with two sums of each, and what its forward kept of one
         // sequence.
         let mine = asked.iter().filter(|(p, _)| p.layer == Some(l as u32));
@@ -155,7 +156,8 @@ fn floor(spec: &Spec, recipe: &Recipe, lens: &[usize]) -> u64 {
         let each: u64 = here.filter_map(|(p, _)| spec.shape(p)).map(|(m, n)| 4 * (m * n * lens.len()) as u64).sum();
         most = most.max(2 * 4 * weights + (grams + given + scratch + rows).max(back) + each);
     }
-    let embed = (spec.vocab as u64) * (spec.hidden as u64);
+    let inputs = spec.shape(&Place::global(Role::LayerInputs)).map_or(0, |(r, c)| r as u64 * c as u64);
+    let embed = ((spec.vocab as u64) * (spec.hidden as u64)).max(inputs);
     let changes = |p: &lacuna_spec::Place| p.layer.is_none() && recipe.local().any(|(_, s)| s.local(p).is_some());
     let mut embed = if spec.places().iter().any(changes) { embed * 10 } else { embed };
     if recipe.local().count() > 0 {

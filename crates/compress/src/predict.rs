@@ -86,6 +86,7 @@ fn recoded(source: &dyn Weights, place: &Place, steps: &[&RecipeStep]) -> Result
 /// How often a token is multiplied with a place's matrix; none for what is no matrix.
 pub fn uses(spec: &Spec, place: &Place) -> Option<f64> {
     match place.role {
+        Role::LayerInputs => Some(0.0),
         Role::Embed => Some(if spec.tied { 1.0 } else { 0.0 }),
         role if !role.is_linear() => None,
         role if role.is_per_head() => Some(1.0),
@@ -117,7 +118,7 @@ impl Shaped {
         let mut tensors = HashMap::new();
         for place in spec.places() {
             let Some((rows, cols)) = spec.shape(&place) else { continue };
-            if place.part != Part::Weight || !(place.role.is_linear() || place.role == Role::Embed) {
+            if place.part != Part::Weight || !(place.role.is_linear() || place.role.is_lookup()) {
                 let ones = Mat::from_fn(rows, cols, |_, _| if place.part == Part::Weight { 1.0 } else { 0.0 });
                 let made = pack_float(ones.view(), None, PatternKind::Dense, Float::F32);
                 let made = made.map_err(|e| packing(&place, e))?;

@@ -286,12 +286,13 @@ fn of_units(spec: &Spec) -> f64 {
     spec.places().iter().filter(mine).map(|p| spec.shape(p).unwrap()).map(|(r, c)| (r * c) as f64).sum()
 }
 
-/// Every matrix of a latent, of a head's own, of experts and the shared one is met by its own inputs, and by nothing else
+/// Every matrix of a latent, of a head's own, of experts and the shared one, of a layer's input is met by its own inputs, and by nothing else
 /// of what its method asks for.
 #[test]
 fn latents_shared_experts_and_heads_are_quantized_and_pruned() {
     let dir = tempfile::tempdir().unwrap();
-    for name in ["qwen2_moe", "gpt_oss", "glm4_moe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe"] {
+    let mixtures = ["qwen2_moe", "gpt_oss", "glm4_moe", "deepseek_v2", "deepseek_v3", "ernie4_5_moe"];
+    for name in mixtures.into_iter().chain(["llama4", "gemma4", "gemma4_moe", "gemma3n"]) {
         let source = tiny(name);
         let want = logits(&source);
         let quantize = |method: &str| step(&format!("method = \"{method}\"\nbits = 8\ngroup = 2"));
@@ -306,7 +307,7 @@ fn latents_shared_experts_and_heads_are_quantized_and_pruned() {
             let packed = open(&done.path).unwrap();
             for place in source.spec().places() {
                 let aimed = place.layer.is_some() && place.part == Part::Weight && place.role.is_linear();
-                if !aimed || place.role.is_router() {
+                if !aimed || place.role.is_by_name_only() {
                     continue;
                 }
                 let stored = packed.get(&place).unwrap().unwrap();

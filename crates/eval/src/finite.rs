@@ -63,7 +63,8 @@ impl<B: Backend> Tap<B> for Watch {
 
 /// The error of a model whose embedding of `token` is not finite.
 pub(crate) fn embedding(weights: &dyn Weights, token: u32) -> EvalError {
-    let mine = [Role::Embed, Role::Positions, Role::EmbedNorm].map(Place::global);
+    let all = [Role::Embed, Role::Positions, Role::EmbedNorm, Role::LayerInputs, Role::InputsIn, Role::InputsNorm];
+    let mine = all.map(Place::global);
     broken(weights, &format!("in the embedding of token {token}"), &mine)
 }
 

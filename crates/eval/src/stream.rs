@@ -98,7 +98,7 @@ impl Streams {
         step: &mut dyn FnMut(),
     ) -> Result<Streams, EvalError> {
         let spec = weights.spec();
-        let width = spec.hidden;
+        let width = spec.carried();
         let mut starts = vec![0];
         for s in sequences {
             starts.push(starts[starts.len() - 1] + s.len());
@@ -119,6 +119,7 @@ impl Streams {
         }
         drop(embed);
         weights.release(&Place::global(Role::Embed));
+        weights.release(&Place::global(Role::LayerInputs));
         for layer in 0..spec.layers.len() {
             let block = Block::load_with(weights, layer, room.activations)?;
             for b in &batches {
@@ -216,7 +217,7 @@ pub fn floor_bytes(weights: &dyn Weights, sequences: &[Vec<u32>]) -> Result<u64,
         widest = widest.max(attention.max(ffn) + mixer_values(layer, spec.hidden));
     }
     let rows = batches(sequences).iter().map(|b| sequences[b.clone()].iter().map(Vec::len).sum::<usize>()).max();
-    let work = rows.unwrap_or(0) as u64 * (4 * spec.hidden + widest) as u64 * 4;
+    let work = rows.unwrap_or(0) as u64 * (3 * spec.hidden + 2 * spec.carried() + widest) as u64 * 4;
     Ok(largest + work.max(LOGITS_BYTES))
 }
 
@@ -227,7 +228,7 @@ fn mixer_values(layer: &lacuna_spec::LayerSpec, hidden: usize) -> usize {
 
 /// Bytes of the residual streams of `sequences`.
 pub fn stream_bytes(weights: &dyn Weights, sequences: &[Vec<u32>]) -> u64 {
-    sequences.iter().map(Vec::len).sum::<usize>() as u64 * weights.spec().hidden as u64 * 4
+    sequences.iter().map(Vec::len).sum::<usize>() as u64 * weights.spec().carried() as u64 * 4
 }
 
 /// Whether the residual streams of all `nets` must leave memory; an error where even that does not help.

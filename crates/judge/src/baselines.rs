@@ -106,7 +106,7 @@ impl OwnBits {
     pub fn of(weights: &dyn Weights) -> Result<Option<OwnBits>, WeightsError> {
         let (mut body, mut ends) = ((0u64, 0u64), (0u64, 0u64));
         for p in weights.spec().places() {
-            let end = matches!(p.role, Role::Embed | Role::Head);
+            let end = matches!(p.role, Role::Embed | Role::LayerInputs | Role::Head);
             if p.part != Part::Weight || !(end || p.role.is_linear()) {
                 continue;
             }

@@ -8,9 +8,12 @@ use lacuna_format::Weights;
 use lacuna_kernels::{Activations, Attention};
 use lacuna_spec::{Activation, AttnSpec, Order, Place, Role, Rope, Temperature};
 
+use crate::altup::{AltUpPart, LaurelPart};
 use crate::backend::{Backend, Cpu, Measure};
+use crate::carried::{InputPart, Layout, Side, plain_norm};
 use crate::ffn::{FfnPart, Mixture};
 use crate::gating::{GateStore, Gated, Gating};
+use crate::heads::read;
 use crate::kv::prepared;
 use crate::latent::LatentPart;
 use crate::mixer::MixerPart;
@@ -29,6 +32,16 @@ pub struct Block<B: Backend = Cpu> {
     ffn: Option<FfnPart<B>>,
     attention_shortcut: Option<Projection<B>>,
     ffn_shortcut: Option<Projection<B>>,
+    /// What stands beside attention, and has its norm.
+    laurel: Option<LaurelPart<B>>,
+    /// What predicts and corrects several residual streams.
+    altup: Option<AltUpPart<B>>,
+    /// What it makes of its own input.
+    input: Option<InputPart<B>>,
+    /// How wide rows are cut, where blocks run one by one.
+    layout: Layout,
+    /// What the stream behind it is multiplied with.
+    output_scale: Option<f32>,
     order: Order,
     /// The norm before both parts, where they share one.
     shared: Option<B::Norm>,
@@ -36,7 +49,7 @@ pub struct Block<B: Backend = Cpu> {
     scale: f32,
 }
 
-struct AttentionPart<B: Backend> {
+pub(crate) struct AttentionPart<B: Backend> {
     /// Beside a mixer: that one's.
     norm: Option<B::Norm>,
     /// What the mixed values are multiplied with, through a sigmoid.
@@ -44,13 +57,17 @@ struct AttentionPart<B: Backend> {
     reads: Reads<B>,
     o: Projection<B>,
     /// What a gate says of q, k and v, and of o.
-    gated: [Option<Gated>; 2],
-    clip: Option<f32>,
-    qk_norm: Option<(B::Norm, B::Norm)>,
-    norm_after_rope: bool,
-    temperature: Option<Temperature>,
-    rope: Option<B::Rope>,
-    head_dim: usize,
+    pub(crate) gated: [Option<Gated>; 2],
+    pub(crate) clip: Option<f32>,
+    /// Of queries, and of keys where it has some.
+    pub(crate) qk_norm: Option<(B::Norm, Option<B::Norm>)>,
+    pub(crate) v_norm: Option<B::Norm>,
+    /// The block whose keys and values it reads, where they are not its own.
+    kv_from: Option<usize>,
+    pub(crate) norm_after_rope: bool,
+    pub(crate) temperature: Option<Temperature>,
+    pub(crate) rope: Option<B::Rope>,
+    pub(crate) head_dim: usize,
     scores: Attention,
     /// Factor on what o puts out.
     out_scale: f32,
@@ -61,7 +78,8 @@ struct AttentionPart<B: Backend> {
 // One a block: its size does not matter.
 #[allow(clippy::large_enum_variant)]
 enum Reads<B: Backend> {
-    Plain([Projection<B>; 3]),
+    /// q, k and v; no k and v where they are another block's, no v where it is k.
+    Plain(Projection<B>, Option<Projection<B>>, Option<Projection<B>>),
     Latent(LatentPart<B>),
 }
 
@@ -113,9 +131,12 @@ impl<B: Backend> Loader<'_, B> {
     fn attention(&self, a: &AttnSpec, order: Order, alone: bool) -> Result<AttentionPart<B>, ModelError> {
         let (reads, first) = match &a.latent {
             None => {
-                let [mut q, mut k, mut v] = [self.matrix(Role::Q)?, self.matrix(Role::K)?, self.matrix(Role::V)?];
-                let gated = self.gate([Some(&mut q), Some(&mut k), Some(&mut v)])?;
-                (Reads::Plain([q, k, v]), gated)
+                let own = |on: bool, role| on.then(|| self.matrix(role)).transpose();
+                let mut q = self.matrix(Role::Q)?;
+                let mut k = own(a.kv_from.is_none(), Role::K)?;
+                let mut v = own(a.kv_from.is_none() && !a.v_is_k, Role::V)?;
+                let gated = self.gate([Some(&mut q), k.as_mut(), v.as_mut()])?;
+                (Reads::Plain(q, k, v), gated)
             }
             Some(m) => (Reads::Latent(LatentPart::load(self, a, m)?), None),
         };
@@ -130,13 +151,22 @@ impl<B: Backend> Loader<'_, B> {
             clip: a.clip,
             norm_after_rope: a.qk_norm_after_rope,
             temperature: a.temperature,
-            qk_norm: if a.qk_norm { Some((self.norm(Role::QNorm)?, self.norm(Role::KNorm)?)) } else { None },
+            qk_norm: if a.qk_norm {
+                Some((self.norm(Role::QNorm)?, self.norm_where(a.kv_from.is_none(), Role::KNorm)?))
+            } else {
+                None
+            },
+            v_norm: a
+                .v_norm
+                .then(|| plain_norm(self.backend, self.weights, Place::layer(self.layer, Role::V), a.head_dim)),
+            kv_from: a.kv_from,
             rope: a.rope.as_ref().map(|r| self.backend.rope_of(r)),
             head_dim: a.head_dim,
             scores: Attention {
                 heads: a.heads,
                 scale: a.scale,
                 window: a.window,
+                chunk: a.chunk,
                 softcap: a.softcap,
                 alibi: a.alibi,
                 sinks: a.sinks.then(|| self.vector(Role::Sinks)).transpose()?.map(Into::into),
@@ -160,7 +190,7 @@ impl Block {
     }
 
     /// Runs the block: `x`, `[rows, hidden]`, is the residual stream of the batch's rows and becomes that after the
-    /// block. Keys and values are written to `kv`, which must hold all earlier positions.
+    /// block (of networks that carry more, [`Spec::carried`](lacuna_spec::Spec::carried) columns). Keys and values are written to `kv`, which must hold all earlier positions.
     pub fn forward(
         &self,
         x: &mut Mat,
@@ -203,6 +233,7 @@ impl<B: Backend> Block<B> {
         let described = weights.spec().layers.get(layer).ok_or_else(missing)?;
         let loader = Loader { backend, weights, layer: weights.spec().weights_of(layer), activations, gating };
         let (order, alone) = (described.order, described.mixer.is_none());
+        let alone = alone && described.laurel.is_none();
         let attention = described.attn.as_ref().map(|a| loader.attention(a, order, alone)).transpose()?;
         let mixer = described.mixer.as_ref().map(|m| MixerPart::load(&loader, m)).transpose()?;
         let ffn = described.ffn.as_ref().map(|f| loader.ffn(f)).transpose()?;
@@ -211,9 +242,33 @@ impl<B: Backend> Block<B> {
         let ffn_shortcut = shortcut(described.ffn_shortcut, Role::FfnShortcut)?;
         let either = attention.is_some() || ffn.is_some();
         let shared = loader.norm_where(order == Order::Shared && either, Role::AttnNorm)?;
+        let laurel = described.laurel.map(|_| LaurelPart::load(&loader)).transpose()?;
+        let spec = weights.spec();
+        let altup = spec.altup.map(|how| AltUpPart::load(&loader, spec, how)).transpose()?;
+        let inputs = spec.layer_inputs.as_ref();
+        let input = inputs.map(|how| InputPart::load(&loader, how)).transpose()?;
+        let number = || loader.vector(Role::OutputScale).map(|v| v.first().copied().unwrap_or(1.0));
+        let output_scale = described.output_scale.then(number).transpose()?;
+        let layout = Layout::of(weights.spec());
         let scale = weights.spec().residual_scale;
         let backend = backend.clone();
-        Ok(Block { backend, layer, attention, mixer, ffn, attention_shortcut, ffn_shortcut, order, shared, scale })
+        Ok(Block {
+            backend,
+            layer,
+            attention,
+            mixer,
+            ffn,
+            attention_shortcut,
+            ffn_shortcut,
+            laurel,
+            altup,
+            input,
+            layout,
+            output_scale,
+            order,
+            shared,
+            scale,
+        })
     }
 
     /// Its number in the model.
@@ -221,9 +276,9 @@ impl<B: Backend> Block<B> {
         self.layer
     }
 
-    /// Whether it has keys and values.
-    pub(crate) fn has_attention(&self) -> bool {
-        self.attention.is_some()
+    /// Whether it has keys and values of its own.
+    pub(crate) fn has_keys(&self) -> bool {
+        self.attention.as_ref().is_some_and(|a| a.kv_from.is_none())
     }
 
     /// Whether it keeps a state.
@@ -295,7 +350,7 @@ impl<B: Backend> Block<B> {
         self.attention
             .iter()
             .flat_map(|a| match &a.reads {
-                Reads::Plain(_) => [None, None],
+                Reads::Plain(..) => [None, None],
                 Reads::Latent(m) => m.per_head().map(Some),
             })
             .flatten()
@@ -304,7 +359,7 @@ impl<B: Backend> Block<B> {
     /// Every matrix but those of experts and of heads.
     fn alone(&self) -> impl Iterator<Item = &Projection<B>> {
         let attention = self.attention.iter().flat_map(|a| match &a.reads {
-            Reads::Plain([q, k, v]) => [Some(q), Some(k), Some(v), Some(&a.o)],
+            Reads::Plain(q, k, v) => [Some(q), k.as_ref(), v.as_ref(), Some(&a.o)],
             Reads::Latent(m) => {
                 let [down, q, kv] = m.alone();
                 [down, q, kv, Some(&a.o)]
@@ -313,7 +368,10 @@ impl<B: Backend> Block<B> {
         let ffn = self.ffn.iter().flat_map(FfnPart::alone);
         let gate = self.attention.iter().flat_map(|a| &a.gate);
         let attention = attention.flatten().chain(gate).chain(self.mixer.iter().flat_map(MixerPart::matrices));
-        attention.chain(ffn).chain(&self.attention_shortcut).chain(&self.ffn_shortcut)
+        let input = self.input.iter().flat_map(InputPart::matrices);
+        let input = input.chain(self.laurel.iter().flat_map(LaurelPart::matrices));
+        let input = input.chain(self.altup.iter().flat_map(AltUpPart::matrices));
+        attention.chain(ffn).chain(&self.attention_shortcut).chain(&self.ffn_shortcut).chain(input)
     }
 
     /// Runs the block on its backend: `x`, `[rows, hidden]`, is the residual stream of the batch's rows and becomes
@@ -326,34 +384,56 @@ impl<B: Backend> Block<B> {
         kv: &mut dyn KvStore<B>,
         tap: &mut dyn Tap<B>,
     ) -> Result<(), ModelError> {
-        let (attention, mixer) = (self.has_attention(), self.has_mixer());
-        let tables = prepared(attention.then_some(self.layer), mixer.then_some(self.layer), batch, kv)?;
-        self.step(x, &self.backend.begin(batch, tables), kv, tap)
+        // Keys and values of another block are written to that one's pages.
+        let keys = self.attention.as_ref().map(|a| a.kv_from.unwrap_or(self.layer));
+        let tables = prepared(keys, self.has_mixer().then_some(self.layer), batch, kv)?;
+        let step = self.backend.begin(batch, tables);
+        if self.layout.is_plain() {
+            return self.step(x, &mut Side::of_step(None), &step, kv, tap);
+        }
+        let (mut stream, mut side) = self.layout.split(&self.backend, x)?;
+        let done = self.step(&mut stream, &mut side, &step, kv, tap);
+        *x = self.layout.join(&self.backend, stream, side);
+        done
     }
 
     /// The same within a step that has begun.
     pub(crate) fn step(
         &self,
         x: &mut B::Rows,
+        side: &mut Side<B>,
         step: &B::Step,
         kv: &mut dyn KvStore<B>,
         tap: &mut dyn Tap<B>,
     ) -> Result<(), ModelError> {
         let mut look = Look::new(&self.backend, tap);
         let keep = |x: &B::Rows, wanted: bool| wanted.then(|| self.backend.copy(x));
+        // Of several streams the block computes on one.
+        let predicted = match &self.altup {
+            Some(part) => {
+                let all = part.predicted(x, &mut look)?;
+                *x = part.active(&self.backend, &all);
+                Some(all)
+            }
+            None => None,
+        };
         let start = keep(x, look.wants.residuals);
-        let shared = self.shared.as_ref().map(|n| normed(&self.backend, n, x));
+        let shared = match (&self.shared, &self.laurel) {
+            (Some(n), _) => Some(normed(&self.backend, n, x)),
+            (None, Some(l)) => Some(l.normed(&self.backend, x)),
+            (None, None) => None,
+        };
         let y = match (&self.mixer, &self.attention) {
             (Some(m), a) => {
                 let h = m.normed(&self.backend, x);
                 let mut y = m.forward(self.layer, &h, step, kv, &mut look)?;
                 if let Some(a) = a {
-                    let beside = a.forward(self.layer, (x, Some(&h)), step, kv, &mut look)?;
+                    let beside = a.forward(self.layer, (x, Some(&h)), (side, step), kv, &mut look)?;
                     span("add", || self.backend.add(&mut y, &beside));
                 }
                 Some(y)
             }
-            (None, Some(a)) => Some(a.forward(self.layer, (x, shared.as_ref()), step, kv, &mut look)?),
+            (None, Some(a)) => Some(a.forward(self.layer, (x, shared.as_ref()), (side, step), kv, &mut look)?),
             (None, None) => None,
         };
         // Side by side the FFN reads the stream before attention is added.
@@ -362,6 +442,9 @@ impl<B: Backend> Block<B> {
             _ => None,
         };
         join(x, self.attention_shortcut.as_ref(), y, self.scale, &mut look)?;
+        if let (Some(l), Some(h)) = (&self.laurel, &shared) {
+            l.add(x, h, &mut look)?;
+        }
         if self.attention.is_some() && self.mixer.is_none() {
             look.residual(self.layer, BlockPart::Attention, &start, x)?;
         }
@@ -373,6 +456,23 @@ impl<B: Backend> Block<B> {
         join(x, self.ffn_shortcut.as_ref(), y, self.scale, &mut look)?;
         if self.ffn.is_some() {
             look.residual(self.layer, BlockPart::Ffn, &middle, x)?;
+        }
+        let input = self.input.as_ref().zip(side.inputs.as_ref());
+        if let (Some(part), Some(all)) = (&self.altup, &predicted) {
+            *x = part.corrected(all, x, input, &mut look)?;
+            // Taps see the stream that was computed on.
+            let after = look.wants.residuals.then(|| part.active(&self.backend, x));
+            return match after {
+                Some(after) => look.residual(self.layer, BlockPart::Block, &start, &after),
+                None => Ok(()),
+            };
+        }
+        if let Some((part, inputs)) = input {
+            let y = part.forward(x, inputs, &mut look)?;
+            span("add", || self.backend.add(x, &y));
+        }
+        if let Some(by) = self.output_scale {
+            self.backend.scale(x, by);
         }
         look.residual(self.layer, BlockPart::Block, &start, x)
     }
@@ -406,42 +506,33 @@ pub(crate) fn normed<B: Backend>(backend: &B, norm: &B::Norm, x: &B::Rows) -> B:
     span("norm", || backend.norm(norm, x))
 }
 
-/// What a part's matrices read: rows that are normalised already, or the stream through the part's norm, where it has
-/// one.
-pub(crate) fn read<'a, B: Backend>(
-    backend: &B,
-    norm: Option<&B::Norm>,
-    (x, shared): (&'a B::Rows, Option<&'a B::Rows>),
-    own: &'a mut Option<B::Rows>,
-) -> &'a B::Rows {
-    match (shared, norm) {
-        (Some(h), _) => h,
-        (None, Some(n)) => own.insert(normed(backend, n, x)),
-        (None, None) => x,
-    }
-}
-
 impl<B: Backend> AttentionPart<B> {
     fn forward(
         &self,
         layer: usize,
         x: (&B::Rows, Option<&B::Rows>),
-        step: &B::Step,
+        (side, step): (&mut Side<B>, &B::Step),
         kv: &mut dyn KvStore<B>,
         look: &mut Look<'_, B>,
     ) -> Result<B::Rows, ModelError> {
         let backend = look.backend;
         let mut own = None;
         let h = read(backend, self.norm.as_ref(), x, &mut own);
-        let (q, k, v) = match &self.reads {
-            Reads::Plain(read) => {
-                let [q, k, v] = self.plain(read, h, step, look)?;
-                (q, k, Some(v))
-            }
+        let (q, own) = match &self.reads {
+            Reads::Plain(q, k, v) => self.plain((q, k.as_ref(), v.as_ref()), h, step, look)?,
             Reads::Latent(m) => {
                 let (q, k) = m.read(h, self.rope.as_ref(), step, look)?;
-                (q, k, None)
+                (q, Some((k, None)))
             }
+        };
+        if let Some((k, Some(v))) = &own {
+            side.keep(backend, layer, [k, v]);
+        }
+        // Pages of another block hold its keys and values already, but where that block ran apart.
+        let layer = self.kv_from.unwrap_or(layer);
+        let write = match (&own, side.keys_of(layer)) {
+            (Some((k, v)), _) => Some([k, v.as_ref().unwrap_or(k)]),
+            (None, carried) => carried.map(|[k, v]| [k, v]),
         };
         let gate = match &self.gate {
             Some(p) => {
@@ -454,7 +545,9 @@ impl<B: Backend> AttentionPart<B> {
         };
         let (mut mass, select) = (kv.lend_mass(layer), kv.selector(layer));
         let pages = kv.pages(layer)?;
-        span("keys and values written", || backend.write(pages, layer, step, &k, v.as_ref().unwrap_or(&k)));
+        if let Some([k, v]) = write {
+            span("keys and values written", || backend.write(pages, layer, step, k, v));
+        }
         let select = select.as_deref();
         let (mixed, reads) = match select {
             None => (span("attention", || backend.attend(&self.scores, pages, layer, step, &q)), None),
@@ -472,7 +565,7 @@ impl<B: Backend> AttentionPart<B> {
             kv.count_reads(reads);
         }
         let mixed = match &self.reads {
-            Reads::Plain(_) => mixed,
+            Reads::Plain(..) => mixed,
             Reads::Latent(m) => m.mixed(&mixed, look)?,
         };
         let mixed = match gate {
@@ -492,41 +585,5 @@ impl<B: Backend> AttentionPart<B> {
             Some(n) => normed(backend, n, &y),
             None => y,
         })
-    }
-}
-
-impl<B: Backend> AttentionPart<B> {
-    /// Queries, keys and values, each by a matrix of its own.
-    fn plain(
-        &self,
-        read: &[Projection<B>; 3],
-        h: &B::Rows,
-        step: &B::Step,
-        look: &mut Look<'_, B>,
-    ) -> Result<[B::Rows; 3], ModelError> {
-        let backend = look.backend;
-        look.input(read.each_ref().map(|p| &p.place), h)?;
-        let [mut q, mut k, mut v] = Projection::gated(backend, read.each_ref(), self.gated[0].as_ref(), h)?;
-        for (p, y) in read.iter().zip([&q, &k, &v]) {
-            look.output(&p.place, y)?;
-        }
-        if let Some(by) = self.clip {
-            [&mut q, &mut k, &mut v].into_iter().for_each(|x| backend.clip(x, by));
-        }
-        let norms = |q: &mut B::Rows, k: &mut B::Rows, now: bool| {
-            if let Some((qn, kn)) = self.qk_norm.as_ref().filter(|_| now) {
-                *q = normed(backend, qn, q);
-                *k = normed(backend, kn, k);
-            }
-        };
-        norms(&mut q, &mut k, !self.norm_after_rope);
-        if let Some(rope) = &self.rope {
-            span("rope", || backend.rope(rope, self.head_dim, step, [&mut q, &mut k]));
-        }
-        norms(&mut q, &mut k, self.norm_after_rope);
-        if let Some(t) = self.temperature {
-            backend.temper(t, step, &mut q);
-        }
-        Ok([q, k, v])
     }
 }

@@ -8,7 +8,9 @@ use lacuna_format::Weights;
 use lacuna_kernels::Activations;
 use lacuna_spec::{Place, Positions, Role, Spec};
 
+use crate::altup::Streams;
 use crate::backend::{Backend, Cpu, Measure, Reads};
+use crate::carried::{InputsPart, Layout, Side};
 use crate::gating::{GateStore, Gating};
 use crate::kv::prepared;
 use crate::lent::Reused;
@@ -24,6 +26,13 @@ pub struct Embedding<B: Backend = Cpu> {
     scale: f32,
     positions: Option<Learned<B>>,
     norm: Option<B::Norm>,
+    /// What makes the inputs of single layers.
+    inputs: Option<InputsPart<B>>,
+    /// What makes several streams of one.
+    streams: Option<Streams<B>>,
+    layout: Layout,
+    /// Columns of keys and values that blocks which run one by one carry.
+    keys: usize,
 }
 
 /// Learned positions: their table, its rows, and the row of position 0.
@@ -68,13 +77,35 @@ impl<B: Backend> Embedding<B> {
         let (vocab, scale) = (table.rows, weights.spec().embed_scale);
         let norm =
             weights.spec().embed_norm.then(|| norm(backend, weights, Place::global(Role::EmbedNorm))).transpose()?;
-        Ok(Embedding { backend: backend.clone(), table: backend.table(table), vocab, scale, positions, norm })
+        let inputs = InputsPart::load(backend, weights)?;
+        let streams = Streams::load(backend, weights, Role::AltupIn)?;
+        let spec = weights.spec();
+        let keys = spec.carried() - spec.streams() - spec.layer_inputs.map_or(0, |i| i.width * spec.layers.len());
+        let (layout, table) = (Layout::of(spec), backend.table(table));
+        Ok(Embedding { backend: backend.clone(), table, vocab, scale, positions, norm, inputs, streams, layout, keys })
     }
 
-    /// The residual stream of `tokens` at `positions` before the first block, `[tokens, hidden]`.
+    /// What the first block is handed where blocks run one by one: the residual stream of `tokens` at `positions`,
+    /// `[tokens, hidden]`; of networks that carry more, [`Spec::carried`] columns.
     pub fn rows(&self, tokens: &[u32], positions: &[usize]) -> Result<B::Rows, ModelError> {
         self.check(tokens, positions)?;
-        Ok(self.embed(&self.backend.upload_ids(tokens), positions))
+        let (x, inputs) = self.embed(&self.backend.upload_ids(tokens), positions);
+        if self.layout.is_plain() {
+            return Ok(x);
+        }
+        let x = self.layout.join(&self.backend, x, Side::of_step(inputs));
+        if self.keys == 0 {
+            return Ok(x);
+        }
+        let none = self.backend.upload(Mat::zeros(tokens.len(), self.keys).view());
+        let widths = [self.backend.shape(&x).1, self.keys];
+        Ok(self.backend.beside([&x, &none], widths))
+    }
+
+    /// Bytes of weights read for one token, beside rows that are looked up.
+    pub fn weights_bytes(&self) -> u64 {
+        self.inputs.as_ref().map_or(0, InputsPart::weights_bytes)
+            + self.streams.as_ref().map_or(0, Streams::weights_bytes)
     }
 
     /// Whether there are rows for all tokens and positions.
@@ -94,8 +125,9 @@ impl<B: Backend> Embedding<B> {
         }
     }
 
-    /// As [`Embedding::rows`], of tokens that lie with the backend and positions that were checked.
-    fn embed(&self, tokens: &B::Ids, positions: &[usize]) -> B::Rows {
+    /// The residual stream before the first block, and the inputs of single layers, where there are some: of tokens
+    /// that lie with the backend and positions that were checked.
+    fn embed(&self, tokens: &B::Ids, positions: &[usize]) -> (B::Rows, Option<B::Rows>) {
         let mut x = self.backend.embed(&self.table, tokens);
         if self.scale != 1.0 {
             self.backend.scale(&mut x, self.scale);
@@ -106,9 +138,14 @@ impl<B: Backend> Embedding<B> {
             let rows = self.backend.embed(&learned.table, &self.backend.upload_ids(&at));
             self.backend.add(&mut x, &rows);
         }
-        match &self.norm {
+        let x = match &self.norm {
             Some(n) => span("norm", || self.backend.norm(n, &x)),
             None => x,
+        };
+        let inputs = self.inputs.as_ref().map(|part| part.of(&self.backend, tokens, &x));
+        match &self.streams {
+            Some(all) => (all.spread(&self.backend, &x), inputs),
+            None => (x, inputs),
         }
     }
 }
@@ -122,6 +159,9 @@ pub struct Head<B: Backend = Cpu> {
     measure: Measure,
     scale: f32,
     softcap: Option<f32>,
+    /// What makes one stream of several.
+    streams: Option<Streams<B>>,
+    layout: Layout,
 }
 
 impl<B: Backend> Head<B> {
@@ -143,11 +183,17 @@ impl<B: Backend> Head<B> {
             backend: backend.clone(),
             scale: spec.logit_scale,
             softcap: spec.logit_softcap,
+            streams: Streams::load(backend, weights, Role::AltupOut)?,
+            layout: Layout::of(spec),
         })
     }
 
-    /// What multiplies the output projection: the normalised residual stream, `[rows, hidden]`.
+    /// What multiplies the output projection: the normalised residual stream, `[rows, hidden]`; also of rows that carry
+    /// more than it.
     pub fn normed(&self, x: &B::Rows) -> B::Rows {
+        let stream = self.layout.wide(&self.backend, x).then(|| self.layout.stream(&self.backend, x));
+        let merged = self.streams.as_ref().map(|s| s.merged(&self.backend, stream.as_ref().unwrap_or(x)));
+        let x = merged.as_ref().or(stream.as_ref()).unwrap_or(x);
         match &self.norm {
             Some(norm) => span("norm", || self.backend.norm(norm, x)),
             None => self.backend.copy(x),
@@ -168,7 +214,7 @@ impl<B: Backend> Head<B> {
 
     /// Bytes of weights read for one token.
     pub fn weights_bytes(&self) -> u64 {
-        self.measure.bytes
+        self.measure.bytes + self.streams.as_ref().map_or(0, Streams::weights_bytes)
     }
 }
 
@@ -307,12 +353,13 @@ impl<B: Backend> Decoder<B> {
         kv: &mut dyn KvStore<B>,
         tap: &mut dyn Tap<B>,
     ) -> Result<B::Rows, ModelError> {
-        let layers = self.blocks.iter().filter(|b| b.has_attention()).map(Block::layer);
+        let layers = self.blocks.iter().filter(|b| b.has_keys()).map(Block::layer);
         let mixers = self.blocks.iter().filter(|b| b.has_mixer()).map(Block::layer);
         let step = self.embed.backend.begin(batch, prepared(layers, mixers, batch, kv)?);
-        let mut x = span("embedding", || self.embed.embed(tokens, batch.positions()));
+        let (mut x, inputs) = span("embedding", || self.embed.embed(tokens, batch.positions()));
+        let mut side = Side::of_step(inputs);
         for block in &self.blocks {
-            block.step(&mut x, &step, kv, tap)?;
+            block.step(&mut x, &mut side, &step, kv, tap)?;
         }
         Ok(x)
     }
@@ -353,12 +400,14 @@ impl<B: Backend> Decoder<B> {
 
     /// Bytes of weights read for one token.
     pub fn weights_bytes(&self) -> u64 {
-        self.blocks.iter().map(Block::weights_bytes).sum::<u64>() + self.head.weights_bytes()
+        let blocks = self.blocks.iter().map(Block::weights_bytes).sum::<u64>();
+        blocks + self.head.weights_bytes() + self.embed.weights_bytes()
     }
 
     /// Bytes of all weights that one token after the other reads: more than [`Decoder::weights_bytes`] where there are
     /// experts.
     pub fn footprint_bytes(&self) -> u64 {
-        self.blocks.iter().map(Block::footprint_bytes).sum::<u64>() + self.head.weights_bytes()
+        let blocks = self.blocks.iter().map(Block::footprint_bytes).sum::<u64>();
+        blocks + self.head.weights_bytes() + self.embed.weights_bytes()
     }
 }

@@ -48,6 +48,14 @@ pub enum ModelError {
         /// Size of the vocabulary.
         vocab: usize,
     },
+    /// Rows of another width than blocks hand to each other.
+    #[error("rows of {cols} columns; what goes from block to block has {need}")]
+    Carried {
+        /// Columns they have.
+        cols: usize,
+        /// Columns expected.
+        need: usize,
+    },
     /// A position beyond the learned ones.
     #[error("position {position} is beyond the model's {rows} learned positions")]
     Position {

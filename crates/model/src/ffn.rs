@@ -5,8 +5,9 @@ use lacuna_spec::{Activation, Experts, FfnSpec, Place, Role, SharedExpert};
 
 use crate::ModelError;
 use crate::backend::{Backend, Xielu};
-use crate::block::{Loader, normed, read};
+use crate::block::{Loader, normed};
 use crate::gating::Gated;
+use crate::heads::read;
 use crate::parts::{Grouped, Projection, vector};
 use crate::profile::span;
 use crate::tap::Look;
@@ -15,6 +16,8 @@ use crate::tap::Look;
 pub(crate) struct FfnPart<B: Backend> {
     norm: Option<B::Norm>,
     act: Activation,
+    /// How many standard deviations above its mean a gate is cut off.
+    cutoff: Option<f32>,
     /// What it learned, where the activation is xIELU.
     xielu: Option<Xielu>,
     body: Body<B>,
@@ -41,10 +44,22 @@ pub(crate) struct Mixture<B: Backend> {
     router: Projection<B>,
     pub(crate) choice: Experts,
     correction: Option<B::Rows>,
+    /// Factors on the experts' weights.
+    scale: Option<B::Rows>,
+    /// Norms of router, experts and the shared one, where each has its own.
+    apart: Option<Apart<B>>,
     gate: Option<Grouped<B>>,
     up: Grouped<B>,
     down: Grouped<B>,
     shared: Option<Shared<B>>,
+}
+
+/// Norms of a mixture whose parts read and write through their own.
+struct Apart<B: Backend> {
+    router: B::Norm,
+    experts: B::Norm,
+    experts_out: B::Norm,
+    shared_out: B::Norm,
 }
 
 /// The expert of every token, and what its output is weighed by.
@@ -70,6 +85,15 @@ impl<B: Backend> Loader<'_, B> {
         })
     }
 
+    fn apart(&self) -> Result<Apart<B>, ModelError> {
+        Ok(Apart {
+            router: self.norm(Role::RouterNorm)?,
+            experts: self.norm(Role::ExpertsNorm)?,
+            experts_out: self.norm(Role::ExpertsPostNorm)?,
+            shared_out: self.norm(Role::SharedPostNorm)?,
+        })
+    }
+
     pub(crate) fn ffn(&self, f: &FfnSpec) -> Result<FfnPart<B>, ModelError> {
         let body = match f.experts {
             None => {
@@ -86,6 +110,12 @@ impl<B: Backend> Loader<'_, B> {
                     .then(|| self.vector(Role::Correction))
                     .transpose()?
                     .map(|c| self.backend.upload(MatRef::new(1, c.len(), &c))),
+                scale: choice
+                    .expert_scale
+                    .then(|| self.vector(Role::ExpertScale))
+                    .transpose()?
+                    .map(|c| self.backend.upload(MatRef::new(1, c.len(), &c))),
+                apart: choice.apart.then(|| self.apart()).transpose()?,
                 shared: choice.shared.map(|s| self.shared(f, s)).transpose()?,
                 gate: f.gated.then(|| self.grouped(Role::Gate, choice.count)).transpose()?,
                 up: self.grouped(Role::Up, choice.count)?,
@@ -95,7 +125,8 @@ impl<B: Backend> Loader<'_, B> {
         let norm = self.norm_where(f.pre_norm, Role::FfnNorm)?;
         let post_norm = self.norm_where(f.post_norm, Role::FfnPostNorm)?;
         let xielu = (f.act == Activation::Xielu).then(|| self.xielu()).transpose()?;
-        Ok(FfnPart { norm, act: f.act, xielu, body, scales: [f.gate_scale, f.down_scale], post_norm })
+        let (cutoff, scales) = (f.sparsity.map(|s| deviations(f64::from(s)) as f32), [f.gate_scale, f.down_scale]);
+        Ok(FfnPart { norm, act: f.act, cutoff, xielu, body, scales, post_norm })
     }
 }
 
@@ -141,10 +172,10 @@ impl<B: Backend> FfnPart<B> {
         let y = match &self.body {
             Body::Dense { gate, up, down, gated: [first, last] } => {
                 let (gated, scales) = ([first.as_ref(), last.as_ref()], self.scales);
-                Net { act: self.act, xielu: self.xielu, gate: gate.as_ref(), up, down, gated, scales }
-                    .forward(h, look)?
+                let (cutoff, xielu) = (self.cutoff, self.xielu);
+                Net { act: self.act, cutoff, xielu, gate: gate.as_ref(), up, down, gated, scales }.forward(h, look)?
             }
-            Body::Mixture(m) => m.forward(self.act, h, look)?,
+            Body::Mixture(m) => m.forward(self.act, (x.0, h), look)?,
         };
         Ok(match &self.post_norm {
             Some(n) => normed(backend, n, &y),
@@ -153,9 +184,29 @@ impl<B: Backend> FfnPart<B> {
     }
 }
 
+/// How many standard deviations above the mean of a normal distribution that share of it lies below.
+fn deviations(share: f64) -> f64 {
+    // The distribution function by its series, P(x) = 1/2 + φ(x) Σ x^(2k+1) / (2k+1)!!, which rises: halving finds it.
+    let below = |x: f64| {
+        let (mut term, mut sum) = (x, x);
+        for k in 1..400 {
+            term *= x * x / f64::from(2 * k + 1);
+            sum += term;
+        }
+        0.5 + sum * (-x * x / 2.0).exp() / std::f64::consts::TAU.sqrt()
+    };
+    let (mut low, mut high) = (-8.0, 8.0);
+    for _ in 0..100 {
+        let middle = 0.5 * (low + high);
+        if below(middle) < share { low = middle } else { high = middle }
+    }
+    0.5 * (low + high)
+}
+
 /// One feed-forward network, not chosen from several.
 struct Net<'a, B: Backend> {
     act: Activation,
+    cutoff: Option<f32>,
     xielu: Option<Xielu>,
     gate: Option<&'a Projection<B>>,
     up: &'a Projection<B>,
@@ -168,7 +219,7 @@ struct Net<'a, B: Backend> {
 
 impl<B: Backend> Net<'_, B> {
     fn forward(&self, h: &B::Rows, look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
-        let Net { act, xielu, gate, up, down, gated: [first, last], scales } = *self;
+        let Net { act, cutoff, xielu, gate, up, down, gated: [first, last], scales } = *self;
         let scaled = |y: &mut B::Rows, by: f32, look: &Look<'_, B>| {
             if by != 1.0 {
                 look.backend.scale(y, by);
@@ -189,6 +240,9 @@ impl<B: Backend> Net<'_, B> {
                 (y, None)
             }
         };
+        if let Some(by) = cutoff {
+            span("activation", || look.backend.cut_off(&mut inner, by));
+        }
         span("activation", || match xielu {
             Some(of) => look.backend.xielu(of, &mut inner),
             None => look.backend.activate(act, &mut inner, beside.as_ref()),
@@ -205,7 +259,8 @@ impl<B: Backend> Shared<B> {
     fn forward(&self, act: Activation, h: &B::Rows, look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
         let Shared { router, gate, up, down } = self;
         let (gated, scales) = ([None, None], [1.0, 1.0]);
-        let mut y = Net { act, xielu: None, gate: gate.as_ref(), up, down, gated, scales }.forward(h, look)?;
+        let mut y =
+            Net { act, cutoff: None, xielu: None, gate: gate.as_ref(), up, down, gated, scales }.forward(h, look)?;
         if let Some(router) = router {
             look.input([&router.place], h)?;
             let by = router.apply(look.backend, h);
@@ -221,13 +276,25 @@ impl<B: Backend> Mixture<B> {
         self.gate.iter().chain([&self.up, &self.down])
     }
 
-    fn forward(&self, act: Activation, h: &B::Rows, look: &mut Look<'_, B>) -> Result<B::Rows, ModelError> {
+    /// Of the residual stream `x`, and of what the part's norm made of it.
+    fn forward(
+        &self,
+        act: Activation,
+        (x, h): (&B::Rows, &B::Rows),
+        look: &mut Look<'_, B>,
+    ) -> Result<B::Rows, ModelError> {
         let backend = look.backend;
-        look.input([&self.router.place], h)?;
-        let logits = self.router.apply(backend, h);
+        let own = self.apart.as_ref().map(|n| (normed(backend, &n.router, x), normed(backend, &n.experts, x)));
+        let (asks, reads) = own.as_ref().map_or((h, h), |(a, r)| (a, r));
+        look.input([&self.router.place], asks)?;
+        let mut logits = self.router.apply(backend, asks);
         look.output(&self.router.place, &logits)?;
-        let routes = span("routing", || backend.route(&logits, self.choice, self.correction.as_ref()));
-        let mine = span("routing", || backend.gather(h, &routes));
+        if self.choice.router_scale != 1.0 {
+            backend.scale(&mut logits, self.choice.router_scale);
+        }
+        let (correction, scale) = (self.correction.as_ref(), self.scale.as_ref());
+        let routes = span("routing", || backend.route(&logits, self.choice, correction, scale));
+        let mine = span("routing", || backend.gather(reads, &routes));
         // Which rows are whose is known on the host only where somebody looks.
         let starts =
             if look.wants.inputs || look.wants.outputs { backend.download_starts(&routes)? } else { Vec::new() };
@@ -258,10 +325,31 @@ impl<B: Backend> Mixture<B> {
         let out = self.down.apply(backend, &inner, &routes);
         each(look, &self.down, &out, false)?;
         let mut out = span("routing", || backend.scatter(&out, &routes));
+        if let Some(n) = &self.apart {
+            out = normed(backend, &n.experts_out, &out);
+        }
         if let Some(shared) = &self.shared {
-            let y = shared.forward(act, h, look)?;
+            let mut y = shared.forward(act, h, look)?;
+            if let Some(n) = &self.apart {
+                y = normed(backend, &n.shared_out, &y);
+            }
             span("add", || backend.add(&mut out, &y));
         }
         Ok(out)
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::deviations;
+
+    #[test]
+    fn shares_of_a_normal_distribution() {
+        // From tables of the distribution.
+        for (share, want) in
+            [(0.95, 1.6448536269514722), (0.5, 0.0), (0.975, 1.959963984540054), (0.1, -1.2815515655446)]
+        {
+            assert!((deviations(share) - want).abs() < 1e-9, "{share}: {}", deviations(share));
+        }
     }
 }

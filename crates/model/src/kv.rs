@@ -4,7 +4,7 @@ use std::sync::Arc;
 
 use lacuna_contract::Select;
 use lacuna_kernels::{KvFormat, KvLayout, Mass};
-use lacuna_spec::{Mixer, Spec};
+use lacuna_spec::{LayerSpec, Mixer, Spec};
 
 use crate::backend::{Backend, Cpu, Pages, Reads, States, Table, Tables};
 use crate::{Batch, ModelError};
@@ -83,7 +83,7 @@ pub const STEP_TOKENS: usize = 128;
 /// The plain store: every sequence keeps everything, its room growing in steps of [`STEP_TOKENS`] positions.
 #[derive(Clone, Debug)]
 pub struct ContiguousKv<B: Backend = Cpu> {
-    /// Of each block; `None` where attention was dropped.
+    /// Of each block; `None` where attention was dropped, or reads another block's.
     layers: Vec<Option<Layer<B::Pages>>>,
     /// Of each block with a recurrent mixer: its states, a slot for each sequence, and the positions behind which they
     /// stand.
@@ -118,7 +118,8 @@ impl ContiguousKv {
 impl<B: Backend> ContiguousKv<B> {
     /// An empty store for `sequences` sequences of a model, in pages of `backend`.
     pub fn on(backend: &B, spec: &Spec, sequences: usize, format: KvFormat) -> ContiguousKv<B> {
-        let heads = spec.layers.iter().map(|l| l.attn.as_ref().map(|a| (a.kv_heads, a.head_dim)));
+        let own = |l: &LayerSpec| l.attn.as_ref().filter(|a| a.kv_from.is_none()).map(|a| (a.kv_heads, a.head_dim));
+        let heads = spec.layers.iter().map(own);
         let mixers = spec.layers.iter().map(|l| l.mixer.as_ref().map(|m| (m, spec.hidden)));
         ContiguousKv::of(backend, heads, mixers, sequences, format)
     }

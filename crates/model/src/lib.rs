@@ -13,14 +13,17 @@
 //! A row's result is the same bits whatever else is in the call: the prompt whole, in chunks, in a batch, or token by
 //! token.
 
+mod altup;
 pub mod backend;
 mod batch;
 mod block;
+mod carried;
 mod decoder;
 pub mod derive;
 mod error;
 mod ffn;
 mod gating;
+mod heads;
 mod kv;
 mod latent;
 mod lent;

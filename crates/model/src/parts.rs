@@ -9,6 +9,7 @@ use lacuna_spec::{NormKind, Place, QkNorm, Role};
 
 use crate::ModelError;
 use crate::backend::{Backend, Measure};
+use crate::carried::plain_norm;
 use crate::gating::{GateStore, Gated, Gating, refused};
 use crate::profile::span;
 
@@ -42,6 +43,11 @@ pub(crate) fn norm<B: Backend>(backend: &B, weights: &dyn Weights, place: Place)
     let mut norm = spec.norm;
     let there = |p: Place| spec.shape(&p).map(|_| vector(weights, p)).transpose();
     let (scale, bias) = (there(place)?, there(place.bias())?);
+    if place.role == Role::InputsNorm {
+        norm.divisor = None;
+        let width = spec.layer_inputs.map_or(0, |i| i.width);
+        return Ok(backend.norm_of(&place, norm, width, scale, bias));
+    }
     let mut width = spec.hidden;
     let layer = place.layer.and_then(|l| spec.layers.get(l as usize)?.attn.as_ref());
     if matches!(place.role, Role::QDownNorm | Role::KvDownNorm) || place.role.is_mixer_own_norm() {
@@ -53,6 +59,7 @@ pub(crate) fn norm<B: Backend>(backend: &B, weights: &dyn Weights, place: Place)
         let missing = || ModelError::Missing { place: place.to_string() };
         let a = layer.ok_or_else(missing)?;
         width = match a.qk_norm_over {
+            QkNorm::Plain => return Ok(plain_norm(backend, weights, place, a.head_dim)),
             QkNorm::Head | QkNorm::Heads => a.head_dim,
             QkNorm::Whole if place.role == Role::QNorm => a.heads * a.head_dim,
             QkNorm::Whole => a.kv_heads * a.head_dim,
@@ -97,6 +104,7 @@ fn name(role: Role) -> &'static str {
         Role::MixerOut => "mixer.out",
         Role::Gate | Role::Up => "ffn.gate, up",
         Role::Down => "ffn.down",
+        Role::InputGate | Role::InputOut => "input.gate, out",
         role if role.is_shortcut() => "shortcuts",
         _ => "other products",
     }

@@ -154,7 +154,7 @@ impl<B: Backend> Backend for Counting<B> {
     fn norm(&self, norm: &B::Norm, x: &B::Rows) -> B::Rows {
         self.count("norm").norm(norm, x)
     }
-    fn rope(&self, rope: &B::Rope, head_dim: usize, step: &B::Step, x: [&mut B::Rows; 2]) {
+    fn rope<const N: usize>(&self, rope: &B::Rope, head_dim: usize, step: &B::Step, x: [&mut B::Rows; N]) {
         self.count("rope").rope(rope, head_dim, step, x);
     }
     fn activate(&self, act: Activation, x: &mut B::Rows, up: Option<&B::Rows>) {
@@ -190,6 +190,18 @@ impl<B: Backend> Backend for Counting<B> {
     fn weigh_rows(&self, x: &mut B::Rows, by: &B::Rows) {
         self.count("weigh_rows").weigh_rows(x, by);
     }
+    fn mix(&self, x: &B::Rows, ins: usize, by: &B::Rows) -> B::Rows {
+        self.count("mix").mix(x, ins, by)
+    }
+    fn scale_columns(&self, place: &Place, x: &mut B::Rows, by: &B::Rows) {
+        self.count("scale_columns").scale_columns(place, x, by);
+    }
+    fn match_magnitude(&self, x: &mut B::Rows, like: &B::Rows) {
+        self.count("match_magnitude").match_magnitude(x, like);
+    }
+    fn cut_off(&self, x: &mut B::Rows, by: f32) {
+        self.count("cut_off").cut_off(x, by);
+    }
     fn columns(&self, x: &B::Rows, width: usize, which: Range<usize>) -> B::Rows {
         self.count("columns").columns(x, width, which)
     }
@@ -199,8 +211,14 @@ impl<B: Backend> Backend for Counting<B> {
     fn head_products(&self, all: &B::Experts, x: &B::Rows) -> B::Rows {
         self.count("head_products").head_products(all, x)
     }
-    fn route(&self, logits: &B::Rows, choice: Experts, correction: Option<&B::Rows>) -> B::Routes {
-        self.count("route").route(logits, choice, correction)
+    fn route(
+        &self,
+        logits: &B::Rows,
+        choice: Experts,
+        correction: Option<&B::Rows>,
+        scale: Option<&B::Rows>,
+    ) -> B::Routes {
+        self.count("route").route(logits, choice, correction, scale)
     }
     fn gather(&self, x: &B::Rows, routes: &B::Routes) -> B::Rows {
         self.count("gather").gather(x, routes)

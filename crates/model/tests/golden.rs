@@ -97,8 +97,8 @@ fn open(dir: &Path) -> Result<Checkpoint, Box<dyn std::error::Error>> {
     Ok(lacuna_checkpoint::open(base)?.with_adapter(adapter, false)?)
 }
 
-/// Mixtures and latents whose networks llama.cpp's files can say, or cannot, and why.
-const GGUF: [(&str, Option<&str>); 11] = [
+/// Mixtures, latents and layers that read more than the stream whose networks llama.cpp's files can say, or cannot, and why.
+const GGUF: [(&str, Option<&str>); 16] = [
     ("qwen2_moe", Some("layer 0")),
     ("qwen2_moe_stacked", None),
     ("gpt_oss", None),
@@ -110,6 +110,11 @@ const GGUF: [(&str, Option<&str>); 11] = [
     ("deepseek_v3_stacked", None),
     ("ernie4_5_moe", None),
     ("ernie4_5_moe_stacked", None),
+    ("llama4", Some("attn.chunk")),
+    ("llama4_plain", None),
+    ("gemma4", None),
+    ("gemma4_moe", None),
+    ("gemma3n", Some("k and v")),
 ];
 
 #[test]

@@ -240,7 +240,9 @@ impl Engine {
         attns
             .map(|a| {
                 let layout = KvLayout { kv_heads: a.kv_heads, head_dim: a.head_dim, page_tokens: BLOCK_TOKENS };
-                (layout.token_bytes(self.kv_format()) * seen.min(a.window.unwrap_or(usize::MAX))) as u64
+                (layout.token_bytes(self.kv_format())
+                    * seen.min(a.window.unwrap_or(usize::MAX)).min(a.chunk.map_or(usize::MAX, |c| at % c + 1)))
+                    as u64
             })
             .sum::<u64>()
             + self.state_bytes()

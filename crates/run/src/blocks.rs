@@ -143,8 +143,10 @@ impl<B: Backend> BlockStore<B> {
     pub fn on(backend: &B, spec: &Spec, format: KvFormat, bytes: usize) -> BlockStore<B> {
         let (mut pools, mut places) = (Vec::new(), Vec::with_capacity(spec.layers.len()));
         for layer in &spec.layers {
-            places.push(layer.attn.as_ref().map(|_| pools.len()));
-            pools.extend(layer.attn.as_ref().map(|a| {
+            // Layers that read another one's keys and values have no pool.
+            let own = layer.attn.as_ref().filter(|a| a.kv_from.is_none());
+            places.push(own.map(|_| pools.len()));
+            pools.extend(own.map(|a| {
                 let layout = KvLayout { kv_heads: a.kv_heads, head_dim: a.head_dim, page_tokens: BLOCK_TOKENS };
                 backend.pages(layout, format)
             }));

@@ -13,8 +13,20 @@ use lacuna_run::{
     Sampling, Scheduler, Session, Stop,
 };
 
-const MODELS: [&str; 9] =
-    ["llama", "gemma3", "gpt2", "llama_rope_longrope", "qwen3_moe", "lfm2", "qwen3_5", "mamba2", "jamba"];
+const MODELS: [&str; 12] = [
+    "llama",
+    "gemma3",
+    "gpt2",
+    "llama_rope_longrope",
+    "qwen3_moe",
+    "lfm2",
+    "qwen3_5",
+    "mamba2",
+    "jamba",
+    "llama4",
+    "gemma4",
+    "gemma3n",
+];
 
 /// Beyond what the tiny models were made for, but for learned positions, of which there are no more.
 fn engine(name: &str) -> Engine {
@@ -88,11 +100,12 @@ fn alone(name: &str, request: &Generation) -> Answer {
 fn requests(name: &str, n: usize, seed: u64) -> Vec<Generation> {
     let mut rng = Rng::new(seed);
     let room = engine(name).context().min(160) - 60;
-    let root: Vec<u32> = (0..room).map(|_| 3 + rng.below(90) as u32).collect();
+    let vocab = engine(name).model().spec.vocab as u32;
+    let root: Vec<u32> = (0..room).map(|_| (3 + rng.below(90) as u32) % vocab).collect();
     (0..n)
         .map(|i| {
             let mut prompt = root[..rng.below(room)].to_vec();
-            prompt.extend((0..1 + rng.below(30)).map(|_| 3 + rng.below(90) as u32));
+            prompt.extend((0..1 + rng.below(30)).map(|_| (3 + rng.below(90) as u32) % vocab));
             let drawn = Sampling {
                 temperature: 1.0,
                 top_p: 0.95,

@@ -54,9 +54,19 @@ fn drawn(seed: u64) -> Generation {
 }
 
 /// One of each mechanism that came later: parts side by side, norms behind them and over all heads, a scale for each head,
-/// cuts, a factor by position, xIELU, ALiBi, norms behind RoPE.
-const LATER: [&str; 8] =
-    ["olmo", "olmo3", "cohere_norms", "cohere2", "ministral3", "apertus", "bloom", "hunyuan_v1_dense"];
+/// cuts, a factor by position, xIELU, ALiBi, norms behind RoPE, inputs of layers, keys of other layers, several streams.
+const LATER: [&str; 10] = [
+    "olmo",
+    "olmo3",
+    "cohere_norms",
+    "cohere2",
+    "ministral3",
+    "apertus",
+    "bloom",
+    "hunyuan_v1_dense",
+    "gemma4",
+    "gemma3n",
+];
 
 /// Room for keys and values comes in blocks; between them nothing is asked of the system.
 #[test]

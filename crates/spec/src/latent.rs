@@ -79,6 +79,7 @@ impl AttnSpec {
         let Some(m) = &self.latent else {
             return match place.role {
                 Role::Q => linear(self.heads * self.head_dim, hidden, self.qkv_bias),
+                Role::K | Role::V if self.kv_from.is_some() || (self.v_is_k && place.role == Role::V) => None,
                 Role::K | Role::V => linear(self.kv_heads * self.head_dim, hidden, self.qkv_bias),
                 Role::O => linear(hidden, self.mixed(), self.o_bias),
                 _ => None,

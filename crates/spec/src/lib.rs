@@ -4,12 +4,14 @@
 //! names one tensor of a model (`layers.3.attn.q`), whatever a file calls it. `lacuna-arch` translates both ways between
 //! a file's own configuration and names and these.
 
+mod inputs;
 mod latent;
 mod mixer;
 mod mixture;
 mod place;
 mod spec;
 
+pub use inputs::{AltUp, LayerInputs};
 pub use latent::Latent;
 pub use mixer::{Delta, GateNorm, Mamba, Mixer, ShortConv, Ssd};
 pub use mixture::{ExpertGroups, Experts, RouterScore, SharedExpert};

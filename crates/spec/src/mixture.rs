@@ -32,6 +32,19 @@ pub struct Experts {
     /// An FFN beside the experts that every token goes through.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub shared: Option<SharedExpert>,
+    /// Weights multiply what experts read, not what they put out.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub weigh_inputs: bool,
+    /// A learned factor on each expert's weight.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub expert_scale: bool,
+    /// Factor on the router's logits (1 for most).
+    #[serde(default = "one", skip_serializing_if = "is_one")]
+    pub router_scale: f32,
+    /// Router, experts and the shared expert read the residual stream through a norm each, the shared one through the
+    /// FFN's; what experts and shared expert put out goes through a norm each before both are added.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub apart: bool,
 }
 
 /// One expert, plainly chosen: for the fields that a mapping does not name.
@@ -47,6 +60,10 @@ impl Default for Experts {
             groups: None,
             scale: 1.0,
             shared: None,
+            weigh_inputs: false,
+            expert_scale: false,
+            router_scale: 1.0,
+            apart: false,
         }
     }
 }
@@ -107,6 +124,12 @@ impl Experts {
         }
         if !(self.scale.is_finite() && self.scale > 0.0) {
             return fail(format!("weights of experts times {}", self.scale));
+        }
+        if !self.router_scale.is_finite() {
+            return fail(format!("logits of a router times {}", self.router_scale));
+        }
+        if self.apart && self.shared.is_none() {
+            return fail("norms for experts apart from a shared one that is not there".into());
         }
         if let Some(g) = self.groups {
             if g.count == 0 || g.used == 0 || g.used > g.count || !self.count.is_multiple_of(g.count) {

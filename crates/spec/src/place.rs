@@ -17,6 +17,45 @@ pub enum Role {
     /// Norm of the embedding's rows, `[hidden]`.
     #[serde(rename = "embed_norm")]
     EmbedNorm,
+    /// Table of the layers' inputs, `[vocab, layers * width]`.
+    #[serde(rename = "layer_inputs")]
+    LayerInputs,
+    /// What the embedding gives to the layers' inputs, `[layers * width, hidden]`.
+    #[serde(rename = "layer_inputs.in")]
+    InputsIn,
+    /// Norm of what the embedding gives to a layer's input, `[width]`.
+    #[serde(rename = "layer_inputs.norm")]
+    InputsNorm,
+    /// What makes another residual stream of the embedding, `[hidden, hidden]`, one for each of them from 1 on.
+    #[serde(rename = "altup.in")]
+    AltupIn,
+    /// Norm before the router of modalities, `[hidden]`.
+    #[serde(rename = "altup.router_norm")]
+    AltupRouterNorm,
+    /// What makes modalities of a stream, `[streams, hidden]`.
+    #[serde(rename = "altup.router")]
+    AltupRouter,
+    /// What makes the weights of predictions of modalities, `[streams * streams, streams]`.
+    #[serde(rename = "altup.predict")]
+    AltupPredict,
+    /// What makes the weights of corrections of modalities, `[streams, streams]`.
+    #[serde(rename = "altup.correct")]
+    AltupCorrect,
+    /// What scales the stream before the gate of inputs, `[hidden]`.
+    #[serde(rename = "altup.scale")]
+    AltupScale,
+    /// What brings another stream back before the head, `[hidden, hidden]`, one for each of them from 1 on.
+    #[serde(rename = "altup.out")]
+    AltupOut,
+    /// LAuReL's first matrix, `[rank, hidden]`.
+    #[serde(rename = "attn.laurel.in")]
+    LaurelIn,
+    /// LAuReL's second matrix, `[hidden, rank]`.
+    #[serde(rename = "attn.laurel.out")]
+    LaurelOut,
+    /// Norm of what LAuReL's matrices make, `[hidden]`.
+    #[serde(rename = "attn.laurel.norm")]
+    LaurelNorm,
     /// Norm before attention, `[hidden]`; before both parts where they share one.
     #[serde(rename = "attn.norm")]
     AttnNorm,
@@ -140,6 +179,21 @@ pub enum Role {
     /// What is added to experts' scores where they are chosen, `[experts]`.
     #[serde(rename = "ffn.correction")]
     Correction,
+    /// Factor on each expert's weight, `[experts]`.
+    #[serde(rename = "ffn.expert_scale")]
+    ExpertScale,
+    /// Norm before a router that has one of its own, `[hidden]`.
+    #[serde(rename = "ffn.router_norm")]
+    RouterNorm,
+    /// Norm before experts that have one of their own, `[hidden]`.
+    #[serde(rename = "ffn.experts_norm")]
+    ExpertsNorm,
+    /// Norm of what experts put out, before the shared expert is added, `[hidden]`.
+    #[serde(rename = "ffn.experts_post_norm")]
+    ExpertsPostNorm,
+    /// Norm of what the shared expert puts out, `[hidden]`.
+    #[serde(rename = "ffn.shared.post_norm")]
+    SharedPostNorm,
     /// What a shared expert's output is weighed by, `[1, hidden]`.
     #[serde(rename = "ffn.shared.router")]
     SharedRouter,
@@ -158,6 +212,18 @@ pub enum Role {
     /// Matrix in the shortcut around the FFN, `[hidden, hidden]`.
     #[serde(rename = "ffn.shortcut")]
     FfnShortcut,
+    /// What gates a layer's input, `[width, hidden]`.
+    #[serde(rename = "ffn.input.gate")]
+    InputGate,
+    /// What makes of a layer's input what is added to the stream, `[hidden, width]`.
+    #[serde(rename = "ffn.input.out")]
+    InputOut,
+    /// Norm of that, `[hidden]`.
+    #[serde(rename = "ffn.input.norm")]
+    InputNorm,
+    /// What the stream behind a block is multiplied with, `[1]`.
+    #[serde(rename = "output_scale")]
+    OutputScale,
     /// Norm before the head, `[hidden]`.
     #[serde(rename = "norm")]
     FinalNorm,
@@ -168,10 +234,17 @@ pub enum Role {
 
 impl Role {
     /// Every role, in the order in which a token meets them.
-    pub const ALL: [Role; 52] = [
+    pub const ALL: [Role; 74] = [
         Role::Embed,
         Role::Positions,
         Role::EmbedNorm,
+        Role::LayerInputs,
+        Role::InputsIn,
+        Role::InputsNorm,
+        Role::AltupIn,
+        Role::AltupRouterNorm,
+        Role::AltupRouter,
+        Role::AltupPredict,
         Role::AttnNorm,
         Role::QDown,
         Role::QDownNorm,
@@ -189,6 +262,9 @@ impl Role {
         Role::AttnGate,
         Role::AttnPostNorm,
         Role::AttnShortcut,
+        Role::LaurelIn,
+        Role::LaurelOut,
+        Role::LaurelNorm,
         Role::MixerNorm,
         Role::MixerIn,
         Role::MixerZ,
@@ -206,8 +282,11 @@ impl Role {
         Role::MixerOutNorm,
         Role::MixerOut,
         Role::FfnNorm,
+        Role::RouterNorm,
         Role::Router,
         Role::Correction,
+        Role::ExpertScale,
+        Role::ExpertsNorm,
         Role::Gate,
         Role::Up,
         Role::ActAbove,
@@ -217,8 +296,17 @@ impl Role {
         Role::SharedGate,
         Role::SharedUp,
         Role::SharedDown,
+        Role::SharedPostNorm,
+        Role::ExpertsPostNorm,
         Role::FfnPostNorm,
         Role::FfnShortcut,
+        Role::AltupCorrect,
+        Role::AltupScale,
+        Role::InputGate,
+        Role::InputOut,
+        Role::InputNorm,
+        Role::OutputScale,
+        Role::AltupOut,
         Role::FinalNorm,
         Role::Head,
     ];
@@ -229,6 +317,19 @@ impl Role {
             Role::Embed => "embed",
             Role::Positions => "positions",
             Role::EmbedNorm => "embed_norm",
+            Role::LayerInputs => "layer_inputs",
+            Role::InputsIn => "layer_inputs.in",
+            Role::InputsNorm => "layer_inputs.norm",
+            Role::AltupIn => "altup.in",
+            Role::AltupRouterNorm => "altup.router_norm",
+            Role::AltupRouter => "altup.router",
+            Role::AltupPredict => "altup.predict",
+            Role::AltupCorrect => "altup.correct",
+            Role::AltupScale => "altup.scale",
+            Role::AltupOut => "altup.out",
+            Role::LaurelIn => "attn.laurel.in",
+            Role::LaurelOut => "attn.laurel.out",
+            Role::LaurelNorm => "attn.laurel.norm",
             Role::AttnNorm => "attn.norm",
             Role::QDown => "attn.q_down",
             Role::QDownNorm => "attn.q_down_norm",
@@ -270,12 +371,21 @@ impl Role {
             Role::Down => "ffn.down",
             Role::Router => "ffn.router",
             Role::Correction => "ffn.correction",
+            Role::ExpertScale => "ffn.expert_scale",
+            Role::RouterNorm => "ffn.router_norm",
+            Role::ExpertsNorm => "ffn.experts_norm",
+            Role::ExpertsPostNorm => "ffn.experts_post_norm",
+            Role::SharedPostNorm => "ffn.shared.post_norm",
             Role::SharedRouter => "ffn.shared.router",
             Role::SharedGate => "ffn.shared.gate",
             Role::SharedUp => "ffn.shared.up",
             Role::SharedDown => "ffn.shared.down",
             Role::FfnPostNorm => "ffn.post_norm",
             Role::FfnShortcut => "ffn.shortcut",
+            Role::InputGate => "ffn.input.gate",
+            Role::InputOut => "ffn.input.out",
+            Role::InputNorm => "ffn.input.norm",
+            Role::OutputScale => "output_scale",
             Role::FinalNorm => "norm",
             Role::Head => "head",
         }
@@ -291,6 +401,9 @@ impl Role {
                 Role::Q | Role::K | Role::V | Role::O | Role::Gate | Role::Up | Role::Down | Role::Router | Role::Head
             )
             || self == Role::AttnGate
+            || matches!(self, Role::InputsIn | Role::InputGate | Role::InputOut | Role::LaurelIn | Role::LaurelOut)
+            || self.is_stream()
+            || matches!(self, Role::AltupRouter | Role::AltupPredict | Role::AltupCorrect)
             || matches!(self, Role::QDown | Role::KvDown | Role::KUp | Role::VUp)
             || matches!(self, Role::SharedRouter | Role::SharedGate | Role::SharedUp | Role::SharedDown)
     }
@@ -334,12 +447,36 @@ impl Role {
 
     /// Whether the tensor has two axes: a matrix that multiplies activations, a table of rows, or a convolution.
     pub fn is_table(self) -> bool {
-        self.is_linear() || matches!(self, Role::Embed | Role::Positions | Role::MixerConv)
+        self.is_linear() || self.is_lookup() || matches!(self, Role::Positions | Role::MixerConv)
     }
 
-    /// Whether the matrix is so small, and what hangs on its last bits so much, that it is meant by its own name only.
+    /// Whether every residual stream but the first has a matrix of its own, which [`Place::expert`] numbers.
+    pub fn is_stream(self) -> bool {
+        matches!(self, Role::AltupIn | Role::AltupOut)
+    }
+
+    /// Whether a block predicts and corrects several residual streams by it.
+    pub fn is_altup(self) -> bool {
+        self.name().starts_with("altup.") && !self.is_stream()
+    }
+
+    /// Whether it is a table with a row for each token.
+    pub fn is_lookup(self) -> bool {
+        matches!(self, Role::Embed | Role::LayerInputs)
+    }
+
+    /// Whether the tensor makes the inputs of layers, outside of the blocks.
+    pub fn is_layer_inputs(self) -> bool {
+        matches!(self, Role::LayerInputs | Role::InputsIn | Role::InputsNorm)
+    }
+
+    /// Whether the matrix is so small, and what hangs on its last bits so much, that it is meant by its own name only;
+    /// and what makes the inputs of all layers and several streams of one, which nobody calibrates.
     pub fn is_by_name_only(self) -> bool {
-        self.is_router() || self.is_mixer_inner() || matches!(self, Role::MixerDt | Role::MixerBeta)
+        self.is_router()
+            || self.is_mixer_inner()
+            || matches!(self, Role::MixerDt | Role::MixerBeta | Role::InputsIn)
+            || self.name().starts_with("altup.")
     }
 
     /// Whether the matrix stands in the shortcut around a part.
@@ -349,7 +486,8 @@ impl Role {
 
     /// Whether the role stands in every decoder block.
     pub fn is_in_layer(self) -> bool {
-        !matches!(self, Role::Embed | Role::Positions | Role::EmbedNorm | Role::FinalNorm | Role::Head)
+        let outside = matches!(self, Role::Embed | Role::Positions | Role::EmbedNorm | Role::FinalNorm | Role::Head);
+        !outside && !self.is_layer_inputs() && !self.is_stream()
     }
 }
 
@@ -420,6 +558,9 @@ impl fmt::Display for Place {
             Some(h) if self.role.is_per_head() => {
                 write!(f, "attn.heads.{h}.{}", self.role.name().trim_start_matches("attn."))?;
             }
+            Some(i) if self.role.is_stream() => {
+                write!(f, "altup.streams.{i}.{}", self.role.name().trim_start_matches("altup."))?;
+            }
             Some(e) => write!(f, "ffn.experts.{e}.{}", self.role.name().trim_start_matches("ffn."))?,
             None => f.write_str(self.role.name())?,
         }
@@ -442,7 +583,7 @@ impl FromStr for Place {
             }
             None => (rest, None),
         };
-        let numbered = [("ffn.experts.", "ffn"), ("attn.heads.", "attn")];
+        let numbered = [("ffn.experts.", "ffn"), ("attn.heads.", "attn"), ("altup.streams.", "altup")];
         let (role, expert) = match numbered.iter().find_map(|(p, part)| Some((part, rest.strip_prefix(p)?))) {
             Some((part, r)) => {
                 let (n, r) = r.split_once('.').ok_or_else(bad)?;
@@ -488,7 +629,7 @@ impl Target {
         if (place.role.is_by_name_only() && !named(last)) || (place.role.is_shortcut() && !named("shortcut")) {
             return false;
         }
-        if place.part == Part::Bias || !(place.role.is_linear() || place.role == Role::Embed) {
+        if place.part == Part::Bias || !(place.role.is_linear() || place.role.is_lookup()) {
             return false;
         }
         glob(&self.0, place.role.name()) || glob(&self.0, &place.to_string())

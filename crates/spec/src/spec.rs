@@ -2,6 +2,7 @@
 
 use serde::{Deserialize, Serialize};
 
+use crate::inputs::{AltUp, LayerInputs};
 use crate::latent::Latent;
 use crate::mixer::Mixer;
 use crate::mixture::Experts;
@@ -44,6 +45,12 @@ pub struct Spec {
     /// A norm on the embedding's rows, before the first block.
     #[serde(default, skip_serializing_if = "std::ops::Not::not")]
     pub embed_norm: bool,
+    /// What every block is given of each token beside the residual stream.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub layer_inputs: Option<LayerInputs>,
+    /// Several residual streams.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub altup: Option<AltUp>,
 }
 
 /// A network of nothing, under which stands what most networks say: for the fields that a mapping does not name.
@@ -65,6 +72,8 @@ impl Default for Spec {
             residual_scale: 1.0,
             head_bias: false,
             embed_norm: false,
+            layer_inputs: None,
+            altup: None,
         }
     }
 }
@@ -185,6 +194,13 @@ pub struct LayerSpec {
     /// its own all the same.
     #[serde(default, skip_serializing_if = "Option::is_none")]
     pub like: Option<usize>,
+    /// A learned number that all of the stream behind the block is multiplied with.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub output_scale: bool,
+    /// LAuReL: what two matrices of this rank between them make of attention's normed input, normed, with that input
+    /// itself, is added to the stream behind attention, which is then divided by the root of 2.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub laurel: Option<usize>,
 }
 
 /// How attention and the FFN of a block stand to each other.
@@ -214,6 +230,9 @@ pub struct AttnSpec {
     pub scale: f32,
     /// A query at position `p` sees keys at `p - window + 1 ..= p`; `None`: all earlier ones.
     pub window: Option<usize>,
+    /// A query at position `p` sees keys of its own run of so many positions alone: `p / chunk * chunk ..= p`.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub chunk: Option<usize>,
     /// Rotary positions.
     pub rope: Option<Rope>,
     /// A norm on queries and keys, before RoPE.
@@ -258,6 +277,15 @@ pub struct AttnSpec {
     /// Factor on what o puts out (1 for most).
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub out_scale: f32,
+    /// Keys and values are those of this earlier block, which has some of its own: no k, no v.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub kv_from: Option<usize>,
+    /// Values are what k puts out, before the norm of keys and RoPE: no v.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub v_is_k: bool,
+    /// An RMS norm without a scale on each head of the values.
+    #[serde(default, skip_serializing_if = "std::ops::Not::not")]
+    pub v_norm: bool,
 }
 
 /// What a norm of queries and keys goes over.
@@ -271,6 +299,8 @@ pub enum QkNorm {
     Heads,
     /// All heads together, `[heads * head_dim]`.
     Whole,
+    /// Each head, without a scale: an RMS norm.
+    Plain,
 }
 
 /// A factor on queries that grows with their position `p`: `1 + beta * ln(1 + floor((p + shift) / period))`.
@@ -301,6 +331,7 @@ impl Default for AttnSpec {
             head_dim: 0,
             scale: 1.0,
             window: None,
+            chunk: None,
             rope: None,
             qk_norm: false,
             qk_norm_over: QkNorm::Head,
@@ -317,6 +348,9 @@ impl Default for AttnSpec {
             latent: None,
             gate: false,
             out_scale: 1.0,
+            kv_from: None,
+            v_is_k: false,
+            v_norm: false,
         }
     }
 }
@@ -349,6 +383,10 @@ pub struct FfnSpec {
     /// Factor on what down puts out (1 for most); never of experts.
     #[serde(default = "one", skip_serializing_if = "is_one")]
     pub down_scale: f32,
+    /// Of the gate that share of channels, were a row's normally distributed, falls below a cutoff: those are 0 before
+    /// the non-linearity, and the others less the cutoff.
+    #[serde(default, skip_serializing_if = "Option::is_none")]
+    pub sparsity: Option<f32>,
 }
 
 /// A gated part of no width: for the fields that a mapping does not name.
@@ -365,6 +403,7 @@ impl Default for FfnSpec {
             pre_norm: true,
             gate_scale: 1.0,
             down_scale: 1.0,
+            sparsity: None,
         }
     }
 }
@@ -465,6 +504,13 @@ pub enum RopeScaling {
         /// Context before stretching, tokens.
         original: usize,
     },
+    /// The first pairs of all that there are turn, at the pace that all would have; the others do not (Gemma 4).
+    Proportional {
+        /// How many turn.
+        pairs: usize,
+        /// The divisor of their frequencies.
+        factor: f32,
+    },
     /// A divisor for each channel pair, `[dims / 2]`, as GGUF files carry in `rope_freqs.weight`.
     Factors {
         /// The divisors.
@@ -479,6 +525,15 @@ impl LayerSpec {
         if self.order != Order::Sequential && (self.attn_shortcut || self.ffn_shortcut) {
             return fail("a matrix in a shortcut needs attention and FFN one after the other".into());
         }
+        if let Some(rank) = self.laurel {
+            let plain = self.attn.as_ref().is_some_and(|a| a.pre_norm) && self.mixer.is_none();
+            if rank == 0 || rank > MAX_DIM {
+                return fail(format!("LAuReL of rank {rank}"));
+            }
+            if !plain || self.order != Order::Sequential || self.attn_shortcut {
+                return fail("LAuReL beside anything but attention behind a norm of its own".into());
+            }
+        }
         if let Some(a) = &self.attn {
             if let Some(c) = a.clip.filter(|c| !(c.is_finite() && *c > 0.0)) {
                 return fail(format!("q, k and v are cut to {c}"));
@@ -490,6 +545,15 @@ impl LayerSpec {
                 && !(t.beta.is_finite() && t.beta >= 0.0 && (1..=MAX_DIM).contains(&t.period) && t.shift <= MAX_DIM)
             {
                 return fail(format!("a temperature of {} every {} positions from {}", t.beta, t.period, t.shift));
+            }
+            if a.chunk == Some(0) {
+                return fail("chunks of 0 tokens see nothing".into());
+            }
+            if a.latent.is_some() && (a.kv_from.is_some() || a.v_is_k || a.v_norm) {
+                return fail("keys of another block, or values that are keys or normed, with a latent".into());
+            }
+            if a.kv_from.is_some() && (a.v_is_k || a.v_norm) {
+                return fail("values that are keys or normed, and keys and values of another block".into());
             }
             if self.order == Order::Shared && !a.pre_norm {
                 return fail("attention and FFN share a norm that is not there".into());
@@ -511,6 +575,11 @@ impl LayerSpec {
             }
             if (f.gate_scale, f.down_scale) != (1.0, 1.0) && (!f.gated || f.experts.is_some()) {
                 return fail("factors of an FFN's matrices in one without a gate or in experts".into());
+            }
+            if let Some(s) = f.sparsity
+                && (!(s > 0.0 && s < 1.0) || !f.gated || f.experts.is_some())
+            {
+                return fail(format!("a gate of which {s} is cut off, in an FFN without a gate or in experts"));
             }
             if self.order == Order::Shared && f.pre_norm {
                 return fail("an FFN that shares attention's norm has one of its own".into());
@@ -570,6 +639,19 @@ impl Spec {
         }
         finite("residual_scale", self.residual_scale)?;
         finite("norm.offset", self.norm.offset)?;
+        if let Some(i) = &self.layer_inputs {
+            i.check(self.layers.len())?;
+        }
+        if let Some(a) = &self.altup {
+            a.check(self.hidden)?;
+            let other = |l: &LayerSpec| l.order != Order::Sequential || l.attn_shortcut || l.ffn_shortcut;
+            if self.layers.iter().any(other) {
+                return fail("altup: parts side by side, or matrices in shortcuts, among several streams".into());
+            }
+            if self.layers.iter().any(|l| l.output_scale) {
+                return fail("altup: numbers behind blocks among several streams".into());
+            }
+        }
         if !(self.norm.eps >= 0.0 && self.norm.eps < 1.0) {
             return fail(format!("norm.eps is {}", self.norm.eps));
         }
@@ -611,6 +693,7 @@ impl Spec {
                     ));
                 }
                 a.check_latent(l)?;
+                self.check_shared(l, a)?;
                 if a.window == Some(0) {
                     return fail(format!("layer {l}: a window of 0 tokens sees nothing"));
                 }
@@ -624,7 +707,11 @@ impl Spec {
                     let lists: &[&Vec<f32>] = match &r.scaling {
                         RopeScaling::Longrope { short, long, .. } => &[short, long],
                         RopeScaling::Factors { factors } => &[factors],
+                        RopeScaling::Proportional { pairs, .. } if *pairs == 0 || *pairs > r.dims / 2 => {
+                            return fail(format!("layer {l}: {pairs} of {} pairs turn", r.dims / 2));
+                        }
                         RopeScaling::Linear { factor }
+                        | RopeScaling::Proportional { factor, .. }
                         | RopeScaling::Llama3 { factor, .. }
                         | RopeScaling::Yarn { factor, .. }
                             if !(factor.is_finite() && *factor > 0.0) =>
@@ -666,6 +753,49 @@ impl Spec {
         Ok(())
     }
 
+    /// Whether the block that `a` of layer `l` reads keys and values of has such.
+    fn check_shared(&self, l: usize, a: &AttnSpec) -> Result<(), SpecError> {
+        let Some(from) = a.kv_from else { return Ok(()) };
+        let fail = |what: &str| {
+            Err(SpecError { what: format!("layer {l} reads the keys and values of layer {from}, {what}") })
+        };
+        if from >= l {
+            return fail("which does not come before it");
+        }
+        let Some(s) = self.layers[from].attn.as_ref().filter(|s| s.kv_from.is_none()) else {
+            return fail("which has none of its own");
+        };
+        if s.latent.is_some() || (s.kv_heads, s.head_dim) != (a.kv_heads, a.head_dim) {
+            return fail("whose heads are others");
+        }
+        Ok(())
+    }
+
+    /// Blocks whose keys and values later ones read, in their order.
+    pub fn shared_keys(&self) -> Vec<usize> {
+        let mut from: Vec<usize> = self.layers.iter().filter_map(|l| l.attn.as_ref()?.kv_from).collect();
+        from.sort_unstable();
+        from.dedup();
+        from
+    }
+
+    /// Columns of all residual streams.
+    pub fn streams(&self) -> usize {
+        self.altup.map_or(self.hidden, |a| a.inputs.saturating_mul(self.hidden))
+    }
+
+    /// Columns of a row that goes from block to block where blocks run one by one: the residual stream (or all of
+    /// them), the inputs of all layers, and keys and values, side by side, of each block whose later ones read. Most networks: `hidden`.
+    pub fn carried(&self) -> usize {
+        let inputs = self.layer_inputs.map_or(0, |i| i.width.saturating_mul(self.layers.len()));
+        let wide = |l: &usize| {
+            let attn = self.layers.get(*l).and_then(|l| l.attn.as_ref());
+            attn.map_or(0, |a| a.kv_heads.saturating_mul(a.head_dim).saturating_mul(2))
+        };
+        let shared = self.shared_keys();
+        shared.iter().map(wide).fold(self.streams().saturating_add(inputs), usize::saturating_add)
+    }
+
     /// The shape `[rows, cols]` of the tensor at `place` (vectors are `[1, n]`), or `None` where this network has no
     /// such tensor.
     ///
@@ -683,6 +813,14 @@ impl Spec {
                     Positions::Learned { offset } => Some((self.context + offset, h)),
                     Positions::None => None,
                 },
+                (role, part) if role.is_layer_inputs() => {
+                    self.layer_inputs.as_ref()?.shape(role, part, self.layers.len(), h)
+                }
+                (Role::AltupIn | Role::AltupOut, part) => {
+                    let a = self.altup?;
+                    let stream = place.expert? as usize;
+                    (1..a.inputs).contains(&stream).then(|| a.shape(place.role, part, h)).flatten()
+                }
                 (Role::FinalNorm, part) if self.final_norm => self.norm.has(part).then_some((1, h)),
                 _ => None,
             };
@@ -694,6 +832,20 @@ impl Spec {
             Bias => bias.then_some((1, rows)),
         };
         match place.role {
+            Role::InputGate | Role::InputOut => {
+                let w = self.layer_inputs?.width;
+                let (rows, cols) = if place.role == Role::InputGate { (w, h) } else { (h, w) };
+                linear(rows, cols, false)
+            }
+            Role::InputNorm => norm(self.layer_inputs.is_some(), h),
+            Role::LaurelIn | Role::LaurelOut => {
+                let rank = layer.laurel?;
+                let (rows, cols) = if place.role == Role::LaurelIn { (rank, h) } else { (h, rank) };
+                linear(rows, cols, false)
+            }
+            Role::LaurelNorm => norm(layer.laurel.is_some(), h),
+            role if role.is_altup() => self.altup?.shape(role, place.part, h),
+            Role::OutputScale => (layer.output_scale && place.part == Weight).then_some((1, 1)),
             Role::AttnShortcut => layer.attn_shortcut.then(|| linear(h, h, false)).flatten(),
             Role::FfnShortcut => layer.ffn_shortcut.then(|| linear(h, h, false)).flatten(),
             Role::MixerNorm => norm(layer.mixer.is_some(), h),
@@ -709,10 +861,12 @@ impl Spec {
                     Role::Sinks => (a.sinks && place.part == Weight).then_some((1, a.heads)),
                     role => {
                         let heads = if role == Role::QNorm { a.heads } else { a.kv_heads };
+                        let on = a.qk_norm && (role == Role::QNorm || a.kv_from.is_none());
                         match a.qk_norm_over {
-                            QkNorm::Head => norm(a.qk_norm, a.head_dim),
-                            QkNorm::Heads => norm(a.qk_norm && place.part == Weight, heads * a.head_dim),
-                            QkNorm::Whole => norm(a.qk_norm, heads * a.head_dim),
+                            QkNorm::Plain => None,
+                            QkNorm::Head => norm(on, a.head_dim),
+                            QkNorm::Heads => norm(on && place.part == Weight, heads * a.head_dim),
+                            QkNorm::Whole => norm(on, heads * a.head_dim),
                         }
                     }
                 }
@@ -737,6 +891,12 @@ impl Spec {
                     Role::Router => f.experts.and_then(|e| linear(e.count, h, e.router_bias)),
                     Role::Correction => {
                         f.experts.filter(|e| e.correction && place.part == Weight).map(|e| (1, e.count))
+                    }
+                    Role::ExpertScale => {
+                        f.experts.filter(|e| e.expert_scale && place.part == Weight).map(|e| (1, e.count))
+                    }
+                    Role::RouterNorm | Role::ExpertsNorm | Role::ExpertsPostNorm | Role::SharedPostNorm => {
+                        norm(f.experts.is_some_and(|e| e.apart), h)
                     }
                     Role::SharedRouter => shared.filter(|s| s.gate).and_then(|_| linear(1, h, false)),
                     Role::SharedGate => shared.filter(|_| f.gated).and_then(|s| linear(s.width, h, f.bias)),
@@ -778,10 +938,17 @@ impl Spec {
     pub fn places(&self) -> Vec<Place> {
         let global = |role| [Place::global(role), Place::global(role).bias()];
         let mut out: Vec<Place> =
-            [Role::Embed, Role::Positions, Role::EmbedNorm].into_iter().flat_map(global).collect();
+            [Role::Embed, Role::Positions, Role::EmbedNorm, Role::LayerInputs, Role::InputsIn, Role::InputsNorm]
+                .into_iter()
+                .flat_map(global)
+                .collect();
+        let streams = 1..self.altup.map_or(1, |a| a.inputs);
+        let of_streams = |role| streams.clone().map(move |i| Place { expert: Some(i as u32), ..Place::global(role) });
+        out.extend(of_streams(Role::AltupIn));
         for l in 0..self.layers.len() {
             out.extend(self.layer_places(l));
         }
+        out.extend(of_streams(Role::AltupOut));
         out.extend([Role::FinalNorm, Role::Head].into_iter().flat_map(global));
         out.retain(|p| self.shape(p).is_some());
         out

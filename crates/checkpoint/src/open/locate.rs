@@ -93,7 +93,7 @@ impl Checkpoint {
         by_name: &HashMap<String, usize>,
         modules: &mut HashMap<String, Option<Arc<dyn Module>>>,
     ) -> Result<(Located, Option<Share>), WeightsError> {
-        let matrix = place.part == Part::Weight && (place.role.is_linear() || place.role == Role::Embed);
+        let matrix = place.part == Part::Weight && (place.role.is_linear() || place.role.is_lookup());
         if let Some(q) = self.quantized.as_ref().filter(|_| matrix) {
             let data = |i: usize| self.data(i);
             let info = |i: usize| &self.tensors[i].1;

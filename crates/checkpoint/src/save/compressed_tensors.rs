@@ -101,7 +101,8 @@ pub fn save_compressed_tensors(
 
 fn is_linear(target: &Target) -> bool {
     let first = target.parts[0];
-    let table = matches!(first.role, Role::Embed | Role::Positions | Role::Head) || first.role.is_router();
+    let table =
+        matches!(first.role, Role::Embed | Role::LayerInputs | Role::Positions | Role::Head) || first.role.is_router();
     // What is turned, and rows of several matrices by turns, stay as they are.
     let moved = target.turned.contains(&true) || !target.order.is_empty();
     target.shape.len() == 2 && first.role.is_linear() && !table && !moved

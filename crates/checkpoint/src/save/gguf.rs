@@ -258,7 +258,7 @@ fn form_of(
     let first = target.parts[0];
     let cols = target.shape.last().copied().unwrap_or(0);
     // What is no matrix stays so in any shape: llama.cpp's operations on such tensors know 32 bits alone.
-    let matrix = (first.role.is_linear() && !first.role.is_router()) || first.role == Role::Embed;
+    let matrix = (first.role.is_linear() && !first.role.is_router()) || first.role.is_lookup();
     let f32_always = target.shape.len() == 1 || !matrix;
     if f32_always || kind == GgufKind::F32 {
         return Ok((Encoding::Float(Float::F32), None));

@@ -64,7 +64,7 @@ impl Gradients {
     ) -> Result<Gradients, CompressError> {
         let fault = |source| CompressError::Scratch { dir: dir.display().to_string(), source };
         let lens: Vec<usize> = sequences.iter().map(Vec::len).collect();
-        let (layers, hidden) = (weights.spec().layers.len(), weights.spec().hidden);
+        let (layers, hidden) = (weights.spec().layers.len(), weights.spec().carried());
         let inner = SpilledInputs::new(layers, &lens, hidden, spill.then_some(dir)).map_err(fault)?;
         let mut inputs = Checked { inner, layers, forward: true, failed: None };
         let of =

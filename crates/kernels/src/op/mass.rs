@@ -111,7 +111,7 @@ impl Attention {
             }
             for (r, scores) in rows.zip(scores.chunks_exact_mut(group * stride)) {
                 let high = slots[r];
-                let low = self.window.map_or(0, |w| (high + 1).saturating_sub(w));
+                let low = self.low(high);
                 given.clear();
                 given.resize(high + 1, 0.0f32);
                 for (h, scores) in scores.chunks_exact_mut(stride).enumerate() {
@@ -177,7 +177,8 @@ mod tests {
             {
                 let alibi = window.map(|_| 8.0);
                 let sinks = softcap.map(|_| (0..heads).map(|h| h as f32 - 1.0).collect());
-                let a = Attention { heads, scale: 0.3, window, softcap, alibi, sinks };
+                let chunk = (format == KvFormat::Q8).then_some(50);
+                let a = Attention { heads, scale: 0.3, window, chunk, softcap, alibi, sinks };
                 let (n, dim, group) = (137, layout.head_dim, heads / layout.kv_heads);
                 let (pool, blocks, [k, _]) = pool(layout, format, n);
                 let q = random(n, heads * dim, 1);
@@ -185,7 +186,7 @@ mod tests {
                 let mut want = vec![vec![0.0f64; n]; layout.kv_heads];
                 for p in 0..n {
                     for h in 0..heads {
-                        let low = window.map_or(0, |w| (p + 1).saturating_sub(w));
+                        let low = window.map_or(chunk.map_or(0, |c| p / c * c), |w| (p + 1).saturating_sub(w));
                         let score = |t: usize| {
                             let (q, k) = (&q.row(p)[h * dim..], &k.row(t)[h / group * dim..]);
                             let dot: f64 = (0..dim).map(|d| f64::from(q[d]) * f64::from(k[d])).sum();

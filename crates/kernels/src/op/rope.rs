@@ -78,6 +78,9 @@ impl RopeTable {
                 divided(short)
             }
             RopeScaling::Factors { factors } => divided(factors),
+            RopeScaling::Proportional { pairs: turning, factor } => {
+                (0..pairs).map(|i| if i < *turning { plain(i) / factor } else { 0.0 }).collect()
+            }
         };
         let last = Last {
             at: Vec::new(),

@@ -93,7 +93,12 @@ fn there(spec: &Spec, part: Unit) -> usize {
 
 /// Keys and values that the cache holds of a position.
 fn cached(spec: &Spec) -> usize {
-    spec.layers.iter().filter_map(|l| l.attn.as_ref()).map(|a| 2 * a.kv_heads * a.head_dim).sum()
+    spec.layers
+        .iter()
+        .filter_map(|l| l.attn.as_ref())
+        .filter(|a| a.kv_from.is_none())
+        .map(|a| 2 * a.kv_heads * a.head_dim)
+        .sum()
 }
 
 /// Whether a layer has the part.

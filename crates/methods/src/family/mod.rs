@@ -41,7 +41,10 @@ fn plain_blocks(spec: &Spec) -> Result<(), MethodError> {
         let role = match (&layer.mixer, gated(layer)) {
             (Some(_), _) => Role::MixerIn,
             (None, true) => Role::AttnGate,
-            (None, false) => continue,
+            (None, false) => {
+                more_than_blocks(spec, l)?;
+                continue;
+            }
         };
         return Err(MethodError::new(format!(
             "{} is a part that this step does not know: networks with recurrent mixers or gated attention keep their \
@@ -61,6 +64,29 @@ fn own_weights(spec: &Spec) -> Result<(), MethodError> {
             spec.weights_of(l)
         ))),
     }
+}
+
+/// Refuses networks whose layers read what earlier ones, or the embedding, made beside the stream.
+fn more_than_blocks(spec: &Spec, l: usize) -> Result<(), MethodError> {
+    let layer = &spec.layers[l];
+    let of = |f: fn(&lacuna_spec::AttnSpec) -> bool| layer.attn.as_ref().is_some_and(f);
+    let what = if spec.layer_inputs.is_some() {
+        "has an input of its own beside the residual stream"
+    } else if of(|a| a.kv_from.is_some()) {
+        "reads another layer's keys and values"
+    } else if of(|a| a.v_is_k) {
+        "has values that are its keys"
+    } else if spec.altup.is_some() || layer.laurel.is_some() {
+        "computes on one of several streams, or beside attention"
+    } else if layer.output_scale {
+        "multiplies the stream behind it"
+    } else {
+        return Ok(());
+    };
+    Err(MethodError::new(format!(
+        "layer {l} {what}, which this step does not know: such networks keep their structure; steps on matrices (prune, \
+         quantize, factor) work on them"
+    )))
 }
 
 /// Refuses a step that `wants` one piece of floats after steps that leave something else.

@@ -123,7 +123,22 @@ impl Walker for Shorten {
         }
         let mut spec = work.spec().clone();
         spec.vocab = kept.len();
-        let tables = [Role::Embed, Role::Head].into_iter().filter(|r| *r == Role::Embed || !spec.tied);
+        if let Some(i) = &mut spec.layer_inputs {
+            if i.vocab < rows {
+                return Err(MethodError::new(format!(
+                    "the table of the layers' inputs has {} rows for {rows} tokens: tokens cannot go",
+                    i.vocab
+                )));
+            }
+            i.vocab = kept.len();
+        }
+        let (tied, inputs) = (spec.tied, spec.layer_inputs.is_some());
+        let there = |r: &Role| match r {
+            Role::Head => !tied,
+            Role::LayerInputs => inputs,
+            _ => true,
+        };
+        let tables = [Role::Embed, Role::Head, Role::LayerInputs].into_iter().filter(there);
         let keep = |role| Edit::Keep { place: Place::global(role), rows: Some(kept.clone()), cols: None };
         let mut edits: Vec<Edit> = tables.map(keep).collect();
         edits.push(Edit::Vocabulary(kept));

@@ -18,7 +18,8 @@ use super::chosen;
 use super::gate::leave;
 use super::select::{Blocks, PooledKeys};
 use super::{
-    Backend, GateAsk, Host, Measure, MixerVectors, NO_CHOICE, Pages, Reads, Routes, SlotStates, Tables, Xielu,
+    Backend, GateAsk, Host, LEAST_SQUARE, Measure, MixerVectors, NO_CHOICE, Pages, Reads, Routes, SlotStates, Tables,
+    Xielu,
 };
 use crate::lent::Reused;
 use crate::{Batch, Lent, ModelError};
@@ -160,27 +161,45 @@ pub(crate) fn factors(of: Xielu) -> kernels::Xielu {
     kernels::Xielu { above, below }
 }
 
+/// The mean of the squares of a row.
+pub(crate) fn mean_square(row: &[f32]) -> f64 {
+    row.iter().map(|x| f64::from(*x) * f64::from(*x)).sum::<f64>() / row.len().max(1) as f64
+}
+
+/// A row's mean and standard deviation.
+pub(crate) fn spread(row: &[f32]) -> (f64, f64) {
+    let n = row.len().max(1) as f64;
+    let mean = row.iter().map(|x| f64::from(*x)).sum::<f64>() / n;
+    let square = row.iter().map(|x| (f64::from(*x) - mean).powi(2)).sum::<f64>() / n;
+    (mean, square.sqrt())
+}
+
 /// What a sum of weights is at least before they are divided by it.
 const LEAST: f32 = 1e-20;
 
 /// Chooses experts; `logits` become their scores.
-pub(crate) fn route(logits: &mut Mat, choice: Experts, correction: Option<&[f32]>) -> Routes {
+pub(crate) fn route(logits: &mut Mat, choice: Experts, correction: Option<&[f32]>, scale: Option<&[f32]>) -> Routes {
     let rows = logits.rows();
+    // Sigmoids rise with their logits, and are alike where those are large.
+    let by_logits = choice.score == RouterScore::Sigmoid && correction.is_none() && choice.groups.is_none();
     let of_row = |r: usize| {
         let p = logits.row_mut(r);
+        let early = by_logits.then(|| chosen(p, choice));
         match choice.score {
             RouterScore::Softmax => kernels::softmax(p),
             RouterScore::Sigmoid => p.iter_mut().for_each(|x| *x = sigmoid(*x)),
         }
-        let order = match correction {
-            None => chosen(p, choice),
-            Some(c) => chosen(&p.iter().zip(c).map(|(p, c)| p + c).collect::<Vec<f32>>(), choice),
+        let order = match (early, correction) {
+            (Some(order), _) => order,
+            (None, None) => chosen(p, choice),
+            (None, Some(c)) => chosen(&p.iter().zip(c).map(|(p, c)| p + c).collect::<Vec<f32>>(), choice),
         };
         let total: f32 = if choice.normalize { order.iter().map(|&e| p[e]).sum::<f32>().max(LEAST) } else { 1.0 };
-        order.into_iter().map(|e| (e, p[e] / total * choice.scale)).collect()
+        let own = |e: usize| scale.map_or(1.0, |s| s[e]);
+        order.into_iter().map(|e| (e, p[e] / total * choice.scale * own(e))).collect()
     };
     let chosen: Vec<Vec<(usize, f32)>> = (0..rows).map(of_row).collect();
-    Routes::new(choice.count, &chosen)
+    Routes::new(choice, &chosen)
 }
 
 fn sigmoid(x: f32) -> f32 {
@@ -361,7 +380,7 @@ impl Backend for Cpu {
     fn embed(&self, table: &Arc<Stored>, ids: &Reused<Vec<u32>>) -> Lent {
         let mut out = Lent::new(ids.len(), table.cols);
         for (r, &id) in ids.iter().enumerate() {
-            let t = id as usize;
+            let t = if (id as usize) < table.rows { id as usize } else { 0 };
             table.decode_rows(t, t + 1, MatMut::new(1, table.cols, out.row_mut(r)));
         }
         out
@@ -430,7 +449,7 @@ impl Backend for Cpu {
         out
     }
 
-    fn rope(&self, rope: &RopeTable, head_dim: usize, step: &Step, x: [&mut Lent; 2]) {
+    fn rope<const N: usize>(&self, rope: &RopeTable, head_dim: usize, step: &Step, x: [&mut Lent; N]) {
         rope.with(step.batch.places(), |angles| x.into_iter().for_each(|x| angles.apply(head_dim, x.view_mut())));
     }
 
@@ -472,6 +491,40 @@ impl Backend for Cpu {
         for r in 0..x.rows() {
             let by = sigmoid(by.row(r)[0]);
             x.row_mut(r).iter_mut().for_each(|x| *x *= by);
+        }
+    }
+
+    fn mix(&self, x: &Lent, ins: usize, by: &Lent) -> Lent {
+        let (width, outs) = (x.cols() / ins, by.cols() / ins);
+        let mut out = Lent::new(x.rows(), outs * width);
+        out.data_mut().fill(0.0);
+        for r in 0..x.rows() {
+            let (x, by) = (x.row(r), by.row(r));
+            for (to, by) in out.row_mut(r).chunks_exact_mut(width).zip(by.chunks_exact(ins)) {
+                x.chunks_exact(width).zip(by).for_each(|(x, by)| kernels::add_scaled(to, *by, x));
+            }
+        }
+        out
+    }
+
+    fn scale_columns(&self, _: &Place, x: &mut Lent, by: &Lent) {
+        for r in 0..x.rows() {
+            x.row_mut(r).iter_mut().zip(by.row(0)).for_each(|(x, by)| *x *= by);
+        }
+    }
+
+    fn match_magnitude(&self, x: &mut Lent, like: &Lent) {
+        for r in 0..x.rows() {
+            let by = (mean_square(like.row(r)).sqrt() / mean_square(x.row(r)).max(LEAST_SQUARE).sqrt()) as f32;
+            x.row_mut(r).iter_mut().for_each(|x| *x *= by);
+        }
+    }
+
+    fn cut_off(&self, x: &mut Lent, by: f32) {
+        for r in 0..x.rows() {
+            let (mean, deviation) = spread(x.row(r));
+            let cutoff = (mean + f64::from(by) * deviation) as f32;
+            x.row_mut(r).iter_mut().for_each(|x| *x = (*x - cutoff).max(0.0));
         }
     }
 
@@ -598,12 +651,18 @@ impl Backend for Cpu {
         out
     }
 
-    fn route(&self, logits: &Lent, choice: Experts, correction: Option<&Lent>) -> Routes {
-        route(&mut self.copy(logits), choice, correction.map(|c| c.data()))
+    fn route(&self, logits: &Lent, choice: Experts, correction: Option<&Lent>, scale: Option<&Lent>) -> Routes {
+        route(&mut self.copy(logits), choice, correction.map(|c| c.data()), scale.map(|s| s.data()))
     }
 
     fn gather(&self, x: &Lent, routes: &Routes) -> Lent {
-        self.pick(x, &routes.rows)
+        let mut out = self.pick(x, &routes.rows);
+        if routes.weigh_inputs {
+            for (i, by) in routes.weights.iter().enumerate() {
+                out.row_mut(i).iter_mut().for_each(|x| *x *= by);
+            }
+        }
+        out
     }
 
     fn expert_products<const N: usize>(&self, all: [&Vec<Matrix>; N], x: &Lent, routes: &Routes) -> [Lent; N] {
@@ -615,7 +674,8 @@ impl Backend for Cpu {
         out.data_mut().fill(0.0);
         // Gathered rows come expert after expert, so that a row's sum does not depend on what else is routed where.
         for (i, (&r, &weight)) in routes.rows.iter().zip(&routes.weights).enumerate() {
-            kernels::add_scaled(out.row_mut(r), weight, y.row(i));
+            let by = if routes.weigh_inputs { 1.0 } else { weight };
+            kernels::add_scaled(out.row_mut(r), by, y.row(i));
         }
         out
     }

@@ -43,5 +43,8 @@ pub(super) fn frequencies(rope: &Rope, length: usize) -> (Vec<f64>, f64) {
             (divided(if length > *original { long } else { short }), f64::from(*attention_factor))
         }
         RopeScaling::Factors { factors } => (divided(factors), 1.0),
+        RopeScaling::Proportional { pairs: turning, factor } => {
+            (of(&|i, f| if i < *turning { f / f64::from(*factor) } else { 0.0 }), 1.0)
+        }
     }
 }

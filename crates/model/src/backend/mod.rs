@@ -31,7 +31,7 @@ use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, Mass};
 use lacuna_spec::{Activation, Experts, Mixer, Norm, Place, Rope, Temperature};
 
 pub use cpu::Cpu;
-pub(crate) use cpu::{Matrix, NormOf, factors, grouped, heads, route};
+pub(crate) use cpu::{Matrix, NormOf, factors, grouped, heads, mean_square, route, spread};
 pub use gate::GateAsk;
 pub use naive::Naive;
 pub use select::Reads;
@@ -146,7 +146,7 @@ pub trait Backend: Clone {
     /// Some rows, in the order asked for.
     fn pick(&self, x: &Self::Rows, rows: &[usize]) -> Self::Rows;
 
-    /// Rows of a table. The caller has seen that they are there.
+    /// Rows of a table; row 0 for numbers beyond it, where the caller has not seen that they are there.
     fn embed(&self, table: &Self::Table, ids: &Self::Ids) -> Self::Rows;
 
     /// `x · Wᵀ + b` of several matrices and the same rows.
@@ -176,7 +176,7 @@ pub trait Backend: Clone {
     fn norm_pieces(&self, norm: &Self::Norm, pieces: usize, x: &Self::Rows) -> Self::Rows;
 
     /// Turns heads of `head_dim` columns by their rows' positions.
-    fn rope(&self, rope: &Self::Rope, head_dim: usize, step: &Self::Step, x: [&mut Self::Rows; 2]);
+    fn rope<const N: usize>(&self, rope: &Self::Rope, head_dim: usize, step: &Self::Step, x: [&mut Self::Rows; N]);
 
     /// `x = act(x)`, or `act(x) · up`.
     fn activate(&self, act: Activation, x: &mut Self::Rows, up: Option<&Self::Rows>);
@@ -201,6 +201,19 @@ pub trait Backend: Clone {
 
     /// Multiplies each row with the sigmoid of its number in `by`, `[rows, 1]`.
     fn weigh_rows(&self, x: &mut Self::Rows, by: &Self::Rows);
+
+    /// Streams of equal width out of others: with `by`, `[rows, outs * ins]`, stream `i` of a row becomes
+    /// `Σ_j by[i * ins + j] · x_j`: `[rows, ins * width]` to `[rows, outs * width]`.
+    fn mix(&self, x: &Self::Rows, ins: usize, by: &Self::Rows) -> Self::Rows;
+
+    /// Multiplies each column with its number in `by`, `[1, columns]`, the vector at `place`.
+    fn scale_columns(&self, place: &Place, x: &mut Self::Rows, by: &Self::Rows);
+
+    /// Brings each row's root mean square to that of its row in `like`: `x · rms(like) / sqrt(max(mean(x²), 1e-5))`.
+    fn match_magnitude(&self, x: &mut Self::Rows, like: &Self::Rows);
+
+    /// Cuts each row off below its mean and `by` times its standard deviation: `max(x - cutoff, 0)`.
+    fn cut_off(&self, x: &mut Self::Rows, by: f32);
 
     /// Of each piece of `width` columns the columns `which`: `[rows, n * width]` to `[rows, n * which.len()]`.
     fn columns(&self, x: &Self::Rows, width: usize, which: Range<usize>) -> Self::Rows;
@@ -283,9 +296,17 @@ pub trait Backend: Clone {
 
     /// Chooses experts by the router's logits, `[rows, experts]`: their scores, the largest `used` of a row where
     /// `correction`, `[1, experts]`, is added, from its best groups where there are some, ties to the lower number.
-    fn route(&self, logits: &Self::Rows, choice: Experts, correction: Option<&Self::Rows>) -> Self::Routes;
+    /// `scale`, `[1, experts]`: factors on the weights.
+    fn route(
+        &self,
+        logits: &Self::Rows,
+        choice: Experts,
+        correction: Option<&Self::Rows>,
+        scale: Option<&Self::Rows>,
+    ) -> Self::Routes;
 
-    /// The rows of every expert, one expert after the other: `[rows * used, columns]`.
+    /// The rows of every expert, one expert after the other: `[rows * used, columns]`; times their weights, where those
+    /// are for what experts read.
     fn gather(&self, x: &Self::Rows, routes: &Self::Routes) -> Self::Rows;
 
     /// [`Backend::products`] of gathered rows, each with its own expert's matrices.
@@ -297,7 +318,7 @@ pub trait Backend: Clone {
     ) -> [Self::Rows; N];
 
     /// The opposite of [`Backend::gather`]: the weighted sum of what the experts made of each row, `[rows, columns]`,
-    /// summed in the experts' order.
+    /// summed in the experts' order; the plain sum where the rows were weighed before.
     fn scatter(&self, y: &Self::Rows, routes: &Self::Routes) -> Self::Rows;
 
     /// The column of each row's largest value, the first of several; [`NO_CHOICE`] where one is NaN or infinite upward.
@@ -346,6 +367,9 @@ impl Xielu {
         [softplus(self.above), 0.5 + softplus(self.below)]
     }
 }
+
+/// What a row's mean square counts at least where it is divided by its root.
+pub(crate) const LEAST_SQUARE: f64 = 1e-5;
 
 /// In place of a row number: there was nothing to choose by.
 pub const NO_CHOICE: u32 = u32::MAX;
@@ -401,6 +425,8 @@ pub struct Routes<W = f32> {
     pub(crate) weights: Vec<W>,
     /// Rows that were routed.
     pub(crate) routed: usize,
+    /// Whether weights are for what experts read.
+    pub(crate) weigh_inputs: bool,
 }
 
 /// The experts that a row chooses, best first: of `scores`, one for each, corrections included, those of the best
@@ -428,8 +454,8 @@ pub(crate) fn chosen(scores: &[f32], choice: Experts) -> Vec<usize> {
 
 impl<W: Copy> Routes<W> {
     /// From each row's experts with their weights.
-    pub(crate) fn new(experts: usize, chosen: &[Vec<(usize, W)>]) -> Routes<W> {
-        let mut by_expert = vec![Vec::new(); experts];
+    pub(crate) fn new(choice: Experts, chosen: &[Vec<(usize, W)>]) -> Routes<W> {
+        let mut by_expert = vec![Vec::new(); choice.count];
         for (r, of_row) in chosen.iter().enumerate() {
             of_row.iter().for_each(|&(e, weight)| by_expert[e].push((r, weight)));
         }
@@ -439,7 +465,7 @@ impl<W: Copy> Routes<W> {
             Some(*end)
         }));
         let (rows, weights) = by_expert.into_iter().flatten().unzip();
-        Routes { starts, rows, weights, routed: chosen.len() }
+        Routes { starts, rows, weights, routed: chosen.len(), weigh_inputs: choice.weigh_inputs }
     }
 
     /// Each expert that has rows, with where they lie among those gathered.

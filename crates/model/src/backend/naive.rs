@@ -258,6 +258,7 @@ fn weights<'a>(
 ) -> (Vec<(usize, f64)>, f64) {
     let at = head / (p.heads / kv_heads) * dim;
     let low = p.window.map_or(0, |w| (position + 1).saturating_sub(w));
+    let low = (low..=position).find(|t| p.chunk.is_none_or(|c| t / c == position / c)).unwrap_or(position);
     let score = |t: usize| {
         let s: f64 = q[head * dim..][..dim].iter().zip(&key(t)[at..]).map(|(q, k)| q * k).sum();
         let s = s * f64::from(p.scale);
@@ -386,7 +387,8 @@ impl Backend for Naive {
 
     fn embed(&self, table: &Arc<Stored>, ids: &Vec<u32>) -> Mat64 {
         let all = table.to_mat();
-        Mat64::from_fn(ids.len(), table.cols, |r, c| f64::from(all[(ids[r] as usize, c)]))
+        let row = |id: u32| if (id as usize) < table.rows { id as usize } else { 0 };
+        Mat64::from_fn(ids.len(), table.cols, |r, c| f64::from(all[(row(ids[r]), c)]))
     }
 
     fn products<const N: usize>(&self, all: [&Matrix; N], x: &Mat64) -> [Mat64; N] {
@@ -458,7 +460,7 @@ impl Backend for Naive {
         })
     }
 
-    fn rope(&self, rope: &Rope, head_dim: usize, step: &Step, x: [&mut Mat64; 2]) {
+    fn rope<const N: usize>(&self, rope: &Rope, head_dim: usize, step: &Step, x: [&mut Mat64; N]) {
         for x in x {
             for (r, (position, length)) in step.batch.places().enumerate() {
                 let (freq, factor) = frequencies(rope, length);
@@ -515,6 +517,35 @@ impl Backend for Naive {
         for r in 0..x.rows() {
             let by = 1.0 / (1.0 + (-by.row(r)[0]).exp());
             x.row_mut(r).iter_mut().for_each(|x| *x *= by);
+        }
+    }
+
+    fn mix(&self, x: &Mat64, ins: usize, by: &Mat64) -> Mat64 {
+        let (width, outs) = (x.cols() / ins, by.cols() / ins);
+        Mat64::from_fn(x.rows(), outs * width, |r, c| {
+            (0..ins).map(|j| by.row(r)[c / width * ins + j] * x.row(r)[j * width + c % width]).sum()
+        })
+    }
+
+    fn scale_columns(&self, _: &Place, x: &mut Mat64, by: &Mat64) {
+        *x = Mat64::from_fn(x.rows(), x.cols(), |r, c| x.row(r)[c] * by.row(0)[c]);
+    }
+
+    fn match_magnitude(&self, x: &mut Mat64, like: &Mat64) {
+        for r in 0..x.rows() {
+            let square = |row: &[f64]| row.iter().map(|x| x * x).sum::<f64>() / row.len() as f64;
+            let by = (square(like.row(r)) / square(x.row(r)).max(1e-5)).sqrt();
+            x.row_mut(r).iter_mut().for_each(|x| *x *= by);
+        }
+    }
+
+    fn cut_off(&self, x: &mut Mat64, by: f32) {
+        for r in 0..x.rows() {
+            let n = x.cols() as f64;
+            let mean = x.row(r).iter().sum::<f64>() / n;
+            let square = x.row(r).iter().map(|x| x * x).sum::<f64>() / n;
+            let cutoff = mean + f64::from(by) * (square - mean * mean).sqrt();
+            x.row_mut(r).iter_mut().for_each(|x| *x = if *x > cutoff { *x - cutoff } else { 0.0 });
         }
     }
 
@@ -635,7 +666,7 @@ impl Backend for Naive {
         }
     }
 
-    fn route(&self, logits: &Mat64, choice: Experts, correction: Option<&Mat64>) -> Routes<f64> {
+    fn route(&self, logits: &Mat64, choice: Experts, correction: Option<&Mat64>, scale: Option<&Mat64>) -> Routes<f64> {
         let of_row = |r: usize| {
             let p = match choice.score {
                 RouterScore::Softmax => softmax(logits.row(r)),
@@ -655,14 +686,16 @@ impl Backend for Naive {
             }
             order.truncate(choice.used);
             let total: f64 = if choice.normalize { order.iter().map(|&e| p[e]).sum() } else { 1.0 };
-            order.into_iter().map(|e| (e, p[e] / total * f64::from(choice.scale))).collect()
+            let own = |e: usize| scale.map_or(1.0, |s| s.row(0)[e]);
+            order.into_iter().map(|e| (e, p[e] / total * f64::from(choice.scale) * own(e))).collect()
         };
         let chosen: Vec<Vec<(usize, f64)>> = (0..logits.rows()).map(of_row).collect();
-        Routes::new(choice.count, &chosen)
+        Routes::new(choice, &chosen)
     }
 
     fn gather(&self, x: &Mat64, routes: &Routes<f64>) -> Mat64 {
-        self.pick(x, &routes.rows)
+        let by = |i: usize| if routes.weigh_inputs { routes.weights[i] } else { 1.0 };
+        Mat64::from_fn(routes.rows.len(), x.cols(), |i, c| by(i) * x.row(routes.rows[i])[c])
     }
 
     fn expert_products<const N: usize>(&self, all: [&Vec<Matrix>; N], x: &Mat64, routes: &Routes<f64>) -> [Mat64; N] {
@@ -681,7 +714,8 @@ impl Backend for Naive {
     fn scatter(&self, y: &Mat64, routes: &Routes<f64>) -> Mat64 {
         let mut out = Mat64::zeros(routes.routed, y.cols());
         for (i, (&r, weight)) in routes.rows.iter().zip(&routes.weights).enumerate() {
-            out.row_mut(r).iter_mut().zip(y.row(i)).for_each(|(o, y)| *o += weight * y);
+            let by = if routes.weigh_inputs { 1.0 } else { *weight };
+            out.row_mut(r).iter_mut().zip(y.row(i)).for_each(|(o, y)| *o += by * y);
         }
         out
     }

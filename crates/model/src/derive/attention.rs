@@ -85,7 +85,10 @@ fn one(p: &Attention, head: usize, [q, k, v]: [&Mat; 3], out: &Mat, dout: &Mat) 
     let mut dsink = 0.0;
     let [mut dq, mut dk, mut dv] = [(); 3].map(|()| Mat::zeros(tokens, dim));
     let (mut weights, mut scores, mut capped) = (Vec::new(), Vec::new(), Vec::new());
-    let first_seen = |position: usize| p.window.map_or(0, |w| (position + 1).saturating_sub(w));
+    let first_seen = |position: usize| {
+        let window = p.window.map_or(0, |w| (position + 1).saturating_sub(w));
+        window.max(p.chunk.map_or(0, |c| position / c * c))
+    };
     for from in (0..tokens).step_by(TILE) {
         let to = (from + TILE).min(tokens);
         let low = first_seen(from);
@@ -152,11 +155,14 @@ mod tests {
 
     #[test]
     fn agrees_with_finite_differences_of_the_definition() {
-        let plain = || Attention { heads: 4, scale: 0.7, window: None, softcap: None, alibi: None, sinks: None };
+        let plain =
+            || Attention { heads: 4, scale: 0.7, window: None, chunk: None, softcap: None, alibi: None, sinks: None };
         let sinks = Some([0.4, -2.0, 1.5, 0.0].into());
         for (name, p, kv_heads, dim, tokens) in [
             ("grouped", plain(), 2, 3, 6),
             ("one key head", Attention { window: Some(3), ..plain() }, 1, 2, 8),
+            ("in chunks", Attention { chunk: Some(3), ..plain() }, 2, 2, 8),
+            ("tiles in chunks", Attention { heads: 1, chunk: Some(20), window: Some(18), ..plain() }, 1, 2, 70),
             ("capped", Attention { softcap: Some(1.5), ..plain() }, 4, 2, 5),
             ("capped in a window", Attention { softcap: Some(2.0), window: Some(2), ..plain() }, 2, 2, 7),
             ("tiles", Attention { heads: 1, window: Some(40), ..plain() }, 1, 2, 70),
@@ -202,7 +208,8 @@ mod tests {
 
     #[test]
     fn long_sequences_agree_along_a_direction() {
-        let p = Attention { heads: 2, scale: 0.6, window: Some(170), softcap: None, alibi: None, sinks: None };
+        let p =
+            Attention { heads: 2, scale: 0.6, window: Some(170), chunk: None, softcap: None, alibi: None, sinks: None };
         let (tokens, dim) = (300, 4);
         let [q, dout] = [1, 2].map(|seed| random(tokens, 2 * dim, seed));
         let [k, v] = [3, 4].map(|seed| random(tokens, dim, seed));

@@ -3,7 +3,7 @@
 use lacuna_base::Mat;
 use lacuna_format::Weights;
 use lacuna_kernels::{Activations, KvFormat};
-use lacuna_spec::{Experts, GateNorm, LayerSpec, Mixer, Order};
+use lacuna_spec::{Experts, GateNorm, Mixer, Order, Spec};
 
 use super::recorder::{Gradients, Recorder};
 use super::rows::copy;
@@ -16,8 +16,8 @@ use crate::{Batch, Block, ContiguousKv, Lent, ModelError, NoTap};
 pub struct RecordedBlock {
     recorder: Recorder,
     block: Block<Recorder>,
-    /// Key heads and their width, where it has attention.
-    heads: Option<(usize, usize)>,
+    /// The block whose pages keys and values lie in, key heads and their width, where it has attention.
+    heads: Option<(usize, (usize, usize))>,
     /// Its recurrent mixer, where it has one, and the residual stream's channels.
     mixer: Option<(Mixer, usize)>,
 }
@@ -37,9 +37,10 @@ impl Record {
         self.tape.bytes()
     }
 
-    /// Bytes that the record of a sequence of `tokens` in a block would hold. The way back makes gradients of about the
+    /// Bytes that the record of a sequence of `tokens` in a block of the network would hold. The way back makes gradients of about the
     /// same size beside it.
-    pub fn forecast(block: &LayerSpec, hidden: usize, tokens: usize) -> u64 {
+    pub fn forecast(spec: &Spec, layer: usize, tokens: usize) -> u64 {
+        let (block, hidden) = (&spec.layers[layer], spec.hidden);
         let beside = block.order != Order::Sequential;
         // What went into it: read by a norm, by matrices or by a shortcut.
         let first = block.attn.is_some() || block.mixer.is_some() || block.attn_shortcut;
@@ -49,9 +50,13 @@ impl Record {
         let attention = block.attn.as_ref().map_or(0, |a| {
             let (wide, narrow) = (a.heads * a.head_dim, a.kv_heads * a.head_dim);
             // Heads as a norm reads them, and as attention does where something changed them since.
-            let before = if a.qk_norm { wide + narrow } else { 0 };
+            let own = if a.kv_from.is_none() { narrow } else { 0 };
+            let before = if a.qk_norm { wide + own } else { 0 };
+            // Values before their norm; those that are keys were counted where keys have a norm.
+            let values = if a.v_norm && !(a.v_is_k && a.qk_norm) { narrow } else { 0 };
             let post = if a.post_norm { hidden } else { 0 };
-            let clipped = if a.clip.is_some() { wide + 2 * narrow } else { 0 };
+            let all = wide + own + if a.v_is_k { 0 } else { own };
+            let clipped = if a.clip.is_some() { all } else { 0 };
             // Beside a mixer it reads what that one's norm put out.
             let normed = if a.pre_norm && !shared && block.mixer.is_none() { hidden } else { 0 };
             // Of latent attention the narrow rows, and what heads read and write before and after it; its keys are its
@@ -59,7 +64,7 @@ impl Record {
             let latent = a.latent.map(|m| 2 * m.q_rank.unwrap_or(0) + m.rank + a.heads * (m.plain + m.rank + m.value));
             let cached = latent.map_or(2 * narrow, |more| narrow + more);
             let gate = if a.gate { 2 * wide } else { 0 };
-            normed + before + clipped + 2 * wide + cached + gate + post
+            normed + before + values + clipped + 2 * wide + cached + gate + post
         });
         let mixer = block.mixer.as_ref().map_or(0, |m| {
             let (channels, wide) = (m.channels(hidden), m.width(hidden));
@@ -81,14 +86,31 @@ impl Record {
             // What weighs a shared expert is recorded with what it weighs.
             let weighed = |on: bool| if on { hidden + 1 } else { 0 };
             let shared = |e: &Experts| e.shared.map_or(0, |s| weighed(s.gate) + s.width * if f.gated { 3 } else { 2 });
-            let mixture = |e: Experts| e.count + e.used.min(e.count) * (2 * hidden + one) + shared(&e);
-            normed + post + f.experts.map_or(one, mixture)
+            // What a router of its own norm reads, and what both norms behind read.
+            let apart = |e: &Experts| match (e.apart, e.weigh_inputs) {
+                (false, _) => 0,
+                (true, weighs) => (3 + usize::from(weighs)) * hidden,
+            };
+            let mixture = |e: Experts| e.count + e.used.min(e.count) * (2 * hidden + one) + shared(&e) + apart(&e);
+            let cut = if f.sparsity.is_some() { f.width } else { 0 };
+            normed + post + cut + f.experts.map_or(one, mixture)
         });
         // The stream between the parts is that before them where nothing stands in between.
         let reads = (block.ffn.is_some() && !beside) || block.ffn_shortcut;
         let middle = if reads { hidden } else { 0 };
         let normed = if shared { hidden } else { 0 };
-        4 * (tokens as u64) * (start + normed + attention + mixer + middle + ffn) as u64
+        // The stream before the gate, gate and input, what goes out by the matrix and what comes of it.
+        let input = spec.layer_inputs.map_or(0, |i| 2 * hidden + 3 * i.width);
+        let laurel = block.laurel.map_or(0, |rank| rank + hidden);
+        // Both times what the norm and the router read, and modalities; all streams with the weights of predictions,
+        // what is new with those of corrections; what is scaled.
+        let altup = spec.altup.map_or(0, |a| {
+            let n = a.inputs;
+            let scaled = if a.scaled && spec.layer_inputs.is_some() { hidden } else { 0 };
+            2 * (2 * hidden + n) + n * hidden + n * n + hidden + n + scaled
+        });
+        let all = start + normed + attention + mixer + middle + ffn + input + laurel + altup;
+        4 * (tokens as u64) * all as u64
     }
 }
 
@@ -100,15 +122,16 @@ impl RecordedBlock {
         let block = Block::load_on(&recorder, weights, layer, Activations::Exact)?;
         let described = weights.spec().layers.get(layer);
         let attention = described.and_then(|l| l.attn.as_ref());
+        let heads = attention.map(|a| (a.kv_from.unwrap_or(layer), (a.kv_heads, a.head_dim)));
         let mixer = described.and_then(|l| l.mixer.clone()).map(|m| (m, weights.spec().hidden));
-        Ok(RecordedBlock { recorder, block, heads: attention.map(|a| (a.kv_heads, a.head_dim)), mixer })
+        Ok(RecordedBlock { recorder, block, heads, mixer })
     }
 
     /// Runs one whole sequence through the block: `x`, `[tokens, hidden]`, becomes the residual stream after it, the
     /// same bits as ever.
     pub fn forward(&self, x: &mut Mat) -> Result<Record, ModelError> {
         let layer = self.block.layer();
-        let heads = (0..=layer).map(|l| self.heads.filter(|_| l == layer));
+        let heads = (0..=layer).map(|l| self.heads.filter(|h| l == h.0).map(|h| h.1));
         let mixers = (0..=layer).map(|l| self.mixer.as_ref().filter(|_| l == layer).map(|(m, hidden)| (m, *hidden)));
         let mut kv = ContiguousKv::of(&self.recorder, heads, mixers, 1, KvFormat::F32);
         let batch = Batch::one(0, 0..x.rows());

@@ -24,9 +24,9 @@ pub(crate) fn weigh_rows(x: MatRef<'_>, by: MatRef<'_>, dy: MatRef<'_>) -> (Lent
 /// `dweights` the gradients of those weights, in the same order. Gradients flow through the weights of the chosen
 /// experts, not through the choice: with weights of `s` times a score, `dp_e = s dw_e`, or, where a row's scores are made
 /// to sum to 1, `dp_e = (s dw_e - Σ dw w) / Σ p` over the chosen; then through the softmax over all experts, or each
-/// one's sigmoid.
+/// one's sigmoid. `scale`: each expert's own factor beside `s`.
 #[track_caller]
-pub(crate) fn routing(p: MatRef<'_>, routes: &Routes, dweights: &[f32], choice: Experts) -> Mat {
+pub(crate) fn routing(p: MatRef<'_>, routes: &Routes, dweights: &[f32], choice: Experts, scale: Option<&[f32]>) -> Mat {
     assert_eq!(routes.starts.len(), p.cols() + 1, "routes of {} experts", p.cols());
     assert_eq!(routes.weights.len(), dweights.len(), "a gradient for each weight");
     // Of every row: the sum of the chosen ones' p, and of dw w.
@@ -35,7 +35,7 @@ pub(crate) fn routing(p: MatRef<'_>, routes: &Routes, dweights: &[f32], choice: 
     for (e, at) in routes.busy() {
         for i in at {
             let (r, w, dw) = (routes.rows[i], routes.weights[i], dweights[i]);
-            d[(r, e)] = choice.scale * dw;
+            d[(r, e)] = choice.scale * scale.map_or(1.0, |s| s[e]) * dw;
             total[r] += p.at(r, e);
             along[r] += dw * w;
         }
@@ -89,10 +89,11 @@ mod tests {
             let choice = Experts { count: 5, used: 2, normalize, score, scale, ..Experts::default() };
             let logits = random(6, 5, 1);
             let mut p = logits.clone();
-            let routes = route(&mut p, choice, Some(&[0.3, -0.1, 0.0, 0.2, 0.1]));
+            let own = choice.normalize.then_some(&[0.7f32, 1.3, -0.4, 2.0, 1.0][..]);
+            let routes = route(&mut p, choice, Some(&[0.3, -0.1, 0.0, 0.2, 0.1]), own);
             // What comes out: the weights, expert by expert.
             let dweights: Vec<f32> = random(1, 12, 2).into_vec();
-            let d = routing(p.view(), &routes, &dweights, choice);
+            let d = routing(p.view(), &routes, &dweights, choice, own);
             check(&format!("{choice:?}"), &dweights, &[(logits.data(), d.data())], |v| {
                 let scores = |row: &[f64]| match score {
                     RouterScore::Softmax => softmax(row),
@@ -104,7 +105,8 @@ mod tests {
                 let total = |r: usize| -> f64 { if normalize { chosen(r).map(|(e, _)| p[r][e]).sum() } else { 1.0 } };
                 let (p, total) = (&p, &total);
                 let of = |(e, at): (usize, std::ops::Range<usize>)| {
-                    routes.rows[at].iter().map(move |&r| f64::from(scale) * p[r][e] / total(r))
+                    let scale = f64::from(scale) * own.map_or(1.0, |o| f64::from(o[e]));
+                    routes.rows[at].iter().map(move |&r| scale * p[r][e] / total(r))
                 };
                 routes.busy().flat_map(of).collect()
             });

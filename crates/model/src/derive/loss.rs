@@ -82,7 +82,8 @@ impl RecordedHead {
         let read = self.recorder.upload(x);
         let h = self.head.normed(&read);
         let normed = self.recorder.take();
-        let mut dh = zeros(x.rows(), x.cols());
+        let cols = h.value.cols();
+        let mut dh = zeros(x.rows(), cols);
         let mut loss = 0.0;
         for from in (0..n).step_by(step) {
             let to = (from + step).min(n);
@@ -95,7 +96,7 @@ impl RecordedHead {
             let mut d = Gradients::of(logits.id, d);
             tape.back(&mut d, sink);
             let back = d.take(rows.id).expect("a product with every row");
-            dh.data_mut()[from * x.cols()..to * x.cols()].copy_from_slice(back.data());
+            dh.data_mut()[from * cols..to * cols].copy_from_slice(back.data());
         }
         let mut d = Gradients::of(h.id, dh);
         normed.back(&mut d, sink);

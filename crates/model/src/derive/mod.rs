@@ -28,6 +28,7 @@ mod rope;
 mod rows;
 mod sink;
 pub mod stats;
+mod streams;
 mod tape;
 mod walk;
 

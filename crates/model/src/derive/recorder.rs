@@ -284,7 +284,7 @@ impl Backend for Recorder {
         out
     }
 
-    fn rope(&self, rope: &RopeTable, head_dim: usize, step: &Self::Step, x: [&mut Node; 2]) {
+    fn rope<const N: usize>(&self, rope: &RopeTable, head_dim: usize, step: &Self::Step, x: [&mut Node; N]) {
         for x in x {
             let at: Vec<(usize, usize)> = step.batch.places().collect();
             let turn = |y: &mut Lent| {
@@ -340,6 +340,30 @@ impl Backend for Recorder {
         self.record(Entry::WeighRows { x: read, by: by.clone(), out });
     }
 
+    fn mix(&self, x: &Node, ins: usize, by: &Node) -> Node {
+        let out = self.node(Cpu.mix(&x.value, ins, &by.value));
+        self.record(Entry::Mix { x: x.clone(), ins, by: by.clone(), out: out.id });
+        out
+    }
+
+    fn scale_columns(&self, place: &Place, x: &mut Node, by: &Node) {
+        let read = x.clone();
+        let (_, out) = self.change(x, |x| Cpu.scale_columns(place, x, &by.value));
+        self.record(Entry::ScaleColumns { place: *place, x: read, by: by.clone(), out });
+    }
+
+    fn match_magnitude(&self, x: &mut Node, like: &Node) {
+        let read = x.clone();
+        let (_, out) = self.change(x, |x| Cpu.match_magnitude(x, &like.value));
+        self.record(Entry::MatchMagnitude { x: read, like: like.clone(), out });
+    }
+
+    fn cut_off(&self, x: &mut Node, by: f32) {
+        let read = x.clone();
+        let (_, out) = self.change(x, |x| Cpu.cut_off(x, by));
+        self.record(Entry::CutOff { x: read, by, out });
+    }
+
     fn columns(&self, x: &Node, width: usize, which: Range<usize>) -> Node {
         let out = self.node(Cpu.columns(&x.value, width, which.clone()));
         self.record(Entry::Columns { x: x.id, width, which, out: out.id });
@@ -385,17 +409,30 @@ impl Backend for Recorder {
         Cpu.weigh(how, &pages.pool, layer, step, &q.value, mass);
     }
 
-    fn route(&self, logits: &Node, choice: Experts, correction: Option<&Node>) -> RecordedRoutes {
+    fn route(&self, logits: &Node, choice: Experts, correction: Option<&Node>, scale: Option<&Node>) -> RecordedRoutes {
         let mut p = Cpu.copy(&logits.value);
         // The correction chooses and weighs nothing: it has no gradient.
-        let routes = Rc::new(backend::route(&mut p, choice, correction.map(|c| c.value.data())));
+        let (correction, factors) = (correction.map(|c| c.value.data()), scale.map(|s| s.value.data()));
+        let routes = Rc::new(backend::route(&mut p, choice, correction, factors));
         let weights = self.node(Lent::new(0, 0)).id;
-        self.record(Entry::Route { p: Rc::new(p), routes: routes.clone(), choice, logits: logits.id, weights });
+        self.record(Entry::Route {
+            p: Rc::new(p),
+            routes: routes.clone(),
+            choice,
+            scale: scale.cloned(),
+            logits: logits.id,
+            weights,
+        });
         RecordedRoutes { routes, weights }
     }
 
     fn gather(&self, x: &Node, routes: &RecordedRoutes) -> Node {
         let out = self.node(Cpu.gather(&x.value, &routes.routes));
+        if routes.routes.weigh_inputs {
+            let (kept, weights) = (routes.routes.clone(), routes.weights);
+            self.record(Entry::Gather { x: x.clone(), routes: kept, weights, out: out.id });
+            return out;
+        }
         let rows = routes.routes.rows.clone();
         self.record(Entry::Pick { x: x.id, of: x.value.rows(), rows, out: out.id });
         out

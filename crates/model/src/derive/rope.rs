@@ -44,6 +44,7 @@ mod tests {
                 original: 4,
             },
             RopeScaling::Factors { factors: vec![1.0, 3.0, 2.0] },
+            RopeScaling::Proportional { pairs: 2, factor: 1.5 },
         ];
         let (rows, heads, dim) = (5, 2, 8);
         for style in [RopeStyle::Half, RopeStyle::Interleaved] {

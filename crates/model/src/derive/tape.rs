@@ -12,6 +12,7 @@ use super::recorder::{Gradients, Matrix, PlacedNorm, RecordedMixer};
 use super::recurrent::{Scanned, convolution, scan};
 use super::rows::{copy, dot, zeros};
 use super::sink::GradientSink;
+use super::streams::{cut_off, match_magnitude, mix, scale_columns};
 use super::{
     activation, attention, bias, clip, gated_activation, norm, product, rope, routing, softcap, weigh_rows, xielu,
 };
@@ -123,6 +124,30 @@ pub(super) enum Entry {
         by: Node,
         out: usize,
     },
+    /// Streams out of others, by weights of each row.
+    Mix {
+        x: Node,
+        ins: usize,
+        by: Node,
+        out: usize,
+    },
+    /// Rows times a vector.
+    ScaleColumns {
+        place: Place,
+        x: Node,
+        by: Node,
+        out: usize,
+    },
+    MatchMagnitude {
+        x: Node,
+        like: Node,
+        out: usize,
+    },
+    CutOff {
+        x: Node,
+        by: f32,
+        out: usize,
+    },
     /// Of pieces of `width` columns some.
     Columns {
         x: usize,
@@ -152,8 +177,16 @@ pub(super) enum Entry {
         p: Rc<Lent>,
         routes: Rc<Routes>,
         choice: Experts,
+        scale: Option<Node>,
         logits: usize,
         weights: usize,
+    },
+    /// Rows that experts read, times their weights.
+    Gather {
+        x: Node,
+        routes: Rc<Routes>,
+        weights: usize,
+        out: usize,
     },
     /// Rows of a value of `of` rows.
     Pick {
@@ -186,7 +219,9 @@ impl Tape {
                 | Entry::ExpertProducts { x, .. }
                 | Entry::HeadProducts { x, .. }
                 | Entry::Norm { x, .. } => vec![&x.value],
-                Entry::WeighRows { x, by, .. } => vec![&x.value, &by.value],
+                Entry::WeighRows { x, by, .. } | Entry::Mix { x, by, .. } => vec![&x.value, &by.value],
+                Entry::MatchMagnitude { x, like, .. } => vec![&x.value, &like.value],
+                Entry::ScaleColumns { x, .. } | Entry::CutOff { x, .. } => vec![&x.value],
                 Entry::NormPieces { x, .. } | Entry::Convolve { x, .. } => vec![&x.value],
                 Entry::Scan { x, dt, beta, .. } => [x, dt].into_iter().chain(beta).map(|n| &n.value).collect(),
                 Entry::Activate { x, up, .. } => [x].into_iter().chain(up).map(|n| &n.value).collect(),
@@ -194,7 +229,7 @@ impl Tape {
                 Entry::Softcap { y, .. } => vec![y],
                 Entry::Xielu { x, .. } | Entry::Clip { x, .. } => vec![&x.value],
                 Entry::Route { p, .. } => vec![p],
-                Entry::Scatter { y, .. } => vec![&y.value],
+                Entry::Scatter { y: x, .. } | Entry::Gather { x, .. } => vec![&x.value],
                 Entry::Rope { .. }
                 | Entry::Temper { .. }
                 | Entry::Add { .. }
@@ -337,6 +372,28 @@ impl Entry {
                 d.add(x.id, dx);
                 d.add(by.id, dby);
             }
+            Entry::Mix { x, ins, by, out } => {
+                let Some(dy) = d.take(*out) else { return };
+                let (dx, dby) = mix(x.view(), *ins, by.view(), dy.view());
+                d.add(x.id, dx);
+                d.add(by.id, dby);
+            }
+            Entry::ScaleColumns { place, x, by, out } => {
+                let Some(mut dy) = d.take(*out) else { return };
+                let dby = scale_columns(x.view(), by.view(), &mut dy);
+                d.add(x.id, dy);
+                show(sink, place, dby.data());
+            }
+            Entry::MatchMagnitude { x, like, out } => {
+                let Some(dy) = d.take(*out) else { return };
+                let (dx, dlike) = match_magnitude(x.view(), like.view(), dy.view());
+                d.add(x.id, dx);
+                d.add(like.id, dlike);
+            }
+            Entry::CutOff { x, by, out } => {
+                let Some(dy) = d.take(*out) else { return };
+                d.add(x.id, cut_off(x.view(), *by, dy.view()));
+            }
             Entry::Columns { x, width, which, out } => {
                 let Some(dy) = d.take(*out) else { return };
                 let dx = d.so_far(*x, dy.rows(), dy.cols() / which.len() * width);
@@ -379,9 +436,20 @@ impl Entry {
                     d.add(node.id, dx);
                 }
             }
-            Entry::Route { p, routes, choice, logits, weights } => {
+            Entry::Route { p, routes, choice, scale, logits, weights } => {
                 let Some(dw) = d.take(*weights) else { return };
-                d.add(*logits, Lent::from(routing(p.view(), routes, dw.data(), *choice)));
+                let scale = scale.as_ref().map(|s| s.value.data());
+                d.add(*logits, Lent::from(routing(p.view(), routes, dw.data(), *choice, scale)));
+            }
+            Entry::Gather { x, routes, weights, out } => {
+                let Some(dy) = d.take(*out) else { return };
+                let mut dw = zeros(1, routes.rows.len());
+                let dx = d.so_far(x.id, x.value.rows(), dy.cols());
+                for (i, (&r, &weight)) in routes.rows.iter().zip(&routes.weights).enumerate() {
+                    dx.row_mut(r).iter_mut().zip(dy.row(i)).for_each(|(x, y)| *x += weight * y);
+                    dw.row_mut(0)[i] = dot(x.value.row(r), dy.row(i));
+                }
+                d.add(*weights, dw);
             }
             Entry::Pick { x, of, rows, out } => {
                 let Some(dy) = d.take(*out) else { return };
@@ -393,6 +461,11 @@ impl Entry {
             Entry::Scatter { y, routes, weights, out } => {
                 let Some(dout) = d.take(*out) else { return };
                 let mut dy = zeros(routes.rows.len(), dout.cols());
+                if routes.weigh_inputs {
+                    routes.rows.iter().enumerate().for_each(|(i, &r)| dy.row_mut(i).copy_from_slice(dout.row(r)));
+                    d.add(y.id, dy);
+                    return;
+                }
                 let mut dw = zeros(1, routes.rows.len());
                 for (i, (&r, &weight)) in routes.rows.iter().zip(&routes.weights).enumerate() {
                     dy.row_mut(i).iter_mut().zip(dout.row(r)).for_each(|(y, d)| *y = weight * d);

@@ -6,9 +6,9 @@ use std::sync::Arc;
 use lacuna_base::Rng;
 use lacuna_format::{Bytes, Float, Pattern, Piece, Stored, Values, Weights, WeightsError};
 use lacuna_spec::{
-    Activation, AttnSpec, Delta, ExpertGroups, Experts, FfnSpec, GateNorm, Latent, LayerSpec, Mamba, Mixer, NormKind,
-    NormVectors, Order, Part, Place, Positions, QkNorm, Role, Rope, RopeScaling, RopeStyle, RouterScore, SharedExpert,
-    ShortConv, Spec, Ssd, Temperature,
+    Activation, AltUp, AttnSpec, Delta, ExpertGroups, Experts, FfnSpec, GateNorm, Latent, LayerInputs, LayerSpec,
+    Mamba, Mixer, NormKind, NormVectors, Order, Part, Place, Positions, QkNorm, Role, Rope, RopeScaling, RopeStyle,
+    RouterScore, SharedExpert, ShortConv, Spec, Ssd, Temperature,
 };
 
 /// Weights by place.
@@ -224,7 +224,75 @@ pub fn specs() -> Vec<Spec> {
         LayerSpec { ffn: Some(mixture), ..with(Mixer::Mamba(mamba)) },
         with(Mixer::Mamba(stored)),
     ];
-    vec![plain.clone(), sandwich, learned, turned, routed(plain), behind, beside, bare, mixed, others, channels]
+    let (chunks, carried) = (chunked(&plain), carried(&plain));
+    let streams = alternating(&carried);
+    let mut out = vec![plain.clone(), sandwich, learned, turned, routed(plain), behind, beside, bare, mixed, others];
+    out.extend([channels, chunks, carried, streams]);
+    out
+}
+
+/// Chunks of positions, norms of heads that learned nothing, experts weighed before they read.
+fn chunked(plain: &Spec) -> Spec {
+    let mut out = plain.clone();
+    for (l, layer) in out.layers.iter_mut().enumerate() {
+        if let Some(a) = &mut layer.attn {
+            (a.chunk, a.qk_norm, a.qk_norm_over, a.qk_norm_after_rope) = (Some(7 + 6 * l), true, QkNorm::Plain, l == 0);
+            a.window = (l == 2).then_some(9);
+        }
+        if let Some(f) = &mut layer.ffn {
+            let shared = (l == 0).then_some(SharedExpert { width: 13, gate: false });
+            let all = Experts { count: 5, used: 1 + l, score: RouterScore::Sigmoid, ..Experts::default() };
+            f.experts = Some(Experts { shared, weigh_inputs: true, expert_scale: l == 1, ..all });
+        }
+    }
+    out
+}
+
+/// Several streams, LAuReL, gates that are cut off.
+fn alternating(carried: &Spec) -> Spec {
+    let mut out = carried.clone();
+    out.altup = Some(AltUp { inputs: 3, active: 1, router_scale: 0.4, scaled: true });
+    for (l, layer) in out.layers.iter_mut().enumerate() {
+        layer.output_scale = false;
+        layer.laurel = layer.attn.as_ref().map(|_| 5);
+        if let Some(f) = layer.ffn.as_mut().filter(|f| f.experts.is_none()) {
+            f.sparsity = (l == 0).then_some(0.7);
+        }
+    }
+    out
+}
+
+/// Layers that read more than the stream: inputs of their own, keys and values of earlier ones.
+fn carried(plain: &Spec) -> Spec {
+    let mut out = plain.clone();
+    let (embed_scale, projection_scale) = (1.5, 0.4);
+    out.layer_inputs =
+        Some(LayerInputs { width: 6, vocab: 70, embed_scale, projection_scale, scale: 0.7, act: Activation::GeluTanh });
+    let of = |heads, kv_heads, dim, window| AttnSpec {
+        qk_norm: true,
+        v_norm: true,
+        post_norm: true,
+        scale: 0.5,
+        window,
+        ..attention(heads, kv_heads, dim)
+    };
+    let reads = |from: usize, a: AttnSpec| AttnSpec { kv_from: Some(from), v_norm: false, ..a };
+    let mut whole = of(4, 1, 12, None);
+    whole.v_is_k = true;
+    let rope = whole.rope.as_mut().expect("set above");
+    rope.scaling = RopeScaling::Proportional { pairs: 2, factor: 1.5 };
+    let shared = Some(SharedExpert { width: 13, gate: false });
+    let all = Experts { count: 5, used: 2, normalize: true, shared, ..Experts::default() };
+    let experts = Some(Experts { expert_scale: true, router_scale: 0.6, apart: true, ..all });
+    let layer = |attn, ffn, output_scale| LayerSpec { attn, ffn, output_scale, ..LayerSpec::default() };
+    out.layers = vec![
+        layer(Some(of(4, 2, 10, Some(9))), Some(ffn(20)), true),
+        layer(Some(whole.clone()), Some(FfnSpec { experts, post_norm: true, ..ffn(18) }), false),
+        layer(Some(reads(0, of(6, 2, 10, Some(9)))), Some(ffn(33)), true),
+        layer(Some(AttnSpec { v_is_k: false, ..reads(1, whole) }), None, false),
+        layer(None, Some(ffn(12)), true),
+    ];
+    out
 }
 
 /// Latent attention with and without a latent of queries, sinks, and all ways to choose experts.
@@ -252,6 +320,7 @@ fn routed(plain: Spec) -> Spec {
             groups: (l < 2).then_some(ExpertGroups { count: 3, used: 2, by: 1 + l }),
             scale: 1.7,
             shared: shared.filter(|_| l != 2),
+            ..Experts::default()
         });
         (f.act, f.bias) = if l == 2 { (Activation::SwigluOai, true) } else { (Activation::Silu, false) };
         (layer.attn, layer.ffn) = (Some(a), Some(f));

@@ -11,7 +11,7 @@
 use lacuna_contract::{Keep, KeepHead, KeepPlan, MethodError};
 use lacuna_kernels::Mass;
 use lacuna_model::{Backend, Pages};
-use lacuna_spec::Spec;
+use lacuna_spec::{LayerSpec, Spec};
 
 use super::{BLOCK_TOKENS, BlockStore};
 
@@ -58,9 +58,10 @@ pub(crate) fn slots(plan: Option<KeepPlan>, tokens: usize) -> usize {
     plan.map_or(tokens, |p| tokens.min(p.budget.saturating_add(p.every)))
 }
 
-/// The window of a layer that is smaller than what a text may have.
+/// The window, or chunk, of a layer that is smaller than what a text may have.
 pub(super) fn window(spec: &Spec, layer: usize, context: usize) -> Option<usize> {
-    spec.layers.get(layer)?.attn.as_ref()?.window.filter(|w| *w < context)
+    let attn = spec.layers.get(layer)?.attn.as_ref()?;
+    [attn.window, attn.chunk].into_iter().flatten().min().filter(|w| *w < context)
 }
 
 /// Says why a model cannot run under a keeper's plan.
@@ -74,6 +75,19 @@ pub(crate) fn check(plan: KeepPlan, spec: &Spec, context: usize) -> Result<(), M
         return Err(MethodError::new(format!(
             "keep: layer {layer} adds the distance of keys to its scores (ALiBi), and of what stays the distances are \
              lost; run without a keeper"
+        )));
+    }
+    let chunked = |l: &LayerSpec| l.attn.as_ref().is_some_and(|a| a.chunk.is_some_and(|c| c < context));
+    if let Some(layer) = spec.layers.iter().position(chunked) {
+        return Err(MethodError::new(format!(
+            "keep: layer {layer} sees chunks of positions, and of what stays the positions are lost; run without a \
+             keeper"
+        )));
+    }
+    if let Some(from) = spec.shared_keys().first() {
+        return Err(MethodError::new(format!(
+            "keep: later layers read the keys of layer {from}, and a keeper hears of one layer's attention; run without \
+             a keeper"
         )));
     }
     let windows = (0..spec.layers.len()).filter_map(|layer| Some((layer, window(spec, layer, context)?)));
@@ -93,7 +107,7 @@ impl<B: Backend> BlockStore<B> {
     #[must_use]
     pub(crate) fn keeping(mut self, plan: KeepPlan, spec: &Spec, context: usize) -> BlockStore<B> {
         let layers = spec.layers.iter().enumerate().filter_map(|(layer, l)| {
-            let attn = l.attn.as_ref()?;
+            let attn = l.attn.as_ref().filter(|a| a.kv_from.is_none())?;
             Some((layer, attn.kv_heads, window(spec, layer, context).is_none()))
         });
         self.keeping = Some(Keeping { plan, layers: layers.collect(), evicted: 0 });

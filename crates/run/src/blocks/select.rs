@@ -51,7 +51,8 @@ impl<B: Backend> BlockStore<B> {
     /// may have. A block is larger by its pooled keys.
     #[must_use]
     pub fn selecting(mut self, by: Arc<dyn Select>, spec: &Spec, context: usize, bytes: usize) -> BlockStore<B> {
-        let layers = spec.layers.iter().enumerate().filter(|(_, l)| l.attn.is_some());
+        let layers =
+            spec.layers.iter().enumerate().filter(|(_, l)| l.attn.as_ref().is_some_and(|a| a.kv_from.is_none()));
         let asked: Vec<bool> = layers.map(|(layer, _)| window(spec, layer, context).is_none()).collect();
         for (pool, _) in self.pools.iter_mut().zip(&asked).filter(|(_, asked)| **asked) {
             pool.pool_keys(by.plan().pool);

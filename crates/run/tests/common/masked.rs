@@ -194,7 +194,7 @@ impl Backend for Masked {
     fn norm(&self, norm: &Self::Norm, x: &Self::Rows) -> Self::Rows {
         Naive.norm(norm, x)
     }
-    fn rope(&self, rope: &Self::Rope, head_dim: usize, step: &Self::Step, x: [&mut Self::Rows; 2]) {
+    fn rope<const N: usize>(&self, rope: &Self::Rope, head_dim: usize, step: &Self::Step, x: [&mut Self::Rows; N]) {
         Naive.rope(rope, head_dim, &step.0, x);
     }
     fn activate(&self, act: Activation, x: &mut Self::Rows, up: Option<&Self::Rows>) {
@@ -262,6 +262,18 @@ impl Backend for Masked {
     fn weigh_rows(&self, x: &mut Self::Rows, by: &Self::Rows) {
         Naive.weigh_rows(x, by);
     }
+    fn mix(&self, x: &Self::Rows, ins: usize, by: &Self::Rows) -> Self::Rows {
+        Naive.mix(x, ins, by)
+    }
+    fn scale_columns(&self, place: &Place, x: &mut Self::Rows, by: &Self::Rows) {
+        Naive.scale_columns(place, x, by);
+    }
+    fn match_magnitude(&self, x: &mut Self::Rows, like: &Self::Rows) {
+        Naive.match_magnitude(x, like);
+    }
+    fn cut_off(&self, x: &mut Self::Rows, by: f32) {
+        Naive.cut_off(x, by);
+    }
     fn columns(&self, x: &Self::Rows, width: usize, which: Range<usize>) -> Self::Rows {
         Naive.columns(x, width, which)
     }
@@ -271,8 +283,14 @@ impl Backend for Masked {
     fn head_products(&self, all: &Self::Experts, x: &Self::Rows) -> Self::Rows {
         Naive.head_products(all, x)
     }
-    fn route(&self, logits: &Self::Rows, choice: Experts, correction: Option<&Self::Rows>) -> Self::Routes {
-        Naive.route(logits, choice, correction)
+    fn route(
+        &self,
+        logits: &Self::Rows,
+        choice: Experts,
+        correction: Option<&Self::Rows>,
+        scale: Option<&Self::Rows>,
+    ) -> Self::Routes {
+        Naive.route(logits, choice, correction, scale)
     }
     fn gather(&self, x: &Self::Rows, routes: &Self::Routes) -> Self::Rows {
         Naive.gather(x, routes)

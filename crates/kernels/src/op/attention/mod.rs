@@ -39,6 +39,8 @@ pub struct Attention {
     pub scale: f32,
     /// A query at `p` sees keys `p - window + 1 ..= p`; `None`: all earlier ones.
     pub window: Option<usize>,
+    /// A query at `p` sees keys `p / chunk * chunk ..= p` alone; `None`: nothing bounds it so.
+    pub chunk: Option<usize>,
     /// `c * tanh(scores / c)`.
     pub softcap: Option<f32>,
     /// ALiBi, by the power of 2 that its slopes reach: see [`Attention::slope`].
@@ -154,7 +156,7 @@ impl Attention {
         for part in parts.iter_mut() {
             part.first = jobs;
             jobs += part.jobs();
-            let mean = part.kv.tokens.min(self.window.unwrap_or(usize::MAX));
+            let mean = part.kv.tokens.min(self.window.or(self.chunk).unwrap_or(usize::MAX));
             cost += part.tasks * 2 * rows.min(part.rows.len()) * side * layout.head_dim * mean;
         }
         let parts = &*parts;
@@ -230,8 +232,9 @@ impl Attention {
     }
 
     /// The first position that a query at `p` sees.
-    fn low(&self, p: usize) -> usize {
-        self.window.map_or(0, |w| (p + 1).saturating_sub(w))
+    pub(crate) fn low(&self, p: usize) -> usize {
+        let window = self.window.map_or(0, |w| (p + 1).saturating_sub(w));
+        window.max(self.chunk.map_or(0, |c| p / c * c))
     }
 }
 

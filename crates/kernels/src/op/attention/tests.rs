@@ -46,6 +46,7 @@ fn reference_of(
         for h in 0..a.heads {
             let g = h / (a.heads / kv_heads);
             let low = a.window.map_or(0, |w| (p + 1).saturating_sub(w));
+            let low = (low..=p).find(|t| a.chunk.is_none_or(|c| t / c == p / c)).unwrap_or(p);
             let seen: Vec<usize> = (low..=p).filter(|t| seen(r, g, *t)).collect();
             let scores: Vec<f64> = (seen.iter())
                 .map(|&t| {
@@ -87,7 +88,8 @@ fn matches_f64_and_does_not_see_its_company() {
         let alibi = (tokens % 20 == 0).then_some(6.0);
         // One far above all scores among those of every other case.
         let sinks = (heads % 2 == 1).then(|| (0..heads).map(|h| [0.5, -3.0, 40.0, 1.5][h % 4]).collect());
-        let a = Attention { heads, scale: 0.3, window, softcap, alibi, sinks };
+        let chunk = (tokens % 130 == 0).then_some(tokens / 2 - 1);
+        let a = Attention { heads, scale: 0.3, window, chunk, softcap, alibi, sinks };
         let layout = KvLayout { kv_heads, head_dim: dim, page_tokens: 64 };
         let (q, k, v) =
             (random(tokens, heads * dim, 1), random(tokens, kv_heads * dim, 2), random(tokens, kv_heads * dim, 3));
@@ -143,7 +145,8 @@ fn all_sequences_of_a_call_are_as_each_alone() {
     let layout = KvLayout { kv_heads, head_dim: dim, page_tokens: 64 };
     for (window, format) in [(None, KvFormat::F32), (Some(600), KvFormat::F16), (None, KvFormat::Q8)] {
         let alibi = window.map(|_| 8.0);
-        let a = Attention { heads, scale: 0.3, window, softcap: None, alibi, sinks: None };
+        let a =
+            Attention { heads, scale: 0.3, window, chunk: window.map(|w| w / 2), softcap: None, alibi, sinks: None };
         let lengths = [(0..70, 70), (1299..1300, 1300), (40..40, 40), (5..6, 6), (500..530, 530), (699..700, 700)];
         let mut pool = KvPool::new(layout, format);
         let mut tables: Vec<Vec<u32>> = Vec::new();
@@ -182,7 +185,7 @@ fn all_sequences_of_a_call_are_as_each_alone() {
 
 #[test]
 fn later_positions_cannot_leak() {
-    let a = Attention { heads: 2, scale: 1.0, window: None, softcap: None, alibi: None, sinks: None };
+    let a = Attention { heads: 2, scale: 1.0, window: None, chunk: None, softcap: None, alibi: None, sinks: None };
     let layout = KvLayout { kv_heads: 1, head_dim: 16, page_tokens: 32 };
     let (q, k, v) = (random(20, 32, 1), random(20, 16, 2), random(20, 16, 3));
     let (mut k2, mut v2) = (k.clone(), v.clone());
@@ -226,7 +229,8 @@ fn chosen_blocks_are_read_and_no_others() {
     ] {
         let alibi = (tokens == 200).then_some(8.0);
         let sinks = (heads % 2 == 0).then(|| (0..heads).map(|h| h as f32 - 1.0).collect());
-        let a = Attention { heads, scale: 0.3, window, softcap, alibi, sinks };
+        let chunk = (tokens == 2200).then_some(600);
+        let a = Attention { heads, scale: 0.3, window, chunk, softcap, alibi, sinks };
         let layout = KvLayout { kv_heads, head_dim: dim, page_tokens: 32 };
         let (q, k, v) =
             (random(tokens, heads * dim, 1), random(tokens, kv_heads * dim, 2), random(tokens, kv_heads * dim, 3));
