@@ -157,6 +157,7 @@ fn beyond(spec: &Spec) -> String {
         .map(|m| match m {
             Mixer::ShortConv(_) => "short convolutions",
             Mixer::Ssd(_) => "Mamba-2 mixers",
+            Mixer::Mamba(_) => "Mamba mixers",
             Mixer::Delta(_) => "gated delta rules",
         })
         .collect();
