@@ -7,7 +7,7 @@ use anyhow::Context;
 use lacuna_base::units::show_bytes;
 use lacuna_compress::{Recipe, Shaped};
 use lacuna_judge::Footprint;
-use lacuna_kernels::ceiling;
+use lacuna_kernels::{Isa, ceiling};
 use lacuna_run::{BenchOptions, Engine, Spent};
 use serde_json::json;
 
@@ -17,6 +17,13 @@ use crate::{recipes, shapes};
 
 /// Runs the verb.
 pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
+    if let Some(name) = &a.isa {
+        let here: Vec<&str> = Isa::here().iter().map(|i| i.name()).collect();
+        let isa = Isa::ALL.into_iter().find(|i| i.name() == name);
+        if !isa.is_some_and(Isa::choose) {
+            return Err(Usage(format!("--isa {name}: this machine has {}", here.join(", "))).into());
+        }
+    }
     let (name, engine) = engine(g, a)?;
     let engine = Arc::new(engine);
     let (context, why) = (engine.context(), common::NO_FURTHER);
@@ -52,7 +59,7 @@ pub fn run(g: &Global, a: &cli::Bench) -> anyhow::Result<ExitCode> {
         "model": name, "prefill_tok_s": b.prefill_tok_s, "decode_tok_s": b.decode_tok_s, "prefill_runs": b.prefill_all_tok_s,
         "decode_runs": b.decode_all_tok_s, "weights_bytes": b.weights_bytes, "kv_bytes": b.kv_bytes, "token_bytes": b.token_bytes,
         "read_bytes_per_second": bandwidth, "read_from": from, "roofline_fraction": of_memory, "f32_multiply_adds_per_second": floats,
-        "int8_multiply_adds_per_second": bytes, "arithmetic_fraction": of_arithmetic, "threads": threads, "prompt": options.prompt_tokens,
+        "int8_multiply_adds_per_second": bytes, "arithmetic_fraction": of_arithmetic, "threads": threads, "isa": Isa::best().name(), "prompt": options.prompt_tokens,
         "gen": options.gen_tokens, "depth": options.depth, "activations": a.running.activations.name(),
         "kv": format!("{:?}", a.running.kv).to_lowercase(), "peak_rss_bytes": lacuna_compress::memory::peak(),
         "run": engine.plan().to_json(), "prefill_profile": b.prefill_profile, "decode_profile": b.decode_profile,

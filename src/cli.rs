@@ -673,6 +673,10 @@ pub struct Bench {
     /// Runs, of which medians are printed.
     #[arg(long, default_value_t = 3)]
     pub reps: usize,
+    /// The instruction set, where it should not be the strongest of this machine: portable, avx2, avx512, avx512vnni,
+    /// amx.
+    #[arg(long, value_name = "NAME")]
+    pub isa: Option<String>,
     /// How the model is run.
     #[command(flatten)]
     pub running: Running,

@@ -167,6 +167,7 @@ fn compress_then_inspect_eval_generate_bench() {
     let said = refusal(2, &["bench", "--shape", "gpt-17"]);
     assert!(said.contains("gpt-17") && said.contains("llama-3.2-1b"), "{said}");
     assert!(refusal(2, &["bench"]).contains("MODEL"));
+    assert!(refusal(2, &["bench", "--shape", "smollm2-135m", "--isa", "mmx"]).contains("portable"));
 }
 
 #[test]

@@ -4,6 +4,8 @@ use std::hint::black_box;
 use std::time::Instant;
 
 use crate::memory::Memory;
+#[cfg(target_arch = "x86_64")]
+use crate::simd::amx::{Amx, PEAK};
 use crate::simd::{Op, Simd, dispatch};
 use crate::{Isa, cpu, parallel};
 
@@ -56,7 +58,8 @@ pub fn bandwidth(bytes: usize) -> f64 {
     (0..RUNS.max(READ / bytes.max(TASK) / 2)).flat_map(|_| reads.pass()).fold(0.0, f64::max)
 }
 
-/// Multiply-adds a second on f32, and on 8-bit codes and activations, by all threads, out of registers.
+/// Multiply-adds a second on f32, and on 8-bit codes and activations (of rows enough for tiles where there are some), by
+/// all threads, out of registers.
 pub fn arithmetic() -> (f64, f64) {
     const STEPS: usize = 1 << 16;
     let isa = Isa::best();
@@ -71,6 +74,11 @@ pub fn arithmetic() -> (f64, f64) {
         floats = floats.max(timed(CHAINS * isa.lanes(), &|| {
             black_box(dispatch(isa, Floats(STEPS)));
         }));
+        #[cfg(target_arch = "x86_64")]
+        if isa == Isa::Amx {
+            bytes = bytes.max(timed(PEAK, &|| Amx::peak(STEPS)));
+            continue;
+        }
         bytes = bytes.max(timed(CHAINS * isa.lanes() * 8, &|| {
             black_box(dispatch(isa, Dots(STEPS)));
         }));

@@ -3,6 +3,9 @@
 use std::fmt;
 use std::sync::OnceLock;
 
+#[cfg(target_arch = "x86_64")]
+use crate::simd::amx;
+
 /// Instruction sets that kernels are compiled for, weakest first.
 #[derive(Clone, Copy, Debug, PartialEq, Eq, Hash, PartialOrd, Ord)]
 pub enum Isa {
@@ -14,11 +17,13 @@ pub enum Isa {
     Avx512,
     /// The same with VNNI, VBMI and VBMI2: dot products of bytes, and bytes moved apart.
     Avx512Vnni,
+    /// The same with AMX tiles of bytes: 16 rows times 16 outputs at once.
+    Amx,
 }
 
 impl Isa {
     /// Every instruction set, weakest first.
-    pub const ALL: [Isa; 4] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni];
+    pub const ALL: [Isa; 5] = [Isa::Portable, Isa::Avx2, Isa::Avx512, Isa::Avx512Vnni, Isa::Amx];
 
     /// The name in reports.
     pub fn name(self) -> &'static str {
@@ -27,6 +32,7 @@ impl Isa {
             Isa::Avx2 => "avx2",
             Isa::Avx512 => "avx512",
             Isa::Avx512Vnni => "avx512vnni",
+            Isa::Amx => "amx",
         }
     }
 
@@ -35,7 +41,7 @@ impl Isa {
         if self >= Isa::Avx512 { 16 } else { 8 }
     }
 
-    /// Whether this processor runs it.
+    /// Whether this processor runs it, and the system lets this process: tiles have to be asked for.
     pub fn available(self) -> bool {
         match self {
             Isa::Portable => true,
@@ -63,15 +69,22 @@ impl Isa {
                     && is_x86_feature_detected!("avx512vbmi")
                     && is_x86_feature_detected!("avx512vbmi2")
             }
+            #[cfg(target_arch = "x86_64")]
+            Isa::Amx => Isa::Avx512Vnni.available() && amx::granted(),
             #[cfg(not(target_arch = "x86_64"))]
             _ => false,
         }
     }
 
-    /// The strongest that this processor runs; asked once.
+    /// The strongest that this processor runs, or what [`Isa::choose`] set; asked once.
     pub fn best() -> Isa {
-        static BEST: OnceLock<Isa> = OnceLock::new();
         *BEST.get_or_init(|| Isa::ALL.into_iter().rev().find(|i| i.available()).unwrap_or(Isa::Portable))
+    }
+
+    /// Makes it the one that this process uses, instead of the strongest; false where it is not available, or another
+    /// is in use already.
+    pub fn choose(self) -> bool {
+        self.available() && *BEST.get_or_init(|| self) == self
     }
 
     /// Those that this processor runs, weakest first.
@@ -79,6 +92,9 @@ impl Isa {
         Isa::ALL.into_iter().filter(|i| i.available()).collect()
     }
 }
+
+/// What [`Isa::best`] answers.
+static BEST: OnceLock<Isa> = OnceLock::new();
 
 impl fmt::Display for Isa {
     fn fmt(&self, f: &mut fmt::Formatter<'_>) -> fmt::Result {
@@ -124,7 +140,7 @@ pub fn features() -> Vec<(&'static str, bool)> {
         macro_rules! list {
             ($($name:tt),*) => { vec![$(($name, is_x86_feature_detected!($name))),*] };
         }
-        list![
+        let mut all = list![
             "sse4.1",
             "avx",
             "avx2",
@@ -140,7 +156,9 @@ pub fn features() -> Vec<(&'static str, bool)> {
             "avx512bf16",
             "avx512fp16",
             "avxvnni"
-        ]
+        ];
+        all.extend(amx::features());
+        all
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
@@ -151,6 +169,13 @@ pub fn features() -> Vec<(&'static str, bool)> {
 #[cfg(test)]
 mod tests {
     use super::*;
+
+    #[test]
+    fn what_is_in_use_stays() {
+        let best = Isa::best();
+        assert!(best.available() && best.choose());
+        assert!(Isa::ALL.into_iter().filter(|i| *i != best).all(|i| !i.choose()));
+    }
 
     #[test]
     fn caches_that_processors_share_count_once() {

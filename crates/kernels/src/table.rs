@@ -25,6 +25,13 @@ pub(crate) const PRODUCT_TOLERANCE: f32 = 2e-6;
 pub fn rows() -> Vec<Row> {
     let mut out = Vec::new();
     for isa in Isa::ALL {
+        if isa == Isa::Amx {
+            // Whatever else such a machine does, it does as those before it.
+            let row =
+                |codec| Row { op: "product of bytes", codec, pattern: "dense", isa, tolerance: PRODUCT_TOLERANCE };
+            out.extend(crate::linear::codecs(true).map(row));
+            continue;
+        }
         let mut product = |op: &'static str, pattern: &'static str, codecs: &[&'static str]| {
             for codec in codecs {
                 out.push(Row { op, codec, pattern, isa, tolerance: PRODUCT_TOLERANCE });
@@ -53,12 +60,31 @@ pub fn rows() -> Vec<Row> {
     out
 }
 
-/// The rows that this machine uses.
+/// The rows that this machine uses: of each operation, codec and pattern the strongest.
 pub fn chosen() -> Vec<Row> {
-    rows().into_iter().filter(|r| r.isa == Isa::best()).collect()
+    let (all, best) = (rows(), Isa::best());
+    let of = |r: &Row| (r.op, r.codec, r.pattern);
+    let stronger = |r: &Row| all.iter().any(|o| of(o) == of(r) && o.isa > r.isa && o.isa <= best);
+    all.iter().filter(|r| r.isa <= best && !stronger(r)).cloned().collect()
 }
 
 /// The processor's features that matter here, with whether it has them.
 pub fn features() -> Vec<(&'static str, bool)> {
     cpu::features()
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn every_row_is_chosen_once() {
+        let mut names: Vec<_> = rows().iter().map(|r| (r.op, r.codec, r.pattern)).collect();
+        let mut here: Vec<_> = chosen().iter().map(|r| (r.op, r.codec, r.pattern)).collect();
+        names.sort();
+        names.dedup();
+        here.sort();
+        assert_eq!(names, here);
+        assert!(chosen().iter().all(|r| r.isa.available()));
+    }
 }

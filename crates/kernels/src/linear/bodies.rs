@@ -6,13 +6,12 @@ use lacuna_base::MatRef;
 use lacuna_format::{Float, Owner, Pattern, Piece, Signed, Stored, Values};
 
 use super::form::{Body, Given, Plan};
-use super::prepare::AsBytes;
+use super::prepare::{AsBytes, in_tiles};
 use super::products::{
-    bytes, decoded, exact, gather_bytes, gather_floats, opening, shared, shared_bytes, sparse, unit,
+    bytes, decoded, dots, exact, gather_bytes, gather_floats, opening, shared, shared_bytes, sparse, unit,
 };
 use super::{Activations, Packing, products};
 use crate::Isa;
-use crate::op::dot::Dots;
 use crate::op::lookup::Lookups;
 use crate::op::matmul::{Gemv, Out};
 use crate::op::sparse::Sparse;
@@ -35,12 +34,12 @@ fn row_plan(panels: &Panels, rows: usize) -> Option<Plan> {
 }
 
 /// What bodies of codes do.
-fn codes_plan(panels: &Panels, grid: &GroupLayout, packing: &Packing, rows: usize) -> Option<Plan> {
+fn codes_plan(panels: &Panels, grid: &GroupLayout, packing: &Packing, rows: usize, tiled: bool) -> Option<Plan> {
     if !as_bytes(packing, grid) {
         return row_plan(panels, rows);
     }
     let sixteens = grid.kind == Kind::Sixteens;
-    Some(Plan::Bytes(AsBytes { zero: grid.zero, sixteens, blocks: panels.blocks }))
+    Some(Plan::Bytes(AsBytes { zero: grid.zero, sixteens, blocks: panels.blocks, tiled }))
 }
 
 fn as_bytes(packing: &Packing, grid: &GroupLayout) -> bool {
@@ -91,7 +90,7 @@ impl<C: Bytes> Body for Codes<C> {
         }
     }
     fn plan(&self, packing: &Packing, rows: usize) -> Option<Plan> {
-        codes_plan(&self.0, self.1.grid(), packing, rows)
+        codes_plan(&self.0, self.1.grid(), packing, rows, in_tiles(packing.isa, rows, self.0.blocks))
     }
     fn count(&self) -> usize {
         self.0.view().count()
@@ -102,7 +101,7 @@ impl<C: Bytes> Body for Codes<C> {
     fn some(&self, isa: Isa, (from, to): (usize, usize), given: Given, out: Out) {
         let (panels, codec) = (self.0.view(), &self.1);
         match given {
-            Given::Bytes(x) => dispatch(isa, Dots { panels, codec, from, to, x, out }),
+            Given::Bytes(x) => dots(isa, panels, codec, (from, to), x, out),
             Given::Row(x) => dispatch(isa, Gemv { panels, codec, from, to, x, out }),
         }
     }
@@ -149,7 +148,7 @@ impl<const BITS: usize> Body for SharedCodes<BITS> {
         }
     }
     fn plan(&self, packing: &Packing, rows: usize) -> Option<Plan> {
-        codes_plan(&self.0, self.1.grid(), packing, rows)
+        codes_plan(&self.0, self.1.grid(), packing, rows, false)
     }
     fn count(&self) -> usize {
         self.0.view().count()

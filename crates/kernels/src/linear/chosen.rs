@@ -109,7 +109,7 @@ impl Linear {
         if !self.meets_bytes(columns) {
             return (batches(kept, |c| (c / SPAN as u32, c / run), |c| x[c as usize], none), false);
         }
-        let kind = AsBytes { zero, sixteens: false, blocks: x.len().div_ceil(BLOCK) };
+        let kind = AsBytes { zero, sixteens: false, blocks: x.len().div_ceil(BLOCK), tiled: false };
         let made = padded(x, kind.blocks, |x| {
             room::with(quantized_room(kind), |room| {
                 // SAFETY: padded to whole blocks.

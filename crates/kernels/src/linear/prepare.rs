@@ -6,7 +6,7 @@ use crate::op::dot::{Rows, SPARE};
 use crate::op::matmul::tiles;
 use crate::op::quantize::Quantize;
 use crate::panel::ints::META;
-use crate::panel::{BLOCK, Opening};
+use crate::panel::{BLOCK, Opening, TILE};
 use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
 
@@ -114,6 +114,20 @@ pub(super) struct AsBytes {
     pub(super) zero: u8,
     pub(super) sixteens: bool,
     pub(super) blocks: usize,
+    /// Whether they lie in tiles.
+    pub(super) tiled: bool,
+}
+
+/// From how many rows on panels of codes meet them in tiles: fewer are multiplied before a panel's codes are bytes.
+const TILED: usize = 8;
+
+/// Whether so many rows of so many blocks meet panels in tiles.
+pub(super) fn in_tiles(isa: Isa, rows: usize, blocks: usize) -> bool {
+    #[cfg(test)]
+    if crate::simd::unit::everywhere::on() {
+        return rows > 1 && blocks > 0;
+    }
+    isa == Isa::Amx && rows >= TILED && blocks > 0
 }
 
 /// f32 values of room for [`quantized_row`].
@@ -123,13 +137,13 @@ pub(super) fn quantized_room(kind: AsBytes) -> usize {
 
 /// One row, padded with zeros to whole blocks, as signed bytes in `room`.
 pub(super) fn quantized_row(isa: Isa, x: &[f32], kind: AsBytes, room: &mut [f32]) -> Rows {
-    let AsBytes { zero, sixteens, blocks } = kind;
+    let AsBytes { zero, sixteens, blocks, .. } = kind;
     assert!(x.len() >= blocks * BLOCK && room.len() >= quantized_room(kind), "room for a row of bytes");
     let (codes, meta) = room.split_at_mut((1 + SPARE) * blocks * BLOCK / 4);
     let (codes, meta) = (codes.as_mut_ptr().cast(), meta.as_mut_ptr());
     let (x, zero, opening) = (x.as_ptr(), i32::from(zero), Opening::NONE);
-    dispatch(isa, Quantize { x, blocks, codes, meta, zero, sixteens, opening });
-    Rows { codes, meta, rows: 1 }
+    dispatch(isa, Quantize { x, blocks, codes, meta, beside: 1, zero, sixteens, opening });
+    Rows { codes, meta, rows: 1, first: 0, tiled: false }
 }
 
 /// Calls `f(rows, from, to)` over ranges of panels, with the rows of x as signed bytes. `opening` tells what is read
@@ -142,7 +156,10 @@ pub(super) fn quantized(
     opening: impl Fn(usize, usize) -> Opening + Sync,
     f: impl Fn(Rows, usize, usize) + Sync,
 ) {
-    let AsBytes { zero, sixteens, blocks } = kind;
+    if kind.tiled {
+        return quantized_tiles(isa, x, kind, work, f);
+    }
+    let AsBytes { zero, sixteens, blocks, .. } = kind;
     let Work { count, unit, cost } = work;
     // Codes first, a quarter of an f32 each, then what belongs to their blocks.
     let (codes, meta) = (blocks * BLOCK / 4, blocks * META);
@@ -155,13 +172,14 @@ pub(super) fn quantized(
                 let (codes, meta) = (room.0.add(r * codes), room.0.add(rows * codes + r * meta));
                 (row.add(b * BLOCK), codes.cast::<i8>().add(b * BLOCK), meta.add(b * META))
             };
-            dispatch(isa, Quantize { x, blocks: n, codes, meta, zero: i32::from(zero), sixteens, opening });
+            let zero = i32::from(zero);
+            dispatch(isa, Quantize { x, blocks: n, codes, meta, beside: 1, zero, sixteens, opening });
         });
     };
     let ready = |room: &SharedMut| {
         // SAFETY: inside the room.
         let meta = unsafe { room.0.add(rows * codes) };
-        Rows { codes: room.0.cast(), meta, rows: x.rows() }
+        Rows { codes: room.0.cast(), meta, rows: x.rows(), first: 0, tiled: false }
     };
     if x.rows() == 1 && blocks * BLOCK * parallel::threads() <= OWN {
         parallel::each(count, unit, usize::MAX, cost, |first, more| {
@@ -187,5 +205,79 @@ pub(super) fn quantized(
         });
         let ready = ready(&room);
         parallel::ranges(count, unit, usize::MAX, cost, |from, to| f(ready, from, to));
+    });
+}
+
+/// Blocks of a tile of rows that are brought to bytes in one go.
+const TILE_PART: usize = 16;
+/// Bytes of rows in tiles that should stay in the second-level cache while panels pass by; and tiles that meet a panel
+/// at least, since its codes are brought to bytes anew for every part of the rows.
+const PASSED: usize = 768 << 10;
+const LEAST: usize = 4;
+/// Tasks for each thread, as far as there are tiles for them: a short last one keeps no other waiting for long.
+const SHARES: usize = 8;
+
+/// Tiles that meet a panel in one task, of so many blocks, of so many in all, where there are `count` panels.
+fn tiles_at_once(tiles: usize, blocks: usize, count: usize) -> usize {
+    let near = (PASSED / (TILE * blocks * (BLOCK + 4)).max(1)).max(LEAST);
+    let shared = tiles.div_ceil((SHARES * parallel::threads()).div_ceil(count.max(1))).max(LEAST);
+    // Parts of like size.
+    tiles.div_ceil(tiles.div_ceil(near.min(shared)).max(1))
+}
+
+/// As [`quantized`] with rows in tiles: tasks are panels times parts of the rows.
+fn quantized_tiles(isa: Isa, x: MatRef<'_>, kind: AsBytes, work: Work, f: impl Fn(Rows, usize, usize) + Sync) {
+    let AsBytes { zero, sixteens, blocks, .. } = kind;
+    let (tiles, count) = (x.rows().div_ceil(TILE), work.count);
+    // Of a tile, in f32 values.
+    let (codes, meta) = (TILE * blocks * BLOCK / 4, TILE * blocks * META);
+    scratch::with(tiles * (codes + meta), |room| {
+        let room = SharedMut(room.as_mut_ptr());
+        // SAFETY: inside the room.
+        let places = |room: &SharedMut, t: usize| unsafe {
+            (room.0.add(t * codes).cast::<i8>(), room.0.add(tiles * codes + t * meta))
+        };
+        // Rows of a tile share cache lines: one thread makes them all.
+        let part = if x.cols() == blocks * BLOCK { TILE_PART } else { blocks };
+        let parts = blocks.div_ceil(part);
+        parallel::ranges(tiles * parts, 1, usize::MAX, COST * TILE * BLOCK * part.min(blocks), |from, to| {
+            for i in from..to {
+                let (t, b) = (i / parts, i % parts * part);
+                let n = part.min(blocks - b);
+                let (codes, meta) = places(&room, t);
+                // SAFETY: inside the tile.
+                let (codes, meta) = unsafe { (codes.add(b * TILE * BLOCK), meta.add(b * TILE * META)) };
+                let have = TILE.min(x.rows() - t * TILE);
+                if have < TILE {
+                    // SAFETY: the tile has these blocks, which no other task writes.
+                    unsafe {
+                        codes.write_bytes(0, n * TILE * BLOCK);
+                        meta.write_bytes(0, n * TILE * META);
+                    }
+                }
+                for m in 0..have {
+                    padded(x.row(t * TILE + m), blocks, |row| {
+                        // SAFETY: the row has these blocks, and so has the tile.
+                        let (x, codes, meta) = unsafe { (row.add(b * BLOCK), codes.add(m * BLOCK), meta.add(m)) };
+                        let (zero, opening) = (i32::from(zero), Opening::NONE);
+                        dispatch(isa, Quantize { x, blocks: n, codes, meta, beside: TILE, zero, sixteens, opening });
+                    });
+                }
+            }
+        });
+        let some = tiles_at_once(tiles, blocks, count);
+        let parts = tiles.div_ceil(some);
+        parallel::ranges(parts * count, 1, usize::MAX, work.cost / parts, |from, to| {
+            let mut i = from;
+            while i < to {
+                let (part, p) = (i / count, i % count);
+                let end = count.min(p + to - i);
+                let (codes, meta) = places(&room, part * some);
+                let first = part * some * TILE;
+                let rows = (x.rows() - first).min(some * TILE);
+                f(Rows { codes, meta, rows, first, tiled: true }, p, end);
+                i += end - p;
+            }
+        });
     });
 }

@@ -4,12 +4,14 @@ use lacuna_base::{MatMut, MatRef};
 use lacuna_format::Stored;
 
 use super::Packing;
-use super::prepare::{AsBytes, Work, padded, quantized, tiled};
+use super::prepare::{AsBytes, Work, in_tiles, padded, quantized, tiled};
 use crate::op::dot::{self, Dots, Rows};
 use crate::op::gather::{self, Gathered, GatheredBytes};
 use crate::op::lookup::{self, Lookups};
 use crate::op::matmul::{self, Batch, Gemv, Out};
 use crate::op::sparse::Sparse;
+#[cfg(any(test, target_arch = "x86_64"))]
+use crate::op::tiles;
 use crate::panel::float::{Dense, F32, Width};
 use crate::panel::gathered::{self, Layout};
 use crate::panel::ints::{Bytes, Ints};
@@ -49,7 +51,8 @@ pub(super) fn exact<C: Codec>(packing: &Packing, view: View, codec: &C, x: MatRe
 }
 
 pub(super) fn bytes<C: Bytes>(packing: &Packing, view: View, codec: &C, x: MatRef<'_>, out: Out) {
-    let kind = AsBytes { zero: codec.grid().zero, sixteens: C::SIXTEENS, blocks: view.blocks };
+    let tiled = in_tiles(packing.isa, x.rows(), view.blocks);
+    let kind = AsBytes { zero: codec.grid().zero, sixteens: C::SIXTEENS, blocks: view.blocks, tiled };
     // A single row meets four panels side by side.
     let unit = if x.rows() == 1 { unit(view.count()).div_ceil(2) } else { 1 };
     let work = Work { count: view.count(), unit, cost: ROWS * view.blocks * BLOCK * x.rows() / 2 };
@@ -59,10 +62,19 @@ pub(super) fn bytes<C: Bytes>(packing: &Packing, view: View, codec: &C, x: MatRe
         kind,
         work,
         |from, to| opening(view, from, to),
-        |x, from, to| {
-            dispatch(packing.isa, Dots { panels: view, codec, from, to, x, out });
-        },
+        |x, from, to| dots(packing.isa, view, codec, (from, to), x, out),
     );
+}
+
+/// Panels `from..to` times quantized rows, in tiles or not; `out` begins with the call's first row.
+pub(super) fn dots<C: Bytes>(isa: Isa, panels: View, codec: &C, (from, to): (usize, usize), x: Rows, out: Out) {
+    let out = out.below(x.first);
+    #[cfg(any(test, target_arch = "x86_64"))]
+    if x.tiled {
+        return tiles::multiply(isa, panels, codec, (from, to), x, out);
+    }
+    debug_assert!(!x.tiled);
+    dispatch(isa, Dots { panels, codec, from, to, x, out });
 }
 
 /// What is read first of panels `from..to`.
@@ -146,7 +158,7 @@ pub(super) fn shared_bytes<const BITS: usize>(
     Ints<BITS>: Bytes,
 {
     let isa = packing.isa;
-    let kind = AsBytes { zero: codec.grid().zero, sixteens: false, blocks: view.blocks };
+    let kind = AsBytes { zero: codec.grid().zero, sixteens: false, blocks: view.blocks, tiled: false };
     let work = Work { count: view.count(), unit: layout.share, cost: ROWS * layout.octets * 8 * x.rows() };
     quantized(
         isa,

@@ -1,5 +1,7 @@
 //! The conformance suite of products.
 
+mod tiles;
+
 use half::{bf16, f16};
 use lacuna_base::testkit::random;
 use lacuna_base::{Mat, MatRef, Rng};

@@ -9,12 +9,17 @@ use crate::panel::ints::{Bytes, META};
 use crate::panel::{BLOCK, NEAR, ROWS, View};
 use crate::simd::{Op, Simd};
 
-/// Quantized rows, see [`super::quantize`], with [`SPARE`] rows of anything after the last.
+/// Quantized rows, see [`super::quantize`], with [`SPARE`] rows of anything after the last; or, where they are `tiled`,
+/// in tiles of 16, the last filled up with zeros: block by block, 16 rows of 32 bytes each, and likewise their numbers,
+/// each of the four of all 16 rows together.
 #[derive(Clone, Copy)]
 pub(crate) struct Rows {
     pub(crate) codes: *const i8,
     pub(crate) meta: *const f32,
     pub(crate) rows: usize,
+    /// The row of the call that is the first of these.
+    pub(crate) first: usize,
+    pub(crate) tiled: bool,
 }
 
 // SAFETY: only read.

@@ -16,3 +16,5 @@ pub(crate) mod recurrent;
 pub(crate) mod rope;
 pub(crate) mod rotate;
 pub(crate) mod sparse;
+#[cfg(any(test, target_arch = "x86_64"))]
+pub(crate) mod tiles;

@@ -24,10 +24,13 @@ const ONE: f32 = 32768.0;
 pub(crate) struct Quantize {
     pub(crate) x: *const f32,
     pub(crate) blocks: usize,
-    /// `[blocks * 32]`.
+    /// 32 for each block.
     pub(crate) codes: *mut i8,
     /// [`META`] numbers for each block.
     pub(crate) meta: *mut f32,
+    /// How many rows' codes lie by turns, block by block, and their numbers, number by number: 1 where they lie row
+    /// after row.
+    pub(crate) beside: usize,
     /// The matrix's zero.
     pub(crate) zero: i32,
     /// Whether its blocks have two scales each.
@@ -117,12 +120,13 @@ impl Quantize {
             }
             let mut levels: Group = [0.0; 16];
             s.store(levels.as_mut_ptr(), level);
-            let codes = self.codes.add(first * BLOCK);
+            let apart = BLOCK * self.beside;
+            let codes = self.codes.add(first * apart);
             b = 0;
             while b < n {
                 // One of `LEVELS`.
                 let level: i32 = levels[b].to_int_unchecked();
-                self.round(s, words.add(b * BLOCK), codes.add(b * BLOCK), level as i16, squares, b);
+                self.round(s, words.add(b * BLOCK), codes.add(b * apart), level as i16, squares, b);
                 b += 1;
             }
             let sum = s.row_sums(row::<S>(squares, 0, 0));
@@ -138,12 +142,11 @@ impl Quantize {
             for (group, v) in all.iter_mut().zip([scale, part, sum, s.mul(scale, sum)]) {
                 s.store(group.as_mut_ptr(), v);
             }
-            let meta = self.meta.cast::<[f32; META]>().add(first);
             b = 0;
             while b < n {
                 let [scale, part, sum, scaled] = [all[0][b], all[1][b], all[2][b], all[3][b]];
-                meta.add(b).write_unaligned(if scale.is_nan() {
-                    codes.add(b * BLOCK).write_bytes(0, BLOCK);
+                let numbers: [f32; META] = if scale.is_nan() {
+                    codes.add(b * apart).write_bytes(0, BLOCK);
                     [f32::NAN, 0.0, 0.0, f32::NAN]
                 } else {
                     // Whole numbers of at most 32 * 127.
@@ -154,7 +157,17 @@ impl Quantize {
                     } else {
                         [scale, bias(whole), f32::from_bits(whole as u32), scaled]
                     }
-                });
+                };
+                let meta = self.meta.add((first + b) * META * self.beside);
+                if self.beside == 1 {
+                    meta.cast::<[f32; META]>().write_unaligned(numbers);
+                } else {
+                    let mut k = 0;
+                    while k < META {
+                        meta.add(k * self.beside).write(numbers[k]);
+                        k += 1;
+                    }
+                }
                 b += 1;
             }
         }

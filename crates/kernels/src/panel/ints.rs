@@ -350,9 +350,9 @@ pub(crate) trait Bytes: Send + Sync {
 /// What a block's codes share.
 #[derive(Clone, Copy)]
 pub(crate) struct Shared<S: Simd> {
-    scale: S::V,
-    zeros: S::I,
-    minima: S::V,
+    pub(crate) scale: S::V,
+    pub(crate) zeros: S::I,
+    pub(crate) minima: S::V,
 }
 
 /// Dense codes of `BITS` bits.

@@ -28,6 +28,9 @@ pub(crate) const BLOCK: usize = 32;
 /// Columns of a span: sums of spans are made apart and added in order.
 pub(crate) const SPAN: usize = 256;
 
+/// Rows of x that meet a panel at once where the processor multiplies tiles.
+pub(crate) const TILE: usize = 16;
+
 /// Bytes of panels that are filled between two calls of `read`.
 const STRIP: usize = 16 << 20;
 

@@ -223,6 +223,11 @@ impl Simd for Avx2 {
         unsafe { _mm256_loadu_si256(p.cast()) }
     }
     #[inline(always)]
+    unsafe fn store_i(self, p: *mut u8, a: __m256i) {
+        // SAFETY: see above.
+        unsafe { _mm256_storeu_si256(p.cast(), a) }
+    }
+    #[inline(always)]
     unsafe fn widen(self, p: *const u8) -> __m256i {
         // SAFETY: see above.
         unsafe { _mm256_cvtepu8_epi32(_mm_loadl_epi64(p.cast())) }
@@ -266,6 +271,11 @@ impl Simd for Avx2 {
     fn sub_i(self, a: __m256i, b: __m256i) -> __m256i {
         // SAFETY: see above.
         unsafe { _mm256_sub_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn sub_bytes(self, a: __m256i, b: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_sub_epi8(a, b) }
     }
     #[inline(always)]
     fn less_product(self, a: __m256i, b: __m256i, c: __m256i) -> __m256i {

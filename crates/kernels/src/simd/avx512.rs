@@ -232,6 +232,11 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         unsafe { _mm512_loadu_si512(p.cast()) }
     }
     #[inline(always)]
+    unsafe fn store_i(self, p: *mut u8, a: __m512i) {
+        // SAFETY: see above.
+        unsafe { _mm512_storeu_si512(p.cast(), a) }
+    }
+    #[inline(always)]
     unsafe fn widen(self, p: *const u8) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_cvtepu8_epi32(_mm_loadu_si128(p.cast())) }
@@ -275,6 +280,11 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
     fn sub_i(self, a: __m512i, b: __m512i) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_sub_epi32(a, b) }
+    }
+    #[inline(always)]
+    fn sub_bytes(self, a: __m512i, b: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_sub_epi8(a, b) }
     }
     #[inline(always)]
     fn less_product(self, a: __m512i, b: __m512i, c: __m512i) -> __m512i {

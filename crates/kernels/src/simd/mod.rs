@@ -5,10 +5,14 @@
 //! has the instructions, which is what makes the register-only methods safe.
 
 #[cfg(target_arch = "x86_64")]
+pub(crate) mod amx;
+#[cfg(target_arch = "x86_64")]
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
 mod portable;
+#[cfg(any(test, target_arch = "x86_64"))]
+pub(crate) mod unit;
 
 use crate::Isa;
 
@@ -125,6 +129,9 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// # Safety
     /// `p` is readable for `4 * LANES` bytes.
     unsafe fn load_i(self, p: *const u8) -> Self::I;
+    /// # Safety
+    /// `p` is writable for `4 * LANES` bytes.
+    unsafe fn store_i(self, p: *mut u8, a: Self::I);
     /// `LANES` unsigned bytes.
     /// # Safety
     /// `p` is readable for `LANES` bytes.
@@ -147,6 +154,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn float(self, a: Self::I) -> Self::V;
     /// `a - b`.
     fn sub_i(self, a: Self::I, b: Self::I) -> Self::I;
+    /// `a - b` byte by byte, the last 8 bits of each.
+    fn sub_bytes(self, a: Self::I, b: Self::I) -> Self::I;
     /// `a - b * c`.
     fn less_product(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I;
     /// Adds to every lane the products of its four unsigned bytes in `c[0]`, and then in `c[1]`, of `bits` bits, and
@@ -238,9 +247,9 @@ pub(crate) fn dispatch<O: Op>(isa: Isa, op: O) -> O::Out {
         #[cfg(target_arch = "x86_64")]
         Isa::Avx2 => avx2::run(op),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512Vnni if O::INTEGER => avx512::run_vnni(op),
+        Isa::Avx512Vnni | Isa::Amx if O::INTEGER => avx512::run_vnni(op),
         #[cfg(target_arch = "x86_64")]
-        Isa::Avx512 | Isa::Avx512Vnni => avx512::run(op),
+        Isa::Avx512 | Isa::Avx512Vnni | Isa::Amx => avx512::run(op),
         #[cfg(not(target_arch = "x86_64"))]
         _ => panic!("{isa} is not compiled in for this processor"),
     }

@@ -196,6 +196,12 @@ impl Simd for Portable {
         map(|i| u32::from_le_bytes([b[4 * i], b[4 * i + 1], b[4 * i + 2], b[4 * i + 3]]))
     }
     #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
+    unsafe fn store_i(self, p: *mut u8, a: I) {
+        let all = a.map(u32::to_le_bytes);
+        // SAFETY: the caller promises 4 * LANES bytes.
+        unsafe { p.cast::<[[u8; 4]; 8]>().write_unaligned(all) };
+    }
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     unsafe fn widen(self, p: *const u8) -> I {
         // SAFETY: the caller promises LANES bytes.
         let b = unsafe { bytes::<8>(p) };
@@ -237,6 +243,13 @@ impl Simd for Portable {
     #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn sub_i(self, a: I, b: I) -> I {
         map(|i| a[i].wrapping_sub(b[i]))
+    }
+    #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
+    fn sub_bytes(self, a: I, b: I) -> I {
+        map(|i| {
+            let (a, b) = (a[i].to_le_bytes(), b[i].to_le_bytes());
+            u32::from_le_bytes(std::array::from_fn(|j| a[j].wrapping_sub(b[j])))
+        })
     }
     #[cfg_attr(not(all(target_arch = "x86_64", debug_assertions)), inline(always))]
     fn less_product(self, a: I, b: I, c: I) -> I {
