@@ -118,8 +118,9 @@ pub(super) struct AsBytes {
     pub(super) tiled: bool,
 }
 
-/// From how many rows on panels of codes meet them in tiles: fewer are multiplied before a panel's codes are bytes.
-const TILED: usize = 8;
+/// From how many rows on panels of codes meet them in tiles: the fewest of those measured at which none lost
+/// (`bench/record/sapphire-rapids-16c/amx`).
+const TILED: usize = 64;
 
 /// Whether so many rows of so many blocks meet panels in tiles.
 pub(super) fn in_tiles(isa: Isa, rows: usize, blocks: usize) -> bool {
