@@ -4,11 +4,12 @@ use std::mem;
 use std::sync::Arc;
 
 use lacuna_base::Mat;
+use lacuna_contract::SelectPrompt;
 use lacuna_format::Weights;
 use lacuna_kernels::{Activations, Attention};
 use lacuna_spec::{Activation, AttnSpec, Order, Place, Role, Rope, Temperature};
 
-use crate::backend::{Backend, Cpu, Measure};
+use crate::backend::{Asks, Backend, Cpu, Decisions, Measure, PromptRead, Tables};
 use crate::ffn::{FfnPart, Mixture};
 use crate::gating::{GateStore, Gated, Gating};
 use crate::kv::prepared;
@@ -217,6 +218,11 @@ impl<B: Backend> Block<B> {
         self.layer
     }
 
+    /// Begins a step on its backend.
+    pub(crate) fn begin(&self, batch: &Batch, tables: Tables) -> B::Step {
+        self.backend.begin(batch, tables)
+    }
+
     /// Whether it has keys and values.
     pub(crate) fn has_attention(&self) -> bool {
         self.attention.is_some()
@@ -335,6 +341,46 @@ impl<B: Backend> Block<B> {
         kv: &mut dyn KvStore<B>,
         tap: &mut dyn Tap<B>,
     ) -> Result<(), ModelError> {
+        self.step_asked(x, step, kv, tap, None)
+    }
+
+    /// What the rows of a prompt ask of its keys, which are written with their values; none without attention.
+    pub(crate) fn ask(
+        &self,
+        x: &B::Rows,
+        step: &B::Step,
+        kv: &mut dyn KvStore<B>,
+        tap: &mut dyn Tap<B>,
+    ) -> Result<Option<Asked<B>>, ModelError> {
+        let Some(a) = &self.attention else { return Ok(None) };
+        let first = self.mixer.as_ref().map(|m| m.normed(&self.backend, x));
+        let first = first.or_else(|| self.shared.as_ref().map(|n| normed(&self.backend, n, x)));
+        a.ask(self.layer, (x, first.as_ref()), step, kv, &mut Look::new(&self.backend, tap)).map(Some)
+    }
+
+    /// What the tiles of a prompt read, by the queries of all its parts; `step`: that of the last.
+    pub(crate) fn foresee(
+        &self,
+        asked: &[Asked<B>],
+        step: &B::Step,
+        kv: &mut dyn KvStore<B>,
+        by: &dyn SelectPrompt,
+    ) -> Result<Option<PromptRead>, ModelError> {
+        let Some(a) = &self.attention else { return Ok(None) };
+        let q: Vec<&B::Rows> = asked.iter().map(|a| &a.q).collect();
+        let pages = kv.pages(self.layer)?;
+        span("keys selected", || self.backend.foresee(&a.scores, pages, self.layer, step, &q, by)).map(Some)
+    }
+
+    /// As [`Block::step`]; where the rows are those of a prompt, with what they ask and read.
+    pub(crate) fn step_asked(
+        &self,
+        x: &mut B::Rows,
+        step: &B::Step,
+        kv: &mut dyn KvStore<B>,
+        tap: &mut dyn Tap<B>,
+        asked: Option<(Asked<B>, &PromptRead)>,
+    ) -> Result<(), ModelError> {
         let mut look = Look::new(&self.backend, tap);
         let keep = |x: &B::Rows, wanted: bool| wanted.then(|| self.backend.copy(x));
         let start = keep(x, look.wants.residuals);
@@ -344,12 +390,12 @@ impl<B: Backend> Block<B> {
                 let h = m.normed(&self.backend, x);
                 let mut y = m.forward(self.layer, &h, step, kv, &mut look)?;
                 if let Some(a) = a {
-                    let beside = a.forward(self.layer, (x, Some(&h)), step, kv, &mut look)?;
+                    let beside = a.forward(self.layer, (x, Some(&h)), step, kv, &mut look, asked)?;
                     span("add", || self.backend.add(&mut y, &beside));
                 }
                 Some(y)
             }
-            (None, Some(a)) => Some(a.forward(self.layer, (x, shared.as_ref()), step, kv, &mut look)?),
+            (None, Some(a)) => Some(a.forward(self.layer, (x, shared.as_ref()), step, kv, &mut look, asked)?),
             (None, None) => None,
         };
         // Side by side the FFN reads the stream before attention is added.
@@ -417,15 +463,22 @@ pub(crate) fn read<'a, B: Backend>(
     }
 }
 
+/// What rows ask of the keys before them: their queries, and what the mixed values are multiplied with.
+pub(crate) struct Asked<B: Backend> {
+    q: B::Rows,
+    gate: Option<B::Rows>,
+}
+
 impl<B: Backend> AttentionPart<B> {
-    fn forward(
+    /// The queries of rows; their keys and values are written.
+    fn ask(
         &self,
         layer: usize,
         x: (&B::Rows, Option<&B::Rows>),
         step: &B::Step,
         kv: &mut dyn KvStore<B>,
         look: &mut Look<'_, B>,
-    ) -> Result<B::Rows, ModelError> {
+    ) -> Result<Asked<B>, ModelError> {
         let backend = look.backend;
         let mut own = None;
         let h = read(backend, self.norm.as_ref(), x, &mut own);
@@ -448,22 +501,48 @@ impl<B: Backend> AttentionPart<B> {
             }
             None => None,
         };
-        let (mut mass, select) = (kv.lend_mass(layer), kv.selector(layer));
         let pages = kv.pages(layer)?;
         span("keys and values written", || backend.write(pages, layer, step, &k, v.as_ref().unwrap_or(&k)));
-        let select = select.as_deref();
-        let (mixed, reads) = match select {
-            None => (span("attention", || backend.attend(&self.scores, pages, layer, step, &q)), None),
-            Some(by) => {
-                let some = || backend.attend_chosen(&self.scores, pages, layer, step, &q, by);
-                let (mixed, reads) = span("attention", some)?;
-                (mixed, Some(reads))
+        Ok(Asked { q, gate })
+    }
+
+    fn forward(
+        &self,
+        layer: usize,
+        x: (&B::Rows, Option<&B::Rows>),
+        step: &B::Step,
+        kv: &mut dyn KvStore<B>,
+        look: &mut Look<'_, B>,
+        asked: Option<(Asked<B>, &PromptRead)>,
+    ) -> Result<B::Rows, ModelError> {
+        let backend = look.backend;
+        let (Asked { q, gate }, foreseen) = match asked {
+            Some((asked, read)) => (asked, Some(read)),
+            None => (self.ask(layer, x, step, kv, look)?, None),
+        };
+        let (mut mass, select) = (kv.lend_mass(layer), kv.selector(layer));
+        let mut decisions = select.as_ref().map_or_else(Decisions::default, |_| kv.lend_decisions(layer));
+        let pages = kv.pages(layer)?;
+        let mixed = match (foreseen, select.as_deref()) {
+            (Some(read), _) => {
+                let some = || backend.attend_foreseen(&self.scores, pages, layer, step, &q, read);
+                span("attention", some).map(|(mixed, reads)| (mixed, Some(reads)))
+            }
+            (None, None) => Ok((span("attention", || backend.attend(&self.scores, pages, layer, step, &q)), None)),
+            (None, Some(select)) => {
+                let asks = Asks { select, decisions: &mut decisions };
+                let some = || backend.attend_chosen(&self.scores, pages, layer, step, &q, asks);
+                span("attention", some).map(|(mixed, reads)| (mixed, Some(reads)))
             }
         };
         if !mass.is_empty() {
             span("attention added up", || backend.weigh(&self.scores, pages, layer, step, &q, &mut mass));
             kv.take_mass(layer, mass);
         }
+        if select.is_some() {
+            kv.take_decisions(layer, decisions);
+        }
+        let (mixed, reads) = mixed?;
         if let Some(reads) = reads {
             kv.count_reads(reads);
         }

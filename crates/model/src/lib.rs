@@ -27,9 +27,10 @@ mod lent;
 mod mixer;
 mod parts;
 mod profile;
+mod prompt;
 mod tap;
 
-pub use backend::{Backend, Cpu, GateAsk, Naive, Pages, Reads, States, Table, Tables};
+pub use backend::{Asks, Backend, Cpu, Decisions, GateAsk, Naive, Pages, PromptRead, Reads, States, Table, Tables};
 pub use batch::Batch;
 pub use block::Block;
 pub use decoder::{Decoder, Embedding, Head, LoadOptions};
@@ -39,4 +40,5 @@ pub use kv::{ContiguousKv, KvStore, STEP_TOKENS};
 pub use lacuna_kernels::{HeadMass, Mass};
 pub use lent::Lent;
 pub use profile::{end_profile, start_profile};
+pub use prompt::PromptPass;
 pub use tap::{BlockPart, NoTap, Shown, Tap, Wants};
