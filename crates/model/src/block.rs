@@ -1,15 +1,16 @@
 //! One decoder block.
 
+mod prompt;
+
 use std::mem;
 use std::sync::Arc;
 
 use lacuna_base::Mat;
-use lacuna_contract::SelectPrompt;
 use lacuna_format::Weights;
 use lacuna_kernels::{Activations, Attention};
 use lacuna_spec::{Activation, AttnSpec, Order, Place, Role, Rope, Temperature};
 
-use crate::backend::{Asks, Backend, Cpu, Decisions, Measure, PromptRead, Tables};
+use crate::backend::{Asks, Backend, Cpu, Decisions, Measure, PromptRead};
 use crate::ffn::{FfnPart, Mixture};
 use crate::gating::{GateStore, Gated, Gating};
 use crate::kv::prepared;
@@ -19,6 +20,8 @@ use crate::parts::{Grouped, Projection, gate, norm, vector};
 use crate::profile::span;
 use crate::tap::Look;
 use crate::{Batch, BlockPart, KvStore, Lent, ModelError, Tap};
+
+pub use prompt::PromptPass;
 
 /// A decoder block, ready to compute: `x + attention(x)`, then `x + ffn(x)`; with a matrix in a shortcut `x Sᵀ` instead
 /// of that `x`. Where the parts stand side by side, `x + attention(x) + ffn(x)`.
@@ -218,11 +221,6 @@ impl<B: Backend> Block<B> {
         self.layer
     }
 
-    /// Begins a step on its backend.
-    pub(crate) fn begin(&self, batch: &Batch, tables: Tables) -> B::Step {
-        self.backend.begin(batch, tables)
-    }
-
     /// Whether it has keys and values.
     pub(crate) fn has_attention(&self) -> bool {
         self.attention.is_some()
@@ -344,36 +342,8 @@ impl<B: Backend> Block<B> {
         self.step_asked(x, step, kv, tap, None)
     }
 
-    /// What the rows of a prompt ask of its keys, which are written with their values; none without attention.
-    pub(crate) fn ask(
-        &self,
-        x: &B::Rows,
-        step: &B::Step,
-        kv: &mut dyn KvStore<B>,
-        tap: &mut dyn Tap<B>,
-    ) -> Result<Option<Asked<B>>, ModelError> {
-        let Some(a) = &self.attention else { return Ok(None) };
-        let first = self.mixer.as_ref().map(|m| m.normed(&self.backend, x));
-        let first = first.or_else(|| self.shared.as_ref().map(|n| normed(&self.backend, n, x)));
-        a.ask(self.layer, (x, first.as_ref()), step, kv, &mut Look::new(&self.backend, tap)).map(Some)
-    }
-
-    /// What the tiles of a prompt read, by the queries of all its parts; `step`: that of the last.
-    pub(crate) fn foresee(
-        &self,
-        asked: &[Asked<B>],
-        step: &B::Step,
-        kv: &mut dyn KvStore<B>,
-        by: &dyn SelectPrompt,
-    ) -> Result<Option<PromptRead>, ModelError> {
-        let Some(a) = &self.attention else { return Ok(None) };
-        let q: Vec<&B::Rows> = asked.iter().map(|a| &a.q).collect();
-        let pages = kv.pages(self.layer)?;
-        span("keys selected", || self.backend.foresee(&a.scores, pages, self.layer, step, &q, by)).map(Some)
-    }
-
     /// As [`Block::step`]; where the rows are those of a prompt, with what they ask and read.
-    pub(crate) fn step_asked(
+    fn step_asked(
         &self,
         x: &mut B::Rows,
         step: &B::Step,
@@ -464,7 +434,7 @@ pub(crate) fn read<'a, B: Backend>(
 }
 
 /// What rows ask of the keys before them: their queries, and what the mixed values are multiplied with.
-pub(crate) struct Asked<B: Backend> {
+struct Asked<B: Backend> {
     q: B::Rows,
     gate: Option<B::Rows>,
 }

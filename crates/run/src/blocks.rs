@@ -587,13 +587,7 @@ impl<B: Backend> BlockStore<B> {
         self.idle.insert((clock, Reverse(p.depth), serial));
     }
 
-    /// A block of one's own. The caller has seen that one is available.
-    fn fresh(&mut self) -> u32 {
-        let block = self.any_block();
-        self.forget_decisions(block);
-        block
-    }
-
+    /// A block that nobody uses. The caller has seen that one is available.
     fn any_block(&mut self) -> u32 {
         if let Some(block) = self.spare.pop() {
             return block;

@@ -104,6 +104,13 @@ impl<B: Backend> BlockStore<B> {
         self.selecting.iter_mut().flat_map(|s| &mut s.decisions).for_each(|d| d.copy(from, to));
     }
 
+    /// A block of one's own, in which nothing is decided yet. The caller has seen that one is available.
+    pub(super) fn fresh(&mut self) -> u32 {
+        let block = self.any_block();
+        self.forget_decisions(block);
+        block
+    }
+
     /// What was decided in a block holds no more.
     pub(super) fn forget_decisions(&mut self, block: u32) {
         self.selecting.iter_mut().flat_map(|s| &mut s.decisions).for_each(|d| d.forget(block));

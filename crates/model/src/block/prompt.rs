@@ -4,8 +4,13 @@
 //! Rows go through a layer in parts, so that memory beyond the residual stream and the queries does not grow with the
 //! prompt: a row's bits depend on no other row of its call.
 
-use crate::backend::{Backend, Cpu};
+use lacuna_contract::SelectPrompt;
+
+use super::{Asked, normed};
+use crate::backend::{Backend, Cpu, PromptRead};
 use crate::kv::prepared;
+use crate::profile::span;
+use crate::tap::Look;
 use crate::{Batch, Block, Decoder, KvStore, ModelError, Tap};
 
 /// A prompt on its way through the layers.
@@ -81,7 +86,7 @@ impl<B: Backend> Block<B> {
         };
         let (mut asked, mut last) = (Vec::with_capacity(parts.len()), None);
         for (batch, x) in parts.iter() {
-            let step = last.insert(self.begin(batch, prepared([layer], None, batch, kv)?));
+            let step = last.insert(self.backend.begin(batch, prepared([layer], None, batch, kv)?));
             asked.extend(self.ask(x, step, kv, tap)?);
         }
         let read = match &last {
@@ -92,9 +97,37 @@ impl<B: Backend> Block<B> {
         drop(last);
         for ((batch, x), asked) in parts.iter_mut().zip(asked) {
             let tables = prepared([layer], self.has_mixer().then_some(layer), batch, kv)?;
-            let step = self.begin(batch, tables);
+            let step = self.backend.begin(batch, tables);
             self.step_asked(x, &step, kv, tap, Some((asked, &read)))?;
         }
         Ok(())
+    }
+
+    /// What the rows of a prompt ask of its keys, which are written with their values; none without attention.
+    fn ask(
+        &self,
+        x: &B::Rows,
+        step: &B::Step,
+        kv: &mut dyn KvStore<B>,
+        tap: &mut dyn Tap<B>,
+    ) -> Result<Option<Asked<B>>, ModelError> {
+        let Some(a) = &self.attention else { return Ok(None) };
+        let first = self.mixer.as_ref().map(|m| m.normed(&self.backend, x));
+        let first = first.or_else(|| self.shared.as_ref().map(|n| normed(&self.backend, n, x)));
+        a.ask(self.layer, (x, first.as_ref()), step, kv, &mut Look::new(&self.backend, tap)).map(Some)
+    }
+
+    /// What the tiles of a prompt read, by the queries of all its parts; `step`: that of the last.
+    fn foresee(
+        &self,
+        asked: &[Asked<B>],
+        step: &B::Step,
+        kv: &mut dyn KvStore<B>,
+        by: &dyn SelectPrompt,
+    ) -> Result<Option<PromptRead>, ModelError> {
+        let Some(a) = &self.attention else { return Ok(None) };
+        let q: Vec<&B::Rows> = asked.iter().map(|a| &a.q).collect();
+        let pages = kv.pages(self.layer)?;
+        span("keys selected", || self.backend.foresee(&a.scores, pages, self.layer, step, &q, by)).map(Some)
     }
 }
