@@ -8,6 +8,11 @@ Clients of six kinds take turns at random: those that wait for whole answers, th
 too much, that send nonsense. Held at the end: the server lives; every request that was accepted came to its end or to its error; every
 refusal has OpenAI's shape and a reason; resident memory in the last third is within 5% + 16 MiB of that after warm-up; nothing is at work or in
 use afterwards. Needs nothing but Python. Only the machine's own addresses are spoken to.
+
+With a keeper texts are long, so that it evicts, and two more things are held: it did evict, and the blocks in use never are more than those of as
+many texts as are at work, each with the keeper's budget, what comes between two decisions, and a block to move them:
+
+    python3 bench/serve_soak.py --keep streaming-llm:budget=256 --minutes 2.5 --clients 24 --record bench/record/FOLDER/soak --name streaming-llm
 """
 
 import argparse
@@ -25,8 +30,8 @@ from collections import Counter
 
 
 class Soak:
-    def __init__(self, port, model, seed):
-        self.port, self.model, self.seed = port, model, seed
+    def __init__(self, port, model, seed, words, tokens):
+        self.port, self.model, self.seed, self.words, self.tokens = port, model, seed, words, tokens
         self.stop = threading.Event()
         self.lock = threading.Lock()
         self.seen = Counter()
@@ -41,8 +46,8 @@ class Soak:
             self.wrong.append(f"{kind}: {what}")
 
     def chat(self, rng, **more):
-        words = " ".join(rng.choice(["river", "stone", "cloud", "paper", "seven", "blue"]) for _ in range(rng.randint(1, 60)))
-        return {"model": self.model, "messages": [{"role": "user", "content": words}], "max_tokens": rng.randint(1, 48), "temperature": rng.choice([0, 0.8]), **more}
+        words = " ".join(rng.choice(["river", "stone", "cloud", "paper", "seven", "blue"]) for _ in range(rng.randint(1, self.words)))
+        return {"model": self.model, "messages": [{"role": "user", "content": words}], "max_tokens": rng.randint(1, self.tokens), "temperature": rng.choice([0, 0.8]), **more}
 
     def open(self, body, raw=None, length=None):
         c = http.client.HTTPConnection("127.0.0.1", self.port, timeout=300)
@@ -153,6 +158,20 @@ def resident(pid):
             return int(line.split()[1]) * 1024
 
 
+def evicted(port):
+    c = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
+    c.request("GET", "/metrics")
+    lines = c.getresponse().read().decode().splitlines()
+    c.close()
+    return sum(float(line.split()[-1]) for line in lines if line.startswith("lacuna_keep_evicted_total"))
+
+
+def most_blocks(keep):
+    """Blocks that a text may hold under a keeper: its budget, what comes until it decides again, and one while slots move."""
+    given = dict(pair.split("=") for pair in keep.partition(":")[2].split(",") if pair)
+    return -(-(int(given.get("budget", 1024)) + int(given.get("every", 32))) // 32) + 1
+
+
 def live(port):
     c = http.client.HTTPConnection("127.0.0.1", port, timeout=60)
     c.request("GET", "/api/live")
@@ -169,28 +188,36 @@ def main():
     p.add_argument("--clients", type=int, default=200)
     p.add_argument("--seed", type=int, default=1)
     p.add_argument("--record", help="a folder for serve_soak.json and the server's log")
-    p.add_argument("--serve", nargs="*", default=["--ctx", "1024", "--kv-memory", "256MiB", "--max-queue", "128"], help="further flags of the server")
+    p.add_argument("--name", default="serve_soak", help="of the record's file")
+    p.add_argument("--keep", help="a keeper, as the server takes it; texts are then long")
+    p.add_argument("--words", type=int, help="of a prompt, at most: 60, with a keeper 600")
+    p.add_argument("--tokens", type=int, help="of an answer, at most: 48, with a keeper 160")
+    p.add_argument("--serve", nargs="*", help="further flags of the server: --ctx 1024 (with a keeper 2048) --kv-memory 256MiB (96MiB) --max-queue 128")
     a = p.parse_args()
+    words, tokens = a.words or (600 if a.keep else 60), a.tokens or (160 if a.keep else 48)
+    # With a keeper so little that blocks left for others fill it while the server warms up.
+    flags = a.serve or ["--ctx", "2048" if a.keep else "1024", "--kv-memory", "96MiB" if a.keep else "256MiB", "--max-queue", "128"]
+    flags = [*flags, *(["--keep", a.keep] if a.keep else [])]
     folder = a.record or "."
     os.makedirs(folder, exist_ok=True)
-    log = open(os.path.join(folder, "soak.log"), "wb")
-    server = subprocess.Popen([a.lacuna, "serve", a.model, "--offline", "--port", "0", "--json", *a.serve], stdout=subprocess.PIPE, stderr=log)
+    log = open(os.path.join(folder, f"{a.name}.log"), "wb")
+    server = subprocess.Popen([a.lacuna, "serve", a.model, "--offline", "--port", "0", "--json", *flags], stdout=subprocess.PIPE, stderr=log)
     told = json.loads(server.stdout.readline())
-    soak = Soak(told["port"], told["model"], a.seed)
+    soak = Soak(told["port"], told["model"], a.seed, words, tokens)
     threads = [threading.Thread(target=soak.client, args=(k,), daemon=True) for k in range(a.clients)]
     [t.start() for t in threads]
     start, samples = time.time(), []
     while time.time() - start < 60 * a.minutes and server.poll() is None:
         time.sleep(2)
-        samples.append((round(time.time() - start, 1), resident(server.pid)))
+        v = live(told["port"])
+        samples.append((round(time.time() - start, 1), resident(server.pid), v["running"], v["kv"]["used"], v["kv"]["bytes"]))
         if len(samples) % 15 == 0:
-            v = live(told["port"])
             print(f"{samples[-1][0]:>6.0f} s  {samples[-1][1] / 1e6:>7.1f} MB  {v['running']} at work, {v['waiting']} waiting, {sum(soak.seen.values())} done, {len(soak.wrong)} wrong", flush=True)
     alive = server.poll() is None
     soak.stop.set()
     [t.join(120) for t in threads]
     hung = sum(t.is_alive() for t in threads)
-    rest = {}
+    rest, gone = {}, 0
     if alive:
         for _ in range(600):
             rest = live(told["port"])
@@ -198,13 +225,14 @@ def main():
                 break
             time.sleep(0.1)
         # Memory once more when all is quiet; then the end, which must be a clean one.
-        samples.append((round(time.time() - start, 1), resident(server.pid)))
+        samples.append((round(time.time() - start, 1), resident(server.pid), rest["running"], rest["kv"]["used"], rest["kv"]["bytes"]))
+        gone = evicted(told["port"])
         server.send_signal(signal.SIGTERM)
         code = server.wait(60)
     else:
         code = server.returncode
-    warm = [m for t, m in samples if t >= 20 * a.minutes][: max(1, len(samples) // 6)]
-    last = [m for t, m in samples if t >= 40 * a.minutes]
+    warm = [m for t, m, *_ in samples if t >= 20 * a.minutes][: max(1, len(samples) // 6)]
+    last = [m for t, m, *_ in samples if t >= 40 * a.minutes]
     before, after = max(warm), max(last)
     checks = {
         "the server lives": alive,
@@ -214,8 +242,12 @@ def main():
         "every request has its answer or its reason": not soak.wrong,
         "memory is flat after warm-up": after <= 1.05 * before + (16 << 20),
     }
-    out = {"minutes": a.minutes, "clients": a.clients, "checks": checks, "memory_after_warm_up": before, "memory_at_the_end": after, "seen": dict(sorted(soak.seen.items())), "wrong": soak.wrong[:50], "samples": samples}
-    with open(os.path.join(folder, "serve_soak.json"), "w") as f:
+    if a.keep:
+        each = most_blocks(a.keep)
+        checks["the keeper evicts"] = alive and gone > 0
+        checks["blocks in use are those of what is kept"] = all(used <= running * each for _, _, running, used, _ in samples)
+    out = {"minutes": a.minutes, "clients": a.clients, "flags": flags, "words": words, "tokens": tokens, "evicted": gone, "checks": checks, "memory_after_warm_up": before, "memory_at_the_end": after, "seen": dict(sorted(soak.seen.items())), "wrong": soak.wrong[:50], "samples (seconds, resident bytes, texts at work, blocks in use, bytes of keys and values)": samples}
+    with open(os.path.join(folder, f"{a.name}.json"), "w") as f:
         json.dump(out, f, indent=1)
         f.write("\n")
     for k, n in sorted(soak.seen.items()):

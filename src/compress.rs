@@ -179,7 +179,7 @@ pub fn work(g: &Global, a: &cli::Compress, source: &Model) -> anyhow::Result<Don
         let there = held_out.len() / (ctx - usize::from(bos.is_some())).max(1);
         let few = || common::fitting("judging windows", JUDGED.1, there, "the text has no more");
         let windows = Some(a.judging.windows.unwrap_or_else(few));
-        let eval = Eval { ctx, windows, bos, room, progress: Some(&progress) };
+        let eval = Eval { ctx, windows, bos, room, progress: Some(&progress), reader: None };
         let result = lacuna_checkpoint::open(&done.outcomes.path)?;
         let (mut judged, mut told, mut reference) = (None, None, None);
         let compared = if done.outcomes.kept.is_some() {

@@ -1,11 +1,13 @@
 //! `eval`: perplexity, divergence, tasks.
 
 use std::process::ExitCode;
+use std::sync::Arc;
 use std::time::Instant;
 
 use anyhow::Context;
-use lacuna_eval::{Eval, HELD_OUT, Judged, Means, Table, Told, cut, tasks};
+use lacuna_eval::{Eval, EvalError, HELD_OUT, Judged, Means, Reader, Table, TakeRows, Told, cut, tasks};
 use lacuna_format::Weights;
+use lacuna_run::{Engine, RunError};
 use serde_json::{Map, Value, json};
 
 use crate::across;
@@ -16,12 +18,6 @@ use crate::common::{self, Usage};
 pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
     let start = Instant::now();
     let plan = common::run_plan(&a.plan)?;
-    if !plan.is_empty() && (a.against.is_some() || !a.tasks.is_empty()) {
-        let what = if a.against.is_some() { "--against" } else { "--tasks" };
-        return Err(
-            Usage(format!("{what}: under a run plan eval tells loss and perplexity of a text; leave it out")).into()
-        );
-    }
     let m = common::open(g, &a.model)?;
     let tokenizer = m.tokenizer()?;
     let room =
@@ -31,6 +27,11 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
         (true, Some(b)) => Some(b),
         (true, None) => return Err(Usage(format!("--bos: {} has no BOS token", a.model)).into()),
     };
+    // Under a run plan texts are read as the scheduler reads prompts.
+    let running = Running { activations: a.activations, kv: Cache::F32, plan: a.plan.clone() };
+    let engine = (!plan.is_empty()).then(|| m.engine(&running)).transpose()?.map(Arc::new);
+    let reader = engine.as_ref().map(|e| move |texts: &[Vec<u32>], rows: TakeRows<'_>| read(e, texts, rows));
+    let reader = reader.as_ref().map(|r| r as Reader<'_>);
     let mut out = Map::new();
     out.insert("model".into(), json!(a.model));
     let mut table = Table::new(["", ""]);
@@ -52,20 +53,18 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
             bos,
             room: room.clone(),
             progress: Some(&progress),
+            reader,
         };
         let other = a.against.as_ref().map(|dense| common::open_alone(g, dense)).transpose()?;
         let mut told = None;
-        let judged = match &other {
-            None if !plan.is_empty() => {
-                let running = Running { activations: a.activations, kv: Cache::F32, plan: a.plan.clone() };
-                planned(&m, &running, &eval, &tokens)?
-            }
-            None => eval.judge(&tokens, &m.checkpoint)?,
-            Some(d) if across::same_tokens((&m, &tokenizer), d)? => {
+        let judged = match (&other, &engine) {
+            (None, Some(engine)) => planned(engine, &eval, &tokens)?,
+            (None, None) => eval.judge(&tokens, &m.checkpoint)?,
+            (Some(d), _) if across::same_tokens((&m, &tokenizer), d)? => {
                 let mut reference = eval.reference(&tokens, &d.checkpoint)?;
                 eval.against(&m.checkpoint, &mut reference)?
             }
-            Some(d) => {
+            (Some(d), _) => {
                 let theirs = d.tokenizer()?;
                 let text = theirs.encode(&text, false)?;
                 told = Some(across::hold(&eval, &text, (&m.checkpoint, &tokenizer), (&d.checkpoint, &theirs))?);
@@ -124,8 +123,8 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
             bar.set_length(all as u64);
             bar.set_position(done as u64);
         };
-        let exam =
-            tasks::Exam { bos, ctx: Some(m.checkpoint.spec().context), room: room.clone(), progress: Some(&progress) };
+        let ctx = Some(m.checkpoint.spec().context);
+        let exam = tasks::Exam { bos, ctx, room: room.clone(), progress: Some(&progress), reader };
         let r = exam.run(&text, &encode, &m.checkpoint).with_context(|| format!("{}", path.display()))?;
         bar.finish_and_clear();
         let name = path.file_stem().map(|s| s.to_string_lossy().into_owned()).unwrap_or_default();
@@ -153,15 +152,30 @@ pub fn run(g: &Global, a: &cli::Eval) -> anyhow::Result<ExitCode> {
     Ok(ExitCode::SUCCESS)
 }
 
-/// Loss on a text under a run plan: each window is read as the scheduler reads a prompt.
-fn planned(m: &common::Model, running: &Running, eval: &Eval<'_>, tokens: &[u32]) -> anyhow::Result<Judged> {
+/// Loss on a text under a run plan.
+fn planned(engine: &Arc<Engine>, eval: &Eval<'_>, tokens: &[u32]) -> anyhow::Result<Judged> {
     let windows = cut(tokens, eval.ctx, eval.windows, eval.bos)?;
-    let engine = m.engine(running)?;
     let mut progress = |done, all| {
         if let Some(p) = eval.progress {
             p(done, all);
         }
     };
-    let losses = lacuna_run::score(engine, &windows, &mut progress)?;
+    let losses = lacuna_run::score(Arc::clone(engine), &windows, &mut progress)?;
     Ok(Judged::of_losses(&losses, eval.ctx))
+}
+
+/// Hands over what an engine makes of texts.
+fn read(engine: &Arc<Engine>, texts: &[Vec<u32>], rows: TakeRows<'_>) -> Result<(), EvalError> {
+    let bar = common::bar(texts.len() as u64, "reading");
+    let mut refused = None;
+    let done =
+        lacuna_run::read(Arc::clone(engine), texts, &mut |done, _| bar.set_position(done as u64), &mut |t, at, x| {
+            rows(t, at, x).map_err(|e| {
+                let what = RunError::Request(e.to_string());
+                refused = Some(e);
+                what
+            })
+        });
+    bar.finish_and_clear();
+    done.map_err(|e| refused.take().unwrap_or_else(|| EvalError::new(e.to_string())))
 }

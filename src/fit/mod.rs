@@ -368,7 +368,7 @@ pub fn work(g: &Global, a: &cli::Fit, source: &Model) -> anyhow::Result<Fitted> 
         source,
         text: &searched,
         each,
-        eval: Eval { ctx: len, windows: None, bos, room: Means { max_ram, ..Means::default() }, progress: None },
+        eval: Eval { ctx: len, windows: None, bos, room: Means { max_ram, ..Means::default() }, ..Eval::default() },
         references: HashMap::new(),
         journal: if a.dry_run { Journal::none() } else { Journal::open(&a.out, a.resume, &identity)? },
         bar: common::bar(plan.trials as u64, "trials"),

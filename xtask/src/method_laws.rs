@@ -11,7 +11,7 @@ use crate::tree::Tree;
 const HEADER: [&str; 5] = ["Paper", "Idea", "Shapes", "Cost", "Departs"];
 
 /// The questions whose answer makes a file a method.
-const QUESTIONS: [&str; 19] = [
+const QUESTIONS: [&str; 20] = [
     "Recode",
     "Stack",
     "Score",
@@ -26,6 +26,7 @@ const QUESTIONS: [&str; 19] = [
     "Shortlist",
     "Search",
     "Select",
+    "SelectPrompt",
     "Keep",
     "Gate",
     "Draft",

@@ -9,7 +9,7 @@ use serde_json::{Map, Value};
 use crate::questions::{
     Basis, Factor, Grid, Ranks, Recode, Score, Search, Shortlist, Solve, Stack, Structure, Table, Transform,
 };
-use crate::running::{Draft, Gate, Keep, Select};
+use crate::running::{Draft, Gate, Keep, Selector};
 use crate::stats::Ask;
 use crate::step::Step;
 
@@ -146,8 +146,8 @@ pub enum MadeRunning {
     Draft(Box<dyn Draft>),
     /// See [`Keep`].
     Keep(Box<dyn Keep>),
-    /// See [`Select`]; asked wherever keys and values are kept.
-    Select(Arc<dyn Select>),
+    /// See [`Selector`]; asked wherever keys and values are kept.
+    Select(Selector),
     /// See [`Gate`]; asked wherever it stands.
     Gate(Arc<dyn Gate>),
 }
@@ -241,7 +241,7 @@ impl Registry {
     }
 
     /// The selector of that name, made from its parameters.
-    pub fn select(&self, name: &str, keys: Value, seed: u64) -> Result<Arc<dyn Select>, MethodError> {
+    pub fn select(&self, name: &str, keys: Value, seed: u64) -> Result<Selector, MethodError> {
         match self.make_running("select", name, keys, seed)? {
             MadeRunning::Select(made) => Ok(made),
             other => Err(mismade(name, "select", &other)),

@@ -25,8 +25,8 @@ pub use questions::{
     Unit, Vocabulary,
 };
 pub use running::{
-    Draft, Drafting, Gate, GatePlan, GateSide, Keep, KeepHead, KeepPlan, Pool, Pooled, Select, SelectAsk, SelectPlan,
-    SelectScope, TopK,
+    Draft, Drafting, Gate, GatePlan, GateSide, Keep, KeepHead, KeepPlan, Pool, Pooled, PromptAsk, Select, SelectAsk,
+    SelectPlan, SelectPrompt, SelectScope, Selector, TopK,
 };
 pub use stats::{Ask, Gathered, Site, Stats, Worked};
 pub use step::{

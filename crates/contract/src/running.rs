@@ -1,6 +1,8 @@
 //! The questions of run time: what may come next, which cached entries stay, which keys a query reads, which channels a
 //! row needs. Decisions are plain data; who asks carries them out.
 
+use std::sync::Arc;
+
 use lacuna_base::MatRef;
 use lacuna_spec::Target;
 use serde::{Deserialize, Serialize};
@@ -116,10 +118,9 @@ pub enum Pooled<'a> {
 pub enum SelectScope {
     /// Those of one row.
     Row,
-    /// Those of so many positions, counted from the text's first: the scheduler cuts chunks there.
+    /// Those of so many positions, counted from the text's first; the first of them is asked, so that none waits for a
+    /// later one. What it was answered belongs to the text and goes wherever its keys go.
     Tile(usize),
-    /// Those of the whole prompt: it must be seen first, is computed layer by layer, and shares no beginning.
-    Prompt,
 }
 
 /// What a selector reads, and how often.
@@ -140,10 +141,10 @@ pub struct SelectAsk<'a> {
     pub layer: usize,
     /// The key head in it.
     pub head: usize,
-    /// The queries that read this head, those of all rows of the scope, `[queries, head_dim]`, as they meet the keys
-    /// (turned by RoPE where those are).
+    /// The queries of the row that read this head, `[queries, head_dim]`, as they meet the keys (turned by RoPE where
+    /// those are).
     pub queries: MatRef<'a>,
-    /// Whole blocks that end before the first of the rows. What lies behind them is read in any case, and nobody asks.
+    /// Whole blocks that end before the row. What lies behind them is read in any case, and nobody asks.
     pub pooled: Pooled<'a>,
 }
 
@@ -154,6 +155,42 @@ pub trait Select: Send + Sync {
 
     /// The blocks that are read, rising.
     fn select(&self, ask: &SelectAsk<'_>) -> Result<Vec<usize>, MethodError>;
+}
+
+/// What a selector that sees a whole prompt is asked, once for each key head of a layer.
+#[derive(Clone, Copy)]
+pub struct PromptAsk<'a> {
+    /// The layer.
+    pub layer: usize,
+    /// The key head in it.
+    pub head: usize,
+    /// The factor on products of queries and keys before their softmax.
+    pub scale: f32,
+    /// The queries of every row, `[tokens, heads * head_dim]`: those of the query heads that read this key head side by
+    /// side, as they meet the keys.
+    pub queries: MatRef<'a>,
+    /// The keys of every row as they are kept, `[tokens, head_dim]`.
+    pub keys: MatRef<'a>,
+}
+
+/// Select, where the end of the prompt must be seen first: which keys does each part of it read? Such a prompt is
+/// computed layer by layer and shares no beginning with others; rows behind it read all.
+pub trait SelectPrompt: Send + Sync {
+    /// Positions of a tile, of queries as of keys, counted from the text's first.
+    fn tile(&self) -> usize;
+
+    /// For each tile of queries the tiles of keys that it reads, rising, of those before its own, which it reads in any
+    /// case.
+    fn select(&self, ask: &PromptAsk<'_>) -> Result<Vec<Vec<usize>>, MethodError>;
+}
+
+/// Who says which keys are read, and when it is asked.
+#[derive(Clone)]
+pub enum Selector {
+    /// At rows, as they come.
+    Rows(Arc<dyn Select>),
+    /// When all of a prompt is there.
+    Prompt(Arc<dyn SelectPrompt>),
 }
 
 /// On which side of a matrix channels are left out.

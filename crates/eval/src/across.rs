@@ -7,7 +7,7 @@ use lacuna_checkpoint::Tokenizer;
 use lacuna_format::Weights;
 use serde::Serialize;
 
-use crate::stream::{Streams, must_spill, score, steps};
+use crate::stream::{Reader, Streams, must_spill, score, steps};
 use crate::{Eval, EvalError, loss};
 
 /// A model and what cuts its texts.
@@ -125,8 +125,8 @@ impl Eval<'_> {
             self.progress.iter().for_each(|p| p(done, all));
         };
         let wrong = |e: EvalError| EvalError { what: format!("the dense model: {}", e.what), ..e };
-        let (told, missing_mass) = self.losses(dense, &plain, mass, &mut step).map_err(wrong)?;
-        let (model, _) = self.losses(model, &retold, |_| 0.0, &mut step)?;
+        let (told, missing_mass) = self.losses(dense, None, &plain, mass, &mut step).map_err(wrong)?;
+        let (model, _) = self.losses(model, self.reader, &retold, |_| 0.0, &mut step)?;
         Ok(Across { model, dense: told, missing_mass, missing: lost.len(), windows: plain.len() })
     }
 
@@ -134,13 +134,17 @@ impl Eval<'_> {
     fn losses(
         &self,
         of: Speaker<'_>,
+        reader: Option<Reader<'_>>,
         windows: &[Window],
         also: impl Fn(&[f32]) -> f64 + Sync,
         step: &mut dyn FnMut(),
     ) -> Result<(Told, f64), EvalError> {
         let sequences = texts(windows);
         let spill = must_spill(&[of.weights], &sequences, &self.room)?;
-        let mut streams = Streams::run(of.weights, &sequences, spill, &self.room, step)?;
+        let mut streams = match reader {
+            None => Streams::run(of.weights, &sequences, spill, &self.room, step)?,
+            Some(reader) => Streams::read(of.weights, &sequences, spill, &self.room, reader)?,
+        };
         let (mut rows, mut next) = (Vec::new(), Vec::new());
         for (s, w) in windows.iter().enumerate() {
             for p in w.first..w.tokens.len() {

@@ -13,7 +13,7 @@ mod windows;
 
 pub use across::{Across, Speaker, Told};
 pub use perplexity::{Against, Eval, Judged, Reference};
-pub use stream::Means;
+pub use stream::{Means, Reader, TakeRows};
 pub use table::Table;
 pub use texts::{CALIBRATION, HELD_OUT, normal_lines};
 pub use windows::cut;

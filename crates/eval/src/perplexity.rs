@@ -3,7 +3,7 @@
 use lacuna_format::Weights;
 use serde::Serialize;
 
-use crate::stream::{Means, Streams, must_spill, score, steps};
+use crate::stream::{Means, Reader, Streams, must_spill, score, steps};
 use crate::{EvalError, cut, loss};
 
 /// How to evaluate.
@@ -19,6 +19,9 @@ pub struct Eval<'a> {
     pub room: Means,
     /// Told how many of how many steps are done.
     pub progress: Option<&'a dyn Fn(usize, usize)>,
+    /// Who reads the text in the place of the model that is judged; nobody: its weights, block by block. The dense model
+    /// beside it is always read so.
+    pub reader: Option<Reader<'a>>,
 }
 
 /// What a text says about a model.
@@ -143,7 +146,10 @@ impl Eval<'_> {
         dense: Option<(&dyn Weights, &mut Streams)>,
         spill: bool,
     ) -> Result<Judged, EvalError> {
-        let mut streams = Streams::run(model, windows, spill, &self.room, &mut self.counter(steps(model, windows)))?;
+        let mut streams = match self.reader {
+            None => Streams::run(model, windows, spill, &self.room, &mut self.counter(steps(model, windows)))?,
+            Some(reader) => Streams::read(model, windows, spill, &self.room, reader)?,
+        };
         let asked: Vec<(usize, u32)> = windows
             .iter()
             .enumerate()

@@ -6,7 +6,7 @@ use std::io::{Read, Seek, SeekFrom, Write};
 use std::ops::Range;
 use std::path::{Path, PathBuf};
 
-use lacuna_base::Mat;
+use lacuna_base::{Mat, MatRef};
 use lacuna_format::Weights;
 use lacuna_kernels::Activations;
 use lacuna_model::{Batch, Block, ContiguousKv, Embedding, Head, ModelError, NoTap};
@@ -32,6 +32,14 @@ pub struct Means {
     /// shortcuts.
     pub activations: Activations,
 }
+
+/// Takes rows: the text, the position of the first row, and the residual stream behind the last block of a network,
+/// `[tokens, hidden]`.
+pub type TakeRows<'a> = &'a mut dyn FnMut(usize, usize, MatRef<'_>) -> Result<(), EvalError>;
+
+/// Who reads texts in a model's place: an engine does, under what it leaves out while it runs. Every row of every text
+/// is handed over.
+pub type Reader<'a> = &'a dyn Fn(&[Vec<u32>], TakeRows<'_>) -> Result<(), EvalError>;
 
 /// Rows of f32, `[rows, width]`.
 enum Rows {
@@ -143,6 +151,41 @@ impl Streams {
             }
             drop(block);
             release(weights, layer);
+        }
+        Ok(Streams { rows, width, starts, activations: room.activations })
+    }
+
+    /// What `reader` makes of `sequences`, a network of the shape of `weights`.
+    pub fn read(
+        weights: &dyn Weights,
+        sequences: &[Vec<u32>],
+        spill: bool,
+        room: &Means,
+        reader: Reader<'_>,
+    ) -> Result<Streams, EvalError> {
+        let width = weights.spec().hidden;
+        let mut starts = vec![0];
+        for s in sequences {
+            starts.push(starts[starts.len() - 1] + s.len());
+        }
+        let total = starts[sequences.len()];
+        let mut rows = Rows::new(total * width, spill, room)?;
+        let mut told = 0;
+        reader(sequences, &mut |s, from, x| {
+            let fits = sequences.get(s).is_some_and(|s| from + x.rows() <= s.len()) && x.cols() == width;
+            if !fits {
+                let (n, cols) = (x.rows(), x.cols());
+                return Err(EvalError::new(format!("{n} rows of {cols} channels at position {from} of text {s}")));
+            }
+            if let Some(r) = finite::first(x) {
+                let what = format!("text {s}: the row at position {} is not finite behind the last block", from + r);
+                return Err(EvalError { what, not_finite: true });
+            }
+            told += x.rows();
+            (0..x.rows()).try_for_each(|r| rows.write((starts[s] + from + r) * width, x.row(r)))
+        })?;
+        if told != total {
+            return Err(EvalError::new(format!("{told} rows of {total} were handed over")));
         }
         Ok(Streams { rows, width, starts, activations: room.activations })
     }

@@ -5,7 +5,7 @@ use std::path::{Path, PathBuf};
 
 use lacuna_checkpoint::{Checkpoint, open};
 use lacuna_eval::tasks::{Exam, read};
-use lacuna_eval::{Eval, Means};
+use lacuna_eval::{Eval, EvalError, Means, TakeRows};
 use lacuna_format::Weights;
 use lacuna_model::{Batch, ContiguousKv, Decoder, LoadOptions, NoTap};
 use serde_json::Value;
@@ -165,4 +165,37 @@ fn tasks_measure_what_the_model_says() {
     let (log, greedy) = slow(&model, &ids("He went out and shut the door"), 5);
     assert_eq!(got.measures.acc, Some(f64::from(u8::from(greedy))));
     assert!((got.measures.ppl.unwrap() / (-log).exp() - 1.0).abs() < 1e-4);
+}
+
+/// Who reads in a model's place hands over rows: of the same rows the same numbers come, and what is missing is told.
+#[test]
+fn a_reader_stands_in_the_models_place() {
+    let (model, dense) = (open(tiny("llama")).unwrap(), open(tiny("llama_bf16")).unwrap());
+    let tokens: Vec<u32> = (0..64).map(|i| 3 + i * 7 % 60).collect();
+    let decoder = Decoder::load(&model, &LoadOptions::default()).unwrap();
+    let read = |texts: &[Vec<u32>], rows: TakeRows<'_>| {
+        for (s, text) in texts.iter().enumerate() {
+            let mut kv = ContiguousKv::new(&decoder.spec, 1);
+            let x = decoder.forward(text, &Batch::one(0, 0..text.len()), &mut kv, &mut NoTap)?;
+            let half = text.len() / 2;
+            rows(s, 0, x.view().rows_range(0, half))?;
+            rows(s, half, x.view().rows_range(half, text.len()))?;
+        }
+        Ok::<(), EvalError>(())
+    };
+    let own = Eval { reader: Some(&read), ..eval(16) };
+    assert_eq!(own.judge(&tokens, &model).unwrap(), eval(16).judge(&tokens, &model).unwrap());
+    let against = |e: &Eval<'_>| e.against(&model, &mut e.reference(&tokens, &dense).unwrap()).unwrap();
+    let (a, b) = (against(&own), against(&eval(16)));
+    assert!(a == b && a.window_kl == b.window_kl && a.against.unwrap().kl_mean > 0.0);
+    let jsonl = "{\"text\":\"abc def\"}\n{\"text\":\"de fgh\"}";
+    let encode = |t: &str| Ok(t.bytes().map(|b| u32::from(b) % 60).collect());
+    let exam = |reader| Exam { reader, ..Exam::default() }.run(jsonl, &encode, &model).unwrap();
+    assert_eq!(exam(Some(&read)), exam(None));
+    let short = |texts: &[Vec<u32>], rows: TakeRows<'_>| read(&texts[1..], rows);
+    let said = Eval { reader: Some(&short), ..eval(16) }.judge(&tokens, &model).unwrap_err().to_string();
+    assert!(said.contains("48 rows of 64"), "{said}");
+    let wide = |_: &[Vec<u32>], rows: TakeRows<'_>| rows(0, 0, lacuna_base::MatRef::new(1, 2, &[0.0, 1.0]));
+    let said = Eval { reader: Some(&wide), ..eval(16) }.judge(&tokens, &model).unwrap_err().to_string();
+    assert!(said.contains("1 rows of 2 channels at position 0 of text 0"), "{said}");
 }

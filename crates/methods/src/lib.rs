@@ -103,6 +103,7 @@ pub fn registry() -> Registry {
             keep::streaming_llm::method(),
             keep::h2o::method(),
             select::pooled_blocks::method(),
+            select::flexprefill::method(),
             gate::wina::method(),
         ],
     }

@@ -6,14 +6,18 @@ use std::sync::Arc;
 use lacuna_base::testkit::random;
 use lacuna_base::{Mat, Rng};
 use lacuna_contract::{
-    Draft, Drafting, Gate, Keep, KeepHead, MadeRunning, MethodError, Pool, Pooled, Select, SelectAsk, SelectScope, TopK,
+    Draft, Drafting, Gate, Keep, KeepHead, MadeRunning, MethodError, Pool, Pooled, PromptAsk, RunMethod, Select,
+    SelectAsk, SelectPrompt, SelectScope, Selector, TopK,
 };
 use lacuna_methods::registry;
 use proptest::prelude::*;
 use serde_json::{Value, json};
 
 fn of<T>(question: &str, take: fn(MadeRunning) -> Option<T>, keys: Value) -> Vec<(&'static str, T)> {
-    let methods = registry().running.into_iter().filter(|m| m.card.verb == question);
+    // Those that have all of the keys.
+    let asked: Vec<String> = keys.as_object().into_iter().flat_map(|k| k.keys().cloned()).collect();
+    let knows = |m: &RunMethod| asked.iter().all(|k| (m.keys)().contains(&k.as_str()));
+    let methods = registry().running.into_iter().filter(|m| m.card.verb == question && knows(m));
     let made: Vec<(&str, T)> = methods
         .map(|m| {
             let made = (m.make)(keys.clone(), 1).unwrap_or_else(|e| panic!("{}: {e}", m.card.name));
@@ -32,8 +36,18 @@ fn keepers(keys: Value) -> Vec<(&'static str, Box<dyn Keep>)> {
     of("keep", |m| if let MadeRunning::Keep(k) = m { Some(k) } else { None }, keys)
 }
 
-fn selectors(keys: Value) -> Vec<(&'static str, Arc<dyn Select>)> {
+fn selectors(keys: Value) -> Vec<(&'static str, Selector)> {
     of("select", |m| if let MadeRunning::Select(s) = m { Some(s) } else { None }, keys)
+}
+
+fn of_rows(keys: Value) -> Vec<(&'static str, Arc<dyn Select>)> {
+    let rows = |(name, by)| if let Selector::Rows(by) = by { Some((name, by)) } else { None };
+    selectors(keys).into_iter().filter_map(rows).collect()
+}
+
+fn of_prompts(keys: Value) -> Vec<(&'static str, Arc<dyn SelectPrompt>)> {
+    let prompts = |(name, by)| if let Selector::Prompt(by) = by { Some((name, by)) } else { None };
+    selectors(keys).into_iter().filter_map(prompts).collect()
 }
 
 fn gates(keys: Value) -> Vec<(&'static str, Arc<dyn Gate>)> {
@@ -249,7 +263,7 @@ proptest! {
         let (low, wide) = (make(blocks.max(2), seed + 1), make(blocks.max(2), seed + 2));
         let high = Mat::from_fn(low.rows(), d, |r, c| low[(r, c)] + wide[(r, c)].abs());
         for budget in [1usize, 64, 1 << 30] {
-            for (name, by) in selectors(json!({ "budget": budget })) {
+            for (name, by) in of_rows(json!({ "budget": budget })) {
                 let plan = by.plan();
                 prop_assert!(plan.block > 0, "{}", name);
                 prop_assert!(plan.scope != SelectScope::Tile(0), "{}", name);
@@ -268,6 +282,30 @@ proptest! {
                 }
                 prop_assert!(read.len() <= most.min(blocks), "{}", name);
                 prop_assert!(read.windows(2).all(|w| w[0] < w[1]) && read.iter().all(|b| *b < blocks), "{}", name);
+                prop_assert_eq!(by.select(&ask).expect("again"), read, "{}", name);
+            }
+        }
+    }
+
+    /// A tile of a prompt reads tiles before it alone, in order, the same again; all of the attention is in all of them.
+    #[test]
+    fn selectors_of_prompts_look_back(tokens in 1usize..90, heads in 1usize..4, seed in 0u64..1000, ties: bool) {
+        let d = 5;
+        let make = |cols: usize, seed: u64| {
+            let m = random(tokens, cols, seed);
+            if ties { Mat::from_fn(tokens, cols, |r, c| m[(r % 2, c)].signum()) } else { m }
+        };
+        let (queries, keys) = (make(heads * d, seed), make(d, seed + 1));
+        let ask = PromptAsk { layer: 9, head: 0, scale: 0.4, queries: queries.view(), keys: keys.view() };
+        for gamma in [0.2, 0.95, 1.0] {
+            for (name, by) in of_prompts(json!({ "gamma": gamma, "tile": 8, "min_budget": 0 })) {
+                let read = by.select(&ask).expect("selects");
+                prop_assert_eq!(by.tile(), 8);
+                prop_assert_eq!(read.len(), tokens.div_ceil(8), "{}", name);
+                for (i, row) in read.iter().enumerate() {
+                    prop_assert!(row.windows(2).all(|w| w[0] < w[1]) && row.iter().all(|b| *b < i), "{}", name);
+                    prop_assert!(gamma < 1.0 || row.len() == i, "{}", name);
+                }
                 prop_assert_eq!(by.select(&ask).expect("again"), read, "{}", name);
             }
         }

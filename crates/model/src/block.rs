@@ -1,5 +1,7 @@
 //! One decoder block.
 
+mod prompt;
+
 use std::mem;
 use std::sync::Arc;
 
@@ -9,7 +11,7 @@ use lacuna_kernels::{Activations, Attention};
 use lacuna_spec::{Activation, AttnSpec, Order, Place, Role, Rope, Temperature};
 
 use crate::altup::{AltUpPart, LaurelPart};
-use crate::backend::{Backend, Cpu, Measure};
+use crate::backend::{Asks, Backend, Cpu, Decisions, Measure, PromptRead};
 use crate::carried::{InputPart, Layout, Side, plain_norm};
 use crate::ffn::{FfnPart, Mixture};
 use crate::gating::{GateStore, Gated, Gating};
@@ -21,6 +23,8 @@ use crate::parts::{Grouped, Projection, gate, norm, vector};
 use crate::profile::span;
 use crate::tap::Look;
 use crate::{Batch, BlockPart, KvStore, Lent, ModelError, Tap};
+
+pub use prompt::PromptPass;
 
 /// A decoder block, ready to compute: `x + attention(x)`, then `x + ffn(x)`; with a matrix in a shortcut `x Sᵀ` instead
 /// of that `x`. Where the parts stand side by side, `x + attention(x) + ffn(x)`.
@@ -406,6 +410,18 @@ impl<B: Backend> Block<B> {
         kv: &mut dyn KvStore<B>,
         tap: &mut dyn Tap<B>,
     ) -> Result<(), ModelError> {
+        self.step_asked(x, (side, step), kv, tap, None)
+    }
+
+    /// As [`Block::step`]; where the rows are those of a prompt, with what they ask and read.
+    fn step_asked(
+        &self,
+        x: &mut B::Rows,
+        (side, step): (&mut Side<B>, &B::Step),
+        kv: &mut dyn KvStore<B>,
+        tap: &mut dyn Tap<B>,
+        asked: Option<(Asked<B>, &PromptRead)>,
+    ) -> Result<(), ModelError> {
         let mut look = Look::new(&self.backend, tap);
         let keep = |x: &B::Rows, wanted: bool| wanted.then(|| self.backend.copy(x));
         // Of several streams the block computes on one.
@@ -428,12 +444,12 @@ impl<B: Backend> Block<B> {
                 let h = m.normed(&self.backend, x);
                 let mut y = m.forward(self.layer, &h, step, kv, &mut look)?;
                 if let Some(a) = a {
-                    let beside = a.forward(self.layer, (x, Some(&h)), (side, step), kv, &mut look)?;
+                    let beside = a.forward(self.layer, (x, Some(&h)), (side, step), kv, &mut look, asked)?;
                     span("add", || self.backend.add(&mut y, &beside));
                 }
                 Some(y)
             }
-            (None, Some(a)) => Some(a.forward(self.layer, (x, shared.as_ref()), (side, step), kv, &mut look)?),
+            (None, Some(a)) => Some(a.forward(self.layer, (x, shared.as_ref()), (side, step), kv, &mut look, asked)?),
             (None, None) => None,
         };
         // Side by side the FFN reads the stream before attention is added.
@@ -506,15 +522,22 @@ pub(crate) fn normed<B: Backend>(backend: &B, norm: &B::Norm, x: &B::Rows) -> B:
     span("norm", || backend.norm(norm, x))
 }
 
+/// What rows ask of the keys before them: their queries, and what the mixed values are multiplied with.
+struct Asked<B: Backend> {
+    q: B::Rows,
+    gate: Option<B::Rows>,
+}
+
 impl<B: Backend> AttentionPart<B> {
-    fn forward(
+    /// The queries of rows; their keys and values are written.
+    fn ask(
         &self,
         layer: usize,
         x: (&B::Rows, Option<&B::Rows>),
         (side, step): (&mut Side<B>, &B::Step),
         kv: &mut dyn KvStore<B>,
         look: &mut Look<'_, B>,
-    ) -> Result<B::Rows, ModelError> {
+    ) -> Result<Asked<B>, ModelError> {
         let backend = look.backend;
         let mut own = None;
         let h = read(backend, self.norm.as_ref(), x, &mut own);
@@ -543,24 +566,51 @@ impl<B: Backend> AttentionPart<B> {
             }
             None => None,
         };
-        let (mut mass, select) = (kv.lend_mass(layer), kv.selector(layer));
         let pages = kv.pages(layer)?;
         if let Some([k, v]) = write {
             span("keys and values written", || backend.write(pages, layer, step, k, v));
         }
-        let select = select.as_deref();
-        let (mixed, reads) = match select {
-            None => (span("attention", || backend.attend(&self.scores, pages, layer, step, &q)), None),
-            Some(by) => {
-                let some = || backend.attend_chosen(&self.scores, pages, layer, step, &q, by);
-                let (mixed, reads) = span("attention", some)?;
-                (mixed, Some(reads))
+        Ok(Asked { q, gate })
+    }
+
+    fn forward(
+        &self,
+        layer: usize,
+        x: (&B::Rows, Option<&B::Rows>),
+        (side, step): (&mut Side<B>, &B::Step),
+        kv: &mut dyn KvStore<B>,
+        look: &mut Look<'_, B>,
+        asked: Option<(Asked<B>, &PromptRead)>,
+    ) -> Result<B::Rows, ModelError> {
+        let backend = look.backend;
+        let (Asked { q, gate }, foreseen) = match asked {
+            Some((asked, read)) => (asked, Some(read)),
+            None => (self.ask(layer, x, (side, step), kv, look)?, None),
+        };
+        let layer = self.kv_from.unwrap_or(layer);
+        let (mut mass, select) = (kv.lend_mass(layer), kv.selector(layer));
+        let mut decisions = select.as_ref().map_or_else(Decisions::default, |_| kv.lend_decisions(layer));
+        let pages = kv.pages(layer)?;
+        let mixed = match (foreseen, select.as_deref()) {
+            (Some(read), _) => {
+                let some = || backend.attend_foreseen(&self.scores, pages, layer, step, &q, read);
+                span("attention", some).map(|(mixed, reads)| (mixed, Some(reads)))
+            }
+            (None, None) => Ok((span("attention", || backend.attend(&self.scores, pages, layer, step, &q)), None)),
+            (None, Some(select)) => {
+                let asks = Asks { select, decisions: &mut decisions };
+                let some = || backend.attend_chosen(&self.scores, pages, layer, step, &q, asks);
+                span("attention", some).map(|(mixed, reads)| (mixed, Some(reads)))
             }
         };
         if !mass.is_empty() {
             span("attention added up", || backend.weigh(&self.scores, pages, layer, step, &q, &mut mass));
             kv.take_mass(layer, mass);
         }
+        if select.is_some() {
+            kv.take_decisions(layer, decisions);
+        }
+        let (mixed, reads) = mixed?;
         if let Some(reads) = reads {
             kv.count_reads(reads);
         }

@@ -2,11 +2,11 @@
 
 use std::sync::Arc;
 
-use lacuna_contract::Select;
+use lacuna_contract::{Select, SelectPrompt};
 use lacuna_kernels::{KvFormat, KvLayout, Mass};
 use lacuna_spec::{LayerSpec, Mixer, Spec};
 
-use crate::backend::{Backend, Cpu, Pages, Reads, States, Table, Tables};
+use crate::backend::{Backend, Cpu, Decisions, Pages, Reads, States, Table, Tables};
 use crate::{Batch, ModelError};
 
 /// A store of keys and values for several sequences: it owns the pages of a backend and says which of them, by their
@@ -50,6 +50,20 @@ pub trait KvStore<B: Backend = Cpu> {
     /// What says which blocks of keys rows read in block `layer`; none where they read all. Its pages keep the pooled
     /// keys that it reads ([`Pages::pool_keys`]).
     fn selector(&self, _layer: usize) -> Option<Arc<dyn Select>> {
+        None
+    }
+
+    /// Lends what it answered in block `layer` where tiles of several positions begin; a store whose selectors say
+    /// such tiles keeps it beside its pages.
+    fn lend_decisions(&mut self, _layer: usize) -> Decisions {
+        Decisions::default()
+    }
+
+    /// Takes it back, with what was decided since.
+    fn take_decisions(&mut self, _layer: usize, _decisions: Decisions) {}
+
+    /// What says, when all of a prompt is there, which keys its tiles read in block `layer`; none where they read all.
+    fn prompt_selector(&self, _layer: usize) -> Option<Arc<dyn SelectPrompt>> {
         None
     }
 

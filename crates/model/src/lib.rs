@@ -32,9 +32,9 @@ mod parts;
 mod profile;
 mod tap;
 
-pub use backend::{Backend, Cpu, GateAsk, Naive, Pages, Reads, States, Table, Tables};
+pub use backend::{Asks, Backend, Cpu, Decisions, GateAsk, Naive, Pages, PromptRead, Reads, States, Table, Tables};
 pub use batch::Batch;
-pub use block::Block;
+pub use block::{Block, PromptPass};
 pub use decoder::{Decoder, Embedding, Head, LoadOptions};
 pub use error::ModelError;
 pub use gating::GateStore;

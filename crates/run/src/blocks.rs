@@ -186,7 +186,7 @@ impl<B: Backend> BlockStore<B> {
 
     /// Bytes of one block.
     pub fn block_bytes(&self) -> usize {
-        self.pools.iter().map(B::Pages::block_bytes).sum()
+        self.pools.iter().map(B::Pages::block_bytes).sum::<usize>() + self.decision_bytes()
     }
 
     /// Blocks that the budget allows.
@@ -211,6 +211,7 @@ impl<B: Backend> BlockStore<B> {
     fn give_back(&mut self, block: u32) {
         self.made -= 1;
         self.gone.push(block);
+        self.forget_decisions(block);
         self.pools.iter_mut().for_each(|p| p.release(block));
     }
 
@@ -285,7 +286,7 @@ impl<B: Backend> BlockStore<B> {
         let (written, begun) = (t.tokens, t.blocks.get(lent).copied().filter(|_| slots % BLOCK_TOKENS > 0));
         blocks.extend((0..own).map(|_| self.fresh()));
         if let Some(theirs) = begun {
-            self.pools.iter_mut().for_each(|p| p.copy(theirs, blocks[lent]));
+            self.copy_block(theirs, blocks[lent]);
         }
         Some(self.place_for(Text {
             blocks,
@@ -414,7 +415,7 @@ impl<B: Backend> BlockStore<B> {
         let clock = self.tick();
         self.touch(serial, clock);
         let (mine, theirs) = (self.text(slot).blocks[at], self.published.get(&serial).map(|p| p.block));
-        theirs.iter().for_each(|&theirs| self.pools.iter_mut().for_each(|p| p.copy(theirs, mine)));
+        theirs.iter().for_each(|&theirs| self.copy_block(theirs, mine));
         let t = self.text_mut(slot);
         t.tail.extend_from_slice(&rest[..n]);
         t.tokens += n;
@@ -588,8 +589,8 @@ impl<B: Backend> BlockStore<B> {
         self.idle.insert((clock, Reverse(p.depth), serial));
     }
 
-    /// A block of one's own. The caller has seen that one is available.
-    fn fresh(&mut self) -> u32 {
+    /// A block that nobody uses. The caller has seen that one is available.
+    fn any_block(&mut self) -> u32 {
         if let Some(block) = self.spare.pop() {
             return block;
         }

@@ -127,8 +127,8 @@ impl Engine {
     pub fn check_plan(&self) -> Result<(), RunError> {
         let kept = self.keep_plan();
         let checked = kept.map_or(Ok(()), |plan| keep::check(plan, &self.model.spec, self.context));
-        let read = self.plan.select().map(|select| select.plan());
-        let checked = checked.and_then(|()| read.map_or(Ok(()), |plan| select::check(plan, kept)));
+        let checked =
+            checked.and_then(|()| self.plan.select().map_or(Ok(()), |by| select::check(by, &self.model.spec, kept)));
         let (meant, loaded) = (self.plan.gate(), self.model.gate());
         let same = meant.map(Arc::as_ptr).zip(loaded.map(Arc::as_ptr)).is_some_and(|(a, b)| std::ptr::addr_eq(a, b));
         let checked = checked.and_then(|()| match (meant, loaded) {

@@ -27,5 +27,5 @@ pub use plan::{QUESTIONS, RunPlan};
 pub use request::{Event, Finished, Grammar, Job, Picked, Pooling, Request};
 pub use sampler::{Probability, Sampler, Sampling};
 pub use scheduler::{Gauges, Limits, Scheduler, Step};
-pub use score::score;
+pub use score::{read, score};
 pub use session::{DEFAULT_CHUNK, Generated, Session, Stats};

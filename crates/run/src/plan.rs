@@ -2,7 +2,7 @@
 
 use std::sync::Arc;
 
-use lacuna_contract::{Draft, Gate, Keep, MadeRunning, MethodError, Registry, Select};
+use lacuna_contract::{Draft, Gate, Keep, MadeRunning, MethodError, Registry, Selector};
 use serde_json::{Map, Value, json};
 
 use crate::blocks::keep::slots;
@@ -135,8 +135,8 @@ impl RunPlan {
         self.entries.iter().find_map(|e| if let MadeRunning::Keep(k) = &e.made { Some(k.as_ref()) } else { None })
     }
 
-    /// What decides which keys a query reads.
-    pub fn select(&self) -> Option<&Arc<dyn Select>> {
+    /// What decides which keys queries read.
+    pub fn select(&self) -> Option<&Selector> {
         self.entries.iter().find_map(|e| if let MadeRunning::Select(s) = &e.made { Some(s) } else { None })
     }
 

@@ -1,5 +1,7 @@
 //! What is asked of a scheduler, and what it answers.
 
+use lacuna_base::Mat;
+
 use crate::{Generation, Probability, RunError, Stop};
 
 /// A grammar that an answer must follow, token by token.
@@ -49,6 +51,8 @@ pub enum Job {
     Forced(Vec<u32>),
     /// Turn it into a vector of length 1: the rows that would be multiplied by the head, pooled.
     Embed(Pooling),
+    /// Read it, and tell what each of its tokens becomes: measurements compare them with another model's.
+    Read,
 }
 
 impl Request {
@@ -119,6 +123,13 @@ pub enum Event {
         /// Tokens of the text.
         tokens: usize,
     },
+    /// The residual stream behind the last block of the next tokens of the text, for [`Job::Read`]: all in order.
+    Rows {
+        /// The position of the first.
+        from: usize,
+        /// `[tokens, hidden]`.
+        rows: Mat,
+    },
     /// It could not be done.
     Failed(RunError),
 }
@@ -126,6 +137,6 @@ pub enum Event {
 impl Event {
     /// Whether nothing more is told of the request.
     pub fn is_last(&self) -> bool {
-        !matches!(self, Event::Read(_) | Event::Text { .. })
+        !matches!(self, Event::Read(_) | Event::Text { .. } | Event::Rows { .. })
     }
 }

@@ -126,7 +126,7 @@ impl Session {
                     text.push_str(&piece);
                     enough = on_text(&piece).is_break();
                 }
-                Event::Read(_) | Event::Text { .. } | Event::Embedding { .. } => {}
+                Event::Read(_) | Event::Text { .. } | Event::Embedding { .. } | Event::Rows { .. } => {}
                 Event::Finished(f) => end = Some(Ok(f)),
                 Event::Failed(e) => end = Some(Err(e)),
             });

@@ -73,7 +73,7 @@ fn gather(answers: &mut BTreeMap<u64, Answer>, id: u64, event: Event) {
             a.tokens.extend(tokens);
         }
         Event::Finished(f) => a.done = Some(f),
-        Event::Read(_) => panic!("nobody asked"),
+        Event::Read(_) | Event::Rows { .. } => panic!("nobody asked"),
         Event::Embedding { vector, .. } => a.vector = vector,
         Event::Failed(e) => a.failed = Some(e.to_string()),
     }

@@ -1,22 +1,23 @@
 //! Selectors on tiny checkpoints: what a row reads is what their definition says, with the same answer alone and in
 //! company, in any chunks, where texts share beginnings and under drafts; and less is read.
 
+#[path = "common/answers.rs"]
+mod answers;
 mod common;
 
-use std::collections::BTreeMap;
 use std::path::Path;
 use std::sync::Arc;
+use std::sync::atomic::{AtomicUsize, Ordering};
 
+use answers::{Answer, ask, drain, plan, requests};
 use common::{after, tokenizer};
 use lacuna_base::Rng;
-use lacuna_contract::{MethodError, Pool, Pooled, Select, SelectAsk, SelectPlan, SelectScope, StepSeconds};
+use lacuna_contract::{MethodError, Pool, Pooled, Select, SelectAsk, SelectPlan, SelectScope, Selector, StepSeconds};
 use lacuna_kernels::KvFormat;
 use lacuna_model::{
     Backend, Batch, ContiguousKv, Cpu, Decoder, KvStore, LoadOptions, ModelError, Naive, NoTap, Reads, Table,
 };
-use lacuna_run::{
-    BlockStore, Engine, Event, Generation, Job, Limits, Pooling, Request, RunPlan, Sampling, Scheduler, Stop,
-};
+use lacuna_run::{BlockStore, Engine, Event, Generation, Job, Limits, Pooling, Request, RunPlan, Scheduler};
 
 const MODELS: [&str; 5] = ["llama", "gemma3", "qwen3", "llama_rope_longrope", "qwen3_moe"];
 const SELECTORS: [&str; 3] = [
@@ -24,13 +25,19 @@ const SELECTORS: [&str; 3] = [
     "pooled-blocks:budget=64,dense_layers=0,pool=mean",
     "pooled-blocks:budget=64,dense_layers=0,block=64",
 ];
+/// Tiles of a block, of less and of more, and such as end within blocks.
+const TILES: [&str; 4] = [
+    "pooled-blocks:budget=32,dense_layers=0,scope=tile",
+    "pooled-blocks:budget=64,dense_layers=0,pool=mean,scope=tile,tile=8",
+    "pooled-blocks:budget=32,dense_layers=0,scope=tile,tile=20",
+    "pooled-blocks:budget=32,dense_layers=0,scope=tile,tile=96",
+];
 
-fn plan(flags: &[(&str, &str)]) -> RunPlan {
-    let mut plan = RunPlan::none();
-    for (question, said) in flags {
-        plan.flag(question, said, &lacuna_methods::registry()).unwrap();
+fn rows_of(said: &str) -> Arc<dyn Select> {
+    match plan(&[("select", said)]).select() {
+        Some(Selector::Rows(by)) => Arc::clone(by),
+        _ => panic!("{said} asks at rows"),
     }
-    plan
 }
 
 fn engine(name: &str, flags: &[(&str, &str)], kv: KvFormat) -> Engine {
@@ -42,62 +49,13 @@ fn scheduler(e: Engine, batch: usize, prefill_rows: usize, blocks: usize, reuse:
     let spec = &e.model().spec;
     let mut store = BlockStore::new(spec, e.kv_format(), usize::MAX);
     if let Some(by) = e.plan().select() {
-        store = store.selecting(Arc::clone(by), spec, e.context(), usize::MAX);
+        store = store.selecting(by.clone(), spec, e.context(), usize::MAX);
     }
     let kv_bytes = blocks * store.block_bytes();
     let mut s = Scheduler::new(e, tokenizer(), Limits { batch, prefill_rows, kv_bytes, reuse });
     assert_eq!(s.gauges().blocks.total, blocks);
     s.set_prices(StepSeconds::new(vec![(1, 1.0), (64, 1.0)]).unwrap());
     s
-}
-
-#[derive(Default, Debug, PartialEq)]
-struct Answer {
-    ids: Vec<u32>,
-    stop: Option<Stop>,
-    probabilities: Vec<(u32, f32)>,
-}
-
-fn drain(s: &mut Scheduler) -> BTreeMap<u64, Answer> {
-    let mut answers: BTreeMap<u64, Answer> = BTreeMap::new();
-    for _ in 0..20_000 {
-        if s.is_idle() {
-            return answers;
-        }
-        s.step(&mut |id, event| {
-            let a = answers.entry(id).or_default();
-            match event {
-                Event::Text { tokens, .. } => {
-                    a.probabilities.extend(tokens.iter().filter_map(|t| Some((t.id, t.probability.as_ref()?.logprob))));
-                }
-                Event::Finished(f) => (a.ids, a.stop) = (f.ids, Some(f.stop)),
-                other => panic!("text {id}: {other:?}"),
-            }
-        });
-    }
-    panic!("the scheduler does not come to an end: {:?}", s.gauges());
-}
-
-/// Texts that share beginnings, greedy and drawn.
-fn requests(n: usize, seed: u64) -> Vec<Generation> {
-    let mut rng = Rng::new(seed);
-    let room = 240;
-    let root: Vec<u32> = (0..room).map(|_| 3 + rng.below(90) as u32).collect();
-    (0..n)
-        .map(|i| {
-            let mut prompt = root[..room / 3 + rng.below(room - room / 3)].to_vec();
-            prompt.extend((0..1 + rng.below(20)).map(|_| 3 + rng.below(90) as u32));
-            let drawn = Sampling { temperature: 1.0, top_p: 0.95, seed: i as u64, ..Sampling::default() };
-            let sampling = if i % 3 == 0 { drawn } else { Sampling::default() };
-            let max_tokens = 30 + rng.below(90);
-            Generation { prompt, max_tokens, sampling, ignore_end: true, ..Generation::default() }
-        })
-        .collect()
-}
-
-fn ask(g: &Generation) -> Request {
-    let job = Job::Generate { generation: g.clone(), logprobs: Some(2), grammar: None, special: false };
-    Request::new(g.prompt.clone(), job)
 }
 
 fn alone(name: &str, flags: &[(&str, &str)], kv: KvFormat, all: &[Generation]) -> (Vec<Answer>, Reads) {
@@ -119,7 +77,12 @@ fn a_budget_of_all_blocks_changes_no_bit() {
         for kv in [KvFormat::F32, KvFormat::F16, KvFormat::Q8] {
             let (dense, none) = alone(name, &[], kv, &all);
             assert_eq!(none, Reads::default());
-            for by in ["pooled-blocks:budget=400,dense_layers=0", "pooled-blocks:budget=1,dense_layers=99,pool=mean"] {
+            for by in [
+                "pooled-blocks:budget=400,dense_layers=0",
+                "pooled-blocks:budget=1,dense_layers=99,pool=mean",
+                "pooled-blocks:budget=400,dense_layers=0,scope=tile",
+                "pooled-blocks:budget=1,dense_layers=99,scope=tile,tile=50",
+            ] {
                 let (got, reads) = alone(name, &[("select", by)], kv, &all);
                 assert_eq!(got, dense, "{name} {kv:?} {by}");
                 assert!(reads.read == reads.all && reads.all > 0, "{reads:?}");
@@ -128,9 +91,11 @@ fn a_budget_of_all_blocks_changes_no_bit() {
                 assert_eq!(drain(&mut s).into_values().collect::<Vec<_>>(), dense, "{name} {kv:?} {by}");
             }
             // And one that texts exceed is an approximation, by which less is read.
-            let (got, reads) = alone(name, &[("select", SELECTORS[0])], kv, &all);
-            assert_ne!(got, dense, "{name} {kv:?}");
-            assert!(reads.read * 10 < reads.all * 9, "{name}: {reads:?}");
+            for by in [SELECTORS[0], TILES[0]] {
+                let (got, reads) = alone(name, &[("select", by)], kv, &all);
+                assert_ne!(got, dense, "{name} {kv:?}");
+                assert!(reads.read * 10 < reads.all * 9, "{name}: {reads:?}");
+            }
         }
     }
 }
@@ -140,7 +105,7 @@ fn no_answer_depends_on_company() {
     let mut preempted = 0;
     for name in MODELS {
         let all = requests(8, 2);
-        for by in SELECTORS {
+        for by in SELECTORS.into_iter().chain(TILES) {
             let (expected, _) = alone(name, &[("select", by)], KvFormat::F16, &all);
             let (mut accepted, mut reused) = (0, 0);
             for draft in ["none", "copyspec", "token-recycling"] {
@@ -212,8 +177,8 @@ fn rows_read_what_the_slow_twin_reads() {
             d.head.project(&d.head.normed(&hidden))
         };
         let all = project(&mut ContiguousKv::on(&Naive, &d.spec, 1, KvFormat::F32));
-        for by in SELECTORS {
-            let selector = Arc::clone(plan(&[("select", by)]).select().unwrap());
+        for by in SELECTORS.into_iter().chain(TILES) {
+            let selector = rows_of(by);
             let layers = d.spec.layers.iter().map(|l| l.attn.as_ref().is_some_and(|a| a.window.is_none())).collect();
             let kv = ContiguousKv::on(&Naive, &d.spec, 1, KvFormat::F32);
             let mut kv = Asking { kv, by: selector, layers, reads: Reads::default() };
@@ -270,7 +235,7 @@ fn blocks_that_are_left_out_take_no_part() {
         text
     };
     let run = |text: &[u32], block: usize, list: &[usize]| {
-        let by = Arc::new(Listed { list: list.to_vec(), block, group });
+        let by = Selector::Rows(Arc::new(Listed { list: list.to_vec(), block, group }));
         let mut kv = BlockStore::on(&Cpu, spec, KvFormat::F32, 1 << 30).selecting(by, spec, 400, 1 << 30);
         let slot = kv.open(0);
         assert!(kv.reserve(slot, text.len()));
@@ -311,9 +276,11 @@ fn embeddings_are_under_the_plan_too() {
             }
             out.unwrap()
         };
-        let flags = [("select", SELECTORS[0])];
-        assert_eq!(vector(&flags, 512), vector(&flags, 5));
-        assert_ne!(vector(&flags, 512), vector(&[], 512));
+        for by in [SELECTORS[0], TILES[2]] {
+            let flags = [("select", by)];
+            assert_eq!(vector(&flags, 512), vector(&flags, 5));
+            assert_ne!(vector(&flags, 512), vector(&[], 512));
+        }
     }
 }
 
@@ -321,14 +288,97 @@ fn embeddings_are_under_the_plan_too() {
 fn pooled_keys_are_counted() {
     let spec = &common::engine("gemma3").model().spec.clone();
     let plain = BlockStore::new(spec, KvFormat::F16, 1 << 20);
-    let by = Arc::clone(plan(&[("select", SELECTORS[0])]).select().unwrap());
-    let store = BlockStore::new(spec, KvFormat::F16, 1 << 20).selecting(by, spec, 400, 1 << 20);
+    let with = |said: &str| {
+        let by = plan(&[("select", said)]).select().cloned().unwrap();
+        BlockStore::new(spec, KvFormat::F16, 1 << 20).selecting(by, spec, 400, 1 << 20)
+    };
+    let store = with(SELECTORS[0]);
     // Those of layers without a window.
     let asked = spec.layers.iter().filter_map(|l| l.attn.as_ref()).filter(|a| a.window.is_none());
     let more: usize = asked.map(|a| 2 * 4 * a.kv_heads * a.head_dim).sum();
     assert!(more > 0);
     assert_eq!(store.block_bytes(), plain.block_bytes() + more);
     assert_eq!(store.total(), (1 << 20) / store.block_bytes());
+    // What is decided where tiles begin counts, too: four of 8 positions in a block of 32, one of 32 or more.
+    let decided = |said: &str| with(said).block_bytes() - store.block_bytes();
+    assert!(decided(TILES[0]) > 0 && decided(TILES[0]) == decided(TILES[3]));
+    let mean = plain.block_bytes() + more / 2;
+    assert_eq!(with(TILES[1]).block_bytes() - mean, 4 * decided(TILES[0]));
+}
+
+/// Asks somebody else and counts.
+struct Counted(Arc<dyn Select>, AtomicUsize);
+
+impl Select for Counted {
+    fn plan(&self) -> SelectPlan {
+        self.0.plan()
+    }
+    fn select(&self, ask: &SelectAsk<'_>) -> Result<Vec<usize>, MethodError> {
+        self.1.fetch_add(1, Ordering::Relaxed);
+        self.0.select(ask)
+    }
+}
+
+/// Once for each head of each layer where a tile begins behind a whole block, however the text is cut.
+#[test]
+fn tiles_are_asked_about_once() {
+    let e = common::engine("llama").with_context(400);
+    let spec = &e.model().spec;
+    let heads: usize = spec.layers.iter().filter_map(|l| l.attn.as_ref()).map(|a| a.kv_heads).sum();
+    let text: Vec<u32> = (0..200).map(|i| 3 + i * 13 % 90).collect();
+    for (said, starts) in [
+        (TILES[0], (1..7).map(|k| k * 32).collect::<Vec<_>>()),
+        (TILES[1], (4..25).map(|k| k * 8).collect()),
+        (TILES[2], (2..10).map(|k| k * 20).collect()),
+        (TILES[3], vec![96, 192]),
+        (SELECTORS[0], (32..200).collect()),
+    ] {
+        let mut answers = Vec::new();
+        for chunk in [200, 64, 7] {
+            let by = Arc::new(Counted(rows_of(said), AtomicUsize::new(0)));
+            let selector = Selector::Rows(by.clone());
+            let mut kv = BlockStore::on(&Cpu, spec, KvFormat::F32, 1 << 30).selecting(selector, spec, 400, 1 << 30);
+            let slot = kv.open(0);
+            assert!(kv.reserve(slot, text.len()));
+            let mut last = None;
+            for from in (0..text.len()).step_by(chunk) {
+                let to = (from + chunk).min(text.len());
+                let batch = Batch::one(slot, from..to);
+                let rows = e.model().forward(&text[from..to], &batch, &mut kv, &mut NoTap).unwrap();
+                last = Some(rows.row(to - from - 1).to_vec());
+            }
+            assert_eq!(by.1.load(Ordering::Relaxed), heads * starts.len(), "{said}, {chunk}");
+            answers.push((last, kv.reads()));
+        }
+        assert!(answers[0] == answers[1] && answers[0] == answers[2], "{said}");
+    }
+}
+
+/// A row whose tile nobody decided about is an error, not a guess.
+#[test]
+fn a_row_without_a_decision_is_refused() {
+    let e = common::engine("llama").with_context(400);
+    let (model, spec) = (e.model(), &e.model().spec);
+    let layers = vec![true; spec.layers.len()];
+    let text: Vec<u32> = (0..40).map(|i| 3 + i * 13 % 90).collect();
+    let plain = ContiguousKv::new(spec, 1);
+    // This store keeps no decisions.
+    let mut kv = Asking { kv: plain, by: Arc::new(Blind(rows_of(TILES[0]))), layers, reads: Reads::default() };
+    model.forward(&text[..33], &Batch::one(0, 0..33), &mut kv, &mut NoTap).unwrap();
+    let e = model.forward(&text[33..], &Batch::one(0, 33..40), &mut kv, &mut NoTap).unwrap_err().to_string();
+    assert!(e.contains("position 33") && e.contains("decided at position 32"), "{e}");
+}
+
+/// A selector over pages without pooled keys: tiles that begin before the first whole block ask nothing of them.
+struct Blind(Arc<dyn Select>);
+
+impl Select for Blind {
+    fn plan(&self) -> SelectPlan {
+        SelectPlan { block: 64, ..self.0.plan() }
+    }
+    fn select(&self, ask: &SelectAsk<'_>) -> Result<Vec<usize>, MethodError> {
+        self.0.select(ask)
+    }
 }
 
 #[test]
@@ -340,17 +390,20 @@ fn beside_a_keeper_blocks_are_those_of_what_stays() {
         let (got, reads) =
             alone(name, &[keep, ("select", "pooled-blocks:budget=400,dense_layers=0")], KvFormat::F16, &all);
         assert!(got == kept && reads.read == reads.all, "{name}: all that stays is read");
-        let both = [keep, ("select", SELECTORS[0])];
-        let (expected, reads) = alone(name, &both, KvFormat::F16, &all);
-        assert!(expected != kept && reads.read * 10 < reads.all * 9, "{name}: {reads:?}");
-        for (batch, rows, blocks, reuse) in [(1, 7, 99, true), (6, 33, 999, true), (3, 16, 14, true)] {
-            for draft in ["none", "copyspec"] {
-                let e = engine(name, &[both[0], both[1], ("draft", draft)], KvFormat::F16);
-                let mut s = scheduler(e, batch, rows, blocks, reuse);
-                all.iter().enumerate().for_each(|(i, g)| s.submit(i as u64, ask(g)).unwrap());
-                let got = drain(&mut s).into_values().collect::<Vec<_>>();
-                assert_eq!(got, expected, "{name}, {draft}: {batch} x {rows} in {blocks} blocks");
-                assert!(s.gauges().evicted > 0);
+        for by in [SELECTORS[0], TILES[1]] {
+            let both = [keep, ("select", by)];
+            let (expected, reads) = alone(name, &both, KvFormat::F16, &all);
+            let most = if by == SELECTORS[0] { 9 } else { 10 };
+            assert!(expected != kept && reads.read * 10 < reads.all * most, "{name}: {reads:?}");
+            for (batch, rows, blocks, reuse) in [(1, 7, 99, true), (6, 33, 999, true), (3, 16, 14, true)] {
+                for draft in ["none", "copyspec"] {
+                    let e = engine(name, &[both[0], both[1], ("draft", draft)], KvFormat::F16);
+                    let mut s = scheduler(e, batch, rows, blocks, reuse);
+                    all.iter().enumerate().for_each(|(i, g)| s.submit(i as u64, ask(g)).unwrap());
+                    let got = drain(&mut s).into_values().collect::<Vec<_>>();
+                    assert_eq!(got, expected, "{name}, {by}, {draft}: {batch} x {rows} in {blocks} blocks");
+                    assert!(s.gauges().evicted > 0);
+                }
             }
         }
     }
@@ -361,7 +414,10 @@ fn what_cannot_run_is_refused_with_its_numbers() {
     for (flags, words) in [
         (vec![("select", "pooled-blocks:block=48")], vec!["blocks of 48", "multiple", "32"]),
         (vec![("select", "pooled-blocks:block=16")], vec!["blocks of 16"]),
-        (vec![("select", "pooled-blocks:tile=8")], vec!["tiles of 8", "tile of 1"]),
+        (
+            vec![("select", TILES[2]), ("keep", "streaming-llm:budget=50,every=32")],
+            vec!["tiles of 20", "every 32 positions", "divides 32"],
+        ),
         (
             vec![("select", "pooled-blocks"), ("keep", "h2o:budget=50")],
             vec!["keeper that goes by the attention", "leave one"],
@@ -374,6 +430,9 @@ fn what_cannot_run_is_refused_with_its_numbers() {
         assert_eq!(s.submit(0, ask(&requests(1, 1)[0])).unwrap_err().to_string(), said);
     }
     assert!(engine("llama", &[("select", "pooled-blocks:block=96")], KvFormat::F16).check_plan().is_ok());
+    let row =
+        RunPlan::none().flag("select", "pooled-blocks:tile=8", &lacuna_methods::registry()).unwrap_err().to_string();
+    assert!(row.contains("tile = 8") && row.contains("scope = \"tile\""), "{row}");
     let said = plan(&[("select", SELECTORS[0]), ("draft", "copyspec")]).words();
     assert!(said[0].ends_with("lossless") && said[1].ends_with("an approximation"), "{said:?}");
     let hash = |by: &str| plan(&[("select", by)]).hash();

@@ -296,7 +296,7 @@ impl Talk {
                 metrics.prompt_tokens.fetch_add(*tokens as u64, Ordering::Relaxed);
                 metrics.whole(now - self.accepted);
             }
-            Event::Read(_) | Event::Failed(_) => {}
+            Event::Read(_) | Event::Rows { .. } | Event::Failed(_) => {}
         }
     }
 }

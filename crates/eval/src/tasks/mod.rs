@@ -9,7 +9,7 @@ use lacuna_format::Weights;
 use serde::Serialize;
 use serde_json::{Map, Value};
 
-use crate::stream::{Means, Streams, must_spill, score, steps};
+use crate::stream::{Means, Reader, Streams, must_spill, score, steps};
 use crate::{EvalError, loss};
 
 /// Every kind of task.
@@ -90,6 +90,8 @@ pub struct Exam<'a> {
     pub room: Means,
     /// Told how many of how many steps are done.
     pub progress: Option<&'a dyn Fn(usize, usize)>,
+    /// Who reads the questions in the model's place; nobody: its weights, block by block.
+    pub reader: Option<Reader<'a>>,
 }
 
 /// Reads questions, one JSON object a line; all must be of one kind.
@@ -174,7 +176,10 @@ impl Exam<'_> {
             }
         };
         let spill = must_spill(&[model], &sequences, &self.room)?;
-        let mut streams = Streams::run(model, &sequences, spill, &self.room, &mut step)?;
+        let mut streams = match self.reader {
+            None => Streams::run(model, &sequences, spill, &self.room, &mut step)?,
+            Some(reader) => Streams::read(model, &sequences, spill, &self.room, reader)?,
+        };
         let mut wanted = Vec::new();
         for (s, (tokens, target)) in asked.iter().enumerate() {
             wanted.extend((tokens.len() - target..tokens.len()).map(|p| (streams.row(s, p - 1), tokens[p])));

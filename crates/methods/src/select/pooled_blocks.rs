@@ -15,13 +15,13 @@
 //! **Departs.** Query heads that share a key head share its blocks, where the paper's every head has its own. Blocks
 //! hold 32 positions, as the cache's do, for the paper's 16. The newest, unfinished block is read beside the budget
 //! and not within it. Prompts are read by the same rule, where the paper reads them whole. Where scores are alike the
-//! earlier block is read.
+//! earlier block is read. With `scope = "tile"` the positions of a tile read what the first of them chose.
 
 use std::sync::Arc;
 
 use lacuna_base::MatRef;
 use lacuna_contract::{
-    Card, MadeRunning, MethodError, Pool, Pooled, RunMethod, Select, SelectAsk, SelectPlan, SelectScope,
+    Card, MadeRunning, MethodError, Pool, Pooled, RunMethod, Select, SelectAsk, SelectPlan, SelectScope, Selector,
 };
 use serde::Deserialize;
 
@@ -38,17 +38,31 @@ struct PooledBlocks {
     block: Whole<1, 1024>,
     /// How its keys are pooled: "bounds" or "mean".
     pool: Pool,
-    /// Positions whose queries share an answer, 1 (each for itself) to 1024.
-    tile: Whole<1, 1024>,
+    /// Who is asked: every position ("row"), or the first of each tile for all of it ("tile").
+    scope: Sharing,
+    /// Positions of a tile where tiles share an answer, 1 to 1024; 32 where nothing is said.
+    tile: Option<Whole<1, 1024>>,
     /// First layers, which read everything.
     dense_layers: usize,
 }
 
+/// See [`PooledBlocks::scope`].
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[serde(rename_all = "snake_case")]
+enum Sharing {
+    Row,
+    Tile,
+}
+
 impl Default for PooledBlocks {
     fn default() -> PooledBlocks {
-        PooledBlocks { budget: Whole(1024), block: Whole(32), pool: Pool::Bounds, tile: Whole(1), dense_layers: 2 }
+        let (budget, block) = (Whole(1024), Whole(32));
+        PooledBlocks { budget, block, pool: Pool::Bounds, scope: Sharing::Row, tile: None, dense_layers: 2 }
     }
 }
+
+/// Positions of a tile where nothing else is said.
+const TILE: usize = 32;
 
 pub(crate) fn method() -> RunMethod {
     RunMethod {
@@ -64,7 +78,15 @@ pub(crate) fn method() -> RunMethod {
             abilities: &[],
         },
         keys: make::keys::<PooledBlocks>,
-        make: |given, _| Ok(MadeRunning::Select(Arc::new(make::parameters::<PooledBlocks>("pooled-blocks", given)?))),
+        make: |given, _| {
+            let made = make::parameters::<PooledBlocks>("pooled-blocks", given)?;
+            if let (Sharing::Row, Some(Whole(tile))) = (made.scope, made.tile) {
+                return Err(MethodError::new(format!(
+                    "tile = {tile}: with scope = \"row\" every position asks for itself; write scope = \"tile\" beside it"
+                )));
+            }
+            Ok(MadeRunning::Select(Selector::Rows(Arc::new(made))))
+        },
     }
 }
 
@@ -142,7 +164,10 @@ impl PooledBlocks {
 
 impl Select for PooledBlocks {
     fn plan(&self) -> SelectPlan {
-        let scope = if self.tile.0 == 1 { SelectScope::Row } else { SelectScope::Tile(self.tile.0) };
+        let scope = match self.scope {
+            Sharing::Row => SelectScope::Row,
+            Sharing::Tile => SelectScope::Tile(self.tile.map_or(TILE, |tile| tile.0)),
+        };
         SelectPlan { pool: self.pool, block: self.block.0, scope }
     }
 

@@ -5,7 +5,7 @@ use std::ops::Range;
 use std::sync::{Arc, Mutex};
 
 use lacuna_base::{Mat, MatMut, MatRef};
-use lacuna_contract::{Pool, Select};
+use lacuna_contract::{Pool, PromptAsk, Select, SelectPrompt, SelectScope};
 use lacuna_format::Stored;
 use lacuna_kernels as kernels;
 use lacuna_kernels::{
@@ -16,10 +16,10 @@ use lacuna_spec::{Activation, Experts, Mixer, Norm, Place, Rope, RouterScore, Te
 
 use super::chosen;
 use super::gate::leave;
-use super::select::{Blocks, PooledKeys};
+use super::select::{Blocks, Decided, PooledKeys, asks_at};
 use super::{
-    Backend, GateAsk, Host, LEAST_SQUARE, Measure, MixerVectors, NO_CHOICE, Pages, Reads, Routes, SlotStates, Tables,
-    Xielu,
+    Asks, Backend, GateAsk, Host, LEAST_SQUARE, Measure, MixerVectors, NO_CHOICE, Pages, PromptRead, Reads, Routes,
+    SlotStates, Tables, Xielu,
 };
 use crate::lent::Reused;
 use crate::{Batch, Lent, ModelError};
@@ -110,23 +110,64 @@ fn kept(pool: Pool) -> KeyPool {
     }
 }
 
-/// What each of some rows of one sequence reads of one key head, as [`PooledKeys::read`] says it.
+/// What a selector answers to each of some rows of one sequence about one key head, as [`PooledKeys::decide`] says it.
 fn ask(
     select: &dyn Select,
     (layer, head): (usize, usize),
     (q, slots): (MatRef<'_>, &[usize]),
-    rows: Range<usize>,
+    rows: &[usize],
     kv: &KvView<'_>,
-) -> Result<Vec<Blocks>, ModelError> {
+) -> Result<Vec<Decided>, ModelError> {
     let (plan, dim) = (select.plan(), kv.pool.layout().head_dim);
     let group = q.cols() / dim / kv.pool.layout().kv_heads;
-    let last = slots[rows.clone()].iter().max().copied().unwrap_or(0);
+    let last = rows.iter().map(|r| slots[*r]).max().unwrap_or(0);
     let pooled = PooledKeys::new(plan, dim, last, |nth| kv.pooled(head, nth))?;
-    let of_row = |r: usize| {
-        let mine = &q.row(r)[head * group * dim..][..group * dim];
-        pooled.read(select, (layer, head), MatRef::new(group, dim, mine), slots[r])
+    let of_row = |r: &usize| {
+        let mine = &q.row(*r)[head * group * dim..][..group * dim];
+        pooled.decide(select, (layer, head), MatRef::new(group, dim, mine), slots[*r])
     };
-    rows.map(of_row).collect()
+    rows.iter().map(of_row).collect()
+}
+
+/// The results of `n` independent tasks in their order, or the first error.
+fn in_order<T: Send>(
+    n: usize,
+    cost: usize,
+    f: impl Fn(usize) -> Result<T, ModelError> + Sync,
+) -> Result<Vec<T>, ModelError> {
+    let done: Vec<Mutex<Option<Result<T, ModelError>>>> = (0..n).map(|_| Mutex::new(None)).collect();
+    kernels::tasks(n, cost, |i| {
+        let result = f(i);
+        // Nobody else meets it.
+        *done[i].lock().unwrap_or_else(|e| e.into_inner()) = Some(result);
+    });
+    done.into_iter().filter_map(|d| d.into_inner().unwrap_or_else(|e| e.into_inner())).collect()
+}
+
+/// Attention of a step's rows, each of which reads of each key head what `read` says.
+fn attend_some(
+    how: &Attention,
+    (pages, layer): (&KvPool, usize),
+    step: &Step,
+    q: &Lent,
+    read: impl Fn(usize, usize) -> Blocks,
+) -> (Lent, Reads) {
+    let (layout, slots) = (pages.layout(), step.tables.slots());
+    let (mut chosen, mut reads) = (Chosen::new(layout.kv_heads), Reads::default());
+    let bytes = (layout.token_bytes(pages.format()) / layout.kv_heads) as u64;
+    for (r, &slot) in slots.iter().enumerate() {
+        for head in 0..layout.kv_heads {
+            let blocks = read(r, head);
+            reads.row(slot, blocks.as_deref(), bytes);
+            match blocks {
+                None => chosen.push(slot, 0..slot / KEY_BLOCK),
+                Some(blocks) => chosen.push(slot, blocks),
+            }
+        }
+    }
+    let mut out = Lent::new(q.rows(), q.cols());
+    how.run_chosen(q.view(), slots, step.views(pages, layer), &chosen, out.view_mut());
+    (out, reads)
 }
 
 impl Cpu {
@@ -399,15 +440,7 @@ impl Backend for Cpu {
     }
 
     fn products_gated(&self, all: &[&Matrix], x: &Lent, ask: &GateAsk<'_>) -> Result<(Vec<Lent>, Reads), ModelError> {
-        let answers: Vec<Mutex<Result<Option<Vec<u32>>, ModelError>>> =
-            (0..x.rows()).map(|_| Mutex::new(Ok(None))).collect();
-        kernels::tasks(answers.len(), 16 * x.cols(), |r| {
-            let answer = ask.channels(x.row(r));
-            // Nobody else meets it.
-            *answers[r].lock().unwrap_or_else(|e| e.into_inner()) = answer;
-        });
-        let answers = answers.into_iter().map(|a| a.into_inner().unwrap_or_else(|e| e.into_inner()));
-        let answers: Vec<Option<Vec<u32>>> = answers.collect::<Result<_, _>>()?;
+        let answers = in_order(x.rows(), 16 * x.cols(), |r| ask.channels(x.row(r)))?;
         let mut x = self.copy(x);
         for (r, channels) in answers.iter().enumerate() {
             channels.iter().for_each(|channels| leave(x.row_mut(r), channels));
@@ -579,47 +612,103 @@ impl Backend for Cpu {
         layer: usize,
         step: &Step,
         q: &Lent,
-        select: &dyn Select,
+        asks: Asks<'_>,
     ) -> Result<(Lent, Reads), ModelError> {
-        let (layout, slots) = (pages.layout(), step.tables.slots());
-        let (sequences, heads): (Vec<(Range<usize>, KvView<'_>)>, _) =
-            (step.views(pages, layer).collect(), layout.kv_heads);
-        let pieces: Vec<(Range<usize>, &KvView<'_>)> = (sequences.iter())
-            .flat_map(|(rows, kv)| {
-                let piece = move |from: usize| (from..(from + ASKING).min(rows.end), kv);
-                rows.clone().step_by(ASKING).map(piece)
-            })
-            .collect();
-        // Every piece's answers for each head.
-        let answers: Vec<Mutex<Result<Vec<Blocks>, ModelError>>> =
-            (0..pieces.len() * heads).map(|_| Mutex::new(Ok(Vec::new()))).collect();
-        let longest = sequences.iter().map(|(_, kv)| kv.tokens).max().unwrap_or(0);
-        let cost = 4 * ASKING.min(q.rows()) * q.cols() / heads * longest / select.plan().block.max(1);
-        kernels::tasks(answers.len(), cost, |i| {
-            let (rows, kv) = &pieces[i / heads];
-            let answer = ask(select, (layer, i % heads), (q.view(), slots), rows.clone(), kv);
-            // Nobody else meets it.
-            *answers[i].lock().unwrap_or_else(|e| e.into_inner()) = answer;
-        });
-        let answers = answers.into_iter().map(|a| a.into_inner().unwrap_or_else(|e| e.into_inner()));
-        let answers: Vec<Vec<Blocks>> = answers.collect::<Result<_, _>>()?;
-        let (mut chosen, mut reads) = (Chosen::new(heads), Reads::default());
-        let bytes = (layout.token_bytes(pages.format()) / heads) as u64;
-        for (piece, (rows, _)) in pieces.iter().enumerate() {
-            for (nth, r) in rows.clone().enumerate() {
-                for head in 0..heads {
-                    let (slot, blocks) = (slots[r], answers[piece * heads + head][nth].as_deref());
-                    reads.row(slot, blocks, bytes);
-                    match blocks {
-                        None => chosen.push(slot, 0..slot / KEY_BLOCK),
-                        Some(blocks) => chosen.push(slot, blocks.iter().copied()),
-                    }
+        let Asks { select, decisions } = asks;
+        let (plan, layout) = (select.plan(), pages.layout());
+        let (slots, positions, heads) = (step.tables.slots(), step.batch.positions(), layout.kv_heads);
+        let (mut asking, mut views): (Vec<Vec<usize>>, Vec<KvView<'_>>) = (Vec::new(), Vec::new());
+        for (rows, kv) in step.views(pages, layer) {
+            let mine: Vec<usize> = rows.filter(|r| asks_at(plan, positions[*r])).collect();
+            for piece in mine.chunks(ASKING) {
+                asking.push(piece.to_vec());
+                views.push(kv);
+            }
+        }
+        let longest = views.iter().map(|kv| kv.tokens).max().unwrap_or(0);
+        let most = asking.iter().map(Vec::len).max().unwrap_or(0);
+        let cost = 4 * most * q.cols() / heads * longest / plan.block.max(1);
+        let answers = in_order(asking.len() * heads, cost, |i| {
+            let piece = i / heads;
+            ask(select, (layer, i % heads), (q.view(), slots), &asking[piece], &views[piece])
+        })?;
+        // What each row goes by: its own answers, or those of its tile's first row.
+        let mut by: Vec<Option<Arc<[Decided]>>> = vec![None; slots.len()];
+        let mut answers = answers.into_iter();
+        for rows in &asking {
+            let mut of_heads: Vec<_> = answers.by_ref().take(heads).map(Vec::into_iter).collect();
+            for &r in rows {
+                by[r] = Some(of_heads.iter_mut().filter_map(Iterator::next).collect());
+            }
+        }
+        if let SelectScope::Tile(tile) = plan.scope {
+            let page_tokens = layout.page_tokens;
+            for ((sequence, rows), table) in step.batch.runs().zip(step.tables.of(layer)) {
+                for r in step.batch.written(sequence, rows) {
+                    let answers = by[r].iter().filter(|_| asks_at(plan, positions[r]));
+                    answers.for_each(|a| decisions.put(table, page_tokens, positions[r] - table.shift, a));
+                }
+            }
+            for ((_, rows), table) in step.batch.runs().zip(step.tables.of(layer)) {
+                for r in rows {
+                    by[r] = Some(Arc::clone(decisions.of(table, page_tokens, (positions[r], tile.max(1)))?));
                 }
             }
         }
-        let mut out = Lent::new(q.rows(), q.cols());
-        how.run_chosen(q.view(), slots, sequences.iter().cloned(), &chosen, out.view_mut());
-        Ok((out, reads))
+        let read = |r: usize, head: usize| by[r].as_ref().and_then(|d| d.get(head)?.at(slots[r]));
+        Ok(attend_some(how, (pages, layer), step, q, read))
+    }
+
+    fn foresee(
+        &self,
+        how: &Attention,
+        pages: &KvPool,
+        layer: usize,
+        step: &Step,
+        q: &[&Lent],
+        by: &dyn SelectPrompt,
+    ) -> Result<PromptRead, ModelError> {
+        let layout = pages.layout();
+        let (dim, heads) = (layout.head_dim, layout.kv_heads);
+        let width = how.heads / heads * dim;
+        let Some((_, kv)) = step.views(pages, layer).next() else { return Ok(PromptRead::ALL) };
+        let tokens: usize = q.iter().map(|q| q.rows()).sum();
+        // As they are kept: attention meets the same ones.
+        let (mut keys, mut values) = (Mat::zeros(tokens, heads * dim), vec![0.0; heads * dim]);
+        for t in 0..tokens {
+            let page = pages.page(kv.blocks[t / layout.page_tokens]);
+            page.read(t % layout.page_tokens, keys.row_mut(t), &mut values);
+        }
+        let broken = |x: MatRef<'_>| (0..x.rows()).any(|r| x.row(r).iter().any(|v| !v.is_finite()));
+        let answers = in_order(heads, tokens.saturating_mul(width), |head| {
+            let mut queries = Mat::zeros(tokens, width);
+            let rows = q.iter().flat_map(|q| (0..q.rows()).map(move |r| &q.row(r)[head * width..][..width]));
+            rows.enumerate().for_each(|(r, row)| queries.row_mut(r).copy_from_slice(row));
+            let keys = keys.view().columns(head * dim, (head + 1) * dim);
+            if broken(queries.view()) || broken(keys) {
+                return Ok(None);
+            }
+            let ask = PromptAsk { layer, head, scale: how.scale, queries: queries.view(), keys };
+            by.select(&ask).map(Some).map_err(|e| ModelError::Select { what: e.to_string() })
+        })?;
+        // As with rows: where a number is not finite, what is wrong shows as it does without a selector.
+        answers
+            .into_iter()
+            .collect::<Option<Vec<_>>>()
+            .map_or(Ok(PromptRead::ALL), |answers| PromptRead::new(layer, (by.tile(), tokens), answers))
+    }
+
+    fn attend_foreseen(
+        &self,
+        how: &Attention,
+        pages: &KvPool,
+        layer: usize,
+        step: &Step,
+        q: &Lent,
+        read: &PromptRead,
+    ) -> Result<(Lent, Reads), ModelError> {
+        let slots = step.tables.slots();
+        Ok(attend_some(how, (pages, layer), step, q, |r, head| read.at(head, slots[r])))
     }
 
     fn weigh(&self, how: &Attention, pages: &KvPool, layer: usize, step: &Step, q: &Lent, mass: &mut [Mass]) {

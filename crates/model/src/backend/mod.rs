@@ -25,7 +25,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use lacuna_base::{Mat, MatRef};
-use lacuna_contract::{Pool, Select};
+use lacuna_contract::{Pool, SelectPrompt};
 use lacuna_format::Stored;
 use lacuna_kernels::{Activations, Attention, KvFormat, KvLayout, Mass};
 use lacuna_spec::{Activation, Experts, Mixer, Norm, Place, Rope, Temperature};
@@ -34,7 +34,7 @@ pub use cpu::Cpu;
 pub(crate) use cpu::{Matrix, NormOf, factors, grouped, heads, mean_square, route, spread};
 pub use gate::GateAsk;
 pub use naive::Naive;
-pub use select::Reads;
+pub use select::{Asks, Decided, Decisions, PromptRead, Reads};
 pub use states::{SlotStates, States};
 pub use tables::{Table, Tables};
 
@@ -243,6 +243,7 @@ pub trait Backend: Clone {
     /// As [`Backend::attend`], where each row reads only some blocks of keys of each key head: `select` is asked by the
     /// queries that read the head and the pooled keys of the whole blocks before the row's own, and what lies behind
     /// those is read in any case. Where it names all of them, the result is that of [`Backend::attend`], bit for bit.
+    /// Where several positions share an answer, the first of them asks, and the others read what is kept of that.
     /// Slots are positions. A backend that lets the host choose waits for the queries. Those that never run for people
     /// may refuse.
     fn attend_chosen(
@@ -252,7 +253,36 @@ pub trait Backend: Clone {
         layer: usize,
         _step: &Self::Step,
         _q: &Self::Rows,
-        _select: &dyn Select,
+        _asks: Asks<'_>,
+    ) -> Result<(Self::Rows, Reads), ModelError> {
+        Err(ModelError::Select { what: format!("layer {layer}: this backend reads all keys") })
+    }
+
+    /// What the tiles of a prompt read: `by` is asked once for each key head, with the queries of all its rows, which lie
+    /// in `q` part after part, and all keys. The prompt is the one sequence of `step`, whose keys are written up to its
+    /// end. Such backends wait for the queries; those that never run for people may refuse.
+    fn foresee(
+        &self,
+        _how: &Attention,
+        _pages: &Self::Pages,
+        layer: usize,
+        _step: &Self::Step,
+        _q: &[&Self::Rows],
+        _by: &dyn SelectPrompt,
+    ) -> Result<PromptRead, ModelError> {
+        Err(ModelError::Select { what: format!("layer {layer}: this backend reads all keys") })
+    }
+
+    /// As [`Backend::attend`] of rows of a prompt, which read what [`Backend::foresee`] found; where that is everything,
+    /// the result is that of `attend`, bit for bit.
+    fn attend_foreseen(
+        &self,
+        _how: &Attention,
+        _pages: &Self::Pages,
+        layer: usize,
+        _step: &Self::Step,
+        _q: &Self::Rows,
+        _read: &PromptRead,
     ) -> Result<(Self::Rows, Reads), ModelError> {
         Err(ModelError::Select { what: format!("layer {layer}: this backend reads all keys") })
     }

@@ -6,7 +6,7 @@ use std::ops::Range;
 use std::sync::Arc;
 
 use lacuna_base::{Mat, Mat64, MatRef};
-use lacuna_contract::{Pool, Select};
+use lacuna_contract::{Pool, PromptAsk, SelectPrompt, SelectScope};
 use lacuna_format::Stored;
 use lacuna_kernels::{Activations, Attention, KEY_BLOCK, KvFormat, KvLayout, Mass};
 use lacuna_spec::{Activation, Experts, Mixer, Norm, NormKind, Place, Rope, RopeStyle, RouterScore, Temperature};
@@ -16,7 +16,8 @@ use super::gate::leave;
 pub use super::naive_mixer::NaiveMixer;
 use super::select::PooledKeys;
 use super::{
-    Backend, GateAsk, Host, Measure, MixerVectors, NO_CHOICE, Pages, Reads, Routes, SlotStates, Tables, Xielu,
+    Asks, Backend, GateAsk, Host, Measure, MixerVectors, NO_CHOICE, Pages, PromptRead, Reads, Routes, SlotStates,
+    Tables, Xielu,
 };
 use crate::{Batch, ModelError};
 
@@ -608,29 +609,36 @@ impl Backend for Naive {
         layer: usize,
         step: &Step,
         q: &Mat64,
-        select: &dyn Select,
+        asks: Asks<'_>,
     ) -> Result<(Mat64, Reads), ModelError> {
-        let (n, width, plan) = (pages.layout.page_tokens, pages.width(), select.plan());
+        let (n, width, plan) = (pages.layout.page_tokens, pages.width(), asks.select.plan());
         let (dim, kv_heads) = (pages.layout.head_dim, pages.layout.kv_heads);
         let (group, mut reads) = (how.heads / kv_heads, Reads::default());
         let mut out = Mat64::zeros(q.rows(), q.cols());
         for ((_, rows), table) in step.batch.runs().zip(step.tables.of(layer)) {
-            for r in rows {
-                let slot = step.batch.positions()[r] - table.shift;
+            for r in rows.clone() {
+                let (slot, at) = (step.batch.positions()[r] - table.shift, step.batch.positions()[r]);
+                // The row that asks: this one, or the first of its tile, which must be in the same call.
+                let back = if let SelectScope::Tile(tile) = plan.scope { at % tile.max(1) } else { 0 };
+                let Some(asking) = r.checked_sub(back).filter(|first| rows.contains(first)) else {
+                    let what = format!("position {at} reads what was decided {back} positions before, in another call");
+                    return Err(ModelError::Store { what });
+                };
+                let first = slot - back;
                 let of =
                     |side: usize| move |t: usize| &pages.blocks[&table.blocks[t / n]][side][t % n * width..][..width];
                 let mut read = Vec::with_capacity(kv_heads);
                 for head in 0..kv_heads {
-                    let pooled: Vec<Vec<f32>> = (0..slot / KEY_BLOCK)
+                    let pooled: Vec<Vec<f32>> = (0..first / KEY_BLOCK)
                         .map(|block| {
                             let keys = (0..KEY_BLOCK).map(|i| &of(0)(block * KEY_BLOCK + i)[head * dim..][..dim]);
                             pool(plan.pool, dim, &keys.collect::<Vec<_>>())
                         })
                         .collect();
-                    let pooled = PooledKeys::new(plan, dim, slot, |nth| pooled.get(nth).map(Vec::as_slice))?;
-                    let mine = &q.row(r)[head * group * dim..][..group * dim];
+                    let pooled = PooledKeys::new(plan, dim, first, |nth| pooled.get(nth).map(Vec::as_slice))?;
+                    let mine = &q.row(asking)[head * group * dim..][..group * dim];
                     let queries = Mat::from_fn(group, dim, |i, c| mine[i * dim + c] as f32);
-                    let blocks = pooled.read(select, (layer, head), queries.view(), slot)?;
+                    let blocks = pooled.decide(asks.select, (layer, head), queries.view(), first)?.at(slot);
                     reads.row(slot, blocks.as_deref(), 2 * 8 * dim as u64);
                     read.push(blocks);
                 }
@@ -639,6 +647,62 @@ impl Backend for Naive {
                     block == slot / KEY_BLOCK || read[head].as_ref().is_none_or(|blocks| blocks.contains(&block))
                 };
                 let mixed = attend_seen(how, dim, kv_heads, (q.row(r), slot), of(0), of(1), seen);
+                out.row_mut(r).copy_from_slice(&mixed);
+            }
+        }
+        Ok((out, reads))
+    }
+
+    fn foresee(
+        &self,
+        how: &Attention,
+        pages: &NaivePages,
+        layer: usize,
+        step: &Step,
+        q: &[&Mat64],
+        by: &dyn SelectPrompt,
+    ) -> Result<PromptRead, ModelError> {
+        let (n, width) = (pages.layout.page_tokens, pages.width());
+        let (dim, kv_heads) = (pages.layout.head_dim, pages.layout.kv_heads);
+        let wide = how.heads / kv_heads * dim;
+        let Some(table) = step.tables.of(layer).next() else { return Ok(PromptRead::ALL) };
+        let rows: Vec<&[f64]> = q.iter().flat_map(|q| (0..q.rows()).map(move |r| q.row(r))).collect();
+        let mut answers = Vec::with_capacity(kv_heads);
+        for head in 0..kv_heads {
+            let queries = Mat::from_fn(rows.len(), wide, |r, c| rows[r][head * wide + c] as f32);
+            let keys = Mat::from_fn(rows.len(), dim, |t, c| {
+                pages.blocks[&table.blocks[t / n]][0][t % n * width + head * dim + c] as f32
+            });
+            let ask = PromptAsk { layer, head, scale: how.scale, queries: queries.view(), keys: keys.view() };
+            answers.push(by.select(&ask).map_err(|e| ModelError::Select { what: e.to_string() })?);
+        }
+        PromptRead::new(layer, (by.tile(), rows.len()), answers)
+    }
+
+    fn attend_foreseen(
+        &self,
+        how: &Attention,
+        pages: &NaivePages,
+        layer: usize,
+        step: &Step,
+        q: &Mat64,
+        read: &PromptRead,
+    ) -> Result<(Mat64, Reads), ModelError> {
+        let (n, width) = (pages.layout.page_tokens, pages.width());
+        let (dim, kv_heads) = (pages.layout.head_dim, pages.layout.kv_heads);
+        let (mut out, mut reads) = (Mat64::zeros(q.rows(), q.cols()), Reads::default());
+        for ((_, rows), table) in step.batch.runs().zip(step.tables.of(layer)) {
+            for r in rows {
+                let at = step.batch.positions()[r];
+                let of =
+                    |side: usize| move |t: usize| &pages.blocks[&table.blocks[t / n]][side][t % n * width..][..width];
+                let blocks: Vec<_> = (0..kv_heads).map(|head| read.at(head, at)).collect();
+                blocks.iter().for_each(|blocks| reads.row(at, blocks.as_deref(), 2 * 8 * dim as u64));
+                let seen = |head: usize, t: usize| {
+                    let block = t / KEY_BLOCK;
+                    block == at / KEY_BLOCK || blocks[head].as_ref().is_none_or(|blocks| blocks.contains(&block))
+                };
+                let mixed = attend_seen(how, dim, kv_heads, (q.row(r), at), of(0), of(1), seen);
                 out.row_mut(r).copy_from_slice(&mixed);
             }
         }

@@ -133,7 +133,8 @@ impl<B: Backend> BlockStore<B> {
 
     /// Whether others may take over what the text writes now.
     pub(super) fn shares(&self, slot: usize) -> bool {
-        self.text(slot).left.shift == 0 && !self.keeping.as_ref().is_some_and(|k| k.plan.mass)
+        let counted = self.keeping.as_ref().is_some_and(|k| k.plan.mass);
+        self.text(slot).left.shift == 0 && !counted && !self.sees_prompts()
     }
 
     /// Whether the keeper is to decide before the text goes on.

@@ -2,9 +2,9 @@
 
 use std::sync::Arc;
 
-use lacuna_contract::Select;
+use lacuna_contract::{Select, SelectPrompt};
 use lacuna_kernels::Mass;
-use lacuna_model::{Backend, Batch, KvStore, ModelError, Reads, Table};
+use lacuna_model::{Backend, Batch, Decisions, KvStore, ModelError, Reads, Table};
 
 use super::BlockStore;
 
@@ -55,6 +55,22 @@ impl<B: Backend> KvStore<B> for BlockStore<B> {
 
     fn selector(&self, layer: usize) -> Option<Arc<dyn Select>> {
         self.places.get(layer).copied().flatten().and_then(|place| self.selector_of(place))
+    }
+
+    fn lend_decisions(&mut self, layer: usize) -> Decisions {
+        let place = self.places.get(layer).copied().flatten();
+        place.and_then(|place| self.decisions_of(place)).map(std::mem::take).unwrap_or_default()
+    }
+
+    fn take_decisions(&mut self, layer: usize, decisions: Decisions) {
+        let place = self.places.get(layer).copied().flatten();
+        if let Some(mine) = place.and_then(|place| self.decisions_of(place)) {
+            *mine = decisions;
+        }
+    }
+
+    fn prompt_selector(&self, layer: usize) -> Option<Arc<dyn SelectPrompt>> {
+        self.places.get(layer).copied().flatten().and_then(|place| self.prompt_selector_of(place))
     }
 
     fn count_reads(&mut self, reads: Reads) {

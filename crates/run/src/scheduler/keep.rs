@@ -17,7 +17,7 @@ impl Scheduler {
         let spec = &engine.model().spec;
         let store = BlockStore::new(spec, engine.kv_format(), limits.kv_bytes);
         let store = match engine.plan().select() {
-            Some(by) => store.selecting(Arc::clone(by), spec, engine.context(), limits.kv_bytes),
+            Some(by) => store.selecting(by.clone(), spec, engine.context(), limits.kv_bytes),
             None => store,
         };
         match engine.keep_plan() {

@@ -12,8 +12,9 @@
 //! Where the run plan has a keeper, it decides before a text goes on from a position at which that is due; chunks and
 //! drafts end there.
 //!
-//! Where the run plan has a selector, every row asks it for itself, those of prompts and of drafts like all others; so
-//! the model does with a gate that it was loaded with.
+//! Where the run plan has a selector, rows ask it for themselves, or tiles of them at fixed positions, those of prompts
+//! and of drafts like all others; so the model does with a gate that it was loaded with. One that must see the whole prompt
+//! has prompts read layer by layer, one at a time, some layers a step.
 
 mod draft;
 mod keep;
@@ -21,6 +22,7 @@ mod plan;
 #[cfg(test)]
 mod tests;
 mod text;
+mod whole;
 
 use std::collections::VecDeque;
 use std::ops::Range;
@@ -155,7 +157,7 @@ impl Scheduler {
         Scheduler { tokenizer: Some(tokenizer), ..Scheduler::without_text(engine, limits) }
     }
 
-    /// A scheduler without a tokenizer: it takes [`Job::Forced`] and [`Job::Embed`] only.
+    /// A scheduler without a tokenizer: it takes [`Job::Forced`], [`Job::Embed`] and [`Job::Read`] only.
     pub fn without_text(engine: impl Into<Arc<Engine>>, limits: Limits) -> Scheduler {
         let engine = engine.into();
         let limits = Limits { batch: limits.batch.max(1), prefill_rows: limits.prefill_rows.max(1), ..limits };
@@ -241,6 +243,12 @@ impl Scheduler {
                 }
                 (Work::Embed { pooling, sum: Vec::new() }, n)
             }
+            Job::Read => {
+                if n > most {
+                    return too_long(n, "");
+                }
+                (Work::Read { told: 0 }, n)
+            }
             Job::Forced(tokens) => {
                 let all = n.saturating_add(tokens.len());
                 if all > most {
@@ -277,6 +285,7 @@ impl Scheduler {
             score: score.map(|top| Scoring { top, done: 1 }),
             drafter,
             work,
+            pass: None,
             chosen: Vec::new(),
             failed: None,
         });
@@ -312,6 +321,7 @@ impl Scheduler {
         if !scratch.parts.is_empty() {
             step.chosen = self.compute(&mut scratch, on);
         }
+        self.read_whole(&mut scratch, &mut step, on);
         self.scratch = scratch;
         step
     }
@@ -347,62 +357,82 @@ impl Scheduler {
                 return 0;
             }
         };
-        let (mut row, texts) = (0, self.running.len());
-        for p in parts.iter() {
-            let a = &mut self.running[p.index];
+        let mut row = 0;
+        for p in scratch.parts.iter() {
             let rows = row..row + (p.to - p.from) + p.drafted;
             row = rows.end;
-            a.read = p.to;
-            self.store.publish(a.slot(), &a.tokens[..p.to]);
-            if self.limits.reuse {
-                // A block is left for each text at work.
-                self.store.snapshot(a.slot(), a.tokens.len(), texts);
-            }
-            if let Some(s) = a.score.as_mut().filter(|s| s.done < a.prompt_tokens) {
-                // The row at a position says what comes behind it.
-                let prompt = &a.tokens[..a.prompt_tokens];
-                let read = hidden.view().rows_range(rows.start, rows.end - p.drafted);
-                match s.score(&self.engine.model().head, prompt, p.from, read) {
-                    Ok(known) if known.is_empty() => {}
-                    Ok(known) => on(a.id, Event::Read(known)),
-                    Err(e) => {
-                        on(a.id, Event::Failed(e));
-                        over.push(p.index);
-                        continue;
-                    }
-                }
-            }
-            if p.wants > 0 {
-                wanted.push((p.index, rows.end - p.wants..rows.end));
-            }
-            if a.is_answered() && p.to == a.tokens.len() {
-                on(a.id, Event::Finished(a.finished(Stop::MaxTokens)));
-                over.push(p.index);
-            }
-            if let Work::Embed { pooling, sum } = &mut a.work {
-                let from = if *pooling == Pooling::Last { rows.end - 1 } else { rows.start };
-                let x = self.engine.model().head.input(hidden.view().rows_range(from, rows.end));
-                match pooling {
-                    Pooling::Last => *sum = x.row(x.rows() - 1).iter().map(|&v| f64::from(v)).collect(),
-                    Pooling::Mean => add_rows(sum, x.view()),
-                }
-                if p.to == a.tokens.len() {
-                    let broken = sum.iter().find(|x| !x.is_finite()).copied();
-                    on(
-                        a.id,
-                        match broken {
-                            Some(value) => Event::Failed(RunError::Embedding { value, tokens: a.tokens.len() }),
-                            None => Event::Embedding { vector: unit(sum), tokens: a.tokens.len() },
-                        },
-                    );
-                    over.push(p.index);
-                }
+            if self.came(p, hidden.view().rows_range(rows.start, rows.end), on) {
+                scratch.over.push(p.index);
+            } else if p.wants > 0 {
+                scratch.wanted.push((p.index, rows.end - p.wants..rows.end));
             }
         }
         let chosen = self.answer(scratch, hidden.view(), on);
         self.settle(&scratch.parts);
         self.end(&mut scratch.over);
         chosen
+    }
+
+    /// Tells what came of a part's rows, the residual stream behind the last block, and takes note of how far its text is
+    /// read; true where the text is over.
+    fn came(&mut self, p: &Part, rows: MatRef<'_>, on: &mut dyn FnMut(u64, Event)) -> bool {
+        let (texts, model) = (self.running.len(), self.engine.model());
+        let a = &mut self.running[p.index];
+        let mut over = false;
+        a.read = p.to;
+        self.store.publish(a.slot(), &a.tokens[..p.to]);
+        if self.limits.reuse {
+            // A block is left for each text at work.
+            self.store.snapshot(a.slot(), a.tokens.len(), texts);
+        }
+        if let Some(s) = a.score.as_mut().filter(|s| s.done < a.prompt_tokens) {
+            // The row at a position says what comes behind it.
+            let prompt = &a.tokens[..a.prompt_tokens];
+            match s.score(&model.head, prompt, p.from, rows.rows_range(0, p.to - p.from)) {
+                Ok(known) if known.is_empty() => {}
+                Ok(known) => on(a.id, Event::Read(known)),
+                Err(e) => {
+                    on(a.id, Event::Failed(e));
+                    return true;
+                }
+            }
+        }
+        if a.is_answered() && p.to == a.tokens.len() {
+            on(a.id, Event::Finished(a.finished(Stop::MaxTokens)));
+            over = true;
+        }
+        if let Work::Embed { pooling, sum } = &mut a.work {
+            let from = if *pooling == Pooling::Last { rows.rows() - 1 } else { 0 };
+            let x = model.head.input(rows.rows_range(from, rows.rows()));
+            match pooling {
+                Pooling::Last => *sum = x.row(x.rows() - 1).iter().map(|&v| f64::from(v)).collect(),
+                Pooling::Mean => add_rows(sum, x.view()),
+            }
+            if p.to == a.tokens.len() {
+                let tokens = a.tokens.len();
+                on(
+                    a.id,
+                    match sum.iter().find(|x| !x.is_finite()) {
+                        Some(&value) => Event::Failed(RunError::Embedding { value, tokens }),
+                        None => Event::Embedding { vector: unit(sum), tokens },
+                    },
+                );
+                over = true;
+            }
+        }
+        if let Work::Read { told } = &mut a.work {
+            let new = (*told).max(p.from);
+            if new < p.to {
+                let rows = rows.rows_range(new - p.from, p.to - p.from).to_mat();
+                on(a.id, Event::Rows { from: new, rows });
+                *told = p.to;
+            }
+            if p.to == a.tokens.len() {
+                on(a.id, Event::Finished(a.finished(Stop::MaxTokens)));
+                over = true;
+            }
+        }
+        over
     }
 
     /// Lets every text of `wanted` choose by the logits of its rows of `hidden` and go on; how many tokens were chosen.

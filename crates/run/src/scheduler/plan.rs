@@ -92,16 +92,18 @@ impl Scheduler {
     }
 
     /// Rows `from..to` of a text, and the logits that are wanted of them.
-    fn part(&self, index: usize, from: usize, to: usize) -> Part {
+    pub(super) fn part(&self, index: usize, from: usize, to: usize) -> Part {
         let a = &self.running[index];
-        let wants = usize::from(to == a.tokens.len() && !matches!(a.work, Work::Embed { .. }) && !a.is_answered());
+        let answers = !matches!(a.work, Work::Embed { .. } | Work::Read { .. }) && !a.is_answered();
+        let wants = usize::from(to == a.tokens.len() && answers);
         Part { index, from, to, drafted: 0, wants }
     }
 
     /// Adds rows of prompts, each in its turn.
     fn plan_prompts(&mut self, parts: &mut Vec<Part>, step: &mut Step) {
         let rows = self.limits.prefill_rows;
-        let reading: Vec<usize> = (0..self.running.len()).filter(|&i| self.running[i].unread() > 1).collect();
+        let reading = |i: &usize| self.running[*i].unread() > 1 && !self.is_read_whole(*i);
+        let reading: Vec<usize> = (0..self.running.len()).filter(reading).collect();
         if reading.is_empty() {
             return;
         }
@@ -154,7 +156,7 @@ impl Scheduler {
     /// Puts a text that was at work at the head of the queue; it gives its blocks up.
     fn wait(&mut self, mut a: Active) {
         self.close(&a);
-        (a.slot, a.read) = (None, 0);
+        (a.slot, a.read, a.pass) = (None, 0, None);
         if let Work::Embed { sum, .. } = &mut a.work {
             sum.clear();
         }

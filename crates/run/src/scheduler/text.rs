@@ -4,7 +4,7 @@ use std::collections::VecDeque;
 
 use lacuna_base::MatRef;
 use lacuna_checkpoint::{Decoder as TextDecoder, Tokenizer};
-use lacuna_model::Head;
+use lacuna_model::{Head, PromptPass};
 use rayon::prelude::*;
 
 use super::HEAD_ROWS;
@@ -33,6 +33,8 @@ pub(super) struct Active {
     /// Where the prompt's own tokens are to be told with their probabilities.
     pub score: Option<Scoring>,
     pub work: Work,
+    /// Its prompt on its way through the layers, where that is read whole.
+    pub pass: Option<PromptPass>,
     /// What drafts for it.
     pub drafter: Option<Box<Drafter>>,
     /// What was chosen of this step's logits, until it is told: a token behind each row that led to the next.
@@ -90,6 +92,10 @@ pub(super) enum Work {
         pooling: Pooling,
         sum: Vec<f64>,
     },
+    /// Its rows are told; so many were.
+    Read {
+        told: usize,
+    },
 }
 
 /// An answer in the making.
@@ -138,7 +144,7 @@ impl Active {
 
     /// Whether every row of it is needed, so that nothing can be taken over.
     pub fn needs_all_rows(&self) -> bool {
-        self.score.is_some() || matches!(self.work, Work::Embed { pooling: Pooling::Mean, .. })
+        self.score.is_some() || matches!(self.work, Work::Embed { pooling: Pooling::Mean, .. } | Work::Read { .. })
     }
 
     /// Whether all that was asked is that the prompt be read.
@@ -157,7 +163,7 @@ impl Active {
             // Exponentials, and an order of some of them.
             Work::Generate(w) if !w.sampler.is_greedy() || w.logprobs.is_some() => 16 * vocab,
             Work::Generate(_) => vocab,
-            Work::Forced(_) | Work::Embed { .. } => 0,
+            Work::Forced(_) | Work::Embed { .. } | Work::Read { .. } => 0,
         }
     }
 
@@ -196,7 +202,7 @@ impl Active {
                 let next = rest.next().map(|id| Picked { id, probability: None });
                 chosen.push(next.map_or(Choice::Nothing, |picked| Choice::Token { picked, complete: false }));
             }
-            Work::Embed { .. } => chosen.push(Choice::Nothing),
+            Work::Embed { .. } | Work::Read { .. } => chosen.push(Choice::Nothing),
         }
         if let Some(d) = drafter {
             d.look(logits);

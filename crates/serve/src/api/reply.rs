@@ -174,7 +174,9 @@ impl Reply {
                 c.read.extend(tokens);
                 Ok(self.echoed(choice).into_iter().collect())
             }
-            Event::Embedding { .. } => Err(ApiError::new(500, "a vector came where text was asked for")),
+            Event::Embedding { .. } | Event::Rows { .. } => {
+                Err(ApiError::new(500, "a vector came where text was asked for"))
+            }
             Event::Text { text, tokens } => {
                 let (thought, text) = match &mut c.thoughts {
                     Some(t) => {
