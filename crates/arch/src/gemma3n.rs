@@ -60,7 +60,7 @@ fn each(c: &Config, key: &str, layers: usize) -> Result<Vec<usize>, SpecError> {
         return Ok(list);
     }
     let one = c.usize(key)?;
-    Ok((0..layers.min(4096)).map(|_| one).collect())
+    Ok(vec![one; layers.min(4096)])
 }
 
 fn from_config(config: &Value) -> Result<Spec, SpecError> {

@@ -75,8 +75,8 @@ fn full_heads(c: &Config, slides: &[bool], sliding: &Heads) -> Result<Heads, Spe
 fn from_config(config: &Value) -> Result<Spec, SpecError> {
     let mut text = text_part(config)?;
     // A null is as good as absent here, and so are the sets of RoPE.
-    if text.get("rope_parameters").is_some_and(Value::is_null) {
-        text.as_object_mut().map(|o| o.shift_remove("rope_parameters"));
+    if let Some(o) = text.as_object_mut().filter(|o| o.get("rope_parameters").is_some_and(Value::is_null)) {
+        o.shift_remove("rope_parameters");
     }
     let filled = filled(&text, "gemma4")?;
     let c = Config(&filled);
