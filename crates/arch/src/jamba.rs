@@ -7,7 +7,7 @@ use super::defaults::filled;
 use super::gguf::{self, GgufHead};
 use super::gguf_out::{self, GgufKeys};
 use super::{Family, Source, bad, mixers, moe, rope};
-use lacuna_spec::{Experts, Mamba, Mixer, Part, Place, Role, RopeStyle, Spec, SpecError};
+use lacuna_spec::{Experts, Mamba, Mixer, Place, Role, RopeStyle, Spec, SpecError};
 
 /// Jamba.
 pub(super) const JAMBA: Family = Family {

@@ -6,7 +6,7 @@
 
 use serde_json::{Map, Value, json};
 
-use super::config::{Config, attns, bad, ffns, first, llama_like, llama_source, named, to_llama_like, verified};
+use super::config::{Config, attns, bad, ffns, first, llama_like, named, to_llama_like, verified};
 use super::defaults::filled;
 use super::gguf::{self, GgufHead};
 use super::gguf_out::{self, GgufKeys, GgufValue};
