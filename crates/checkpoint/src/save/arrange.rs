@@ -115,7 +115,9 @@ impl<'a> Arranged<'a> {
             ));
         }
         let held = as_held(&spec).map_err(refused)?;
-        if held.embed_scale != spec.embed_scale {
+        // Where the layout has the factor in the weights nothing is lost.
+        let folded = arch::fold(&spec, None, &held, &Place::global(Role::Embed), 0) != 1.0;
+        if held.embed_scale != spec.embed_scale && !folded {
             notes.push(format!(
                 "the embedding's factor becomes {}, as readers of this format compute it; it was {}",
                 held.embed_scale, spec.embed_scale
