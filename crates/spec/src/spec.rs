@@ -825,7 +825,8 @@ impl Spec {
                 _ => None,
             };
         };
-        let layer = self.layers.get(l as usize)?;
+        // One that uses another's weights has none of its own.
+        let layer = self.layers.get(l as usize).filter(|layer| layer.like.is_none())?;
         let norm = |on: bool, n: usize| (on && self.norm.has(place.part)).then_some((1, n));
         let linear = |rows: usize, cols: usize, bias: bool| match place.part {
             Weight => Some((rows, cols)),
