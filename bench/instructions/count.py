@@ -4,7 +4,7 @@
     cargo build --release --manifest-path bench/rows/Cargo.toml --bin passes [--target ...]
     gcc -O2 -shared -fPIC -o count.so bench/instructions/count.c
     python3 bench/instructions/count.py --plugin ./count.so --out bench/record/qemu-aarch64/instructions \\
-        --x86 PASSES --arm PASSES [--root /usr/aarch64-linux-gnu]
+        --x86 PASSES --arm PASSES
 
 Every row is run twice, with few and with more passes over the matrix: the difference is that of passes alone.
 Instructions are no time: processors run several in a cycle, and not every processor as many.
@@ -38,7 +38,7 @@ def main():
     args.add_argument("--out", required=True, type=pathlib.Path)
     args.add_argument("--x86")
     args.add_argument("--arm")
-    args.add_argument("--root", default="/usr/aarch64-linux-gnu")
+    args.add_argument("--root", default="/", help="where AArch64's loader and C library are")
     args = args.parse_args()
     machines = []
     if args.x86:
