@@ -54,7 +54,7 @@ fn full_heads(c: &Config, slides: &[bool], sliding: &Heads) -> Result<Heads, Spe
         let own = by_layer.iter().find(|(k, _)| number(k) == Some(l)).map(|(_, v)| v);
         let keys = own.and_then(Value::as_object).into_iter().flatten().map(|(k, _)| k.as_str());
         if let Some(key) = keys.into_iter().find(|k| !matches!(*k, "head_dim" | "num_key_value_heads")) {
-            return bad(format!("per_layer_config has {key}, which Lacuna does not read"));
+            return bad(format!("per_layer_config of layer {l} has {key}, which Lacuna does not read"));
         }
         let own = Config(own.unwrap_or(&Value::Null));
         let here = Heads {

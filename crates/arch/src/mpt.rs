@@ -42,7 +42,7 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
     }
     let none = json!({});
     let a = Config(c.get("attn_config").unwrap_or(&none));
-    if !a.0.is_object() {
+    if !a.0.is_object() || a.0.get("__float__").is_some() {
         return bad(format!("attn_config is {}, no object", a.0));
     }
     for (key, only) in [("alibi", json!(true)), ("prefix_lm", json!(false)), ("qk_ln", json!(false))] {

@@ -81,10 +81,17 @@ fn an_unknown_family_is_told_what_it_could_be_read_as() {
     // Its norms of heads would be left over, or one is looked for that is not there.
     let e = lacuna_checkpoint::open_like(dir.path(), "llama").map(|_| ()).unwrap_err().to_string();
     assert!(e.contains("_norm.weight unused"), "{e}");
+    // Where the nearest name does not fit, another may.
     let e = said("llama", &|c| c["model_type"] = json!("olmo9"));
-    assert!(e.contains("--as olmo") && e.contains("would not fit") && e.contains("norm"), "{e}");
+    assert!(e.contains("nearest known one is \"olmo\"") && e.contains("--as llama would read it: all"), "{e}");
+    assert!(e.contains("(known are llama, "), "{e}");
+    let e = said("llama", &|c| {
+        c["model_type"] = json!("olmo9");
+        c["vocab_size"] = json!(97);
+    });
+    assert!(e.contains("--as olmo would not fit") && e.contains("[96, 32], but embed is [97, 32]"), "{e}");
     let e = lacuna_checkpoint::open_like(dir.path(), "nobody").map(|_| ()).unwrap_err().to_string();
-    assert!(e.contains("model_type is \"nobody\""), "{e}");
+    assert!(e.contains("--as nobody") && e.contains("the nearest known one is"), "{e}");
 }
 
 #[test]
@@ -226,7 +233,7 @@ fn what_the_decoder_would_get_wrong_is_refused_by_name() {
         let e = arch::from_config(&c).unwrap_err().what;
         assert!(words.iter().all(|w| e.contains(w)), "{e}");
     };
-    refuse("llama", "model_type", json!("mamba"), &["mamba", "known are llama"]);
+    refuse("llama", "model_type", json!("mamba"), &["\"mamba\"", "nearest known one is \"mamba2\""]);
     refuse("llama", "hidden_act", json!("xielu"), &["hidden_act", "xielu"]);
     refuse("llama", "hidden_size", json!("32"), &["hidden_size is \"32\""]);
     refuse("llama", "num_key_value_heads", json!(3), &["4 query heads", "3 groups"]);

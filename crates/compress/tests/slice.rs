@@ -140,7 +140,8 @@ fn turned_and_not_cut_every_model_says_the_same() {
                 }
                 Err(e) => {
                     let said = e.to_string();
-                    assert!(said.contains(&source.spec().arch) && said.contains("cannot be turned"), "{said}");
+                    let turns = said.contains(&source.spec().arch) && said.contains("cannot be turned");
+                    assert!(turns || said.contains("such networks keep their structure"), "{said}");
                     refused.push(name.clone());
                 }
             }

@@ -160,10 +160,6 @@ impl Packed {
             }
         };
         let order = t.get(module, "weight_g_idx");
-        if order.is_none() && args.is_some_and(|a| a.ordered) && grid.groups > 1 {
-            return packed
-                .bad(format!("ordered by its configuration (actorder), and {module}.weight_g_idx is missing"));
-        }
         if let Some(o) = &order {
             o.must_be("I32")?;
             o.must_have(&[cols])?;

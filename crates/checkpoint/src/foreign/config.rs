@@ -37,7 +37,7 @@ pub(super) struct Args {
     pub group: Option<usize>,
     /// Rows and columns that share a scale.
     pub block: Option<(usize, usize)>,
-    /// Whether columns were put in an order that a tensor beside the codes tells.
+    /// Whether columns were put in an order that a tensor beside the codes must tell.
     pub ordered: bool,
     pub targets: Vec<Target>,
 }
@@ -332,8 +332,8 @@ fn weights(w: &Map<String, Value>) -> Result<Args, String> {
         symmetric: flag(w, "symmetric", true)?,
         group: group(w, &["group_size"])?,
         block,
-        // "group": the order is kept; "weight" (or "static") leaves columns where they are. Older files say true.
-        ordered: matches!(w.get("actorder"), Some(Value::Bool(true))) || w.get("actorder") == Some(&"group".into()),
+        // Its writers leave the order of a matrix out where it is that of the columns.
+        ordered: false,
         targets: Vec::new(),
     })
 }

@@ -3,6 +3,7 @@
 use std::collections::HashSet;
 
 use super::{Checkpoint, OpenError};
+use crate::tensor::TensorInfo;
 
 /// Names told of a note's tensors.
 const NAMED: usize = 3;
@@ -23,13 +24,19 @@ impl Checkpoint {
     /// Refuses matrices that lie in the network's own layers and are not part of it as it is described, and scales
     /// beside weights that nothing explains: what would be computed is another network. Tells what else is left out.
     pub(super) fn left_out(&mut self) -> Result<(), OpenError> {
+        // Who examines a model is shown all that is odd, and refused nothing.
+        if self.problems.is_some() {
+            return Ok(());
+        }
         let says = if self.metadata.is_some() { "the file's metadata" } else { "config.json" };
         if self.spec.layers.is_empty() {
             return Err(OpenError::bad(&self.path, format!("{says} describe(s) a network of 0 layers")));
         }
         let used = self.used();
         let layers: HashSet<&str> = used.iter().filter_map(|&i| layer(&self.tensors[i].1.name)).collect();
-        let unused = self.unused();
+        // A head that is the embedding may lie there twice.
+        let again = |name: &str| self.spec.tied && ["lm_head.weight", "output.weight"].contains(&name);
+        let unused: Vec<&TensorInfo> = self.unused().into_iter().filter(|t| !again(&t.name)).collect();
         for t in &unused {
             let beside = ["_scale_inv", "_scale", "_scale_2", "_packed", "_global_scale"].iter().any(|end| {
                 t.name.strip_suffix(end).is_some_and(|weight| {
@@ -62,10 +69,7 @@ impl Checkpoint {
         let (n, named) = (unused.len(), unused.iter().take(NAMED).map(|t| t.name.as_str()).collect::<Vec<_>>());
         let more = if n > NAMED { format!(" and {} more (`inspect` lists them)", n - NAMED) } else { String::new() };
         let what = format!("not part of the network as {says} describes it: {}{more}", named.join(", "));
-        // Who examines a model is shown all of them.
-        if self.problems.is_none() {
-            self.notes.push(what);
-        }
+        self.notes.push(what);
         Ok(())
     }
 }

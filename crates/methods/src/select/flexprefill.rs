@@ -373,10 +373,11 @@ mod tests {
         let all: Vec<Vec<usize>> = (0..6).map(|i| (0..i).collect()).collect();
         assert_eq!(by(1.0, 0.1, 0).select(&ask), Ok(all.clone()));
         assert_eq!(by(0.1, 0.1, 999).select(&ask), Ok(all));
-        // Columns alike: the first one gathers a tenth.
-        let one: Vec<Vec<usize>> = (0..6).map(|i| (0..1.min(i)).collect()).collect();
-        assert_eq!(by(0.1, 0.0, 0).select(&ask), Ok(one.clone()));
-        assert_eq!(by(0.1, 0.0, 8).select(&ask).map(|r| r[5].clone()), Ok(vec![0, 1]));
+        // Columns alike, and diagonals alike but for the own tile's, which is not whole: the first of each gathers a tenth.
+        let both = |i: usize| [0, i.saturating_sub(1)][..2.min(i)].to_vec();
+        let first: Vec<Vec<usize>> = (0..6).map(|i| if i == 1 { vec![0] } else { both(i) }).collect();
+        assert_eq!(by(0.1, 0.0, 0).select(&ask), Ok(first));
+        assert_eq!(by(0.1, 0.0, 12).select(&ask).map(|r| r[5].clone()), Ok(vec![0, 1, 4]));
         let short = Mat::zeros(23, 6);
         let refused = by(0.9, 0.1, 0).select(&PromptAsk { layer: 3, head: 1, queries: short.view(), ..ask });
         assert!(refused.expect_err("refused").what.contains("layer 3, head 1: queries 23 x 6 for keys 24 x 3"));
