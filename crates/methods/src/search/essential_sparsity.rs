@@ -38,7 +38,7 @@ pub(crate) fn method() -> Method {
             arxiv: "2306.03805",
             summary: "The same level everywhere, one after another: the loss at each, and the last before the sharp \
              drop.",
-            system: None,
+            system: Some(183),
             verb: "search",
             needs: &[],
             abilities: &[],

@@ -62,7 +62,7 @@ pub(crate) fn method() -> Method {
             arxiv: "2410.14649",
             summary: "Levels evolve: a few switch places in each generation, and the assignment nearest to the source \
              goes on.",
-            system: None,
+            system: Some(184),
             verb: "search",
             needs: &[],
             abilities: &[],

@@ -50,7 +50,7 @@ pub(crate) fn method() -> Method {
             paper: "Sun, Yu, Cui, Li: Efficient Shapley Value-based Non-Uniform Pruning of Large Language Models, 2025",
             arxiv: "2505.01731",
             summary: "Layers whose Shapley value, over a sliding window of coalitions, is large are pruned less.",
-            system: None,
+            system: Some(276),
             verb: "search",
             needs: &[],
             abilities: &[],

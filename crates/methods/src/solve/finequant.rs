@@ -49,7 +49,7 @@ pub(crate) fn method() -> Method {
             arxiv: "2308.09723",
             summary: "Rounding in groups as small as each matrix's own weights ask for, halved while their ranges \
              shrink by enough.",
-            system: None,
+            system: Some(170),
             verb: "quantize",
             needs: &[],
             abilities: &[Ability::Round, Ability::FixedMask],

@@ -64,7 +64,7 @@ pub(crate) fn method() -> Method {
             arxiv: "2312.17244",
             summary: "Weights go by a Kronecker-factored curvature; those that stay make up for them, over rows and \
              columns together.",
-            system: None,
+            system: Some(194),
             verb: "prune",
             needs: &[Ask::InputGram, Ask::OutputGradientGram],
             abilities: &[Ability::Unstructured, Ability::Nm, Ability::Blocks, Ability::FixedMask],

@@ -54,7 +54,7 @@ pub(crate) fn method() -> Method {
              Scalable and Accurate Second-Order Pruning for Large Language Models, 2022",
             arxiv: "2203.07259",
             summary: "Weights or blocks go by the empirical Fisher matrix of neighbours in their row, which make up.",
-            system: None,
+            system: Some(113),
             verb: "prune",
             needs: &[Ask::SequenceGradients],
             abilities: &[Ability::Unstructured, Ability::Nm, Ability::Blocks, Ability::FixedMask],

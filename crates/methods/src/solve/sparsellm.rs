@@ -71,7 +71,7 @@ pub(crate) fn method() -> Method {
             arxiv: "2402.17946",
             summary: "The matrices of an FFN are pruned by SparseGPT for what they put out together, by way of \
                       auxiliary activations.",
-            system: None,
+            system: Some(232),
             verb: "prune",
             needs: &[Ask::InputGram],
             abilities: &[Ability::Unstructured, Ability::Nm, Ability::Blocks, Ability::FixedMask],

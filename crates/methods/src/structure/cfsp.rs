@@ -55,7 +55,7 @@ pub(crate) fn method() -> Method {
             arxiv: "2409.13199",
             summary: "Blocks that turn their input least lose most, and in each the channels whose relative weights \
              and activations are smallest.",
-            system: None,
+            system: Some(70),
             verb: "structure",
             needs: &[Ask::InputSquares, Ask::Angle(Unit::Block)],
             abilities: &[],
