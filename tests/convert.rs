@@ -124,7 +124,7 @@ fn shared_layers_are_copies_elsewhere() {
     let at = |name: &str| home.path().join(name);
     let (_, config) = families().into_iter().find(|(name, _)| *name == "llama").unwrap();
     make(&at("llama"), &config);
-    let source = open(&at("llama")).unwrap();
+    let source = open(at("llama")).unwrap();
     packed(&at("llama"), &at("shared"), |spec| spec.layers[1].like = Some(0), |_, s| s.clone());
     let first = |p: &Place, s: &Stored| match p.layer {
         Some(1) => source.get(&Place { layer: Some(0), ..*p }).unwrap().unwrap().as_ref().clone(),
@@ -134,7 +134,7 @@ fn shared_layers_are_copies_elsewhere() {
     let ids = ids(40, 603);
     let want = logits_of(&at("copies"), &ids);
     assert!(apart(&logits_of(&at("llama"), &ids), &want) > 0.1, "sharing changes something");
-    let shared = open(&at("shared")).unwrap();
+    let shared = open(at("shared")).unwrap();
     assert_eq!(shared.packed().unwrap().version, 6);
     assert!(shared.spec().parameters() < source.spec().parameters());
     assert_eq!(apart(&logits_of(&at("shared"), &ids), &want), 0.0);

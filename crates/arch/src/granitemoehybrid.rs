@@ -29,7 +29,7 @@ fn from_config(config: &Value) -> Result<Spec, SpecError> {
     let count = Config(&filled).opt_usize("num_local_experts")?.unwrap_or(0);
     if count == 0 {
         // The class has what is shared alone.
-        filled["intermediate_size"] = filled["shared_intermediate_size"].clone();
+        filled["intermediate_size"] = json!(Config(&filled).usize("shared_intermediate_size")?);
     }
     let c = Config(&filled);
     c.only("hidden_act", json!("silu"))?;

@@ -188,7 +188,7 @@ fn to_35(spec: &Spec) -> Result<Value, SpecError> {
 fn from_35_moe(config: &Value) -> Result<Spec, SpecError> {
     let mut filled = text_of(config, "qwen3_5_moe")?;
     // The class has no other width.
-    filled["intermediate_size"] = filled["moe_intermediate_size"].clone();
+    filled["intermediate_size"] = json!(Config(&filled).usize("moe_intermediate_size")?);
     let c = Config(&filled);
     let mut spec = common(&c, "qwen3_5_moe")?;
     moe::put(&mut spec, c.usize("moe_intermediate_size")?, experts(&c, true)?, |_| true);

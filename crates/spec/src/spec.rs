@@ -577,7 +577,7 @@ impl LayerSpec {
                 return fail("factors of an FFN's matrices in one without a gate or in experts".into());
             }
             if let Some(s) = f.sparsity
-                && (!(s > 0.0 && s < 1.0) || !f.gated || f.experts.is_some())
+                && !(s > 0.0 && s < 1.0 && f.gated && f.experts.is_none())
             {
                 return fail(format!("a gate of which {s} is cut off, in an FFN without a gate or in experts"));
             }

@@ -85,13 +85,16 @@ pub struct Asks<'a> {
     pub decisions: &'a mut Decisions,
 }
 
+/// A position within a page, and an answer for each head.
+type InPage = (usize, Arc<[Decided]>);
+
 /// What a selector answered, in one layer, where tiles begin: of every key head, kept by the page in which the key of
 /// the tile's first row lies. It goes wherever that page goes: shared with it, copied with it, forgotten with it. The
 /// same tokens give the same answer, so that a row finds its own whoever computed the page.
 #[derive(Clone, Debug, Default)]
 pub struct Decisions {
-    /// By block number: the position within the page, and an answer for each head.
-    pages: HashMap<u32, Vec<(usize, Arc<[Decided]>)>>,
+    /// By block number.
+    pages: HashMap<u32, Vec<InPage>>,
 }
 
 /// Bytes of an entry beside its answers: a place in the list, and counters.

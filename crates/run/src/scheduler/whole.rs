@@ -26,7 +26,7 @@ impl Scheduler {
         let layers = self.engine.model().blocks.len();
         let (n, slot) = (self.running[index].prompt_tokens, self.running[index].slot());
         // Rows that so many layers of all of them are worth.
-        let rows = |done: usize| if layers == 0 { n } else { n * done / layers };
+        let rows = |done: usize| (n * done).checked_div(layers).unwrap_or(n);
         let before = self.running[index].pass.as_ref().map_or(0, |p| rows(p.layers()));
         let pass = match self.further(index) {
             Ok(pass) => pass,

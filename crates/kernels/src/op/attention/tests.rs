@@ -88,7 +88,7 @@ fn matches_f64_and_does_not_see_its_company() {
         let alibi = (tokens % 20 == 0).then_some(6.0);
         // One far above all scores among those of every other case.
         let sinks = (heads % 2 == 1).then(|| (0..heads).map(|h| [0.5, -3.0, 40.0, 1.5][h % 4]).collect());
-        let chunk = (tokens % 130 == 0).then_some(tokens / 2 - 1);
+        let chunk = (tokens % 130 == 0).then(|| tokens / 2 - 1);
         let a = Attention { heads, scale: 0.3, window, chunk, softcap, alibi, sinks };
         let layout = KvLayout { kv_heads, head_dim: dim, page_tokens: 64 };
         let (q, k, v) =
