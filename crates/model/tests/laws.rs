@@ -143,6 +143,8 @@ fn a_tap_sees_every_matrix_once_and_changes_nothing() {
         assert_eq!(bits(&d.logits(h.view())), bits(&whole(&d, &a, KvFormat::F32)));
         assert!(watch.predicts || bits(watch.last.as_ref().unwrap()) == bits(&h), "description {i}");
         let mut names: Vec<&str> = watch.inputs.iter().map(|(p, ..)| p.as_str()).collect();
+        // AltUp's router is asked before a block, and behind it again.
+        names.retain(|n| !n.ends_with(".altup.router"));
         names.sort_unstable();
         let total = names.len();
         names.dedup();
