@@ -128,6 +128,10 @@ fn systems_table(registry: &Registry, systems: &[System], measured: &[Measured])
         let mut names: Vec<String> = of.map(|m| format!("[{0}](recipes/{0}.toml)", m.card.name)).collect();
         let of = registry.running.iter().filter(|m| m.card.system == Some(system.id));
         names.extend(of.map(|m| format!("[{}](docs/running.md)", m.card.name)));
+        if names.is_empty() {
+            // What is no method: a flag of `eval`.
+            names.push("-".into());
+        }
         let shown = system.evidence.iter().filter_map(|n| measured.iter().find(|m| m.name == *n));
         let mut shown: Vec<String> =
             shown.map(|m| format!("{}: {}{}", m.name, evidence::show(m.perplexity), m.versus())).collect();

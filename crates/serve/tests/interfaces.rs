@@ -409,7 +409,11 @@ fn bodies_without_a_type() {
     };
     assert_eq!(ask("/api/generate", "", &body), 200);
     assert_eq!(ask("/api/generate", "origin: https://a.org\r\n", &body), 415);
-    assert_eq!(ask("/api/generate", "content-type: text/plain\r\n", &body), 415);
+    // curl says a form unless told, which Ollama takes, too.
+    let form = "content-type: application/x-www-form-urlencoded\r\n";
+    assert_eq!(ask("/api/generate", form, &body), 200);
+    assert_eq!(ask("/api/generate", &format!("{form}origin: https://a.org\r\n"), &body), 415);
+    assert_eq!(ask(CHAT, form, &chat(json!({}))), 415);
     assert_eq!(ask(CHAT, "", &chat(json!({}))), 415);
 }
 
