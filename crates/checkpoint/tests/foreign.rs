@@ -517,6 +517,40 @@ fn cut_short_anywhere_is_refused() {
     }
 }
 
+/// What a description leaves out of its own layers, and scales or orders that are gone, would make another network.
+#[test]
+fn what_would_be_another_network_is_refused_by_tensor() {
+    let tiny = |name: &str| Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny").join(name);
+    let said = |d: &Damaged| open(d.path()).map(|_| ()).unwrap_err().to_string();
+    let gate = "model.layers.0.mlp.gate_proj";
+    for (name, tensor) in
+        [("ct_nvfp4", "weight_global_scale"), ("modelopt_nvfp4", "weight_scale_2"), ("gptq4", "g_idx")]
+    {
+        let d = Damaged::copy(&foreign(name));
+        if name == "gptq4" {
+            d.config("config.json", |c| c["quantization_config"]["desc_act"] = json!(true));
+        }
+        d.drop(&format!("{gate}.{tensor}"));
+        let e = said(&d);
+        assert!(e.contains(&format!("{gate}.{tensor}")) && e.contains("missing"), "{name}: {e}");
+    }
+    let d = Damaged::copy(&foreign("fp8_blocks"));
+    d.config("config.json", |c| drop(c.as_object_mut().unwrap().remove("quantization_config")));
+    let e = said(&d);
+    assert!(e.contains("scales the weight beside it") && e.contains("no quantization_config"), "{e}");
+    let d = Damaged::copy(&tiny("qwen3"));
+    d.config("config.json", |c| c["model_type"] = json!("llama"));
+    let c = open(d.path()).unwrap();
+    assert!(
+        c.remarks().iter().any(|r| r.contains("not part of the network") && r.contains("q_norm")),
+        "{:?}",
+        c.remarks()
+    );
+    let d = Damaged::copy(&tiny("llama"));
+    d.config("config.json", |c| c["num_hidden_layers"] = json!(0));
+    assert!(said(&d).contains("0 layers"), "{}", said(&d));
+}
+
 #[test]
 fn the_oldest_spellings_are_read() {
     let d = Damaged::copy(&foreign("sparse_bitmask"));

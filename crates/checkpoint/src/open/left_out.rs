@@ -30,7 +30,7 @@ impl Checkpoint {
         }
         let says = if self.metadata.is_some() { "the file's metadata" } else { "config.json" };
         if self.spec.layers.is_empty() {
-            return Err(OpenError::bad(&self.path, format!("{says} describe(s) a network of 0 layers")));
+            return Err(OpenError::bad(&self.path, format!("by {says} it is a network of 0 layers")));
         }
         let used = self.used();
         let layers: HashSet<&str> = used.iter().filter_map(|&i| layer(&self.tensors[i].1.name)).collect();
