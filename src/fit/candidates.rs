@@ -144,7 +144,7 @@ fn usual(reader: Reader, coarse: bool, effort: Effort) -> Vec<Candidate> {
         (Reader::Lacuna, false) => {
             let mut all = block(&["q6_k", "q5_k", "q4_k", "q3_k", "q2_k", "iq4_xs", "iq4_nl"], None);
             all.extend([8, 6, 5, 4].map(|bits| grouped(bits, 32, true, true, None)));
-            all.push(grouped(3, 32, false, true, body));
+            all.extend([(3, 32), (3, 64), (2, 32), (2, 64)].map(|(bits, n)| grouped(bits, n, false, true, body)));
             all
         }
         (Reader::Gguf, false) => {

@@ -73,14 +73,16 @@ pub(crate) fn method() -> RunMethod {
 }
 
 /// Queries whose scores with all keys are held at once.
-const SIDE: usize = 8;
+const SIDE: usize = 32;
+/// Scores so far below the largest have no weight: f32 holds it as a subnormal, slowly, or not at all.
+const FAR: f32 = -87.0;
 
 /// Scores become weights that add up to 1.
 fn softmax(scores: &mut [f32]) {
     let top = scores.iter().copied().fold(f32::NEG_INFINITY, f32::max);
-    scores.iter_mut().for_each(|s| *s = (*s - top).exp());
-    let sum: f64 = scores.iter().map(|s| f64::from(*s)).sum();
-    scores.iter_mut().for_each(|s| *s = (f64::from(*s) / sum) as f32);
+    scores.iter_mut().for_each(|s| *s = if *s - top < FAR { 0.0 } else { (*s - top).exp() });
+    let whole = scores.iter().map(|s| f64::from(*s)).sum::<f64>().recip() as f32;
+    scores.iter_mut().for_each(|s| *s *= whole);
 }
 
 /// The means of tiles of `tile` rows.
