@@ -130,14 +130,16 @@ pub fn engine(weights: &dyn Weights, running: &crate::cli::Running) -> Result<En
     // A large model loads for minutes: too long for a misspelt key.
     let plan = run_plan(&running.plan)?;
     let bar = bar(0, "loading");
+    let reads = std::cell::Cell::new(false);
     let progress = |done: usize, all: usize| {
+        reads.set(true);
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     };
     let options = LoadOptions { progress: Some(&progress), activations: running.activations.into(), gate: plan.gate() };
     let decoder = Decoder::load(weights, &options).map_err(|e| match e {
-        // What was typed, not what lies in the file.
-        ModelError::Gate { .. } => anyhow::Error::from(Usage(format!("the run plan: {e}"))),
+        // What was typed, not what lies in the file: no weight was read yet.
+        ModelError::Gate { .. } if !reads.get() => anyhow::Error::from(Usage(format!("the run plan: {e}"))),
         e => e.into(),
     })?;
     bar.finish_and_clear();

@@ -229,10 +229,17 @@ fn what_does_not_fit_is_refused_by_name() {
         shape("biases", &[64, 4, 1])(t);
     };
     refused(&said, &turned, &["up_proj.weight", "[64, 4, 32]", "[64, 32]"]);
-    for count in [3, 5] {
+    for count in [3usize, 5] {
         let mut other = said.clone();
         other["num_experts"] = json!(count);
-        refused(&other, &|_| {}, &["switch_mlp"]);
+        // With a router of as many experts.
+        let router = |t: &mut BTreeMap<String, Tensor>| {
+            for layer in 0..2 {
+                let name = format!("model.layers.{layer}.mlp.gate.weight");
+                t.insert(name, ("BF16", vec![count, 32], vec![0; count * 64]));
+            }
+        };
+        refused(&other, &router, &["switch_mlp"]);
     }
     // A stack where one matrix is meant.
     let one = |t: &mut BTreeMap<String, Tensor>| {

@@ -235,7 +235,11 @@ fn no_draft_changes_a_token() {
                 let g = s.gauges();
                 match who {
                     "an oracle" => assert!(g.accepted > 100 && g.accepted <= g.drafted, "{name}: {g:?}"),
-                    "one that is always wrong" => assert!(g.drafted > 0 && g.accepted < g.drafted / 4, "{name}: {g:?}"),
+                    // Of a tree beside the wrong path a right token may stand, which a chain begins with.
+                    "one that is always wrong" => {
+                        let most = if RECURRENT.contains(&name) { g.drafted / 2 } else { g.drafted / 4 };
+                        assert!(g.drafted > 0 && g.accepted < most, "{name}: {g:?}");
+                    }
                     _ => {}
                 }
             }
@@ -321,8 +325,8 @@ fn what_does_not_pay_is_not_verified() {
 fn a_state_behind_a_draft_is_the_state() {
     for name in RECURRENT {
         let long = |e: Engine| e.with_context(2048);
-        let start: Vec<u32> = (0..480).map(|i| 3 + (i * i * 7 + i * 5 + i / 90) % 90).collect();
-        let g = Generation { prompt: start, max_tokens: 100, ignore_end: true, ..Generation::default() };
+        let start: Vec<u32> = (0..490).map(|i| 3 + (i * i * 7 + i * 5 + i / 90) % 90).collect();
+        let g = Generation { prompt: start, max_tokens: 50, ignore_end: true, ..Generation::default() };
         let roomy = Limits { kv_bytes: 256 << 20, ..limits(2, 512) };
         let mut fresh = Scheduler::new(long(engine(name)), tokenizer(), Limits { reuse: false, ..roomy });
         fresh.submit(0, ask(&g)).unwrap();
@@ -337,8 +341,8 @@ fn a_state_behind_a_draft_is_the_state() {
             assert_eq!(drain(&mut s).remove(&0).unwrap(), said, "{name}: {wrong} of 100 wrong");
             let gauges = s.gauges();
             assert!(gauges.accepted > 0 && (wrong == 0 || gauges.accepted < gauges.drafted), "{name}: {gauges:?}");
-            // From the snapshot at 512, and from the end of the answer.
-            for (common, least) in [(540, 512), (whole.len(), 560)] {
+            // From the snapshot at 512, and from the end of the answer, or where its last draft began.
+            for (common, least) in [(520, 512), (whole.len(), whole.len() - 12)] {
                 let next = [&whole[..common], &[9, 8, 7]].concat();
                 let (got, reused) = common::after(&mut s, &next).unwrap();
                 assert!(reused >= least, "{name}, {wrong}: {reused} of {common}");

@@ -6,11 +6,15 @@ use std::path::Path;
 
 use common::tokenizer;
 use lacuna_contract::StepSeconds;
-use lacuna_model::{Decoder, LoadOptions};
+use lacuna_model::{Decoder, LoadOptions, ModelError};
 use lacuna_run::{Engine, Event, Generation, Job, Limits, Pooling, Request, RunError, RunPlan, Scheduler};
 
 /// A tiny model with a NaN in the middle of a matrix of its last block.
 fn broken(name: &str, tensor: &str, plan: RunPlan) -> Engine {
+    loaded(name, tensor, plan).unwrap()
+}
+
+fn loaded(name: &str, tensor: &str, plan: RunPlan) -> Result<Engine, ModelError> {
     let from = Path::new(env!("CARGO_MANIFEST_DIR")).join("../../tests/golden/tiny").join(name);
     let dir = tempfile::tempdir().unwrap();
     std::fs::copy(from.join("config.json"), dir.path().join("config.json")).unwrap();
@@ -24,7 +28,7 @@ fn broken(name: &str, tensor: &str, plan: RunPlan) -> Engine {
     std::fs::write(dir.path().join("model.safetensors"), file).unwrap();
     let checkpoint = lacuna_checkpoint::open(dir.path()).unwrap();
     let options = LoadOptions { gate: plan.gate(), ..LoadOptions::default() };
-    Engine::new(Decoder::load(&checkpoint, &options).unwrap()).with_context(256).with_plan(plan)
+    Ok(Engine::new(Decoder::load(&checkpoint, &options)?).with_context(256).with_plan(plan))
 }
 
 const DOWN: &str = "model.layers.1.mlp.down_proj.weight";
@@ -103,11 +107,16 @@ fn a_plan_hides_nothing() {
         ("keep", "h2o:budget=40"),
         ("select", "pooled-blocks:budget=32,dense_layers=0"),
         ("select", "flexprefill:tile=32,min_budget=32"),
-        ("gate", "wina:keep=0.5"),
-        ("gate", "wina:threshold=0.01"),
+        ("gate", "wina:targets=attn.*"),
+        ("gate", "wina:targets=attn.*,threshold=0.01"),
     ] {
         let e = failure(broken("llama", DOWN, plan(question, said)), generate(false));
         assert!(e.to_string().contains("broken") || e.to_string().contains("NaN"), "{question} {said}: {e}");
+    }
+    // A gate goes by the weights themselves.
+    for said in ["wina:keep=0.5", "wina:threshold=0.01"] {
+        let e = loaded("llama", DOWN, plan("gate", said)).err().expect("a gate at a NaN").to_string();
+        assert!(e.contains("layers.1.ffn.down") && e.contains("NaN"), "{e}");
     }
     // In the keys, by which keepers and selectors go.
     let keys = "model.layers.1.self_attn.k_proj.weight";

@@ -91,9 +91,11 @@ fn channels_are_told_apart_whole_and_streamed() {
     assert!(parted > 3 && cut > 0, "{parted} {cut}");
     // The other interfaces tell the same.
     let said = json!([{"role": "user", "content": "hello"}]);
-    let claude = marked.post("/v1/messages", &json!({"model": "tiny", "messages": said, "max_tokens": 5})).json();
+    let claude = marked
+        .post("/v1/messages", &json!({"model": "tiny", "messages": said, "max_tokens": 5, "temperature": 0}))
+        .json();
     assert_eq!(claude["content"][0]["type"], "thinking", "{claude}");
-    let more = json!({"model": "tiny", "input": "hello", "max_output_tokens": 16});
+    let more = json!({"model": "tiny", "input": "hello", "max_output_tokens": 16, "temperature": 0});
     let response = marked.post("/v1/responses", &more).json();
     assert_eq!(response["output"][0]["type"], "reasoning", "{response}");
 }

@@ -100,7 +100,7 @@ impl Checkpoint {
             let tensors = Tensors { names: by_name, info: &info, data: &data };
             for source in candidates {
                 if let Some(m) = foreign::mxfp4::find(q, &tensors, source).map_err(|f| self.foreign_fault(f))? {
-                    let mine = Source { rows: None, ..source.clone() };
+                    let mine = Source { rows: None, slice: None, ..source.clone() };
                     let (located, _) = self.check_foreign(place, &mine, &(Arc::new(m) as Arc<dyn Module>))?;
                     return Ok((located, None));
                 }
