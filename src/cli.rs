@@ -25,6 +25,7 @@ pub struct Cli {
 
 /// Flags of every verb.
 #[derive(Debug, Args)]
+#[command(next_help_heading = "Options of every verb")]
 pub struct Global {
     /// Print one JSON object on standard output; everything else goes to standard error.
     #[arg(long, global = true)]
@@ -68,8 +69,8 @@ pub enum Verb {
     Pull(Pull),
     /// What a model is: architecture, parameters and bytes by role, formats, sparsity, anything broken.
     Inspect(Inspect),
-    /// Every method: paper, question, what it needs, recorded evidence.
-    Methods,
+    /// Every method in a line; with a WORD or a family, all of those: paper, what it needs, recorded evidence.
+    Methods(Methods),
     /// Compress a model by a recipe, judge the result, save it.
     Compress(Compress),
     /// Find the best model within a budget, make it, judge it.
@@ -132,6 +133,17 @@ pub enum PullWhat {
         /// Its name as `list` prints it.
         name: String,
     },
+}
+
+/// `methods`
+#[derive(Debug, Args)]
+pub struct Methods {
+    /// Only methods with all of these words in their name, family, paper or description.
+    #[arg(value_name = "WORD")]
+    pub words: Vec<String>,
+    /// Only those of a family: a recipe's verb, or draft, keep, select, gate.
+    #[arg(long, value_name = "NAME")]
+    pub family: Option<String>,
 }
 
 /// `inspect`
@@ -754,7 +766,8 @@ pub struct Serve {
     /// several times.
     #[arg(long, value_name = "ORIGIN")]
     pub cors: Vec<String>,
-    /// Speak Ollama's interface, too: /api/chat, /api/generate, /api/tags, /api/show, /api/ps, /api/version.
+    /// Speak Ollama's interface, too: /api/chat, /api/generate, /api/embed, /api/tags, /api/show,
+    /// /api/ps, /api/version.
     #[arg(long)]
     pub ollama: bool,
     /// What the chat template is told, unless a request says.

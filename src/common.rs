@@ -10,7 +10,7 @@ use indicatif::{ProgressBar, ProgressDrawTarget, ProgressStyle};
 use lacuna_base::units::show_bytes;
 use lacuna_checkpoint::{Adapter, ChatTemplate, Checkpoint, Tokenizer};
 use lacuna_format::Weights;
-use lacuna_model::{Decoder, GateStore, LoadOptions};
+use lacuna_model::{Decoder, GateStore, LoadOptions, ModelError};
 use lacuna_pull::ModelRef;
 use lacuna_run::{Engine, RunPlan};
 use serde_json::Value;
@@ -130,12 +130,18 @@ pub fn engine(weights: &dyn Weights, running: &crate::cli::Running) -> Result<En
     // A large model loads for minutes: too long for a misspelt key.
     let plan = run_plan(&running.plan)?;
     let bar = bar(0, "loading");
+    let reads = std::cell::Cell::new(false);
     let progress = |done: usize, all: usize| {
+        reads.set(true);
         bar.set_length(all as u64);
         bar.set_position(done as u64);
     };
     let options = LoadOptions { progress: Some(&progress), activations: running.activations.into(), gate: plan.gate() };
-    let decoder = Decoder::load(weights, &options)?;
+    let decoder = Decoder::load(weights, &options).map_err(|e| match e {
+        // What was typed, not what lies in the file: no weight was read yet.
+        ModelError::Gate { .. } if !reads.get() => anyhow::Error::from(Usage(format!("the run plan: {e}"))),
+        e => e.into(),
+    })?;
     bar.finish_and_clear();
     if running.activations == crate::cli::Activations::Int8 && decoder.rounds_activations() {
         static SAID: Once = Once::new();
@@ -149,6 +155,12 @@ pub fn engine(weights: &dyn Weights, running: &crate::cli::Running) -> Result<En
     let context = engine.context();
     if engine.plan().keep().is_some_and(|k| k.plan().budget >= context) {
         say_once(format!("keep: nothing is left out of the {context} positions that the model takes"));
+    }
+    let keyed = engine.model().spec.layers.iter().any(|l| l.attn.is_some());
+    for question in engine.plan().names().iter().map(|n| &n[0]).filter(|q| ["keep", "select"].contains(&q.as_str())) {
+        if !keyed {
+            say_once(format!("{question}: nothing is left out: no layer of this model has attention"));
+        }
     }
     if engine.plan().gate().is_some() {
         say_once(gate_words(engine.model().gate_store()));
@@ -180,7 +192,8 @@ pub fn run_plan(said: &crate::cli::Plan) -> Result<RunPlan> {
                 let path = path.display();
                 return Err(Usage(format!("--run {path}: {n} bytes; a run plan has at most {PLAN_BYTES}")).into());
             }
-            let text = read_text(path)?;
+            let text =
+                read_text(path).map_err(|e| Usage(format!("--run {}: {}", path.display(), crate::out::told(&e))))?;
             RunPlan::parse(&text, &registry).map_err(|e| Usage(format!("--run {}: {e}", path.display())))?
         }
     };

@@ -11,6 +11,7 @@ mod cli;
 mod common;
 mod compress;
 mod convert;
+mod counted;
 mod doctor;
 mod eval;
 mod fit;
@@ -72,7 +73,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
     common::threads(cli.global.threads)?;
     let g = &cli.global;
     let takes_none = match &cli.verb {
-        Verb::Pull(_) | Verb::Methods | Verb::Doctor => true,
+        Verb::Pull(_) | Verb::Methods(_) | Verb::Doctor => true,
         Verb::Bench(a) => a.model.is_none(),
         _ => false,
     };
@@ -86,7 +87,7 @@ fn run(cli: &Cli) -> anyhow::Result<ExitCode> {
         Verb::Quickstart(a) => quickstart::run(g, a),
         Verb::Pull(a) => pull::run(g, a),
         Verb::Inspect(a) => inspect::run(g, a),
-        Verb::Methods => methods::run(g),
+        Verb::Methods(a) => methods::run(g, a),
         Verb::Compress(a) => compress::run(g, a),
         Verb::Fit(a) => fit::run(g, a),
         Verb::Eval(a) => eval::run(g, a),

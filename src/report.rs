@@ -5,10 +5,10 @@ use std::path::Path;
 use anyhow::Context;
 use lacuna_base::units::show_bytes;
 use lacuna_eval::html::{Answer, Element, Point, Report};
-use lacuna_judge::{Measured, Verdict};
+use lacuna_judge::{Measured, TOKEN_FREQUENCIES, Verdict};
 
 use crate::compress::{Done, SOURCE_IS_COARSE, TIMED_AS, source_is_coarse, timed};
-use crate::told::{quality, table};
+use crate::told::{self, quality, table};
 
 /// Writes the report; `samples` are (who, prompt, what followed), `front` what a search measured: name, bytes, KL.
 pub fn write(
@@ -37,7 +37,7 @@ pub fn write(
             .against
             .iter()
             .map(|a| &a.baseline)
-            .filter(|b| b.name != "token frequencies")
+            .filter(|b| b.name != TOKEN_FREQUENCIES)
             .map(|b| Point { label: b.name.clone(), bytes: b.bytes, ppl: b.ppl, baseline: true })
             .collect();
         points.push(Point { label: m.name.clone(), bytes: m.bytes, ppl: m.ppl, baseline: false });
@@ -94,7 +94,11 @@ fn answer(d: &Done, v: &Verdict, m: &Measured) -> Answer {
         _ if v.pays => ("It pays", "Smaller or faster than every baseline that is as good.".to_owned()),
         Some(a) => {
             let why = a.why.strip_prefix("not beaten: ").unwrap_or(&a.why);
-            ("It does not pay", format!("Take {} instead: beside it this is {why}.", a.baseline.name))
+            let said = match a.baseline.name.as_str() {
+                TOKEN_FREQUENCIES => told::take(TOKEN_FREQUENCIES),
+                name => format!("Take {name} instead: beside it this is {why}."),
+            };
+            ("It does not pay", said)
         }
         None => ("It does not pay", "Its loss is no number.".to_owned()),
     };

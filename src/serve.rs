@@ -15,6 +15,7 @@ use serde_json::{Value, json};
 
 use crate::cli::{self, Cli, Global, LogFormat};
 use crate::common::{self, Model, Usage};
+use crate::counted::Counted;
 use crate::signals;
 
 /// Where a compressed model keeps what was measured when it was made.
@@ -62,8 +63,12 @@ pub fn run(g: &Global, a: &cli::Serve) -> anyhow::Result<ExitCode> {
     if name.is_empty() || name.len() > 256 {
         return Err(Usage("--served-name: give 1 to 256 bytes".into()).into());
     }
-    let engine = m.engine(&a.running)?.with_context(context);
+    let weights = Counted::new(&m.checkpoint);
+    let engine = common::engine(&weights, &a.running)?.with_context(context);
     let mut card = card(&m, a, &name, context, template.is_some());
+    let bytes = weights.bytes();
+    card["bytes"] = bytes.into();
+    card["bits_per_weight"] = (8.0 * bytes as f64 / spec.parameters().max(1) as f64).into();
     card["run"] = engine.plan().to_json();
     let fingerprint = format!("lacuna-{}-{}", env!("CARGO_PKG_VERSION"), a.running.activations.name());
     let served = Served { name: name.clone(), fingerprint, engine, tokenizer, template, card };
@@ -228,8 +233,7 @@ fn card(m: &Model, a: &cli::Serve, name: &str, context: usize, chat: bool) -> Va
         .collect();
     json!({
         "model": name, "architecture": spec.arch, "format": format!("{:?}", c.kind()), "packed": packed.is_some(),
-        "parameters": parameters, "bytes": c.source_bytes(),
-        "bits_per_weight": 8.0 * c.source_bytes() as f64 / parameters.max(1) as f64, "layers": spec.layers.len(),
+        "parameters": parameters, "file_bytes": c.source_bytes(), "layers": spec.layers.len(),
         "context": context, "activations": a.running.activations.name(), "kv": format!("{:?}", a.running.kv).to_lowercase(),
         "chat": chat, "approximations": packed.map(|p| &p.approximations), "recipe": packed.map(|p| &p.recipe), "steps": steps,
         "source": packed.map(|p| &p.source), "report": report,

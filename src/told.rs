@@ -2,7 +2,7 @@
 
 use lacuna_base::units::show_bytes;
 use lacuna_eval::Table;
-use lacuna_judge::Measured;
+use lacuna_judge::{Measured, TOKEN_FREQUENCIES};
 
 use crate::across;
 use crate::compress::{Done, SOURCE_IS_COARSE, TIMED_AS, foretold, source_is_coarse, timed};
@@ -46,6 +46,17 @@ pub fn quality(d: &Done) -> Table {
         ]);
     }
     t
+}
+
+/// What to take where a result does not pay.
+pub fn take(instead: &str) -> String {
+    if instead == TOKEN_FREQUENCIES {
+        // That is no model: nobody is to take it.
+        return "it predicts no better than a table of how often each token comes, which is smaller: the model is ruined, \
+                leave out less."
+            .to_owned();
+    }
+    format!("take {instead} instead.")
 }
 
 /// The result in words.
@@ -92,7 +103,7 @@ pub fn words(d: &Done) -> String {
         out += &if v.pays {
             "\nIt pays: smaller or faster than every baseline that is as good.\n".to_owned()
         } else {
-            format!("\nIt does not pay: take {instead} instead.\n")
+            format!("\nIt does not pay: {}\n", take(instead))
         };
         if source_is_coarse(d) {
             out += &format!("{SOURCE_IS_COARSE}\n");

@@ -303,6 +303,32 @@ fn the_machine_the_methods_and_the_cache_are_told() {
     for method in lacuna_methods::registry().methods {
         assert!(methods.contains(method.card.name), "{} is not told", method.card.name);
     }
+    // Some of them, by words and by family; a page that fits a terminal.
+    let page = |args: &[&str]| {
+        let out = lacuna(args);
+        assert!(out.status.success(), "{args:?}");
+        String::from_utf8(out.stdout).unwrap()
+    };
+    let all = page(&["methods"]);
+    assert!(all.lines().all(|l| l.chars().count() <= 100), "{all}");
+    assert!(all.contains("copyspec") && !all.contains("arXiv 2502.08923"));
+    let one = page(&["methods", "CopySpec"]);
+    assert!(
+        one.contains("arXiv 2502.08923") && !one.contains("wanda") && one.lines().all(|l| l.chars().count() <= 100)
+    );
+    let names = |v: Value| v["methods"].as_array().unwrap().iter().map(|m| m["name"].clone()).collect::<Vec<_>>();
+    assert_eq!(names(object(0, &["methods", "--family", "gate"])), [json!("wina")]);
+    assert_eq!(names(object(0, &["methods", "heavy", "--family", "keep"])), [json!("h2o")]);
+    assert_eq!(names(object(0, &["methods"])).len(), {
+        let all = lacuna_methods::registry();
+        all.methods.len() + all.running.len()
+    });
+    assert!(refusal(2, &["methods", "--family", "keepers"]).contains("keep"));
+    assert!(refusal(2, &["methods", "no-such-thing"]).contains("no-such-thing"));
+    // A verb's own flags stand apart from those of all.
+    let help = page(&["generate", "--help"]);
+    let (own, global) = help.split_once("Options of every verb:").unwrap();
+    assert!(own.contains("--temp") && !own.contains("--cache-dir") && global.contains("--cache-dir"), "{help}");
     assert_eq!(object(0, &["pull", "list"])["models"], json!([]));
     assert!(refusal(1, &["pull", "smollm2-135m-instruct"]).contains("smollm2-135m-instruct"));
 }
@@ -480,6 +506,11 @@ fn serve_says_where_it_is_answers_and_ends_when_told() {
     };
     let card = ask("GET /api/card HTTP/1.1\r\nhost: localhost\r\nconnection: close\r\n\r\n");
     assert!(card.contains("\"model\":\"small\"") && card.contains("\"architecture\":\"llama\""), "{card}");
+    let (card, seen): (Value, Value) =
+        (serde_json::from_str(card.split("\r\n\r\n").nth(1).unwrap()).unwrap(), object(0, &["inspect", &tiny()]));
+    for key in ["bytes", "file_bytes", "parameters", "bits_per_weight"] {
+        assert_eq!(card[key], seen[key], "{key}");
+    }
     let body = r#"{"model": "small", "prompt": "a secret prompt", "max_tokens": 5}"#;
     let answer = ask(&format!(
         "POST /v1/completions HTTP/1.1\r\nhost: localhost\r\ncontent-type: application/json\r\nconnection: \
@@ -547,4 +578,9 @@ fn channels_are_skipped_by_a_flag_or_a_file() {
     }
     let said = refusal(2, &["generate", &tiny(), "-p", "a", "--gate", "wina:keep=0"]);
     assert!(said.contains("--gate wina:keep=0") && said.contains("above 0"), "{said}");
+    // What is found out only when the model is there is the command line's fault as well.
+    let said = refusal(2, &["generate", &tiny(), "-p", "a", "--gate", "wina:targets=ffn.nothing"]);
+    assert!(said.contains("gate"), "{said}");
+    let said = refusal(2, &["generate", &tiny(), "-p", "a", "--run", "no-such-plan.toml"]);
+    assert!(said.contains("--run no-such-plan.toml") && said.contains("No such file"), "{said}");
 }

@@ -129,6 +129,29 @@ fn numbers_that_are_not_finite_are_found_where_they_come_from() {
     has(said("model.embed_tokens.weight", &|i| (i == 2).then_some(f32::NAN)), &["in the head, which is the embedding"]);
 }
 
+/// What is broken is not handed on, in whatever form; where the form keeps values as they are it says which tensor.
+#[test]
+fn a_model_with_what_is_no_number_is_not_converted() {
+    let home = home();
+    let file = home.path().join("tiny/model.safetensors");
+    change(&file, "model.layers.1.mlp.up_proj.weight", |i| (i == 7).then_some(f32::NAN));
+    for (to, kind, out) in [
+        ("gguf", "source", "a.gguf"),
+        ("gguf", "f16", "b.gguf"),
+        ("gguf", "q8_0", "c.gguf"),
+        ("hf", "source", "d"),
+        ("hf", "bf16", "e"),
+        ("compressed-tensors", "int4", "f"),
+    ] {
+        let args = ["convert", "tiny", "--to", to, "--type", kind, "-o", out];
+        let run = lacuna(home.path(), &args).output().unwrap();
+        let said = String::from_utf8_lossy(&run.stderr);
+        assert!(run.status.code() == Some(1) && run.stdout.is_empty(), "{to} {kind}: {said}");
+        assert!(said.contains("layers.1") && !said.contains("panicked"), "{to} {kind}: {said}");
+        assert!(!home.path().join(out).exists() && hidden(home.path()).is_empty(), "{to} {kind}");
+    }
+}
+
 #[test]
 #[cfg(target_os = "linux")]
 fn output_that_cannot_be_written_is_an_error_and_not_a_panic() {

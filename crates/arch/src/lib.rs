@@ -311,13 +311,15 @@ pub fn from_gguf(head: &GgufHead) -> Result<Spec, SpecError> {
 /// where the network has no such tensor.
 ///
 /// Files saved from a bare model lack the outer `model.` or `transformer.`; those of a model that also sees images wrap
-/// the names once more. transformers 5 can save all experts of a layer in two tensors, as its classes hold them.
+/// the names once more. transformers 5 can save all experts of a layer in two tensors, as its classes hold them, and MLX
+/// saves them in three.
 pub fn sources(spec: &Spec, place: &Place) -> Vec<Source> {
     let Some(own) = of_place(spec, place, |f| f.source) else { return Vec::new() };
     let mut out = Vec::new();
     // transformers 5 gives GPT-NeoX's head the name that all others have.
     let newer = (own.name == "embed_out.weight").then(|| Source::whole("lm_head.weight"));
-    for first in [Some(own), newer, stacked(spec, place)].into_iter().flatten() {
+    let switched = switched(place, &own.name);
+    for first in [Some(own), newer, stacked(spec, place)].into_iter().flatten().chain(switched) {
         let mut names = vec![first.name.clone(), format!("language_model.{}", first.name)];
         if let Some(bare) = ["model.", "transformer.", "gpt_neox."].iter().find_map(|p| first.name.strip_prefix(p)) {
             names.push(bare.to_owned());
@@ -345,6 +347,24 @@ fn stacked(spec: &Spec, place: &Place) -> Option<Source> {
     let part = if spec.arch == "jamba" { "feed_forward" } else { "mlp" };
     let name = format!("model.layers.{l}.{part}.{module}");
     (place.part == Part::Weight).then_some(Source { rows, slice, ..Source::whole(name) })
+}
+
+/// Where an expert's tensor lies in a checkpoint of MLX, whose classes hold gates, ups and downs in a tensor of three
+/// axes each: in `switch_mlp` of the module that holds the experts, or in `experts` where that is what other programs
+/// stack, too. `own`: the tensor's name elsewhere.
+fn switched(place: &Place, own: &str) -> Vec<Source> {
+    let part = match place.role {
+        Role::Gate => "gate_proj",
+        Role::Up => "up_proj",
+        Role::Down => "down_proj",
+        _ => return Vec::new(),
+    };
+    let holder = [".experts.", ".input_linear", ".output_linear"].iter().find_map(|m| Some(own.split_once(m)?.0));
+    let (Some(holder), Some(expert)) = (holder, place.expert) else { return Vec::new() };
+    let end = if place.part == Part::Bias { "bias" } else { "weight" };
+    let name = |module: &str| format!("{holder}.{module}.{part}.{end}");
+    let slice = Some(expert as usize);
+    ["switch_mlp", "experts"].map(|m| Source { slice, ..Source::whole(name(m)) }).to_vec()
 }
 
 /// Where the tensor at `place` may lie in a GGUF file, as [`sources`]: experts stacked, or one by one as older files

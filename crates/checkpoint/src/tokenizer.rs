@@ -157,6 +157,13 @@ impl Tokenizer {
         }
         let known = END_TOKENS.iter().filter_map(|t| encoder.token_to_id(t)).filter(|id| special.contains(id));
         let mut eos_set: Vec<u32> = marks.eos.into_iter().chain(marks.more_eos).chain(known).collect();
+        // Where answers come in channels, one ends with a call or where it returns, and `<|end|>` ends a part of it.
+        let special_id = |text: &str| encoder.token_to_id(text).filter(|id| special.contains(id));
+        if let (Some(back), Some(call)) = (special_id("<|return|>"), special_id("<|call|>")) {
+            let part = special_id("<|end|>");
+            eos_set.retain(|id| Some(*id) != part);
+            eos_set.extend([back, call]);
+        }
         eos_set.sort_unstable();
         eos_set.dedup();
         let bound = bounds::Bound::of(&encoder);

@@ -441,6 +441,20 @@ fn gptq_and_awq_tensors_that_lie() {
         }
     };
     refused("awq_gemm", &config("bits", json!(3)), &["config.json", "AWQ of 3 bits"]);
+    // The tensors say something else than the configuration: with an order of columns, and without.
+    refused("gptq4", &config("bits", json!(8)), &["qweight", "4 bits", "says 8"]);
+    refused("gptq4_v2_sym", &config("bits", json!(8)), &["qweight", ": 4 bits", "says 8"]);
+    refused("gptq8", &config("bits", json!(4)), &["qweight", ": 8 bits", "says 4"]);
+    for bits in [3, 4, 8] {
+        refused("gptq2", &config("bits", json!(bits)), &["qweight", "are 2 bits", &format!("says {bits}")]);
+    }
+    // Unless it says that some modules have their own.
+    let d = Damaged::copy(&foreign("gptq4"));
+    d.config("config.json", |c| {
+        c["quantization_config"]["bits"] = json!(8);
+        c["quantization_config"]["dynamic"] = json!({"+:.*": {"bits": 4}});
+    });
+    same_values(&open(d.path()).unwrap(), "gptq4");
     refused("awq_gemm", &config("version", json!("marlin")), &["config.json", "marlin"]);
     refused("gptq4", &config("checkpoint_format", json!("bitblas")), &["config.json", "bitblas"]);
     refused("gptq4", &config("quant_method", json!("bitsandbytes")), &["config.json", "bitsandbytes"]);

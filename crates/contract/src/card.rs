@@ -177,6 +177,8 @@ pub struct RunMethod {
     pub card: Card,
     /// Names of its parameters.
     pub keys: fn() -> &'static [&'static str],
+    /// The values that parameters have beside some that are given, where nothing is said of them (JSON objects).
+    pub defaults: fn(&Map<String, Value>) -> Map<String, Value>,
     /// Makes it from its parameters (a JSON object) and a seed. Unknown keys are refused.
     pub make: fn(Value, u64) -> Result<MadeRunning, MethodError>,
 }

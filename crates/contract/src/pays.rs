@@ -10,7 +10,11 @@ pub const MOST_COST: f64 = 1.03;
 /// Seconds of a step of the decoder by its rows: straight lines between measured counts, never falling; before the
 /// first count its seconds, behind the last one as steep as the last line.
 #[derive(Clone, Debug, PartialEq)]
-pub struct StepSeconds(Vec<(usize, f64)>);
+pub struct StepSeconds {
+    measured: Vec<(usize, f64)>,
+    /// Of a copy of a text's state, where it has one.
+    state: Option<f64>,
+}
 
 impl StepSeconds {
     /// Of measured `(rows, seconds)`, rows rising.
@@ -30,12 +34,32 @@ impl StepSeconds {
             most = seconds.max(most);
             *seconds = most;
         }
-        Ok(StepSeconds(measured))
+        Ok(StepSeconds { measured, state: None })
+    }
+
+    /// Of a model whose texts have a state, which takes `copy` seconds to copy. A draft then takes a copy, and where
+    /// some of it comes and not all, a later step computes that much once more.
+    #[must_use]
+    pub fn with_state(self, copy: f64) -> StepSeconds {
+        StepSeconds { state: Some(copy), ..self }
+    }
+
+    /// Whether they are those of such a model.
+    pub fn has_state(&self) -> bool {
+        self.state.is_some()
+    }
+
+    /// What `taken` of `nodes` that came add to a later step of as many rows as `company` and a text's own.
+    fn again(&self, company: Company, nodes: usize, taken: usize) -> f64 {
+        if self.state.is_none() || taken >= nodes {
+            return 0.0;
+        }
+        self.of(company.rows + 1 + taken) - self.of(company.rows + 1)
     }
 
     /// Of a step of so many rows.
     pub fn of(&self, rows: usize) -> f64 {
-        let points = &self.0;
+        let points = &self.measured;
         let after = points.partition_point(|(r, _)| *r <= rows);
         if after == 0 {
             return points[0].1;
@@ -129,13 +153,13 @@ impl Acceptance {
 }
 
 /// The number of nodes, of those with these `chances`, with which a step gives most tokens a second, all texts
-/// together; the least of several, 0 where a draft does not pay.
+/// together; the least of several, 0 where a draft does not pay. Where texts have a state, the nodes are a chain.
 pub fn best_nodes(seconds: &StepSeconds, company: Company, chances: &[f64]) -> usize {
     let (mut tokens, mut best) = (company.tokens + 1.0, 0);
     let mut most = tokens / seconds.of(company.rows + 1);
     for (i, chance) in chances.iter().enumerate() {
         tokens += chance;
-        let rate = tokens / seconds.of(company.rows + 2 + i);
+        let rate = tokens / (seconds.of(company.rows + 1) + expected(seconds, company, &chances[..=i]));
         if rate > most {
             (most, best) = (rate, i + 1);
         }
@@ -161,17 +185,21 @@ impl Ledger {
     pub fn nodes(&self, seconds: &StepSeconds, company: Company, chances: &[f64]) -> usize {
         let share = share(seconds, company);
         let within = |n: &usize| {
-            let spent = self.spent + share + extra(seconds, company, *n);
-            spent <= MOST_COST * (self.plain + share)
+            let holds = |taken: usize| {
+                let spent = self.spent + share + extra(seconds, company, *n, taken);
+                spent <= MOST_COST * (self.plain + share * (taken + 1) as f64)
+            };
+            // What comes counts where some of it is computed once more; else the worst is that nothing comes.
+            holds(0) && (!seconds.has_state() || (1..=*n).all(holds))
         };
         let most = (1..=chances.len()).take_while(within).last().unwrap_or(0);
         best_nodes(seconds, company, &chances[..most])
     }
 
-    /// A step that verified `nodes` and committed `tokens`, at least one.
-    pub fn step(&mut self, seconds: &StepSeconds, company: Company, nodes: usize, tokens: usize) {
+    /// A step that verified `nodes`, of which `taken` came, and committed `tokens`, at least one.
+    pub fn step(&mut self, seconds: &StepSeconds, company: Company, nodes: usize, taken: usize, tokens: usize) {
         let share = share(seconds, company);
-        self.spent += share + extra(seconds, company, nodes);
+        self.spent += share + extra(seconds, company, nodes, taken);
         self.plain += share * tokens as f64;
     }
 
@@ -186,9 +214,25 @@ fn share(seconds: &StepSeconds, company: Company) -> f64 {
     seconds.of(company.rows + 1) / (company.tokens + 1.0)
 }
 
-/// What a draft adds to a step.
-fn extra(seconds: &StepSeconds, company: Company, nodes: usize) -> f64 {
-    seconds.of(company.rows + 1 + nodes) - seconds.of(company.rows + 1)
+/// What a draft of which `taken` nodes come adds to a step, and to the one after.
+fn extra(seconds: &StepSeconds, company: Company, nodes: usize, taken: usize) -> f64 {
+    if nodes == 0 {
+        return 0.0;
+    }
+    let rows = seconds.of(company.rows + 1 + nodes) - seconds.of(company.rows + 1);
+    rows + seconds.state.unwrap_or(0.0) + seconds.again(company, nodes, taken)
+}
+
+/// The same by expectation.
+fn expected(seconds: &StepSeconds, company: Company, chances: &[f64]) -> f64 {
+    let nodes = chances.len();
+    let all = extra(seconds, company, nodes, nodes);
+    if seconds.state.is_none() {
+        return all;
+    }
+    // So many come and the next one does not.
+    let exactly = |taken: usize| (chances[taken - 1] - chances[taken]).max(0.0);
+    all + (1..nodes).map(|taken| exactly(taken) * seconds.again(company, nodes, taken)).sum::<f64>()
 }
 
 #[cfg(test)]
@@ -249,6 +293,43 @@ mod tests {
             }
         }
         assert!(none > 30 && some > 30 && all > 30, "{none} {some} {all}");
+    }
+
+    /// With a state, from the definition: over all that may come of a chain, what it costs now and in the next step.
+    #[test]
+    fn a_chain_with_a_state_is_weighed_with_what_is_computed_again() {
+        let (mut none, mut some, mut fewer) = (0, 0, 0);
+        for seed in 0..500 {
+            let mut rng = Rng::new(seed);
+            let plain = random_seconds(&mut rng);
+            let copy = unit(&mut rng) * 0.2;
+            let s = plain.clone().with_state(copy);
+            let company = Company { rows: rng.below(5), tokens: unit(&mut rng) * 4.0 };
+            let mut chance = 1.0;
+            let chances: Vec<f64> = (0..rng.below(10))
+                .map(|_| {
+                    chance *= unit(&mut rng).sqrt();
+                    chance
+                })
+                .collect();
+            let rate = |n: usize| {
+                let (mut tokens, mut spent) = (company.tokens + 1.0, s.of(company.rows + 1 + n));
+                for taken in 0..=n {
+                    let reached = if taken == 0 { 1.0 } else { chances[taken - 1] };
+                    let beyond = if taken == n { 0.0 } else { chances[taken] };
+                    tokens += (reached - beyond) * taken as f64;
+                    let again = if taken < n { s.of(company.rows + 1 + taken) - s.of(company.rows + 1) } else { 0.0 };
+                    spent += (reached - beyond) * again;
+                }
+                tokens / (spent + if n > 0 { copy } else { 0.0 })
+            };
+            let best = best_nodes(&s, company, &chances);
+            assert!((0..=chances.len()).all(|n| rate(n) <= rate(best) * (1.0 + 1e-12)), "seed {seed}");
+            let without = best_nodes(&plain, company, &chances);
+            fewer += usize::from(best < without);
+            if best == 0 { none += 1 } else { some += 1 }
+        }
+        assert!(none > 30 && some > 30 && fewer > 30, "{none} {some} {fewer}");
     }
 
     #[test]
@@ -324,6 +405,7 @@ mod tests {
         for seed in 0..200 {
             let mut rng = Rng::new(seed);
             let s = random_seconds(&mut rng);
+            let s = if seed % 4 == 3 { s.with_state(unit(&mut rng) * 0.1) } else { s };
             let mut ledger = Ledger::begin(if seed % 2 == 0 { 0.0 } else { 20.0 * unit(&mut rng) });
             assert_eq!(ledger.cost(), 1.0);
             for _ in 0..200 {
@@ -335,7 +417,7 @@ mod tests {
                 assert!(n <= chances.len());
                 drafted += n;
                 let taken = if seed % 3 == 0 { 0 } else { rng.below(n + 1) };
-                ledger.step(&s, company, n, 1 + taken);
+                ledger.step(&s, company, n, taken, 1 + taken);
                 assert!(ledger.cost() <= MOST_COST * (1.0 + 1e-9), "seed {seed}: {}", ledger.cost());
             }
         }
@@ -345,7 +427,7 @@ mod tests {
         let mut ledger = Ledger::begin(10.0);
         for _ in 0..200 {
             let n = ledger.nodes(&s, Company::default(), &[0.9, 0.8, 0.7, 0.6]);
-            ledger.step(&s, Company::default(), n, 1 + n);
+            ledger.step(&s, Company::default(), n, n, 1 + n);
         }
         assert!(ledger.cost() < 0.5, "{}", ledger.cost());
     }

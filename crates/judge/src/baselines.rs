@@ -89,6 +89,9 @@ pub struct Bench<'a> {
 
 /// The name of the baseline that is the source itself.
 pub const SOURCE: &str = "source as it came";
+
+/// The name of the baseline that is no model: [`frequencies`].
+pub const TOKEN_FREQUENCIES: &str = "token frequencies";
 /// Bits of the rounded baselines.
 const BITS: [u8; 5] = [8, 6, 5, 4, 3];
 
@@ -188,7 +191,7 @@ pub fn frequencies(calibration: &[u32], held_out: &[u32], vocab: usize) -> Measu
     let all = (calibration.len() + vocab) as f64;
     let nats = |t: &u32| -((counts.get(t).copied().unwrap_or(0) + 1) as f64 / all).ln();
     let loss = held_out.iter().map(nats).sum::<f64>() / held_out.len().max(1) as f64;
-    let (name, bytes) = ("token frequencies".into(), 2 * vocab as u64);
+    let (name, bytes) = (TOKEN_FREQUENCIES.into(), 2 * vocab as u64);
     Measured { name, bytes, loss, nats_a_byte: None, ppl: loss.exp(), kl: None, speed: None }
 }
 

@@ -9,7 +9,9 @@ mod gate;
 mod shelf;
 mod speed;
 
-pub use baselines::{Baseline, BaselineError, Baselines, Bench, OwnBits, SOURCE, baselines, frequencies, measure};
+pub use baselines::{
+    Baseline, BaselineError, Baselines, Bench, OwnBits, SOURCE, TOKEN_FREQUENCIES, baselines, frequencies, measure,
+};
 pub use cost::{CostTable, Forecast, Products};
 pub use footprint::Footprint;
 pub use gate::{Against, LOSS_SLACK, Measured, Speed, Verdict, competes, judge};

@@ -2,6 +2,7 @@
 
 use lacuna_base::{Gram, MatRef};
 use lacuna_contract::{Made, Making, MethodError, Stats};
+use serde::Serialize;
 use serde::de::{DeserializeOwned, Deserializer, Error, Visitor, value};
 use serde_json::{Map, Value};
 
@@ -14,6 +15,14 @@ pub(crate) fn keys<T: DeserializeOwned>() -> &'static [&'static str] {
     // The probe ends every reading with an error on purpose: by then it has heard the names.
     let _ = T::deserialize(Probe(&mut names));
     names
+}
+
+/// The values that parameters have beside those that are given, without those that have none.
+pub(crate) fn defaults<T: Default + Serialize>(given: &Map<String, Value>) -> Map<String, Value> {
+    match serde_json::to_value(T::default()) {
+        Ok(Value::Object(all)) => all.into_iter().filter(|(k, v)| !v.is_null() && !given.contains_key(k)).collect(),
+        _ => Map::new(),
+    }
 }
 
 struct Probe<'a>(&'a mut &'static [&'static str]);

@@ -16,6 +16,8 @@ pub struct Batch {
     length: Vec<usize>,
     /// Rows that are written to another sequence, too.
     also: Vec<(usize, usize)>,
+    /// Rows from which on a sequence's state goes on apart, rising.
+    apart: Vec<usize>,
 }
 
 impl Batch {
@@ -30,6 +32,7 @@ impl Batch {
         self.position.clear();
         self.length.clear();
         self.also.clear();
+        self.apart.clear();
     }
 
     /// Becomes like another, in its own memory.
@@ -38,6 +41,7 @@ impl Batch {
         self.position.clone_from(&other.position);
         self.length.clone_from(&other.length);
         self.also.clone_from(&other.also);
+        self.apart.clone_from(&other.apart);
     }
 
     /// One sequence's positions `positions`, with which it ends.
@@ -72,6 +76,35 @@ impl Batch {
     pub fn also(&mut self, row: usize, sequence: usize) {
         assert!(row < self.rows(), "row {row} of {}", self.rows());
         self.also.push((row, sequence));
+    }
+
+    /// From row `row` on, the last that is there or one of those that come next, the state of that row's sequence goes on
+    /// apart: what the rows before it made of the state stays as it is, and the rest of the sequence's rows go on from a
+    /// copy ([`crate::KvStore::apart`]). A draft's rows do so, of which nobody knows yet whether they stay.
+    #[track_caller]
+    pub fn part_state(&mut self, row: usize) {
+        assert!(self.apart.last().is_none_or(|last| *last < row), "row {row} behind {:?}", self.apart);
+        self.apart.push(row);
+    }
+
+    /// As [`Batch::runs`], of each the rows that go on with the sequence's own state.
+    pub fn own_runs(&self) -> impl Iterator<Item = (usize, Range<usize>)> {
+        self.runs().map(|(sequence, rows)| {
+            let end = self.parted(&rows).unwrap_or(rows.end);
+            (sequence, rows.start..end)
+        })
+    }
+
+    /// The rows whose state goes on apart, with the number of their run and their sequence.
+    pub fn apart_runs(&self) -> impl Iterator<Item = (usize, usize, Range<usize>)> {
+        let some = self.runs().enumerate().filter(|_| !self.apart.is_empty());
+        some.filter_map(|(run, (sequence, rows))| Some((run, sequence, self.parted(&rows)?..rows.end)))
+    }
+
+    /// Where a run's state parts.
+    fn parted(&self, rows: &Range<usize>) -> Option<usize> {
+        // The first row of a run has nothing to part from.
+        self.apart.iter().copied().find(|r| *r > rows.start && *r < rows.end)
     }
 
     /// The rows that are written to `sequence`: those of others, and its own, `rows`.
@@ -117,5 +150,28 @@ impl Reuse for Batch {
     }
     fn clear(&mut self) {
         Batch::clear(self);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn states_part_within_runs() {
+        let mut b = Batch::new();
+        b.push(4, 0..3);
+        b.push(2, 5..6);
+        b.push(7, 1..5);
+        assert_eq!(b.own_runs().collect::<Vec<_>>(), b.runs().collect::<Vec<_>>());
+        assert_eq!(b.apart_runs().count(), 0);
+        b.part_state(1);
+        b.part_state(6);
+        assert_eq!(b.runs().collect::<Vec<_>>(), [(4, 0..3), (2, 3..4), (7, 4..8)]);
+        assert_eq!(b.own_runs().collect::<Vec<_>>(), [(4, 0..1), (2, 3..4), (7, 4..6)]);
+        assert_eq!(b.apart_runs().collect::<Vec<_>>(), [(0, 4, 1..3), (2, 7, 6..8)]);
+        b.clear();
+        b.push(1, 0..2);
+        assert_eq!(b.apart_runs().count(), 0);
     }
 }

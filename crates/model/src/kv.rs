@@ -33,6 +33,11 @@ pub trait KvStore<B: Backend = Cpu> {
         Err(no_states(layer))
     }
 
+    /// The slot in which a sequence's state goes on apart ([`Batch::part_state`]) in block `layer`.
+    fn apart(&self, layer: usize, _sequence: usize) -> Result<u32, ModelError> {
+        Err(no_states(layer))
+    }
+
     /// The states of block `layer`.
     fn states(&mut self, layer: usize) -> Result<&mut B::States, ModelError> {
         Err(no_states(layer))
@@ -85,7 +90,8 @@ pub(crate) fn prepared<B: Backend>(
     }
     for layer in mixers {
         kv.prepare_states(layer, batch)?;
-        tables.push_states(layer, batch.runs().map(|(sequence, _)| kv.state(layer, sequence)))?;
+        let own = batch.runs().map(|(sequence, _)| kv.state(layer, sequence));
+        tables.push_states(layer, own.chain(batch.apart_runs().map(|(_, sequence, _)| kv.apart(layer, sequence))))?;
     }
     tables.place(batch);
     Ok(tables)

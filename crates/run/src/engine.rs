@@ -137,14 +137,7 @@ impl Engine {
             (None, Some(_)) => Err(MethodError::new("gate: the model was loaded with one that the plan lacks")),
             (Some(_), _) => Err(MethodError::new("gate: the model was loaded without it")),
         });
-        checked.map_err(|e| RunError::Request(format!("the run plan: {e}")))?;
-        match (self.plan.draft(), self.model.spec.first_mixer()) {
-            (Some(_), Some(layer)) => Err(RunError::Request(format!(
-                "the run plan: draft: layer {layer} of this model has a recurrent mixer, whose state cannot take a \
-                 refused token back; run it without a draft"
-            ))),
-            _ => Ok(()),
-        }
+        checked.map_err(|e| RunError::Request(format!("the run plan: {e}")))
     }
 
     /// How keys and values are kept.

@@ -13,6 +13,8 @@ struct Entry {
     method: &'static str,
     paper: &'static str,
     keys: Map<String, Value>,
+    /// What the other parameters are.
+    others: Map<String, Value>,
     made: MadeRunning,
 }
 
@@ -110,7 +112,8 @@ impl RunPlan {
             )));
         };
         let made = (row.make)(Value::Object(keys.clone()), self.seed)?;
-        self.entries.push(Entry { question, method: row.card.name, paper: row.card.paper, keys, made });
+        let others = (row.defaults)(&keys);
+        self.entries.push(Entry { question, method: row.card.name, paper: row.card.paper, keys, others, made });
         self.entries.sort_by_key(|e| QUESTIONS.iter().position(|q| *q == e.question));
         Ok(())
     }
@@ -156,11 +159,21 @@ impl RunPlan {
         self.entries.iter().map(|e| [e.question.to_owned(), e.method.to_owned(), keys(e)]).collect()
     }
 
-    /// A line for each method, for people: `draft copyspec (window 5): lossless`.
+    /// A line for each method, for people: `draft copyspec (gamma 5; by default block 10, latest false): lossless`.
     pub fn words(&self) -> Vec<String> {
+        let list = |keys: &Map<String, Value>| {
+            keys.iter()
+                .map(|(k, v)| format!("{k} {}", v.as_str().map_or_else(|| v.to_string(), str::to_owned)))
+                .collect::<Vec<_>>()
+                .join(", ")
+        };
         let line = |e: &Entry| {
-            let keys: Vec<String> = e.keys.iter().map(|(k, v)| format!("{k} {v}")).collect();
-            let keys = if keys.is_empty() { String::new() } else { format!(" ({})", keys.join(", ")) };
+            let keys = match (e.keys.is_empty(), e.others.is_empty()) {
+                (true, true) => String::new(),
+                (true, false) => format!(" (by default {})", list(&e.others)),
+                (false, true) => format!(" ({})", list(&e.keys)),
+                (false, false) => format!(" ({}; by default {})", list(&e.keys), list(&e.others)),
+            };
             let costs = if e.question == "draft" { "lossless" } else { "an approximation" };
             format!("{} {}{keys}: {costs}", e.question, e.method)
         };
@@ -174,7 +187,10 @@ impl RunPlan {
         }
         let entry = |e: &Entry| {
             let lossless = e.question == "draft";
-            json!({ "question": e.question, "method": e.method, "paper": e.paper, "keys": e.keys, "lossless": lossless })
+            json!({
+                "question": e.question, "method": e.method, "paper": e.paper, "keys": e.keys, "defaults": e.others,
+                "lossless": lossless,
+            })
         };
         json!({
             "hash": (!self.is_lossless()).then(|| format!("{:016x}", self.hash())),

@@ -16,6 +16,9 @@ use serde_json::{Value, json};
 
 const MODELS: [&str; 5] = ["llama", "gemma3", "gpt2", "llama_rope_longrope", "qwen3_moe"];
 
+/// With recurrent mixers: convolutions, the delta rule, Mamba-2 alone, beside and side by side with attention, Mamba.
+const RECURRENT: [&str; 7] = ["lfm2", "qwen3_5", "qwen3_next", "mamba2", "bamba", "falcon_h1", "jamba"];
+
 /// Knows whole texts, and says what follows, with mistakes and rivals.
 struct Oracle {
     texts: Vec<Vec<u32>>,
@@ -86,6 +89,7 @@ fn oracle() -> RunMethod {
             abilities: &[],
         },
         keys: || &["texts", "wrong"],
+        defaults: |_| serde_json::Map::new(),
         make: |keys, seed| {
             let bad = |e: serde_json::Error| MethodError::new(e.to_string());
             let texts = serde_json::from_value(keys["texts"].clone()).map_err(bad)?;
@@ -196,7 +200,7 @@ fn whole(all: &[Generation], answers: &[Answer]) -> Vec<Vec<u32>> {
 
 #[test]
 fn no_draft_changes_a_token() {
-    for name in MODELS {
+    for name in MODELS.into_iter().chain(RECURRENT) {
         let all = requests(name, 12, 5);
         let expected = plain(name, &all);
         let texts = json!(whole(&all, &expected));
@@ -211,8 +215,10 @@ fn no_draft_changes_a_token() {
         for (who, made) in plans {
             for (batch, rows, blocks) in [(1, 512, 999), (8, 33, 999), (4, 16, 14)] {
                 let e = engine(name).with_plan(made());
-                let one = lacuna_run::BlockStore::new(&e.model().spec, e.kv_format(), usize::MAX).block_bytes();
-                let mut s = Scheduler::new(e, tokenizer(), Limits { kv_bytes: blocks * one, ..limits(batch, rows) });
+                let store = lacuna_run::BlockStore::new(&e.model().spec, e.kv_format(), usize::MAX);
+                // States of texts, of a draft, and of some snapshots.
+                let kv_bytes = (blocks + (batch + 3) * store.state_blocks()) * store.unit_bytes();
+                let mut s = Scheduler::new(e, tokenizer(), Limits { kv_bytes, ..limits(batch, rows) });
                 s.set_prices(free());
                 for round in 0..2 {
                     for (i, g) in all.iter().enumerate() {
@@ -229,7 +235,11 @@ fn no_draft_changes_a_token() {
                 let g = s.gauges();
                 match who {
                     "an oracle" => assert!(g.accepted > 100 && g.accepted <= g.drafted, "{name}: {g:?}"),
-                    "one that is always wrong" => assert!(g.drafted > 0 && g.accepted < g.drafted / 4, "{name}: {g:?}"),
+                    // Of a tree beside the wrong path a right token may stand, which a chain begins with.
+                    "one that is always wrong" => {
+                        let most = if RECURRENT.contains(&name) { g.drafted / 2 } else { g.drafted / 4 };
+                        assert!(g.drafted > 0 && g.accepted < most, "{name}: {g:?}");
+                    }
                     _ => {}
                 }
             }
@@ -309,17 +319,71 @@ fn what_does_not_pay_is_not_verified() {
     assert_eq!(out.tokens, expected[0].ids);
 }
 
-/// A refused token cannot be taken back from a state.
+/// What is left of a state behind a draft is that of plain reading, bit by bit: a text goes on from it, and snapshots lie
+/// where they lie without drafts.
 #[test]
-fn networks_with_a_state_refuse_drafts() {
-    for (name, layer) in [("lfm2", 0), ("qwen3_5", 0), ("mamba2", 0)] {
-        let e = engine(name).with_plan(plan("oracle", json!({ "texts": [[3, 4]], "wrong": 0 })));
-        let said = e.check_plan().unwrap_err().to_string();
-        assert!(said.contains("draft") && said.contains(&format!("layer {layer}")), "{said}");
-        let mut s = Scheduler::new(e, tokenizer(), limits(1, 512));
-        let g = Generation { prompt: vec![5], ..Generation::default() };
-        assert!(s.submit(0, ask(&g)).is_err());
+fn a_state_behind_a_draft_is_the_state() {
+    for name in RECURRENT {
+        let long = |e: Engine| e.with_context(2048);
+        let start: Vec<u32> = (0..490).map(|i| 3 + (i * i * 7 + i * 5 + i / 90) % 90).collect();
+        let g = Generation { prompt: start, max_tokens: 50, ignore_end: true, ..Generation::default() };
+        let roomy = Limits { kv_bytes: 256 << 20, ..limits(2, 512) };
+        let mut fresh = Scheduler::new(long(engine(name)), tokenizer(), Limits { reuse: false, ..roomy });
+        fresh.submit(0, ask(&g)).unwrap();
+        let said = drain(&mut fresh).remove(&0).unwrap();
+        let whole = [&g.prompt[..], &said.ids].concat();
+        for wrong in [0, 25, 60] {
+            let beyond = vec![[&whole[..], &[5, 6, 7]].concat()];
+            let drafting = plan("oracle", json!({ "texts": beyond, "wrong": wrong }));
+            let mut s = Scheduler::new(long(engine(name)).with_plan(drafting), tokenizer(), roomy);
+            s.set_prices(free());
+            s.submit(0, ask(&g)).unwrap();
+            assert_eq!(drain(&mut s).remove(&0).unwrap(), said, "{name}: {wrong} of 100 wrong");
+            let gauges = s.gauges();
+            assert!(gauges.accepted > 0 && (wrong == 0 || gauges.accepted < gauges.drafted), "{name}: {gauges:?}");
+            // From the snapshot at 512, and from the end of the answer, or where its last draft began.
+            for (common, least) in [(520, 512), (whole.len(), whole.len() - 12)] {
+                let next = [&whole[..common], &[9, 8, 7]].concat();
+                let (got, reused) = common::after(&mut s, &next).unwrap();
+                assert!(reused >= least, "{name}, {wrong}: {reused} of {common}");
+                assert_eq!(got, common::after(&mut fresh, &next).unwrap().0, "{name}: {wrong} of 100 wrong, {common}");
+            }
+            let blocks = s.gauges().blocks;
+            assert_eq!((blocks.used, blocks.free + blocks.cached), (0, blocks.total), "{name}");
+        }
+        // Without room for a second state nothing is drafted, and nothing fails.
+        let e = engine(name).with_plan(plan("oracle", json!({ "texts": [whole], "wrong": 0 })));
+        let store = lacuna_run::BlockStore::new(&e.model().spec, e.kv_format(), usize::MAX);
+        let kv_bytes = (8 + store.state_blocks()) * store.unit_bytes();
+        let short = Generation { prompt: g.prompt[..20].to_vec(), max_tokens: 9, ..g.clone() };
+        let mut s = Scheduler::new(e, tokenizer(), Limits { kv_bytes, ..limits(1, 512) });
+        s.set_prices(free());
+        s.submit(0, ask(&short)).unwrap();
+        assert_eq!(drain(&mut s).remove(&0).unwrap(), plain(name, std::slice::from_ref(&short))[0], "{name}");
     }
+}
+
+/// What is computed once more has its price: with it a draft that is mostly refused is not verified.
+#[test]
+fn the_price_of_a_state_is_counted() {
+    let g = Generation { prompt: (3..60).collect(), max_tokens: 80, ignore_end: true, ..Generation::default() };
+    let expected = plain("mamba2", std::slice::from_ref(&g));
+    let texts = json!(whole(std::slice::from_ref(&g), &expected));
+    let run = |prices: Option<StepSeconds>| {
+        let e = engine("mamba2").with_plan(plan("oracle", json!({ "texts": texts, "wrong": 10 })));
+        let mut s = Scheduler::new(e, tokenizer(), limits(1, 512));
+        prices.into_iter().for_each(|p| s.set_prices(p));
+        s.submit(0, ask(&g)).unwrap();
+        assert_eq!(drain(&mut s)[&0], expected[0]);
+        let gauges = s.gauges();
+        assert!(gauges.draft_cost <= 1.03, "{gauges:?}");
+        gauges.drafted
+    };
+    let rows = || StepSeconds::new(vec![(1, 1.0), (64, 1.5)]).unwrap();
+    assert!(run(Some(rows())) > 0);
+    assert_eq!(run(Some(rows().with_state(9.0))), 0, "a copy that takes nine steps");
+    // Timed on the model itself.
+    run(None);
 }
 
 #[test]
@@ -331,12 +395,22 @@ fn flags_take_the_place_of_what_a_file_says_and_say_what_is_wrong() {
         (plan.names(), plan.is_lossless(), plan.hash()),
         (vec![["draft", "copyspec", "gamma=4"].map(String::from)], true, 0)
     );
+    assert_eq!(plan.words(), ["draft copyspec (gamma 4; by default block 10, latest false): lossless"]);
     plan.flag("draft", "token-recycling:k=4", &registry).unwrap();
     plan.flag("keep", "h2o:budget=64", &registry).unwrap();
     assert_eq!(plan.names(), [["draft", "token-recycling", "k=4"], ["keep", "h2o", "budget=64"]]);
     assert!(!plan.is_lossless() && plan.hash() != 0);
     plan.flag("draft", "none", &registry).unwrap();
     assert_eq!(plan.names(), [["keep", "h2o", "budget=64"]]);
+    let words = |question: &str, said: &str| {
+        let mut plan = RunPlan::none();
+        plan.flag(question, said, &registry).unwrap();
+        plan.words().remove(0)
+    };
+    assert_eq!(words("gate", "wina"), "gate wina (by default keep 0.5): an approximation");
+    assert_eq!(words("gate", "wina:threshold=0.1"), "gate wina (threshold 0.1): an approximation");
+    let told = words("select", "pooled-blocks");
+    assert!(told.contains("by default") && told.contains("pool bounds, scope row"), "{told}");
     let mut refused = |said: &str| plan.flag("draft", said, &registry).unwrap_err().what;
     assert!(refused("copyspec:gamma").contains("'gamma' is not KEY=VALUE"));
     assert!(refused("copyspec:gamma=3,gamma=4").contains("gamma is given twice"));

@@ -149,6 +149,8 @@ fn endpoint(path: &str) -> &'static str {
         "/api/show",
         "/api/chat",
         "/api/generate",
+        "/api/embed",
+        "/api/embeddings",
         "/health",
         "/health/live",
         "/health/ready",
@@ -169,7 +171,8 @@ fn endpoint(path: &str) -> &'static str {
 fn form(path: &str) -> Form {
     match endpoint(path) {
         "/v1/messages" | "/v1/messages/count_tokens" => Form::Anthropic,
-        "/api/version" | "/api/tags" | "/api/ps" | "/api/show" | "/api/chat" | "/api/generate" => Form::Ollama,
+        "/api/version" | "/api/tags" | "/api/ps" | "/api/show" | "/api/chat" | "/api/generate" | "/api/embed"
+        | "/api/embeddings" => Form::Ollama,
         "other" if path.starts_with("/api/") => Form::Ollama,
         _ => Form::OpenAi,
     }

@@ -6,6 +6,7 @@
 
 mod api;
 mod app;
+mod channels;
 mod connection;
 mod cors;
 mod error;

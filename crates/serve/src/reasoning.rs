@@ -1,5 +1,7 @@
 //! What a model thinks before it answers: how its template marks it, and how it is told apart from the answer.
 
+use crate::channels::{CHANNEL, Channels, FINAL};
+
 /// What a model writes around its thoughts.
 #[derive(Clone, Copy, Debug, PartialEq, Eq)]
 pub struct Marks {
@@ -7,16 +9,22 @@ pub struct Marks {
     close: &'static str,
 }
 
-const KNOWN: [Marks; 3] = [
+/// Channels have a mark for each of them.
+const CHANNELS: Marks = Marks { open: CHANNEL, close: "<|end|>" };
+
+const KNOWN: [Marks; 4] = [
     Marks { open: "<think>", close: "</think>" },
     Marks { open: "<seed:think>", close: "</seed:think>" },
     Marks { open: "[THINK]", close: "[/THINK]" },
+    CHANNELS,
 ];
 
 impl Marks {
     /// The marks that a chat template names; none where the model does not think aloud.
     pub fn of(template: &str) -> Option<Marks> {
-        KNOWN.into_iter().find(|m| template.contains(m.open) || template.contains(m.close))
+        // What ends a channel's text ends others' turns.
+        let names = |m: &Marks| template.contains(m.open) || (*m != CHANNELS && template.contains(m.close));
+        KNOWN.into_iter().find(names)
     }
 
     /// What begins thoughts.
@@ -24,14 +32,25 @@ impl Marks {
         self.open
     }
 
-    /// What ends thoughts that hold nothing.
-    pub fn closing(self) -> String {
-        format!("\n{}\n\n", self.close)
+    /// Whether answers come in channels.
+    pub fn in_channels(self) -> bool {
+        self == CHANNELS
+    }
+
+    /// What leads from a prompt to an answer without thoughts; `open`: the prompt ends within some.
+    pub fn passing_over(self, open: bool) -> String {
+        match (self.in_channels(), open) {
+            (true, false) => FINAL.to_owned(),
+            (true, true) => format!("{}<|start|>assistant{FINAL}", self.close),
+            (false, true) => format!("\n{}\n\n", self.close),
+            (false, false) => String::new(),
+        }
     }
 
     /// Whether a prompt ends where thoughts begin.
     pub fn are_open(self, prompt: &str) -> bool {
-        prompt.trim_end().ends_with(self.open)
+        let mark = if self.in_channels() { "<|channel|>analysis<|message|>" } else { self.open };
+        prompt.trim_end().ends_with(mark)
     }
 }
 
@@ -53,22 +72,31 @@ pub struct Thoughts {
     marks: Marks,
     state: State,
     held: String,
+    channels: Option<Channels>,
 }
 
 impl Thoughts {
-    /// At the beginning of an answer. `open`: the prompt ends with the opening mark.
-    pub fn new(marks: Marks, open: bool) -> Thoughts {
-        Thoughts { marks, state: if open { State::Opened } else { State::Before }, held: String::new() }
+    /// At the beginning of an answer. `open`: the prompt ends with the opening mark; `calls`: calls are looked for in
+    /// what is said.
+    pub fn new(marks: Marks, open: bool, calls: bool) -> Thoughts {
+        let channels = marks.in_channels().then(|| Channels::new(open, calls));
+        Thoughts { marks, state: if open { State::Opened } else { State::Before }, held: String::new(), channels }
     }
 
     /// Whether the model is thinking.
     pub fn are_open(&self) -> bool {
-        matches!(self.state, State::Opened | State::Inside)
+        match &self.channels {
+            Some(channels) => channels.are_open(),
+            None => matches!(self.state, State::Opened | State::Inside),
+        }
     }
 
     /// Takes more of the answer; returns what is thought and what is said for certain. Only thoughts at the beginning
-    /// are some: a mark further on is text.
+    /// are some, but for those in channels: a mark further on is text.
     pub fn push(&mut self, piece: &str) -> (String, String) {
+        if let Some(channels) = &mut self.channels {
+            return channels.push(piece);
+        }
         self.held.push_str(piece);
         let (mut thought, mut said) = (String::new(), String::new());
         loop {
@@ -124,6 +152,9 @@ impl Thoughts {
 
     /// The answer is over: what is left of thoughts and of what is said.
     pub fn finish(mut self) -> (String, String) {
+        if let Some(channels) = self.channels.take() {
+            return channels.finish();
+        }
         let left = std::mem::take(&mut self.held);
         if self.are_open() { (left.trim_end().to_owned(), String::new()) } else { (String::new(), left) }
     }
@@ -134,7 +165,7 @@ mod tests {
     use super::*;
 
     fn split(open: bool, text: &str, step: usize) -> (String, String) {
-        let mut t = Thoughts::new(KNOWN[0], open);
+        let mut t = Thoughts::new(KNOWN[0], open, false);
         let chars: Vec<char> = text.chars().collect();
         let (mut thought, mut said) = (String::new(), String::new());
         for piece in chars.chunks(step) {
@@ -172,6 +203,12 @@ mod tests {
         assert_eq!(Marks::of("{% if '</think>' in content %}"), Some(KNOWN[0]));
         assert_eq!(Marks::of("[THINK]"), Some(KNOWN[2]));
         assert_eq!(Marks::of("<|im_start|>"), None);
+        assert_eq!(Marks::of("<|assistant|>{{ m }}<|end|>"), None);
+        let channels = Marks::of("<|start|>assistant<|channel|>final<|message|>").unwrap();
+        assert_eq!(channels, CHANNELS);
+        assert!(!channels.are_open("<|start|>assistant") && channels.are_open("<|channel|>analysis<|message|>"));
+        assert_eq!(channels.passing_over(false), "<|channel|>final<|message|>");
+        assert_eq!((KNOWN[0].passing_over(true), KNOWN[0].passing_over(false)), ("\n</think>\n\n".into(), "".into()));
         assert!(KNOWN[0].are_open("<|assistant|><think>\n") && !KNOWN[0].are_open("<think>\n\n</think>\n\n"));
     }
 }

@@ -44,7 +44,9 @@ impl Schema {
         let schemas = &mut document["components"]["schemas"];
         schemas["ModelName"]["enum"] = Value::from(vec![model]);
         schemas["OllamaModelName"]["enum"] = Value::from(vec![model.to_owned(), format!("{model}:latest")]);
-        schemas["EmbeddingRequest"]["properties"]["dimensions"]["enum"] = Value::from(vec![width.into(), Value::Null]);
+        for request in ["EmbeddingRequest", "OllamaEmbedRequest"] {
+            schemas[request]["properties"]["dimensions"]["enum"] = Value::from(vec![width.into(), Value::Null]);
+        }
         let theirs = |page: &Value| {
             let mut pages = page.as_object().into_iter().flat_map(|p| p.values());
             pages.any(|p| p["tags"].as_array().is_some_and(|t| t.iter().any(|t| t == "Ollama")))

@@ -3,6 +3,7 @@
 use serde_json::{Value, json};
 
 use crate::api::types::name;
+use crate::channels;
 use crate::error::ApiError;
 use crate::exact;
 use crate::schema::Path;
@@ -16,6 +17,8 @@ pub enum CallFormat {
     List,
     /// The whole answer is `{"name": ..., "parameters": {...}}`.
     Parameters,
+    /// A message in a channel, `to=functions.NAME`, that holds the arguments (GPT-OSS).
+    Channels,
     /// The template knows no tools: the whole answer is `{"name": ..., "arguments": {...}}`, forced by a grammar.
     Constrained,
 }
@@ -57,6 +60,7 @@ impl CallFormat {
     pub fn of(template: &str, takes_tools: bool) -> CallFormat {
         match () {
             () if !takes_tools => CallFormat::Constrained,
+            () if template.contains(channels::CHANNEL) => CallFormat::Channels,
             () if template.contains("<tool_call>") => CallFormat::Tagged,
             () if template.contains("[TOOL_CALLS]") => CallFormat::List,
             () => CallFormat::Parameters,
@@ -67,21 +71,22 @@ impl CallFormat {
         if self == CallFormat::Parameters { "parameters" } else { "arguments" }
     }
 
-    /// What a forced call begins with, before its JSON.
-    pub fn opening(self) -> &'static str {
-        match self {
-            CallFormat::Tagged => "<tool_call>\n",
-            CallFormat::List => "[TOOL_CALLS] ",
-            CallFormat::Parameters | CallFormat::Constrained => "",
-        }
-    }
-
     /// What may begin calls in an answer that need not be one.
     fn mark(self) -> &'static str {
         match self {
             CallFormat::Tagged => "<tool_call>",
             CallFormat::List => "[TOOL_CALLS]",
+            CallFormat::Channels => channels::CHANNEL,
             CallFormat::Parameters | CallFormat::Constrained => "{",
+        }
+    }
+
+    /// What ends a call before the answer ends.
+    fn end(self) -> Option<&'static str> {
+        match self {
+            CallFormat::Tagged => Some("</tool_call>"),
+            CallFormat::Channels => Some(channels::CALL),
+            CallFormat::List | CallFormat::Parameters | CallFormat::Constrained => None,
         }
     }
 }
@@ -136,9 +141,32 @@ impl Tools {
         Ok(Some(Tools { list, form, forced, single: parallel == Some(false) }))
     }
 
+    /// What a forced call begins with, before its JSON.
+    pub fn opening(&self) -> String {
+        match self.form {
+            CallFormat::Tagged => "<tool_call>\n".to_owned(),
+            CallFormat::List => "[TOOL_CALLS] ".to_owned(),
+            CallFormat::Channels => match self.named() {
+                Some(name) => channels::call_of(name),
+                // Which one it is stands in what is written.
+                None => format!("{}commentary{}", channels::CHANNEL, channels::MESSAGE),
+            },
+            CallFormat::Parameters | CallFormat::Constrained => String::new(),
+        }
+    }
+
+    /// The function that must be called, where its name stands before the call.
+    fn named(&self) -> Option<&str> {
+        match self.forced[..] {
+            [one] if self.form == CallFormat::Channels => self.list[one]["function"]["name"].as_str(),
+            _ => None,
+        }
+    }
+
     /// The schema of a forced call.
     pub fn schema(&self) -> Value {
         let key = self.form.arguments();
+        let named = self.named().is_some();
         let one = |&i: &usize| {
             let function = &self.list[i]["function"];
             let mut schema = function.get("parameters").cloned().unwrap_or_else(|| json!({ "type": "object" }));
@@ -146,6 +174,9 @@ impl Tools {
                 schema = json!({ "type": "object" });
             }
             // References inside lead to definitions, which must stand at the root.
+            if named {
+                return (schema, [("$defs", None), ("definitions", None)]);
+            }
             let definitions = ["$defs", "definitions"].map(|k| (k, schema.as_object_mut().and_then(|s| s.remove(k))));
             let properties = json!({ "name": { "const": function["name"] }, key: schema });
             let call = json!({
@@ -208,8 +239,20 @@ impl Tools {
         exact::fields(&arguments).is_some().then_some(Call { name, arguments })
     }
 
-    /// The calls of a piece of JSON: one or a list; none where it is not all calls.
+    /// The calls of a piece of JSON: one or a list; none where it is not all calls. In a channel, those of a message
+    /// behind its beginning.
     fn calls(&self, text: &str) -> Option<Vec<Call>> {
+        if self.form == CallFormat::Channels {
+            let (name, arguments) = match (text.split_once(channels::MESSAGE), self.named()) {
+                (Some((head, arguments)), _) => (channels::called(head)?, arguments),
+                (None, Some(name)) => (name, text),
+                (None, None) => return Some(vec![self.call(text)?]),
+            };
+            self.list.iter().find(|t| t["function"]["name"] == name)?;
+            let arguments = if arguments.trim().is_empty() { "{}" } else { arguments.trim() };
+            exact::fields(arguments)?;
+            return Some(vec![Call { name: name.to_owned(), arguments: arguments.to_owned() }]);
+        }
         match exact::items(text) {
             Some(all) if !all.is_empty() => all.into_iter().map(|one| self.call(one)).collect(),
             _ => Some(vec![self.call(text)?]),
@@ -241,16 +284,14 @@ impl Splitter {
         let form = self.tools.form;
         loop {
             if self.inside {
-                // Only tags end a call before the answer ends.
-                let Some(end) = (form == CallFormat::Tagged).then(|| self.held.find("</tool_call>")).flatten() else {
-                    return text;
-                };
+                let found = form.end().and_then(|mark| Some((self.held.find(mark)?, mark)));
+                let Some((end, mark)) = found else { return text };
                 let inner = self.held[..end].to_owned();
-                self.held.drain(..end + "</tool_call>".len());
+                self.held.drain(..end + mark.len());
                 self.inside = false;
                 match self.tools.calls(&inner) {
                     Some(calls) => self.calls.extend(calls),
-                    None => text += &format!("<tool_call>{inner}</tool_call>"),
+                    None => text += &format!("{}{inner}{mark}", form.mark()),
                 }
                 continue;
             }
@@ -365,6 +406,24 @@ mod tests {
                 }
             }
         }
+        let channel = |to: &str, inner: &str| format!("<|channel|>commentary to={to}<|message|>{inner}<|call|>");
+        let auto = tools(CallFormat::Channels, json!("auto"));
+        for step in [1, 3, 1000] {
+            let two = format!("Well. {}{}", channel("functions.add", "{\"a\": 1}"), channel("functions.now", ""));
+            let (said, calls) = split(&auto, &two, step);
+            assert_eq!((said.as_str(), calls), ("Well.", vec![call("add", r#"{"a": 1}"#), call("now", "{}")]));
+            for none in [channel("functions.rm", "{}"), channel("functions.add", "[1]"), channel("python", "{}")] {
+                assert_eq!(split(&auto, &none, step), (none, vec![]));
+            }
+        }
+        let named = json!({"type": "function", "function": {"name": "add"}});
+        let forced = tools(CallFormat::Channels, named);
+        assert_eq!(forced.opening(), "<|channel|>commentary to=functions.add <|constrain|>json<|message|>");
+        assert_eq!(forced.schema(), json!({"type": "object"}));
+        assert_eq!(split(&forced, "{\"a\": 1}", 2), (String::new(), vec![call("add", "{\"a\": 1}")]));
+        let forced = tools(CallFormat::Channels, json!("required"));
+        assert_eq!(forced.opening(), "<|channel|>commentary<|message|>");
+        assert_eq!(split(&forced, add, 2), (String::new(), vec![call("add", r#"{"a": 1}"#)]));
         let forced = tools(CallFormat::Tagged, json!("required"));
         assert_eq!(split(&forced, add, 2), (String::new(), vec![call("add", r#"{"a": 1}"#)]));
         assert_eq!(split(&forced, "{\"name\": \"ad", 3).0, "{\"name\": \"ad");
@@ -404,6 +463,7 @@ mod tests {
         );
         assert_eq!(read(vec![tool("a b")], Value::Null, CallFormat::Tagged), Err("tools.0.function.name".into()));
         assert_eq!(CallFormat::of("{{ tools }}<tool_call>", true), CallFormat::Tagged);
+        assert_eq!(CallFormat::of("{{ tools }}<|channel|>", true), CallFormat::Channels);
         assert_eq!(CallFormat::of("<|im_start|>", false), CallFormat::Constrained);
     }
 

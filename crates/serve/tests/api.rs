@@ -266,6 +266,16 @@ fn tools_are_called_where_they_must_be() {
             {"role": "tool", "tool_call_id": call["id"], "content": "7"},
         ]});
         assert_eq!(s.post(CHAT, &chat(more)).status, 200);
+        // A result of a call that nobody made.
+        for messages in [
+            json!([{"role": "user", "content": "hello"}, {"role": "tool", "tool_call_id": "call_1", "content": "7"}]),
+            json!([{"role": "user", "content": "hello"}, {"role": "assistant", "content": null, "tool_calls": [call]},
+                {"role": "tool", "tool_call_id": "call_1", "content": "7"}]),
+        ] {
+            let a = s.post(CHAT, &chat(json!({ "messages": messages })));
+            assert_eq!((a.status, a.json()["error"]["param"].as_str()), (400, Some("messages")), "{}", a.body);
+            assert!(a.body.contains("call_1"), "{}", a.body);
+        }
         let auto = s.post(CHAT, &chat(json!({"tools": [tool]})));
         if template == PLAIN {
             assert_eq!(auto.error(), (400, "tools".into(), "unsupported_parameter".into()));

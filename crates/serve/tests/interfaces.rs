@@ -269,6 +269,58 @@ fn ollamas_conversations_and_texts() {
 }
 
 #[test]
+fn ollamas_vectors() {
+    let s = ollama();
+    let same = |texts: Value| {
+        let v = s.post("/v1/embeddings", &json!({"model": "tiny", "input": texts})).json();
+        (v["data"].as_array().unwrap().iter().map(|d| d["embedding"].clone()).collect::<Vec<_>>(), v["usage"].clone())
+    };
+    let (vectors, usage) = same(json!(["hello", "Once upon a time"]));
+    let options = json!({"num_ctx": 2048, "num_thread": null});
+    let ask = json!({"model": "tiny:latest", "input": ["hello", "Once upon a time"], "options": options,
+        "keep_alive": "5m", "truncate": true});
+    let v = s.post("/api/embed", &ask).json();
+    assert_eq!((&v["model"], v["embeddings"].as_array().unwrap()), (&json!("tiny:latest"), &vectors));
+    assert_eq!((&v["prompt_eval_count"], &v["load_duration"]), (&usage["prompt_tokens"], &json!(0)));
+    assert!(v["total_duration"].as_u64().unwrap() > 0);
+    let one = s.post("/api/embed", &json!({"model": "tiny", "input": "hello"})).json();
+    assert_eq!(one["embeddings"], json!([vectors[0]]));
+    let old = s.post("/api/embeddings", &json!({"model": "tiny", "prompt": "hello"})).json();
+    assert_eq!(old, json!({"embedding": vectors[0]}));
+    // Nothing: the model is there.
+    for nothing in [json!({}), json!({"input": ""}), json!({"input": []})] {
+        let v = s.post("/api/embed", &with(json!({"model": "tiny"}), nothing)).json();
+        assert_eq!((&v["embeddings"], &v["prompt_eval_count"]), (&json!([]), &json!(0)));
+    }
+    assert_eq!(s.post("/api/embeddings", &json!({"model": "tiny"})).json(), json!({"embedding": []}));
+    // A text beyond the context, 1024 tokens of a letter each, is cut or refused.
+    let long: String = "abcdefghij".repeat(2000);
+    let cut = s.post("/api/embed", &json!({"model": "tiny", "input": long})).json();
+    assert_eq!(cut["prompt_eval_count"], 1024, "{cut}");
+    assert_eq!(cut["embeddings"][0], same(json!(long[..1024])).0[0]);
+    assert_eq!(
+        s.post("/api/embeddings", &json!({"model": "tiny", "prompt": long})).json()["embedding"],
+        cut["embeddings"][0]
+    );
+    for (path, more, word) in [
+        ("/api/embed", json!({"input": long, "truncate": false}), "1024"),
+        ("/api/embed", json!({"input": &long[..1025], "truncate": false}), "1025"),
+        ("/api/embed", json!({"input": [1, 2]}), "input"),
+        ("/api/embed", json!({"input": ["a", ""]}), "input"),
+        ("/api/embed", json!({"input": "a", "dimensions": 3}), "dimensions"),
+        ("/api/embed", json!({"input": "a", "model": "other"}), "other"),
+        ("/api/embeddings", json!({"input": "a"}), "input"),
+        ("/api/embeddings", json!({"prompt": ["a"]}), "prompt"),
+    ] {
+        let a = s.post(path, &with(json!({"model": "tiny"}), more.clone()));
+        let told = a.json()["error"].as_str().unwrap_or_else(|| panic!("{}", a.body)).to_owned();
+        assert!(a.status >= 400 && told.contains(word), "{more} {told}");
+    }
+    let other = Server::start(Some(PLAIN), Options::default());
+    assert_eq!(other.post("/api/embed", &json!({"model": "tiny", "input": "a"})).status, 404);
+}
+
+#[test]
 fn ollamas_lists_and_tools() {
     let s = Server::start(Some(TOOLS), Options { ollama: true, ..Options::default() });
     assert!(s.get("/api/version").json()["version"].is_string());

@@ -87,6 +87,8 @@ pub struct Quantized {
     pub(super) version: Option<(u64, u64)>,
     /// GPTQ: zero points are stored less one.
     pub(super) zeros_less_one: bool,
+    /// GPTQ: single modules may have other bits than the configuration says of all.
+    pub(super) mixed: bool,
     /// AWQ: the layout named.
     pub(super) layout: String,
 }
@@ -199,6 +201,7 @@ fn base(method: Method, producer: &str, format: String) -> Quantized {
         groups: Vec::new(),
         version: None,
         zeros_less_one: false,
+        mixed: false,
         layout: String::new(),
     }
 }
@@ -355,6 +358,8 @@ fn gptq(q: &Map<String, Value>) -> Result<Quantized, String> {
     }
     let mut out = base(Method::Gptq, "gptq", format.into());
     out.zeros_less_one = less_one;
+    // GPTQModel's patterns of names.
+    out.mixed = q.get("dynamic").and_then(Value::as_object).is_some_and(|d| !d.is_empty());
     out.groups.push(Args {
         bits: bits(q, &["bits"], None)?,
         float: false,

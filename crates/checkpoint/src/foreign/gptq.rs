@@ -40,6 +40,21 @@ pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
     if order.is_none() && args.is_some_and(|a| a.ordered) && groups > 1 {
         return weight.bad(format!("ordered by its configuration (desc_act), and {module}.g_idx is missing"));
     }
+    let zeros = t.get(module, "qzeros");
+    if order.is_none() {
+        let fits = |b: usize| {
+            let inputs = words.saturating_mul(32) / b;
+            let wide = zeros.as_ref().map(|z| z.shape == [groups, (outputs.saturating_mul(b)).div_ceil(32)]);
+            words.saturating_mul(32).is_multiple_of(b)
+                && args.and_then(|a| a.group).is_none_or(|g| inputs.div_ceil(g) == groups)
+                && wide.unwrap_or(true)
+        };
+        if let Some(b) = [2, 3, 4, 8].into_iter().find(|b| fits(*b)).filter(|_| !fits(usize::from(told.max(1)))) {
+            return weight.bad(format!(
+                "{words} words down {groups} groups of inputs are {b} bits, but the configuration says {told}"
+            ));
+        }
+    }
     let inputs = match &order {
         Some(o) => {
             o.must_be("I32")?;
@@ -54,8 +69,9 @@ pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
         Some(b @ (2 | 3 | 4 | 8)) if inputs * b == words * 32 => b as u8,
         _ => return weight.bad(format!("{words} words down {inputs} inputs are no packing of 2, 3, 4 or 8 bits")),
     };
-    if order.is_none() && bits != told {
-        return weight.bad(format!("{bits} bits, but the configuration says {told}"));
+    if bits != told && !q.mixed {
+        return weight
+            .bad(format!("{words} words down {inputs} inputs: {bits} bits, but the configuration says {told}"));
     }
     if wide != outputs || groups == 0 || groups > inputs || outputs == 0 {
         return scales.bad(format!("shape [{groups}, {wide}] for {inputs} inputs and {outputs} outputs"));
@@ -65,7 +81,7 @@ pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
         None if inputs.is_multiple_of(groups) => inputs / groups,
         None => return scales.bad(format!("{groups} groups for {inputs} inputs")),
     };
-    let zeros = match t.get(module, "qzeros") {
+    let zeros = match zeros {
         None if args.is_some_and(|a| a.symmetric) => None,
         None => return weight.bad(format!("asymmetric by its configuration, and {module}.qzeros is missing")),
         Some(z) => {
@@ -114,6 +130,12 @@ pub(super) fn packed_zeros(zeros: &[u8], bits: u8) -> Option<Bytes> {
 impl Module for Gptq {
     fn shape(&self) -> (usize, usize) {
         (self.outputs, self.inputs)
+    }
+
+    fn doubt(&self, cols: usize) -> Option<String> {
+        let words = self.weight.shape.first()?;
+        let bits = words.checked_mul(32)?.checked_div(cols).filter(|b| b * cols == words * 32 && *b <= 8)?;
+        Some(format!("{words} words down {cols} inputs are {bits} bits, but the configuration says {}", self.bits))
     }
 
     fn tensors(&self) -> Vec<(usize, &str)> {

@@ -1,5 +1,5 @@
 //! Apple's MLX: words of codes along the inputs with `scales` and `biases` (`scale * code + bias`), or 4- and 8-bit
-//! floats with scales alone.
+//! floats with scales alone. Experts of a layer lie in tensors with an axis more.
 
 use std::ops::Range;
 use std::sync::Arc;
@@ -11,7 +11,7 @@ use lacuna_format::{Elem, Float, Group, Pattern, Piece, Scales, Stored, Values, 
 use super::config::Quantized;
 use super::fp4::Fp4;
 use super::gptq::scale_type;
-use super::{Data, Fault, Module, Tensor, Tensors};
+use super::{Args, Data, Fault, Module, Tensor, Tensors};
 use crate::gguf::{powers_of_two, shifted};
 use crate::tensor::TensorType;
 
@@ -27,8 +27,8 @@ struct Affine {
 }
 
 pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Option<Arc<dyn Module>>, Fault> {
-    let Some(weight) = t.get(module, "weight") else { return Ok(None) };
-    let Some(scales) = t.get(module, "scales") else {
+    let Some(mut weight) = t.get(module, "weight") else { return Ok(None) };
+    let Some(mut scales) = t.get(module, "scales") else {
         if weight.dtype == TensorType::Uint(Elem::U32) {
             return weight.bad(format!("U32, and {module}.scales is missing"));
         }
@@ -38,6 +38,70 @@ pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
         return weight.bad(format!("{}, expected U32 beside scales", weight.dtype.name()));
     }
     let Some(args) = q.args(module) else { return weight.bad("the configuration does not say its bits") };
+    let mut biases = t.get(module, "biases");
+    let stacked = match weight.shape[..] {
+        [experts, ..] if weight.shape.len() == 3 => Some(experts),
+        _ => None,
+    };
+    if let Some(experts) = stacked {
+        // One below the other they are a matrix like all others.
+        for tensor in [&mut weight, &mut scales].into_iter().chain(&mut biases) {
+            flatten(tensor, experts)?;
+        }
+    }
+    let one = whole(args, [weight, scales], biases, module)?;
+    Ok(Some(match stacked {
+        Some(experts) => Arc::new(Stack { all: one, experts }),
+        None => one,
+    }))
+}
+
+/// Takes the first of three axes away: `experts` matrices below each other.
+fn flatten(tensor: &mut Tensor, experts: usize) -> Result<(), Fault> {
+    let flat = match tensor.shape[..] {
+        [n, rows, wide] if n == experts && n > 0 => n.checked_mul(rows).map(|high| vec![high, wide]),
+        _ => None,
+    };
+    match flat {
+        Some(flat) => tensor.shape = flat,
+        None => {
+            return tensor.bad(format!("shape {:?}, expected a matrix for each of {experts} experts", tensor.shape));
+        }
+    }
+    Ok(())
+}
+
+/// Matrices of experts.
+struct Stack {
+    all: Arc<dyn Module>,
+    experts: usize,
+}
+
+impl Module for Stack {
+    fn shape(&self) -> (usize, usize) {
+        self.all.shape()
+    }
+
+    fn stacked(&self) -> Option<usize> {
+        Some(self.experts)
+    }
+
+    fn tensors(&self) -> Vec<(usize, &str)> {
+        self.all.tensors()
+    }
+
+    fn read(&self, rows: Range<usize>, data: Data<'_>) -> Result<Stored, Fault> {
+        self.all.read(rows, data)
+    }
+}
+
+/// A matrix of two axes.
+fn whole(
+    args: &Args,
+    [weight, scales]: [Tensor; 2],
+    biases: Option<Tensor>,
+    module: &str,
+) -> Result<Arc<dyn Module>, Fault> {
     let (rows, words) = weight.two()?;
     let (high, groups) = scales.two()?;
     let bits = args.bits;
@@ -57,22 +121,24 @@ pub(super) fn find(q: &Quantized, t: &Tensors<'_>, module: &str) -> Result<Optio
         }
     };
     if args.float {
-        return Ok(Some(match (bits, run) {
+        return Ok(match (bits, run) {
             (4, 32) => Arc::new(Fp4::new(weight, scales, None)?),
             (4, 16) => Arc::new(Fp4::with_sixteens(weight, scales)?),
             (8, 32) if scales.dtype == TensorType::Uint(Elem::U8) => {
                 Arc::new(Eight { weight, scales, shape: (rows, cols) })
             }
             _ => return weight.bad(format!("floats of {bits} bits in groups of {run} are not read")),
-        }));
+        });
     }
     let float = scale_type(&scales)?;
-    let biases = t.need(module, "biases", &weight)?;
+    let Some(biases) = biases else {
+        return weight.bad(format!("{module}.biases should lie beside it and is missing"));
+    };
     if biases.dtype != scales.dtype {
         return biases.bad(format!("{}, but the scales are {}", biases.dtype.name(), scales.dtype.name()));
     }
     biases.must_have(&scales.shape)?;
-    Ok(Some(Arc::new(Affine { weight, scales, biases, float, shape: (rows, cols), bits, run })))
+    Ok(Arc::new(Affine { weight, scales, biases, float, shape: (rows, cols), bits, run }))
 }
 
 /// Floats as f16 where that changes none of them.

@@ -140,6 +140,14 @@ fn i32s(data: &[u8]) -> impl Iterator<Item = i32> + '_ {
 pub(crate) trait Module: Send + Sync {
     /// Rows and columns of the whole matrix.
     fn shape(&self) -> (usize, usize);
+    /// How many matrices lie in it, one below the other, where it is a stack of them.
+    fn stacked(&self) -> Option<usize> {
+        None
+    }
+    /// What else a matrix of `cols` columns would say of its form, where it has another number.
+    fn doubt(&self, _cols: usize) -> Option<String> {
+        None
+    }
     /// The tensors it is made of; the first is the one to name.
     fn tensors(&self) -> Vec<(usize, &str)>;
     /// Some of its rows. Nothing in the files is believed that the opening has not checked.

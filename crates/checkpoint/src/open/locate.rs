@@ -100,7 +100,7 @@ impl Checkpoint {
             let tensors = Tensors { names: by_name, info: &info, data: &data };
             for source in candidates {
                 if let Some(m) = foreign::mxfp4::find(q, &tensors, source).map_err(|f| self.foreign_fault(f))? {
-                    let mine = Source { rows: None, ..source.clone() };
+                    let mine = Source { rows: None, slice: None, ..source.clone() };
                     let (located, _) = self.check_foreign(place, &mine, &(Arc::new(m) as Arc<dyn Module>))?;
                     return Ok((located, None));
                 }
@@ -159,13 +159,20 @@ impl Checkpoint {
             let what = format!("rows of {place} stand by turns with others in it, which is not read from such files");
             return Err(self.foreign_fault(Fault { tensor: name.into(), what }));
         }
-        let (from, to) = source.rows.unwrap_or((0, high));
-        if to - from != rows || to > high || wide != cols {
-            let what = format!("a matrix of [{high}, {wide}], but {place} is [{rows}, {cols}]");
+        let slices = module.stacked().unwrap_or(1);
+        let each = high / slices.max(1);
+        let (from, to) = source.rows.unwrap_or((0, each));
+        // A stack of experts is asked for one of them, and nothing else is.
+        let slice = source.slice.unwrap_or(0);
+        let other = source.slice.is_some() != module.stacked().is_some() || slice >= slices;
+        if to - from != rows || to > each || wide != cols || other {
+            let all = module.stacked().map_or_else(String::new, |n| format!("{n}, "));
+            let doubt = module.doubt(cols).map_or_else(String::new, |d| format!(": {d}"));
+            let what = format!("a matrix of [{all}{each}, {wide}], but {place} is [{rows}, {cols}]{doubt}");
             return Err(self.foreign_fault(Fault { tensor: name.into(), what }));
         }
-        let part = source.rows.map(|_| Share { tensor, rows, all: high });
-        Ok((Located::Foreign(Lazy::new(module.clone(), from..to)), part))
+        let part = (source.rows.is_some() || source.slice.is_some()).then_some(Share { tensor, rows, all: high });
+        Ok((Located::Foreign(Lazy::new(module.clone(), slice * each + from..slice * each + to)), part))
     }
 
     pub(super) fn foreign_fault(&self, f: Fault) -> WeightsError {

@@ -17,13 +17,13 @@
 use std::collections::HashMap;
 
 use lacuna_contract::{Card, Draft, Drafting, MadeRunning, RunMethod, TopK, Tree};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::family::keys::Whole;
 use crate::make;
 
 /// What is looked for and copied.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 struct CopySpec {
     /// Tokens that must have stood together before (γ), 1 to 64.
@@ -54,6 +54,7 @@ pub(crate) fn method() -> RunMethod {
             abilities: &[],
         },
         keys: make::keys::<CopySpec>,
+        defaults: make::defaults::<CopySpec>,
         make: |given, _| Ok(MadeRunning::Draft(Box::new(make::parameters::<CopySpec>("copyspec", given)?))),
     }
 }

@@ -23,13 +23,13 @@ use std::collections::BinaryHeap;
 use std::sync::Arc;
 
 use lacuna_contract::{Card, Draft, Drafting, MadeRunning, RunMethod, TopK, Tree};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::family::keys::Whole;
 use crate::make;
 
 /// The form of the tree.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 struct TokenRecycling {
     /// Followers kept of each token, 1 to 32.
@@ -60,6 +60,7 @@ pub(crate) fn method() -> RunMethod {
             abilities: &[],
         },
         keys: make::keys::<TokenRecycling>,
+        defaults: make::defaults::<TokenRecycling>,
         make: |given, _| {
             Ok(MadeRunning::Draft(Box::new(make::parameters::<TokenRecycling>("token-recycling", given)?)))
         },

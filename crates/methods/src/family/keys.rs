@@ -3,10 +3,10 @@
 use lacuna_contract::Sparsity;
 use lacuna_format::{Float, GgufType, gguf::ALL};
 use serde::de::Error;
-use serde::{Deserialize, Deserializer};
+use serde::{Deserialize, Deserializer, Serialize};
 
 /// A fraction from 0 to 1.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(crate) struct Fraction(pub f64);
 
 impl<'de> Deserialize<'de> for Fraction {
@@ -19,7 +19,7 @@ impl<'de> Deserialize<'de> for Fraction {
 }
 
 /// A whole number from `LOW` to `HIGH`.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
 pub(crate) struct Whole<const LOW: usize, const HIGH: usize>(pub usize);
 
 impl<'de, const LOW: usize, const HIGH: usize> Deserialize<'de> for Whole<LOW, HIGH> {

@@ -24,6 +24,7 @@ use lacuna_contract::{Card, Gate, GatePlan, GateSide, MadeRunning, MethodError, 
 use lacuna_spec::Target;
 use serde::Deserialize;
 use serde::de::{Deserializer, Error};
+use serde_json::Map;
 
 use crate::make;
 
@@ -90,6 +91,9 @@ impl<'de> Deserialize<'de> for Targets {
     }
 }
 
+/// See [`Wina::keep`].
+const KEEP: f64 = 0.5;
+
 pub(crate) fn method() -> RunMethod {
     RunMethod {
         card: Card {
@@ -104,6 +108,10 @@ pub(crate) fn method() -> RunMethod {
             abilities: &[],
         },
         keys: make::keys::<Wina>,
+        defaults: |given| match given.contains_key("keep") || given.contains_key("threshold") {
+            true => Map::new(),
+            false => Map::from_iter([("keep".to_owned(), KEEP.into())]),
+        },
         make: |given, _| {
             let wina = make::parameters::<Wina>("wina", given)?;
             if wina.keep.is_some() && wina.threshold.is_some() {
@@ -153,7 +161,7 @@ impl Gate for Wina {
         if let Some(Least(t)) = self.threshold {
             return Ok(above(t).collect());
         }
-        let keep = self.keep.map_or(0.5, |k| k.0);
+        let keep = self.keep.map_or(KEEP, |k| k.0);
         let keep = ((keep * n as f64).round() as usize).clamp(1, n.max(1));
         if keep >= n {
             return Ok((0..n as u32).collect());

@@ -18,13 +18,13 @@
 //! slots, where the paper's experiments take a share of the prompt. Where masses are alike the earlier position stays.
 
 use lacuna_contract::{Card, Keep, KeepHead, KeepPlan, MadeRunning, MethodError, RunMethod};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::family::keys::{Fraction, Whole};
 use crate::{keep, make};
 
 /// What stays.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 struct H2o {
     /// Slots that a head keeps, 1 to 2^30.
@@ -55,6 +55,7 @@ pub(crate) fn method() -> RunMethod {
             abilities: &[],
         },
         keys: make::keys::<H2o>,
+        defaults: make::defaults::<H2o>,
         make: |given, _| Ok(MadeRunning::Keep(Box::new(make::parameters::<H2o>("h2o", given)?))),
     }
 }

@@ -15,13 +15,13 @@
 //! place in the text, so that a text still ends where the model's context does.
 
 use lacuna_contract::{Card, Keep, KeepHead, KeepPlan, MadeRunning, MethodError, RunMethod};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::family::keys::Whole;
 use crate::{keep, make};
 
 /// What stays.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 struct StreamingLlm {
     /// Slots that a head keeps, 1 to 2^30.
@@ -51,6 +51,7 @@ pub(crate) fn method() -> RunMethod {
             abilities: &[],
         },
         keys: make::keys::<StreamingLlm>,
+        defaults: make::defaults::<StreamingLlm>,
         make: |given, _| {
             let asked: StreamingLlm = make::parameters("streaming-llm", given)?;
             let StreamingLlm { sinks, budget, .. } = asked;

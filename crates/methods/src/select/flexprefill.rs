@@ -26,13 +26,13 @@ use std::sync::Arc;
 use lacuna_base::dense::matmul_nt;
 use lacuna_base::{Mat, MatRef};
 use lacuna_contract::{Card, MadeRunning, MethodError, PromptAsk, RunMethod, SelectPrompt, Selector};
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::family::keys::{Fraction, Whole};
 use crate::make;
 
 /// What is read.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 struct FlexPrefill {
     /// Share of the attention that is gathered, 0 to 1; 1: all is read.
@@ -65,6 +65,7 @@ pub(crate) fn method() -> RunMethod {
             abilities: &[],
         },
         keys: make::keys::<FlexPrefill>,
+        defaults: make::defaults::<FlexPrefill>,
         make: |given, _| {
             let made = make::parameters::<FlexPrefill>("flexprefill", given)?;
             Ok(MadeRunning::Select(Selector::Prompt(Arc::new(made))))

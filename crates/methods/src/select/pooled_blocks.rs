@@ -23,13 +23,13 @@ use lacuna_base::MatRef;
 use lacuna_contract::{
     Card, MadeRunning, MethodError, Pool, Pooled, RunMethod, Select, SelectAsk, SelectPlan, SelectScope, Selector,
 };
-use serde::Deserialize;
+use serde::{Deserialize, Serialize};
 
 use crate::family::keys::Whole;
 use crate::make;
 
 /// What is read.
-#[derive(Debug, Deserialize)]
+#[derive(Debug, Deserialize, Serialize)]
 #[serde(deny_unknown_fields, default)]
 struct PooledBlocks {
     /// Positions that are read of the whole blocks before the query, 1 to 2^30; rounded up to blocks.
@@ -47,7 +47,7 @@ struct PooledBlocks {
 }
 
 /// See [`PooledBlocks::scope`].
-#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize)]
+#[derive(Clone, Copy, Debug, PartialEq, Eq, Deserialize, Serialize)]
 #[serde(rename_all = "snake_case")]
 enum Sharing {
     Row,
@@ -78,6 +78,7 @@ pub(crate) fn method() -> RunMethod {
             abilities: &[],
         },
         keys: make::keys::<PooledBlocks>,
+        defaults: make::defaults::<PooledBlocks>,
         make: |given, _| {
             let made = make::parameters::<PooledBlocks>("pooled-blocks", given)?;
             if let (Sharing::Row, Some(Whole(tile))) = (made.scope, made.tile) {

@@ -68,14 +68,11 @@ impl Step {
         states: &mut SlotStates<f32>,
         layer: usize,
         begin: bool,
-        f: impl FnOnce(&mut [StateRun<'_>]),
+        mut f: impl FnMut(&mut [StateRun<'_>]),
     ) {
-        let slots = self.tables.states_of(layer);
-        let fresh = self.batch.runs().map(|(_, rows)| begin && self.batch.positions()[rows.start] == 0);
-        let mut lent = states.take(slots.iter().copied().zip(fresh));
-        let runs = self.batch.runs().zip(&mut lent);
-        f(&mut runs.map(|((_, rows), state)| StateRun { rows, state }).collect::<Vec<_>>());
-        states.put(slots.iter().copied(), lent);
+        states.lend(self.tables.states_of(layer), &self.batch, begin, |runs| {
+            f(&mut runs.into_iter().map(|(rows, state)| StateRun { rows, state }).collect::<Vec<_>>());
+        });
     }
 }
 

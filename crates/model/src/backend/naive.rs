@@ -55,14 +55,14 @@ impl Step {
         begin: bool,
         f: impl Fn(Range<usize>, &mut [f64]) -> Vec<Vec<f64>>,
     ) -> Mat64 {
-        let slots = self.tables.states_of(layer);
-        let fresh = self.batch.runs().map(|(_, rows)| begin && self.batch.positions()[rows.start] == 0);
-        let mut lent = states.take(slots.iter().copied().zip(fresh));
-        let runs = self.batch.runs().zip(&mut lent);
-        let rows: Vec<Vec<f64>> = runs.flat_map(|((_, rows), state)| f(rows, state)).collect();
-        states.put(slots.iter().copied(), lent);
-        let cols = rows.first().map_or(0, Vec::len);
-        Mat64::from_vec(rows.len(), cols, rows.concat())
+        let mut out = vec![Vec::new(); self.batch.rows()];
+        states.lend(self.tables.states_of(layer), &self.batch, begin, |runs| {
+            for (rows, state) in runs {
+                rows.clone().zip(f(rows, state)).for_each(|(r, row)| out[r] = row);
+            }
+        });
+        let cols = out.first().map_or(0, Vec::len);
+        Mat64::from_vec(out.len(), cols, out.concat())
     }
 }
 

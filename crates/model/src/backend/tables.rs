@@ -97,8 +97,8 @@ impl Tables {
         Ok(())
     }
 
-    /// Adds the slots of the states of a layer with a recurrent mixer, in the order of the runs. Layers come in their
-    /// order.
+    /// Adds the slots of the states of a layer with a recurrent mixer, in the order of the runs, and behind them those in
+    /// which states go on apart ([`Batch::apart_runs`]). Layers come in their order.
     pub fn push_states(
         &mut self,
         layer: usize,
@@ -120,7 +120,7 @@ impl Tables {
         Ok(())
     }
 
-    /// The slots of states of `layer`, one for each run. Panics where the step does not run it.
+    /// The slots of states of `layer`, one for each run, and one for each state that goes on apart. Panics where the step does not run it.
     #[track_caller]
     pub fn states_of(&self, layer: usize) -> &[u32] {
         let found = self.0.state_layers.binary_search_by_key(&layer, |l| l.0);

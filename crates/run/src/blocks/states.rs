@@ -5,6 +5,9 @@
 //! at absolute multiples of [`SNAPSHOT_TOKENS`] and at the last such end within a prompt; the state of a text that is
 //! closed becomes one of its tail, or of its last block. A slot counts against the same budget as blocks, as many as its
 //! bytes would be, and goes with its block.
+//!
+//! The rows of a draft go on from a copy of the state, in a slot that a text has for one step: where all of them stay,
+//! the copy becomes the text's state, else the text reads those that stay once more.
 
 use lacuna_model::{Backend, Batch, ModelError, States};
 use lacuna_spec::Spec;
@@ -38,11 +41,13 @@ pub(super) struct Own {
     pub(super) slot: Option<u32>,
     /// Positions behind which it stands.
     at: usize,
+    /// Where it goes on for the rows of a draft.
+    apart: Option<u32>,
 }
 
 impl Own {
     /// None.
-    pub(super) const NONE: Own = Own { slot: None, at: NOWHERE };
+    pub(super) const NONE: Own = Own { slot: None, at: NOWHERE, apart: None };
 }
 
 impl<B: Backend> Kept<B> {
@@ -108,6 +113,11 @@ impl<B: Backend> BlockStore<B> {
         !self.states.layers.is_empty()
     }
 
+    /// Bytes of a text's own state.
+    pub(crate) fn state_bytes(&self) -> usize {
+        self.states.bytes()
+    }
+
     /// Blocks that a text's own state counts.
     pub fn state_blocks(&self) -> usize {
         self.states.blocks
@@ -152,7 +162,7 @@ impl<B: Backend> BlockStore<B> {
     /// A state for a text that begins, if there is room for one.
     pub(super) fn own_state(&mut self) -> Own {
         let room = self.keeps_states() && self.available() >= self.states.blocks;
-        Own { slot: if room { self.fresh_state() } else { None }, at: 0 }
+        Own { slot: if room { self.fresh_state() } else { None }, at: 0, apart: None }
     }
 
     /// Whether a text lacks a state, and how many blocks that takes.
@@ -205,6 +215,7 @@ impl<B: Backend> BlockStore<B> {
 
     /// The state of a text that is closed, where it stands behind the text's last position.
     pub(super) fn last_state(&mut self, t: &Text) -> Option<u32> {
+        self.states.give_up(t.own.apart);
         let state = t.own.slot.filter(|_| t.own.at == t.tokens && t.tokens > 0);
         if state.is_none() {
             self.states.give_up(t.own.slot);
@@ -249,7 +260,7 @@ impl<B: Backend> BlockStore<B> {
             return Ok(());
         }
         let store = |what: String| ModelError::Store { what };
-        for (slot, rows) in batch.runs() {
+        for (slot, rows) in batch.own_runs() {
             let positions = &batch.positions()[rows];
             let (Some(&first), Some(&last)) = (positions.first(), positions.last()) else { continue };
             let text = self.texts.get_mut(slot).and_then(Option::as_mut);
@@ -267,6 +278,35 @@ impl<B: Backend> BlockStore<B> {
     pub(super) fn slot_of(&self, slot: usize) -> Result<u32, ModelError> {
         let own = self.texts.get(slot).and_then(Option::as_ref).and_then(|t| t.own.slot);
         own.ok_or_else(|| ModelError::Store { what: format!("text {slot} has no state") })
+    }
+
+    /// As [`lacuna_model::KvStore::apart`].
+    pub(super) fn apart_of(&self, slot: usize) -> Result<u32, ModelError> {
+        let apart = self.texts.get(slot).and_then(Option::as_ref).and_then(|t| t.own.apart);
+        apart.ok_or_else(|| ModelError::Store { what: format!("text {slot} has no state for a draft") })
+    }
+
+    /// Gives a text a slot in which its state goes on for the rows of a draft, until [`BlockStore::settle_state`];
+    /// false where there is no room for it beside `spare` blocks, or nothing to go on from.
+    pub(crate) fn part_state(&mut self, slot: usize, spare: usize) -> bool {
+        let own = self.text(slot).own;
+        if own.apart.is_none() && own.slot.is_some() && self.available() >= self.states.blocks.saturating_add(spare) {
+            let apart = self.fresh_state();
+            self.text_mut(slot).own.apart = apart;
+        }
+        self.text(slot).own.apart.is_some()
+    }
+
+    /// Ends what [`BlockStore::part_state`] began: the state that went on apart, behind the text's first `tokens`
+    /// positions, becomes the text's, or is forgotten.
+    pub(crate) fn settle_state(&mut self, slot: usize, tokens: Option<usize>) {
+        let own = &mut self.text_mut(slot).own;
+        let mut apart = own.apart.take();
+        if let (Some(tokens), true) = (tokens, apart.is_some()) {
+            std::mem::swap(&mut own.slot, &mut apart);
+            own.at = tokens;
+        }
+        self.states.give_up(apart);
     }
 
     /// As [`lacuna_model::KvStore::states`].

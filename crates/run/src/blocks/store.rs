@@ -91,6 +91,10 @@ impl<B: Backend> KvStore<B> for BlockStore<B> {
         self.slot_of(slot)
     }
 
+    fn apart(&self, _: usize, slot: usize) -> Result<u32, ModelError> {
+        self.apart_of(slot)
+    }
+
     fn states(&mut self, layer: usize) -> Result<&mut B::States, ModelError> {
         self.states_of(layer)
     }

@@ -1,4 +1,8 @@
 //! Drafts within a step: which tokens of a text are verified, what came of them, what that costs.
+//!
+//! A model with recurrent mixers takes the likeliest chain of a tree, since a state would have to branch with it: the
+//! chain's rows go on from a copy of the text's state. Where all of them stay, that becomes the text's; else those that
+//! stay are read once more beside the text's next token, which the price of a draft takes into account.
 
 use std::time::Instant;
 
@@ -106,9 +110,12 @@ impl Drafter {
     }
 
     /// Adds the rows of this step's draft behind the text's own, of which the last is row `last` of the batch; `whole`:
-    /// tokens of the text, in `slot`.
-    pub fn rows(&self, batch: &mut Batch, tokens: &mut Vec<u32>, slot: usize, whole: usize) {
+    /// tokens of the text, in `slot`; `recurrent`: they go on from a copy of its state.
+    pub fn rows(&self, batch: &mut Batch, tokens: &mut Vec<u32>, slot: usize, whole: usize, recurrent: bool) {
         let last = batch.rows() - 1;
+        if recurrent {
+            batch.part_state(last + 1);
+        }
         let slots = std::iter::once(slot).chain(self.branches.forks.iter().copied());
         for (branch, (nodes, slot)) in self.branches.nodes.iter().zip(slots).enumerate() {
             let Some(&first) = nodes.first() else { continue };
@@ -158,6 +165,7 @@ impl Drafter {
 impl Scheduler {
     /// What steps cost by their rows, where the caller knows; otherwise some are timed before the first draft.
     pub fn set_prices(&mut self, seconds: StepSeconds) {
+        let seconds = if self.store.keeps_states() && !seconds.has_state() { seconds.with_state(0.0) } else { seconds };
         self.prices = Some(Prices { seconds, acceptance: Acceptance::default() });
     }
 
@@ -185,6 +193,8 @@ impl Scheduler {
         let len = a.tokens.len();
         let deep = (1..a.extent.saturating_sub(len)).take_while(|n| engine.class(len + n) == a.class);
         let until = engine.keep_plan().map_or(usize::MAX, |plan| next_cut(plan, len - 1));
+        // A text stops at snapshots of its state.
+        let until = until.min(store.until_snapshot(len, 0));
         let deep = deep.take(MOST_NODES.min(until - len)).count();
         if deep == 0 {
             return Ok(0);
@@ -195,11 +205,15 @@ impl Scheduler {
             return Ok(0);
         }
         if prices.is_none() {
-            *prices = Some(Prices { seconds: step_seconds(engine)?, acceptance: Acceptance::default() });
+            *prices =
+                Some(Prices { seconds: step_seconds(engine, store.state_bytes())?, acceptance: Acceptance::default() });
         }
         let Some(Prices { seconds, acceptance }) = prices else { return Ok(0) };
         let mut tree = within(tree, deep);
         d.offered = tree.clone();
+        if store.keeps_states() {
+            tree = likeliest_path(&tree, &acceptance.chances(&tree));
+        }
         let chances = acceptance.chances(&tree);
         let read = a.prompt_tokens - a.reused.unwrap_or(0);
         let ledger = d.ledger.get_or_insert_with(|| Ledger::begin(seconds.of(read)));
@@ -207,6 +221,9 @@ impl Scheduler {
         tree.truncate(ledger.nodes(seconds, *others, &chances));
         // A block for each text at work is left: a draft must not drive one out.
         if !tree.is_empty() && (store.available() <= texts || !store.reserve(slot, len + tree.len().min(deep))) {
+            tree.truncate(0);
+        }
+        if !tree.is_empty() && store.keeps_states() && !store.part_state(slot, texts) {
             tree.truncate(0);
         }
         d.branches = Branches::of(&tree);
@@ -231,6 +248,7 @@ impl Scheduler {
     /// Forgets the drafts of a step that failed.
     pub(super) fn undo(&mut self, parts: &[Part]) {
         for p in parts.iter().filter(|p| p.drafted > 0) {
+            self.store.settle_state(self.running[p.index].slot(), None);
             let Some(d) = self.running[p.index].drafter.as_deref_mut() else { continue };
             d.branches.forks.drain(..).for_each(|fork| self.store.close_fork(fork));
         }
@@ -239,6 +257,7 @@ impl Scheduler {
     /// Takes over what came of the drafts of a step: keys and values of tokens that were committed stay, the rest is
     /// forgotten; whoever drafts learns from it.
     pub(super) fn settle(&mut self, parts: &[Part]) {
+        let texts = self.running.len();
         for p in parts.iter().filter(|p| p.wants > 0) {
             let a = &mut self.running[p.index];
             let slot = a.slot();
@@ -246,8 +265,15 @@ impl Scheduler {
             let followed = &a.tokens[p.to..];
             if p.drafted > 0 {
                 let taken = d.path.len().min(followed.len());
-                a.read = p.to + taken;
-                for &node in &d.path[..taken] {
+                // A state that took all of the draft up is worth nothing where some of it goes.
+                let recurrent = self.store.keeps_states();
+                let stays = if !recurrent || taken == p.drafted { taken } else { 0 };
+                a.read = p.to + stays;
+                a.again = taken - stays;
+                if recurrent {
+                    self.store.settle_state(slot, Some(a.read).filter(|_| stays > 0));
+                }
+                for &node in &d.path[..stays] {
                     let (from, nth) = d.branches.place_of(node);
                     self.store.count_mass(slot, from.unwrap_or(slot), nth);
                 }
@@ -261,11 +287,15 @@ impl Scheduler {
                 }
                 self.store.truncate(slot, a.read);
                 self.store.publish(slot, &a.tokens[..a.read]);
+                if recurrent && self.limits.reuse {
+                    self.store.snapshot(slot, a.tokens.len(), texts);
+                }
                 self.drafted += p.drafted as u64;
                 self.accepted += taken as u64;
             }
             if let (Some(prices), Some(ledger)) = (&mut self.prices, &mut d.ledger) {
-                ledger.step(&prices.seconds, d.company, p.drafted, followed.len().max(1));
+                let came = d.path.len().min(followed.len());
+                ledger.step(&prices.seconds, d.company, p.drafted, came, followed.len().max(1));
                 // What was not verified teaches as well.
                 if !d.offered.is_empty() && !followed.is_empty() {
                     prices.acceptance.observe(&d.offered, followed);
@@ -304,6 +334,18 @@ fn within(tree: Tree, deep: usize) -> Tree {
     out
 }
 
+/// The path that goes on by the child with the best chance, of equals the first.
+fn likeliest_path(tree: &Tree, chances: &[f64]) -> Tree {
+    let (mut path, mut at) = (Vec::new(), None);
+    for _ in 0..tree.len() {
+        let children = (0..tree.len()).filter(|&n| tree.parents[n] == at).rev();
+        let Some(best) = children.max_by(|a, b| chances[*a].total_cmp(&chances[*b])) else { break };
+        path.push(tree.tokens[best]);
+        at = Some(best);
+    }
+    Tree::chain(&path)
+}
+
 /// The path of first children.
 fn first_path(tree: &Tree) -> Tree {
     let first = Branches::of(tree).nodes.swap_remove(0);
@@ -333,8 +375,8 @@ fn likeliest(logits: &[f32], k: usize, ids: &mut Vec<u32>) {
     }
 }
 
-/// Times steps of some rows of one text, logits of all of them included.
-fn step_seconds(engine: &Engine) -> Result<StepSeconds, RunError> {
+/// Times steps of some rows of one text, logits of all of them included, and a copy of the state that a text has.
+fn step_seconds(engine: &Engine, state_bytes: usize) -> Result<StepSeconds, RunError> {
     let model = engine.model();
     let depth = (engine.context() / 2).clamp(1, 64);
     let rows = engine.context().saturating_sub(depth);
@@ -342,6 +384,8 @@ fn step_seconds(engine: &Engine) -> Result<StepSeconds, RunError> {
         (0..depth + TIMED_ROWS[TIMED_ROWS.len() - 1]).map(|i| (i * 7919 % model.spec.vocab) as u32).collect();
     let mut kv = ContiguousKv::with_format(&model.spec, 1, engine.kv_format());
     model.forward(&tokens[..depth], &Batch::one(0, 0..depth), &mut kv, &mut NoTap)?;
+    // A state does not go back.
+    let begun = (state_bytes > 0).then(|| kv.clone());
     let mut measured: Vec<(usize, f64)> = Vec::new();
     for n in TIMED_ROWS.into_iter().filter(|n| *n == 1 || *n <= rows) {
         let mut best = f64::INFINITY;
@@ -351,14 +395,31 @@ fn step_seconds(engine: &Engine) -> Result<StepSeconds, RunError> {
             let hidden = model.forward(&tokens[depth..depth + n], &batch, &mut kv, &mut NoTap)?;
             std::hint::black_box(model.logits(hidden.view()));
             best = best.min(start.elapsed().as_secs_f64());
-            kv.truncate(0, depth);
+            match &begun {
+                Some(begun) => kv = begun.clone(),
+                None => kv.truncate(0, depth),
+            }
         }
         measured.push((n, best.max(1e-9)));
         if best > TOO_LONG * measured[0].1 {
             break;
         }
     }
-    StepSeconds::new(measured).map_err(of_draft)
+    let seconds = StepSeconds::new(measured).map_err(of_draft)?;
+    Ok(if state_bytes > 0 { seconds.with_state(copy_seconds(state_bytes)) } else { seconds })
+}
+
+/// Times a copy of so many bytes.
+fn copy_seconds(bytes: usize) -> f64 {
+    let (from, mut to) = (vec![1u8; bytes], vec![2u8; bytes]);
+    let mut best = f64::INFINITY;
+    for _ in 0..=TIMED {
+        let start = Instant::now();
+        to.copy_from_slice(std::hint::black_box(&from));
+        std::hint::black_box(&mut to);
+        best = best.min(start.elapsed().as_secs_f64());
+    }
+    best
 }
 
 #[cfg(test)]
@@ -417,6 +478,23 @@ mod tests {
             }
             let first = first_path(&tree);
             assert_eq!(first.len(), branches.nodes[0].len());
+            // The best of all paths that go on by the best child: chances that fall along each path.
+            let mut chances: Vec<f64> = Vec::new();
+            for (node, parent) in tree.parents.iter().enumerate() {
+                let above = parent.map_or(1.0, |p| chances[p]);
+                chances.push(above * (1.0 + ((node * 7) % 5) as f64) / 6.0);
+            }
+            let (mut want, mut at) = (Vec::new(), None);
+            loop {
+                let mut best: Option<usize> = None;
+                for n in (0..tree.len()).filter(|&n| tree.parents[n] == at) {
+                    best = if best.is_none_or(|b| chances[n] > chances[b]) { Some(n) } else { best };
+                }
+                let Some(best) = best else { break };
+                want.push(tree.tokens[best]);
+                at = Some(best);
+            }
+            assert_eq!(likeliest_path(&tree, &chances), Tree::chain(&want));
         }
     }
 }

@@ -53,13 +53,13 @@ impl Scheduler {
         let Some(keep) = engine.plan().keep() else { return };
         let mut index = 0;
         while index < self.running.len() {
-            if self.running[index].unread() > 1 {
+            if !self.running[index].goes_on() {
                 // What others have published since the last step may lead there.
                 let read = take_over(&mut self.store, &self.running[index], self.limits.reuse);
                 self.running[index].read = read;
             }
             let a = &self.running[index];
-            let (slot, room, reading) = (a.slot(), (a.tokens.len() + 1).min(a.extent), a.unread() > 1);
+            let (slot, room, reading) = (a.slot(), (a.tokens.len() + 1).min(a.extent), !a.goes_on());
             if !self.store.is_due(slot) {
                 index += 1;
                 continue;

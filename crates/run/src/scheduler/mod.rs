@@ -190,7 +190,8 @@ impl Scheduler {
     pub(crate) fn set_room(&mut self, tokens: usize) {
         let drafts = if self.engine.plan().draft().is_some() { draft::BLOCKS } else { 0 };
         let blocks = self.store.slots(tokens).div_ceil(BLOCK_TOKENS).saturating_add(1 + drafts);
-        let blocks = blocks.saturating_add(self.store.state_blocks_of(tokens));
+        let states = if drafts > 0 { self.store.state_blocks() } else { 0 };
+        let blocks = blocks.saturating_add(self.store.state_blocks_of(tokens)).saturating_add(states);
         self.limits.kv_bytes = blocks.saturating_mul(self.store.unit_bytes());
         self.store.set_total(blocks);
     }
@@ -279,6 +280,7 @@ impl Scheduler {
             tokens: prompt,
             slot: None,
             read: 0,
+            again: 0,
             extent,
             class: self.engine.class(n),
             reused: None,
@@ -339,7 +341,7 @@ impl Scheduler {
             batch.push_part(a.slot(), p.from..p.to, a.tokens.len());
             tokens.extend_from_slice(&a.tokens[p.from..p.to]);
             if let Some(d) = a.drafter.as_deref().filter(|_| p.drafted > 0) {
-                d.rows(batch, tokens, a.slot(), a.tokens.len());
+                d.rows(batch, tokens, a.slot(), a.tokens.len(), self.store.keeps_states());
             }
         }
         let hidden = match self.engine.model().forward(tokens, batch, &mut self.store, &mut NoTap) {
@@ -379,7 +381,7 @@ impl Scheduler {
         let (texts, model) = (self.running.len(), self.engine.model());
         let a = &mut self.running[p.index];
         let mut over = false;
-        a.read = p.to;
+        (a.read, a.again) = (p.to, 0);
         self.store.publish(a.slot(), &a.tokens[..p.to]);
         if self.limits.reuse {
             // A block is left for each text at work.

@@ -57,19 +57,21 @@ impl Scheduler {
         // Whom a text drafts beside: the rows of all others.
         let (mut rows, mut others) = (0, 0);
         for a in &self.running {
-            (rows, others) = if a.unread() == 1 { (rows + 1, others + 1) } else { (rows + a.unread(), others) };
+            rows += a.unread();
+            others += usize::from(a.goes_on());
         }
-        let mut company = Company { rows: rows.min(self.limits.prefill_rows + others), tokens: others as f64 };
+        let most = self.limits.prefill_rows + others;
+        let mut company = Company { rows: rows.min(most), tokens: others as f64 };
         let mut index = 0;
         while index < self.running.len() {
-            if self.running[index].unread() == 1 && self.make_room(index) {
-                let to = self.running[index].tokens.len();
+            if self.running[index].goes_on() && self.make_room(index) {
+                let (from, to) = (self.running[index].read, self.running[index].tokens.len());
                 let mut beside = Company { rows: company.rows.saturating_sub(1), tokens: company.tokens - 1.0 };
                 let drafted = self.draft(index, &mut beside);
                 company = Company { rows: beside.rows + 1, tokens: beside.tokens + 1.0 };
-                let part = self.part(index, to - 1, to);
+                let part = self.part(index, from, to);
                 parts.push(Part { drafted, wants: part.wants + drafted, ..part });
-                step.decode_rows += 1;
+                step.decode_rows += to - from;
                 step.drafted_rows += drafted;
             }
             index += 1;
@@ -102,7 +104,7 @@ impl Scheduler {
     /// Adds rows of prompts, each in its turn.
     fn plan_prompts(&mut self, parts: &mut Vec<Part>, step: &mut Step) {
         let rows = self.limits.prefill_rows;
-        let reading = |i: &usize| self.running[*i].unread() > 1 && !self.is_read_whole(*i);
+        let reading = |i: &usize| !self.running[*i].goes_on() && !self.is_read_whole(*i);
         let reading: Vec<usize> = (0..self.running.len()).filter(reading).collect();
         if reading.is_empty() {
             return;
@@ -156,7 +158,7 @@ impl Scheduler {
     /// Puts a text that was at work at the head of the queue; it gives its blocks up.
     fn wait(&mut self, mut a: Active) {
         self.close(&a);
-        (a.slot, a.read, a.pass) = (None, 0, None);
+        (a.slot, a.read, a.again, a.pass) = (None, 0, 0, None);
         if let Work::Embed { sum, .. } = &mut a.work {
             sum.clear();
         }

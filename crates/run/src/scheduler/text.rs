@@ -24,6 +24,9 @@ pub(super) struct Active {
     pub slot: Option<usize>,
     /// Tokens whose keys and values are written.
     pub read: usize,
+    /// Of the tokens behind those, how many a draft brought, whose keys and values are there but not their state: they
+    /// are read once more.
+    pub again: usize,
     /// Tokens that it may become.
     pub extent: usize,
     /// The class of its keys.
@@ -140,6 +143,11 @@ impl Active {
     /// Tokens that are not read yet.
     pub fn unread(&self) -> usize {
         self.tokens.len() - self.read
+    }
+
+    /// Whether it is being continued: all that is left is to read its last token, behind those to be read again.
+    pub fn goes_on(&self) -> bool {
+        self.unread() == 1 + self.again
     }
 
     /// Whether every row of it is needed, so that nothing can be taken over.

@@ -14,6 +14,7 @@ use super::reply::{Reply, Setting, Shape};
 use super::types::answer_tokens;
 use super::{Prepared, tell_user, types};
 use crate::app::App;
+use crate::channels::FINAL;
 use crate::error::ApiError;
 use crate::exact;
 use crate::reasoning::Marks;
@@ -65,10 +66,15 @@ pub fn read(app: &App, c: &mut types::Chat, held: bool) -> Result<Conversation, 
         let text = "this model has no chat template: it was not trained to chat. Use /v1/completions";
         ApiError::bad("messages", text).code("unsupported_parameter")
     })?;
+    results_have_calls(&c.messages)?;
     let args = arguments(template, c)?;
     let form = CallFormat::of(template.source(), template.takes_tools());
     let tools = Tools::read(c.tools.take(), c.tool_choice.as_ref(), c.parallel_tool_calls, form)?;
+    let marks = Marks::of(template.source());
     let mut messages: Vec<Value> = std::mem::take(&mut c.messages).into_iter().map(|m| plain(m, form)).collect();
+    if marks.is_some_and(Marks::in_channels) {
+        messages.iter_mut().for_each(think);
+    }
     if let Some(tools) = tools.as_ref().filter(|_| form == CallFormat::Constrained) {
         let at = messages.iter().rposition(|m| m["role"] == "user").unwrap_or(messages.len() - 1);
         let instruction = format!("\n\n{}", tools.instruction());
@@ -90,18 +96,40 @@ pub fn read(app: &App, c: &mut types::Chat, held: bool) -> Result<Conversation, 
     let rendered = template.render_with(&Value::from(messages), &with);
     let mut rendered = rendered.map_err(|e| ApiError::bad("messages", e.to_string()))?;
     let forced = tools.as_ref().filter(|t| !t.forced.is_empty());
-    let mut thoughts = Marks::of(template.source()).map(|m| (m, m.are_open(&rendered)));
+    let mut thoughts = marks.map(|m| (m, m.are_open(&rendered)));
     if held || forced.is_some() {
         // A grammar has no place for thoughts.
-        rendered += &thoughts.take().filter(|(_, open)| *open).map_or(String::new(), |(m, _)| m.closing());
+        let passed = thoughts.take().map_or(String::new(), |(m, open)| match forced {
+            // A call is in a channel of its own.
+            Some(_) => m.passing_over(open).trim_end_matches(FINAL).to_owned(),
+            None => m.passing_over(open),
+        });
+        rendered += &passed;
     }
     if let Some(t) = forced {
-        rendered += t.form.opening();
+        rendered += &t.opening();
     }
     app.check_length(&rendered, "messages")?;
     let prompt = app.tokenizer.encode(&rendered, false).map_err(|e| ApiError::bad("messages", e.to_string()))?;
     app.check_tokens(&prompt, "messages")?;
     Ok(Conversation { prompt, tools, thoughts })
+}
+
+/// Refuses results of calls that nobody made, as the interfaces do that this one is like. One that names no call, as
+/// Ollama's clients write them, is whose it may.
+fn results_have_calls(messages: &[Value]) -> Result<(), ApiError> {
+    let mut made: Vec<&str> = Vec::new();
+    for (i, m) in messages.iter().enumerate() {
+        made.extend(m["tool_calls"].as_array().into_iter().flatten().filter_map(|call| call["id"].as_str()));
+        let id = m["tool_call_id"].as_str().filter(|id| m["role"] == "tool" && !id.is_empty());
+        if let Some(id) = id.filter(|id| !made.contains(id)) {
+            let shown: String = id.chars().take(100).collect();
+            let text =
+                format!("message {i} is the result of the call '{shown}', and no message before it makes that call");
+            return Err(ApiError::bad("messages", text));
+        }
+    }
+    Ok(())
 }
 
 /// The template's arguments: `chat_template_kwargs`, and what other fields say that it may know.
@@ -272,6 +300,18 @@ fn plain(mut m: Value, form: CallFormat) -> Value {
         fields.insert("content".into(), "".into());
     }
     m
+}
+
+/// A message with its thoughts as templates of channels know them; beside a call they have a place for one text.
+fn think(m: &mut Value) {
+    let Some(fields) = m.as_object_mut() else { return };
+    let Some(Value::String(mut thought)) = fields.remove("reasoning_content") else { return };
+    if let (true, Some(Value::String(said))) = (fields.contains_key("tool_calls"), fields.get_mut("content"))
+        && !said.is_empty()
+    {
+        thought = format!("{thought}\n{}", std::mem::take(said));
+    }
+    fields.insert("thinking".into(), thought.into());
 }
 
 /// A call as its text, for a template without a place for it.

@@ -19,24 +19,9 @@ pub async fn serve(State(app): State<Arc<App>>, request: Request<Body>) -> Respo
     answer(async move {
         let ((texts, pooling, base64), ticket) = app.admit("EmbeddingRequest", request, prepare).await?;
         let tokens: usize = texts.iter().map(Vec::len).sum();
-        let n = texts.len();
-        let requests = texts.into_iter().map(|prompt| lacuna_run::Request::new(prompt, Job::Embed(pooling))).collect();
-        let mut answers = app.submit(requests, ticket)?;
-        let mut vectors: Vec<Option<Vec<f32>>> = vec![None; n];
-        let all = async {
-            while let Some((i, event)) = answers.next().await {
-                match event {
-                    Event::Embedding { vector, .. } => vectors[i] = Some(vector),
-                    Event::Failed(e) => return Err(ApiError::of_run(&e, "input")),
-                    _ => {}
-                }
-            }
-            Ok(())
-        };
-        in_time(app.limits.answer, all).await??;
-        let mut data = Vec::with_capacity(n);
+        let vectors = vectors(&app, texts, pooling, ticket).await?;
+        let mut data = Vec::with_capacity(vectors.len());
         for (i, v) in vectors.into_iter().enumerate() {
-            let v = v.ok_or_else(ApiError::going_down)?;
             let embedding = if base64 {
                 let bytes: Vec<u8> = v.iter().flat_map(|x| x.to_le_bytes()).collect();
                 Value::from(base64::engine::general_purpose::STANDARD.encode(bytes))
@@ -49,6 +34,31 @@ pub async fn serve(State(app): State<Arc<App>>, request: Request<Body>) -> Respo
         Ok(json_response(200, &json!({ "object": "list", "data": data, "model": app.name, "usage": usage })))
     })
     .await
+}
+
+/// The vectors of texts, in their order.
+pub async fn vectors(
+    app: &App,
+    texts: Vec<Vec<u32>>,
+    pooling: Pooling,
+    ticket: Ticket,
+) -> Result<Vec<Vec<f32>>, ApiError> {
+    let n = texts.len();
+    let requests = texts.into_iter().map(|prompt| lacuna_run::Request::new(prompt, Job::Embed(pooling))).collect();
+    let mut answers = app.submit(requests, ticket)?;
+    let mut vectors: Vec<Option<Vec<f32>>> = vec![None; n];
+    let all = async {
+        while let Some((i, event)) = answers.next().await {
+            match event {
+                Event::Embedding { vector, .. } => vectors[i] = Some(vector),
+                Event::Failed(e) => return Err(ApiError::of_run(&e, "input")),
+                _ => {}
+            }
+        }
+        Ok(())
+    };
+    in_time(app.limits.answer, all).await??;
+    vectors.into_iter().map(|v| v.ok_or_else(ApiError::going_down)).collect()
 }
 
 fn prepare(app: &App, body: Value, ticket: &mut Ticket) -> Result<(Vec<Vec<u32>>, Pooling, bool), ApiError> {

@@ -8,12 +8,14 @@ use axum::body::Body;
 use axum::extract::State;
 use axum::http::{Request, Response};
 use axum::routing::{get, post};
+use lacuna_checkpoint::TokenizerError;
 use serde_json::{Map, Value, json};
 use sha2::{Digest, Sha256};
 
 use super::chat::{Length, translated};
 use super::dialect::{Dialect, arguments};
-use super::{Prepared, answer, completions};
+use super::types::Input;
+use super::{Prepared, answer, completions, embeddings};
 use crate::app::App;
 use crate::error::{ApiError, Form, json_response};
 use crate::reasoning::Marks;
@@ -40,6 +42,8 @@ pub fn routes() -> Router<Arc<App>> {
         .route("/api/show", post(show))
         .route("/api/chat", post(chat))
         .route("/api/generate", post(generate))
+        .route("/api/embed", post(embed))
+        .route("/api/embeddings", post(embedding))
 }
 
 fn version() -> Value {
@@ -179,6 +183,95 @@ async fn generate(State(app): State<Arc<App>>, request: Request<Body>) -> Respon
     .await
 }
 
+/// `POST /api/embed`
+async fn embed(State(app): State<Arc<App>>, request: Request<Body>) -> Response<Body> {
+    answer(async move {
+        let began = Instant::now();
+        let work = |app: &App, body: Value, ticket: &mut Ticket| {
+            let model = body["model"].as_str().unwrap_or(&app.name).to_owned();
+            let texts = match &body["input"] {
+                Value::String(text) if !text.is_empty() => vec![text.clone()],
+                Value::Array(all) => all.iter().filter_map(Value::as_str).map(str::to_owned).collect(),
+                // Whoever asks for nothing wants the model loaded. It is.
+                _ => Vec::new(),
+            };
+            Ok((model, tokens(app, texts, body["truncate"] != false, "input", ticket)?))
+        };
+        let ((model, texts), ticket) = app.admit("OllamaEmbedRequest", request, work).await?;
+        let count: usize = texts.iter().map(Vec::len).sum();
+        let vectors = vectors(&app, texts, ticket).await?;
+        let took = u64::try_from(began.elapsed().as_nanos()).unwrap_or(u64::MAX);
+        let told = json!({
+            "model": model, "embeddings": vectors, "total_duration": took, "load_duration": 0, "prompt_eval_count": count,
+        });
+        Ok(json_response(200, &told))
+    })
+    .await
+}
+
+/// `POST /api/embeddings`
+async fn embedding(State(app): State<Arc<App>>, request: Request<Body>) -> Response<Body> {
+    answer(async move {
+        let work = |app: &App, body: Value, ticket: &mut Ticket| {
+            let text = body["prompt"].as_str().filter(|t| !t.is_empty()).map(str::to_owned);
+            tokens(app, text.into_iter().collect(), true, "prompt", ticket)
+        };
+        let (texts, ticket) = app.admit("OllamaEmbeddingRequest", request, work).await?;
+        let vector = vectors(&app, texts, ticket).await?.pop().unwrap_or_default();
+        Ok(json_response(200, &json!({ "embedding": vector })))
+    })
+    .await
+}
+
+async fn vectors(app: &App, texts: Vec<Vec<u32>>, ticket: Ticket) -> Result<Vec<Vec<f32>>, ApiError> {
+    if texts.is_empty() { Ok(Vec::new()) } else { embeddings::vectors(app, texts, app.pooling, ticket).await }
+}
+
+/// The tokens of texts that are to become vectors; `cut`: of one that does not fit as many as do.
+fn tokens(
+    app: &App,
+    texts: Vec<String>,
+    cut: bool,
+    param: &str,
+    ticket: &mut Ticket,
+) -> Result<Vec<Vec<u32>>, ApiError> {
+    app.widen(ticket, texts.len().max(1))?;
+    let one = |text: String| {
+        if !cut {
+            let ids = app.tokens(Input::Text(text), param)?.swap_remove(0);
+            let n = ids.len();
+            let short = n <= app.context;
+            let long = || format!("a text of {n} tokens does not fit the context of {}", app.context);
+            return short.then_some(ids).ok_or_else(|| ApiError::bad(param, long()).code("context_length_exceeded"));
+        }
+        let bad = |e: TokenizerError| ApiError::bad(param, e.to_string());
+        // No more of a long text is encoded than it takes: a token has a few bytes.
+        let mut bytes = app.context.saturating_mul(16);
+        loop {
+            let end = (0..=bytes.min(text.len())).rev().find(|&at| text.is_char_boundary(at)).unwrap_or(0);
+            let mut ids = app.tokenizer.encode(&text[..end], true).map_err(bad)?;
+            // What ends every text ends one that was cut.
+            let last = ids.last().copied().filter(|&id| app.tokenizer.is_special(id));
+            if ids.len() <= app.context && end < text.len() {
+                bytes = bytes.saturating_mul(2);
+                continue;
+            }
+            if ids.len() > app.context {
+                ids.truncate(app.context);
+                if let (Some(end), Some(at)) = (last, ids.last_mut()) {
+                    *at = end;
+                }
+            }
+            if ids.is_empty() {
+                return Err(ApiError::bad(param, format!("'{param}' has a text without tokens")));
+            }
+            app.check_tokens(&ids, param)?;
+            return Ok(ids);
+        }
+    };
+    texts.into_iter().map(one).collect()
+}
+
 /// Answers a request, or says at once what there is to say without the engine.
 async fn serve(
     app: Arc<App>,
@@ -269,7 +362,9 @@ fn conversation(messages: &[Value]) -> Value {
             out["tool_calls"] = calls.into();
         }
         if m["role"] == "tool" {
-            out["tool_call_id"] = format!("call_{answered}").into();
+            // One too many belongs to no call.
+            let id = if answered < called { format!("call_{answered}") } else { String::new() };
+            out["tool_call_id"] = id.into();
             answered += 1;
             if let Some(name) = m.get("tool_name") {
                 out["name"] = name.clone();
@@ -454,6 +549,7 @@ mod tests {
         ];
         let made = conversation(&there);
         assert_eq!(made[0]["tool_calls"][1]["id"], made[2]["tool_call_id"]);
+        assert_eq!(conversation(&there[1..2])[0]["tool_call_id"], "");
         assert_eq!(made[0]["tool_calls"][0]["function"]["arguments"], "{\"a\":1}");
         assert_eq!((&made[1]["name"], &made[0]["reasoning_content"]), (&json!("f"), &json!("Hm.")));
     }

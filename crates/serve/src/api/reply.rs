@@ -141,7 +141,7 @@ impl Reply {
             tokens: Vec::new(),
             offset: echo.as_ref().map_or(0, |e| e.text.chars().count()),
             echo,
-            thoughts: s.thoughts.map(|(marks, open)| Thoughts::new(marks, open)),
+            thoughts: s.thoughts.map(|(marks, open)| Thoughts::new(marks, open, s.tools.is_some())),
             reasoning: String::new(),
             reasoning_tokens: s.thoughts.map(|_| 0),
             splitter: s.tools.clone().map(Splitter::new),
