@@ -135,6 +135,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_i(self, p: *const u8) -> Self::I;
     /// # Safety
     /// `p` is writable for `4 * LANES` bytes.
+    // Only tiles ask for it, and there are some on one kind of processor.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     unsafe fn store_i(self, p: *mut u8, a: Self::I);
     /// `LANES` unsigned bytes.
     /// # Safety
@@ -170,6 +172,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `a - b`.
     fn sub_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// `a - b` byte by byte, the last 8 bits of each.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     fn sub_bytes(self, a: Self::I, b: Self::I) -> Self::I;
     /// `a - b * c`.
     fn less_product(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I;
