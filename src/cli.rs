@@ -30,7 +30,8 @@ pub struct Global {
     /// Print one JSON object on standard output; everything else goes to standard error.
     #[arg(long, global = true)]
     pub json: bool,
-    /// Worker threads; by default one for each core.
+    /// Worker threads; by default one for each core (products leave out the slow ones of a processor that has fast
+    /// ones, too).
     #[arg(long, global = true, value_name = "N")]
     pub threads: Option<usize>,
     /// Ask the caches alone, never the network.

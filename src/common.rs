@@ -40,7 +40,13 @@ pub fn logging(verbose: u8) {
 
 /// Sizes the pool of worker threads.
 pub fn threads(n: Option<usize>) -> Result<()> {
-    let Some(n) = n else { return Ok(()) };
+    let Some(n) = n else {
+        // Products only: what else runs on all cores shares its work by need.
+        if let Some(fast) = lacuna_kernels::cpu::fast_cores() {
+            lacuna_kernels::set_threads(fast);
+        }
+        return Ok(());
+    };
     if n == 0 || n > 1024 {
         return Err(Usage(format!("--threads {n}: give 1 to 1024")).into());
     }

@@ -13,7 +13,7 @@ use crate::common;
 /// Runs the verb.
 pub fn run(g: &Global) -> anyhow::Result<ExitCode> {
     let features = table::features();
-    let threads = rayon::current_num_threads();
+    let threads = lacuna_kernels::threads();
     let (stream, cache) = (ceiling::beyond_caches(), cpu::last_level_cache());
     let bandwidth = ceiling::bandwidth(stream);
     // Half of it: the rest of what runs has its part of it, too.

@@ -249,9 +249,19 @@ unsafe fn block<S: Simd, C: Bytes, const PLAIN: bool, const M: usize>(
                     g.codec.shared::<S, PLAIN>(s, panel, b, h)
                 };
                 let mut m = 0;
+                while m + 1 < M {
+                    let [sum, other] = s.total_both(C::BITS, [sums[m][h], sums[m + 1][h]]);
+                    sums[m][h][0] = sum;
+                    sums[m + 1][h][0] = other;
+                    m += 2;
+                }
+                if m < M {
+                    sums[m][h][0] = s.total(C::BITS, sums[m][h]);
+                }
+                m = 0;
                 while m < M {
-                    let (sum, meta) = (s.total(C::BITS, sums[m][h]), meta.add(m * blocks * META));
-                    out[m][h] = g.codec.close::<S, PLAIN>(s, &shared, sum, meta, out[m][h]);
+                    let meta = meta.add(m * blocks * META);
+                    out[m][h] = g.codec.close::<S, PLAIN>(s, &shared, sums[m][h][0], meta, out[m][h]);
                     m += 1;
                 }
                 h += 1;
@@ -277,11 +287,16 @@ unsafe fn octet<S: Simd, C: Bytes, const M: usize>(
         // SAFETY: as the caller promises.
         unsafe {
             let codes = g.codec.octet(s, block, o, h);
+            let (x, row) = (x.add(8 * o), g.panels.blocks * BLOCK);
             let mut m = 0;
-            while m < M {
-                let x = x.add(m * g.panels.blocks * BLOCK + 8 * o);
-                sums[m][h] = s.dot8::<false>(C::BITS, sums[m][h], codes, x);
-                m += 1;
+            // Some processors multiply by two rows at once.
+            while m + 1 < M {
+                let two = [x.add(m * row), x.add((m + 1) * row)];
+                [sums[m][h], sums[m + 1][h]] = s.dot8_both(C::BITS, [sums[m][h], sums[m + 1][h]], codes, two);
+                m += 2;
+            }
+            if m < M {
+                sums[m][h] = s.dot8::<false>(C::BITS, sums[m][h], codes, x.add(m * row));
             }
         }
         h += 1;

@@ -21,16 +21,15 @@ const BESIDE: usize = 4 * ROWS;
 
 /// Panels `from..to` times rows in tiles.
 pub(crate) fn multiply<C: Bytes>(isa: Isa, panels: View, codec: &C, (from, to): (usize, usize), x: Rows, out: Out) {
-    let columns = if C::SIXTEENS { BLOCK / 2 } else { BLOCK };
     #[cfg(target_arch = "x86_64")]
     if isa == Isa::Amx && isa.available() {
-        let tiles = crate::simd::amx::Amx::new(columns);
+        let tiles = crate::simd::amx::Amx::new(if C::SIXTEENS { BLOCK / 2 } else { BLOCK });
         return by(tiles.unit(), isa, panels, codec, (from, to), x, out);
     }
     #[cfg(test)]
     return by(crate::simd::unit::Slow, isa, panels, codec, (from, to), x, out);
     #[cfg(not(test))]
-    panic!("this process has no tiles of {columns} columns");
+    panic!("{isa} has no tiles");
 }
 
 fn by<C: Bytes, U: Unit>(unit: U, isa: Isa, panels: View, codec: &C, (from, to): (usize, usize), x: Rows, out: Out) {

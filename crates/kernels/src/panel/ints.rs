@@ -359,17 +359,6 @@ pub(crate) struct Shared<S: Simd> {
 #[derive(Clone)]
 pub(crate) struct Ints<const BITS: usize>(pub(crate) GroupLayout);
 
-/// Bits from `from` on to `to` on, the others gone.
-#[inline(always)]
-fn moved<S: Simd>(s: S, v: S::I, from: usize, to: usize, mask: u8) -> S::I {
-    let v = match from.cmp(&to) {
-        std::cmp::Ordering::Less => s.shl_i(v, (to - from) as u32),
-        std::cmp::Ordering::Equal => v,
-        std::cmp::Ordering::Greater => s.shr_i(v, (from - to) as u32),
-    };
-    s.and_i(v, mask << to)
-}
-
 /// Where the planes of 4, 2 and 1 bits of octet `o` are in a block of codes of so many bits, of those that it has: what
 /// is read first comes first.
 #[inline(always)]
@@ -395,17 +384,17 @@ pub(crate) unsafe fn octet<S: Simd, const BITS: usize>(s: S, block: *const u8, o
         let (one, two, four) = (plane(1, one), plane(2, two), plane(4, four));
         let (mut out, mut to) = ([s.splat_i(0); 2], 0);
         if BITS & 4 != 0 {
-            out = [s.and_i(four, 15), moved(s, four, 4, 0, 15)];
+            out = [s.and_i(four, 15), s.moved(four, 4, 0, 15)];
             to = 4;
         }
         if BITS & 2 != 0 {
             let first = o % 2 * 4;
-            let two = [moved(s, two, first, to, 3), moved(s, two, first + 2, to, 3)];
+            let two = [s.moved(two, first, to, 3), s.moved(two, first + 2, to, 3)];
             out = if BITS & 4 != 0 { [s.or_i(out[0], two[0]), s.or_i(out[1], two[1])] } else { two };
             to += 2;
         }
         if BITS & 1 != 0 {
-            let one = [moved(s, one, 2 * o, to, 1), moved(s, one, 2 * o + 1, to, 1)];
+            let one = [s.moved(one, 2 * o, to, 1), s.moved(one, 2 * o + 1, to, 1)];
             out = [s.or_i(out[0], one[0]), s.or_i(out[1], one[1])];
         }
         out

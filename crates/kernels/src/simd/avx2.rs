@@ -2,6 +2,7 @@
 
 use std::arch::x86_64::*;
 
+use super::masks::{COMPRESS, EXPAND, EXPAND_PAIRS};
 use super::{Op, Simd};
 use crate::Isa;
 
@@ -508,60 +509,6 @@ pub(super) unsafe fn keep(x: *const i8, mask: u32, out: *mut i8) {
         }
     }
 }
-
-/// For every byte of mask: the places of its set bits, then 0x80.
-static COMPRESS: [[u8; 8]; 256] = {
-    let mut t = [[0x80u8; 8]; 256];
-    let mut m = 0;
-    while m < 256 {
-        let (mut i, mut n) = (0, 0);
-        while i < 8 {
-            if m >> i & 1 == 1 {
-                t[m][n] = i as u8;
-                n += 1;
-            }
-            i += 1;
-        }
-        m += 1;
-    }
-    t
-};
-
-/// For every byte of mask: the rank of each set bit, 0x80 for the others.
-static EXPAND: [[u8; 8]; 256] = {
-    let mut t = [[0x80u8; 8]; 256];
-    let mut m = 0;
-    while m < 256 {
-        let (mut i, mut n) = (0, 0);
-        while i < 8 {
-            if m >> i & 1 == 1 {
-                t[m][i] = n;
-                n += 1;
-            }
-            i += 1;
-        }
-        m += 1;
-    }
-    t
-};
-
-/// `EXPAND` for values of two bytes.
-static EXPAND_PAIRS: [[u8; 16]; 256] = {
-    let mut t = [[0x80u8; 16]; 256];
-    let mut m = 0;
-    while m < 256 {
-        let mut i = 0;
-        while i < 8 {
-            if EXPAND[m][i] < 8 {
-                t[m][2 * i] = 2 * EXPAND[m][i];
-                t[m][2 * i + 1] = 2 * EXPAND[m][i] + 1;
-            }
-            i += 1;
-        }
-        m += 1;
-    }
-    t
-};
 
 /// Sums of two neighbouring products each, for two vectors. A function, as a closure would be compiled without the
 /// instruction set.

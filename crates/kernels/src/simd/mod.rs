@@ -1,8 +1,8 @@
 //! Vectors of f32 lanes, one implementation for each instruction set.
 //!
 //! An operation is written once over [`Simd`] as an [`Op`]; [`dispatch`] runs it inside a function that has the
-//! instruction set enabled, into which everything inlines. A token (`Avx2`, `Avx512`) exists only where the processor
-//! has the instructions, which is what makes the register-only methods safe.
+//! instruction set enabled, into which everything inlines. A token (`Avx2`, `Avx512`, `Neon`) exists only where the
+//! processor has the instructions, which is what makes the register-only methods safe.
 
 #[cfg(target_arch = "x86_64")]
 pub(crate) mod amx;
@@ -10,6 +10,10 @@ pub(crate) mod amx;
 mod avx2;
 #[cfg(target_arch = "x86_64")]
 mod avx512;
+#[cfg(any(target_arch = "x86_64", target_arch = "aarch64"))]
+mod masks;
+#[cfg(target_arch = "aarch64")]
+mod neon;
 mod portable;
 #[cfg(any(test, target_arch = "x86_64"))]
 pub(crate) mod unit;
@@ -131,6 +135,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     unsafe fn load_i(self, p: *const u8) -> Self::I;
     /// # Safety
     /// `p` is writable for `4 * LANES` bytes.
+    // Only tiles ask for it, and there are some on one kind of processor.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     unsafe fn store_i(self, p: *mut u8, a: Self::I);
     /// `LANES` unsigned bytes.
     /// # Safety
@@ -148,6 +154,17 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     fn shr_i(self, a: Self::I, n: u32) -> Self::I;
     /// Every pair of bytes `n` bits up.
     fn shl_i(self, a: Self::I, n: u32) -> Self::I;
+    /// Of every byte the bits of `mask`, which begins at bit 0, found from bit `from` on and moved to bit `to` on; the
+    /// others are 0.
+    #[inline(always)]
+    fn moved(self, a: Self::I, from: usize, to: usize, mask: u8) -> Self::I {
+        let a = match from.cmp(&to) {
+            std::cmp::Ordering::Less => self.shl_i(a, (to - from) as u32),
+            std::cmp::Ordering::Equal => a,
+            std::cmp::Ordering::Greater => self.shr_i(a, (from - to) as u32),
+        };
+        self.and_i(a, mask << to)
+    }
     /// Byte `j` of every lane.
     fn byte(self, a: Self::I, j: usize) -> Self::I;
     /// Lanes as f32, rounded to nearest.
@@ -155,6 +172,7 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// `a - b`.
     fn sub_i(self, a: Self::I, b: Self::I) -> Self::I;
     /// `a - b` byte by byte, the last 8 bits of each.
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     fn sub_bytes(self, a: Self::I, b: Self::I) -> Self::I;
     /// `a - b * c`.
     fn less_product(self, a: Self::I, b: Self::I, c: Self::I) -> Self::I;
@@ -181,6 +199,25 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     }
     /// What up to four `dot`s of codes of `bits` bits summed.
     fn total(self, bits: usize, state: [Self::I; 2]) -> Self::I;
+    /// Two `dot8`s of the same codes with two rows of x. What is kept where is `total_both`'s to know.
+    /// # Safety
+    /// Both are readable for 8 bytes.
+    #[inline(always)]
+    unsafe fn dot8_both(
+        self,
+        bits: usize,
+        state: [[Self::I; 2]; 2],
+        c: [Self::I; 2],
+        x: [*const i8; 2],
+    ) -> [[Self::I; 2]; 2] {
+        // SAFETY: as the caller promises.
+        unsafe { [self.dot8::<false>(bits, state[0], c, x[0]), self.dot8::<false>(bits, state[1], c, x[1])] }
+    }
+    /// The two `total`s of what up to four `dot8_both`s summed.
+    #[inline(always)]
+    fn total_both(self, bits: usize, state: [[Self::I; 2]; 2]) -> [Self::I; 2] {
+        [self.total(bits, state[0]), self.total(bits, state[1])]
+    }
     /// The bytes at `x` that `index` says, all below 16.
     /// # Safety
     /// `x` is readable for 16 bytes.
@@ -233,7 +270,8 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
 pub(crate) trait Op {
     /// What it returns.
     type Out;
-    /// Whether it uses what `Isa::Avx512Vnni` has beyond `Isa::Avx512`; if not, one compiled form serves both.
+    /// Whether it uses what `Isa::Avx512Vnni` has beyond `Isa::Avx512`, or what others have beyond `Isa::Neon`; if not,
+    /// one compiled form serves all.
     const INTEGER: bool = false;
     /// Runs it.
     fn run<S: Simd>(self, s: S) -> Self::Out;
@@ -250,7 +288,12 @@ pub(crate) fn dispatch<O: Op>(isa: Isa, op: O) -> O::Out {
         Isa::Avx512Vnni | Isa::Amx if O::INTEGER => avx512::run_vnni(op),
         #[cfg(target_arch = "x86_64")]
         Isa::Avx512 | Isa::Avx512Vnni | Isa::Amx => avx512::run(op),
-        #[cfg(not(target_arch = "x86_64"))]
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonDot if O::INTEGER => neon::run_dot(op),
+        #[cfg(target_arch = "aarch64")]
+        Isa::NeonI8mm if O::INTEGER => neon::run_i8mm(op),
+        #[cfg(target_arch = "aarch64")]
+        Isa::Neon | Isa::NeonDot | Isa::NeonI8mm => neon::run(op),
         _ => panic!("{isa} is not compiled in for this processor"),
     }
 }
@@ -291,6 +334,34 @@ mod tests {
                 }
                 assert_eq!(got[0][lane], sum(0, 4), "{BITS} bits");
                 assert_eq!(got[1][lane], sum(lane % 2 * 4, 8 + lane % 2 * 4), "{BITS} bits, pairs");
+            }
+            // Two rows of x at once, four times as in a block, each sum from a start of its own.
+            // SAFETY: 64 bytes are there.
+            let (both, rows) = unsafe {
+                let c = s.load_i(codes.as_ptr());
+                let c = [c, s.and_i(c, 0x5)];
+                let mut state = [[s.splat_i(-7), s.splat_i(0)], [s.splat_i(11), s.splat_i(0)]];
+                let mut rows = state;
+                for i in 0..4 {
+                    let x = [x.as_ptr().add(8 * i), x.as_ptr().add(32 + 8 * (i ^ 1))];
+                    state = s.dot8_both(BITS, state, c, x);
+                    rows = [s.dot8::<false>(BITS, rows[0], c, x[0]), s.dot8::<false>(BITS, rows[1], c, x[1])];
+                }
+                (s.total_both(BITS, state), [s.total(BITS, rows[0]), s.total(BITS, rows[1])])
+            };
+            for (m, (both, single)) in both.into_iter().zip(rows).enumerate() {
+                let mut got = [[0.0; 16]; 2];
+                // SAFETY: at most 16 lanes.
+                unsafe {
+                    s.store(got[0].as_mut_ptr(), s.float(both));
+                    s.store(got[1].as_mut_ptr(), s.float(single));
+                }
+                for lane in 0..S::LANES {
+                    let code = |j: usize| i32::from(codes[4 * lane + j % 4] & if j < 4 { 0xFF } else { 0x5 });
+                    let product = |i: usize| code(i % 8) * i32::from(x[32 * m + (i ^ if m == 1 { 8 } else { 0 })]);
+                    let want = [-7, 11][m] + (0..32).map(product).sum::<i32>();
+                    assert_eq!([got[0][lane], got[1][lane]], [want as f32; 2], "{BITS} bits, row {m}, lane {lane}");
+                }
             }
         }
     }
@@ -466,6 +537,14 @@ mod tests {
                     let want: Vec<f32> = (0..n).map(|i| f32::from(bytes[4 * i + j] >> 5 & 3 | 64)).collect();
                     let got = s.or_i(s.and_i(s.shr_i(v, 5), 3), s.shl_i(s.and_i(s.splat_i(0x0101_0101), 1), 6));
                     assert_eq!(read_i(s.byte(got, j)), want);
+                }
+                for (from, to, mask) in [(0, 0, 15u8), (4, 0, 15), (6, 2, 3), (2, 6, 3), (7, 3, 1), (0, 7, 1)] {
+                    let got = s.moved(v, from, to, mask);
+                    for j in 0..4 {
+                        let want = (0..n).map(|i| f32::from((bytes[4 * i + j] >> from & mask) << to));
+                        let want: Vec<f32> = want.collect();
+                        assert_eq!(read_i(s.byte(got, j)), want, "{from} {to} {mask}");
+                    }
                 }
                 assert_eq!(read_i(s.widen(p)), bytes[..n].iter().map(|&b| f32::from(b)).collect::<Vec<_>>());
                 let want: Vec<f32> =
