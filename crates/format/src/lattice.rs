@@ -202,8 +202,7 @@ mod tests {
         let path = concat!(env!("CARGO_MANIFEST_DIR"), "/../../tests/golden/dequant.json");
         let golden: Value = serde_json::from_slice(&std::fs::read(path).unwrap()).unwrap();
         let sum = |bytes: Vec<u8>| -> String { Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect() };
-        let kinds =
-            [GgufType::IQ2_XXS, GgufType::IQ2_XS, GgufType::IQ2_S, GgufType::IQ3_XXS, GgufType::IQ3_S];
+        let kinds = [GgufType::IQ2_XXS, GgufType::IQ2_XS, GgufType::IQ2_S, GgufType::IQ3_XXS, GgufType::IQ3_S];
         for kind in kinds {
             let l = kind.lattice().unwrap();
             let all = (0..l.places.len()).map(|i| l.magnitude((i / l.each) as u16, i % l.each)).collect();

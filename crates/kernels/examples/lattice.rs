@@ -59,7 +59,9 @@ fn main() {
     let x = Mat::from_fn(rows, SHAPE.1, |r, c| ((r * 31 + c * 17) % 101) as f32 / 50.0 - 1.0);
     let (n, mut out) = ((SHAPE.0 * SHAPE.1) as f64, Mat::zeros(rows, SHAPE.0));
     for isa in Isa::here().into_iter().filter(|i| *i != Isa::Portable && *i != Isa::Amx) {
-        println!("{isa}, {threads} threads, {rows} rows: ms a matrix, GB/s\ntype        form      activations bits       ms   GB/s  times");
+        println!(
+            "{isa}, {threads} threads, {rows} rows: ms a matrix, GB/s\ntype        form      activations bits       ms   GB/s  times"
+        );
         for kind in ALL.into_iter().filter(|k| k.lattice().is_some()) {
             let [indices, unfolded] = both(kind);
             let four = Values::Gguf(GgufType::Q4_0, vec![0x11; SHAPE.0 * SHAPE.1 / 32 * 18].into());

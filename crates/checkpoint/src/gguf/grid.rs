@@ -34,14 +34,8 @@ pub enum GridType {
 }
 
 /// All of them.
-pub(super) const ALL: [GridType; 6] = [
-    GridType::IQ1_S,
-    GridType::IQ1_M,
-    GridType::TQ1_0,
-    GridType::TQ2_0,
-    GridType::MXFP4,
-    GridType::NVFP4,
-];
+pub(super) const ALL: [GridType; 6] =
+    [GridType::IQ1_S, GridType::IQ1_M, GridType::TQ1_0, GridType::TQ2_0, GridType::MXFP4, GridType::NVFP4];
 
 impl GridType {
     /// Values in a block.

@@ -19,8 +19,7 @@ use super::{BLOCK, Panels, ROWS};
 use crate::simd::Simd;
 
 /// The types, by the number that stands for each in [`Indexed`].
-const TYPES: [GgufType; 5] =
-    [GgufType::IQ2_XXS, GgufType::IQ2_XS, GgufType::IQ2_S, GgufType::IQ3_XXS, GgufType::IQ3_S];
+const TYPES: [GgufType; 5] = [GgufType::IQ2_XXS, GgufType::IQ2_XS, GgufType::IQ2_S, GgufType::IQ3_XXS, GgufType::IQ3_S];
 pub(crate) const IQ2_XXS: usize = 0;
 pub(crate) const IQ2_XS: usize = 1;
 pub(crate) const IQ2_S: usize = 2;

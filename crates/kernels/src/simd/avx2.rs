@@ -211,7 +211,8 @@ impl Simd for Avx2 {
         // SAFETY: see above.
         unsafe {
             // The byte with the bits, for all four of its lane.
-            let lane = _mm256_setr_epi32(0, 0x0404_0404, 0x0808_0808, 0x0C0C_0C0C, 0, 0x0404_0404, 0x0808_0808, 0x0C0C_0C0C);
+            let lane =
+                _mm256_setr_epi32(0, 0x0404_0404, 0x0808_0808, 0x0C0C_0C0C, 0, 0x0404_0404, 0x0808_0808, 0x0C0C_0C0C);
             let signs = _mm256_shuffle_epi8(signs, _mm256_add_epi8(lane, _mm256_set1_epi8(from as i8 / 8)));
             let bits = _mm256_set1_epi32(0x0804_0201 << (from % 8));
             let minus = _mm256_cmpeq_epi8(_mm256_and_si256(signs, bits), bits);
