@@ -18,7 +18,7 @@ pub const FORMAT: &str = "lacuna-packed";
 
 /// The last version; later ones are refused. A model is written with the first version that has all that its matrices
 /// are made of ([`Descriptor::version`]) and its network says, so that older programs read it where they can.
-pub const VERSION: u32 = 6;
+pub const VERSION: u32 = 7;
 
 /// The first version that can say all of a model: 3 for shortcuts with a matrix and for a norm's divisor, 6 for layers
 /// that share weights.

@@ -19,10 +19,15 @@ pub enum GgufType {
     Q6_K,
     IQ4_NL,
     IQ4_XS,
+    IQ2_XXS,
+    IQ2_XS,
+    IQ2_S,
+    IQ3_XXS,
+    IQ3_S,
 }
 
 /// All of them.
-pub const ALL: [GgufType; 12] = [
+pub const ALL: [GgufType; 17] = [
     GgufType::Q4_0,
     GgufType::Q4_1,
     GgufType::Q5_0,
@@ -35,9 +40,22 @@ pub const ALL: [GgufType; 12] = [
     GgufType::Q6_K,
     GgufType::IQ4_NL,
     GgufType::IQ4_XS,
+    GgufType::IQ2_XXS,
+    GgufType::IQ2_XS,
+    GgufType::IQ2_S,
+    GgufType::IQ3_XXS,
+    GgufType::IQ3_S,
 ];
 
+/// Those that values can be encoded to.
+pub const WRITTEN: [GgufType; 12] = *ALL.first_chunk().expect("the first of all");
+
 impl GgufType {
+    /// Whether values can be encoded to it; others are only read.
+    pub fn is_written(self) -> bool {
+        WRITTEN.contains(&self)
+    }
+
     /// Values in a block.
     pub fn block(self) -> usize {
         match self {
@@ -60,6 +78,11 @@ impl GgufType {
             GgufType::Q5_K => 176,
             GgufType::Q6_K => 210,
             GgufType::IQ4_XS => 136,
+            GgufType::IQ2_XXS => 66,
+            GgufType::IQ2_XS => 74,
+            GgufType::IQ2_S => 82,
+            GgufType::IQ3_XXS => 98,
+            GgufType::IQ3_S => 110,
         }
     }
 
@@ -69,11 +92,11 @@ impl GgufType {
         let (n, size) = (self.block(), self.block_bytes());
         assert_eq!(bytes.len() / size * n, out.len(), "{} bytes of {self:?} are not {} values", bytes.len(), out.len());
         assert_eq!(bytes.len() % size, 0, "{} bytes are not whole blocks of {self:?}", bytes.len());
-        let mut each = |block: fn(&[u8], &mut [f32])| {
-            for (b, o) in bytes.chunks_exact(size).zip(out.chunks_exact_mut(n)) {
-                block(b, o);
-            }
-        };
+        let blocks = bytes.chunks_exact(size).zip(out.chunks_exact_mut(n));
+        if let Some(lattice) = self.lattice() {
+            return blocks.for_each(|(b, o)| lattice.decode(b, o));
+        }
+        let each = |block: fn(&[u8], &mut [f32])| blocks.for_each(|(b, o)| block(b, o));
         match self {
             GgufType::Q4_0 => each(q4_0),
             GgufType::Q4_1 => each(q4_1),
@@ -87,6 +110,7 @@ impl GgufType {
             GgufType::Q6_K => each(q6_k),
             GgufType::IQ4_NL => each(iq4_nl),
             GgufType::IQ4_XS => each(iq4_xs),
+            _ => unreachable!("{self:?} has a lattice"),
         }
     }
 }

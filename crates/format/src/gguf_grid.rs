@@ -27,8 +27,9 @@ pub(crate) struct Form {
 }
 
 impl GgufType {
-    /// How the type makes its values.
+    /// How the type makes its values. Panics for types that are only read.
     #[inline]
+    #[track_caller]
     pub(crate) fn form(self) -> Form {
         let even = |run, zero: i32, top: i32, scales, mins| Form {
             run,
@@ -53,6 +54,7 @@ impl GgufType {
             GgufType::Q6_K => even(16, 32, 63, (-128, 127), 0),
             GgufType::IQ4_NL => table((1, 1)),
             GgufType::IQ4_XS => table((-32, 31)),
+            _ => panic!("{self:?} is read, not written"),
         }
     }
 }

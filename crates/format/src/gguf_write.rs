@@ -109,6 +109,7 @@ impl BlockGrid {
                 b[192..208].iter_mut().zip(self.scales).for_each(|(b, s)| *b = s as i8 as u8);
                 b[208..].copy_from_slice(&d.to_le_bytes());
             }
+            _ => unreachable!("{:?} has no grid of this kind", self.kind),
         }
     }
 }

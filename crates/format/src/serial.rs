@@ -96,9 +96,11 @@ pub enum MapDesc {
 
 impl Descriptor {
     /// The first version of the packed format that has all of this: 2 for a codebook's tables that are not one of f32,
-    /// for zero points that are no codes, and for maps; 4 for minima beside codes; 5 for signs times a product.
+    /// for zero points that are no codes, and for maps; 4 for minima beside codes; 5 for signs times a product;
+    /// 7 for blocks of indices into a grid.
     pub fn version(&self) -> u32 {
         let of = |p: &PieceDesc| match &p.values {
+            ValuesDesc::Gguf(kind) if !kind.is_written() => 7,
             ValuesDesc::Int { minima: Some(_), .. } => 4,
             ValuesDesc::Codebook { tables, .. } if !tables.is_first() => 2,
             ValuesDesc::Int { real_zeros: Some(_), .. } => 2,

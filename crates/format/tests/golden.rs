@@ -43,5 +43,5 @@ fn every_gguf_type_reads_as_in_the_gguf_package() {
         }
         seen += 1;
     }
-    assert_eq!(seen, 14);
+    assert_eq!(seen, 19);
 }

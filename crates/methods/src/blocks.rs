@@ -41,7 +41,7 @@ pub(crate) fn fits(kind: GgufType, cols: usize) -> Result<(), MethodError> {
     if cols.is_multiple_of(n) {
         return Ok(());
     }
-    let all = lacuna_format::gguf::ALL.iter();
+    let all = lacuna_format::gguf::WRITTEN.iter();
     let names: Vec<String> =
         all.filter(|t| cols.is_multiple_of(t.block())).map(|t| format!("{t:?}").to_lowercase()).collect();
     let advice = match names.is_empty() {
@@ -323,7 +323,7 @@ mod tests {
     use lacuna_base::testkit::random;
     use lacuna_base::{Gram, Rng};
     use lacuna_contract::{Ask, Gathered};
-    use lacuna_format::gguf::ALL;
+    use lacuna_format::gguf::WRITTEN;
 
     fn with<T>(gram: &Gram, f: impl FnOnce(&Stats<'_>) -> T) -> T {
         let found = [(Ask::InputGram, Gathered::Gram(gram.clone()))];
@@ -377,7 +377,7 @@ mod tests {
     /// Passes never raise the error, and at their end no single code could be better.
     #[test]
     fn passes_end_where_no_code_can_move() {
-        for (kind, cols) in ALL.map(|kind| (kind, if kind.block() == 32 { 96 } else { 512 })) {
+        for (kind, cols) in WRITTEN.map(|kind| (kind, if kind.block() == 32 { 96 } else { 512 })) {
             let (w, gram) = (random(2, cols, 3), slow::inputs(cols, 3 * cols, 4));
             let h = slow::hessian(&gram, 0.01);
             let run = |passes: usize, act_order: bool| {
@@ -428,7 +428,7 @@ mod tests {
         let h: Vec<Vec<f64>> = (0..n).map(|r| h.row(r).to_vec()).collect();
         let w = random(8, n, 6);
         let importance: Vec<f32> = (0..8 * n).map(|i| h[i % n][i % n] as f32).collect();
-        for kind in ALL {
+        for kind in WRITTEN {
             let mut plain = Mat::zeros(8, n);
             kind.decode(&kind.encode_weighted(w.data(), &importance), plain.data_mut());
             let how = Walk { passes: 4, ..WALK };
@@ -445,7 +445,7 @@ mod tests {
         assert!(fits(GgufType::Q4_K, 33).expect_err("refused").what.contains("no type fits"));
         assert!(fits(GgufType::IQ4_NL, 576).is_ok());
         let gram = slow::inputs(256, 300, 7);
-        for kind in ALL {
+        for kind in WRITTEN {
             for act_order in [false, true] {
                 let how = Walk { act_order, passes: 2, ..WALK };
                 let run = |w: &Mat| with(&gram, |stats| solve(w.view(), stats, kind, &how));

@@ -1,24 +1,22 @@
-//! GGUF's types whose codes point into a grid or a table, read as codes into a table of their own with the file's own
-//! scales: exactly the values that gguf-py gives, in codecs that kernels multiply.
+//! GGUF's types whose codes point into a table or a grid of few levels, read as codes into a table of their own with the
+//! file's own scales: exactly the values that gguf-py gives, in codecs that kernels multiply.
 //!
 //! | type | in the file, bits a weight | as read |
 //! |---|---|---|
 //! | IQ1_S | 1.56 | 3-bit codes, scales for 32: 3.19 |
 //! | IQ1_M | 1.75 | 3-bit codes, scales for 16: 3.31 |
-//! | IQ2_XXS | 2.06 | 3-bit codes, scales for 32: 3.22 |
-//! | IQ2_XS, IQ2_S | 2.31, 2.56 | 3-bit codes, scales for 16: 3.38 |
-//! | IQ3_XXS, IQ3_S | 3.06, 3.44 | 4-bit codes, scales for 32: 4.22 |
 //! | TQ1_0, TQ2_0 | 1.69, 2.06 | ternary: 1.66 (2.07 where a code of TQ2_0 is worth 2) |
 //! | MXFP4 | 4.25 | 4-bit codes, f16 scales for 32: 4.5 |
 //! | NVFP4 | 4.5 | 4-bit codes, f16 scales for 16: 5 |
 //!
-//! Grids hold 4 or 8 values at once; unfolded, each value is a code of its own, which is what makes them longer.
+//! The grid of IQ1 holds 8 values at once; unfolded, each value is a code of its own, which is what makes it longer.
+//! IQ2 and IQ3, whose grids hold magnitudes, stay blocks ([`lacuna_format::lattice`]).
 
 use std::ops::Range;
-use std::sync::LazyLock;
 
 use half::f16;
-use lacuna_format::bits::{pack, pack_trits, unpack};
+use lacuna_format::bits::{pack, pack_trits};
+use lacuna_format::lattice::ternary;
 use lacuna_format::{Float, Group, Pattern, Piece, Scales, Stored, Tables, Values};
 
 use crate::foreign::{Data, Fault, Module};
@@ -29,11 +27,6 @@ use crate::foreign::{Data, Fault, Module};
 pub enum GridType {
     IQ1_S,
     IQ1_M,
-    IQ2_XXS,
-    IQ2_XS,
-    IQ2_S,
-    IQ3_XXS,
-    IQ3_S,
     TQ1_0,
     TQ2_0,
     MXFP4,
@@ -41,19 +34,8 @@ pub enum GridType {
 }
 
 /// All of them.
-pub(super) const ALL: [GridType; 11] = [
-    GridType::IQ1_S,
-    GridType::IQ1_M,
-    GridType::IQ2_XXS,
-    GridType::IQ2_XS,
-    GridType::IQ2_S,
-    GridType::IQ3_XXS,
-    GridType::IQ3_S,
-    GridType::TQ1_0,
-    GridType::TQ2_0,
-    GridType::MXFP4,
-    GridType::NVFP4,
-];
+pub(super) const ALL: [GridType; 6] =
+    [GridType::IQ1_S, GridType::IQ1_M, GridType::TQ1_0, GridType::TQ2_0, GridType::MXFP4, GridType::NVFP4];
 
 impl GridType {
     /// Values in a block.
@@ -70,11 +52,7 @@ impl GridType {
         match self {
             GridType::IQ1_S => 50,
             GridType::IQ1_M => 56,
-            GridType::IQ2_XXS | GridType::TQ2_0 => 66,
-            GridType::IQ2_XS => 74,
-            GridType::IQ2_S => 82,
-            GridType::IQ3_XXS => 98,
-            GridType::IQ3_S => 110,
+            GridType::TQ2_0 => 66,
             GridType::TQ1_0 => 54,
             GridType::MXFP4 => 17,
             GridType::NVFP4 => 36,
@@ -84,9 +62,9 @@ impl GridType {
     /// Bits of a code as read, and columns that share a scale.
     fn form(self) -> (u8, usize) {
         match self {
-            GridType::IQ1_S | GridType::IQ2_XXS => (3, 32),
-            GridType::IQ1_M | GridType::IQ2_XS | GridType::IQ2_S => (3, 16),
-            GridType::IQ3_XXS | GridType::IQ3_S | GridType::MXFP4 => (4, 32),
+            GridType::IQ1_S => (3, 32),
+            GridType::IQ1_M => (3, 16),
+            GridType::MXFP4 => (4, 32),
             GridType::NVFP4 => (4, 16),
             GridType::TQ1_0 | GridType::TQ2_0 => (2, 256),
         }
@@ -94,19 +72,12 @@ impl GridType {
 
     /// What a code is worth under a scale of 1.
     fn table(self) -> Vec<f32> {
-        let signed = |values: &[f32], unit: f32| -> Vec<f32> {
-            let half = |sign: f32| values.iter().map(move |v| v * unit * sign);
-            half(1.0).chain(half(-1.0)).collect()
-        };
         match self {
             // A shift by an eighth, up or down.
             GridType::IQ1_S | GridType::IQ1_M => {
                 let moved = |by: f32| [-1.0 + by, by, 1.0 + by, 0.0];
                 [moved(0.125), moved(-0.125)].concat()
             }
-            GridType::IQ2_XXS | GridType::IQ2_XS | GridType::IQ2_S => signed(&[8.0, 25.0, 43.0, 0.0], 0.125),
-            GridType::IQ3_XXS => signed(&[4.0, 12.0, 20.0, 28.0, 36.0, 44.0, 52.0, 62.0], 0.25),
-            GridType::IQ3_S => signed(&[1.0, 3.0, 5.0, 7.0, 9.0, 11.0, 13.0, 15.0], 1.0),
             GridType::MXFP4 | GridType::NVFP4 => FP4.map(|v| 2.0 * v).to_vec(),
             GridType::TQ1_0 | GridType::TQ2_0 => vec![-1.0, 0.0, 1.0, 2.0],
         }
@@ -116,42 +87,6 @@ impl GridType {
 /// The sixteen numbers of FP4 (e2m1) by their bits.
 pub(crate) const FP4: [f32; 16] =
     [0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0, 0.0, -0.5, -1.0, -1.5, -2.0, -3.0, -4.0, -6.0];
-
-/// The grids: what 4 or 8 values at once are, as places in the list of magnitudes, one after the other for each index.
-struct Grids {
-    iq2_xxs: Vec<u8>,
-    iq2_xs: Vec<u8>,
-    iq2_s: Vec<u8>,
-    iq1: Vec<u8>,
-    iq3_xxs: Vec<u8>,
-    iq3_s: Vec<u8>,
-}
-
-/// In the file, one after the other: 2 bits a value for those of 8 values, 4 bits for those of 4.
-static GRIDS: LazyLock<Grids> = LazyLock::new(|| {
-    let mut rest = &include_bytes!("grids.bin")[..];
-    let mut next = |entries: usize, each: usize, bits: u8| {
-        let (these, tail) = rest.split_at(entries * each * usize::from(bits) / 8);
-        rest = tail;
-        let mut out = vec![0; entries * each];
-        unpack(these, bits, 0, &mut out);
-        out
-    };
-    Grids {
-        iq2_xxs: next(256, 8, 2),
-        iq2_xs: next(512, 8, 2),
-        iq2_s: next(1024, 8, 2),
-        iq1: next(2048, 8, 2),
-        iq3_xxs: next(256, 4, 4),
-        iq3_s: next(512, 4, 4),
-    }
-});
-
-/// The signs of eight values from seven: the last makes their number even.
-fn eighth(seven: u32) -> u8 {
-    let seven = (seven & 127) as u8;
-    seven | ((seven.count_ones() & 1) as u8) << 7
-}
 
 /// Codes of one block, whole scales of its runs and the f16 over them.
 struct Block {
@@ -174,10 +109,6 @@ fn u16_at(b: &[u8], at: usize) -> u16 {
     u16::from_le_bytes([b[at], b[at + 1]])
 }
 
-fn u32_at(b: &[u8], at: usize) -> u32 {
-    u32::from_le_bytes([b[at], b[at + 1], b[at + 2], b[at + 3]])
-}
-
 /// The scale of an odd number of parts.
 fn odd(half: u8) -> u8 {
     2 * half + 1
@@ -190,52 +121,9 @@ fn nibble(b: &[u8], i: usize) -> u8 {
 
 /// One block of a type with a grid, into `out`.
 fn block(kind: GridType, b: &[u8], out: &mut Block) {
-    let g = &*GRIDS;
-    let eight = |grid: &'static [u8], at: usize| &grid[8 * at..8 * at + 8];
+    let eight = |at: usize| &ternary()[8 * at..8 * at + 8];
     out.d = [b[0], b[1]];
     match kind {
-        GridType::IQ2_XXS => {
-            for run in 0..8 {
-                let more = u32_at(b, 2 + 8 * run + 4);
-                out.scales[run] = odd((more >> 28) as u8);
-                for i in 0..4 {
-                    let grid = eight(&g.iq2_xxs, usize::from(b[2 + 8 * run + i]));
-                    out.put(4 * run + i, grid, eighth(more >> (7 * i)), 4);
-                }
-            }
-        }
-        GridType::IQ2_XS => {
-            for i in 0..32 {
-                let q = u16_at(b, 2 + 2 * i);
-                out.put(i, eight(&g.iq2_xs, usize::from(q & 511)), eighth(u32::from(q >> 9)), 4);
-            }
-            (0..16).for_each(|i| out.scales[i] = odd(nibble(&b[66..74], i)));
-        }
-        GridType::IQ2_S => {
-            for i in 0..32 {
-                let at = usize::from(b[2 + i]) | usize::from(b[66 + i / 4] >> (i % 4 * 2) & 3) << 8;
-                out.put(i, eight(&g.iq2_s, at), b[34 + i], 4);
-            }
-            (0..16).for_each(|i| out.scales[i] = odd(nibble(&b[74..82], i)));
-        }
-        GridType::IQ3_XXS => {
-            for run in 0..8 {
-                let more = u32_at(b, 66 + 4 * run);
-                out.scales[run] = odd((more >> 28) as u8);
-                for i in 0..8 {
-                    let at = 4 * usize::from(b[2 + 8 * run + i]);
-                    let signs = eighth(more >> (7 * (i / 2))) >> (i % 2 * 4);
-                    out.put(8 * run + i, &g.iq3_xxs[at..at + 4], signs, 8);
-                }
-            }
-        }
-        GridType::IQ3_S => {
-            for i in 0..64 {
-                let at = 4 * (usize::from(b[2 + i]) | usize::from(b[66 + i / 8] >> (i % 8) & 1) << 8);
-                out.put(i, &g.iq3_s[at..at + 4], b[74 + i / 2] >> (i % 2 * 4), 8);
-            }
-            (0..8).for_each(|i| out.scales[i] = odd(nibble(&b[106..110], i)));
-        }
         GridType::IQ1_S => {
             for run in 0..8 {
                 let h = u16_at(b, 34 + 2 * run);
@@ -243,7 +131,7 @@ fn block(kind: GridType, b: &[u8], out: &mut Block) {
                 let down = if h >> 15 == 1 { 255 } else { 0 };
                 for i in 0..4 {
                     let at = usize::from(b[2 + 4 * run + i]) | usize::from(h >> (3 * i) & 7) << 8;
-                    out.put(4 * run + i, eight(&g.iq1, at), down, 4);
+                    out.put(4 * run + i, eight(at), down, 4);
                 }
             }
         }
@@ -255,7 +143,7 @@ fn block(kind: GridType, b: &[u8], out: &mut Block) {
             for i in 0..32 {
                 let h = nibble(&b[32..48], i);
                 let at = usize::from(b[i]) | usize::from(h & 7) << 8;
-                out.put(i, eight(&g.iq1, at), if h & 8 != 0 { 255 } else { 0 }, 4);
+                out.put(i, eight(at), if h & 8 != 0 { 255 } else { 0 }, 4);
             }
         }
         _ => unreachable!("types without a grid"),
@@ -443,7 +331,6 @@ impl Module for GridMatrix {
 mod tests {
     use bytes::Bytes;
     use serde_json::Value;
-    use sha2::{Digest, Sha256};
 
     use super::*;
 
@@ -482,26 +369,6 @@ mod tests {
                     }
                 }
             }
-        }
-    }
-
-    #[test]
-    fn grids_are_those_of_the_gguf_package() {
-        let (golden, g) = (golden(), &*GRIDS);
-        let two = [8i8, 25, 43];
-        let three = [4, 12, 20, 28, 36, 44, 52, 62];
-        let all: [(&str, &[u8], &[i8]); 6] = [
-            ("IQ2_XXS", &g.iq2_xxs, &two),
-            ("IQ2_XS", &g.iq2_xs, &two),
-            ("IQ2_S", &g.iq2_s, &two),
-            ("IQ3_XXS", &g.iq3_xxs, &three),
-            ("IQ3_S", &g.iq3_s, &[1, 3, 5, 7, 9, 11, 13, 15]),
-            ("IQ1_S", &g.iq1, &[-1, 0, 1]),
-        ];
-        for (name, grid, values) in all {
-            let bytes: Vec<u8> = grid.iter().map(|i| values[usize::from(*i)] as u8).collect();
-            let have: String = Sha256::digest(&bytes).iter().map(|b| format!("{b:02x}")).collect();
-            assert_eq!(golden["grids"][name], have, "{name}");
         }
     }
 

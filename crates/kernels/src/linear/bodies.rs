@@ -21,7 +21,7 @@ use crate::panel::halved::Halved;
 use crate::panel::ints::{Bytes, GroupLayout, Halves, Ints, Kind};
 use crate::panel::rowtables::{self, RowTables};
 use crate::panel::slices::{self, Lists};
-use crate::panel::{Codec, Opening, Panels, ROWS, float, gathered, halved, ints, signs, source};
+use crate::panel::{Codec, Opening, Panels, ROWS, float, gathered, halved, ints, lattice, signs, source};
 use crate::simd::dispatch;
 
 /// Makes a form of a piece, where it takes such a piece. `beside` and `read` as in
@@ -34,11 +34,11 @@ fn row_plan(panels: &Panels, rows: usize) -> Option<Plan> {
 }
 
 /// What bodies of codes do.
-fn codes_plan(panels: &Panels, grid: &GroupLayout, packing: &Packing, rows: usize, tiled: bool) -> Option<Plan> {
+fn codes_plan<C: Bytes>(panels: &Panels, codec: &C, packing: &Packing, rows: usize, tiled: bool) -> Option<Plan> {
+    let (grid, sixteens) = (codec.grid(), C::SIXTEENS);
     if !as_bytes(packing, grid) {
         return row_plan(panels, rows);
     }
-    let sixteens = grid.kind == Kind::Sixteens;
     Some(Plan::Bytes(AsBytes { zero: grid.zero, sixteens, blocks: panels.blocks, tiled }))
 }
 
@@ -90,7 +90,7 @@ impl<C: Bytes> Body for Codes<C> {
         }
     }
     fn plan(&self, packing: &Packing, rows: usize) -> Option<Plan> {
-        codes_plan(&self.0, self.1.grid(), packing, rows, in_tiles(packing.isa, rows, self.0.blocks))
+        codes_plan(&self.0, &self.1, packing, rows, in_tiles(packing.isa, rows, self.0.blocks))
     }
     fn count(&self) -> usize {
         self.0.view().count()
@@ -148,7 +148,7 @@ impl<const BITS: usize> Body for SharedCodes<BITS> {
         }
     }
     fn plan(&self, packing: &Packing, rows: usize) -> Option<Plan> {
-        codes_plan(&self.0, self.1.grid(), packing, rows, false)
+        codes_plan(&self.0, &self.1, packing, rows, false)
     }
     fn count(&self) -> usize {
         self.0.view().count()
@@ -287,6 +287,21 @@ fn codes(piece: &Piece, source: &source::Source<'_>, read: &dyn Fn()) -> Option<
         6 => body(Codes(panels, Ints::<6>(grid))),
         7 => body(Codes(panels, Ints::<7>(grid))),
         _ => body(Codes(panels, Ints::<8>(grid))),
+    }
+}
+
+/// Indices into a grid.
+pub(super) fn indexed(piece: &Piece, _: bool, read: &dyn Fn()) -> Option<Arc<dyn Body>> {
+    fn of<const T: usize>(piece: &Piece, read: &dyn Fn()) -> Option<Arc<dyn Body>> {
+        let (panels, codec) = lattice::pack::<T>(piece, read);
+        body(Codes(panels, codec))
+    }
+    match lattice::kind(piece)? {
+        lattice::IQ2_XXS => of::<{ lattice::IQ2_XXS }>(piece, read),
+        lattice::IQ2_XS => of::<{ lattice::IQ2_XS }>(piece, read),
+        lattice::IQ2_S => of::<{ lattice::IQ2_S }>(piece, read),
+        lattice::IQ3_XXS => of::<{ lattice::IQ3_XXS }>(piece, read),
+        _ => of::<{ lattice::IQ3_S }>(piece, read),
     }
 }
 

@@ -56,7 +56,7 @@ pub(super) trait Body: Send + Sync {
 
 /// The codecs that have panels of their own, and what those are called that multiply as bytes where activations are
 /// quantized.
-const CODECS: [(&str, Option<&str>); 21] = [
+const CODECS: [(&str, Option<&str>); 23] = [
     ("f32", None),
     ("f16", None),
     ("bf16", None),
@@ -78,6 +78,8 @@ const CODECS: [(&str, Option<&str>); 21] = [
     ("q4_k, q5_k", Some("q4_k, q5_k bytes")),
     ("q3_k, q6_k", Some("q3_k, q6_k bytes")),
     ("iq4_nl, iq4_xs", None),
+    ("iq2", Some("iq2 bytes")),
+    ("iq3", Some("iq3 bytes")),
 ];
 
 /// Codecs with dense panels; those that multiply as bytes where activations are quantized.
@@ -105,6 +107,8 @@ pub(super) fn name(values: &Values) -> &'static str {
             GgufType::Q8_0 => "q8_0",
             GgufType::Q4_K | GgufType::Q5_K => "q4_k, q5_k",
             GgufType::Q3_K | GgufType::Q6_K => "q3_k, q6_k",
+            GgufType::IQ2_XXS | GgufType::IQ2_XS | GgufType::IQ2_S => "iq2",
+            GgufType::IQ3_XXS | GgufType::IQ3_S => "iq3",
             _ => "iq4_nl, iq4_xs",
         },
     }
@@ -121,10 +125,11 @@ struct Row {
 const SHARED: (&str, &str) = ("gathered", "gathered bytes");
 
 /// Every form; a piece is packed into the first that takes it, and the last takes all.
-const FORMS: [Row; 9] = [
+const FORMS: [Row; 10] = [
     Row { name: None, make: bodies::dense_floats },
     Row { name: Some("row tables"), make: bodies::row_tables },
     Row { name: None, make: bodies::dense_codes },
+    Row { name: None, make: bodies::indexed },
     Row { name: Some(SHARED.0), make: bodies::gathered_floats },
     Row { name: Some(SHARED.0), make: bodies::gathered_codes },
     Row { name: Some("lists"), make: bodies::lists },

@@ -17,6 +17,7 @@ use crate::panel::gathered::{self, Layout};
 use crate::panel::ints::{Bytes, Ints};
 use crate::panel::rowtables::{RowTables, STEP};
 use crate::panel::slices::Lists;
+use crate::panel::unfolded::{UNFOLDED, Unfold};
 use crate::panel::{BLOCK, Codec, Opening, ROWS, View};
 use crate::simd::dispatch;
 use crate::{Isa, parallel, scratch};
@@ -74,8 +75,22 @@ pub(super) fn dots<C: Bytes>(isa: Isa, panels: View, codec: &C, (from, to): (usi
         return tiles::multiply(isa, panels, codec, (from, to), x, out);
     }
     debug_assert!(!x.tiled);
-    dispatch(isa, Dots { panels, codec, from, to, x, out });
+    if !C::UNFOLDS || x.rows < UNFOLD {
+        return dispatch(isa, Dots { panels, codec, from, to, x, out });
+    }
+    let blocks = panels.blocks;
+    scratch::with(blocks * UNFOLDED / 4, |room| {
+        let room = room.as_mut_ptr().cast::<u8>();
+        for p in from..to {
+            let codec = &dispatch(isa, Unfold { panel: panels.at(p), codec, blocks, out: room });
+            let panels = View { base: room, stride: 0, rows: ROWS.min(panels.rows - p * ROWS), blocks };
+            dispatch(isa, Dots { panels, codec, from: 0, to: 1, x, out: out.beside(p * ROWS) });
+        }
+    });
 }
+
+/// From how many rows of x on panels that unfold do: as many as meet a panel at once, and some.
+const UNFOLD: usize = 9;
 
 /// What is read first of panels `from..to`.
 pub(super) fn opening(view: View, from: usize, to: usize) -> Opening {

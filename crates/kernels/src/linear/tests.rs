@@ -6,6 +6,7 @@ use half::{bf16, f16};
 use lacuna_base::testkit::random;
 use lacuna_base::{Mat, MatRef, Rng};
 use lacuna_format::bits::{pack, pack_trits};
+use lacuna_format::gguf::ALL;
 use lacuna_format::{
     Bytes, Float, FormatError, GgufType, Group, Integers, Map, Mask, Owner, Pattern, PatternKind, Piece, ScaleCodec,
     Scales, Signed, Stored, Tables, Term, Values, Zeros, hadamard_parts, pack_float, pack_integers, pack_integers_off,
@@ -387,6 +388,11 @@ fn cases() -> Vec<(String, Stored)> {
             GgufType::Q6_K,
             GgufType::IQ4_NL,
             GgufType::IQ4_XS,
+            GgufType::IQ2_XXS,
+            GgufType::IQ2_XS,
+            GgufType::IQ2_S,
+            GgufType::IQ3_XXS,
+            GgufType::IQ3_S,
         ] {
             if cols % kind.block() == 0 {
                 out.push((format!("{kind:?}"), gguf(rows, cols, kind, &mut rng)));
@@ -685,6 +691,11 @@ fn what_should_multiply_as_bytes_does() {
         GgufType::Q4_K,
         GgufType::Q5_K,
         GgufType::Q6_K,
+        GgufType::IQ2_XXS,
+        GgufType::IQ2_XS,
+        GgufType::IQ2_S,
+        GgufType::IQ3_XXS,
+        GgufType::IQ3_S,
     ] {
         assert!(fast(&gguf(2, 256, kind, &mut rng)), "{kind:?}");
     }
@@ -698,6 +709,21 @@ fn what_should_multiply_as_bytes_does() {
         let row = name.contains("Row") && !name.contains("codebook 5");
         let none = name.contains("Group") || name.contains("codebook 5 Row");
         assert_eq!((what == "row tables", what == "decoded"), (row, none), "{name}: {what}");
+    }
+}
+
+/// Memory holds as many bits as the file, and a row reads them once.
+#[test]
+fn indices_into_a_grid_stay_what_they_are() {
+    let mut rng = Rng::new(3);
+    for kind in ALL.into_iter().filter(|k| k.lattice().is_some()) {
+        let stored = gguf(64, 2048, kind, &mut rng);
+        for activations in [Activations::Exact, Activations::Int8] {
+            let l = pack_for(&stored, Isa::best(), activations).unwrap();
+            let (bytes, file) = (l.weights_bytes(), stored.bytes());
+            // A panel ends at a cache line.
+            assert!(bytes >= file && bytes < file + 4 * 64, "{kind:?}: {bytes} for {file}");
+        }
     }
 }
 

@@ -195,7 +195,7 @@ fn codes(rows: usize, cols: usize, source: &Source<'_>) -> Option<Columns> {
         Kind::F16Zeros => (true, Second::Zeros),
         Kind::F32Zeros => (false, Second::Zeros),
         Kind::F16Min => (true, Second::Minima),
-        Kind::F32Off | Kind::F32Min | Kind::F32Two | Kind::Super | Kind::Sixteens => return None,
+        Kind::F32Off | Kind::F32Min | Kind::F32Two | Kind::Super | Kind::Sixteens | Kind::Own => return None,
     };
     if source.table.is_some() {
         return None;

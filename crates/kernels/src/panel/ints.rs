@@ -37,6 +37,8 @@ pub(crate) enum Kind {
     Sixteens,
     /// Two f32 scales, for 16 columns each: of codes into a table.
     F32Two,
+    /// The codec's own.
+    Own,
 }
 
 impl Kind {
@@ -48,6 +50,7 @@ impl Kind {
             Kind::F16Zeros => 3 * ROWS,
             Kind::F32Zeros => 5 * ROWS,
             Kind::F32Off | Kind::F32Min | Kind::F32Two => 8 * ROWS,
+            Kind::Own => 0,
         }
     }
     /// Whether something is added to the scaled code: a group's second number, or what its zero comes to.
@@ -94,6 +97,12 @@ impl GroupLayout {
         let table = source.table.as_ref().map(|t| Arc::from(&t[..]));
         let (pair, supers_at) = (2 * kind.entry(), at + groups * kind.entry());
         GroupLayout { kind, zero, per: 1, scales_at: at, pair, supers_at, over: SUPER, among: 0, table }
+    }
+
+    /// For panels whose every 8 blocks, `eight` bytes, come after `head` bytes that are the codec's own.
+    pub(super) fn indexed(zero: u8, head: usize, eight: usize) -> GroupLayout {
+        let (kind, over) = (Kind::Own, head + eight);
+        GroupLayout { kind, zero, per: 1, scales_at: head, pair: 0, supers_at: 0, over, among: head, table: None }
     }
 
     /// Bytes of the entries of so many groups.
@@ -162,6 +171,7 @@ impl GroupLayout {
                     s.mul(d, s.float(s.widen(entry.add(h * S::LANES))))
                 }
                 Kind::Sixteens | Kind::F32Two => self.sixteen(s, panel, b, 0, h),
+                Kind::Own => unreachable!("asked of the codec"),
             }
         }
     }
@@ -241,6 +251,10 @@ pub(crate) trait Bytes: Send + Sync {
     const SIXTEENS: bool = false;
     /// Whether a single row of x is brought to the codes ([`Bytes::picks`]) and not the codes to their columns.
     const PICKS: bool = false;
+    /// Whether its octets cost so much that many rows meet panels that were brought to bytes ([`super::unfolded`]).
+    const UNFOLDS: bool = false;
+    /// Whether codes, the zero and scales have so few bits that no product of theirs is rounded.
+    const FOLDS: bool = false;
     /// How codes become values.
     fn grid(&self) -> &GroupLayout;
     /// Columns `8 * o..` of the block whose codes are at `block`.
@@ -473,7 +487,7 @@ impl<T: Bytes> Codec for T {
             let shared = self.shared::<S, false>(s, panel, b, h);
             let grid = self.grid();
             let second = if T::SIXTEENS {
-                grid.sixteen(s, panel, b, 1, h)
+                self.shared_half(s, panel, b, 1, h).scale
             } else if grid.kind == Kind::F32Off {
                 grid.off(s, panel, b, h)
             } else if grid.kind.minima() {
@@ -503,6 +517,16 @@ impl<T: Bytes> Codec for T {
             let grid = self.grid();
             let mut out = [s.splat(0.0); 8];
             let mut j = 0;
+            if T::FOLDS {
+                // `(code - zero) * scale`, in one step.
+                let scale = if T::SIXTEENS && o >= 2 { block.second } else { block.scale };
+                let less = s.mul(s.splat(-f32::from(grid.zero)), scale);
+                while j < 8 {
+                    out[j] = s.fma(s.float(s.byte(codes[j / 4], j % 4)), scale, less);
+                    j += 1;
+                }
+                return out;
+            }
             while j < 8 {
                 let code = s.byte(codes[j / 4], j % 4);
                 // The same roundings as the format's decoder has, kind by kind.
@@ -536,9 +560,10 @@ pub(crate) fn put_scale(panel: &mut [u8], grid: &GroupLayout, lane: usize, g: us
         }
         Kind::Super => entry[lane] = scale as u8,
         Kind::Sixteens => entry[lane] = scale as i8 as u8,
+        Kind::Own => unreachable!("written by the codec"),
     }
     match grid.kind {
-        Kind::F16 | Kind::F32 => {}
+        Kind::F16 | Kind::F32 | Kind::Own => {}
         Kind::F16Zeros => entry[2 * ROWS + lane] = line.seconds[from] as u8,
         Kind::F32Zeros => entry[4 * ROWS + lane] = line.seconds[from] as u8,
         Kind::F32Off | Kind::F32Min | Kind::F32Two => {

@@ -10,10 +10,12 @@ pub(crate) mod float;
 pub(crate) mod gathered;
 pub(crate) mod halved;
 pub(crate) mod ints;
+pub(crate) mod lattice;
 pub(crate) mod rowtables;
 pub(crate) mod signs;
 pub(crate) mod slices;
 pub(crate) mod source;
+pub(crate) mod unfolded;
 
 use std::sync::Arc;
 

@@ -356,7 +356,8 @@ fn gguf(kind: GgufType, bytes: &Bytes, cols: usize) -> Option<Source<'_>> {
                 nibbles(&b[8 + 16 * g..][..16], l, |_| 0);
             }
         }),
-        GgufType::Q2_K => return None,
+        // Indices into a grid have panels of their own.
+        _ => return None,
     };
     let table = matches!(kind, GgufType::IQ4_NL | GgufType::IQ4_XS).then(|| {
         // A block of scale 1 with every code once tells the levels, so that they are written down in one place only.

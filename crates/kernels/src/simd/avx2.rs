@@ -203,6 +203,25 @@ impl Simd for Avx2 {
         }
     }
     #[inline(always)]
+    unsafe fn entries(self, table: *const u32, index: __m256i) -> __m256i {
+        // SAFETY: see above.
+        unsafe { _mm256_i32gather_epi32::<4>(table.cast(), index) }
+    }
+    #[inline(always)]
+    fn signed(self, a: __m256i, signs: __m256i, from: usize, zero: u8) -> __m256i {
+        // SAFETY: see above.
+        unsafe {
+            // The byte with the bits, for all four of its lane.
+            let lane =
+                _mm256_setr_epi32(0, 0x0404_0404, 0x0808_0808, 0x0C0C_0C0C, 0, 0x0404_0404, 0x0808_0808, 0x0C0C_0C0C);
+            let signs = _mm256_shuffle_epi8(signs, _mm256_add_epi8(lane, _mm256_set1_epi8(from as i8 / 8)));
+            let bits = _mm256_set1_epi32(0x0804_0201 << (from % 8));
+            let minus = _mm256_cmpeq_epi8(_mm256_and_si256(signs, bits), bits);
+            let a = _mm256_sub_epi8(_mm256_xor_si256(a, minus), minus);
+            _mm256_add_epi8(a, _mm256_set1_epi8(zero as i8))
+        }
+    }
+    #[inline(always)]
     fn splat_i(self, x: i32) -> __m256i {
         // SAFETY: see above.
         unsafe { _mm256_set1_epi32(x) }

@@ -211,6 +211,23 @@ impl<const VNNI: bool> Simd for Avx512<VNNI> {
         }
     }
     #[inline(always)]
+    unsafe fn entries(self, table: *const u32, index: __m512i) -> __m512i {
+        // SAFETY: see above.
+        unsafe { _mm512_i32gather_epi32::<4>(index, table.cast()) }
+    }
+    #[inline(always)]
+    fn signed(self, a: __m512i, signs: __m512i, from: usize, zero: u8) -> __m512i {
+        // SAFETY: see above.
+        unsafe {
+            // The byte with the bits, for all four of its lane.
+            let lane = _mm512_set4_epi32(0x0C0C_0C0C, 0x0808_0808, 0x0404_0404, 0);
+            let signs = _mm512_shuffle_epi8(signs, _mm512_add_epi8(lane, _mm512_set1_epi8(from as i8 / 8)));
+            let minus = _mm512_test_epi8_mask(signs, _mm512_set1_epi32(0x0804_0201 << (from % 8)));
+            let zero = _mm512_set1_epi8(zero as i8);
+            _mm512_mask_sub_epi8(_mm512_add_epi8(zero, a), minus, zero, a)
+        }
+    }
+    #[inline(always)]
     fn splat_i(self, x: i32) -> __m512i {
         // SAFETY: see above.
         unsafe { _mm512_set1_epi32(x) }

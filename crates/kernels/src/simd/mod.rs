@@ -124,6 +124,42 @@ pub(crate) trait Simd: Copy + Send + Sync + 'static {
     /// Every index is below `n`, the table's length; `n` is 16 or more where it is not below.
     unsafe fn lookup(self, table: *const f32, n: usize, index: Self::I) -> Self::V;
 
+    /// `table[index]`, 32 bits each.
+    /// # Safety
+    /// Every index is below the table's length.
+    #[inline(always)]
+    unsafe fn entries(self, table: *const u32, index: Self::I) -> Self::I {
+        let mut all = [0u32; 16];
+        // SAFETY: as the caller promises; there are at most 16 lanes.
+        unsafe {
+            self.store_i(all.as_mut_ptr().cast(), index);
+            let mut i = 0;
+            while i < Self::LANES {
+                all[i] = (*table.add(u32::from_le(all[i]) as usize)).to_le();
+                i += 1;
+            }
+            self.load_i(all.as_ptr().cast())
+        }
+    }
+    /// `zero + a` byte by byte, or `zero - a` where the bit of the byte is set among four of every lane of `signs`, from
+    /// bit `from` on.
+    #[inline(always)]
+    fn signed(self, a: Self::I, signs: Self::I, from: usize, zero: u8) -> Self::I {
+        let (mut bytes, mut bits) = ([0u8; 64], [0u8; 64]);
+        // SAFETY: there are at most 16 lanes.
+        unsafe {
+            self.store_i(bytes.as_mut_ptr(), a);
+            self.store_i(bits.as_mut_ptr(), signs);
+            let mut i = 0;
+            while i < 4 * Self::LANES {
+                let minus = bits[i / 4 * 4 + from / 8] >> (from % 8 + i % 4) & 1 == 1;
+                bytes[i] = if minus { zero.wrapping_sub(bytes[i]) } else { zero.wrapping_add(bytes[i]) };
+                i += 1;
+            }
+            self.load_i(bytes.as_ptr())
+        }
+    }
+
     /// All lanes `x`.
     fn splat_i(self, x: i32) -> Self::I;
     /// As `spread`.

@@ -1,7 +1,8 @@
 //! Values that recipe keys take: each says in its error what it wants.
 
 use lacuna_contract::Sparsity;
-use lacuna_format::{Float, GgufType, gguf::ALL};
+use lacuna_format::gguf::{self, WRITTEN};
+use lacuna_format::{Float, GgufType};
 use serde::de::Error;
 use serde::{Deserialize, Deserializer, Serialize};
 
@@ -49,9 +50,11 @@ impl<'de> Deserialize<'de> for BlockType {
     fn deserialize<D: Deserializer<'de>>(d: D) -> Result<BlockType, D::Error> {
         let said = String::deserialize(d)?.to_lowercase();
         let named = |t: &GgufType| format!("{t:?}").to_lowercase();
-        ALL.into_iter().find(|t| named(t) == said).map(BlockType).ok_or_else(|| {
-            let all: Vec<String> = ALL.iter().map(|t| format!("\"{}\"", named(t))).collect();
-            D::Error::custom(format!("write one of {}", all.join(", ")))
+        WRITTEN.into_iter().find(|t| named(t) == said).map(BlockType).ok_or_else(|| {
+            let all: Vec<String> = WRITTEN.iter().map(|t| format!("\"{}\"", named(t))).collect();
+            let read = gguf::ALL.iter().any(|t| named(t) == said);
+            let why = if read { format!("{said} is read, not written; ") } else { String::new() };
+            D::Error::custom(format!("{why}write one of {}", all.join(", ")))
         })
     }
 }

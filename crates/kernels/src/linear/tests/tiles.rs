@@ -32,7 +32,8 @@ fn as_bytes() -> Vec<(String, Stored)> {
         all.push((format!("int4 {cols} zeros to 15"), zeros(rows, cols, 4, 15, &mut rng)));
         all.push((format!("int8 {cols} zeros to 255"), zeros(rows, cols, 8, 255, &mut rng)));
     }
-    for kind in [GgufType::Q4_0, GgufType::Q8_0, GgufType::Q6_K, GgufType::Q3_K, GgufType::Q4_K] {
+    let kinds = [GgufType::Q4_0, GgufType::Q8_0, GgufType::Q6_K, GgufType::Q3_K, GgufType::Q4_K];
+    for kind in kinds.into_iter().chain([GgufType::IQ2_XS, GgufType::IQ3_S]) {
         all.push((format!("{kind:?} of several parts"), gguf(19, 1280, kind, &mut rng)));
     }
     let bytes = |s: &Stored| {
