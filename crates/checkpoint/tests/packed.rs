@@ -433,7 +433,7 @@ fn damaged_packed_models_are_refused() {
         let e = all(&out).unwrap_err();
         assert!(words.iter().all(|w| e.contains(w)), "{words:?} not in: {e}");
     };
-    refuse(&|c| c["version"] = json!(7), &["config.json", "version 7"]);
+    refuse(&|c| c["version"] = json!(8), &["config.json", "version 8"]);
     refuse(&|c| c["spec"]["layers"][0]["attn_shortcut"] = json!(true), &["lack layers.0.attn.shortcut"]);
     refuse(&|c| c["spec"]["layers"][0]["attn_shortcut"] = json!(32), &["config.json"]);
     refuse(&|c| c["weights"]["layers.0.attn.shortcut"] = c["weights"]["layers.0.attn.q"].clone(), &["attn.shortcut"]);

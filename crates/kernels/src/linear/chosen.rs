@@ -19,7 +19,7 @@ use crate::{Isa, parallel, scratch as room};
 /// What a byte of single columns costs, in quarters of a byte that the whole product reads (`examples/columns.rs`).
 const COST: u64 = 5;
 /// The same where codes meet bytes: the whole product multiplies four of them at once, columns one by one.
-const COST_BYTES: u64 = 16;
+const COST_BYTES: u64 = 12;
 
 impl Linear {
     /// Keeps the matrix by columns as well, for [`Linear::forward_chosen`]: bytes that this takes, none where its form
