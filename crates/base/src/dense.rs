@@ -7,6 +7,7 @@ use faer::traits::ComplexField;
 use faer::{Accum, Par};
 use rayon::prelude::*;
 
+use crate::uppers::Uppers;
 use crate::{Mat, Mat64, MatMut, MatRef};
 
 /// Rows of the result that one task computes.
@@ -44,6 +45,7 @@ where
         let from = i * BLOCK_ROWS;
         let rows = BLOCK_ROWS.min(m - from);
         let dst = row_major_mut(block, rows, n, stride);
+        let _clean = Uppers;
         faer::linalg::matmul::matmul(dst, accum, a.subrows(from, rows), b, alpha, Par::Seq);
     });
 }
@@ -216,6 +218,7 @@ impl Gram {
                 let rows = BLOCK_ROWS.min(n - top);
                 let dst = row_major_mut(panel, rows, top + rows, n);
                 let (lhs, rhs) = (wide.subrows(top, rows), wide.subrows(0, top + rows).transpose());
+                let _clean = Uppers;
                 faer::linalg::matmul::matmul(dst, Accum::Add, lhs, rhs, 1.0, Par::Seq);
             });
         }

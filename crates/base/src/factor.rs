@@ -13,6 +13,7 @@ use faer::{Mat as Work, MatRef as View, Par};
 use rayon::prelude::*;
 
 use crate::Mat64;
+use crate::uppers::Uppers;
 
 /// Why a factorization has no answer.
 #[derive(Debug, Clone, PartialEq, thiserror::Error)]
@@ -98,6 +99,7 @@ fn copied(v: View<'_, f64>) -> Mat64 {
 
 /// The lower Cholesky factor in faer's own storage; only the lower triangle of `a` is read and written.
 fn cholesky_work(a: View<'_, f64>) -> Result<Work<f64>, FactorError> {
+    let _clean = Uppers;
     let n = a.nrows();
     let mut l = a.to_owned();
     if n > 0 {
@@ -124,6 +126,7 @@ pub fn cholesky(a: &Mat64) -> Result<Mat64, FactorError> {
 /// The inverse of a symmetric positive definite matrix, exactly symmetric.
 #[track_caller]
 pub fn spd_inverse(a: &Mat64) -> Result<Mat64, FactorError> {
+    let _clean = Uppers;
     let n = square(a);
     finite(a)?;
     let l = cholesky_work(view(a))?;
@@ -146,6 +149,7 @@ pub fn spd_inverse(a: &Mat64) -> Result<Mat64, FactorError> {
 /// one factorization and one triangular inverse, and the inverse of `h` is never formed.
 #[track_caller]
 pub fn upper_cholesky_of_inverse(h: &Mat64) -> Result<Mat64, FactorError> {
+    let _clean = Uppers;
     let n = square(h);
     finite(h)?;
     let l = cholesky_work(view(h).reverse_rows_and_cols())?;
@@ -167,6 +171,7 @@ fn nonsingular(l: &Mat64) -> Result<usize, FactorError> {
 /// The inverse of a lower triangular matrix. The strict upper triangle of `l` is not read.
 #[track_caller]
 pub fn lower_inverse(l: &Mat64) -> Result<Mat64, FactorError> {
+    let _clean = Uppers;
     let n = nonsingular(l)?;
     let mut inv = Work::<f64>::zeros(n, n);
     triangular_inverse::invert_lower_triangular(inv.as_mut(), view(l), Par::Seq);
@@ -176,6 +181,7 @@ pub fn lower_inverse(l: &Mat64) -> Result<Mat64, FactorError> {
 /// X of `L X = B`, `[n, k]`, with `l` `[n, n]` lower triangular and `b` `[n, k]`.
 #[track_caller]
 pub fn solve_lower(l: &Mat64, b: &Mat64) -> Result<Mat64, FactorError> {
+    let _clean = Uppers;
     let n = nonsingular(l)?;
     assert_eq!(b.rows(), n, "a right side of {} rows for {n} unknowns", b.rows());
     finite(b)?;
@@ -187,6 +193,7 @@ pub fn solve_lower(l: &Mat64, b: &Mat64) -> Result<Mat64, FactorError> {
 /// X of `Lᵀ X = B`, `[n, k]`, with `l` `[n, n]` lower triangular and `b` `[n, k]`.
 #[track_caller]
 pub fn solve_lower_transposed(l: &Mat64, b: &Mat64) -> Result<Mat64, FactorError> {
+    let _clean = Uppers;
     let n = nonsingular(l)?;
     assert_eq!(b.rows(), n, "a right side of {} rows for {n} unknowns", b.rows());
     finite(b)?;
@@ -212,6 +219,7 @@ fn scaled(a: &Mat64) -> (Work<f64>, f64) {
 
 /// The thin singular value decomposition of `a`, `[m, n]`.
 pub fn svd(a: &Mat64) -> Result<Svd, FactorError> {
+    let _clean = Uppers;
     finite(a)?;
     let (m, n) = (a.rows(), a.cols());
     let r = m.min(n);
@@ -260,6 +268,7 @@ pub fn side_by_side<T: Sync, R: Send, E: Send>(
 /// Eigenvalues and vectors of a symmetric matrix, of which only the lower triangle is read.
 #[track_caller]
 pub fn symmetric_eigen(a: &Mat64) -> Result<Eigen, FactorError> {
+    let _clean = Uppers;
     let n = square(a);
     finite(a)?;
     let (work, scale) = scaled(a);

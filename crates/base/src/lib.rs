@@ -13,6 +13,7 @@ pub mod rng;
 pub mod testkit;
 pub mod unfinished;
 pub mod units;
+mod uppers;
 
 pub use dense::{Gram, GramError};
 pub use factor::FactorError;
