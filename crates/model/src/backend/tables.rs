@@ -120,7 +120,8 @@ impl Tables {
         Ok(())
     }
 
-    /// The slots of states of `layer`, one for each run, and one for each state that goes on apart. Panics where the step does not run it.
+    /// The slots of states of `layer`, one for each run, and one for each state that goes on apart. Panics where the step
+    /// does not run it.
     #[track_caller]
     pub fn states_of(&self, layer: usize) -> &[u32] {
         let found = self.0.state_layers.binary_search_by_key(&layer, |l| l.0);
